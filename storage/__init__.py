@@ -1,0 +1,1 @@
+"""Artifacts and lineage: files and DuckDB, nothing of torch or Prefect."""

@@ -1,0 +1,95 @@
+"""The journal: what happened, appended by each process to files of its own, so that nobody ever waits for a lock.
+
+Two streams of newline-delimited JSON, `events/` (runs and steps) and `metrics/`, with one file a run and process. An event
+is one line, written with one `write` and synced: a kill loses at most the line being written. Metrics are written through
+to the operating system line by line and synced at close. `compact` turns the journals of finished processes into Parquet.
+`storage.lineage` reads both forms.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+EVENTS = "events"
+METRICS = "metrics"
+
+
+def now() -> str:
+    """UTC, ISO 8601 with microseconds, as DuckDB reads it into a TIMESTAMP."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+class Journal:
+    """The journal of this process for one run. Files appear with the first line written."""
+
+    def __init__(self, root: Path, run: str) -> None:
+        self.root = root
+        self.run = run
+        self._name = f"{run}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:4]}.ndjson"
+        self._handles: dict[str, int] = {}
+
+    def event(self, event: str, **columns: Any) -> None:
+        """One event (`run_started`, `run_ended`, `step_started`, `step_ended`), on disk when this returns."""
+        os.fsync(self._write(EVENTS, {"event": event, "at": now(), "run": self.run, **columns}))
+
+    def metric(
+        self, step: str, name: str, value: float, at_step: int | None = None, tags: dict[str, str] | None = None
+    ) -> None:
+        """One number of a step: `loss`, 2.31, at training step 40; `tags` say of what (language, domain, expert ...)."""
+        self._write(
+            METRICS,
+            {
+                "at": now(),
+                "run": self.run,
+                "step": step,
+                "name": name,
+                "value": value,
+                "at_step": at_step,
+                "tags": tags or {},
+            },
+        )
+
+    def close(self) -> None:
+        for handle in self._handles.values():
+            os.fsync(handle)
+            os.close(handle)
+        self._handles.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write(self, stream: str, row: dict[str, Any]) -> int:
+        handle = self._handles.get(stream)
+        if handle is None:
+            folder = self.root / stream
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder / self._name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._handles[stream] = handle
+        line = (
+            json.dumps(row, allow_nan=False, default=str)
+            if _finite(row)
+            else json.dumps(_without_nan(row), default=str)
+        )
+        os.write(handle, line.encode() + b"\n")
+        return handle
+
+
+def _finite(row: dict[str, Any]) -> bool:
+    value = row.get("value")
+    return not isinstance(value, float) or (value == value and abs(value) != float("inf"))
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "value": None, "tags": {**row.get("tags", {}), "value": str(row["value"])}}
