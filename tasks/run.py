@@ -1,0 +1,95 @@
+"""The run under way in this process: its home, journal and display, and what a step may tell while it works.
+
+A process has one run at a time. Outside a run (a unit test that calls a step's function) `progress` and `metric` do nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from storage.home import Home
+from storage.journal import Journal
+from storage.known import KnownKeys
+
+T = TypeVar("T")
+
+
+class Display(Protocol):
+    """What people watch: the terminal, or the Prefect UI."""
+
+    def step_began(self, label: str) -> None: ...
+
+    def step_progressed(self, label: str, what: str, done: float, total: float | None, unit: str) -> None: ...
+
+    def step_ended(self, label: str, state: str, reason: str, seconds: float) -> None: ...
+
+
+@dataclass
+class Run:
+    """One run: `id` names it in the lineage; `flow` is the flow that is calling steps just now."""
+
+    id: str
+    home: Home
+    journal: Journal
+    known: KnownKeys
+    displays: list[Display] = field(default_factory=list)
+    flow: str = ""
+    in_prefect: bool = False
+    code_version: str = ""
+    step: str | None = None
+    label: str = ""
+    states: dict[str, str] = field(default_factory=dict)
+
+
+_current: Run | None = None
+
+
+def current_run() -> Run | None:
+    return _current
+
+
+@contextlib.contextmanager
+def activate(run: Run) -> Iterator[Run]:
+    """Makes `run` the run of this process for the block."""
+    global _current
+    before, _current = _current, run
+    try:
+        yield run
+    finally:
+        _current = before
+
+
+def metric(name: str, value: float, at_step: int | None = None, **tags: str) -> None:
+    """Journals one number of the step under way; `tags` say of what (language="el", domain="code", expert="3")."""
+    if _current is not None and _current.step is not None:
+        _current.journal.metric(_current.step, name, float(value), at_step, tags)
+
+
+def progress(total: float | None, what: str, unit: str) -> Callable[[float], None]:
+    """A function to call with how much is done so far: `tell = progress(len(docs), "embedding", "documents"); tell(64)`."""
+    run, label = _current, _current.label if _current else ""
+
+    def tell(done: float) -> None:
+        for display in run.displays if run else ():
+            display.step_progressed(label, what, done, total, unit)
+
+    return tell
+
+
+def track(items: Iterable[T], total: int | None, what: str, unit: str) -> Iterator[T]:
+    """Yields the items, counting them on the display."""
+    tell = progress(total, what, unit)
+    for done, item in enumerate(items, 1):
+        yield item
+        tell(done)
+
+
+def describe(value: Any) -> str:
+    """A count as people read it: 12_345_678 -> '12.3M'."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.1f}{letter}"
+    return f"{value:g}" if isinstance(value, int) else f"{value:.1f}"

@@ -1,0 +1,62 @@
+"""Settings: flat, frozen pydantic models, written once and used as step settings, flow forms, `--help` and docs.
+
+A step declares its own `Settings`. A flow's parameters inherit from the settings of its steps, which makes them one flat
+form, and every step takes its own part back with `StepSettings.of(parameters)`. Field names are therefore unique across the
+steps of a flow.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from storage.errors import EclectusError
+
+
+def Place(default: Any, description: str, **rules: Any) -> Any:
+    """A field that says where or how fast something runs, but cannot change what comes out: it stays outside the key."""
+    return Field(default, description=description, json_schema_extra={"affects_output": False}, **rules)
+
+
+class Settings(BaseModel):
+    """Settings of one step, or of a flow that inherits from several steps' settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def of(cls, parameters: BaseModel, **overrides: Any) -> Self:
+        """The part of `parameters` that belongs to this model, with `overrides` on top."""
+        part = {name: getattr(parameters, name) for name in cls.model_fields if hasattr(parameters, name)}
+        return cls(**{**part, **overrides})
+
+    @classmethod
+    def read(cls, values: dict[str, Any], origin: str) -> Self:
+        """Checks values that a person wrote. Raises EclectusError naming the first wrong setting, and what would be right.
+
+        origin: where the values come from (a file's name, "the command line"), for the message.
+        """
+        for name in values:
+            if name not in cls.model_fields:
+                close = difflib.get_close_matches(name, cls.model_fields, n=1)
+                hint = f"; did you mean '{close[0]}'?" if close else f"; the settings are {', '.join(cls.model_fields)}"
+                raise EclectusError(f"unknown setting '{name}' in {origin}{hint}")
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"]) or "settings"
+            what = first["msg"].removeprefix("Value error, ")
+            raise EclectusError(f"setting '{name}' in {origin} is {first['input']!r}: {what}") from error
+
+    def key_values(self) -> dict[str, Any]:
+        """JSON-ready values of the settings that can change the output."""
+        return self.model_dump(
+            mode="json", exclude={name for name in type(self).model_fields if not self._matters(name)}
+        )
+
+    @classmethod
+    def _matters(cls, name: str) -> bool:
+        extra = cls.model_fields[name].json_schema_extra
+        return not (isinstance(extra, dict) and extra.get("affects_output") is False)

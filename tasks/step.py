@@ -1,0 +1,244 @@
+"""The step: the one abstraction of Eclectus, and the only place where keys, reuse, lineage and Prefect meet.
+
+    @step(makes="grouping", version=1)
+    def group(documents: Artifact, neighbors: Artifact, settings: GroupSettings, out: Draft) -> None: ...
+
+    order = group(documents=documents, neighbors=neighbors, settings=settings)     # in a run: reused or made
+    group.function(documents, neighbors, settings, draft)                          # in a unit test: just the function
+
+Within a run, a call hashes (step, version, settings, digests of inputs) into a key; if the key is known and its artifact
+whole, that is the result; else the function fills a draft, which is committed. Either way the journal gets the step, its
+reason in words, inputs, outputs, settings, seconds and peak memory. Price of a reuse: one look-up and one re-hash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+
+from storage.artifact import Artifact, Draft
+from storage.errors import EclectusError
+from storage.known import Record
+from tasks.run import Run, current_run
+from tasks.settings import Settings
+
+
+class Step:
+    """A step made by `@step`. Call it by keyword with artifacts and settings; `label` names this use of it in the run."""
+
+    def __init__(
+        self,
+        function: Callable[..., None],
+        makes: str,
+        version: int,
+        fingerprint: Callable[[Any], dict[str, str]] | None,
+    ) -> None:
+        self.function = function
+        self.name = function.__name__
+        self.makes = makes
+        self.version = version
+        self.fingerprint = fingerprint
+        self.__doc__ = function.__doc__
+        self._parameters = set(inspect.signature(function).parameters) - {"out"}
+
+    def __call__(self, *, label: str | None = None, **arguments: Any) -> Artifact:
+        """The artifact for these arguments, reused or made now. Inputs that are None are left out.
+
+        Raises EclectusError when no run is active, or an argument is not one of the step's.
+        """
+        run = current_run()
+        if run is None:
+            raise EclectusError(
+                f"step '{self.name}' was called outside a run; use flows.run.open_run, or {self.name}.function"
+            )
+        for name in arguments:
+            if name not in self._parameters:
+                raise EclectusError(
+                    f"step '{self.name}' has no input '{name}'; it takes {', '.join(sorted(self._parameters))}"
+                )
+        label = label or self.name
+        if run.in_prefect:
+            return self._in_prefect(run, label, arguments)
+        return self._execute(run, label, arguments)
+
+    def record(self, arguments: dict[str, Any]) -> Record:
+        """What is asked for: the part of the call that decides the key."""
+        inputs: dict[str, str] = {}
+        settings: dict[str, Any] = {}
+        for name, value in arguments.items():
+            if isinstance(value, Settings):
+                settings |= value.key_values()
+                inputs |= self.fingerprint(value) if self.fingerprint else {}
+            else:
+                inputs |= {
+                    key: f"{artifact.kind}-{artifact.digest}" for key, artifact in _artifacts(self.name, name, value)
+                }
+        return Record(self.name, self.version, settings, inputs)
+
+    def _in_prefect(self, run: Run, label: str, arguments: dict[str, Any]) -> Artifact:
+        import prefect
+        from prefect.cache_policies import NO_CACHE
+
+        def execute() -> Artifact:
+            return self._execute(run, label, arguments)
+
+        task = prefect.task(
+            execute,
+            name=self.name,
+            task_run_name=label,
+            description=inspect.getdoc(self.function),
+            cache_policy=NO_CACHE,
+            persist_result=False,
+            tags=[self.makes],
+        )
+        return task()
+
+    def _execute(self, run: Run, label: str, arguments: dict[str, Any]) -> Artifact:
+        step_id = uuid.uuid4().hex
+        before, run.step, run.label = (run.step, run.label), step_id, label
+        started = time.monotonic()
+        for display in run.displays:
+            display.step_began(label)
+        record, state, reason, memory = None, "failed", "", _Memory()
+        output: Artifact | None = None
+        try:
+            record = self.record(arguments)
+            run.journal.event("step_started", step=step_id, name=self.name, label=label, flow=run.flow, key=record.key)
+            with run.known.hold(record.key, lambda: _tell_waiting(run, label)):
+                found, reason = run.known.find(record, label)
+                if found:
+                    state, output = "reused", found["out"]
+                    run.known.note(record, label)
+                else:
+                    with memory:
+                        output = self._make(run, arguments)
+                    state = "completed"
+                    done = {"out": f"{output.kind}-{output.digest}"}
+                    run.known.remember(Record(self.name, self.version, record.settings, record.inputs, done), label)
+            return output
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+            state = "cancelled" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+            raise
+        finally:
+            seconds = time.monotonic() - started
+            run.journal.event(
+                "step_ended",
+                step=step_id,
+                name=self.name,
+                label=label,
+                flow=run.flow,
+                key=record.key if record else None,
+                version=self.version,
+                state=state,
+                reason=reason,
+                seconds=round(seconds, 3),
+                peak_memory=memory.peak,
+                seed=(record.settings.get("seed") if record else None),
+                prefect_task_run=_prefect_task_run(run),
+                settings=record.settings if record else {},
+                inputs=record.inputs if record else {},
+                output=_describe(output),
+            )
+            run.states[label] = state
+            for display in run.displays:
+                display.step_ended(label, state, reason, seconds)
+            run.step, run.label = before
+
+    def _make(self, run: Run, arguments: dict[str, Any]) -> Artifact:
+        with run.home.store.draft(self.makes) as draft:
+            self.function(**arguments, out=draft)
+            return run.home.store.commit(draft)
+
+
+def step(
+    *, makes: str, version: int, fingerprint: Callable[[Any], dict[str, str]] | None = None
+) -> Callable[[Callable[..., None]], Step]:
+    """Makes a plain function a step.
+
+    makes: the kind of artifact. version: raised by hand when the function's output changes for equal inputs.
+    fingerprint: for steps that read things which are no artifacts (files, hub data sets): settings -> {name: digest},
+    taken into the key beside the inputs.
+    """
+    return lambda function: Step(function, makes, version, fingerprint)
+
+
+class _Memory:
+    """Peak resident memory of this process and its children (Ray's workers among them), sampled twice a second."""
+
+    def __init__(self) -> None:
+        self.peak: int | None = None
+        self._done = threading.Event()
+
+    def __enter__(self) -> None:
+        self.peak = _resident()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.5):
+            self.peak = max(self.peak or 0, _resident())
+
+
+def _resident() -> int:
+    process = psutil.Process()
+    total = 0
+    for each in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            total += each.memory_info().rss
+    return total
+
+
+def _artifacts(step_name: str, name: str, value: Any) -> Iterator[tuple[str, Artifact]]:
+    """The artifacts in one argument, named: an artifact, a list or a dict of them, or None."""
+    if isinstance(value, Artifact):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _artifacts(step_name, f"{name}.{key}", each)
+    elif isinstance(value, list | tuple):
+        for key, each in enumerate(value):
+            yield from _artifacts(step_name, f"{name}.{key}", each)
+    elif value is not None:
+        raise EclectusError(
+            f"input '{name}' of step '{step_name}' is a {type(value).__name__}; expected artifacts or settings"
+        )
+
+
+def _describe(output: Artifact | None) -> dict[str, Any] | None:
+    if output is None:
+        return None
+    manifest = output.manifest()
+    return {
+        "kind": output.kind,
+        "artifact": output.digest,
+        "rows": manifest["rows"],
+        "bytes": manifest["bytes"],
+        "created": manifest["created"],
+        "path": output.path,
+        "statistics": manifest["statistics"],
+    }
+
+
+def _tell_waiting(run: Run, label: str) -> None:
+    for display in run.displays:
+        display.step_progressed(label, "waiting: another run is making the same thing", 0, None, "")
+
+
+def _prefect_task_run(run: Run) -> str | None:
+    if not run.in_prefect:
+        return None
+    from prefect.runtime import task_run
+
+    return str(task_run.id) if task_run.id else None
