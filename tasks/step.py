@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from storage.artifact import Artifact, Draft
+from storage.artifact import Artifact
 from storage.errors import EclectusError
 from storage.known import Record
 from tasks.run import Run, current_run
