@@ -1,0 +1,107 @@
+"""The two router losses of MoE-LPR, on raw router logits (papers.md 2.2, 2.3; arXiv 2408.11396).
+
+    balance  = sum_i f_i * P_i         f_i: share of the top-K choices that fell on expert i,  P_i: mean probability
+    LPR      = mean of -log G_0        over the tokens of original languages
+
+Both read `router_logits` as transformers 5 returns it: a tuple over layers of `[tokens, experts]`, before any softmax.
+Both cost one softmax over `[tokens, experts]` a layer, never wait for the device, and keep at least fp32.
+
+The *released* code of the paper differs from the paper in both losses, and its coefficients were chosen with it: the
+balance is not divided by K (uniform routing gives K, not 1), and the LPR applies cross-entropy to probabilities, a second
+softmax. Both forms are here; the paper's is the default.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+BalanceScaling = Literal["paper", "released"]
+PriorForm = Literal["paper", "released"]
+
+
+def balance_loss(
+    router_logits: Sequence[Tensor], top_k: int, scaling: BalanceScaling = "paper", mask: Tensor | None = None
+) -> Tensor:
+    """Load balance over experts, computed for each layer and averaged over layers (papers.md 2.2).
+
+    router_logits: over layers, `[tokens, experts]` raw logits.  top_k: experts a token is sent to.
+    scaling: `paper` gives 1 under uniform routing, `released` gives top_k.
+    mask: `[tokens]` (any shape with that many elements), true where a token counts; padding is left out with it.
+    Returns a scalar; the gradient flows through the probabilities only, as in the paper.
+    Raises ValueError for an empty list, an unknown scaling, or a top_k outside 1..experts.
+    """
+    experts = _check_logits(router_logits)
+    if scaling not in ("paper", "released"):
+        raise ValueError(f"unknown balance scaling {scaling!r}: choose 'paper' or 'released'")
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k is {top_k}, but the router logits hold {experts} experts: choose 1 to {experts}")
+    divisor = top_k if scaling == "paper" else 1
+    losses = []
+    for logits in router_logits:
+        logits_TN = _at_least_fp32(logits)
+        probabilities_TN = torch.log_softmax(logits_TN, dim=-1).exp()
+        with torch.no_grad():
+            chosen_TK = torch.topk(logits_TN, top_k, dim=-1).indices
+            chosen_TN = torch.zeros_like(logits_TN).scatter_(1, chosen_TK, 1.0)
+        share_N = _masked_mean(chosen_TN, mask) * (experts / divisor)
+        losses.append((share_N * _masked_mean(probabilities_TN, mask)).sum())
+    return torch.stack(losses).mean()
+
+
+def language_prior_loss(
+    router_logits: Sequence[Tensor], original_mask: Tensor, form: PriorForm = "paper", original_experts: int = 1
+) -> Tensor:
+    """Language priors routing: pulls tokens of original languages to the original expert (papers.md 2.3).
+
+    router_logits: over layers, `[tokens, experts]` raw logits.
+    original_mask: `[tokens]` (any shape with that many elements), true on tokens of an original language.
+    form: `paper` is -log softmax(logits)[0]; `released` is -log softmax(softmax(logits))[0].
+    original_experts: how many leading experts count as original (their probabilities add up); more than one for a model
+        that is extended again.
+    Returns a scalar, the mean over layers and original tokens. Without such a token it is 0, and so is its gradient.
+    Raises ValueError for an empty list, an unknown form, or a mask of another length.
+    """
+    experts = _check_logits(router_logits)
+    if form not in ("paper", "released"):
+        raise ValueError(f"unknown form of the language prior loss {form!r}: choose 'paper' or 'released'")
+    if not 1 <= original_experts < experts:
+        raise ValueError(f"original_experts is {original_experts}: with {experts} experts choose 1 to {experts - 1}")
+    tokens = router_logits[0].shape[0]
+    if original_mask.numel() != tokens:
+        raise ValueError(f"original_mask has {original_mask.numel()} elements, the router saw {tokens} tokens")
+    mask_T = original_mask.reshape(-1).to(torch.bool)
+    losses = []
+    for logits in router_logits:
+        scores_TN = _at_least_fp32(logits)
+        if form == "released":
+            scores_TN = torch.softmax(scores_TN, dim=-1)
+        log_prior_T = torch.log_softmax(scores_TN, dim=-1)[:, :original_experts].logsumexp(dim=-1)
+        on_layer_T = mask_T.to(log_prior_T.device)
+        # A division by at least 1 instead of a branch: the count stays on the device.
+        count = on_layer_T.sum().clamp(min=1)
+        losses.append(-torch.where(on_layer_T, log_prior_T, 0.0).sum() / count)
+    return torch.stack(losses).mean()
+
+
+def _check_logits(router_logits: Sequence[Tensor]) -> int:
+    """Returns the number of experts; raises ValueError where these are not router logits over layers."""
+    if isinstance(router_logits, Tensor) or not router_logits:
+        raise ValueError("router_logits must be a non-empty list or tuple over layers (output_router_logits=True)")
+    for layer, logits in enumerate(router_logits):
+        if logits.dim() != 2 or logits.shape != router_logits[0].shape:
+            raise ValueError(f"router_logits[{layer}] has shape {tuple(logits.shape)}, expected [tokens, experts]")
+    return router_logits[0].shape[1]
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def _masked_mean(values_TN: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over tokens, over those where `mask` is true; 0 when there is none."""
+    if mask is None:
+        return values_TN.mean(dim=0)
+    weights_T = mask.reshape(-1).to(device=values_TN.device, dtype=values_TN.dtype)
+    return (values_TN * weights_T.unsqueeze(-1)).sum(dim=0) / weights_T.sum().clamp(min=1)
