@@ -88,7 +88,7 @@ def test_the_released_prior_lies_between_its_known_bounds_and_has_a_weak_gradien
     assert language_prior_loss([unsure], everything, "released").item() == pytest.approx(2.04, abs=0.005)
     gradients = {}
     for form in ("paper", "released"):
-        logits = torch.log(torch.tensor([[0.01, 0.99, 0, 0, 0, 0]]) + 1e-12).requires_grad_()
+        logits = torch.log(torch.tensor([[0.01, *[0.99 / 5] * 5]])).requires_grad_()
         language_prior_loss([logits], everything, form).backward()
         gradients[form] = logits.grad[0, 0].item()
     assert gradients["paper"] == pytest.approx(-0.99, abs=1e-3)
