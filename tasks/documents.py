@@ -1,6 +1,7 @@
 """The `documents` artifact: a folder of Parquet parts, one row a document, written and read in bounded memory.
 
-Columns: document (id: 32 hex digits of the text's SHA-256), text, language, language_confidence, domain, source, bytes
+Columns: document (id: the first 32 hex digits of the SHA-256 of the text's UTF-8 bytes), name (what its owner calls it: the
+record's own id, or null), text, language, language_confidence, domain, source, bytes
 (UTF-8 length), group (original, expanded, other), split (train, heldout). A step adds columns by writing all parts again:
 text compresses to a third, and no reader ever needs a join. Row order is the order of ingestion throughout.
 """
@@ -25,6 +26,7 @@ ROWS_A_GROUP = 2_000
 SCHEMA = pa.schema(
     [
         ("document", pa.string()),
+        ("name", pa.string()),
         ("text", pa.string()),
         ("language", pa.string()),
         ("language_confidence", pa.float32()),
