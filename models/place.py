@@ -1,0 +1,58 @@
+"""Where a training process stands: its rank, the number of processes and its device.
+
+Works the same in a plain process, under torchrun and under Ray Train: all three leave their mark in `torch.distributed`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Place:
+    """rank of world processes; device: where this process computes."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def current(cls) -> Place:
+        """The place of this process; under torchrun it joins the process group first."""
+        if not dist.is_initialized() and "TORCHELASTIC_RUN_ID" in os.environ:
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+        if dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls(device=device)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over all processes, on all of them."""
+        if self.world > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value = value / self.world
+        return value
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes, on all of them."""
+        if self.world > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value

@@ -1,0 +1,43 @@
+"""Ray for this process: joined when a cluster is configured, else started on this machine, once, when first needed.
+
+A local start costs about 7 s and 0.8 GB, so nothing calls this before there is work for it. On a cluster, set RAY_ADDRESS
+(`auto` on a node of the cluster); its workers read the same home, so that must be on storage which all nodes share.
+"""
+
+from __future__ import annotations
+
+import os
+
+WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def ensure_ray() -> None:
+    """Makes sure that this process is connected to Ray; does nothing when it is."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    common = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "eclectus"}
+    runtime = {"env_vars": WORKER_ENVIRONMENT}
+    if address:
+        ray.init(address=address, runtime_env=runtime, **common)
+        return
+    ray.init(
+        num_cpus=max(2, os.cpu_count() or 1),
+        include_dashboard=False,
+        object_store_memory=256 * 2**20,
+        runtime_env=runtime,
+        **common,
+    )
+
+
+def shut_ray() -> None:
+    """Disconnects from Ray; what this process started, it stops."""
+    import sys
+
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
