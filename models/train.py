@@ -247,7 +247,9 @@ def save_progress(
             beside / "moments.safetensors",
         )
         (beside / "progress.json").write_text(json.dumps({"step": step, "start": plan.start}))
-        os.sync()
+        for path in beside.iterdir():
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
         pointer = work / ".latest"
         pointer.unlink(missing_ok=True)
         pointer.symlink_to(beside.name)

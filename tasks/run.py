@@ -15,6 +15,7 @@ from storage.journal import Journal
 from storage.known import KnownKeys
 
 T = TypeVar("T")
+C = TypeVar("C", bound=contextlib.AbstractContextManager)
 
 
 class Display(Protocol):
@@ -42,6 +43,19 @@ class Run:
     step: str | None = None
     label: str = ""
     states: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, contextlib.AbstractContextManager[Any]] = field(default_factory=dict)
+
+    def keep(self, name: str, make: Callable[[], C]) -> C:
+        """The thing of this name, made when first asked for and closed when the run ends (a group of workers, say)."""
+        if name not in self.kept:
+            self.kept[name] = make()
+        return self.kept[name]
+
+    def close_kept(self, error: BaseException | None) -> None:
+        """Closes what `keep` made, latest first, telling each of the error that ended the run."""
+        for thing in reversed(self.kept.values()):
+            thing.__exit__(type(error) if error else None, error, None)
+        self.kept.clear()
 
 
 _current: Run | None = None

@@ -5,7 +5,7 @@ and evaluation stages of a run: its workers fetch jobs from a desk (an actor), d
 places the workers, sets up `torch.distributed`, and starts the group again when a worker dies; the workers then take up
 the job that was under way, which goes on from its own last checkpoint. A job is the name of a function and its arguments:
 
-    with TrainWorkers(workers=2) as group:
+    with TrainWorkers(workers=2, use_gpu=False, storage=home.work / "ray") as group:
         result = group.do("tasks.train:train_here", {...})      # called on every worker as f(place, tell, **arguments)
 
 `place` is a `models.place.Place`; `tell(kind, **values)` sends progress and metrics back to the driver.
@@ -17,6 +17,7 @@ import importlib
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -85,9 +86,11 @@ class Desk:
 class TrainWorkers:
     """The group. Starts with the first job; `close` (or the end of the `with` block) ends it."""
 
-    def __init__(self, workers: int, use_gpu: bool = False, restarts: int = RESTARTS) -> None:
+    def __init__(self, workers: int, use_gpu: bool, storage: Path, restarts: int = RESTARTS) -> None:
+        """storage: a directory for Ray Train's own notes, on storage that all nodes share."""
         self.workers = workers
         self.use_gpu = use_gpu
+        self.storage = storage
         self.restarts = restarts
         self._desk: Any = None
         self._thread: threading.Thread | None = None
@@ -160,7 +163,9 @@ class TrainWorkers:
             work_at_desk,
             train_loop_config={"desk": self._desk},
             scaling_config=ray.train.ScalingConfig(num_workers=self.workers, use_gpu=self.use_gpu),
-            run_config=ray.train.RunConfig(failure_config=ray.train.FailureConfig(max_failures=self.restarts)),
+            run_config=ray.train.RunConfig(
+                storage_path=str(self.storage), failure_config=ray.train.FailureConfig(max_failures=self.restarts)
+            ),
             torch_config=TorchConfig(backend="nccl" if self.use_gpu else "gloo"),
         )
         try:

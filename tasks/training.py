@@ -1,0 +1,120 @@
+"""What all training steps share: the plan's settings, where training runs, and how it speaks while it runs.
+
+Training runs on the run's Ray Train workers (`tasks.workers`) or, with `training_workers = 0`, in this process. Both call
+the same function with a `Place`. Unfinished training lies under the home's `work/`, named by the step's key, so that the
+next run of the same step goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from storage.artifact import Artifact
+from tasks.run import current_run, metric, progress
+from tasks.settings import Place, Settings
+from tasks.workers import TrainWorkers, resolve
+
+if TYPE_CHECKING:
+    from models.train import Plan
+
+MOMENTS = "moments.safetensors"
+
+
+class TrainingSettings(Settings):
+    """Settings that every training stage of a run shares."""
+
+    training_workers: int = Field(
+        2,
+        ge=0,
+        description="Ray Train workers that share each batch (DDP); 0 trains in the calling process, without Ray.",
+    )
+    training_gpus: bool = Place(
+        False, description="Give every training worker a GPU (bf16, NCCL) instead of a CPU core."
+    )
+    micro_batch: int = Field(4, ge=1, description="Instances that a worker computes at once; more cost memory.")
+    weight_decay: float = Field(
+        0.1, ge=0, description="AdamW's weight decay, on matrices only (not embeddings, not norms)."
+    )
+    gradient_clip: float = Field(
+        1.0, gt=0, description="Largest norm of the gradient; a larger one is scaled down to it."
+    )
+    learning_rate_floor: float = Field(0.1, ge=0, le=1, description="Final learning rate, as a part of the peak one.")
+    checkpoint_every: int = Place(
+        100, ge=1, description="Training steps between checkpoints to go on from after a crash."
+    )
+    log_every: int = Place(10, ge=1, description="Training steps between rows in the metrics.")
+    seed: int = Field(0, description="Seed of everything random.")
+
+    def plan(self, **stage: Any) -> Plan:
+        """The plan of one stage: these settings and what is the stage's own (start, stop, total, batch, learning_rate, warmup)."""
+        from models.train import Plan
+
+        return Plan(
+            micro_batch=self.micro_batch,
+            weight_decay=self.weight_decay,
+            clip=self.gradient_clip,
+            floor=self.learning_rate_floor,
+            checkpoint_every=self.checkpoint_every,
+            log_every=self.log_every,
+            seed=self.seed,
+            **stage,
+        )
+
+
+def run_training(settings: TrainingSettings, call: str, arguments: dict[str, Any], what: str) -> Any:
+    """Calls `package.module:function` as f(place, tell, **arguments) on every worker; returns what rank 0 returned."""
+    tell_progress = None
+
+    def heard(kind: str, values: dict[str, Any]) -> None:
+        nonlocal tell_progress
+        if kind == "metrics":
+            for name, value in values["values"].items():
+                metric(name, value, at_step=values["step"])
+        elif kind == "progress":
+            tell_progress = tell_progress or progress(values["total"], what, "steps")
+            tell_progress(values["done"])
+
+    if settings.training_workers == 0:
+        from models.place import Place as ProcessPlace
+
+        return resolve(call)(ProcessPlace.current(), lambda kind, **values: heard(kind, values), **arguments)
+    return _workers(settings).do(call, arguments, heard)
+
+
+def _workers(settings: TrainingSettings) -> TrainWorkers:
+    """The run's group of workers, started by its first training step and closed with the run."""
+    run = current_run()
+    name = f"train workers {settings.training_workers} {settings.training_gpus}"
+    return run.keep(
+        name, lambda: TrainWorkers(settings.training_workers, settings.training_gpus, run.home.work / "ray")
+    )
+
+
+@contextmanager
+def workplace(*parts: Any) -> Iterator[Path]:
+    """A directory for unfinished training that is named by what decides its result; removed when the block ends well."""
+    run = current_run()
+    if run is None:
+        with tempfile.TemporaryDirectory(prefix="training-") as place:
+            yield Path(place)
+        return
+    content = [part.digest if isinstance(part, Artifact) else part for part in parts]
+    name = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    place = run.home.work / name
+    place.mkdir(parents=True, exist_ok=True)
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def initial_moments(start: Artifact | None) -> str | None:
+    """The path of a checkpoint's AdamW moments, if it kept them."""
+    return str(start.file(MOMENTS)) if start is not None and start.file(MOMENTS).is_file() else None
