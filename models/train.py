@@ -86,11 +86,13 @@ def train(
     work: Path,
     tell: Tell,
     moments: dict[str, torch.Tensor] | None = None,
+    checked: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Trains `model` in place from plan.start (or its last checkpoint under `work`) to plan.stop.
 
     moments: AdamW's state to start from, as this function returns it ({parameter name}.exp_avg and so on), or None for zeros.
-    tell: called on rank 0 as tell("metrics", ...) and tell("progress", ...). Raises TrainingFailed on a loss or a gradient
+    tell: called on rank 0 as tell("metrics", ...) and tell("progress", ...). checked: called with the step before every
+    checkpoint is written; what it raises ends the training. Raises TrainingFailed on a loss or a gradient
     that is not finite, and ValueError when the batch cannot be shared evenly.
     """
     if plan.batch % place.world:
@@ -129,6 +131,8 @@ def train(
             tell("metrics", step=ended, values=metrics)
         tell("progress", done=ended - plan.start, total=plan.stop - plan.start)
         if ended % plan.checkpoint_every == 0 and ended < plan.stop:
+            if checked:
+                checked(ended)
             save_progress(model, optimizer, named, ended, plan, place, work)
     place.barrier()
     return read_moments(optimizer, named)
