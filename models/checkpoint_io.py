@@ -1,0 +1,205 @@
+"""Reading and writing safetensors checkpoints one tensor at a time.
+
+A checkpoint larger than memory is rewritten with one tensor in memory: the reader maps the files, the writer lays out
+each file's header from names, types and shapes alone and then streams the bytes (the safetensors format: 8 bytes of header
+length, a JSON header, the tensors one after the other). Files are split at `max_shard_bytes` and indexed as transformers does.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is incomplete or damaged; the message names the file or tensor."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, type and shape of a stored tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor takes in a file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """Anything that lists named tensors and gives them one at a time, on the CPU."""
+
+    specs: dict[str, TensorSpec]
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
+class ModuleTensors:
+    """The tensors of a live dense model as a TensorSource; tied duplicates appear once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = dict(model.named_parameters())
+        self.specs = {n: TensorSpec(n, p.dtype, tuple(p.shape)) for n, p in self._parameters.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        return self._parameters[name].detach().cpu()
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint directory, `model.safetensors` or indexed shards, mapped and read on demand.
+
+    Raises CheckpointError naming the shard that is missing or damaged, or the directory without safetensors.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        with ExitStack() as on_error:
+            on_error.callback(self._stack.close)
+            for file_name, expected in _shards(directory).items():
+                self._open(file_name, expected)
+            on_error.pop_all()
+
+    def _open(self, file_name: str, expected: set[str] | None) -> None:
+        path = self.directory / file_name
+        if not path.is_file():
+            raise CheckpointError(f"{self.directory}: shard {file_name} is missing; fetch it again and retry")
+        try:
+            handle = self._stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged or cut short ({error}); fetch it again and retry") from error
+        present = set(handle.keys())
+        if expected is not None and expected - present:
+            raise CheckpointError(f"{path} lacks {sorted(expected - present)[0]}, which {INDEX} says is in it")
+        for name in present if expected is None else expected:
+            piece = handle.get_slice(name)
+            if piece.get_dtype() not in _DTYPES:
+                raise CheckpointError(f"{path}: {name} has type {piece.get_dtype()}; expected one of {', '.join(_DTYPES)}")
+            self.specs[name] = TensorSpec(name, _DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
+            self._files[name] = handle
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of that name, on the CPU. Raises CheckpointError when there is none."""
+        if name not in self._files:
+            raise CheckpointError(f"{self.directory} has no tensor {name}")
+        return self._files[name].get_tensor(name)
+
+    def close(self) -> None:
+        """Unmaps the files."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _shards(directory: Path) -> dict[str, set[str] | None]:
+    """File name to the tensors that it must hold (None: whatever it holds)."""
+    if (directory / INDEX).is_file():
+        files: dict[str, set[str] | None] = {}
+        for name, file_name in json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].items():
+            files.setdefault(file_name, set()).add(name)
+        return files
+    if (directory / "model.safetensors").is_file():
+        return {"model.safetensors": None}
+    if any(directory.glob("pytorch_model*.bin")):
+        raise CheckpointError(
+            f"{directory} holds pickled weights (pytorch_model.bin), which are not read here: load it with transformers "
+            "and save_pretrained it again, which writes safetensors"
+        )
+    raise CheckpointError(f"{directory} holds neither model.safetensors nor {INDEX}")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a checkpoint directory. Raises CheckpointError when it is missing or not JSON."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory} has no config.json; expected a Hugging Face checkpoint directory")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+
+
+def write_checkpoint(
+    directory: Path,
+    specs: Iterable[TensorSpec],
+    read: Callable[[str], Tensor],
+    max_shard_bytes: int = 5_000_000_000,
+) -> list[str]:
+    """Streams tensors into `directory`, in the given order, one in memory at a time; returns the file names.
+
+    read: gives the tensor of a name, with exactly the type and shape of its spec.
+    """
+    shards: list[list[TensorSpec]] = [[]]
+    for spec in specs:
+        if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(spec)
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    else:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file_name, shard in zip(files, shards, strict=True):
+        _write_file(directory / file_name, shard, read)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(spec.nbytes for shard in shards for spec in shard)},
+            "weight_map": {spec.name: f for f, shard in zip(files, shards, strict=True) for spec in shard},
+        }
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return files
+
+
+def _write_file(path: Path, specs: list[TensorSpec], read: Callable[[str], Tensor]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": _CODES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for spec in specs:
+            tensor = read(spec.name)
+            if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+                raise CheckpointError(f"{spec.name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {spec}")
+            file.write(tensor_bytes(tensor))
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's values as little-endian bytes, without a copy when it is contiguous and on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -1,0 +1,413 @@
+"""Upcycling: a dense checkpoint becomes a mixture of experts that computes the same function (papers.md 2.1, 2.7).
+
+    expert 0 = the base's FFN;  experts 1..E-1 = copies of it;  a router, hidden x E, Xavier normal
+    y = sum over the top K of  G_i / (sum of the top K's G) * E_i(x)
+
+All chosen experts equal the base's FFN and their weights add up to 1, so the result is the base's for *any* router. That is
+not taken on trust: before the result gets its name, both checkpoints compute logits on fixed probes, and above the tolerance
+nothing is left. The result is a stock Mixtral, Qwen2Moe or Qwen3Moe checkpoint.
+
+Tensors are streamed: memory is one layer, whatever the size of the base; time is one read of the base and E writes of its
+FFN, plus two passes of the probes. (A GGUF base is dequantised by transformers first, and held in memory.)
+
+Other starts for the new experts break the equality, on purpose, so that experts differ from the first step: `noise` adds
+Gaussian noise, `drop` redraws a share of each expert's inner dimensions (Drop-Upcycling, arXiv 2502.19261: the
+same ones in all three matrices). For these the proof is that expert 0 alone is the base, with every token sent there.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from models.checkpoint_io import (
+    CheckpointError,
+    CheckpointReader,
+    ModuleTensors,
+    TensorSource,
+    TensorSpec,
+    read_config,
+    write_checkpoint,
+)
+from models.experts import original_digest
+from models.families import (
+    SHARED_EXPERT_WIDTH,
+    Family,
+    UnsupportedModelError,
+    family_of,
+    moe_config,
+    parse_dense_ffn,
+    write_config,
+)
+from models.streaming import streamed_logits
+
+Init = Literal["copy", "noise", "drop"]
+Proof = Literal["as_routed", "expert_0"]
+REPORT = "upcycle.json"
+
+
+class StepZeroError(RuntimeError):
+    """The upcycled checkpoint does not compute what its base computes; nothing was left on disk."""
+
+
+@dataclass(frozen=True)
+class UpcycleReport:
+    """What was made from what, and the proof that it starts equal; stored beside the weights as upcycle.json."""
+
+    base_model_type: str
+    model_type: str
+    experts: int
+    top_k: int
+    init: Init
+    seed: int
+    proof: Proof
+    """`as_routed`: the checkpoint as it is; `expert_0`: with every token sent to expert 0 (init noise and drop)."""
+    max_abs_delta: float
+    """Largest difference of any logit to the base's, over the probes, in fp32."""
+    as_routed_delta: float
+    """The same with the router in charge; differs from max_abs_delta for init noise and drop only."""
+    max_abs_logit: float
+    tolerance: float
+    probe_shape: tuple[int, int]
+    base_digest: str
+    """models.experts.frozen_digest of the base: what every later checkpoint must still contain."""
+    base_parameters: int
+    parameters: int
+    notes: tuple[str, ...]
+
+
+def upcycle(
+    base_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    experts: int = 6,
+    top_k: int = 2,
+    init: Init = "copy",
+    seed: int = 0,
+    experts_per_layer: Sequence[int] | None = None,
+    tolerance: float = 1e-4,
+    probes: Tensor | None = None,
+    noise_scale: float = 0.01,
+    drop_ratio: float = 0.5,
+    max_shard_bytes: int = 5_000_000_000,
+) -> UpcycleReport:
+    """Writes the upcycled checkpoint of `base_dir` to `out_dir` with tokenizer, generation config and upcycle.json.
+
+    base_dir: a checkpoint directory (safetensors, one file or shards), a directory with one .gguf file, or a .gguf file.
+    out_dir: a directory that does not exist or is empty; it appears whole or not at all.
+    noise_scale: standard deviation of init "noise", as a share of each matrix's own.
+    drop_ratio: share of inner dimensions that init "drop" redraws; 1 makes new experts random ones of the base's scale.
+    probes: token ids `[n, length]` for the proof; seeded random ones by default.
+    Raises UnsupportedModelError (the base), CheckpointError (its files), ValueError (the settings) before anything is
+    written, StepZeroError when the proof fails.
+    """
+    base_dir, out_dir = Path(base_dir), Path(out_dir)
+    _check_settings(experts, top_k, init, tolerance, noise_scale, drop_ratio)
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ValueError(f"{out_dir} exists already: remove it or choose another place for the upcycled checkpoint")
+    with ExitStack() as stack:
+        base = _open_base(base_dir, stack)
+        _check_layers(experts_per_layer, experts, base.config.num_hidden_layers)
+        _check_tensors(base, base_dir)
+        plan = _Plan(base, experts, init, seed, noise_scale, drop_ratio)
+        partial = out_dir.with_name(out_dir.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
+        _check_space(partial, plan)
+        write_config(partial, moe_config(base.config_dict, base.family, experts, top_k))
+        write_checkpoint(partial, plan.specs, plan.tensor, max_shard_bytes)
+        base.copy_side_files(partial)
+        report = _prove(base, partial, plan, top_k, tolerance, probes)
+        (partial / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        if out_dir.exists():
+            out_dir.rmdir()
+        partial.rename(out_dir)
+    return report
+
+
+def _check_settings(
+    experts: int, top_k: int, init: str, tolerance: float, noise_scale: float, drop_ratio: float
+) -> None:
+    if experts < 2:
+        raise ValueError(f"experts is {experts}: at least 2 are needed, the original and one new")
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k is {top_k}: choose 1 to {experts}, the number of experts")
+    if init not in ("copy", "noise", "drop"):
+        raise ValueError(f"unknown init {init!r}: choose copy, noise or drop")
+    if tolerance <= 0 or noise_scale <= 0:
+        raise ValueError(f"tolerance ({tolerance}) and noise_scale ({noise_scale}) must be above 0")
+    if not 0 < drop_ratio <= 1:
+        raise ValueError(f"drop_ratio is {drop_ratio}: choose a share of inner dimensions above 0, at most 1")
+
+
+def _check_layers(experts_per_layer: Sequence[int] | None, experts: int, layers: int) -> None:
+    if experts_per_layer is None:
+        return
+    if len(experts_per_layer) != layers:
+        raise ValueError(f"experts_per_layer has {len(experts_per_layer)} numbers, the base has {layers} layers")
+    if set(experts_per_layer) != {experts}:
+        raise ValueError(
+            f"experts_per_layer asks for {min(experts_per_layer)} to {max(experts_per_layer)} experts, but the stock classes "
+            "(Mixtral, Qwen2Moe, Qwen3Moe) hold one number for all layers, and a router without a bias cannot close "
+            f"unused places exactly: give one number, for instance experts={max(experts_per_layer)}"
+        )
+
+
+class _Base:
+    """An opened base: its config with every default resolved, its tensors, and the files that go along."""
+
+    def __init__(self, config: PretrainedConfig, family: Family, tensors: TensorSource, side_files: Path) -> None:
+        self.config = config
+        self.family = family
+        self.tensors = tensors
+        self.config_dict = json.loads(config.to_json_string(use_diff=False))
+        self.config_dict.pop("_name_or_path", None)
+        self.tied = bool(config.tie_word_embeddings)
+        self._side_files = side_files
+        self._gguf_tokenizer: Any = None
+
+    @classmethod
+    def from_gguf(cls, path: Path) -> "_Base":
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+        config.pop("quantization_config", None)
+        base = cls(model.config, family_of(config, path), ModuleTensors(model), path.parent)
+        base.config_dict = {key: value for key, value in config.items() if key != "_name_or_path"} | {"dtype": "float32"}
+        base._gguf_tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return base
+
+    def copy_side_files(self, out_dir: Path) -> None:
+        """Tokenizer and generation config."""
+        if self._gguf_tokenizer is not None:
+            self._gguf_tokenizer.save_pretrained(out_dir)
+            return
+        copy_side_files(self._side_files, out_dir)
+
+
+def _open_base(base_dir: Path, stack: ExitStack) -> _Base:
+    if not base_dir.exists():
+        raise CheckpointError(f"{base_dir} does not exist; expected a checkpoint directory or a .gguf file")
+    if base_dir.is_file():
+        if base_dir.suffix != ".gguf":
+            raise CheckpointError(f"{base_dir} is a file; expected a checkpoint directory or a .gguf file")
+        return _Base.from_gguf(base_dir)
+    ggufs = sorted(base_dir.glob("*.gguf"))
+    if ggufs and not any(base_dir.glob("*.safetensors*")):
+        if len(ggufs) > 1:
+            raise CheckpointError(f"{base_dir} holds {len(ggufs)} .gguf files; name one of them, for instance {ggufs[0]}")
+        return _Base.from_gguf(ggufs[0])
+    raw = read_config(base_dir)
+    family_of(raw, base_dir)
+    config = AutoConfig.from_pretrained(base_dir)
+    # Once more with the defaults resolved: layer types follow from other keys.
+    family = family_of(config.to_dict(), base_dir)
+    reader = stack.enter_context(CheckpointReader(base_dir))
+    _check_tokenizer(base_dir, config.vocab_size)
+    return _Base(config, family, reader, base_dir)
+
+
+def copy_side_files(source: Path, out_dir: Path) -> None:
+    """Copies everything small that is neither weights nor config: tokenizer, chat template, generation config."""
+    skipped = {"config.json", REPORT}
+    for path in sorted(source.iterdir()):
+        is_side = path.suffix in (".json", ".model", ".txt", ".jinja", ".tiktoken") and ".safetensors" not in path.name
+        if path.is_file() and is_side and path.name not in skipped and not path.name.endswith(".bin.index.json"):
+            shutil.copyfile(path, out_dir / path.name)
+
+
+def _check_tokenizer(base_dir: Path, vocabulary: int) -> None:
+    path = base_dir / "tokenizer.json"
+    if not path.is_file():
+        return
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocab = tokenizer.get("model", {}).get("vocab", {})
+    ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
+    ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
+    if ids and max(ids) >= vocabulary:
+        raise UnsupportedModelError(
+            f"{path} gives token id {max(ids)}, but the model's vocabulary has {vocabulary}: this tokenizer is not the model's"
+        )
+
+
+def _check_tensors(base: _Base, where: Path) -> None:
+    """The base's tensors must be exactly those of its class; refuses the first that is missing, odd or misshapen."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base.config)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if base.tied:
+        expected.pop("lm_head.weight", None)
+    present = base.tensors.specs
+    for name in [name for name in present if name.endswith("rotary_emb.inv_freq")]:
+        del present[name]
+    if base.tied and "lm_head.weight" in present:
+        if not torch.equal(base.tensors.tensor("lm_head.weight"), base.tensors.tensor("model.embed_tokens.weight")):
+            raise UnsupportedModelError(
+                f"{where} says tie_word_embeddings: true, yet holds a lm_head.weight that differs from its embeddings: "
+                "correct config.json or the weights"
+            )
+        del present["lm_head.weight"]
+    if missing := sorted(set(expected) - set(present)):
+        raise CheckpointError(f"{where} lacks {len(missing)} tensors that its class has, first {missing[0]}")
+    if extra := sorted(set(present) - set(expected)):
+        raise CheckpointError(f"{where} holds {len(extra)} tensors that its class does not know, first {extra[0]}")
+    for name, shape in expected.items():
+        if present[name].shape != shape:
+            raise CheckpointError(f"{where}: {name} has shape {present[name].shape}, its config says {shape}")
+        if not present[name].dtype.is_floating_point:
+            raise UnsupportedModelError(f"{where}: {name} is {present[name].dtype}, quantised: upcycle the float checkpoint")
+
+
+def _check_space(directory: Path, plan: "_Plan") -> None:
+    needed, free = sum(spec.nbytes for spec in plan.specs), shutil.disk_usage(directory).free
+    if needed > free:
+        raise ValueError(f"{directory.parent} has {free / 1e9:.1f} GB free, the checkpoint takes {needed / 1e9:.1f} GB")
+
+
+class _Plan:
+    """Every tensor of the upcycled checkpoint: its name, type and shape now, its values when asked for."""
+
+    def __init__(
+        self, base: _Base, experts: int, init: Init, seed: int, noise_scale: float, drop_ratio: float
+    ) -> None:
+        self.experts, self.init, self.seed = experts, init, seed
+        self._base, self._family = base.tensors, base.family
+        self._noise_scale, self._drop_ratio = noise_scale, drop_ratio
+        self.specs: list[TensorSpec] = []
+        self._made: dict[str, tuple[Any, ...]] = {}
+        for name in sorted(base.tensors.specs, key=_natural_order):
+            spec = base.tensors.specs[name]
+            ffn = parse_dense_ffn(name)
+            if ffn is None:
+                self._add(TensorSpec(self._family.stored_name(name), spec.dtype, spec.shape), "base", name)
+                continue
+            layer, matrix = ffn
+            for expert in range(experts):
+                stored = self._family.expert_name(layer, expert, matrix)
+                self._add(TensorSpec(stored, spec.dtype, spec.shape), "expert", name, layer, expert, matrix)
+            if matrix == "down_proj":
+                self._add_routing(layer, spec, spec.shape[0])
+
+    def _add(self, spec: TensorSpec, *recipe: Any) -> None:
+        self.specs.append(spec)
+        self._made[spec.name] = recipe
+
+    def _add_routing(self, layer: int, down: TensorSpec, hidden: int) -> None:
+        router = TensorSpec(self._family.router_name(layer), down.dtype, (self.experts, hidden))
+        self._add(router, "router", layer, router)
+        if self._family.moe == "qwen2_moe":
+            shapes = {
+                "shared_expert.gate_proj": (SHARED_EXPERT_WIDTH, hidden),
+                "shared_expert.up_proj": (SHARED_EXPERT_WIDTH, hidden),
+                "shared_expert.down_proj": (hidden, SHARED_EXPERT_WIDTH),
+                "shared_expert_gate": (1, hidden),
+            }
+            for part, shape in shapes.items():
+                spec = TensorSpec(f"model.layers.{layer}.mlp.{part}.weight", down.dtype, shape)
+                self._add(spec, "zeros", spec)
+
+    def tensor(self, name: str) -> Tensor:
+        """The values of one tensor; the same ones whatever was asked for before."""
+        kind, *rest = self._made[name]
+        if kind == "base":
+            return self._base.tensor(rest[0])
+        if kind == "zeros":
+            return torch.zeros(rest[0].shape, dtype=rest[0].dtype)
+        if kind == "router":
+            layer, spec = rest
+            std = math.sqrt(2.0 / sum(spec.shape))
+            values = torch.randn(spec.shape, generator=self._generator("router", layer))
+            return (values * std).to(spec.dtype)
+        base_name, layer, expert, matrix = rest
+        value = self._base.tensor(base_name)
+        if expert == 0 or self.init == "copy":
+            return value
+        if self.init == "noise":
+            noise = torch.randn(value.shape, generator=self._generator("noise", layer, expert, matrix))
+            wide = value.float()
+            return (wide + noise * (self._noise_scale * wide.std())).to(value.dtype)
+        return self._redrawn(value, layer, expert, matrix)
+
+    def _redrawn(self, value: Tensor, layer: int, expert: int, matrix: str) -> Tensor:
+        # One inner dimension is a row of gate and up and a column of down.
+        inner = 1 if matrix == "down_proj" else 0
+        width = value.shape[inner]
+        dimensions = torch.randperm(width, generator=self._generator("drop", layer, expert))
+        dimensions = dimensions[: max(1, round(self._drop_ratio * width))]
+        wide = value.float().clone()
+        replaced = wide.index_select(inner, dimensions)
+        fresh = torch.randn(replaced.shape, generator=self._generator("redraw", layer, expert, matrix))
+        wide.index_copy_(inner, dimensions, fresh * replaced.std() + replaced.mean())
+        return wide.to(value.dtype)
+
+    def _generator(self, *what: Any) -> torch.Generator:
+        """A generator of its own for each tensor, so that values do not depend on the order of writing."""
+        key = hashlib.sha256(repr((self.seed, *what)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+
+
+def _natural_order(name: str) -> tuple[Any, ...]:
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split("."))
+
+
+def _prove(
+    base: _Base, out_dir: Path, plan: _Plan, top_k: int, tolerance: float, probes: Tensor | None
+) -> UpcycleReport:
+    """Compares logits of base and result on the probes; raises StepZeroError above the tolerance."""
+    if probes is None:
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randint(base.config.vocab_size, (2, min(64, base.config.max_position_embeddings)), generator=generator)
+    expected = streamed_logits(base.tensors, base.config, base.family, probes)
+    config = AutoConfig.from_pretrained(out_dir)
+    with CheckpointReader(out_dir) as result:
+        as_routed = _max_delta(streamed_logits(result, config, base.family, probes), expected)
+        delta = as_routed
+        if plan.init != "copy":
+            alone = streamed_logits(result, config, base.family, probes, only_expert=0)
+            delta = _max_delta(alone, expected)
+    if not delta <= tolerance:
+        raise StepZeroError(
+            f"the upcycled {base.family.moe} differs from its base by {delta:.3g} in some logit (tolerance {tolerance:g}, "
+            f"logits up to {expected.abs().max():.3g}); nothing was written. A base in an unusual configuration is "
+            "the likely reason; raise the tolerance only if the difference is rounding"
+        )
+    notes = []
+    if top_k == 1:
+        notes.append(
+            "top_k 1: the one chosen expert has weight 1 after normalisation, so the language modelling loss gives the router "
+            "no gradient; only the balance and language prior losses train it. Use top_k 2 to train"
+        )
+    if plan.init != "copy":
+        notes.append(f"init {plan.init}: equal to the base only with every token sent to expert 0; as routed see as_routed_delta")
+    return UpcycleReport(
+        base_model_type=base.family.dense,
+        model_type=base.family.moe,
+        experts=plan.experts,
+        top_k=top_k,
+        init=plan.init,
+        seed=plan.seed,
+        proof="as_routed" if plan.init == "copy" else "expert_0",
+        max_abs_delta=delta,
+        as_routed_delta=as_routed,
+        max_abs_logit=expected.abs().max().item(),
+        tolerance=tolerance,
+        probe_shape=tuple(probes.shape),
+        base_digest=original_digest(base.tensors, base.family, base.tied),
+        base_parameters=sum(torch.Size(spec.shape).numel() for spec in base.tensors.specs.values()),
+        parameters=sum(torch.Size(spec.shape).numel() for spec in plan.specs),
+        notes=tuple(notes),
+    )
+
+
+def _max_delta(ours: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference; a NaN anywhere makes it NaN, which no tolerance admits."""
+    return (ours - expected).abs().max().item()
