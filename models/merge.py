@@ -1,0 +1,178 @@
+"""Merge the experts of every segment into one SwiGLU FFN and apply it (Lory, papers.md 1.1).
+
+    theta_bar(s) = sum_i e[s, i] * theta_i            one GEMM  [S, E] x [E, P]
+    y(s)         = (silu(x G^T) * (x U^T)) V          G, U, V are cut out of theta_bar(s)
+
+The experts are one tensor `[E, 3F, D]` (rows: gate, up, down transposed; P = 3FD), so that one GEMM merges all three
+matrices, one distributes the gradient to the experts (e^T dW) and one to the weights (dW experts^T).
+
+Price: E/T of the FFN's FLOPs, T tokens in a segment. The segments are taken in blocks and their merged weights are
+computed again in the backward pass, so they occupy a fixed budget whatever the number of segments, experts and layers.
+Saved for backward: x, e and the two hidden projections, 2F numbers a token (a stock LlamaMLP saves 4F).
+`benchmarks/lory_step.py` measures it beside the straightforward form and the dense FFN.
+
+Shapes: S segments, T tokens a segment, D width, F FFN width, E experts.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Blocks this small keep merged weights and hidden states in the CPU's caches; fewer than 8 segments make the merge
+# GEMM thin, so that smaller FFNs than the caches take 8 as long as CPU_MOST holds them.
+CPU_CACHE_BYTES = 4 << 20
+CPU_MOST_BYTES = 64 << 20
+CPU_LEAST_SEGMENTS = 8
+# On a GPU a block must fill the device: at D 1024, F 2816 in bf16 this is 15 segments of 256 tokens.
+GPU_BYTES = 512 << 20
+
+
+def segments_per_block(segments: int, merged_bytes: int, device_type: str, block_bytes: int | None = None) -> int:
+    """Segments to process at once, when the merged weights of one take `merged_bytes` and so do their gradients."""
+    cost = 2 * merged_bytes
+    if block_bytes is not None:
+        most = block_bytes // cost
+    elif device_type == "cpu":
+        most = max(CPU_CACHE_BYTES // cost, min(CPU_LEAST_SEGMENTS, CPU_MOST_BYTES // cost))
+    else:
+        most = GPU_BYTES // cost
+    blocks = -(-segments // max(1, min(segments, most)))
+    return -(-segments // blocks)
+
+
+def merge_experts(weights: Tensor, experts: Tensor) -> Tensor:
+    """Merged FFN parameters `[..., 3F, D]` of the weights `[..., E]` over the experts `[E, 3F, D]`."""
+    merged = weights.flatten(0, -2).to(experts.dtype) @ experts.flatten(1)
+    return merged.view(*weights.shape[:-1], *experts.shape[1:])
+
+
+def apply_merged(x: Tensor, merged: Tensor) -> Tensor:
+    """SwiGLU FFN of each row: x `[S, T, D]` with merged parameters `[S, 3F, D]`, or `[1, 3F, D]` for all rows."""
+    width = merged.shape[-2] // 3
+    if merged.shape[0] == 1:
+        gate_up, down = merged[0].split([2 * width, width])
+        gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+        return (F.silu(gate) * up) @ down
+    gate_up, down = merged.split([2 * width, width], dim=1)
+    gate, up = torch.bmm(x, gate_up.transpose(1, 2)).chunk(2, dim=-1)
+    return torch.bmm(F.silu(gate) * up, down)
+
+
+def reference_merged_ffn(x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """`merged_ffn` written down as papers.md 1.1 says it: slow, large, and what the fast one is held against."""
+    gate, up, down = torch.einsum("...e,efd->...fd", weights, experts).chunk(3, dim=-2)
+    hidden = F.silu(torch.einsum("...td,...fd->...tf", x, gate)) * torch.einsum("...td,...fd->...tf", x, up)
+    return torch.einsum("...tf,...fd->...td", hidden, down)
+
+
+def merged_ffn(x: Tensor, weights: Tensor, experts: Tensor, block_bytes: int | None = None) -> Tensor:
+    """Each segment through its own mixture of the experts.
+
+    Args:
+        x: `[..., T, D]` tokens, grouped in segments of T.
+        weights: `[..., E]` one mixture for each segment; its leading dimensions are those of `x`.
+        experts: `[E, 3F, D]` the experts' gate rows, up rows and transposed down rows.
+        block_bytes: budget for merged weights and their gradients; chosen for the device when None.
+
+    Returns `[..., T, D]`, in autocast's dtype where autocast is on.
+    """
+    tokens, width = x.shape[-2:]
+    if weights.shape[:-1] != x.shape[:-2] or weights.shape[-1] != experts.shape[0] or experts.shape[2] != width:
+        raise ValueError(
+            f"Shapes do not fit: x {tuple(x.shape)} [..., T, D], weights {tuple(weights.shape)} [..., E], "
+            f"experts {tuple(experts.shape)} [E, 3F, D]."
+        )
+    device_type = x.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else experts.dtype
+    x_STD = x.reshape(-1, tokens, width).to(dtype)
+    e_SE = weights.reshape(-1, weights.shape[-1]).to(dtype)
+    merged_bytes = experts.shape[1] * width * x_STD.element_size()
+    block = segments_per_block(x_STD.shape[0], merged_bytes, device_type, block_bytes)
+    with torch.autocast(device_type, enabled=False):
+        if torch.is_grad_enabled():
+            y_STD = _MergedFFN.apply(x_STD, e_SE, experts, block)
+        else:
+            y_STD = _forward(x_STD, e_SE, experts.to(dtype), block, None)
+    return y_STD.view(x.shape)
+
+
+def _forward(x: Tensor, e: Tensor, experts: Tensor, block: int, gate_up: Tensor | None) -> Tensor:
+    """The blockwise forward pass; `gate_up` `[S, T, 2F]` receives the hidden projections where given."""
+    segments, rows, width = x.shape[0], experts.shape[1], experts.shape[1] // 3
+    flat = experts.flatten(1)
+    y = torch.empty_like(x)
+    merged_block = x.new_empty(min(block, segments), rows, x.shape[2])
+    for start in range(0, segments, block):
+        here = slice(start, min(start + block, segments))
+        merged = merged_block[: here.stop - start]
+        torch.mm(e[here], flat, out=merged.flatten(1))
+        projections = merged[:, : 2 * width].transpose(1, 2)
+        if gate_up is None:
+            hidden_pair = torch.bmm(x[here], projections)
+        else:
+            hidden_pair = torch.bmm(x[here], projections, out=gate_up[here])
+        hidden = F.silu(hidden_pair[..., :width]).mul_(hidden_pair[..., width:])
+        torch.bmm(hidden, merged[:, 2 * width :], out=y[here])
+    return y
+
+
+class _MergedFFN(torch.autograd.Function):
+    """`merged_ffn` on x `[S, T, D]`, e `[S, E]` in the compute dtype and experts in the dtype of the parameter."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, e: Tensor, experts: Tensor, block: int) -> Tensor:
+        gate_up = x.new_empty(*x.shape[:2], experts.shape[1] // 3 * 2)
+        y = _forward(x, e, experts.to(x.dtype), block, gate_up)
+        ctx.save_for_backward(x, e, experts, gate_up)
+        ctx.block = block
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, e, experts, gate_up = ctx.saved_tensors
+        need_x, need_e, need_experts, _ = ctx.needs_input_grad
+        with torch.autocast(x.device.type, enabled=False):
+            return _backward(dy, x, e, experts, gate_up, ctx.block, (need_x, need_e, need_experts))
+
+
+def _backward(dy, x, e, experts, gate_up, block, needs) -> tuple[Tensor | None, ...]:
+    segments, rows, width = x.shape[0], experts.shape[1], experts.shape[1] // 3
+    flat = experts.to(x.dtype).flatten(1)
+    dy = dy.contiguous()
+    dx = torch.empty_like(x) if needs[0] else None
+    de = torch.empty_like(e) if needs[1] else None
+    d_experts = None
+    merged_block = x.new_empty(min(block, segments), rows, x.shape[2])
+    d_merged_block = torch.empty_like(merged_block)
+    for start in range(0, segments, block):
+        here = slice(start, min(start + block, segments))
+        merged, d_merged = merged_block[: here.stop - start], d_merged_block[: here.stop - start]
+        torch.mm(e[here], flat, out=merged.flatten(1))
+        gate, up = gate_up[here, :, :width], gate_up[here, :, width:]
+        d_hidden = torch.bmm(dy[here], merged[:, 2 * width :].transpose(1, 2))
+        activated = F.silu(gate)
+        d_pair = torch.empty_like(gate_up[here])
+        torch.mul(d_hidden, activated, out=d_pair[..., width:])
+        torch.ops.aten.silu_backward.grad_input(d_hidden.mul_(up), gate, grad_input=d_pair[..., :width])
+        if needs[0]:
+            torch.bmm(d_pair, merged[:, : 2 * width], out=dx[here])
+        if not (needs[1] or needs[2]):
+            continue
+        torch.bmm(d_pair.transpose(1, 2), x[here], out=d_merged[:, : 2 * width])
+        torch.bmm(activated.mul_(up).transpose(1, 2), dy[here], out=d_merged[:, 2 * width :])
+        if needs[1]:
+            torch.mm(d_merged.flatten(1), flat.t(), out=de[here])
+        if needs[2]:
+            d_experts = _accumulate(d_experts, e[here].t(), d_merged.flatten(1), experts.dtype)
+    return dx, de, None if d_experts is None else d_experts.view(experts.shape).to(experts.dtype), None
+
+
+def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """`total + left @ right`, summed in fp32 at least: bf16 blocks would lose their small contributions."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    if total is None:
+        return torch.mm(left, right).to(dtype)
+    if right.dtype == dtype:
+        return total.addmm_(left, right)
+    return total.add_(torch.mm(left, right))
