@@ -37,7 +37,7 @@ class Journal:
 
     def event(self, event: str, **columns: Any) -> None:
         """One event (`run_started`, `run_ended`, `step_started`, `step_ended`), on disk when this returns."""
-        os.fsync(self._write(EVENTS, {"event": event, "at": now(), "run": self.run, **columns}))
+        os.fsync(self._write(EVENTS, {"event": event, "logged": now(), "run": self.run, **columns}))
 
     def metric(
         self, step: str, name: str, value: float, at_step: int | None = None, tags: dict[str, str] | None = None
@@ -46,7 +46,7 @@ class Journal:
         self._write(
             METRICS,
             {
-                "at": now(),
+                "logged": now(),
                 "run": self.run,
                 "step": step,
                 "name": name,

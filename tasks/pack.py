@@ -185,7 +185,7 @@ def _describe(
             {
                 **{name: spread[name] for name in names},
                 "instance": pa.array(to // length),
-                "offset": pa.array(to % length, pa.int32()),
+                "instance_offset": pa.array(to % length, pa.int32()),
                 "tokens": pa.array(sizes, pa.int32()),
                 "document_offset": pa.array(offset, pa.int32()),
             }
