@@ -3,7 +3,7 @@
 A compiled catalog is sorted by message, which tears a dialogue apart. So messages go back into the order in which they
 stand in the program's own sources, found by looking their English up in every string literal there, and neighbours from
 one source file become one document. English is the messages themselves, taken once, not once a language.
-Price: reading 25 MB of sources, 2 s; language identification of 20,000 messages, 1 s.
+Price: reading 15 MB of sources, 1 s; language identification of 15,000 messages, 2 s.
 
 Much of a catalog is no translation: a message equal to its English or identified as English is dropped, and so is one
 that is short or mostly markup.
@@ -49,6 +49,9 @@ ELEMENT = re.compile(r">([^<>]{20,})<")
 SOURCES = (".py", ".glade", ".ui", ".html")
 ESCAPE = re.compile(r"\\(\n|.)", re.DOTALL)
 ESCAPED = {"n": "\n", "t": "\t", "\n": ""}
+BREAK = re.compile(r"<br ?/?>|</(?:p|h\d|li|title)>", re.IGNORECASE)
+# An underscore before the letter that a key reaches; between Latin letters it belongs to a name.
+ACCELERATOR = re.compile(r"(?<![A-Za-z0-9_])_(?=[^\W_])")
 TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 PLACEHOLDER = re.compile(r"%\(\w+\)[-+#0-9.]*[a-zA-Z]|%[-+#0-9.]*[sdifgrx]\b|\$\{?\w+\}?|\{[^{}]*\}")
 MARKUP = re.compile(r"[<>{}|\\=`*#@]|https?:|::")
@@ -165,8 +168,7 @@ def _prose(pairs: Iterable[tuple[str, str]], language: str, minimum_words: int) 
 
 def _cleaned(text: str) -> str:
     """Without tags, keyboard accelerators and hard line ends; paragraphs stay."""
-    text = html.unescape(TAG.sub("", text))
-    text = re.sub(r"_(?=\w)(?<!\w_)", "", text)
+    text = ACCELERATOR.sub("", html.unescape(TAG.sub("", BREAK.sub("\n\n", text))))
     return "\n".join(line for paragraph in re.split(r"\n\s*\n", text) if (line := " ".join(paragraph.split())))
 
 

@@ -7,6 +7,7 @@ Regular expressions, not `ast`: the sources are 10 MB, and parsing them costs 10
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
 import sysconfig
@@ -21,7 +22,7 @@ from tasks.corpus.text import Document, cut, merge_short
 LICENCE = "PSF-2.0"
 SOURCE = "python"
 VERSION = platform.python_version()
-# Tables, generated code and text that is no one's prose or everyone's tests.
+# Other people's packages, tables, and tools with little text of their own; then the tests and generated tables.
 LEFT_OUT = {
     "site-packages",
     "dist-packages",
@@ -32,6 +33,7 @@ LEFT_OUT = {
     "pydoc_data",
     "turtledemo",
 }
+TESTS = ("test", "_sysconfigdata")
 CODE_MODULES_OF_TEN = 3
 TOP_LEVEL = re.compile(r"^(?:@[^\n]*\n)*(?:def |async def |class )", re.MULTILINE)
 DOCSTRING = re.compile(
@@ -98,10 +100,12 @@ def _modules() -> list[tuple[str, Path]]:
     """Every module of the standard library with sources here, as (dotted name, path), in order of name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).with_suffix("").parts
-        if not LEFT_OUT.intersection(parts) and not any(part.startswith(("test", "_sysconfigdata")) for part in parts):
-            found.append((".".join(parts), path))
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in LEFT_OUT and not name.startswith(TESTS)]
+        for name in names:
+            path = Path(folder, name)
+            if path.suffix == ".py" and not name.startswith(TESTS):
+                found.append((".".join(path.relative_to(root).with_suffix("").parts), path))
     if not found:
         raise EclectusError(
             f"no sources of Python's standard library under {root}, which the default corpus reads: use a Python that is "

@@ -48,7 +48,7 @@ def cut(text: str, maximum: int) -> list[str]:
             piece = part
         else:
             piece = grown
-    return pieces + [piece] if piece else pieces
+    return [*pieces, piece] if piece else pieces
 
 
 def _parts(text: str, maximum: int) -> Iterator[tuple[str, str]]:
@@ -91,7 +91,7 @@ def without_repeats(documents: Iterable[Document], share: float) -> list[Documen
         words = WORD.findall(document.text.lower())
         starts = range(max(1, len(words) - SHINGLE_WORDS + 1))
         shingles = [hash(tuple(words[start : start + SHINGLE_WORDS])) for start in starts]
-        # The probe looks at every second shingle of the new document, the memory holds them all: same answer, half the price.
+        # Every second shingle is looked up, all are remembered: the same answer at half the price.
         probe = shingles[::SHINGLE_STEP]
         if sum(shingle in seen for shingle in probe) > share * len(probe):
             continue
