@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from models.lory import expand_dense_tensors
+
 
 def save_model(
     model: Any, tokenizer: Any, out: Path, moments: dict[str, torch.Tensor] | None, moments_name: str
@@ -17,6 +19,22 @@ def save_model(
     tokenizer.save_pretrained(out)
     if moments is not None:
         save_file({name: value.contiguous().cpu() for name, value in moments.items()}, out / moments_name)
+
+
+def duplicated_moments(moments: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:
+    """AdamW's moments of a dense model for the Lory model that `LoryForCausalLM.from_dense` makes of it.
+
+    A copy weighted 1/E sees 1/E of the dense gradient: its first moment is divided by E and its second by E squared, so that
+    its next step has the size of the dense model's. Routers start from zero moments.
+    """
+    duplicated: dict[str, torch.Tensor] = {}
+    for what, scale in (("exp_avg", 1 / experts), ("exp_avg_sq", 1 / experts**2)):
+        ending = f".{what}"
+        dense = {name.removesuffix(ending): value for name, value in moments.items() if name.endswith(ending)}
+        duplicated |= {name + ending: value for name, value in expand_dense_tensors(dense, experts, scale).items()}
+    steps = [value for name, value in moments.items() if name.endswith(".step")]
+    names = {name.removesuffix(".exp_avg") for name in duplicated if name.endswith(".exp_avg")}
+    return duplicated | {f"{name}.step": steps[0] for name in names if steps}
 
 
 def load_moments_file(path: str | None) -> dict[str, torch.Tensor]:

@@ -121,7 +121,7 @@ def train_stage(
     check_frozen(plan.stop)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if place.leads:
-        export_checkpoint(model, Path(out), source=Path(checkpoint))
+        export_checkpoint(model, Path(out), side_files=Path(checkpoint))
     return {
         "model": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

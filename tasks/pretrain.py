@@ -197,7 +197,8 @@ def _lory(start: str, settings: PretrainStageSettings, moments: dict[str, Any]) 
     import torch
     from transformers import LlamaForCausalLM
 
-    from models.lory import LoryForCausalLM, expert_moments
+    from models.checkpoint import duplicated_moments
+    from models.lory import LoryForCausalLM
 
     model = LoryForCausalLM.from_dense(
         LlamaForCausalLM.from_pretrained(start, dtype=torch.float32),
@@ -207,4 +208,4 @@ def _lory(start: str, settings: PretrainStageSettings, moments: dict[str, Any]) 
         router_initializer_range=settings.lory_router_init,
         seed=settings.seed,
     )
-    return model, expert_moments(model, moments) if settings.lory_moments == "carry" else {}
+    return model, duplicated_moments(moments, settings.lory_experts) if settings.lory_moments == "carry" else {}

@@ -6,6 +6,7 @@ fixed probes, is stored with the artifact; above the tolerance nothing is writte
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,7 @@ class UpcycleSettings(Settings):
 @step(makes="checkpoint", version=1)
 def upcycle(checkpoint: Artifact, settings: UpcycleSettings, out: Draft) -> None:
     """Upcycles a dense checkpoint to a stock mixture-of-experts checkpoint, with the proof."""
+    from models.upcycle import StepZeroError
     from models.upcycle import upcycle as upcycle_checkpoint
 
     try:
@@ -48,6 +50,6 @@ def upcycle(checkpoint: Artifact, settings: UpcycleSettings, out: Draft) -> None
             seed=settings.seed,
             tolerance=settings.upcycle_tolerance,
         )
-    except ValueError as error:
+    except (ValueError, StepZeroError) as error:
         raise EclectusError(str(error)) from error
-    out.statistics = report.as_dict()
+    out.statistics = asdict(report)
