@@ -50,7 +50,10 @@ def grouped_rows(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
 def grouped_outer(g_SF: Tensor, x_SD: Tensor, ends_E: Tensor) -> Tensor:
     """`[E, F, D]`: for each group, the sum over its rows of g outer x. Rows after the last end do not count."""
     if _aligned(g_SF) and _aligned(x_SD):
-        return torch.nn.functional.grouped_mm(g_SF.T, x_SD, offs=ends_E)
+        out_EFD = torch.nn.functional.grouped_mm(g_SF.T, x_SD, offs=ends_E)
+        # On Blackwell the kernel leaves groups without rows unwritten (pytorch issue 172439).
+        empty_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1)) == 0
+        return out_EFD.masked_fill_(empty_E.view(-1, 1, 1), 0.0)
     out_EFD = x_SD.new_zeros(ends_E.numel(), g_SF.shape[1], x_SD.shape[1])
     start = 0
     for group, end in enumerate(ends_E.tolist()):
