@@ -68,6 +68,18 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
         0.05, gt=0, lt=1, description="Part of the steps that train the dense model before its networks become experts."
     )
 
+    def check_shape(self) -> None:
+        """Raises EclectusError when width, heads and workers do not fit each other."""
+        if self.model_width % self.model_heads or self.model_heads % self.model_key_value_heads:
+            raise EclectusError(
+                f"model_width {self.model_width}, model_heads {self.model_heads} and model_key_value_heads "
+                f"{self.model_key_value_heads} do not fit: each must be a multiple of the next"
+            )
+        if self.training_workers and self.pretrain_batch % self.training_workers:
+            raise EclectusError(
+                f"pretrain_batch {self.pretrain_batch} cannot be shared by training_workers {self.training_workers}; make it a multiple"
+            )
+
     @property
     def switch_step(self) -> int:
         """The step at which the dense warm-up ends."""
@@ -100,11 +112,7 @@ def pretrain(
         raise EclectusError(
             f"stage '{settings.pretrain_stage}' of pre-training starts from the dense warm-up, and only that from nothing"
         )
-    if settings.model_width % settings.model_heads or settings.model_heads % settings.model_key_value_heads:
-        raise EclectusError(
-            f"model_width {settings.model_width}, model_heads {settings.model_heads} and model_key_value_heads "
-            f"{settings.model_key_value_heads} do not fit: each must be a multiple of the next"
-        )
+    settings.check_shape()
     with workplace("pretrain", instances, tokenizer, start, settings.key_values()) as work:
         out.statistics = run_training(
             settings,

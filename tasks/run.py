@@ -43,6 +43,7 @@ class Run:
     step: str | None = None
     label: str = ""
     states: dict[str, str] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
     kept: dict[str, contextlib.AbstractContextManager[Any]] = field(default_factory=dict)
 
     def keep(self, name: str, make: Callable[[], C]) -> C:

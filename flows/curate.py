@@ -1,0 +1,64 @@
+"""Curate: sources to training instances, grouped by similarity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefect import flow
+from tasks.group import GroupSettings, group
+
+from flows.parameters import CurateParameters, check
+from flows.run import open_run
+from storage.artifact import Artifact
+from tasks.embed import EmbedSettings, embed
+from tasks.ingest import IngestSettings, ingest
+from tasks.languages import LanguageSettings, languages
+from tasks.neighbors import NeighborSettings, neighbors
+from tasks.pack import PackSettings, pack
+from tasks.replay import ReplaySettings, replay
+from tasks.split import SplitSettings, split
+from tasks.static_embedding import STATIC, StaticEmbeddingSettings, train_embedding
+from tasks.tokenizer import TokenizerSettings, tokenizer
+
+
+@dataclass(frozen=True)
+class Curated:
+    """Instances of the original languages, of the expanded ones and for the review; None where no language asks for them."""
+
+    documents: Artifact
+    grouping: Artifact
+    tokenizer: Artifact
+    original: Artifact
+    expanded: Artifact | None
+    review: Artifact | None
+
+
+@flow(name="curate", validate_parameters=False)
+def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
+    """From sources to training instances: languages, held-out split, embeddings, similarity grouping, packing."""
+    check(parameters)
+    with open_run("curate", parameters):
+        documents = ingest(settings=IngestSettings.of(parameters))
+        documents = languages(documents=documents, settings=LanguageSettings.of(parameters))
+        documents = split(documents=documents, settings=SplitSettings.of(parameters))
+        model = None
+        if parameters.embedding_model == STATIC:
+            model = train_embedding(documents=documents, settings=StaticEmbeddingSettings.of(parameters))
+        embeddings = embed(documents=documents, model=model, settings=EmbedSettings.of(parameters))
+        nearest = neighbors(documents=documents, embeddings=embeddings, settings=NeighborSettings.of(parameters))
+        grouping = group(
+            documents=documents, neighbors=nearest, embeddings=embeddings, settings=GroupSettings.of(parameters)
+        )
+        tokens = tokenizer(documents=documents, settings=TokenizerSettings.of(parameters))
+
+        def packed(what: str, of: Artifact, along: Artifact | None, which: str) -> Artifact:
+            settings = PackSettings.of(parameters, pack_group=which)
+            return pack(label=f"pack {what}", documents=of, tokenizer=tokens, grouping=along, settings=settings)
+
+        original = packed("original", documents, grouping, "original")
+        expanded = review = None
+        if parameters.expanded_languages:
+            expanded = packed("expanded", documents, grouping, "expanded")
+            replayed = replay(documents=documents, settings=ReplaySettings.of(parameters))
+            review = packed("review", replayed, None, "all")
+        return Curated(documents, grouping, tokens, original, expanded, review)

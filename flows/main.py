@@ -1,0 +1,32 @@
+"""Main: the whole job. Pre-train on the original languages, extend the dense twin to new ones, evaluate, report."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.curate import curate
+from flows.evaluate import Evaluated, evaluate
+from flows.extend import extend
+from flows.parameters import (
+    CurateParameters,
+    EvaluateParameters,
+    ExtendParameters,
+    MainParameters,
+    PretrainParameters,
+    check,
+)
+from flows.pretrain import pretrain
+from flows.run import once, open_run
+
+
+@flow(name="main", validate_parameters=False)
+def main(parameters: MainParameters = MainParameters()) -> Evaluated:
+    """Curates the sources, pre-trains Lory beside its dense twin, extends the twin to new languages, evaluates and reports."""
+    check(parameters)
+    with open_run("main", parameters):
+        if not parameters.base_model:
+            once(curate, CurateParameters.of(parameters))
+            once(pretrain, PretrainParameters.of(parameters))
+        if parameters.expanded_languages:
+            once(extend, ExtendParameters.of(parameters))
+        return once(evaluate, EvaluateParameters.of(parameters))

@@ -1,0 +1,178 @@
+"""Opening a run: home, journal, Prefect server and display around the flow that is called.
+
+with open_run("main", parameters) as run: ...        # Ray, workers and server are gone when this ends, whatever happens
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flows.server import prefect_server
+from storage.home import Home
+from storage.journal import Journal
+from storage.known import KnownKeys
+from storage.lineage import write_database
+from tasks.cluster import shut_ray
+from tasks.run import Display, Run, activate, current_run
+from tasks.settings import Settings
+
+PACKAGES = [
+    "eclectus",
+    "prefect",
+    "ray",
+    "torch",
+    "transformers",
+    "datasets",
+    "sentence-transformers",
+    "faiss-cpu",
+    "duckdb",
+    "pandas",
+    "pyarrow",
+    "numpy",
+]
+
+
+@contextlib.contextmanager
+def open_run(
+    flow: str, parameters: Settings, home: Home | None = None, displays: list[Display] | None = None
+) -> Iterator[Run]:
+    """The run of this process, opened for `flow` unless a flow that calls this one has opened it already."""
+    run = current_run()
+    if run is not None:
+        before, run.flow = run.flow, flow
+        try:
+            yield run
+        finally:
+            run.flow = before
+        return
+    home = home or Home.open()
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+    with Journal(home.journal, run_id) as journal:
+        run = Run(
+            id=run_id,
+            home=home,
+            journal=journal,
+            known=KnownKeys(home.keys, home.store),
+            displays=displays or [],
+            flow=flow,
+            in_prefect=_prefect_flow_run() is not None,
+        )
+        journal.event("run_started", flow=flow, parameters=parameters.model_dump(mode="json"), **_surroundings())
+        started, error = time.monotonic(), None
+        try:
+            with activate(run):
+                yield run
+        except BaseException as fault:
+            error = fault
+            raise
+        finally:
+            with _interrupts_held():
+                run.close_kept(error)
+                shut_ray()
+                journal.event(
+                    "run_ended",
+                    state=_state(error),
+                    seconds=round(time.monotonic() - started, 3),
+                    error=f"{type(error).__name__}: {error}" if error else None,
+                )
+                write_database(home)
+
+
+@contextlib.contextmanager
+def served_run(flow: str, parameters: Settings, home: Home, displays: list[Display]) -> Iterator[Run]:
+    """A run opened from the command line: with a Prefect server around it, ready to call flows in."""
+    with prefect_server(home), open_run(flow, parameters, home, displays) as run:
+        run.in_prefect = True
+        yield run
+
+
+def once(flow: Any, parameters: Settings) -> Any:
+    """What a flow gives for these parameters, called at most once in a run: flows call the flows that they build on."""
+    results = current_run().results
+    key = f"{flow.name} {parameters.model_dump_json()}"
+    if key not in results:
+        results[key] = flow(parameters)
+    return results[key]
+
+
+def current_home() -> Home:
+    return current_run().home
+
+
+def code_version() -> str:
+    """The commit of the code, with `+` when the tree differs from it; else the package's version."""
+    root = Path(__file__).resolve().parent.parent
+    git = shutil.which("git")
+    if git and (root / ".git").exists():
+        described = subprocess.run(
+            [git, "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if described.returncode == 0:
+            return described.stdout.strip()
+    return importlib.metadata.version("eclectus")
+
+
+def _surroundings() -> dict[str, Any]:
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "code_version": code_version(),
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "prefect_flow_run": _prefect_flow_run(),
+    }
+
+
+def _prefect_flow_run() -> str | None:
+    import sys
+
+    if "prefect" not in sys.modules:
+        return None
+    from prefect.runtime import flow_run
+
+    return str(flow_run.id) if flow_run.id else None
+
+
+def _state(error: BaseException | None) -> str:
+    if error is None:
+        return "completed"
+    return "cancelled" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Keeps a second Ctrl-C from cutting the clean-up short."""
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(
+            signal.SIGINT, before if callable(before) or before in (signal.SIG_DFL, signal.SIG_IGN) else signal.SIG_DFL
+        )
+
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
