@@ -42,23 +42,35 @@ class EmbeddingText(Settings):
     """What of a document is embedded."""
 
     embedding_maximum_characters: int = Field(
-        8000, ge=1, description="Characters of a document that are embedded, from its beginning; the rest is not looked at."
+        8000,
+        ge=1,
+        description="Characters of a document that are embedded, from its beginning; the rest is not looked at.",
     )
 
 
 class StaticEmbeddingSettings(EmbeddingText):
     """How the corpus's own embedding model is trained."""
 
-    embedding_dimension: int = Field(256, ge=8, le=4096, description="Numbers in an embedding of the corpus-trained model.")
+    embedding_dimension: int = Field(
+        256, ge=8, le=4096, description="Numbers in an embedding of the corpus-trained model."
+    )
     embedding_vocabulary: int = Field(
         24_000, ge=300, description="Tokens in the vocabulary of the corpus-trained embedding model."
     )
     embedding_steps: int = Field(
-        200, ge=0, description="Contrastive training steps of the embedding model; 0 leaves latent semantic analysis as it is."
+        200,
+        ge=0,
+        description="Contrastive training steps of the embedding model; 0 leaves latent semantic analysis as it is.",
     )
-    embedding_pairs: int = Field(256, ge=2, description="Documents in a contrastive step, each giving two random spans.")
-    embedding_span: int = Field(128, ge=4, description="Longest span in tokens; a document's spans are at most half of it.")
-    embedding_learning_rate: float = Field(1e-3, gt=0, description="Learning rate of the contrastive training, falling to 0.")
+    embedding_pairs: int = Field(
+        256, ge=2, description="Documents in a contrastive step, each giving two random spans."
+    )
+    embedding_span: int = Field(
+        128, ge=4, description="Longest span in tokens; a document's spans are at most half of it."
+    )
+    embedding_learning_rate: float = Field(
+        1e-3, gt=0, description="Learning rate of the contrastive training, falling to 0."
+    )
     embedding_temperature: float = Field(0.05, gt=0, description="Temperature of the contrastive loss.")
     embedding_sample: int = Field(
         20_000, ge=1, description="Most documents that the embedding model is trained on, drawn at random."
@@ -82,7 +94,9 @@ def train_embedding(documents: Artifact, settings: StaticEmbeddingSettings, out:
     """
     seen = train_ids(documents)
     if len(seen) == 0:
-        raise EclectusError("no document in the train split to train an embedding on; add documents or lower the held-out share")
+        raise EclectusError(
+            "no document in the train split to train an embedding on; add documents or lower the held-out share"
+        )
     earlier = _earlier_model(seen, settings)
     if earlier is not None:
         for file in earlier.manifest()["files"]:
@@ -172,7 +186,9 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
     return tokenizer
 
 
-def start_weights(tokens: np.ndarray, lengths: np.ndarray, vocabulary: int, settings: StaticEmbeddingSettings) -> np.ndarray:
+def start_weights(
+    tokens: np.ndarray, lengths: np.ndarray, vocabulary: int, settings: StaticEmbeddingSettings
+) -> np.ndarray:
     """Token vectors float32 [V, D] before training: latent semantic analysis, or random ones for fewer documents than D.
 
     tokens: int32, all documents end to end. lengths: int [N], tokens of each. Both kinds are weighted by idf.

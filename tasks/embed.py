@@ -1,0 +1,349 @@
+"""Embeddings of all documents by any sentence-transformers model, on a pool of Ray actors.
+
+    known documents     found in earlier `embeddings` artifacts of the same model and limits, by document id: copied
+    the others          sorted by length within windows, cut into chunks; each actor loads the model once and writes every
+                        finished chunk to the home's `work` folder, so that a killed run loses one chunk per worker
+    result              embeddings.npy [N, D], row i = document i, L2-normalised; ids.npy [N]
+
+Price: the model's own `encode` time for the documents that are new to it, plus starting the actors (about 8 s: imports).
+A static model gives a document the same bits whatever is embedded beside it. A transformer's last bits depend on the
+batch (1e-7 in a cosine); a document keeps the bits of the first time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from storage.artifact import Artifact, Draft, hash_file
+from storage.errors import EclectusError
+from tasks.documents import read_table, read_texts
+from tasks.run import current_run, metric, progress
+from tasks.settings import Place
+from tasks.static_embedding import EmbeddingText, is_static_model
+from tasks.step import step
+
+STATIC = "static"
+ROWS = 65_536
+STATIC_CHUNK = 8_192
+STATIC_DOCUMENTS_AN_ACTOR = 200_000
+BATCHES_A_CHUNK = 4
+WINDOW = 8_192
+FOLDER = "embedding"
+
+
+class EmbedSettings(EmbeddingText):
+    """Which model embeds, and how the embeddings are stored."""
+
+    embedding_model: str = Field(
+        STATIC,
+        description="'static' (trained on the corpus itself) or a sentence-transformers model: a hub name or a folder.",
+    )
+    embedding_precision: Literal["float32", "float16"] = Field(
+        "float32", description="Number format in which embeddings are stored."
+    )
+    embedding_batch: int = Place(32, "Documents in a forward pass of a transformer model.", ge=1)
+    embedding_workers: int = Place(0, "Ray actors that embed; 0 decides by the amount of work and the CPUs.", ge=0)
+    embedding_device: Literal["cpu", "cuda"] = Place(
+        "cpu", "Where transformer models run; cuda takes one GPU an actor."
+    )
+
+
+def model_fingerprint(settings: EmbedSettings) -> dict[str, str]:
+    """The digest of a model that is a folder, so that a changed folder is a changed input."""
+    return {"embedding_model": digest_folder(Path(settings.embedding_model))} if _is_folder(settings) else {}
+
+
+@step(makes="embeddings", version=1, fingerprint=model_fingerprint)
+def embed(documents: Artifact, settings: EmbedSettings, out: Draft, model: Artifact | None = None) -> None:
+    """Embeds every document, train and held-out; only those are computed that this model has not embedded before.
+
+    model: the artifact of `train_embedding`, needed when `embedding_model` is 'static'.
+    Raises EclectusError when the model is missing or cannot be loaded.
+    """
+    source = _source(settings, model)
+    ids = np.array(read_table(documents, ["document"])["document"].to_pylist(), dtype="S32")
+    with _Pool(documents, settings, source) as pool:
+        key = hashlib.sha256(
+            f"{pool.model_digest} {settings.embedding_maximum_characters} {settings.embedding_precision}".encode()
+        ).hexdigest()
+        with _work_folder(key) as work:
+            known = _earlier(key)
+            _sweep(work, known)
+            known += _chunks(work)
+            where = _locate(ids, known)
+            missing = np.flatnonzero(where[:, 0] < 0)
+            pool.embed(missing, ids, work)
+            if len(missing):
+                known = [*known, *_chunks(work)]
+                where = _locate(ids, known)
+            dimension = known[0].vectors.shape[1] if known else 0
+            empty = _gather(known, where, dimension, settings, out)
+    np.save(out.file("ids.npy"), ids)
+    reused = len(ids) - len(missing)
+    metric("documents_embedded", len(missing))
+    metric("documents_reused", reused)
+    out.rows = len(ids)
+    out.statistics = {
+        "documents": len(ids),
+        "reused": reused,
+        "dimension": dimension,
+        "without_embedding": empty,
+        "model": model.name if model else settings.embedding_model,
+        "embedding_key": key,
+    }
+
+
+class Encoder:
+    """A loaded model: texts in, normalised vectors out. It lives in a Ray actor, or anywhere."""
+
+    def __init__(self, source: str, settings: EmbedSettings, threads: int) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        torch.set_num_threads(threads)
+        self.settings = settings
+        self.model = SentenceTransformer(source, device=settings.embedding_device)
+        self.model.eval()
+
+    def digest(self) -> str:
+        """SHA-256 over the names and bytes of the weights, for models that are known by a name only."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(_torch_bytes()).numpy().tobytes())
+        return digest.hexdigest()
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Unit vectors [N, D] in the stored precision; zeros where the model gives nothing or no finite number."""
+        cut = [text[: self.settings.embedding_maximum_characters] for text in texts]
+        vectors = self.model.encode(cut, batch_size=self.settings.embedding_batch, show_progress_bar=False)
+        vectors = np.asarray(vectors, np.float64).reshape(len(texts), -1)
+        vectors[~np.isfinite(vectors).all(axis=1)] = 0
+        norms = np.sqrt((vectors * vectors).sum(axis=1, keepdims=True))
+        return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0).astype(
+            self.settings.embedding_precision
+        )
+
+    def embed(self, documents: Artifact, rows: np.ndarray, ids: np.ndarray, work: str) -> int:
+        """Embeds these rows of the documents, whose ids these are, into a chunk under `work`; returns how many."""
+        write_chunk(Path(work), ids, self.encode(read_texts(documents, rows)))
+        return len(rows)
+
+
+class _Known:
+    """Vectors on disk with the ids of their documents: an earlier artifact, or a chunk of unfinished work."""
+
+    def __init__(self, ids: Path, vectors: Path) -> None:
+        self.ids = np.load(ids, mmap_mode="r")
+        self.vectors = np.load(vectors, mmap_mode="r")
+
+
+class _Pool:
+    """The actors. They start when first needed, and are gone at the end of the block."""
+
+    def __init__(self, documents: Artifact, settings: EmbedSettings, source: Path | str) -> None:
+        self.documents, self.settings, self.source = documents, settings, source
+        self.static = isinstance(source, Path) and is_static_model(source)
+        self.actors: list[Any] = []
+        self._digest = digest_folder(source) if isinstance(source, Path) else None
+
+    @property
+    def model_digest(self) -> str:
+        if self._digest is None:
+            import ray
+
+            self._start(1)
+            self._digest = ray.get(self.actors[0].digest.remote())
+        return self._digest
+
+    def embed(self, rows: np.ndarray, ids: np.ndarray, work: Path) -> None:
+        """Embeds these rows of the documents [N] with these ids [N], every chunk into a file of its own under `work`."""
+        if len(rows) == 0:
+            return
+        import ray
+
+        chunks = self._cut(rows)
+        self._start(self._size(len(rows), len(chunks)))
+        tell, done = progress(len(rows), "embedding", "documents"), 0
+        free, running = list(self.actors), {}
+        while chunks or running:
+            while chunks and free:
+                actor, chunk = free.pop(), chunks.pop()
+                running[actor.embed.remote(self.documents, chunk, ids[chunk], str(work))] = actor
+            ready, _ = ray.wait(list(running), num_returns=1)
+            free.append(running.pop(ready[0]))
+            done += ray.get(ready[0])
+            tell(done)
+
+    def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
+        if self.static:
+            return [rows[begin : begin + STATIC_CHUNK] for begin in range(0, len(rows), STATIC_CHUNK)]
+        # Documents of like length share a batch, so that little of it is padding; windows keep the reading local.
+        sizes = read_table(self.documents, ["bytes"])["bytes"].to_numpy()[rows]
+        size, chunks = BATCHES_A_CHUNK * self.settings.embedding_batch, []
+        for begin in range(0, len(rows), WINDOW):
+            window = rows[begin : begin + WINDOW][np.argsort(sizes[begin : begin + WINDOW], kind="stable")]
+            chunks += [window[first : first + size] for first in range(0, len(window), size)]
+        return chunks
+
+    def _size(self, rows: int, chunks: int) -> int:
+        import ray
+
+        from tasks.cluster import ensure_ray
+
+        ensure_ray()
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        if self.settings.embedding_workers:
+            return self.settings.embedding_workers
+        if self.static:
+            return min(cpus, 1 + rows // STATIC_DOCUMENTS_AN_ACTOR)
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        return max(1, min(chunks, gpus if self.settings.embedding_device == "cuda" else cpus))
+
+    def _start(self, count: int) -> None:
+        from tasks.cluster import ensure_ray
+
+        ensure_ray()
+        import ray
+
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        threads = max(1, min(cpus, os.cpu_count() or 1) // max(count, 1))
+        gpus = 1 if self.settings.embedding_device == "cuda" else 0
+        factory = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=1, max_task_retries=1)(Encoder)
+        self.actors += [
+            factory.remote(str(self.source), self.settings, threads) for _ in range(count - len(self.actors))
+        ]
+        try:
+            ray.get([actor.__ray_ready__.remote() for actor in self.actors])
+        except ray.exceptions.RayActorError as error:
+            cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+            raise EclectusError(
+                f"embedding_model '{self.settings.embedding_model}' cannot be loaded as a sentence-transformers model: {cause}"
+            ) from error
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self.actors:
+            import ray
+
+            with contextlib.suppress(Exception):
+                ray.kill(actor)
+
+
+def write_chunk(work: Path, ids: np.ndarray, vectors: np.ndarray) -> None:
+    """Adds vectors [N, D] of documents to the unfinished work; they count once both files are there."""
+    name = uuid.uuid4().hex
+    for suffix, values in ((".vectors.npy", vectors), (".ids.npy", ids)):
+        beside = work / f".{name}{suffix}"
+        np.save(beside, values)
+        os.replace(beside, work / f"{name}{suffix}")
+
+
+def digest_folder(folder: Path) -> str:
+    """SHA-256 over the names and contents of all files in a folder, manifests apart."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return hashlib.sha256(
+        json.dumps([[path.relative_to(folder).as_posix(), hash_file(path)] for path in files]).encode()
+    ).hexdigest()
+
+
+def _source(settings: EmbedSettings, model: Artifact | None) -> Path | str:
+    if settings.embedding_model == STATIC:
+        if model is None:
+            raise EclectusError("embedding_model is 'static', but embed got no model; pass model=train_embedding(...)")
+        return Path(model.path)
+    return Path(settings.embedding_model) if _is_folder(settings) else settings.embedding_model
+
+
+def _is_folder(settings: EmbedSettings) -> bool:
+    return settings.embedding_model != STATIC and Path(settings.embedding_model).is_dir()
+
+
+def _torch_bytes() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+@contextlib.contextmanager
+def _work_folder(key: str) -> Iterator[Path]:
+    """Where the chunks of this model go: kept in the home for the next run, or for this call only without a run."""
+    run = current_run()
+    if run is None:
+        with tempfile.TemporaryDirectory(prefix="eclectus-") as folder:
+            yield Path(folder)
+        return
+    work = run.home.work / FOLDER / key[:32]
+    work.mkdir(parents=True, exist_ok=True)
+    yield work
+
+
+def _earlier(key: str) -> list[_Known]:
+    """The whole `embeddings` artifacts of this home that were made under this key."""
+    run = current_run()
+    if run is None:
+        return []
+    found = []
+    for manifest in sorted((run.home.store.root / "embeddings").glob("*/manifest.json")):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(manifest.read_text())["statistics"].get("embedding_key") == key:
+                artifact = run.home.store.find(str(manifest.parent))
+                if not run.home.store.faults(artifact):
+                    found.append(_Known(artifact.file("ids.npy"), artifact.file("embeddings.npy")))
+    return found
+
+
+def _chunks(work: Path) -> list[_Known]:
+    return [
+        _Known(ids, ids.with_name(ids.name.replace(".ids.", ".vectors."))) for ids in sorted(work.glob("[!.]*.ids.npy"))
+    ]
+
+
+def _sweep(work: Path, earlier: list[_Known]) -> None:
+    """Removes the chunks of which every document is in an artifact by now."""
+    for chunk in sorted(work.glob("[!.]*.ids.npy")):
+        if earlier and (_locate(np.load(chunk), earlier)[:, 0] >= 0).all():
+            chunk.unlink()
+            chunk.with_name(chunk.name.replace(".ids.", ".vectors.")).unlink(missing_ok=True)
+
+
+def _locate(ids: np.ndarray, known: list[_Known]) -> np.ndarray:
+    """For each document where its vector is: int64 [N, 2] of (which of `known`, row there), or -1."""
+    where = np.full((len(ids), 2), -1, np.int64)
+    for number, each in enumerate(known):
+        order = np.argsort(each.ids, kind="stable")
+        place = np.minimum(np.searchsorted(each.ids, ids, sorter=order), max(len(order) - 1, 0))
+        if len(order):
+            hit = (each.ids[order[place]] == ids) & (where[:, 0] < 0)
+            where[hit] = np.stack([np.full(hit.sum(), number), order[place[hit]]], axis=1)
+    return where
+
+
+def _gather(known: list[_Known], where: np.ndarray, dimension: int, settings: EmbedSettings, out: Draft) -> int:
+    """Writes embeddings.npy and returns how many documents have none (zeros)."""
+    target = np.lib.format.open_memmap(
+        out.file("embeddings.npy"), "w+", settings.embedding_precision, (len(where), dimension)
+    )
+    empty = 0
+    for begin in range(0, len(where), ROWS):
+        part = where[begin : begin + ROWS]
+        for number in np.unique(part[:, 0]):
+            here = np.flatnonzero(part[:, 0] == number)
+            target[begin + here] = known[number].vectors[part[here, 1]]
+        empty += int((~target[begin : begin + ROWS].any(axis=1)).sum())
+    target.flush()
+    return empty
