@@ -33,7 +33,7 @@ class Curated:
     review: Artifact | None
 
 
-@flow(name="curate", validate_parameters=False)
+@flow(name="curate")
 def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
     """From sources to training instances: languages, held-out split, embeddings, similarity grouping, packing."""
     check(parameters)

@@ -27,7 +27,7 @@ class Evaluated:
     report: Artifact
 
 
-@flow(name="evaluate", validate_parameters=False)
+@flow(name="evaluate")
 def evaluate(parameters: EvaluateParameters = EvaluateParameters()) -> Evaluated:
     """Scores models on held-out documents, by domain and by language, and writes the report."""
     check(parameters)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prefect import flow
-from tasks.base import BaseSettings, fetch_base
+from tasks.fetch import FetchSettings, fetch
 
 from flows.curate import Curated, curate
 from flows.parameters import CurateParameters, ExtendParameters, PretrainParameters, check
@@ -26,7 +26,7 @@ class Extended:
     reviewed: Artifact
 
 
-@flow(name="extend", validate_parameters=False)
+@flow(name="extend")
 def extend(parameters: ExtendParameters = ExtendParameters()) -> Extended:
     """Upcycles a dense checkpoint and trains it on new languages (stage 1), then reviews the old ones (stage 2)."""
     check(parameters)
@@ -53,5 +53,5 @@ def _base(parameters: ExtendParameters) -> tuple[Artifact, Curated]:
     if not parameters.base_model:
         pretrained = once(pretrain, PretrainParameters.of(parameters))
         return pretrained.dense, pretrained.curated
-    base = fetch_base(settings=BaseSettings(base_model=parameters.base_model))
+    base = fetch(settings=FetchSettings.of(parameters))
     return base, once(curate, CurateParameters.of(parameters, tokenizer=base.path))

@@ -19,7 +19,7 @@ from flows.pretrain import pretrain
 from flows.run import once, open_run
 
 
-@flow(name="main", validate_parameters=False)
+@flow(name="main")
 def main(parameters: MainParameters = MainParameters()) -> Evaluated:
     """Curates the sources, pre-trains Lory beside its dense twin, extends the twin to new languages, evaluates and reports."""
     check(parameters)

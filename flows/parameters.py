@@ -49,7 +49,7 @@ class ExtendParameters(PretrainParameters, ExtendSettings):
 
     base_model: str = Field(
         "",
-        description="Dense model to extend: a path, a hub name, or an artifact's name. Empty: pre-train one first (the dense twin).",
+        description="Dense model to extend: a folder, a .gguf file or a name on the hub. Empty: pre-train one (the dense twin).",
     )
 
 

@@ -21,7 +21,7 @@ class Pretrained:
     lory: Artifact
 
 
-@flow(name="pretrain", validate_parameters=False)
+@flow(name="pretrain")
 def pretrain(parameters: PretrainParameters = PretrainParameters()) -> Pretrained:
     """Pre-trains a Lory model and its dense twin on the original languages."""
     check(parameters)

@@ -52,6 +52,7 @@ def open_run(
     run = current_run()
     if run is not None:
         before, run.flow = run.flow, flow
+        run.prefect_flow_run = run.prefect_flow_run or _prefect_flow_run()
         try:
             yield run
         finally:
@@ -68,6 +69,7 @@ def open_run(
             displays=displays or [],
             flow=flow,
             in_prefect=_prefect_flow_run() is not None,
+            prefect_flow_run=_prefect_flow_run(),
         )
         journal.event("run_started", flow=flow, parameters=parameters.model_dump(mode="json"), **_surroundings())
         started, error = time.monotonic(), None
@@ -85,6 +87,7 @@ def open_run(
                     "run_ended",
                     state=_state(error),
                     seconds=round(time.monotonic() - started, 3),
+                    prefect_flow_run=run.prefect_flow_run,
                     error=f"{type(error).__name__}: {error}" if error else None,
                 )
                 write_database(home)
@@ -138,7 +141,6 @@ def _surroundings() -> dict[str, Any]:
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "packages": versions,
-        "prefect_flow_run": _prefect_flow_run(),
     }
 
 

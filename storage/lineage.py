@@ -64,7 +64,7 @@ COLUMNS = {
 VIEWS = {
     "runs": """
         select s.run, s.flow, coalesce(e.state, 'unfinished') as state, s.logged as started, e.logged as ended, e.seconds,
-               s.parameters, s.code_version, s.host, s.python, s.packages, s.prefect_flow_run, e.error
+               s.parameters, s.code_version, s.host, s.python, s.packages, e.prefect_flow_run, e.error
         from events s left join (select * from events where event = 'run_ended') e using (run)
         where s.event = 'run_started'""",
     "steps": """

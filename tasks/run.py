@@ -39,7 +39,7 @@ class Run:
     displays: list[Display] = field(default_factory=list)
     flow: str = ""
     in_prefect: bool = False
-    code_version: str = ""
+    prefect_flow_run: str | None = None
     step: str | None = None
     label: str = ""
     states: dict[str, str] = field(default_factory=dict)

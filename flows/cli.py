@@ -1,0 +1,225 @@
+"""The command line: `eclectus`. Every import that takes time waits until its command is known."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from storage.errors import EclectusError
+
+if TYPE_CHECKING:
+    from tasks.settings import Settings
+
+FLOWS = {
+    "run": ("main", "the whole job: curate, pre-train, extend, evaluate, report"),
+    "curate": ("curate", "from sources to training instances"),
+    "pretrain": ("pretrain", "a Lory model beside its dense twin"),
+    "extend": ("extend", "new languages for a dense checkpoint, by MoE-LPR"),
+    "evaluate": ("evaluate", "scores on held-out documents, and the report"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command; faults in what a person brought are one line on stderr and exit code 2."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser(words[0] if words else None)
+    chosen = parser.parse_args(words)
+    if chosen.home:
+        os.environ["ECLECTUS_HOME"] = chosen.home
+    try:
+        chosen.act(chosen)
+    except EclectusError as error:
+        print(f"eclectus: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("eclectus: interrupted; finished steps are kept, the next run goes on from them", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(0) from None
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser; only the settings of the given command are loaded into it, which is what keeps `--help` fast."""
+    parser = argparse.ArgumentParser(
+        prog="eclectus",
+        description="Turns a pile of documents into mixture-of-experts language models, and keeps the books on how.",
+    )
+    parser.add_argument("--home", help="folder of artifacts, journal and database (default: $ECLECTUS_HOME or ./home)")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (flow, help_text) in FLOWS.items():
+        part = commands.add_parser(name, help=help_text, description=f"Runs the flow '{flow}': {help_text}.")
+        part.set_defaults(act=_run_flow, flow=flow)
+        if name == command:
+            _add_settings(part, flow)
+
+    def add(name: str, act: Callable[[Any], None], help_text: str, **positional: str) -> argparse.ArgumentParser:
+        part = commands.add_parser(name, help=help_text, description=help_text)
+        for word, meaning in positional.items():
+            part.add_argument(word, help=meaning)
+        part.set_defaults(act=act)
+        return part
+
+    add("corpus", _corpus, "write the default corpus out of installed packages, as JSONL", out="folder to write")
+    sql = add(
+        "sql", _sql, "query the lineage with DuckDB SQL", query='for example "from runs order by started desc limit 5"'
+    )
+    sql.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
+    why = add(
+        "why",
+        _why,
+        "why a step ran again, or why not",
+        run="run, as in `runs`, or 'last'",
+        step="step or label, as in `steps`",
+    )
+    why.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
+    add("verify", _verify, "hash every artifact again and name what changed")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, flow: str) -> None:
+    """One option a setting, described by the setting's own description."""
+    from flows.parameters import PARAMETERS
+
+    parser.add_argument("--config", help="YAML file with settings; options on the command line win over it")
+    for name, field in PARAMETERS[flow].model_fields.items():
+        shown = field.default if not field.is_required() else "required"
+        text = f"{field.description} (default: {shown})".replace("%", "%%")
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=f"setting_{name}", metavar="VALUE", help=text)
+
+
+def _run_flow(chosen: argparse.Namespace) -> None:
+    parameters = read_parameters(chosen)
+    from flows.parameters import check
+    from storage.home import Home
+
+    check(parameters)
+    from flows.run import served_run
+    from flows.summary import summarize
+    from flows.terminal import Terminal
+
+    home = Home.open()
+    with Terminal() as terminal:
+        terminal.say(f"eclectus {chosen.flow}: home {_near(home.root)}")
+        with served_run(chosen.flow, parameters, home, [terminal]) as run:
+            import importlib
+
+            flow = getattr(importlib.import_module(f"flows.{chosen.flow}"), chosen.flow)
+            result = flow(parameters)
+        summarize(run, result, terminal)
+
+
+def read_parameters(chosen: argparse.Namespace) -> Settings:
+    """The flow's parameters from `--config` and the options. Raises EclectusError naming the culprit."""
+    from flows.parameters import PARAMETERS
+
+    model = PARAMETERS[chosen.flow]
+    values: dict[str, Any] = {}
+    if chosen.config:
+        values = model.read(_read_yaml(Path(chosen.config)), chosen.config).model_dump(exclude_unset=True)
+    options = {
+        name: _parse(value, model.model_fields[name].annotation)
+        for name in model.model_fields
+        if (value := getattr(chosen, f"setting_{name}")) is not None
+    }
+    model.read(options, "the command line")
+    return model.read({**values, **options}, chosen.config or "the command line")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise EclectusError(f"config file {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise EclectusError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict | None):
+        raise EclectusError(f"config file {path} holds a {type(values).__name__}; expected 'setting: value' lines")
+    return values or {}
+
+
+def _parse(text: str, annotation: Any) -> Any:
+    """A command-line word for a field: lists are separated by commas, everything else is left to pydantic."""
+    is_list = typing.get_origin(annotation) in (list, tuple)
+    if isinstance(annotation, types.UnionType) or not is_list:
+        return text
+    return [part for part in text.split(",") if part]
+
+
+def _corpus(chosen: argparse.Namespace) -> None:
+    from tasks.corpus import CorpusSettings, write_corpus
+
+    summary = write_corpus(Path(chosen.out), CorpusSettings())
+    print(
+        f"{summary.documents} documents, {summary.bytes / 1e6:.1f} MB of text in {len(summary.files)} files under {chosen.out}"
+    )
+
+
+def _sql(chosen: argparse.Namespace) -> None:
+    from storage.lineage import query
+
+    _print_rows(*query(chosen.query), chosen.json)
+
+
+def _why(chosen: argparse.Namespace) -> None:
+    from storage.home import Home
+    from storage.lineage import connect
+
+    with connect(Home.open()) as connection:
+        run = chosen.run
+        if run == "last":
+            run = connection.execute("select run from runs order by started desc limit 1").fetchone()[0]
+        answer = connection.execute(
+            "select label, state, reason, key, seconds from steps where run = ? and (label = ? or name = ? or step = ?) order by started",
+            [run, chosen.step, chosen.step, chosen.step],
+        )
+        names, rows = [column[0] for column in answer.description], answer.fetchall()
+        if not rows:
+            labels = connection.execute("select label from steps where run = ? order by started", [run]).fetchall()
+            known = ", ".join(label for (label,) in labels) or "none, or there is no such run: eclectus sql 'from runs'"
+            raise EclectusError(f"run '{run}' has no step '{chosen.step}'; its steps are: {known}")
+    _print_rows(names, rows, chosen.json)
+
+
+def _verify(_: argparse.Namespace) -> None:
+    from storage.home import Home
+
+    store = Home.open().store
+    faults = [fault for artifact in store.all() if (fault := store.faults(artifact))]
+    for fault in faults:
+        print(fault)
+    if faults:
+        raise EclectusError(f"{len(faults)} artifacts changed; the next run makes them again")
+    print("every artifact is as it was written")
+
+
+def _print_rows(names: list[str], rows: list[tuple[Any, ...]], as_json: bool) -> None:
+    if as_json:
+        for row in rows:
+            print(json.dumps(dict(zip(names, row, strict=True)), default=str, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*names, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row))
+    Console(highlight=False, markup=False).print(table)
+
+
+def _near(path: Path) -> str:
+    """A path as a person would type it from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+if __name__ == "__main__":
+    main()
