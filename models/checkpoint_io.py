@@ -1,8 +1,9 @@
 """Reading and writing safetensors checkpoints one tensor at a time.
 
-A checkpoint larger than memory is rewritten with one tensor in memory: the reader maps the files, the writer lays out
-each file's header from names, types and shapes alone and then streams the bytes (the safetensors format: 8 bytes of header
-length, a JSON header, the tensors one after the other). Files are split at `max_shard_bytes` and indexed as transformers does.
+A checkpoint larger than memory is rewritten with one tensor in memory: the reader reads a tensor's bytes when asked (mapping
+the files instead would count them all as resident memory), the writer lays out each file's header from names, types and
+shapes alone and then streams the bytes. The format is simple: 8 bytes of header length, a JSON header, the tensors one after
+the other. Files are split at `max_shard_bytes` and indexed as transformers does.
 """
 
 import json
@@ -12,10 +13,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 INDEX = "model.safetensors.index.json"
@@ -70,7 +70,7 @@ class ModuleTensors:
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint directory, `model.safetensors` or indexed shards, mapped and read on demand.
+    """The tensors of a checkpoint directory, `model.safetensors` or indexed shards, read on demand.
 
     Raises CheckpointError naming the shard that is missing or damaged, or the directory without safetensors.
     """
@@ -78,40 +78,41 @@ class CheckpointReader:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._places: dict[str, tuple[BinaryIO, int]] = {}
         self.specs: dict[str, TensorSpec] = {}
         with ExitStack() as on_error:
             on_error.callback(self._stack.close)
             for file_name, expected in _shards(directory).items():
-                self._open(file_name, expected)
+                self._open(directory / file_name, expected)
             on_error.pop_all()
 
-    def _open(self, file_name: str, expected: set[str] | None) -> None:
-        path = self.directory / file_name
+    def _open(self, path: Path, expected: set[str] | None) -> None:
         if not path.is_file():
-            raise CheckpointError(f"{self.directory}: shard {file_name} is missing; fetch it again and retry")
-        try:
-            handle = self._stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged or cut short ({error}); fetch it again and retry") from error
-        present = set(handle.keys())
-        if expected is not None and expected - present:
-            raise CheckpointError(f"{path} lacks {sorted(expected - present)[0]}, which {INDEX} says is in it")
-        for name in present if expected is None else expected:
-            piece = handle.get_slice(name)
-            if piece.get_dtype() not in _DTYPES:
-                raise CheckpointError(f"{path}: {name} has type {piece.get_dtype()}; expected one of {', '.join(_DTYPES)}")
-            self.specs[name] = TensorSpec(name, _DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
-            self._files[name] = handle
+            raise CheckpointError(f"{self.directory}: shard {path.name} is missing; fetch it again and retry")
+        file = self._stack.enter_context(path.open("rb"))
+        header, start = _read_header(file, path)
+        if expected is not None and expected - header.keys():
+            raise CheckpointError(f"{path} lacks {sorted(expected - header.keys())[0]}, which {INDEX} says is in it")
+        for name in header if expected is None else expected:
+            entry = header[name]
+            if entry["dtype"] not in _DTYPES:
+                raise CheckpointError(f"{path}: {name} has type {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
+            self.specs[name] = TensorSpec(name, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            self._places[name] = file, start + entry["data_offsets"][0]
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name, on the CPU. Raises CheckpointError when there is none."""
-        if name not in self._files:
+        if name not in self._places:
             raise CheckpointError(f"{self.directory} has no tensor {name}")
-        return self._files[name].get_tensor(name)
+        file, offset = self._places[name]
+        tensor = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
+        file.seek(offset)
+        if file.readinto(tensor_bytes(tensor)) != self.specs[name].nbytes:
+            raise CheckpointError(f"{self.directory}: the file of {name} ends within it; fetch it again and retry")
+        return tensor
 
     def close(self) -> None:
-        """Unmaps the files."""
+        """Closes the files."""
         self._stack.close()
 
     def __enter__(self) -> Self:
@@ -119,6 +120,23 @@ class CheckpointReader:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
+    """Header entries by tensor name, and where the data begins; refuses a file that is not whole."""
+    size = path.stat().st_size
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        if size < 8 + length:
+            raise ValueError(f"{size} bytes, of which its header claims {length}")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size < needed:
+            raise ValueError(f"{size} of {needed} bytes")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({error}); fetch it again and retry") from error
+    return header, 8 + length
 
 
 def _shards(directory: Path) -> dict[str, set[str] | None]:
