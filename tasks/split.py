@@ -36,15 +36,15 @@ class SplitSettings(Settings):
     """How many documents are held out, of each language and domain."""
 
     heldout_fraction: float = Field(
-        0.05, gt=0, le=0.5, description="Share of the documents of each language and domain that is held out"
+        0.05, gt=0, le=0.5, description="Share of the documents of each language and domain that is held out."
     )
     heldout_minimum: int = Field(
-        10, ge=1, description="At least this many documents of each language and domain that has five times as many"
+        10, ge=1, description="At least this many documents of each language and domain that has five times as many."
     )
     heldout_maximum: int = Field(
-        1000, ge=1, description="At most this many documents of each language and domain", validate_default=True
+        1000, ge=1, description="At most this many documents of each language and domain.", validate_default=True
     )
-    seed: int = Field(0, description="Seed of everything random")
+    seed: int = Field(0, description="Seed of everything random.")
 
     @field_validator("heldout_maximum")
     @classmethod
