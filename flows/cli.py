@@ -101,12 +101,12 @@ def _run_flow(chosen: argparse.Namespace) -> None:
 
     check(parameters)
     from flows.run import served_run
-    from flows.summary import summarize
+    from flows.summary import near, summarize
     from flows.terminal import Terminal
 
     home = Home.open()
     with Terminal() as terminal:
-        terminal.say(f"eclectus {chosen.flow}: home {_near(home.root)}")
+        terminal.say(f"eclectus {chosen.flow}: home {near(home.root)}")
         with served_run(chosen.flow, parameters, home, [terminal]) as run:
             import importlib
 
@@ -215,10 +215,6 @@ def _print_rows(names: list[str], rows: list[tuple[Any, ...]], as_json: bool) ->
     Console(highlight=False, markup=False).print(table)
 
 
-def _near(path: Path) -> str:
-    """A path as a person would type it from here."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 if __name__ == "__main__":

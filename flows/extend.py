@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prefect import flow
-from tasks.fetch import FetchSettings, fetch
 
 from flows.curate import Curated, curate
 from flows.parameters import CurateParameters, ExtendParameters, PretrainParameters, check
@@ -14,6 +13,7 @@ from flows.run import once, open_run
 from storage.artifact import Artifact
 from tasks.extend import ExtendStageSettings
 from tasks.extend import extend as train
+from tasks.fetch import FetchSettings, fetch
 from tasks.upcycle import UpcycleSettings, upcycle
 
 

