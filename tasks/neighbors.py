@@ -30,6 +30,7 @@ from tasks.step import step
 
 SLACK = 4
 BLOCK = 4_096
+EXACT_ROWS = 200_000
 SAMPLE = 512
 POINTS_A_CENTROID = 64
 ITERATIONS = 10
@@ -263,15 +264,22 @@ def measured_recall(
     vectors: np.ndarray, rows: np.ndarray, queries: np.ndarray, lists: Lists, settings: NeighborSettings
 ) -> float:
     """Share of the exact neighbours of the queries (rows) that their finished lists hold."""
-    exact = Lists(
-        np.full((len(queries), settings.neighbors_k), -1), np.full((len(queries), settings.neighbors_k), np.nan)
-    )
+    exact = exact_neighbors(vectors, queries, rows, settings.neighbors_k)[0]
+    return _share_found(lists.rows[queries], exact)
+
+
+def exact_neighbors(
+    vectors: np.ndarray, queries: np.ndarray, rows: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of `rows` for each of `queries` (both row numbers): rows int64 [n, k], -1 is padding, and cosines."""
+    lists = Lists(np.full((len(queries), k), -1), np.full((len(queries), k), np.nan, np.float32))
     sample = unit(vectors, queries)
-    for shard in _shards(rows, settings):
-        found = shard[_Exact(unit(vectors, shard)).search(sample, settings.neighbors_k + 1)]
+    for begin in range(0, len(rows), EXACT_ROWS):
+        shard = rows[begin : begin + EXACT_ROWS]
+        found = shard[_Exact(unit(vectors, shard)).search(sample, k + 1 + SLACK)]
         found[found == queries[:, None]] = -1
-        exact.merge(np.arange(len(queries)), found, similarities_of(vectors, sample, found))
-    return _share_found(lists.rows[queries], exact.rows)
+        lists.merge(np.arange(len(queries)), found, similarities_of(vectors, sample, found))
+    return lists.rows, lists.similarities
 
 
 def _share_found(found: np.ndarray, wanted: np.ndarray) -> float:

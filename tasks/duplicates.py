@@ -1,0 +1,183 @@
+"""Near-duplicates: pairs of neighbours with a high cosine, confirmed by the overlap of their whole texts.
+
+    candidates    neighbour lists, cosine >= threshold
+    overlap       Jaccard similarity of the sets of 5-character shingles (scikit-learn's HashingVectorizer), candidates only
+    survivors     held-out documents first, then the longest, then the lowest row: a document is dropped if a survivor
+                  overlaps with it, or one that does was found by way of another dropped copy
+
+Price: about 1 MB of candidate text a second to shingle, and one sparse product row a pair; documents without a close
+neighbour cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from storage.artifact import Artifact
+from tasks.documents import read_texts
+from tasks.neighbors import similarities_of, unit
+
+SHINGLE = 5
+FEATURES = 2**24
+TEXTS_AT_A_TIME = 2_048
+PAIRS_AT_A_TIME = 8_192
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Document `row` repeats document `duplicate_of`, which stays. similarity: cosine. overlap: Jaccard of shingles."""
+
+    row: int
+    duplicate_of: int
+    similarity: float
+    overlap: float
+
+
+def candidate_pairs(rows: np.ndarray, similarities: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs int64 [P, 2] (lower row first, sorted, each once) of neighbours at least this similar, and their cosines [P]."""
+    pairs, cosines = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)]
+    for begin in range(0, len(rows), 2**16):
+        part = similarities[begin : begin + 2**16]
+        near, column = np.nonzero((part >= threshold) & (rows[begin : begin + 2**16] >= 0))
+        other = rows[begin + near, column].astype(np.int64)
+        pairs.append(np.sort(np.stack([begin + near, other], axis=1), axis=1))
+        cosines.append(part[near, column])
+    every, first = np.unique(np.concatenate(pairs), axis=0, return_index=True)
+    return every, np.concatenate(cosines)[first]
+
+
+class Shingles:
+    """The shingle sets of some documents, as sparse binary rows."""
+
+    def __init__(self, documents: Artifact, rows: np.ndarray) -> None:
+        """rows: int64, the documents that will be compared."""
+        import scipy.sparse
+        from sklearn.feature_extraction.text import HashingVectorizer
+
+        vectorizer = HashingVectorizer(
+            analyzer="char",
+            ngram_range=(SHINGLE, SHINGLE),
+            n_features=FEATURES,
+            binary=True,
+            norm=None,
+            alternate_sign=False,
+            dtype=np.float32,
+        )
+        self._place = {int(row): place for place, row in enumerate(rows)}
+        blocks = [
+            vectorizer.transform(read_texts(documents, rows[begin : begin + TEXTS_AT_A_TIME]))
+            for begin in range(0, len(rows), TEXTS_AT_A_TIME)
+        ]
+        self._sets = scipy.sparse.vstack(blocks, format="csr") if blocks else None
+        self._sizes = np.diff(self._sets.indptr) if blocks else np.empty(0, np.int64)
+
+    def overlaps(self, pairs: np.ndarray) -> np.ndarray:
+        """Jaccard similarity float64 [P] of pairs of rows [P, 2]; two documents without any shingle do not overlap."""
+        overlaps = np.zeros(len(pairs))
+        for begin in range(0, len(pairs), PAIRS_AT_A_TIME):
+            part = pairs[begin : begin + PAIRS_AT_A_TIME]
+            a = np.array([self._place[int(row)] for row in part[:, 0]])
+            b = np.array([self._place[int(row)] for row in part[:, 1]])
+            common = np.asarray(self._sets[a].multiply(self._sets[b]).sum(axis=1)).ravel()
+            union = self._sizes[a] + self._sizes[b] - common
+            overlaps[begin : begin + len(part)] = np.divide(common, union, out=np.zeros(len(part)), where=union > 0)
+        return overlaps
+
+
+def near_duplicates(
+    documents: Artifact,
+    vectors: np.ndarray,
+    neighbors: np.ndarray,
+    similarities: np.ndarray,
+    heldout: np.ndarray,
+    sizes: np.ndarray,
+    similarity: float,
+    overlap: float,
+) -> list[Duplicate]:
+    """The train documents to drop, by row; each names a document that stays, to which it is near itself.
+
+    vectors: [N, D]. neighbors, similarities: [N, k]. heldout: bool [N], never dropped. sizes: bytes, int [N].
+    similarity, overlap: what a pair must reach in cosine and in Jaccard similarity to be duplicates.
+    """
+    pairs, _ = candidate_pairs(neighbors, similarities, similarity)
+    pairs = pairs[~heldout[pairs].all(axis=1)]
+    # Much shorter documents share too few shingles; texts that repeat themselves are why this is no tighter.
+    lengths = np.sort(sizes[pairs], axis=1)
+    pairs = pairs[lengths[:, 0] >= 0.5 * overlap * lengths[:, 1]]
+    if len(pairs) == 0:
+        return []
+    judge = _Judge(vectors, Shingles(documents, np.unique(pairs)), similarity, overlap)
+    judge.compare(pairs)
+    near: dict[int, list[int]] = defaultdict(list)
+    for a, b in pairs[judge.confirmed(pairs)].tolist():
+        near[a].append(b)
+        near[b].append(a)
+    order = sorted(near, key=lambda row: (not heldout[row], -sizes[row], row))
+    original: dict[int, int] = {}
+    for row in order:
+        if not heldout[row] and (best := _survivor(row, near[row], original, judge)) is not None:
+            original[row] = best
+        else:
+            original[row] = row
+    return [
+        Duplicate(row, kept, *judge.known[_key(row, kept)]) for row, kept in sorted(original.items()) if row != kept
+    ]
+
+
+def _survivor(row: int, near: list[int], original: dict[int, int], judge: _Judge) -> int | None:
+    """The surviving document that `row` repeats most, reached directly or by way of a dropped copy; None if there is none."""
+    reached = sorted({original[other] for other in near if other in original} - {row})
+    judge.compare(np.array([_key(row, kept) for kept in reached if _key(row, kept) not in judge.known]).reshape(-1, 2))
+    kept = [each for each in reached if judge.is_near(row, each)]
+    return max(kept, key=lambda each: (judge.known[_key(row, each)][::-1], -each)) if kept else None
+
+
+class _Judge:
+    """Cosine and overlap of pairs, remembered."""
+
+    def __init__(self, vectors: np.ndarray, shingles: Shingles, similarity: float, overlap: float) -> None:
+        self._vectors, self._shingles, self._similarity, self._overlap = vectors, shingles, similarity, overlap
+        self.known: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def compare(self, pairs: np.ndarray) -> None:
+        """pairs: int [P, 2], lower row first."""
+        if len(pairs) == 0:
+            return
+        cosines = np.concatenate(
+            [
+                similarities_of(self._vectors, unit(self._vectors, part[:, 0]), part[:, 1:])[:, 0]
+                for part in np.array_split(pairs, 1 + len(pairs) // PAIRS_AT_A_TIME)
+            ]
+        )
+        overlaps = self._shingles.overlaps(pairs)
+        for pair, cosine, overlap in zip(pairs.tolist(), cosines.tolist(), overlaps.tolist(), strict=True):
+            self.known[tuple(pair)] = cosine, overlap
+
+    def is_near(self, a: int, b: int) -> bool:
+        cosine, overlap = self.known[_key(a, b)]
+        return cosine >= self._similarity and overlap >= self._overlap
+
+    def confirmed(self, pairs: np.ndarray) -> np.ndarray:
+        return np.array([self.is_near(a, b) for a, b in pairs.tolist()], bool)
+
+
+def _key(a: int, b: int) -> tuple[int, int]:
+    return (a, b) if a < b else (b, a)
+
+
+def as_columns(duplicates: list[Duplicate], ids: np.ndarray) -> dict[str, Any]:
+    """The duplicates as columns, with the documents' ids [N]."""
+    rows = np.array([each.row for each in duplicates], np.int64)
+    kept = np.array([each.duplicate_of for each in duplicates], np.int64)
+    return {
+        "row": rows,
+        "document": ids[rows].astype(str),
+        "duplicate_of_row": kept,
+        "duplicate_of": ids[kept].astype(str),
+        "similarity": np.array([each.similarity for each in duplicates], np.float32),
+        "overlap": np.array([each.overlap for each in duplicates], np.float32),
+    }
