@@ -18,8 +18,9 @@ setup: $(VENV)/.installed
 define pip
 	@echo "$(1)"
 	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off $(2) 2>&1 | tee $(VENV)/install.log \
-	| awk '/^ *(Collecting|Downloading|Installing|Building|Using)/ { printf "\r\033[K  %4d s  %.90s", systime() - t0, $$0; fflush() } BEGIN { t0 = systime() } END { printf "\r\033[K" }' \
+	| while IFS= read -r line; do printf '\r\033[K  %4d s  %.90s' $$SECONDS "$$line"; done \
 	|| { cat $(VENV)/install.log; exit 1; }
+	@printf '\r\033[K'
 endef
 
 $(VENV)/.installed: pyproject.toml constraints/constraints.txt constraints/corpus.txt
@@ -31,9 +32,9 @@ $(VENV)/.installed: pyproject.toml constraints/constraints.txt constraints/corpu
 	$(call pip,[3/3] packages that hold the shipped corpus,--no-deps --no-compile -r constraints/corpus.txt)
 	@touch $@
 
-corpus: $(CORPUS)/SOURCES.md
+corpus: $(CORPUS)/SOURCES
 
-$(CORPUS)/SOURCES.md: | setup
+$(CORPUS)/SOURCES: | setup
 	@$(BIN)/eclectus corpus $(CORPUS)
 
 run: setup $(if $(filter $(CORPUS),$(SOURCES)),corpus)

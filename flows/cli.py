@@ -29,7 +29,7 @@ FLOWS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; faults in what a person brought are one line on stderr and exit code 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser(words[0] if words else None)
+    parser = _parser(next((word for word in words if word in FLOWS), None))
     chosen = parser.parse_args(words)
     if chosen.home:
         os.environ["ECLECTUS_HOME"] = chosen.home
@@ -117,12 +117,14 @@ def _run_flow(chosen: argparse.Namespace) -> None:
 
 def read_parameters(chosen: argparse.Namespace) -> Settings:
     """The flow's parameters from `--config` and the options. Raises EclectusError naming the culprit."""
-    from flows.parameters import PARAMETERS
+    from flows.parameters import PARAMETERS, MainParameters
 
     model = PARAMETERS[chosen.flow]
     values: dict[str, Any] = {}
     if chosen.config:
-        values = model.read(_read_yaml(Path(chosen.config)), chosen.config).model_dump(exclude_unset=True)
+        # One file serves all flows: what another flow needs is checked too, and left out here.
+        values = MainParameters.read(_read_yaml(Path(chosen.config)), chosen.config).model_dump(exclude_unset=True)
+        values = {name: value for name, value in values.items() if name in model.model_fields}
     options = {
         name: _parse(value, model.model_fields[name].annotation)
         for name in model.model_fields
@@ -212,9 +214,9 @@ def _print_rows(names: list[str], rows: list[tuple[Any, ...]], as_json: bool) ->
     table = Table(*names, box=None, header_style="bold", pad_edge=False)
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row))
-    Console(highlight=False, markup=False).print(table)
-
-
+    # A pipe has no width: cutting columns there would lose what a script reads.
+    width = None if sys.stdout.isatty() else 100_000
+    Console(highlight=False, markup=False, width=width).print(table)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ from tasks.group import GroupSettings, group
 from flows.parameters import CurateParameters, check
 from flows.run import open_run
 from storage.artifact import Artifact
-from tasks.embed import EmbedSettings, embed
+from tasks.embed import STATIC, EmbedSettings, embed
 from tasks.ingest import IngestSettings, ingest
 from tasks.languages import LanguageSettings, languages
 from tasks.neighbors import NeighborSettings, neighbors
 from tasks.pack import PackSettings, pack
 from tasks.replay import ReplaySettings, replay
 from tasks.split import SplitSettings, split
-from tasks.static_embedding import STATIC, StaticEmbeddingSettings, train_embedding
+from tasks.static_embedding import StaticEmbeddingSettings, train_embedding
 from tasks.tokenizer import TokenizerSettings, tokenizer
 
 

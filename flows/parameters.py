@@ -9,7 +9,7 @@ from __future__ import annotations
 from pydantic import Field
 from tasks.evaluate import EvaluateSettings
 from tasks.group import GroupSettings
-from tasks.report import ReportSettings
+# from tasks.report import ReportSettings
 
 from storage.errors import EclectusError
 from tasks.embed import EmbedSettings
@@ -53,7 +53,7 @@ class ExtendParameters(PretrainParameters, ExtendSettings):
     )
 
 
-class EvaluateParameters(ExtendParameters, EvaluateSettings, ReportSettings):
+class EvaluateParameters(ExtendParameters, EvaluateSettings):
     """Evaluation and report of the models of pre-training and extension."""
 
     evaluate_checkpoints: list[str] = Field(
@@ -77,7 +77,7 @@ PARAMETERS = {
 
 def check(parameters: CurateParameters) -> None:
     """What can be known to fail before any work starts. Raises EclectusError naming the setting."""
-    from tasks.sources import check_sources
+    from tasks.ingest import check_sources
 
     check_sources(parameters)
     both = set(parameters.original_languages) & set(parameters.expanded_languages)

@@ -19,6 +19,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from storage.errors import EclectusError
 from storage.home import Home
@@ -27,7 +28,7 @@ START_SECONDS = 120
 STOP_SECONDS = 10
 
 QUIET = {
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
     "PREFECT_CLI_PROMPT": "false",
@@ -57,9 +58,22 @@ def prefect_server(home: Home) -> Iterator[str]:
     try:
         yield address
     finally:
+        _send_what_is_queued()
         os.environ.pop("PREFECT_API_URL", None)
         if process is not None:
             process.stop()
+
+
+def _send_what_is_queued() -> None:
+    """Waits until Prefect has sent its queued logs and events, which it does in threads, before the server goes."""
+    if "prefect" in sys.modules:
+        from prefect._internal.concurrency.services import QueueService
+        from prefect.events.worker import EventsWorker
+        from prefect.logging.handlers import APILogWorker
+
+        queues: tuple[type[QueueService[Any]], ...] = (APILogWorker, EventsWorker)
+        for queue in queues:
+            queue.drain_all(timeout=5)
 
 
 class _Server:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from flows.terminal import Terminal
+from storage.home import DEFAULT
 
 if TYPE_CHECKING:
     from tasks.run import Run
@@ -62,11 +64,13 @@ def _places(run: Run, result: Any) -> dict[str, Path]:
 
 
 def _next_commands(run: Run) -> list[str]:
-    python = f"{near(Path(shutil.which('eclectus') or '.venv/bin/eclectus'))}"
+    eclectus = near(Path(shutil.which("eclectus") or Path(sys.executable).with_name("eclectus")))
+    if run.home.root != Path(DEFAULT).absolute():
+        eclectus += f" --home {near(run.home.root)}"
     return [
-        f"{python} sql \"from steps select label, state, seconds, reason where run = '{run.id}'\"",
-        f"{python} sql \"from metrics select name, tags['language'] as language, value where name = 'bits_per_byte'\"",
-        f"{python} run --config configs/default.yaml --sources my-documents.jsonl",
+        f"{eclectus} sql \"select label, state, seconds, reason from steps where run = '{run.id}'\"",
+        f"{eclectus} sql \"select label, value from metrics join steps using (step) where metrics.name = 'bits_per_byte'\"",
+        f"{eclectus} run --config configs/default.yaml --sources my-documents.jsonl",
     ]
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 from storage.artifact import Artifact, ArtifactStore, write_json
 
+SHOWN = 6
+
 
 @dataclass(frozen=True)
 class Record:
@@ -122,7 +124,7 @@ def differences(before: Record, after: Record) -> list[str]:
         old, new = before.inputs.get(name), after.inputs.get(name)
         if old != new:
             words.append(f"input {name} {_brief_digest(old)} -> {_brief_digest(new)}")
-    return words
+    return words if len(words) <= SHOWN else [*words[:SHOWN], f"and {len(words) - SHOWN} more"]
 
 
 def _brief(value: Any) -> str:

@@ -159,16 +159,12 @@ def _stream(home: Home, stream: str) -> str:
 
 def _documents(home: Home) -> str:
     tables = home.store.root / "instances" / "*" / "documents.parquet"
-    columns = "document, name, language, domain, source, instance, instance_offset, tokens, document_offset"
+    columns = "document name language domain source instance instance_offset tokens document_offset".split()
     if not any(home.store.root.glob("instances/*/documents.parquet")):
-        return (
-            "select "
-            + ", ".join(f"null::VARCHAR as {name}" for name in columns.split(", "))
-            + ", null::VARCHAR as instances where false"
-        )
+        return "select " + ", ".join(f"null::VARCHAR as {name}" for name in [*columns, "instances"]) + " where false"
+    chosen = ", ".join(f"d.{name}" for name in columns)
     return (
-        f"select document, name, language, domain, source, instance, instance_offset, tokens, document_offset, "
-        f"a.artifact as instances from read_parquet({_text(tables)}, filename = true) d "
+        f"select {chosen}, a.artifact as instances from read_parquet({_text(tables)}, filename = true) d "
         "join artifacts a on a.kind = 'instances' and split_part(d.filename, '/', -2) = a.artifact[1:32]"
     )
 

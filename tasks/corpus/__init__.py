@@ -96,7 +96,7 @@ class CorpusSummary:
 
 
 def write_corpus(out: Path, settings: CorpusSettings) -> CorpusSummary:
-    """Writes `out/<language>.<domain>.jsonl` and `out/SOURCES.md`.
+    """Writes `out/<language>.<domain>.jsonl` and `out/SOURCES`.
 
     One document a line: id, text, language, domain, source. Files appear whole or not at all.
     Raises EclectusError naming the packages that are not installed and the command that installs them.
@@ -118,7 +118,7 @@ def write_corpus(out: Path, settings: CorpusSettings) -> CorpusSummary:
         files.append(CorpusFile(path, language, domain, len(documents), sum(document.bytes for document in documents)))
         written += documents
     sources = _sources(written)
-    _write(out / "SOURCES.md", _table(sources))
+    _write(out / "SOURCES", _table(sources))
     return CorpusSummary(tuple(files), sources)
 
 

@@ -104,7 +104,7 @@ def test_sizes_are_bounded_and_english_domains_balanced(corpus):
 
 
 def test_sources_are_listed_with_version_licence_and_counts(corpus):
-    table = (corpus.files[0].path.parent / "SOURCES.md").read_text("utf-8")
+    table = (corpus.files[0].path.parent / "SOURCES").read_text("utf-8")
     for source in corpus.sources:
         assert (
             f"| {source.package} | {source.version} | {source.licence} | {source.documents} | {source.bytes} |" in table
@@ -129,7 +129,7 @@ def test_same_packages_give_the_same_bytes_in_another_process_and_nothing_half_w
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", script], check=True, cwd=root, env={**os.environ, "PYTHONHASHSEED": "7"})
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["SOURCES.md", "hu.interface.jsonl", "tr.interface.jsonl", "tr.speeches.jsonl"]
+    assert names == ["SOURCES", "hu.interface.jsonl", "tr.interface.jsonl", "tr.speeches.jsonl"]
     first = small.files[0].path.parent
     assert names == sorted(path.name for path in first.iterdir())
     assert all((first / name).read_bytes() == (tmp_path / name).read_bytes() for name in names)
