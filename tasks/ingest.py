@@ -12,6 +12,7 @@ Price: one core reads, hashes and writes 60 to 120 MB of JSON lines a second.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
@@ -111,9 +112,9 @@ def read_duplicates(documents: Artifact) -> pa.Table:
     return pq.read_table(documents.file("duplicates.parquet"))
 
 
-def histogram(lengths: Counter[int]) -> dict[str, int]:
-    """Counts by power of two of the length in bytes: {"256-511": 12, ...}."""
-    return {f"{2**bits >> 1}-{2**bits - 1}": lengths[bits] for bits in sorted(lengths)}
+def histogram(lengths: Counter[int]) -> list[list[int]]:
+    """[shortest length in bytes, documents] by power of two: [[256, 12], [512, 30], ...]. lengths: by bit length."""
+    return [[2**bits >> 1, lengths[bits]] for bits in sorted(lengths)]
 
 
 def _read_all(sources: list[Source], settings: IngestSettings, intake: _Intake) -> None:
@@ -287,7 +288,9 @@ class _Intake:
         if kind is None:
             self._flush()
         for table in (self.rejected, self.duplicates, self._documents):
-            table.close()
+            # After an error, on a full disk above all, closing fails as well and would hide the first reason.
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+                table.close()
 
 
 def _word(value: Any) -> str | None:

@@ -235,6 +235,22 @@ def test_a_dataset_folder_of_files_streams_through_load_dataset(store, tmp_path,
     assert read_table(documents)["text"].to_pylist() == [GREEK, TURKISH]
 
 
+def test_a_damaged_file_in_a_local_dataset_is_a_fault_after_what_could_be_read(store, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    (tmp_path / "owner").mkdir()
+    pq.write_table(pa.table({"text": [GREEK, TURKISH]}), tmp_path / "owner" / "train-00000.parquet")
+    (tmp_path / "owner" / "train-00001.parquet").write_bytes(b"PAR1 damaged PAR1")
+    documents = run(store, [f"dataset:{tmp_path}/owner"])
+    assert read_table(documents)["text"].to_pylist() == [GREEK, TURKISH]
+    assert [(line, reason) for _, line, reason in rejected(documents)] == [(3, "unreadable")]
+
+
+def test_a_dataset_that_cannot_be_reached_is_an_error_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(EclectusError, match="data set 'nobody/nothing' cannot be reached on the hub"):
+        fingerprint(IngestSettings(sources=["dataset:nobody/nothing"]))
+
+
 def test_the_limit_takes_the_first_documents_of_each_source(store, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_bytes(lines(*({"text": f"{name} {i}"} for i in range(10))))
