@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prefect import flow
-from tasks.group import GroupSettings, group
 
 from flows.parameters import CurateParameters, check
 from flows.run import open_run
 from storage.artifact import Artifact
 from tasks.embed import STATIC, EmbedSettings, embed
+from tasks.group import GroupSettings, group
 from tasks.ingest import IngestSettings, ingest
 from tasks.languages import LanguageSettings, languages
 from tasks.neighbors import NeighborSettings, neighbors

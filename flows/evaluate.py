@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prefect import flow
-from tasks.evaluate import EvaluateSettings
-from tasks.evaluate import evaluate as score
-from tasks.report import ReportSettings, report
 
 from flows.curate import Curated, curate
 from flows.extend import extend
@@ -15,6 +12,9 @@ from flows.parameters import CurateParameters, EvaluateParameters, ExtendParamet
 from flows.pretrain import pretrain
 from flows.run import current_home, once, open_run
 from storage.artifact import Artifact
+from tasks.evaluate import EvaluateSettings
+from tasks.evaluate import evaluate as score
+from tasks.report import ReportSettings, report
 
 
 @dataclass(frozen=True)

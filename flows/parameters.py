@@ -7,13 +7,13 @@ that the command line can read them quickly.
 from __future__ import annotations
 
 from pydantic import Field
-from tasks.evaluate import EvaluateSettings
-from tasks.group import GroupSettings
-# from tasks.report import ReportSettings
 
+# from tasks.report import ReportSettings
 from storage.errors import EclectusError
 from tasks.embed import EmbedSettings
+from tasks.evaluate import EvaluateSettings
 from tasks.extend import ExtendSettings
+from tasks.group import GroupSettings
 from tasks.ingest import IngestSettings
 from tasks.languages import LanguageSettings
 from tasks.neighbors import NeighborSettings

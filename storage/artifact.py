@@ -35,6 +35,7 @@ KINDS = (
 )
 SCHEMA = 1
 MANIFEST = "manifest.json"
+MANIFEST_FIELDS = {"kind", "digest", "schema", "created", "rows", "bytes", "statistics", "files", "seal"}
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class ArtifactStore:
             "statistics": draft.statistics,
             "files": files,
         }
-        write_json(draft.path / MANIFEST, manifest)
+        write_json(draft.path / MANIFEST, {**manifest, "seal": seal(manifest)})
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(draft.path, place)
@@ -162,14 +163,16 @@ class ArtifactStore:
         try:
             manifest = read_manifest(place)
         except DamagedArtifact as error:
-            return str(error)
+            return f"{artifact.name} is damaged: {error}"
         for file in manifest["files"]:
             path = place / file["name"]
             if not path.is_file():
                 return f"{artifact.name} is damaged: {file['name']} is gone"
             if path.stat().st_size != file["bytes"] or hash_file(path) != file["sha256"]:
                 return f"{artifact.name} is damaged: {file['name']} changed"
-        if content_digest(manifest["kind"], manifest["files"]) != artifact.digest:
+        if content_digest(manifest["kind"], manifest["files"]) != artifact.digest or manifest.pop("seal", "") != seal(
+            manifest
+        ):
             return f"{artifact.name} is damaged: {MANIFEST} changed"
         return None
 
@@ -192,6 +195,11 @@ def content_digest(kind: str, files: list[dict[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def seal(manifest: dict[str, Any]) -> str:
+    """Hex SHA-256 over everything else in a manifest, statistics too: any change of it shows."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def hash_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as handle:
@@ -201,8 +209,11 @@ def hash_file(path: Path) -> str:
 def read_manifest(place: Path) -> dict[str, Any]:
     """The manifest of the artifact in a directory. Raises DamagedArtifact when it is missing or not readable."""
     try:
-        return json.loads((place / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        manifest = json.loads((place / MANIFEST).read_text())
+        if not MANIFEST_FIELDS <= manifest.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(MANIFEST_FIELDS - manifest.keys()))}")
+        return manifest
+    except (OSError, ValueError, AttributeError) as error:
         raise DamagedArtifact(f"{place} is no whole artifact: {MANIFEST} cannot be read ({error})") from error
 
 
