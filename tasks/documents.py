@@ -2,7 +2,7 @@
 
 Columns: document (id: the first 32 hex digits of the SHA-256 of the text's UTF-8 bytes), name (what its owner calls it: the
 record's own id, or null), text, language, language_confidence, domain, source, bytes
-(UTF-8 length), group (original, expanded, other), split (train, heldout). A step adds columns by writing all parts again:
+(UTF-8 length), group (original, expanded, other), split (train, heldout, apart: in neither). A step adds columns by writing all parts again:
 text compresses to a third, and no reader ever needs a join. Row order is the order of ingestion throughout.
 """
 
