@@ -1,0 +1,464 @@
+"""Evaluation of one model on held-out documents: bits per byte and perplexity, routing, samples of its writing.
+
+Documents of one language and domain, in the order of their ids, form a token stream that is read in overlapping windows
+(models/evaluate.py): every model scores exactly the same tokens, and none of them with look-ahead. Bits per byte, because
+perplexity per token cannot be compared across languages or tokenizers; a document's bytes are counted in proportion to its scored
+tokens, the end-of-document token is read but not scored.
+
+Files: `documents.parquet` (bits, bytes and tokens of each document: what paired comparisons need), `scores.parquet` (by
+language, by domain, by both, over all), `positions.parquet` (by place in the window; `scored` is false for context),
+`routing.parquet` (share of each expert of each layer by language and domain), `samples.json`, `about.json` (model, window,
+what could not be scored). Price: a forward pass over the held-out tokens, on the run's training workers.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from storage.artifact import Artifact, Draft
+from storage.errors import EclectusError
+from tasks.documents import read_batches
+from tasks.run import metric
+from tasks.settings import Place, Settings
+from tasks.step import step
+from tasks.tokenizer import load_tokenizer
+from tasks.training import TrainingSettings, run_training
+
+if TYPE_CHECKING:
+    from models.evaluate import Sums
+
+LONGEST_WINDOW = 2048
+TEXTS_AT_ONCE = 512
+UNKNOWN = "unknown"
+
+
+class EvaluateSettings(Settings):
+    """How held-out text is scored; the same settings make models comparable."""
+
+    evaluation_tokens: int = Field(
+        0, ge=0, description=f"Tokens in a window; 0 takes the longest that the model knows, at most {LONGEST_WINDOW}."
+    )
+    evaluation_context: int = Field(
+        64,
+        ge=1,
+        description="Tokens at the start of a window that are only read, not scored; at least Lory's segment, so that no score has look-ahead.",
+    )
+    evaluation_documents: int = Field(
+        100, ge=1, description="At most this many held-out documents of each language and domain, chosen by their ids."
+    )
+    evaluation_samples: int = Field(
+        2, ge=0, description="Held-out documents of each language whose beginnings every model continues."
+    )
+    evaluation_prompt_tokens: int = Field(
+        32, ge=1, description="Tokens of a document that a model is given to continue."
+    )
+    evaluation_sample_tokens: int = Field(48, ge=1, description="Tokens that a model writes for a sample.")
+    evaluation_temperature: float = Field(
+        0.0, ge=0, description="Temperature of sampling; 0 takes the most likely token each time."
+    )
+    evaluation_batch: int = Place(8, ge=1, description="Windows that a worker scores at once; more cost memory.")
+    training_workers: int = Place(2, ge=0, description=TrainingSettings.model_fields["training_workers"].description)
+    training_gpus: bool = Place(False, description=TrainingSettings.model_fields["training_gpus"].description)
+    seed: int = Field(0, description="Seed of everything random.")
+
+
+@dataclass
+class HeldOut:
+    """What is scored: documents in the order of their streams.
+
+    Each list is by document but for streams (language, domain) and lengths (tokens), which are by stream. known: all
+    languages of the corpus, with held-out documents or not.
+    """
+
+    documents: list[str] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)
+    domains: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+    known: set[str] = field(default_factory=set)
+    streams: list[tuple[str, str]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+
+@step(makes="evaluation", version=1)
+def evaluate(
+    documents: Artifact, tokenizer: Artifact, checkpoint: Artifact, settings: EvaluateSettings, out: Draft
+) -> None:
+    """Scores a checkpoint on the held-out documents, by language and by domain."""
+    tokens = load_tokenizer(tokenizer.path)
+    length = _window(checkpoint, tokens, settings)
+    held = read_held_out(documents, tokens, settings)
+    prompts = choose_prompts(held, settings)
+    with tempfile.TemporaryDirectory(dir=out.path.parent, prefix="streams-") as scratch:
+        _write_streams(held, tokens.eos_token_id, length, settings.evaluation_context, Path(scratch))
+        result = run_training(
+            settings,
+            "tasks.evaluate:evaluate_here",
+            {
+                "checkpoint": checkpoint.path,
+                "name": checkpoint.name,
+                "streams": scratch,
+                "length": length,
+                "documents": held.documents,
+                "prompts": [held.tokens[number][: settings.evaluation_prompt_tokens] for number in prompts],
+                "end": tokens.eos_token_id,
+                "settings": settings.model_dump(),
+            },
+            what="evaluating",
+        )
+    sums = result["sums"]
+    if not sums.tokens.any():
+        raise EclectusError(
+            f"no stream of held-out documents in {documents.name} is longer than evaluation_context, {settings.evaluation_context} "
+            "tokens, so nothing can be scored; hold out more documents, or lower evaluation_context"
+        )
+    scores = _write_documents_and_scores(held, sums, out)
+    _write_positions(held, sums, result["bucket"], settings.evaluation_context, out)
+    _write_routing(held, sums, out)
+    _write_samples(held, tokens, prompts, result["written"], settings, out)
+    out.rows = int((sums.tokens > 0).sum())
+    out.statistics = _statistics(held, scores, result, length)
+    # What could not be scored belongs to the content: equal scores of other documents are another evaluation.
+    out.file("about.json").write_text(json.dumps(out.statistics, indent=1, ensure_ascii=False), "utf-8")
+
+
+def evaluate_here(
+    place: Any,
+    tell: Any,
+    checkpoint: str,
+    name: str,
+    streams: str,
+    length: int,
+    documents: list[str],
+    prompts: list[list[int]],
+    end: int,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Runs on every worker: scores this worker's windows, writes its samples; all have the sums of all."""
+    from models.evaluate import NotFinite, Windows, generate, score
+
+    chosen, work = EvaluateSettings(**settings), Path(streams)
+    model = load_model(checkpoint, name, chosen.evaluation_context)
+    tokens, owners, table, ratio, lengths = (
+        np.load(work / f"{each}.npy", mmap_mode="r") for each in ("tokens", "owners", "table", "ratio", "lengths")
+    )
+    windows = Windows(tokens, owners, table, chosen.evaluation_context, length, ratio)
+    try:
+        sums = score(
+            model,
+            windows,
+            len(lengths),
+            place,
+            chosen.evaluation_batch,
+            lambda done, total: tell("progress", done=done, total=total),
+        )
+    except NotFinite as error:
+        raise EclectusError(
+            f"{name} gives logits that are not finite on document {documents[error.document]}; it cannot be evaluated: "
+            "train it again with a lower learning rate, or leave it out"
+        ) from error
+    written = generate(
+        model, prompts, chosen.evaluation_sample_tokens, chosen.evaluation_temperature, end, chosen.seed, place
+    )
+    return {
+        "sums": sums,
+        "written": written,
+        "bucket": windows.bucket,
+        "windows": len(table),
+        "model": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def load_model(checkpoint: str, name: str, context: int) -> Any:
+    """The model in a directory, fp32, ready to be scored. Raises EclectusError naming the checkpoint.
+
+    Runs no code from the directory; importing `models` is what makes Lory known.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from models.lory import LoryForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise EclectusError(
+                f"{name} brings its own code, which Eclectus does not run; convert it to a model that transformers knows"
+            ) from error
+        first = str(error).strip().splitlines()[0]
+        raise EclectusError(f"{name} cannot be loaded as a causal language model: {first}") from error
+    if isinstance(model, LoryForCausalLM) and model.config.num_experts > 1:
+        segment, rule = model.config.segment_length, model.config.first_segment
+        if segment > context and rule == "stop_gradient" and model.config.routing != "dense":
+            raise EclectusError(
+                f"evaluation_context is {context}, shorter than the segment of {segment} tokens of {name}, whose first segment "
+                f"looks ahead; set evaluation_context to {segment} or more for every model that is compared"
+            )
+    return model
+
+
+def read_held_out(documents: Artifact, tokenizer: Any, settings: EvaluateSettings) -> HeldOut:
+    """Reads and tokenises the held-out documents to score. Raises EclectusError when there are none."""
+    chosen, held = _choose(documents, settings), HeldOut()
+    rows: list[tuple[str, str, str, str, int, list[int]]] = []
+    names = ["document", "language", "domain", "group", "split", "bytes", "text"]
+    for batch in read_batches(documents, ["language", "group"], pc.field("group") != "other"):
+        held.known |= set(batch["language"].unique().to_pylist())
+    wanted = pc.field("document").isin(sorted(chosen)) & (pc.field("split") == "heldout")
+    for batch in read_batches(documents, names, wanted, TEXTS_AT_ONCE):
+        if not len(batch):
+            continue
+        columns = {name: batch[name].to_pylist() for name in names}
+        ids = tokenizer(columns["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+        domains = [domain or UNKNOWN for domain in columns["domain"]]
+        rows += zip(
+            columns["language"], domains, columns["document"], columns["group"], columns["bytes"], ids, strict=True
+        )
+    for language, domain, document, group, size, ids in sorted(rows, key=lambda row: row[:3]):
+        if not ids:
+            continue
+        held.documents.append(document)
+        held.languages.append(language)
+        held.domains.append(domain)
+        held.groups.append(group)
+        held.bytes.append(size)
+        held.tokens.append(ids)
+        if not held.streams or held.streams[-1] != (language, domain):
+            held.streams.append((language, domain))
+            held.lengths.append(0)
+        held.lengths[-1] += len(ids) + 1
+    return held
+
+
+def choose_prompts(held: HeldOut, settings: EvaluateSettings) -> list[int]:
+    """Ordinals of the documents whose beginnings are continued: by language, one domain after the other.
+
+    The choice depends on documents and tokenizer alone, so all models continue the same prompts.
+    """
+    by_language: dict[str, list[tuple[int, str, int]]] = defaultdict(list)
+    seen: dict[tuple[str, str], int] = defaultdict(int)
+    for number, (language, domain, tokens) in enumerate(zip(held.languages, held.domains, held.tokens, strict=True)):
+        if len(tokens) > settings.evaluation_prompt_tokens:
+            by_language[language].append((seen[language, domain], domain, number))
+            seen[language, domain] += 1
+    return [
+        number
+        for language in sorted(by_language)
+        for _, _, number in sorted(by_language[language])[: settings.evaluation_samples]
+    ]
+
+
+def _choose(documents: Artifact, settings: EvaluateSettings) -> set[str]:
+    """Ids of the documents to score: ids are hashes, so the lowest are a random and stable choice."""
+    ids: dict[tuple[str, str], list[str]] = defaultdict(list)
+    wanted = (pc.field("split") == "heldout") & (pc.field("group") != "other")
+    for batch in read_batches(documents, ["document", "language", "domain"], wanted):
+        for document, language, domain in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            ids[language, domain or UNKNOWN].append(document)
+    if not ids:
+        raise EclectusError(
+            f"{documents.name} has no held-out documents in a wanted language, so no model can be evaluated; hold some out "
+            "when splitting, or add documents"
+        )
+    return {document for each in ids.values() for document in sorted(each)[: settings.evaluation_documents]}
+
+
+def _window(checkpoint: Artifact, tokenizer: Any, settings: EvaluateSettings) -> int:
+    """Tokens in a window. Raises EclectusError when the checkpoint does not fit the tokenizer or the settings."""
+    try:
+        config = json.loads(checkpoint.file("config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise EclectusError(f"{checkpoint.name} is no model: its config.json cannot be read ({error})") from error
+    config = {**config, **config.get("text_config", {})}
+    vocabulary = config.get("vocab_size", 0)
+    own = load_tokenizer(checkpoint.path) if checkpoint.file("tokenizer.json").is_file() else None
+    if vocabulary < len(tokenizer) or (own is not None and own.get_vocab() != tokenizer.get_vocab()):
+        theirs = f"a tokenizer of {len(own)} tokens of its own" if own is not None else "no tokenizer of its own"
+        raise EclectusError(
+            f"{checkpoint.name} has a vocabulary of {vocabulary} tokens and {theirs}, which is not the given tokenizer "
+            f"of {len(tokenizer)} tokens; evaluate it with the tokenizer that it was trained with"
+        )
+    longest = config.get("max_position_embeddings") or LONGEST_WINDOW
+    length = settings.evaluation_tokens or min(longest, LONGEST_WINDOW)
+    if length > longest:
+        raise EclectusError(f"evaluation_tokens is {length}, but {checkpoint.name} knows {longest} positions; lower it")
+    if length <= settings.evaluation_context:
+        raise EclectusError(
+            f"evaluation_context is {settings.evaluation_context}, which leaves nothing to score in windows of {length} "
+            f"tokens for {checkpoint.name}; lower it, or raise evaluation_tokens"
+        )
+    return length
+
+
+def _write_streams(held: HeldOut, end: int, length: int, context: int, scratch: Path) -> None:
+    """The streams as arrays that every worker maps (models.evaluate.Windows)."""
+    from models.evaluate import NO_DOCUMENT, plan_windows
+
+    total = sum(held.lengths)
+    tokens, owners = np.empty(total, np.uint32), np.empty(total, np.int32)
+    at = 0
+    for number, ids in enumerate(held.tokens):
+        tokens[at : at + len(ids)], tokens[at + len(ids)] = ids, end
+        owners[at : at + len(ids)], owners[at + len(ids)] = number, NO_DOCUMENT
+        at += len(ids) + 1
+    np.save(scratch / "tokens.npy", tokens)
+    np.save(scratch / "owners.npy", owners)
+    np.save(scratch / "table.npy", plan_windows(held.lengths, length, context))
+    np.save(scratch / "ratio.npy", np.array(held.bytes) / np.array([len(ids) for ids in held.tokens]))
+    np.save(scratch / "lengths.npy", np.array(held.lengths))
+
+
+def _write_documents_and_scores(held: HeldOut, sums: Sums, out: Draft) -> pa.Table:
+    scored_bytes = sums.tokens * np.array(held.bytes) / np.array([len(ids) for ids in held.tokens])
+    table = pa.table(
+        {
+            "document": held.documents,
+            "language": held.languages,
+            "domain": held.domains,
+            "group": held.groups,
+            "bits": sums.bits,
+            "bytes": scored_bytes,
+            "tokens": sums.tokens.astype(np.int64),
+        }
+    ).filter(pa.array(sums.tokens > 0))
+    pq.write_table(table, out.file("documents.parquet"), compression="zstd")
+    levels = {"all": [], "language": ["language"], "domain": ["domain"], "language+domain": ["language", "domain"]}
+    scores = pa.concat_tables([_scores(table, level, by) for level, by in levels.items()])
+    pq.write_table(scores, out.file("scores.parquet"), compression="zstd")
+    for row in scores.to_pylist():
+        tags = {name: row[name] for name in ("language", "domain") if row[name] is not None}
+        metric("bits_per_byte", row["bits_per_byte"], **tags)
+        metric("perplexity", row["perplexity"], **tags)
+    return scores
+
+
+def _scores(table: pa.Table, level: str, by: list[str]) -> pa.Table:
+    """One row for each combination of the columns `by`; perplexity is per token."""
+    sums = table.group_by(by, use_threads=False).aggregate(
+        [("bits", "sum"), ("bytes", "sum"), ("tokens", "sum"), ("document", "count")]
+    )
+    sums = sums.sort_by([(name, "ascending") for name in by]) if by else sums
+    nothing = pa.nulls(len(sums), pa.string())
+    return pa.table(
+        {
+            "level": pa.array([level] * len(sums)),
+            "language": sums["language"] if "language" in by else nothing,
+            "domain": sums["domain"] if "domain" in by else nothing,
+            "bits_per_byte": pc.divide(sums["bits_sum"], sums["bytes_sum"]),
+            "perplexity": pc.power(2.0, pc.divide(sums["bits_sum"], pc.cast(sums["tokens_sum"], pa.float64()))),
+            "tokens": sums["tokens_sum"],
+            "bytes": sums["bytes_sum"],
+            "documents": sums["document_count"],
+        }
+    )
+
+
+def _write_positions(held: HeldOut, sums: Sums, bucket: int, context: int, out: Draft) -> None:
+    """Bits per byte by place in the window; the context's rows stand apart, since each of its tokens is scored elsewhere."""
+    stream, place = np.nonzero(sums.positions[:, :, 2])
+    bits, size, tokens = sums.positions[stream, place].T
+    first = np.where(place == 0, 1, context + (place - 1) * bucket)
+    table = {
+        "language": [held.streams[each][0] for each in stream],
+        "domain": [held.streams[each][1] for each in stream],
+        "first": first,
+        "last": np.where(place == 0, context - 1, first + bucket - 1),
+        "scored": place > 0,
+        "bits": bits,
+        "bytes": size,
+        "tokens": tokens.astype(np.int64),
+        "bits_per_byte": bits / size,
+    }
+    pq.write_table(pa.table(table), out.file("positions.parquet"), compression="zstd")
+
+
+def _write_routing(held: HeldOut, sums: Sums, out: Draft) -> None:
+    """share: mean mixture weight (Lory, over segments) or router probability (over tokens); top_k_share: part of the choices."""
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("layer", "expert", "language", "domain", "share", "top_k_share", "routed")
+    }
+    for layer, shares in enumerate(sums.shares):
+        for stream in np.flatnonzero(sums.routed):
+            routed = sums.routed[stream]
+            choices = sums.chosen[layer][stream] if sums.chosen else None
+            for expert in range(shares.shape[1]):
+                columns["layer"].append(layer)
+                columns["expert"].append(expert)
+                columns["language"].append(held.streams[stream][0])
+                columns["domain"].append(held.streams[stream][1])
+                columns["share"].append(float(shares[stream, expert] / routed))
+                columns["top_k_share"].append(
+                    None if choices is None else float(choices[expert] / max(1.0, choices.sum()))
+                )
+                columns["routed"].append(int(routed))
+    kinds = [pa.int32(), pa.int32(), pa.string(), pa.string(), pa.float64(), pa.float64(), pa.int64()]
+    table = pa.table(
+        {name: pa.array(values, kind) for (name, values), kind in zip(columns.items(), kinds, strict=True)}
+    )
+    pq.write_table(table, out.file("routing.parquet"), compression="zstd")
+
+
+def _write_samples(
+    held: HeldOut,
+    tokenizer: Any,
+    prompts: list[int],
+    written: list[tuple[list[int], list[list[float]]]],
+    settings: EvaluateSettings,
+    out: Draft,
+) -> None:
+    begin, end = (
+        settings.evaluation_prompt_tokens,
+        settings.evaluation_prompt_tokens + settings.evaluation_sample_tokens,
+    )
+    samples = [
+        {
+            "language": held.languages[number],
+            "domain": held.domains[number],
+            "document": held.documents[number],
+            "prompt": tokenizer.decode(held.tokens[number][:begin]),
+            "original": tokenizer.decode(held.tokens[number][begin:end]),
+            "written": tokenizer.decode(ids, skip_special_tokens=True),
+            "routing": weights,
+        }
+        for number, (ids, weights) in zip(prompts, written, strict=True)
+    ]
+    out.file("samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False), "utf-8")
+
+
+def _statistics(held: HeldOut, scores: pa.Table, result: dict[str, Any], length: int) -> dict[str, Any]:
+    rows = scores.to_pylist()
+
+    def by(level: str) -> dict[str, float]:
+        return {row[level]: round(row["bits_per_byte"], 4) for row in rows if row["level"] == level}
+
+    total = next(row for row in rows if row["level"] == "all")
+    scored = {(row["language"], row["domain"]) for row in rows if row["level"] == "language+domain"}
+    return {
+        "model": result["model"],
+        "parameters": result["parameters"],
+        "bits_per_byte": round(total["bits_per_byte"], 4),
+        "perplexity": round(total["perplexity"], 2),
+        "by_language": by("language"),
+        "by_domain": by("domain"),
+        "documents": total["documents"],
+        "tokens": total["tokens"],
+        "window": length,
+        "languages_without_held_out_text": sorted(held.known - {language for language, _ in scored}),
+        "too_short_to_score": sorted(f"{language}, {domain}" for language, domain in set(held.streams) - scored),
+    }
