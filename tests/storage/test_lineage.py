@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import duckdb
 import pytest
@@ -118,10 +117,8 @@ def test_every_journal_line_is_json(home):
         assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
-def test_hundreds_of_journals_are_read_in_a_few_seconds(home):
+def test_hundreds_of_journals_are_read_as_one(home):
     for number in range(300):
         with Journal(home.journal, f"r{number}") as journal:
             write_step(journal, f"s{number}")
-    started = time.monotonic()
     assert query("select count(*) from steps where state = 'completed'", home)[1] == [(300,)]
-    assert time.monotonic() - started < 10
