@@ -25,6 +25,7 @@ from tasks.tokenizer import TokenizerSettings, tokenizer
 class Curated:
     """Instances of the original languages, of the expanded ones and for the review; None where no language asks for them."""
 
+    ingested: Artifact
     documents: Artifact
     grouping: Artifact
     tokenizer: Artifact
@@ -38,8 +39,8 @@ def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
     """From sources to training instances: languages, held-out split, embeddings, similarity grouping, packing."""
     check(parameters)
     with open_run("curate", parameters):
-        documents = ingest(settings=IngestSettings.of(parameters))
-        documents = languages(documents=documents, settings=LanguageSettings.of(parameters))
+        ingested = ingest(settings=IngestSettings.of(parameters))
+        documents = languages(documents=ingested, settings=LanguageSettings.of(parameters))
         documents = split(documents=documents, settings=SplitSettings.of(parameters))
         model = None
         if parameters.embedding_model == STATIC:
@@ -61,4 +62,4 @@ def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
             expanded = packed("expanded", documents, grouping, "expanded")
             replayed = replay(documents=documents, settings=ReplaySettings.of(parameters))
             review = packed("review", replayed, None, "all")
-        return Curated(documents, grouping, tokens, original, expanded, review)
+        return Curated(ingested, documents, grouping, tokens, original, expanded, review)

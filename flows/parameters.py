@@ -80,11 +80,6 @@ def check(parameters: CurateParameters) -> None:
     from tasks.ingest import check_sources
 
     check_sources(parameters)
-    both = set(parameters.original_languages) & set(parameters.expanded_languages)
-    if both:
-        raise EclectusError(
-            f"language '{sorted(both)[0]}' is both in original_languages and expanded_languages; choose one"
-        )
     if isinstance(parameters, ExtendParameters) and not parameters.expanded_languages:
         raise EclectusError("expanded_languages is empty, so there is nothing to extend to; name at least one language")
     if isinstance(parameters, PretrainParameters):

@@ -1,0 +1,157 @@
+"""The whole job on a small configuration, as a person runs it: processes, server, Ray and all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from storage.home import Home
+from storage.lineage import query
+from tasks.corpus import CorpusSettings, write_corpus
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def eclectus(home, *arguments, check=True):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    command = [sys.executable, "-m", "flows.cli", "--home", str(home), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=500, check=False)
+    if check and done.returncode:
+        raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def left_behind(home):
+    """Processes that still know this home: servers, Ray's workers."""
+    return [
+        each
+        for each in psutil.process_iter(["cmdline"])
+        if any(str(home) in word for word in each.info["cmdline"] or ())
+    ]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(
+        folder,
+        CorpusSettings(corpus_languages=("en", "tr"), corpus_english_bytes=150_000, corpus_expanded_bytes=200_000),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, corpus):
+    """(home, what the first run printed)."""
+    home = tmp_path_factory.mktemp("work") / "home"
+    return home, eclectus(home, "run", "--config", "configs/small.yaml", "--sources", corpus).stdout
+
+
+def test_the_summary_says_where_everything_is_and_what_to_try(finished):
+    home, printed = finished
+    for words in ("bits per byte by language", "report.html", "eclectus.duckdb", "Try next", "train lory"):
+        assert words in printed
+    assert (home / "report.html").stat().st_size > 10_000
+
+
+def test_every_step_of_the_run_is_in_the_lineage_and_in_prefect(finished):
+    home, _ = finished
+    opened = Home.open(home)
+    assert query("select flow, state from runs", opened)[1] == [("main", "completed")]
+    steps = query("select label, state, prefect_task_run from steps", opened)[1]
+    assert {"ingest", "group", "train dense", "train lory", "upcycle", "train stage 1", "train stage 2", "report"} <= {
+        step[0] for step in steps
+    }
+    assert all(state == "completed" and task_run for _, state, task_run in steps)
+    import sqlite3
+
+    with sqlite3.connect(home / "prefect" / "prefect.db") as server:
+        (recorded,) = server.execute("select count(*) from task_run where state_type = 'COMPLETED'").fetchone()
+    assert recorded == len(steps)
+
+
+def test_a_second_run_reuses_every_step_and_a_changed_setting_runs_what_follows(finished, corpus):
+    home, _ = finished
+    again = eclectus(home, "run", "--config", "configs/small.yaml", "--sources", corpus).stdout
+    assert "made:" not in again and "reused:" in again
+    changed = eclectus(home, "run", "--config", "configs/small.yaml", "--sources", corpus, "--review-steps", 5).stdout
+    made = {line.split("  ")[0].removeprefix("+ ") for line in changed.splitlines() if " made:" in line}
+    assert made == {"train stage 2", "evaluate stage 2", "report"}
+    assert "made: settings.review_steps 6 -> 5" in changed
+
+
+def test_checkpoints_load_with_transformers_and_the_original_weights_are_bit_identical(finished):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import models.lory  # noqa: F401  (registers Lory with the Auto classes)
+
+    home, _ = finished
+    paths = dict(query(
+        "select s.label, a.path from steps s join step_outputs o using (step) join artifacts a on a.artifact = o.artifact"
+        " where a.kind = 'checkpoint' and s.state = 'completed'", Home.open(home)
+    )[1])  # fmt: skip
+    loaded = {}
+    for label in ("train dense", "train lory", "train stage 1", "train stage 2"):
+        loaded[label] = AutoModelForCausalLM.from_pretrained(paths[label])
+        tokens = AutoTokenizer.from_pretrained(paths[label])("the", return_tensors="pt")["input_ids"]
+        assert loaded[label].generate(tokens, max_new_tokens=4, do_sample=False).shape[1] >= tokens.shape[1]
+    dense, moe = loaded["train dense"].state_dict(), loaded["train stage 2"].state_dict()
+    for name, tensor in dense.items():
+        if ".mlp." not in name:
+            assert torch.equal(tensor, moe[name]), name
+    for layer in range(len(loaded["train dense"].model.layers)):
+        gate_up = moe[f"model.layers.{layer}.mlp.experts.gate_up_proj"][0]
+        gate, up = (dense[f"model.layers.{layer}.mlp.{part}_proj.weight"] for part in ("gate", "up"))
+        assert torch.equal(gate_up, torch.cat([gate, up]))
+        down = dense[f"model.layers.{layer}.mlp.down_proj.weight"]
+        assert torch.equal(moe[f"model.layers.{layer}.mlp.experts.down_proj"][0], down)
+        assert not torch.equal(moe[f"model.layers.{layer}.mlp.experts.down_proj"][1], down)
+
+
+def test_the_proof_of_upcycling_is_stored(finished):
+    home, _ = finished
+    (statistics,) = query(
+        "select statistics from artifacts join steps on made_by = step where label = 'upcycle'", Home.open(home)
+    )[1][0]
+    proof = json.loads(statistics)
+    assert proof["max_abs_delta"] <= proof["tolerance"]
+
+
+def test_an_interrupt_leaves_no_process_and_the_next_run_goes_on(tmp_path, corpus):
+    home = tmp_path / "home"
+    command = [
+        sys.executable,
+        "-m",
+        "flows.cli",
+        "--home",
+        str(home),
+        "curate",
+        "--config",
+        "configs/small.yaml",
+        "--sources",
+        str(corpus),
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("+ split"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in complaint
+    deadline = time.monotonic() + 20
+    while left_behind(home) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left_behind(home) == []
+    assert query("select state from runs", Home.open(home))[1] == [("cancelled",)]
+    again = eclectus(home, "curate", "--config", "configs/small.yaml", "--sources", corpus).stdout
+    assert "= split" in again and "+ group" in again
