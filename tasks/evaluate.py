@@ -124,12 +124,13 @@ def evaluate(
             f"no stream of held-out documents in {documents.name} is longer than evaluation_context, {settings.evaluation_context} "
             "tokens, so nothing can be scored; hold out more documents, or lower evaluation_context"
         )
-    scores = _write_documents_and_scores(held, sums, out)
+    table = _write_documents(held, sums, out)
+    scores = _write_scores(table, out)
     _write_positions(held, sums, result["bucket"], settings.evaluation_context, out)
     _write_routing(held, sums, out)
     _write_samples(held, tokens, prompts, result["written"], settings, out)
     out.rows = int((sums.tokens > 0).sum())
-    out.statistics = _statistics(held, scores, result, length)
+    out.statistics = _statistics(held, table, scores, result, length)
     # What could not be scored belongs to the content: equal scores of other documents are another evaluation.
     out.file("about.json").write_text(json.dumps(out.statistics, indent=1, ensure_ascii=False), "utf-8")
 
@@ -324,7 +325,7 @@ def _write_streams(held: HeldOut, end: int, length: int, context: int, scratch: 
     np.save(scratch / "lengths.npy", np.array(held.lengths))
 
 
-def _write_documents_and_scores(held: HeldOut, sums: Sums, out: Draft) -> pa.Table:
+def _write_documents(held: HeldOut, sums: Sums, out: Draft) -> pa.Table:
     scored_bytes = sums.tokens * np.array(held.bytes) / np.array([len(ids) for ids in held.tokens])
     table = pa.table(
         {
@@ -338,6 +339,10 @@ def _write_documents_and_scores(held: HeldOut, sums: Sums, out: Draft) -> pa.Tab
         }
     ).filter(pa.array(sums.tokens > 0))
     pq.write_table(table, out.file("documents.parquet"), compression="zstd")
+    return table
+
+
+def _write_scores(table: pa.Table, out: Draft) -> pa.Table:
     levels = {"all": [], "language": ["language"], "domain": ["domain"], "language+domain": ["language", "domain"]}
     scores = pa.concat_tables([_scores(table, level, by) for level, by in levels.items()])
     pq.write_table(scores, out.file("scores.parquet"), compression="zstd")
@@ -441,21 +446,23 @@ def _write_samples(
     out.file("samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False), "utf-8")
 
 
-def _statistics(held: HeldOut, scores: pa.Table, result: dict[str, Any], length: int) -> dict[str, Any]:
+def _statistics(
+    held: HeldOut, table: pa.Table, scores: pa.Table, result: dict[str, Any], length: int
+) -> dict[str, Any]:
+    """For people: bits per byte over all, by language, and by domain of the original languages; and what was not scored."""
     rows = scores.to_pylist()
-
-    def by(level: str) -> dict[str, float]:
-        return {row[level]: round(row["bits_per_byte"], 4) for row in rows if row["level"] == level}
-
     total = next(row for row in rows if row["level"] == "all")
     scored = {(row["language"], row["domain"]) for row in rows if row["level"] == "language+domain"}
+    domains = _scores(table.filter(pc.equal(table["group"], "original")), "domain", ["domain"]).to_pylist()
     return {
         "model": result["model"],
         "parameters": result["parameters"],
-        "bits_per_byte": round(total["bits_per_byte"], 4),
+        "bits_per_byte": {
+            "all": round(total["bits_per_byte"], 4),
+            "language": {r["language"]: round(r["bits_per_byte"], 4) for r in rows if r["level"] == "language"},
+            "domain": {r["domain"]: round(r["bits_per_byte"], 4) for r in domains},
+        },
         "perplexity": round(total["perplexity"], 2),
-        "by_language": by("language"),
-        "by_domain": by("domain"),
         "documents": total["documents"],
         "tokens": total["tokens"],
         "window": length,
