@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from storage.artifact import Artifact
-from tasks.documents import read_texts
 from tasks.neighbors import similarities_of, unit
+from tasks.texts import TextReader
 
 SHINGLE = 5
 FEATURES = 2**24
@@ -67,9 +67,10 @@ class Shingles:
             alternate_sign=False,
             dtype=np.float32,
         )
+        texts = TextReader(documents)
         self._place = {int(row): place for place, row in enumerate(rows)}
         blocks = [
-            vectorizer.transform(read_texts(documents, rows[begin : begin + TEXTS_AT_A_TIME]))
+            vectorizer.transform(texts.read(rows[begin : begin + TEXTS_AT_A_TIME]))
             for begin in range(0, len(rows), TEXTS_AT_A_TIME)
         ]
         self._sets = scipy.sparse.vstack(blocks, format="csr") if blocks else None
@@ -93,6 +94,7 @@ def near_duplicates(
     vectors: np.ndarray,
     neighbors: np.ndarray,
     similarities: np.ndarray,
+    train: np.ndarray,
     heldout: np.ndarray,
     sizes: np.ndarray,
     similarity: float,
@@ -100,11 +102,12 @@ def near_duplicates(
 ) -> list[Duplicate]:
     """The train documents to drop, by row; each names a document that stays, to which it is near itself.
 
-    vectors: [N, D]. neighbors, similarities: [N, k]. heldout: bool [N], never dropped. sizes: bytes, int [N].
+    vectors: [N, D]. neighbors, similarities: [N, k]. train, heldout: bool [N]; held-out ones are never dropped, and
+    documents that are neither play no part. sizes: bytes, int [N].
     similarity, overlap: what a pair must reach in cosine and in Jaccard similarity to be duplicates.
     """
     pairs, _ = candidate_pairs(neighbors, similarities, similarity)
-    pairs = pairs[~heldout[pairs].all(axis=1)]
+    pairs = pairs[(train | heldout)[pairs].all(axis=1) & train[pairs].any(axis=1)]
     # Much shorter documents share too few shingles; texts that repeat themselves are why this is no tighter.
     lengths = np.sort(sizes[pairs], axis=1)
     pairs = pairs[lengths[:, 0] >= 0.5 * overlap * lengths[:, 1]]

@@ -3,6 +3,7 @@
     known documents     found in earlier `embeddings` artifacts of the same model and limits, by document id: copied
     the others          sorted by length within windows, cut into chunks; each actor loads the model once and writes every
                         finished chunk to the home's `work` folder, so that a killed run loses one chunk per worker
+                        (a static model embeds a thousand documents or fewer right here)
     result              embeddings.npy [N, D], row i = document i, L2-normalised; ids.npy [N]
 
 Price: the model's own `encode` time for the documents that are new to it, plus starting the actors (about 8 s: imports).
@@ -17,6 +18,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,18 +29,21 @@ from pydantic import Field
 
 from storage.artifact import Artifact, Draft, hash_file
 from storage.errors import EclectusError
-from tasks.documents import read_table, read_texts
+from tasks.documents import read_table
 from tasks.run import current_run, metric, progress
 from tasks.settings import Place
 from tasks.static_embedding import EmbeddingText, is_static_model
 from tasks.step import step
+from tasks.texts import TextReader
 
 STATIC = "static"
 ROWS = 65_536
 STATIC_CHUNK = 8_192
+STATIC_IN_PROCESS = 1_000
 STATIC_DOCUMENTS_AN_ACTOR = 200_000
 BATCHES_A_CHUNK = 4
 WINDOW = 8_192
+STALE_SECONDS = 3_600
 FOLDER = "embedding"
 
 
@@ -107,12 +112,15 @@ def embed(documents: Artifact, settings: EmbedSettings, out: Draft, model: Artif
 class Encoder:
     """A loaded model: texts in, normalised vectors out. It lives in a Ray actor, or anywhere."""
 
-    def __init__(self, source: str, settings: EmbedSettings, threads: int) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    def __init__(self, source: str, settings: EmbedSettings, threads: int = 0) -> None:
+        """threads: CPU threads that this process shall compute with from now on; 0 leaves it as it is."""
+        if threads:
+            os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
         import torch
         from sentence_transformers import SentenceTransformer
 
-        torch.set_num_threads(threads)
+        if threads:
+            torch.set_num_threads(threads)
         self.settings = settings
         self.model = SentenceTransformer(source, device=settings.embedding_device)
         self.model.eval()
@@ -138,7 +146,7 @@ class Encoder:
 
     def embed(self, documents: Artifact, rows: np.ndarray, ids: np.ndarray, work: str) -> int:
         """Embeds these rows of the documents, whose ids these are, into a chunk under `work`; returns how many."""
-        write_chunk(Path(work), ids, self.encode(read_texts(documents, rows)))
+        write_chunk(Path(work), ids, self.encode(TextReader(documents).read(rows)))
         return len(rows)
 
 
@@ -171,6 +179,10 @@ class _Pool:
     def embed(self, rows: np.ndarray, ids: np.ndarray, work: Path) -> None:
         """Embeds these rows of the documents [N] with these ids [N], every chunk into a file of its own under `work`."""
         if len(rows) == 0:
+            return
+        if self.static and len(rows) <= STATIC_IN_PROCESS and not self.settings.embedding_workers:
+            # An actor would import for seconds to work for milliseconds.
+            Encoder(str(self.source), self.settings).embed(self.documents, rows, ids[rows], str(work))
             return
         import ray
 
@@ -266,7 +278,18 @@ def _source(settings: EmbedSettings, model: Artifact | None) -> Path | str:
         if model is None:
             raise EclectusError("embedding_model is 'static', but embed got no model; pass model=train_embedding(...)")
         return Path(model.path)
-    return Path(settings.embedding_model) if _is_folder(settings) else settings.embedding_model
+    if not _is_folder(settings):
+        if settings.embedding_model.startswith((".", "/", "~")):
+            raise EclectusError(
+                f"embedding_model '{settings.embedding_model}' is no folder; give one, a hub name or 'static'"
+            )
+        return settings.embedding_model
+    folder = Path(settings.embedding_model)
+    if not any((folder / name).is_file() for name in ("modules.json", "config.json")):
+        raise EclectusError(
+            f"embedding_model '{folder}' has no modules.json or config.json, so it is no sentence-transformers model"
+        )
+    return folder
 
 
 def _is_folder(settings: EmbedSettings) -> bool:
@@ -314,7 +337,10 @@ def _chunks(work: Path) -> list[_Known]:
 
 
 def _sweep(work: Path, earlier: list[_Known]) -> None:
-    """Removes the chunks of which every document is in an artifact by now."""
+    """Removes the chunks of which every document is in an artifact by now, and what a killed run left half-written."""
+    for half in work.glob(".*.npy"):
+        if half.stat().st_mtime < time.time() - STALE_SECONDS:
+            half.unlink(missing_ok=True)
     for chunk in sorted(work.glob("[!.]*.ids.npy")):
         if earlier and (_locate(np.load(chunk), earlier)[:, 0] >= 0).all():
             chunk.unlink()

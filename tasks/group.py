@@ -68,12 +68,13 @@ def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settin
             corpus.vectors,
             corpus.neighbors,
             corpus.similarities,
-            corpus.heldout,
+            corpus.split == "train",
+            corpus.split == "heldout",
             corpus.sizes,
             settings.duplicate_similarity,
             settings.duplicate_overlap,
         )
-    kept = ~corpus.heldout
+    kept = corpus.split == "train"
     kept[[each.row for each in dropped]] = False
     partitions = _chain_partitions(corpus, kept, settings)
     order, restarts = _lay_out(corpus, partitions, kept, settings)
@@ -113,10 +114,10 @@ def chain(neighbors: np.ndarray, similarities: np.ndarray) -> np.ndarray:
 
 @dataclass
 class _Corpus:
-    """What grouping looks at, [N] each: ids, held out or not, bytes, domains, partition labels; vectors and lists on disk."""
+    """What grouping looks at, [N] each: ids, split, bytes, domains, partition labels; vectors and lists on disk."""
 
     ids: np.ndarray
-    heldout: np.ndarray
+    split: np.ndarray
     sizes: np.ndarray
     domains: np.ndarray
     labels: np.ndarray
@@ -130,7 +131,7 @@ class _Corpus:
         table = read_table(documents, ["document", "split", "bytes", "domain"])
         corpus = cls(
             ids=np.array(table["document"].to_pylist(), dtype="S32"),
-            heldout=(table["split"].fill_null("train").to_numpy(zero_copy_only=False) == "heldout").astype(bool),
+            split=table["split"].fill_null("train").to_numpy(zero_copy_only=False).astype(str),
             sizes=table["bytes"].fill_null(0).to_numpy(),
             domains=table["domain"].fill_null("unknown").to_numpy(zero_copy_only=False).astype(str),
             labels=np.load(neighbors.file("partition.npy")),
@@ -228,9 +229,10 @@ def _measure(
 def _counts(corpus: _Corpus, order: np.ndarray, restarts: np.ndarray, dropped: list[Any]) -> dict[str, int]:
     return {
         "documents": len(corpus.ids),
-        "heldout": int(corpus.heldout.sum()),
+        "heldout": int((corpus.split == "heldout").sum()),
+        "apart": int((~np.isin(corpus.split, ("train", "heldout"))).sum()),
         "duplicates": len(dropped),
-        "duplicates_of_heldout": sum(bool(corpus.heldout[each.duplicate_of]) for each in dropped),
+        "duplicates_of_heldout": sum(corpus.split[each.duplicate_of] == "heldout" for each in dropped),
         "grouped": len(order),
         "chains": int(restarts.sum()),
     }

@@ -20,7 +20,8 @@ from tasks.neighbors import unit
 
 PAIRS = 200_000
 BLOCK = 16_384
-BINS = 50
+BINS = 48
+EDGES = (-0.2, 1.0)
 
 
 def pair_similarities(vectors: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -117,7 +118,7 @@ def draw(path: Path, similarities: dict[str, np.ndarray], numbers: dict[str, Any
     for (name, values), color in zip(similarities.items(), ("#1f77b4", "#999999", "#2ca02c"), strict=True):
         values = values[np.isfinite(values)]
         if len(values):
-            heights, edges = np.histogram(values, BINS, (min(-0.1, values.min()), 1.0))
+            heights, edges = np.histogram(np.clip(values, *EDGES), BINS, EDGES)
             label = f"{name} (mean {values.mean(dtype=np.float64):.2f})"
             axes.stairs(heights / len(values), edges, label=label, color=color, fill=name == "adjacent", alpha=0.8)
     axes.set_xlabel("cosine similarity of two documents")

@@ -35,7 +35,7 @@ LONGEST_WORD = 48
 SHORTEST = 8
 DETAILS = "training.json"
 SEEN = "trained_on.npy"
-IN_TRAIN = (pc.field("split") != "heldout") | pc.field("split").is_null()
+IN_TRAIN = (pc.field("split") == "train") | pc.field("split").is_null()
 
 
 class EmbeddingText(Settings):
@@ -114,7 +114,7 @@ def train_embedding(documents: Artifact, settings: StaticEmbeddingSettings, out:
 
 
 def train_ids(documents: Artifact) -> np.ndarray:
-    """Ids of the documents that are not held out, ascending, as bytes [N]."""
+    """Ids of the documents of the train split (all of them before there is one), ascending, as bytes [N]."""
     kept = read_table(documents, ["document"], IN_TRAIN)["document"]
     return np.sort(np.array(kept.to_pylist(), dtype="S32"))
 
@@ -131,7 +131,7 @@ def sample_texts(documents: Artifact, settings: StaticEmbeddingSettings) -> list
     texts, row = [], 0
     for batch in _train_batches(documents, ["text", "split"]):
         part = batch.filter(chosen[row : row + len(batch)])
-        texts += [text[: settings.embedding_maximum_characters] for text in part["text"].to_pylist() if text]
+        texts += [(text or "")[: settings.embedding_maximum_characters] for text in part["text"].to_pylist()]
         row += len(batch)
     return texts
 
@@ -148,7 +148,7 @@ def fit(texts: list[str], settings: StaticEmbeddingSettings) -> tuple[Any, dict[
         tokenizer = train_tokenizer(texts, settings.embedding_vocabulary)
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         lengths = np.array([len(encoding.ids) for encoding in encodings])
-        tokens = np.concatenate([np.array(encoding.ids, np.int32) for encoding in encodings])
+        tokens = np.concatenate([np.empty(0, np.int32), *(np.array(encoding.ids, np.int32) for encoding in encodings)])
         del encodings
         weights = start_weights(tokens, lengths, tokenizer.get_vocab_size(), settings)
         weights, losses = contrast(weights, tokens, lengths, settings)
