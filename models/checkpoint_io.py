@@ -1,9 +1,9 @@
 """Reading and writing safetensors checkpoints one tensor at a time.
 
-A checkpoint larger than memory is rewritten with one tensor in memory: the reader reads a tensor's bytes when asked (mapping
-the files instead would count them all as resident memory), the writer lays out each file's header from names, types and
-shapes alone and then streams the bytes. The format is simple: 8 bytes of header length, a JSON header, the tensors one after
-the other. Files are split at `max_shard_bytes` and indexed as transformers does.
+A checkpoint larger than memory is rewritten with one tensor in memory: the reader reads a tensor's bytes when asked
+(mapping the files instead would count them all as resident memory), the writer lays out each file's header from names,
+types and shapes alone and then streams the bytes. The format is simple: 8 bytes of header length, a JSON header, the
+tensors one after the other. Files are split at `max_shard_bytes` and indexed as transformers does.
 """
 
 import json
@@ -150,8 +150,8 @@ def _shards(directory: Path) -> dict[str, set[str] | None]:
         return {"model.safetensors": None}
     if any(directory.glob("pytorch_model*.bin")):
         raise CheckpointError(
-            f"{directory} holds pickled weights (pytorch_model.bin), which are not read here: load it with transformers "
-            "and save_pretrained it again, which writes safetensors"
+            f"{directory} holds pickled weights (pytorch_model.bin), which are not read here: load it with "
+            "transformers and save_pretrained it again, which writes safetensors"
         )
     raise CheckpointError(f"{directory} holds neither model.safetensors nor {INDEX}")
 

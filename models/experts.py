@@ -1,19 +1,19 @@
 """The training form of an upcycled model: original experts frozen as parameters of their own, new ones beside them.
 
-transformers 5 holds a layer's experts in one `[experts, ...]` parameter. A slice of a parameter cannot be frozen, and a
-masked gradient still drifts under AdamW's weight decay. So while training, `SplitExperts` replaces that module: the original
-experts are one frozen parameter, which no optimizer ever sees, and the new ones another. `join_experts` puts the
-stock module back, bit for bit.
+transformers 5 holds a layer's experts in one `[experts, ...]` parameter. A slice of a parameter cannot be frozen, and
+a masked gradient still drifts under AdamW's weight decay. So while training, `SplitExperts` replaces that module: the
+original experts are one frozen parameter, which no optimizer ever moves, and the new ones another. `join_experts` puts
+the stock module back, bit for bit.
 
-A step costs what the stock grouped GEMM costs, less the weight gradients of the frozen experts; when only routers train,
-no expert weight gradient is computed and the expert inputs are not kept. Tokens are sorted by expert, new experts first:
+A step costs what the stock grouped GEMM costs, less the weight gradients of the frozen experts; when only routers
+train, no expert weight gradient is computed and the expert inputs are not kept. Tokens are sorted by expert, new first:
 
     rows of new experts | rows of frozen experts          forward and input gradient: one grouped GEMM over all
     \\___ weight gradient ___/                             a second one that ends where the frozen rows begin
 
-The new and the frozen parameter lie side by side in one allocation, so that the one GEMM over both reads them in place;
-where something has moved them apart (FSDP gathers each on its own, autocast casts them) they are concatenated for the call
-and not kept. No loop over experts and no wait for the device on CUDA with aligned sizes.
+The new and the frozen parameter lie side by side in one allocation, so that the one GEMM over both reads them in
+place; where something has moved them apart (FSDP gathers each on its own, autocast casts them) they are concatenated
+for the call and not kept. No loop over experts and no wait for the device on CUDA, where sizes are multiples of 8.
 """
 
 import hashlib
@@ -105,7 +105,8 @@ def split_experts(model: PreTrainedModel, frozen: int = 1) -> PreTrainedModel:
             raise ValueError("the model's experts are split already; join_experts(model) first to split otherwise")
         if not 1 <= frozen < experts.num_experts:
             raise ValueError(
-                f"frozen is {frozen}, layer {layer} has {experts.num_experts} experts: choose 1 to {experts.num_experts - 1}"
+                f"frozen is {frozen}, layer {layer} has {experts.num_experts} experts: "
+                f"choose 1 to {experts.num_experts - 1}"
             )
         block.experts = SplitExperts(experts, frozen)
     return model
@@ -152,7 +153,7 @@ def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
         block.gate.weight.requires_grad_(True)
         if stage == "post_pretrain":
             if not isinstance(block.experts, SplitExperts):
-                raise ValueError(f"the experts of layer {layer} are not split: call split_experts(model) before training")
+                raise ValueError(f"the experts of layer {layer} are not split: call split_experts(model) first")
             block.experts.new_gate_up.requires_grad_(True)
             block.experts.new_down.requires_grad_(True)
     for name, parameter in model.named_parameters():
@@ -178,7 +179,8 @@ class MoeTensors:
         for layer, experts in self._experts.items():
             for expert in range(experts.num_experts):
                 for matrix in MATRICES:
-                    name, parameter = self.family.expert_name(layer, expert, matrix), self._stacked(layer, expert, matrix)[0]
+                    name = self.family.expert_name(layer, expert, matrix)
+                    parameter, _ = self._stacked(layer, expert, matrix)
                     _, rows, columns = parameter.shape
                     shape = (rows if matrix == "down_proj" else rows // 2, columns)
                     self.specs[name] = TensorSpec(name, parameter.dtype, shape)
@@ -216,11 +218,12 @@ def whole(parameter: Tensor) -> Tensor:
 def frozen_digest(model: PreTrainedModel) -> str:
     """sha256 over the names and values of the original parameters, those that training must never change.
 
-    The same digest comes from the dense base it was upcycled from (`base_digest`): both hash the base's names, shapes and
-    values, the values widened to fp32 (exactly), so that a bf16 base and its fp32 training copy agree.
+    The same digest comes from the dense base it was upcycled from (`base_digest`): both hash the base's names, shapes
+    and values, the values widened to fp32 (exactly), so that a bf16 base and its fp32 training copy agree.
     A model that is split with several frozen experts includes them all.
     """
-    frozen = next((block.experts.num_frozen for _, block in moe_blocks(model) if isinstance(block.experts, SplitExperts)), 1)
+    _, block = next(moe_blocks(model))
+    frozen = block.experts.num_frozen if isinstance(block.experts, SplitExperts) else 1
     tensors = MoeTensors(model)
     return original_digest(tensors, tensors.family, bool(model.config.tie_word_embeddings), frozen)
 
@@ -243,7 +246,8 @@ def original_tensors(source: TensorSource, family: Family, tied: bool, frozen: i
     """
     originals = {}
     for name in source.specs:
-        if family.is_routing(name) or (tied and name == "lm_head.weight"):
+        computed = name.endswith("rotary_emb.inv_freq")
+        if computed or family.is_routing(name) or (tied and name == "lm_head.weight"):
             continue
         if parsed := family.parse_expert(name):
             layer, expert, matrix = parsed

@@ -1,7 +1,7 @@
-"""Export: a stock checkpoint that transformers 4.57 and 5, vLLM and llama.cpp converters load, and the way back to the base.
+"""Export: a stock checkpoint that transformers 4.57 and 5 and vLLM load, and the way back to the base.
 
-The files hold one tensor per expert and matrix in the names of the original Mixtral and Qwen releases, the config the keys of
-both transformers generations (models/families.py). Streamed: memory is one expert matrix above the model itself.
+The files hold one tensor per expert and matrix in the names of the original Mixtral and Qwen releases, the config the
+keys of both transformers generations (models/families.py). Streamed: memory is one expert matrix above the model.
 """
 
 import json
@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models.checkpoint_io import CheckpointReader, TensorSource, TensorSpec, read_config, write_checkpoint
+from models.dense_base import REPORT, copy_side_files
 from models.experts import MoeTensors, original_digest, original_tensors
-from models.families import moe_family_of, with_both_generations, write_config
-from models.upcycle import REPORT, copy_side_files
+from models.families import moe_family_of, plain_config, with_both_generations, write_config
 
 
 class NotTheBaseError(ValueError):
@@ -44,7 +44,7 @@ def export_checkpoint(
     out_dir = Path(out_dir)
     with ExitStack() as stack:
         if isinstance(model_or_dir, PreTrainedModel):
-            config = json.loads(model_or_dir.config.to_json_string(use_diff=False))
+            config = plain_config(model_or_dir.config)
             source: TensorSource = MoeTensors(model_or_dir)
             loaded_from = model_or_dir.config.name_or_path
             from_dir = Path(loaded_from) if loaded_from and Path(loaded_from).is_dir() else None
@@ -55,7 +55,6 @@ def export_checkpoint(
         side_dir = Path(side_files) if side_files is not None else from_dir
         family = moe_family_of(config, from_dir or "this model")
         config |= {"architectures": [family.architecture], "router_aux_loss_coef": 0.0, "output_router_logits": False}
-        config.pop("_name_or_path", None)
         if dtype is not None:
             config["dtype"] = str(dtype).removeprefix("torch.")
         partial = _begin(out_dir, stack)
@@ -81,7 +80,7 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
     family = moe_family_of(config, moe_dir)
     base_config = config.get("upcycled_from")
     if not base_config:
-        raise NotTheBaseError(f"{moe_dir}/config.json has no upcycled_from: it was not made by upcycle or export_checkpoint")
+        raise NotTheBaseError(f"{moe_dir}/config.json has no upcycled_from: neither upcycle nor export made it")
     tied = bool(base_config.get("tie_word_embeddings"))
     with ExitStack() as stack:
         source = stack.enter_context(CheckpointReader(moe_dir))
@@ -91,8 +90,8 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
             found = original_digest(source, family, tied)
             if found != expected:
                 raise NotTheBaseError(
-                    f"expert 0 and the shared weights of {moe_dir} are not the base's any more (digest {found[:12]}, base "
-                    f"{expected[:12]}): it was trained with all weights free, or stored in another type"
+                    f"expert 0 and the shared weights of {moe_dir} are not the base's any more (digest {found[:12]}, "
+                    f"base {expected[:12]}): it was trained with all weights free, or stored in another type"
                 )
         originals = original_tensors(source, family, tied)
         partial = _begin(out_dir, stack)

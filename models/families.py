@@ -1,8 +1,8 @@
 """The dense families that can be upcycled, and what their MoE twins call things.
 
-Llama and Mistral become Mixtral, Qwen2 becomes Qwen2Moe, Qwen3 becomes Qwen3Moe: stock transformers classes, so that any
-server loads the result. This file holds the only knowledge of tensor names and config keys; checkpoint files keep one
-tensor per expert and matrix (what vLLM and both transformers generations read), the modules of transformers 5 hold
+Llama and Mistral become Mixtral, Qwen2 becomes Qwen2Moe, Qwen3 becomes Qwen3Moe: stock transformers classes, so that
+any server loads the result. This file holds the only knowledge of tensor names and config keys; checkpoint files keep
+one tensor per expert and matrix (what vLLM and both transformers generations read), the modules of transformers 5 hold
 one `[experts, ...]` parameter.
 
 Config keys are written for both generations: transformers 5 reads `rope_parameters` and `num_local_experts`, 4.57 and
@@ -15,6 +15,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import PretrainedConfig
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 # Qwen2Moe always has a shared expert. One of width 0 gives checkpoints whose empty tensors vLLM refuses (KeyError) and
@@ -102,7 +104,7 @@ def family_of(config: dict[str, Any], where: str | Path) -> Family:
         raise UnsupportedModelError(f"{where} is quantised ({method}): upcycle the unquantised checkpoint instead")
     architectures = config.get("architectures") or []
     if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
-        raise UnsupportedModelError(f"{where} is a {architectures[0]}, expected a causal language model (...ForCausalLM)")
+        raise UnsupportedModelError(f"{where} is a {architectures[0]}, expected a causal language model")
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key) and model_type in ("llama", "mistral"):
             raise UnsupportedModelError(f"{where} has {key}: true, which its MoE class (Mixtral) cannot hold")
@@ -130,9 +132,9 @@ def moe_family_of(config: dict[str, Any], where: str | Path) -> Family:
 def moe_config(base: dict[str, Any], family: Family, experts: int, top_k: int) -> dict[str, Any]:
     """config.json of the upcycled model: the base's own values, the routing, and both generations' keys.
 
-    base: the base's config as transformers 5 writes it (`to_dict`), every default resolved.
+    base: the base's config as plain_config gives it, every default resolved.
     """
-    dropped = {"architectures", "model_type", "transformers_version", "pretraining_tp", "mlp_bias", "_name_or_path"}
+    dropped = {"architectures", "model_type", "transformers_version", "pretraining_tp", "mlp_bias"}
     config = {key: value for key, value in base.items() if key not in dropped}
     config |= {
         "model_type": family.moe,
@@ -180,6 +182,11 @@ def with_both_generations(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("head_dim", 0) is None:
         del config["head_dim"]
     return config
+
+
+def plain_config(config: PretrainedConfig) -> dict[str, Any]:
+    """What transformers 5 would write as config.json: every field of the class, no private ones, no paths."""
+    return {key: value for key, value in json.loads(config.to_json_string()).items() if not key.startswith("_")}
 
 
 def write_config(directory: Path, config: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """Grouped GEMMs over two adjoining sets of experts, with weight gradients only where they are wanted.
 
 `torch.nn.functional.grouped_mm` multiplies the rows of each group by that group's matrix in one kernel. Here the groups
-are the new experts followed by the frozen ones; autograd's own formula would compute all weight gradients or none, ours ends
-at the last group that trains. Rows of a group are contiguous, `ends_E[i]` is where group i ends; both stay on the device.
+are the new experts followed by the frozen ones; autograd's own formula would compute all weight gradients or none, ours
+ends at the last group that trains. Rows of a group are contiguous, `ends_E[i]` is where group i ends; both stay on the
+device.
 
 Measured on CPU in fp32, grouped_mm is as fast as a loop of matrix products (0.13 ms against 0.13 ms for 512 rows of
 64 x 128, 13.3 against 13.1 ms for 2048 rows of 256 x 1024), so there is one path; only sizes whose rows do not start at

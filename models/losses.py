@@ -7,8 +7,8 @@ Both read `router_logits` as transformers 5 returns it: a tuple over layers of `
 Both cost one softmax over `[tokens, experts]` a layer, never wait for the device, and keep at least fp32.
 
 The *released* code of the paper differs from the paper in both losses, and its coefficients were chosen with it: the
-balance is not divided by K (uniform routing gives K, not 1), and the LPR applies cross-entropy to probabilities, a second
-softmax. Both forms are here; the paper's is the default.
+balance is not divided by K (uniform routing gives K, not 1), and the LPR applies cross-entropy to probabilities, a
+second softmax. Both forms are here; the paper's is the default.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Logits of a checkpoint too large to load: the stock model, with one layer's weights in memory at a time.
 
-The model is built without weights; before a layer runs its weights are read and stacked as transformers 5 stacks them, and
-after it they are dropped. Memory is one layer in fp32, time is one pass over the files.
+The model is built without weights; before a layer runs its weights are read and stacked as transformers 5 stacks them,
+and after it they are dropped. Memory is one layer in fp32, time is one pass over the files.
 """
 
 import torch
@@ -25,8 +25,9 @@ def streamed_logits(
     # Rotary frequencies are computed, not stored: they need a real device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     tied = bool(config.tie_word_embeddings)
-    parts = {"model.embed_tokens.": model.model.embed_tokens, "model.norm.": model.model.norm, "lm_head.": model.lm_head}
-    parts |= {f"model.layers.{i}.": layer for i, layer in enumerate(model.model.layers)}
+    body = model.model
+    parts = {"model.embed_tokens.": body.embed_tokens, "model.norm.": body.norm, "lm_head.": model.lm_head}
+    parts |= {f"model.layers.{i}.": layer for i, layer in enumerate(body.layers)}
     for prefix, part in parts.items():
         stored_prefix = "model.embed_tokens." if tied and prefix == "lm_head." else prefix
         part.register_forward_pre_hook(_loader(source, family, stored_prefix))

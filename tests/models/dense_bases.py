@@ -34,13 +34,17 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 BASES = {
-    "llama": LlamaConfig(**SHAPE, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
+    "llama": LlamaConfig(
+        **SHAPE, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
+    ),
     "llama tied": LlamaConfig(**SHAPE, num_key_value_heads=4, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE),
     "mistral": MistralConfig(**SHAPE, num_key_value_heads=2, head_dim=16, sliding_window=16),
     "qwen2": Qwen2Config(**SHAPE, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
     "qwen2 tied": Qwen2Config(**SHAPE, num_key_value_heads=4, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5),
-    "qwen3 tied": Qwen3Config(**SHAPE, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True, attention_bias=True),
+    "qwen3 tied": Qwen3Config(
+        **SHAPE, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True, attention_bias=True
+    ),
 }
 
 

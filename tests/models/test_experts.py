@@ -85,7 +85,9 @@ def test_splitting_keeps_the_function_and_joining_keeps_every_bit(upcycled, name
 @pytest.mark.parametrize("frozen", [1, 3])
 @pytest.mark.parametrize("sizes", [(32, 48), (38, 42)], ids=["aligned", "misaligned"])
 def test_gradients_equal_those_of_the_stock_model(frozen, sizes):
-    stock = random_mixtral(hidden_size=sizes[0], intermediate_size=sizes[1], num_attention_heads=1, num_key_value_heads=1)
+    stock = random_mixtral(
+        hidden_size=sizes[0], intermediate_size=sizes[1], num_attention_heads=1, num_key_value_heads=1
+    )
     stock.config._experts_implementation = "eager"
     split = split_experts(copy.deepcopy(stock), frozen)
     set_trainable(split, "post_pretrain")
@@ -187,7 +189,10 @@ def test_router_logits_are_raw_and_carry_gradients_with_and_without_checkpointin
     if checkpointing:
         model.gradient_checkpointing_enable()
     seen = []
-    hooks = [b.gate.register_forward_hook(lambda m, a, _: seen.append(a[0].detach() @ m.weight.detach().T)) for _, b in moe_blocks(model)]
+    hooks = [
+        b.gate.register_forward_hook(lambda m, a, _: seen.append(a[0].detach() @ m.weight.detach().T))
+        for _, b in moe_blocks(model)
+    ]
     out = model(tokens(), output_router_logits=True)
     for hook in hooks:
         hook.remove()

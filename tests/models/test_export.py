@@ -92,7 +92,11 @@ def test_a_directory_saved_by_transformers_itself_becomes_complete(tmp_path):
 def test_expert_names_are_those_that_servers_map(tmp_path, name):
     _base, _moe, model = trained(tmp_path, name)
     export_checkpoint(model, tmp_path / "out")
-    block, matrices = ("block_sparse_moe", ("w1", "w2", "w3")) if name == "mistral" else ("mlp", ("gate_proj", "up_proj", "down_proj"))
+    block, matrices = (
+        ("block_sparse_moe", ("w1", "w2", "w3"))
+        if name == "mistral"
+        else ("mlp", ("gate_proj", "up_proj", "down_proj"))
+    )
     expected = {f"model.layers.1.{block}.experts.{e}.{m}.weight" for e in range(4) for m in matrices}
     with CheckpointReader(tmp_path / "out") as reader:
         assert expected <= set(reader.specs)

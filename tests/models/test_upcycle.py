@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from dense_bases import BASES, VOCABULARY, logits, tokens, write_base
@@ -13,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen2Config
 
 from models.checkpoint_io import INDEX, CheckpointError, CheckpointReader
+from models.export import extract_base
 from models.families import UnsupportedModelError
 from models.upcycle import StepZeroError, upcycle
 
@@ -141,7 +144,9 @@ def test_a_base_in_shards_gives_the_same_bytes_as_in_one_file(tmp_path):
     assert (many / INDEX).is_file()
     upcycle(one, tmp_path / "moe1")
     upcycle(many, tmp_path / "moe2")
-    assert (tmp_path / "moe1" / "model.safetensors").read_bytes() == (tmp_path / "moe2" / "model.safetensors").read_bytes()
+    assert (tmp_path / "moe1" / "model.safetensors").read_bytes() == (
+        tmp_path / "moe2" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_result_in_shards_loads_in_stock_transformers(tmp_path):
@@ -215,12 +220,19 @@ def test_qwen2_with_a_sliding_window_in_every_layer_keeps_it(tmp_path):
     torch.manual_seed(0)
     shape = {key: BASES["qwen2"].to_dict()[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")}
     config = Qwen2Config(
-        **shape, vocab_size=VOCABULARY, num_hidden_layers=2, num_key_value_heads=2, use_sliding_window=True,
-        sliding_window=8, max_window_layers=0,
+        **shape,
+        vocab_size=VOCABULARY,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=0,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     assert upcycle(tmp_path / "base", tmp_path / "moe").max_abs_delta <= 1e-5
-    torch.testing.assert_close(logits(tmp_path / "moe", tokens()), logits(tmp_path / "base", tokens()), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(tmp_path / "moe", tokens()), logits(tmp_path / "base", tokens()), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -276,15 +288,26 @@ DAMAGE = {
     "config not JSON": (lambda b: (b / "config.json").write_text("{"), "not JSON"),
     "no weights": (lambda b: (b / "model.safetensors").unlink(), "neither model.safetensors"),
     "pickled": (lambda b: (b / "model.safetensors").rename(b / "pytorch_model.bin"), "pickled weights"),
-    "cut short": (lambda b: (b / "model.safetensors").write_bytes((b / "model.safetensors").read_bytes()[:-99]), "damaged"),
-    "missing tensor": (lambda b: edit_weights(b, lambda w: w.pop("model.norm.weight")), "lacks 1 tensors.*model.norm.weight"),
-    "odd tensor": (lambda b: edit_weights(b, lambda w: w.update(surplus=torch.ones(2))), "does not know, first surplus"),
+    "cut short": (
+        lambda b: (b / "model.safetensors").write_bytes((b / "model.safetensors").read_bytes()[:-99]),
+        "damaged",
+    ),
+    "missing tensor": (
+        lambda b: edit_weights(b, lambda w: w.pop("model.norm.weight")),
+        "lacks 1 tensors.*model.norm.weight",
+    ),
+    "odd tensor": (
+        lambda b: edit_weights(b, lambda w: w.update(surplus=torch.ones(2))),
+        "does not know, first surplus",
+    ),
     "misshapen": (lambda b: edit_weights(b, lambda w: w.update({"model.norm.weight": torch.ones(3)})), "shape"),
     "integer": (
-        lambda b: edit_weights(b, lambda w: w.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)})), "quantised",
+        lambda b: edit_weights(b, lambda w: w.update({"model.norm.weight": torch.ones(32, dtype=torch.int32)})),
+        "quantised",
     ),
     "untied head": (
-        lambda b: (change_config(b, tie_word_embeddings=True), None)[1], "differs from its embeddings",
+        lambda b: (change_config(b, tie_word_embeddings=True), None)[1],
+        "differs from its embeddings",
     ),
     "foreign tokenizer": (lambda b: change_config_of_tokenizer(b), "this tokenizer is not the model's"),
 }
@@ -348,3 +371,53 @@ def test_peak_memory_is_a_layer_above_the_base_file(tmp_path):
     layer_bytes = 4 * (6 * 3 * width * inner + 4 * width * width)
     assert moe_bytes > 3 * base_bytes
     assert grown < base_bytes + 2 * layer_bytes + 64e6, (grown, base_bytes, layer_bytes)
+
+
+def write_gguf(path):
+    """A tiny llama in GGUF, half precision, with a byte-level BPE tokenizer."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(20000.0)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*(chr(33 + i) for i in range(VOCABULARY - 1)), "!!"])
+    writer.add_token_types([1] * VOCABULARY)
+    writer.add_token_merges(["! !"])
+    random = np.random.default_rng(0)
+    shapes = {"token_embd": (VOCABULARY, 32), "output": (VOCABULARY, 32), "output_norm": (32,)}
+    for i in range(2):
+        shapes |= {
+            f"blk.{i}.attn_{k}": s for k, s in (("q", (32, 32)), ("k", (16, 32)), ("v", (16, 32)), ("output", (32, 32)))
+        }
+        shapes |= {f"blk.{i}.ffn_{k}": s for k, s in (("gate", (64, 32)), ("up", (64, 32)), ("down", (32, 64)))}
+        shapes |= {f"blk.{i}.attn_norm": (32,), f"blk.{i}.ffn_norm": (32,)}
+    for name, shape in shapes.items():
+        values = random.uniform(0.5, 1.5, shape) if len(shape) == 1 else random.normal(0, 0.2, shape)
+        writer.add_tensor(f"{name}.weight", values.astype(np.float32 if len(shape) == 1 else np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("named", ["file", "directory"])
+def test_a_gguf_base_is_upcycled_from_its_dequantised_weights(tmp_path, named):
+    (tmp_path / "base").mkdir()
+    path = tmp_path / "base" / "tiny.gguf"
+    write_gguf(path)
+    base = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    report = upcycle(path if named == "file" else path.parent, tmp_path / "moe", experts=3)
+    assert report.max_abs_delta <= 1e-5 and report.base_model_type == "llama"
+    with torch.no_grad():
+        torch.testing.assert_close(logits(tmp_path / "moe", tokens()), base(tokens()).logits, rtol=0, atol=1e-5)
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["rope_theta"] == 20000.0
+    assert AutoTokenizer.from_pretrained(tmp_path / "moe").vocab_size == VOCABULARY
+    extract_base(tmp_path / "moe", tmp_path / "back")
+    with torch.no_grad():
+        assert torch.equal(logits(tmp_path / "back", tokens()), base(tokens()).logits)
