@@ -2,8 +2,9 @@
 
     candidates    neighbour lists, cosine >= threshold
     overlap       Jaccard similarity of the sets of 5-character shingles (scikit-learn's HashingVectorizer), candidates only
-    survivors     held-out documents first, then the longest, then the lowest row: a document is dropped if a survivor
-                  overlaps with it, or one that does was found by way of another dropped copy
+    survivors     held-out documents first, then the longest, then the lowest row: a document is dropped if it is near, in
+                  cosine and in text, to one that stays: a neighbour, the original of a dropped neighbour, or one of the
+                  SURVIVORS longest of its cluster (more copies than a list has places form a cluster)
 
 Price: about 1 MB of candidate text a second to shingle, and one sparse product row a pair; documents without a close
 neighbour cost nothing.
@@ -25,6 +26,7 @@ SHINGLE = 5
 FEATURES = 2**24
 TEXTS_AT_A_TIME = 2_048
 PAIRS_AT_A_TIME = 8_192
+SURVIVORS = 16
 
 
 @dataclass(frozen=True)
@@ -115,28 +117,42 @@ def near_duplicates(
         return []
     judge = _Judge(vectors, Shingles(documents, np.unique(pairs)), similarity, overlap)
     judge.compare(pairs)
+    edges = pairs[judge.confirmed(pairs)]
     near: dict[int, list[int]] = defaultdict(list)
-    for a, b in pairs[judge.confirmed(pairs)].tolist():
+    for a, b in edges.tolist():
         near[a].append(b)
         near[b].append(a)
-    order = sorted(near, key=lambda row: (not heldout[row], -sizes[row], row))
+    cluster = _clusters(edges, len(train))
     original: dict[int, int] = {}
-    for row in order:
-        if not heldout[row] and (best := _survivor(row, near[row], original, judge)) is not None:
-            original[row] = best
-        else:
-            original[row] = row
+    survivors: dict[int, list[int]] = defaultdict(list)
+    for row in sorted(near, key=lambda row: (not heldout[row], -sizes[row], row)):
+        others = survivors[int(cluster[row])]
+        reached = {original[other] for other in near[row] if other in original} | set(others[:SURVIVORS])
+        best = None if heldout[row] else _most_alike(row, sorted(reached), judge)
+        original[row] = row if best is None else best
+        if best is None:
+            others.append(row)
     return [
         Duplicate(row, kept, *judge.known[_key(row, kept)]) for row, kept in sorted(original.items()) if row != kept
     ]
 
 
-def _survivor(row: int, near: list[int], original: dict[int, int], judge: _Judge) -> int | None:
-    """The surviving document that `row` repeats most, reached directly or by way of a dropped copy; None if there is none."""
-    reached = sorted({original[other] for other in near if other in original} - {row})
-    judge.compare(np.array([_key(row, kept) for kept in reached if _key(row, kept) not in judge.known]).reshape(-1, 2))
-    kept = [each for each in reached if judge.is_near(row, each)]
-    return max(kept, key=lambda each: (judge.known[_key(row, each)][::-1], -each)) if kept else None
+def _clusters(edges: np.ndarray, count: int) -> np.ndarray:
+    """A number for every document [N]: equal for those that edges [E, 2] connect."""
+    import scipy.sparse
+    from scipy.sparse.csgraph import connected_components
+
+    ones = np.ones(len(edges), bool)
+    graph = scipy.sparse.coo_matrix((ones, (edges[:, 0], edges[:, 1])), shape=(count, count))
+    return connected_components(graph, directed=False)[1]
+
+
+def _most_alike(row: int, survivors: list[int], judge: _Judge) -> int | None:
+    """The survivor whose text overlaps most with the document `row`, of those near enough; None if none is."""
+    unknown = [_key(row, kept) for kept in survivors if _key(row, kept) not in judge.known]
+    judge.compare(np.array(unknown, np.int64).reshape(-1, 2))
+    near = [each for each in survivors if judge.is_near(row, each)]
+    return max(near, key=lambda each: (judge.known[_key(row, each)][::-1], -each)) if near else None
 
 
 class _Judge:

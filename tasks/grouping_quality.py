@@ -125,7 +125,8 @@ def draw(path: Path, similarities: dict[str, np.ndarray], numbers: dict[str, Any
     axes.set_ylabel("share of pairs")
     restarts = numbers["restart_share"]
     axes.set_title(f"{numbers['grouped']} documents in order, {100 * (restarts or 0):.1f}% restarts", fontsize=10)
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
     figure.savefig(path, metadata={"Software": None})
 
 
