@@ -96,8 +96,9 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
         originals = original_tensors(source, family, tied)
         partial = _begin(out_dir, stack)
         write_config(partial, with_both_generations_of_base(base_config))
-        specs = [TensorSpec(name, source.specs[o].dtype, source.specs[o].shape) for name, o in originals.items()]
-        write_checkpoint(partial, specs, lambda name: source.tensor(originals[name]))
+        types = {name: _narrowed(source.tensor(o), base_config.get("dtype")) for name, o in originals.items()}
+        specs = [TensorSpec(name, types[name], source.specs[o].shape) for name, o in originals.items()]
+        write_checkpoint(partial, specs, lambda name: source.tensor(originals[name]).to(types[name]))
         copy_side_files(moe_dir, partial)
         _finish(partial, out_dir)
     return out_dir
@@ -107,6 +108,13 @@ def with_both_generations_of_base(config: dict[str, Any]) -> dict[str, Any]:
     """The dense config with `rope_theta` beside `rope_parameters`, without expert counts."""
     config = with_both_generations(config)
     return {key: value for key, value in config.items() if key not in ("num_experts", "num_local_experts")}
+
+
+def _narrowed(value: Tensor, base_type: str | None) -> torch.dtype:
+    """The base's type where it holds the values exactly: a bf16 base that was trained in fp32 goes back to bf16."""
+    narrow = getattr(torch, base_type) if base_type else value.dtype
+    exact = torch.equal(value.to(narrow).to(value.dtype), value)
+    return narrow if exact and narrow.itemsize < value.dtype.itemsize else value.dtype
 
 
 def _stored_type(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:

@@ -69,9 +69,10 @@ def test_the_base_comes_back_bit_by_bit_from_a_trained_model(tmp_path, name):
 
 def test_a_bf16_base_comes_back_bit_by_bit_after_training_in_fp32(tmp_path):
     base, _moe, model = trained(tmp_path, "llama", dtype=torch.bfloat16)
-    export_checkpoint(model, tmp_path / "out", dtype=torch.bfloat16)
-    extract_base(tmp_path / "out", tmp_path / "back")
-    same_tensors(base, tmp_path / "back")
+    for out, dtype in (("narrow", torch.bfloat16), ("wide", None)):
+        export_checkpoint(model, tmp_path / out, dtype=dtype)
+        extract_base(tmp_path / out, tmp_path / f"{out}-back")
+        same_tensors(base, tmp_path / f"{out}-back")
 
 
 def test_a_directory_saved_by_transformers_itself_becomes_complete(tmp_path):
