@@ -14,14 +14,21 @@ Price beside the dense model: E/T of the FFN's FLOPs (models/merge.py) and E tim
 Shapes: B rows, L tokens, N segments of T tokens, D width, F FFN width, E experts.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from os import PathLike
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -35,8 +42,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .lory_config import FIRST_SEGMENTS, ROUTINGS, LoryConfig, check_choice
-from .lory_routing import LoryCache, LoryCacheLayer, RoutingPlan, check_expert_weights
-from .merge import apply_merged, merge_experts, merged_ffn
+from .lory_dense import dense_ffn_names, expand_dense_tensors
+from .lory_ffn import LoryFFN, LoryRouter
+from .lory_routing import LoryCache, RoutingPlan, check_expert_weights
 
 
 @dataclass
@@ -51,121 +59,6 @@ class LoryCausalLMOutput(CausalLMOutputWithPast):
     """The language model's output; `router_weights` as in LoryModelOutput."""
 
     router_weights: tuple[Tensor, ...] | None = None
-
-
-class LoryRouter(nn.Linear):
-    """Mixture weights from mean hidden states: softmax of one linear map, in fp32 at least."""
-
-    def __init__(self, config: LoryConfig) -> None:
-        super().__init__(config.hidden_size, config.num_experts, bias=False)
-
-    def forward(self, mean: Tensor) -> Tensor:
-        """`[..., D]` to `[..., E]`."""
-        dtype = torch.promote_types(mean.dtype, torch.float32)
-        with torch.autocast(mean.device.type, enabled=False):
-            return F.linear(mean.to(dtype), self.weight.to(dtype)).softmax(dim=-1)
-
-
-class LoryFFN(nn.Module):
-    """E expert FFNs in one parameter `[E, 3F, D]` (models/merge.py) and their router."""
-
-    def __init__(self, config: LoryConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.block_bytes = config.merge_block_bytes
-        self.experts = nn.Parameter(torch.empty(config.num_experts, 3 * config.intermediate_size, config.hidden_size))
-        self.router = LoryRouter(config) if config.num_experts > 1 else None
-
-    def forward(
-        self, x: Tensor, plan: RoutingPlan, expert_weights: Tensor | None = None, cache: LoryCache | None = None
-    ) -> Tensor:
-        """`[B, L, D]` to `[B, L, D]`; `expert_weights` `[layers, B or 1, E]` take the router's place."""
-        if self.router is None or plan.routing == "dense":
-            return apply_merged(x, self.experts[:1])
-        if cache is None:
-            return self._fixed(x, expert_weights) if expert_weights is not None else self._by_segment(x, plan)
-        layer = cache.layers[self.layer_idx]
-        expert_weights = cache.expert_weights if expert_weights is None else expert_weights
-        if expert_weights is None and cache.generation_routing == "segment":
-            return self._by_segment(x, plan, layer) if layer.weights is None else self._continue(x, plan, layer)
-        if layer.merged is None:
-            layer.merged = self._merge(
-                self.router(plan.prompt_mean(x)) if expert_weights is None else expert_weights[self.layer_idx], x
-            )
-        return apply_merged(x, layer.merged)
-
-    def _merge(self, weights: Tensor, x: Tensor) -> Tensor:
-        device_type = x.device.type
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else self.experts.dtype
-        return merge_experts(weights.to(x.device), self.experts).to(dtype)
-
-    def _fixed(self, x: Tensor, expert_weights: Tensor) -> Tensor:
-        weights = expert_weights[self.layer_idx].to(x.device).expand(x.shape[0], -1)
-        return merged_ffn(x, weights, self.experts, self.block_bytes)
-
-    def _by_segment(self, x: Tensor, plan: RoutingPlan, layer: LoryCacheLayer | None = None) -> Tensor:
-        x_BNTD = plan.to_segments(x)
-        sums, counts = plan.segment_sums(x_BNTD)
-        means = sums / (counts.clamp(min=1) if isinstance(counts, Tensor) else counts)
-        weights = plan.shift(self.router(means))
-        if layer is not None:
-            self._remember(layer, plan, weights, sums, counts)
-        if plan.routing == "prefix" and x_BNTD.shape[1] > 2:
-            # All segments but the first share one mixture: merge it once a row.
-            first = merged_ffn(x_BNTD[:, :1], weights[:, :1], self.experts, self.block_bytes)
-            rest = merged_ffn(x_BNTD[:, 1:].flatten(1, 2), weights[:, 1], self.experts, self.block_bytes)
-            return plan.from_segments(torch.cat([first, rest.view_as(x_BNTD[:, 1:])], dim=1))
-        return plan.from_segments(merged_ffn(x_BNTD, weights, self.experts, self.block_bytes))
-
-    def _remember(self, layer: LoryCacheLayer, plan: RoutingPlan, weights, sums, counts) -> None:
-        """Keep what the segment that is being written when this pass ends needs to go on."""
-        rows = torch.arange(sums.shape[0], device=sums.device)
-        last = torch.tensor([(start + plan.length - 1) // plan.segment_length for start in plan.starts])
-        last = last.to(sums.device)
-        layer.weights = weights[rows, last]
-        layer.segment_sum = sums[rows, last]
-        if isinstance(counts, Tensor):
-            layer.segment_count = counts.expand(*sums.shape[:2], 1)[rows, last].to(sums.dtype)
-        else:
-            layer.segment_count = torch.full_like(sums[:, 0, :1], counts)
-
-    def _continue(self, x: Tensor, plan: RoutingPlan, layer: LoryCacheLayer) -> Tensor:
-        """New tokens after a cached past, walked from one segment border of any row to the next."""
-        if layer.merged is None:
-            layer.merged = self._merge(layer.weights, x)
-        T, length = plan.segment_length, x.shape[1]
-        borders = {0, length} | {at for start in plan.starts for at in range(-start % T, length, T)}
-        outputs = []
-        for begin, end in zip(sorted(borders), sorted(borders)[1:], strict=False):
-            positions = [start + begin for start in plan.starts]
-            crossing = [row for row, at in enumerate(positions) if at > 0 and at % T == 0]
-            if crossing:
-                self._cross(x, plan, layer, crossing, positions)
-            piece = x[:, begin:end]
-            outputs.append(apply_merged(piece, layer.merged))
-            if plan.mask is None:
-                layer.segment_sum = layer.segment_sum + piece.sum(dim=1)
-                layer.segment_count = layer.segment_count + (end - begin)
-            else:
-                real = plan.mask[:, begin:end, None]
-                layer.segment_sum = layer.segment_sum + (piece * real).sum(dim=1)
-                layer.segment_count = layer.segment_count + real.sum(dim=1)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-    def _cross(self, x: Tensor, plan: RoutingPlan, layer: LoryCacheLayer, rows: list[int], positions) -> None:
-        """Rows that step over a border: route by the segment they leave, and begin a new one."""
-        leaving = torch.tensor(rows, device=x.device)
-        routed = [row for row in rows if plan.routing == "causal_segment" or positions[row] == plan.segment_length]
-        if routed:
-            by = leaving if routed == rows else torch.tensor(routed, device=x.device)
-            weights = self.router(layer.segment_sum[by] / layer.segment_count[by].clamp(min=1))
-            layer.weights = layer.weights.index_copy(0, by, weights)
-            if len(routed) == x.shape[0]:
-                layer.merged = self._merge(weights, x)
-            else:
-                layer.merged = layer.merged.index_copy(0, by, self._merge(weights, x))
-        layer.segment_sum = layer.segment_sum.index_fill(0, leaving, 0)
-        layer.segment_count = layer.segment_count.index_fill(0, leaving, 0)
 
 
 class LoryDecoderLayer(GradientCheckpointingLayer):
@@ -202,13 +95,13 @@ class LoryPreTrainedModel(PreTrainedModel):
     config: LoryConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LoryDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar = ["LoryDecoderLayer"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {
+    _can_record_outputs: ClassVar = {
         "hidden_states": LoryDecoderLayer,
         "attentions": LlamaAttention,
         "router_weights": OutputRecorder(LoryRouter),
@@ -297,7 +190,7 @@ class LoryModel(LoryPreTrainedModel):
 class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
     """A Lory model with a language-model head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: LoryConfig) -> None:
         super().__init__(config)
@@ -363,7 +256,9 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
         """As in transformers; `generation_routing` is named so that `generate` accepts it (it goes to the cache)."""
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict[str, Any], *args: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
         routing = model_kwargs.pop("generation_routing", None) or self.config.generation_routing
         if self.config.routing == "dense" or self.config.num_experts == 1:
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
@@ -373,7 +268,9 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
                     f"cache_implementation is {generation_config.cache_implementation!r}, but Lory keeps its merged "
                     "experts in a dynamic cache; leave it unset."
                 )
-            model_kwargs["past_key_values"] = LoryCache(self.config, routing)
+            mask = model_kwargs.get("attention_mask")
+            prompt_length = None if mask is None else mask.shape[1]
+            model_kwargs["past_key_values"] = LoryCache(self.config, routing, prompt_length=prompt_length)
         if routing == "prompt" and generation_config.use_cache is False:
             raise ValueError(
                 "Prompt routing keeps its merged experts in the cache: set use_cache=True, or "
@@ -387,13 +284,13 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any) -> "LoryForCausalLM":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike, *args: Any, **kwargs: Any
+    ) -> "LoryForCausalLM":
         """As in transformers, but weights that do not fit the configuration are an error, never drawn at random."""
         with_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         wrong = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
         if any(wrong.values()):
             told = "; ".join(f"{name}: {', '.join(keys[:3])}" for name, keys in wrong.items() if keys)
@@ -427,11 +324,10 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
         lory_config = LoryConfig(**{**fields, "router_initializer_range": router_initializer_range, **config})
         with torch.device("meta"):
             model = cls(lory_config)
-        state = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
-        state = expand_dense_tensors(state, num_experts)
+        state = expand_dense_tensors(llama.state_dict(), num_experts)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
-            if name.endswith("mlp.router.weight"):
+            if name.endswith(".mlp.router.weight"):
                 drawn = torch.randn(parameter.shape, generator=generator) * router_initializer_range
                 state[name] = drawn.to(llama.dtype).to(llama.device)
         model.load_state_dict(state, assign=True)
@@ -444,35 +340,7 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
 
         All other parameters but the routers carry their dense names.
         """
-        return {
-            f"model.layers.{index}.mlp.experts": dense_ffn_names(index) for index in range(len(self.model.layers))
-        }
-
-
-def dense_ffn_names(layer: int) -> tuple[str, str, str]:
-    """Names of a LlamaForCausalLM layer's gate, up and down weights."""
-    gate, up, down = (f"model.layers.{layer}.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
-    return gate, up, down
-
-
-def expand_dense_tensors(dense: Mapping[str, Tensor], num_experts: int, scale: float = 1.0) -> dict[str, Tensor]:
-    """Tensors under a LlamaForCausalLM's parameter names to a Lory model's: each FFN becomes E equal experts.
-
-    Serves weights and, to carry AdamW over from a dense warm-up, its moments. A copy receives 1/E of the dense gradient
-    under near-uniform routing, so take `scale=1/E` for `exp_avg` and `scale=1/E**2` for `exp_avg_sq`: the experts' next
-    step is then the dense model's. Routers have no dense counterpart and are not in the result.
-    """
-    lory = {}
-    for name, tensor in dense.items():
-        prefix, ffn, part = name.partition(".mlp.")
-        if not ffn:
-            lory[name] = tensor
-        elif part == "gate_proj.weight":
-            fused = torch.cat(
-                [tensor, dense[f"{prefix}.mlp.up_proj.weight"], dense[f"{prefix}.mlp.down_proj.weight"].t()]
-            )
-            lory[f"{prefix}.mlp.experts"] = (fused * scale).expand(num_experts, -1, -1).contiguous()
-    return lory
+        return {f"model.layers.{index}.mlp.experts": dense_ffn_names(index) for index in range(len(self.model.layers))}
 
 
 LoryConfig.register_for_auto_class()

@@ -1,6 +1,6 @@
 """Configuration of a Lory model: LLaMA's, plus experts, segments and routing (papers.md 1)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import LlamaConfig
 
@@ -49,8 +49,8 @@ class LoryConfig(LlamaConfig):
     """
 
     model_type = "lory"
-    base_model_tp_plan = {}
-    base_model_pp_plan = {}
+    base_model_tp_plan: ClassVar = {}
+    base_model_pp_plan: ClassVar = {}
 
     num_experts: int = 8
     segment_length: int = 256

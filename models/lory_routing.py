@@ -8,6 +8,7 @@ it, so that the model itself stays stateless and calls may run concurrently.
 Shapes: B rows, L tokens, N segments of T tokens, D width, F FFN width, E experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -88,17 +89,23 @@ class RoutingPlan:
         x = x.flatten(1, 2)[:, : self.length]
         return x if self.inverse is None else x.gather(1, self.inverse.unsqueeze(-1).expand_as(x))
 
-    def segment_sums(self, x: Tensor) -> tuple[Tensor, Tensor | int]:
-        """Sums `[B, N, D]` over each segment's real tokens, and how many these are `[B or 1, N, 1]`."""
-        if self.real is None:
-            return x.sum(dim=2), self.segment_length
-        return (x * self.real.unsqueeze(-1)).sum(dim=2), self.real.sum(dim=2).unsqueeze(-1)
+    def segment_sums(self, x: Tensor) -> Tensor:
+        """Sums `[B, N, D]` over each segment's real tokens in x `[B, N, T, D]`."""
+        return x.sum(dim=2) if self.real is None else (x * self.real.unsqueeze(-1)).sum(dim=2)
 
-    def prompt_mean(self, x: Tensor) -> Tensor:
-        """Mean `[B, D]` over the real tokens of x `[B, L, D]`."""
+    def segment_sizes(self, x: Tensor) -> Tensor:
+        """How many real tokens each segment of x `[B, N, ...]` has, `[B, N, 1]` in its dtype."""
+        if self.real is None:
+            return x.new_full((*x.shape[:2], 1), self.segment_length)
+        return self.real.sum(dim=2).to(x.dtype).expand(x.shape[:2]).unsqueeze(-1)
+
+    def prompt_mean(self, x: Tensor, prompt_length: int | None) -> Tensor:
+        """Mean `[B, D]` over the real tokens of x `[B, L, D]` in its first `prompt_length` columns, or in all."""
+        x = x[:, :prompt_length]
         if self.mask is None:
             return x.mean(dim=1)
-        return (x * self.mask.unsqueeze(-1)).sum(dim=1) / self.mask.sum(dim=1, keepdim=True).clamp(min=1)
+        mask = self.mask[:, :prompt_length]
+        return (x * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
     def shift(self, weights: Tensor) -> Tensor:
         """Weights `[B, N, E]` that each segment uses, from those of its own tokens: papers.md 1.2, per instance."""
@@ -130,7 +137,7 @@ class LoryCacheLayer(DynamicLayer):
         self.segment_sum: Tensor | None = None
         self.segment_count: Tensor | None = None
 
-    def _each_row(self, change) -> None:
+    def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         for name in self._rows:
             rows = getattr(self, name)
             # One merged FFN of fixed or prompt routing serves every copy of its row; segments may part later.
@@ -171,15 +178,22 @@ class LoryCache(Cache):
         generation_routing: "prompt" (the first forward pass decides for all that follow) or "segment"; the
             configuration's by default.
         expert_weights: `[layers, E]` or `[layers, B, E]`: skip the router and use these weights throughout.
+        prompt_length: columns of the first pass that are the prompt; all when None. Assisted decoding appends its first
+            guesses to the prompt.
     """
 
     def __init__(
-        self, config: LoryConfig, generation_routing: str | None = None, expert_weights: Tensor | None = None
+        self,
+        config: LoryConfig,
+        generation_routing: str | None = None,
+        expert_weights: Tensor | None = None,
+        prompt_length: int | None = None,
     ) -> None:
         super().__init__(layers=[LoryCacheLayer() for _ in range(config.num_hidden_layers)])
         self.generation_routing = generation_routing or config.generation_routing
         check_choice("generation_routing", self.generation_routing, GENERATION_ROUTINGS)
         self.expert_weights = check_expert_weights(config, expert_weights)
+        self.prompt_length = prompt_length
 
 
 def check_expert_weights(config: LoryConfig, weights: Tensor | None) -> Tensor | None:

@@ -14,15 +14,17 @@ Saved for backward: x, e and the two hidden projections, 2F numbers a token (a s
 Shapes: S segments, T tokens a segment, D width, F FFN width, E experts.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Blocks this small keep merged weights and hidden states in the CPU's caches; fewer than 8 segments make the merge
-# GEMM thin, so that smaller FFNs than the caches take 8 as long as CPU_MOST holds them.
+# Blocks this small keep merged weights and hidden states in the CPU's caches; fewer than 4 segments make the merge
+# GEMM thin, so that smaller FFNs than the caches take 4 as long as CPU_MOST holds them.
 CPU_CACHE_BYTES = 4 << 20
 CPU_MOST_BYTES = 64 << 20
-CPU_LEAST_SEGMENTS = 8
+CPU_LEAST_SEGMENTS = 4
 # On a GPU a block must fill the device: at D 1024, F 2816 in bf16 this is 15 segments of 256 tokens.
 GPU_BYTES = 512 << 20
 
@@ -42,7 +44,7 @@ def segments_per_block(segments: int, merged_bytes: int, device_type: str, block
 
 def merge_experts(weights: Tensor, experts: Tensor) -> Tensor:
     """Merged FFN parameters `[..., 3F, D]` of the weights `[..., E]` over the experts `[E, 3F, D]`."""
-    merged = weights.flatten(0, -2).to(experts.dtype) @ experts.flatten(1)
+    merged = torch.matmul(weights.to(experts.dtype), experts.flatten(1))
     return merged.view(*weights.shape[:-1], *experts.shape[1:])
 
 
@@ -89,7 +91,9 @@ def merged_ffn(x: Tensor, weights: Tensor, experts: Tensor, block_bytes: int | N
     merged_bytes = experts.shape[1] * width * x_STD.element_size()
     block = segments_per_block(x_STD.shape[0], merged_bytes, device_type, block_bytes)
     with torch.autocast(device_type, enabled=False):
-        if torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            y_STD, _ = _compiled_merged_ffn(x_STD, e_SE, experts, block)
+        elif torch.is_grad_enabled():
             y_STD = _MergedFFN.apply(x_STD, e_SE, experts, block)
         else:
             y_STD = _forward(x_STD, e_SE, experts.to(dtype), block, None)
@@ -116,27 +120,21 @@ def _forward(x: Tensor, e: Tensor, experts: Tensor, block: int, gate_up: Tensor 
     return y
 
 
-class _MergedFFN(torch.autograd.Function):
-    """`merged_ffn` on x `[S, T, D]`, e `[S, E]` in the compute dtype and experts in the dtype of the parameter."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, e: Tensor, experts: Tensor, block: int) -> Tensor:
-        gate_up = x.new_empty(*x.shape[:2], experts.shape[1] // 3 * 2)
-        y = _forward(x, e, experts.to(x.dtype), block, gate_up)
-        ctx.save_for_backward(x, e, experts, gate_up)
-        ctx.block = block
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, e, experts, gate_up = ctx.saved_tensors
-        need_x, need_e, need_experts, _ = ctx.needs_input_grad
-        with torch.autocast(x.device.type, enabled=False):
-            return _backward(dy, x, e, experts, gate_up, ctx.block, (need_x, need_e, need_experts))
+def _forward_saving(x: Tensor, e: Tensor, experts: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    gate_up = x.new_empty(*x.shape[:2], experts.shape[1] // 3 * 2)
+    return _forward(x, e, experts.to(x.dtype), block, gate_up), gate_up
 
 
-def _backward(dy, x, e, experts, gate_up, block, needs) -> tuple[Tensor | None, ...]:
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    e: Tensor,
+    experts: Tensor,
+    gate_up: Tensor,
+    block: int,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, e and experts, as far as `needs` asks for them, block by block."""
     segments, rows, width = x.shape[0], experts.shape[1], experts.shape[1] // 3
     flat = experts.to(x.dtype).flatten(1)
     dy = dy.contiguous()
@@ -165,7 +163,7 @@ def _backward(dy, x, e, experts, gate_up, block, needs) -> tuple[Tensor | None, 
             torch.mm(d_merged.flatten(1), flat.t(), out=de[here])
         if needs[2]:
             d_experts = _accumulate(d_experts, e[here].t(), d_merged.flatten(1), experts.dtype)
-    return dx, de, None if d_experts is None else d_experts.view(experts.shape).to(experts.dtype), None
+    return dx, de, None if d_experts is None else d_experts.view(experts.shape).to(experts.dtype)
 
 
 def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -176,3 +174,56 @@ def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.
     if right.dtype == dtype:
         return total.addmm_(left, right)
     return total.add_(torch.mm(left, right))
+
+
+class _MergedFFN(torch.autograd.Function):
+    """`merged_ffn` on x `[S, T, D]` and e `[S, E]` in the compute dtype, experts in the dtype of the parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, e: Tensor, experts: Tensor, block: int) -> Tensor:
+        y, gate_up = _forward_saving(x, e, experts, block)
+        ctx.save_for_backward(x, e, experts, gate_up)
+        ctx.block = block
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(dy.device.type, enabled=False):
+            return *_backward(dy, *ctx.saved_tensors, ctx.block, ctx.needs_input_grad[:3]), None
+
+
+# torch.compile must not see inside: it would find the backward pass's merge to equal the forward's and keep the merged
+# weights of all layers instead of computing them again.
+@torch.library.custom_op("eclectus::merged_ffn", mutates_args=())
+def _compiled_merged_ffn(x: Tensor, e: Tensor, experts: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    return _forward_saving(x, e, experts, block)
+
+
+@torch.library.custom_op("eclectus::merged_ffn_backward", mutates_args=())
+def _compiled_backward(
+    dy: Tensor, x: Tensor, e: Tensor, experts: Tensor, gate_up: Tensor, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(dy, x, e, experts, gate_up, block)
+
+
+@_compiled_merged_ffn.register_fake
+def _(x: Tensor, e: Tensor, experts: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(*x.shape[:2], experts.shape[1] // 3 * 2)
+
+
+@_compiled_backward.register_fake
+def _(dy: Tensor, x: Tensor, e: Tensor, experts: Tensor, gate_up: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(e), torch.empty_like(experts)
+
+
+def _save_for_compiled_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
+    ctx.block = inputs[3]
+
+
+def _run_compiled_backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_compiled_backward(dy, *ctx.saved_tensors, ctx.block), None
+
+
+_compiled_merged_ffn.register_autograd(_run_compiled_backward, setup_context=_save_for_compiled_backward)
