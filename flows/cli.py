@@ -79,6 +79,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         step="step or label, as in `steps`",
     )
     why.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
+    add("up", _up, "start a local Prefect server with UI, a worker and all deployments, in the background")
+    add("down", _down, "end what `up` started, and everything that it started")
     add("verify", _verify, "hash every artifact again and name what changed")
     return parser
 
@@ -201,6 +203,20 @@ def _verify(_: argparse.Namespace) -> None:
     if faults:
         raise EclectusError(f"{len(faults)} artifacts changed; the next run makes them again")
     print("every artifact is as it was written")
+
+
+def _up(_: argparse.Namespace) -> None:
+    from flows.services import up
+    from storage.home import Home
+
+    print(f"Prefect is up: {up(Home.open())}   (end it with: eclectus down)")
+
+
+def _down(_: argparse.Namespace) -> None:
+    from flows.services import down
+    from storage.home import Home
+
+    print(f"ended: {', '.join(down(Home.open())) or 'nothing was running'}")
 
 
 def _print_rows(names: list[str], rows: list[tuple[Any, ...]], as_json: bool) -> None:

@@ -71,6 +71,10 @@ def open_run(
             in_prefect=_prefect_flow_run() is not None,
             prefect_flow_run=_prefect_flow_run(),
         )
+        if run.in_prefect:
+            from flows.ui import PrefectPages
+
+            run.displays.append(PrefectPages())
         journal.event("run_started", flow=flow, parameters=parameters.model_dump(mode="json"), **_surroundings())
         started, error = time.monotonic(), None
         try:
@@ -97,7 +101,10 @@ def open_run(
 def served_run(flow: str, parameters: Settings, home: Home, displays: list[Display]) -> Iterator[Run]:
     """A run opened from the command line: with a Prefect server around it, ready to call flows in."""
     with prefect_server(home), open_run(flow, parameters, home, displays) as run:
+        from flows.ui import PrefectPages
+
         run.in_prefect = True
+        run.displays.append(PrefectPages())
         yield run
 
 

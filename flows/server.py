@@ -105,7 +105,7 @@ class _Server:
 
 
 def _start(folder: Path) -> _Server:
-    port = _free_port()
+    port = free_port()
     address = f"http://127.0.0.1:{port}/api"
     environment = os.environ | {
         "PREFECT_HOME": str(folder),
@@ -151,9 +151,13 @@ def is_up(address: str) -> bool:
         return False
 
 
-def _free_port() -> int:
+def free_port(wanted: int = 0) -> int:
+    """A free port on loopback: the wanted one if it is free."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            return free_port()
         return probe.getsockname()[1]
 
 

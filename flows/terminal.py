@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from storage.artifact import Artifact
 from tasks.run import describe
 
 MARKS = {"completed": ("+", "green"), "reused": ("=", "cyan"), "failed": ("x", "red"), "cancelled": ("x", "yellow")}
@@ -75,7 +76,7 @@ class Terminal:
             self._bars[label] = bar, what
         self._progress.update(bar, completed=done, total=total)
 
-    def step_ended(self, label: str, state: str, reason: str, seconds: float) -> None:
+    def step_ended(self, label: str, state: str, reason: str, seconds: float, output: Artifact | None) -> None:
         bar, _ = self._bars.pop(label, (None, ""))
         if bar is not None:
             with contextlib.suppress(KeyError):
@@ -83,7 +84,9 @@ class Terminal:
         mark, style = MARKS[state]
         line = Text(f"{mark} ", style=style) + Text(f"{label:<26}", style="bold") + Text(f"{seconds:7.1f} s  ")
         word = {"completed": "made", "cancelled": "interrupted"}.get(state, state)
-        self.console.print(line + Text(f"{word}: {reason}", style="dim"), soft_wrap=True)
+        # The fault itself is the last line that the command prints.
+        told = word if state in ("failed", "cancelled") else f"{word}: {reason}"
+        self.console.print(line + Text(told, style="dim"), soft_wrap=True)
 
     def say(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style, soft_wrap=True, markup=False)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from storage.artifact import Artifact
 from storage.home import Home
 from storage.journal import Journal
 from storage.known import KnownKeys
@@ -25,7 +26,7 @@ class Display(Protocol):
 
     def step_progressed(self, label: str, what: str, done: float, total: float | None, unit: str) -> None: ...
 
-    def step_ended(self, label: str, state: str, reason: str, seconds: float) -> None: ...
+    def step_ended(self, label: str, state: str, reason: str, seconds: float, output: Artifact | None) -> None: ...
 
 
 @dataclass

@@ -149,7 +149,7 @@ class Step:
             )
             run.states[label] = state
             for display in run.displays:
-                display.step_ended(label, state, reason, seconds)
+                display.step_ended(label, state, reason, seconds, output)
             run.step, run.label = before
 
     def _make(self, run: Run, arguments: dict[str, Any]) -> Artifact:

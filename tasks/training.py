@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from storage.artifact import Artifact
+from storage.errors import EclectusError
 from tasks.run import current_run, metric, progress
 from tasks.settings import Place, Settings
 from tasks.workers import TrainWorkers, resolve
@@ -85,8 +86,12 @@ def run_training(settings: TrainingSettings, call: str, arguments: dict[str, Any
 
     if settings.training_workers == 0:
         from models.place import Place as ProcessPlace
+        from models.train import TrainingFailed
 
-        return resolve(call)(ProcessPlace.current(), lambda kind, **values: heard(kind, values), **arguments)
+        try:
+            return resolve(call)(ProcessPlace.current(), lambda kind, **values: heard(kind, values), **arguments)
+        except TrainingFailed as error:
+            raise EclectusError(str(error)) from error
     return _workers(settings).do(call, arguments, heard)
 
 

@@ -26,6 +26,8 @@ from tasks.cluster import ensure_ray
 
 RESTARTS = 3
 POLL_SECONDS = 0.25
+# Exceptions of jobs whose message is all that a person needs; others come with their traceback.
+FOR_PEOPLE = {"EclectusError", "TrainingFailed"}
 
 
 class Desk:

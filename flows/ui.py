@@ -1,0 +1,69 @@
+"""What people see of a run in the Prefect UI: a progress bar a step while it works, and a page with what it gave."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+
+from storage.artifact import Artifact
+
+SECONDS_BETWEEN_UPDATES = 3.0
+LONGEST_VALUE = 300
+
+
+class PrefectPages:
+    """A display (see `tasks.run.Display`) that writes Prefect artifacts; called inside the step's task run, which owns them."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tuple[UUID, float]] = {}
+
+    def step_began(self, label: str) -> None:
+        pass
+
+    def step_progressed(self, label: str, what: str, done: float, total: float | None, unit: str) -> None:
+        if not total:
+            return
+        percent = min(100.0, 100.0 * done / total)
+        bar, updated = self._bars.get(label, (None, 0.0))
+        if time.monotonic() - updated < SECONDS_BETWEEN_UPDATES and percent < 100:
+            return
+        if bar is None:
+            bar = create_progress_artifact(
+                percent, key=f"{_slug(label)}-progress", description=f"{label}: {what} ({unit})"
+            )
+        else:
+            update_progress_artifact(bar, percent)
+        self._bars[label] = bar, time.monotonic()
+
+    def step_ended(self, label: str, state: str, reason: str, seconds: float, output: Artifact | None) -> None:
+        self._bars.pop(label, None)
+        if output is None:
+            return
+        lines = [
+            f"**{label}**: {state}, {seconds:.1f} s",
+            "",
+            f"Why: {reason}",
+            "",
+            f"`{output.name}`",
+            f"`{output.path}`",
+            "",
+        ]
+        lines += ["| | |", "|---|---|"]
+        lines += [f"| {name} | {_cell(value)} |" for name, value in sorted(output.statistics.items())]
+        create_markdown_artifact("\n".join(lines), key=_slug(label), description=f"{output.kind} of the step '{label}'")
+
+
+def _slug(label: str) -> str:
+    """Prefect's artifact keys hold lower-case letters, digits and dashes only."""
+    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
