@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from storage.artifact import Artifact
-from tasks.neighbors import similarities_of, unit
+from tasks.nearest import similarities_of, unit
 from tasks.texts import TextReader
 
 SHINGLE = 5

@@ -322,7 +322,7 @@ def _earlier(key: str) -> list[_Known]:
         return []
     found = []
     for manifest in sorted((run.home.store.root / "embeddings").glob("*/manifest.json")):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(EclectusError, OSError, ValueError):
             if json.loads(manifest.read_text())["statistics"].get("embedding_key") == key:
                 artifact = run.home.store.find(str(manifest.parent))
                 if not run.home.store.faults(artifact):

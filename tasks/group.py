@@ -26,7 +26,7 @@ from storage.errors import EclectusError
 from tasks.documents import read_table
 from tasks.duplicates import as_columns, near_duplicates
 from tasks.grouping_quality import draw, mean, order_quality, pair_similarities
-from tasks.neighbors import exact_neighbors
+from tasks.nearest import exact_neighbors
 from tasks.run import metric
 from tasks.settings import Place, Settings
 from tasks.step import step

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.neighbors import unit
+from tasks.nearest import unit
 
 PAIRS = 200_000
 BLOCK = 16_384

@@ -12,6 +12,7 @@ some 5,000 documents/s to embed. Only the train split is read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -66,12 +67,12 @@ class StaticEmbeddingSettings(EmbeddingText):
         256, ge=2, description="Documents in a contrastive step, each giving two random spans."
     )
     embedding_span: int = Field(
-        128, ge=4, description="Longest span in tokens; a document's spans are at most half of it."
+        64, ge=4, description="Longest span in tokens; a document's spans are at most half of it."
     )
     embedding_learning_rate: float = Field(
-        1e-3, gt=0, description="Learning rate of the contrastive training, falling to 0."
+        4e-3, gt=0, description="Learning rate of the contrastive training, falling to 0."
     )
-    embedding_temperature: float = Field(0.05, gt=0, description="Temperature of the contrastive loss.")
+    embedding_temperature: float = Field(0.1, gt=0, description="Temperature of the contrastive loss.")
     embedding_sample: int = Field(
         20_000, ge=1, description="Most documents that the embedding model is trained on, drawn at random."
     )
@@ -268,20 +269,20 @@ def _as_sentence_transformer(tokenizer: Any, weights: np.ndarray) -> Any:
 
 
 def _earlier_model(seen: np.ndarray, settings: StaticEmbeddingSettings) -> Artifact | None:
-    """The youngest model in this home with these settings to which at most the allowed share of documents is new."""
+    """The model in this home with these settings to which fewest documents are new, at most the allowed share."""
     run = current_run()
     if run is None or settings.embedding_growth == 0:
         return None
-    best: tuple[float, str] | None = None
+    best: tuple[float, Artifact] | None = None
     for details in sorted((run.home.store.root / "checkpoint").glob(f"*/{DETAILS}")):
-        if json.loads(details.read_text()) != settings.key_values():
-            continue
-        known = np.load(details.with_name(SEEN))
-        new = 1 - np.isin(seen, known, assume_unique=True).mean()
-        if new <= settings.embedding_growth and (best is None or new < best[0]):
-            best = new, str(details.parent)
-    artifact = run.home.store.find(best[1]) if best else None
-    return artifact if artifact and not run.home.store.faults(artifact) else None
+        with contextlib.suppress(EclectusError, OSError, ValueError):
+            if json.loads(details.read_text()) != settings.key_values():
+                continue
+            new = 1 - np.isin(seen, np.load(details.with_name(SEEN)), assume_unique=True).mean()
+            if new <= settings.embedding_growth and (best is None or new < best[0]):
+                artifact = run.home.store.find(str(details.parent))
+                best = best if run.home.store.faults(artifact) else (new, artifact)
+    return best[1] if best else None
 
 
 def _train_batches(documents: Artifact, columns: list[str]) -> Iterator[Any]:

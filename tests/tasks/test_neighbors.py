@@ -3,7 +3,12 @@ import pytest
 
 from storage.artifact import ArtifactStore
 from storage.errors import EclectusError
+from storage.home import Home
+from storage.journal import Journal
+from storage.known import KnownKeys
+from tasks.documents import read_table
 from tasks.neighbors import NeighborSettings, neighbors
+from tasks.run import Run, activate
 from tests.tasks.topics import make, read_json, topical, unit_vectors, write_documents, write_embeddings
 
 
@@ -38,11 +43,12 @@ def test_exact_lists_equal_brute_force_within_each_language(store):
 
 def test_shards_threads_and_repetition_change_no_bit(store):
     vectors = unit_vectors(2500, 24)
-    digests = {
-        search(store, vectors, {"en/sea": 2500}, neighbors_shard_rows=shard, neighbors_threads=threads)[1].digest
+    first, *others = (
+        search(store, vectors, {"en/sea": 2500}, neighbors_shard_rows=shard, neighbors_threads=threads)[1]
         for shard, threads in ((10_000, 2), (1_000, 1), (1_000, 2), (10_000, 2))
-    }
-    assert len(digests) == 1
+    )
+    assert all(same_lists(first, other) for other in others)
+    assert others[-1] == first
 
 
 def test_index_reaches_the_recall_that_was_asked_for_and_reports_it(store):
@@ -113,3 +119,62 @@ def test_partition_by_domain_and_by_nothing(store):
 def test_embeddings_of_other_documents_are_refused(store):
     with pytest.raises(EclectusError, match="24 rows"):
         search(store, unit_vectors(24, 8), {"en/sea": 25})
+
+
+@pytest.fixture
+def run(tmp_path):
+    home = Home.open(tmp_path / "home")
+    with activate(Run("r", home, Journal(home.journal, "r"), KnownKeys(home.keys, home.store))) as run:
+        yield run
+
+
+def grown(store, rows, vectors, **settings):
+    """Neighbours of these documents with these vectors, in the run under way; `embedding_key` marks one model."""
+    documents = write_documents(store, rows)
+    ids = read_table(documents, ["document"])["document"].to_pylist()
+    embeddings = write_embeddings(store, vectors, ids, "one model")
+    return neighbors(documents=documents, embeddings=embeddings, settings=NeighborSettings(**settings))
+
+
+def same_lists(a, b):
+    return all(np.array_equal(x, y, equal_nan=True) for x, y in zip(lists(a), lists(b), strict=True))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_lists_of_a_grown_corpus_equal_a_new_search(run, shuffled):
+    rows, vectors = topical({"en/sea": 300, "el/sea": 100}), unit_vectors(400, 16)
+    before = np.arange(380) if not shuffled else np.random.default_rng(0).permutation(400)[:380]
+    first = grown(run.home.store, [rows[i] for i in before], vectors[before], neighbors_k=8)
+    second = grown(run.home.store, rows, vectors, neighbors_k=8)
+    assert second.statistics["updated_from"] == first.name
+    assert sum(each["updated"] for each in second.statistics["partitions"]) == 20
+    assert same_lists(second, grown(run.home.store, rows, vectors, neighbors_k=8, neighbors_growth=0))
+
+
+def test_lists_with_documents_that_are_gone_are_searched_again(run):
+    rows, vectors = topical({"en/sea": 300}), unit_vectors(300, 16)
+    grown(run.home.store, rows, vectors, neighbors_k=8)
+    left = np.delete(np.arange(300), [5, 100])
+    second = grown(run.home.store, [rows[i] for i in left], vectors[left], neighbors_k=8)
+    assert 0 < second.statistics["partitions"][0]["updated"] < 30
+    assert same_lists(
+        second, grown(run.home.store, [rows[i] for i in left], vectors[left], neighbors_k=8, neighbors_growth=0)
+    )
+
+
+def test_a_corpus_that_grew_much_is_searched_anew(run):
+    rows, vectors = topical({"en/sea": 300}), unit_vectors(300, 16)
+    grown(run.home.store, rows[:200], vectors[:200])
+    second = grown(run.home.store, rows, vectors)
+    assert "updated" not in second.statistics["partitions"][0]
+    assert same_lists(second, grown(run.home.store, rows, vectors, neighbors_growth=0))
+
+
+def test_an_index_that_is_updated_keeps_its_recall(run):
+    rows, vectors = topical({"en/sea": 2000}), unit_vectors(2000, 16, clusters=100)
+    ask = {"neighbors_k": 10, "neighbors_exact_below": 100}
+    first = grown(run.home.store, rows[:1980], vectors[:1980], **ask)
+    second = grown(run.home.store, rows, vectors, **ask)
+    before, after = (each.statistics["partitions"][0] for each in (first, second))
+    assert (after["method"], after["updated"]) == ("ivf", 20)
+    assert after["recall"] > before["recall"] - 0.01

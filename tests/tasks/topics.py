@@ -43,10 +43,13 @@ def write_documents(store, rows):
         return store.commit(out)
 
 
-def write_embeddings(store, vectors):
-    """An embeddings artifact of these vectors [N, D]."""
+def write_embeddings(store, vectors, ids=None, key=None):
+    """An embeddings artifact of these vectors [N, D], perhaps with the documents' ids and the model's key."""
     with store.draft("embeddings") as out:
         np.save(out.file("embeddings.npy"), np.asarray(vectors, np.float32))
+        if ids is not None:
+            np.save(out.file("ids.npy"), np.array(ids, "S32"))
+            out.statistics = {"embedding_key": key}
         out.rows = len(vectors)
         return store.commit(out)
 
