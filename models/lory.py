@@ -268,8 +268,8 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
                     f"cache_implementation is {generation_config.cache_implementation!r}, but Lory keeps its merged "
                     "experts in a dynamic cache; leave it unset."
                 )
-            mask = model_kwargs.get("attention_mask")
-            prompt_length = None if mask is None else mask.shape[1]
+            positions = model_kwargs.get("position_ids")
+            prompt_length = None if positions is None else positions.shape[-1]
             model_kwargs["past_key_values"] = LoryCache(self.config, routing, prompt_length=prompt_length)
         if routing == "prompt" and generation_config.use_cache is False:
             raise ValueError(
