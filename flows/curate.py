@@ -60,6 +60,6 @@ def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
         expanded = review = None
         if parameters.expanded_languages:
             expanded = packed("expanded", documents, grouping, "expanded")
-            replayed = replay(documents=documents, settings=ReplaySettings.of(parameters))
+            replayed = replay(documents=documents, grouping=grouping, settings=ReplaySettings.of(parameters))
             review = packed("review", replayed, None, "all")
         return Curated(ingested, documents, grouping, tokens, original, expanded, review)

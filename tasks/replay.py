@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import Field
 
 from storage.artifact import Artifact, Draft
@@ -41,8 +42,11 @@ class ReplaySettings(Settings):
 
 
 @step(makes="documents", version=1)
-def replay(documents: Artifact, settings: ReplaySettings, out: Draft) -> None:
-    """Draws the review documents. Raises EclectusError when a group has none to draw from."""
+def replay(documents: Artifact, settings: ReplaySettings, out: Draft, grouping: Artifact | None = None) -> None:
+    """Draws the review documents. Raises EclectusError when a group has none to draw from.
+
+    grouping: only documents that it kept are drawn, so none that nearly equals a held-out document.
+    """
     strata: dict[tuple[str, str], int] = {}
     draw, stratum = [], []
     for batch in read_batches(documents, ["document", "language", "group", "split"]):
@@ -51,6 +55,9 @@ def replay(documents: Artifact, settings: ReplaySettings, out: Draft) -> None:
         stratum.append(np.array([_stratum(strata, *row) for row in zip(*columns, strict=True)], np.int16))
     draw_N = np.concatenate(draw or [np.zeros(0)])
     stratum_N = np.concatenate(stratum or [np.zeros(0, np.int16)])
+    if grouping is not None:
+        kept = pq.read_table(grouping.file("order.parquet"), columns=["row"])["row"].to_numpy()
+        stratum_N[~np.isin(np.arange(len(stratum_N)), kept)] = -1
     available = {key: int((stratum_N == number).sum()) for key, number in strata.items()}
     counts = review_counts(available, settings)
     chosen = np.zeros(len(draw_N), bool)
