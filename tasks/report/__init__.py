@@ -1,0 +1,247 @@
+"""The report: one HTML page that opens offline and says what was gained, what was forgotten and how it came to be.
+
+    evidence   sums and paired comparisons from the evaluations        history    curves, lineage, settings from the journals
+    verdict    sentences and the numbers that the page opens with      tables, figures, graph, pictures    what is shown
+    page       HTML, style and script; `markdown` its twin
+
+Files: `report.html`, `report.md`, `pictures/*.png`. Texts come from people's documents and models: the template escapes all of
+them, and the page's content policy lets nothing leave it. Price: seconds, and 5 MB a page (plotly.js, inlined once).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from storage.artifact import Artifact, Draft
+from storage.errors import EclectusError
+from tasks.report.history import History, read_history
+from tasks.run import current_run
+from tasks.settings import Settings
+from tasks.step import step
+
+if TYPE_CHECKING:
+    from tasks.report.evidence import Scores
+    from tasks.report.figures import Figure
+    from tasks.report.tables import Facts, Table
+    from tasks.report.verdict import Comparer, Verdict
+
+HERE = Path(__file__).parent
+
+
+class ReportSettings(Settings):
+    """How the report is written."""
+
+    report_title: str = Field("Eclectus report", description="Title of the report.")
+    report_samples: int = Field(2, ge=0, description="Samples of each language that the report shows.")
+    report_resamples: int = Field(
+        1000, ge=100, description="Draws of the bootstrap over documents that gives the 95% intervals."
+    )
+    seed: int = Field(0, description="Seed of everything random.")
+
+
+@dataclass
+class RoutingPart:
+    title: str
+    text: str
+    figures: list[Figure]
+    small: bool = True
+
+
+@dataclass
+class Sample:
+    title: str
+    language: str
+    prompt: str
+    texts: list[tuple[str, str]]
+
+
+@dataclass
+class Contents:
+    """Everything that the page and its Markdown twin say."""
+
+    title: str
+    subtitle: str
+    verdict: Verdict
+    tables: list[Table]
+    documents: Table
+    data: list[Facts]
+    models: list[Facts]
+    settings: list[Facts]
+    versions: list[tuple[str, str]]
+    samples: list[Sample] = field(default_factory=list)
+    score_figures: list[Figure] = field(default_factory=list)
+    loss_figures: list[Figure] = field(default_factory=list)
+    routing: list[RoutingPart] = field(default_factory=list)
+
+    @property
+    def figures(self) -> list[Figure]:
+        return [*self.score_figures, *self.loss_figures, *(each for part in self.routing for each in part.figures)]
+
+
+@step(makes="report", version=1)
+def report(
+    evaluations: dict[str, Artifact],
+    checkpoints: dict[str, Artifact],
+    documents: Artifact,
+    settings: ReportSettings,
+    out: Draft,
+    grouping: Artifact | None = None,
+    instances: dict[str, Artifact] | None = None,
+) -> None:
+    """Writes the report over these models: "dense", "lory", "stage 1", "stage 2" and any others by name."""
+    from tasks.report.evidence import Scores
+    from tasks.report.markdown import write_markdown
+    from tasks.report.pictures import draw_pictures
+    from tasks.report.verdict import Comparer
+
+    if not evaluations:
+        raise EclectusError("a report needs at least one evaluated model; evaluate a checkpoint first")
+    scores = {name: Scores.read(name, evaluation) for name, evaluation in evaluations.items()}
+    comparer = Comparer(scores, settings.report_resamples, settings.seed)
+    given = {name: each for name, each in (instances or {}).items() if each is not None}
+    history = _history(list(checkpoints.values()))
+    contents = _contents(comparer, checkpoints, documents, grouping, given, history, settings)
+    out.file("report.html").write_text(_page(contents, checkpoints, history, comparer), "utf-8")
+    out.file("report.md").write_text(write_markdown(contents), "utf-8")
+    draw_pictures(comparer, history, checkpoints, out.file("pictures/scores.png").parent)
+    out.rows = len(scores)
+    out.statistics = {
+        "verdict": contents.verdict.sentences,
+        "tiles": [asdict(tile) for tile in contents.verdict.tiles],
+        "notes": contents.verdict.notes,
+        "models": list(scores),
+    }
+
+
+def _history(checkpoints: list[Artifact]) -> History:
+    """Nothing outside a run: then the page has neither curves nor lineage."""
+    run = current_run()
+    return read_history(run.home, run.id, checkpoints) if run is not None else History()
+
+
+def _contents(
+    comparer: Comparer,
+    checkpoints: dict[str, Artifact],
+    documents: Artifact,
+    grouping: Artifact | None,
+    instances: dict[str, Artifact],
+    history: History,
+    settings: ReportSettings,
+) -> Contents:
+    from tasks.report import figures, tables
+    from tasks.report.verdict import judge
+    from tasks.report.words import count, listed
+
+    base = comparer.base
+    digests = {name: checkpoint.digest for name, checkpoint in checkpoints.items()}
+    subtitle = (
+        f"{listed(list(comparer.scores)).capitalize()}, on {count(len(base.document))} held-out documents "
+        f"({count(base.tokens.sum())} tokens scored in windows of {base.about['window']}) in {len(base.values('language'))} languages."
+    )
+    by_domain = [tables.scores_by_domain(comparer)] if base.values("domain", group="original") else []
+    return Contents(
+        title=settings.report_title,
+        subtitle=subtitle,
+        verdict=judge(comparer),
+        tables=[*by_domain, tables.scores_by_language(comparer)],
+        documents=tables.documents_table(documents),
+        data=tables.data_facts(documents, grouping, instances, history),
+        models=tables.model_facts(comparer.scores, checkpoints),
+        settings=tables.settings_facts(history),
+        versions=tables.version_pairs(history),
+        samples=_samples(comparer.scores, settings.report_samples),
+        score_figures=[*figures.by_domain(comparer), *figures.by_language(comparer), *figures.by_position(comparer)],
+        loss_figures=figures.loss_curves(history, digests),
+        routing=_routing(comparer.scores),
+    )
+
+
+def _routing(scores: dict[str, Scores]) -> list[RoutingPart]:
+    from tasks.report import figures
+    from tasks.report.verdict import LORY
+
+    routed = {name: each for name, each in scores.items() if each.routing}
+    parts = []
+    for number, (name, each) in enumerate(routed.items()):
+        if name == LORY or each.about["model"].startswith("Lory"):
+            text = (
+                "Mean mixture weight of each expert over the segments of a domain's held-out text. How far domains are apart, as "
+                f"mean Jensen-Shannon divergence between them in bits: {_divergences(each, 'domain', group='original')}."
+            )
+            parts.append(RoutingPart(f"{name}: experts by domain", text, figures.lory_routing(each)))
+        else:
+            text = (
+                "Mean router probability of each expert over the tokens of a language. How far languages are apart, as mean "
+                f"Jensen-Shannon divergence between them in bits: {_divergences(each, 'language')}."
+            )
+            parts.append(RoutingPart(f"{name}: experts by language", text, figures.moe_routing(each, f"moe-{number}")))
+    mixtures = {name: each for name, each in routed.items() if not each.about["model"].startswith("Lory")}
+    if mixtures:
+        text = "The review shall bring tokens of the original languages back to the original network, and leave the new ones where they are."
+        parts.append(RoutingPart("Expert 0, the frozen original", text, figures.expert_0(mixtures), small=False))
+    return [part for part in parts if part.figures]
+
+
+def _divergences(scores: Scores, label: str, **groups: str) -> str:
+    from tasks.report.evidence import divergence
+    from tasks.report.figures import shown_layers
+
+    return ", ".join(
+        f"layer {layer} {divergence(scores.shares(label, layer, **groups)):.3f}"
+        for layer in shown_layers(scores.layers)
+    )
+
+
+def _samples(scores: dict[str, Scores], most: int) -> list[Sample]:
+    """Samples of the prompts that all models continued, side by side."""
+    from tasks.report.words import language_name
+
+    first = next(iter(scores.values()))
+    seen: dict[str, int] = {}
+    samples = []
+    for sample in first.samples:
+        key = (sample["document"], sample["prompt"])
+        texts = [("the document goes on", sample["original"])]
+        for name, each in scores.items():
+            texts += [(name, other["written"]) for other in each.samples if (other["document"], other["prompt"]) == key]
+        seen[sample["language"]] = seen.get(sample["language"], 0) + 1
+        if seen[sample["language"]] <= most:
+            title = f"{language_name(sample['language'])}, {sample['domain']}"
+            samples.append(Sample(title, sample["language"], sample["prompt"], texts))
+    return samples
+
+
+def _page(contents: Contents, checkpoints: dict[str, Artifact], history: History, comparer: Comparer) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    from tasks.report.figures import colour
+    from tasks.report.graph import draw
+
+    names = list(comparer.scores)
+    values: dict[str, Any] = {name: getattr(contents, name) for name in contents.__dataclass_fields__}
+    lineage = draw(history.made, {checkpoint.digest: name for name, checkpoint in checkpoints.items()})
+    present = {
+        "scores": "Scores", "training": "Training" if contents.loss_figures else "", "routing": "Routing" if contents.routing else "",
+        "samples": "Samples" if contents.samples else "", "data": "Data", "models": "Models",
+        "lineage": "Lineage" if lineage else "", "settings": "Settings",
+    }  # fmt: skip
+    specs = json.dumps({figure.name: figure.spec for figure in contents.figures}, ensure_ascii=False, sort_keys=True)
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("page.html.j2").render(
+        **values,
+        sections=[(anchor, name) for anchor, name in present.items() if name],
+        colours={name: colour(name, names) for name in names},
+        lineage=lineage,
+        # Inside a script element only "<" could end it early; JSON may write it as an escape.
+        specs=Markup(specs.replace("<", "\\u003c")),
+        plotly=Markup(get_plotlyjs()),
+        css=Markup((HERE / "page.css").read_text("utf-8")),
+        script=Markup((HERE / "page.js").read_text("utf-8")),
+    )

@@ -1,0 +1,190 @@
+"""The tables of the report, once for the page and its Markdown twin."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from storage.artifact import Artifact
+from tasks.documents import read_batches
+from tasks.report.evidence import Scores
+from tasks.report.history import History, Made
+from tasks.report.verdict import Comparer, tone
+from tasks.report.words import count, in_words, language_name, number, percent, size
+
+
+@dataclass(frozen=True)
+class Cell:
+    """text, what stands small under it, and its tone: good, bad, even or none."""
+
+    text: str
+    small: str = ""
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """head: the first column names the row, the others hold numbers. last: whether the last row is a total."""
+
+    title: str
+    head: list[str]
+    rows: list[list[Cell]]
+    last: bool = False
+    note: str = ""
+
+
+@dataclass
+class Facts:
+    """A heading with names and values under it."""
+
+    title: str
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+
+
+def scores_by_domain(comparer: Comparer) -> Table:
+    """Bits per byte of every model on the original languages, by domain."""
+    domains = comparer.base.values("domain", group="original")
+    rows = [_scores_row(domain, comparer, group="original", domain=domain) for domain in domains]
+    if len(domains) > 1:
+        rows.append(_scores_row("all", comparer, group="original"))
+    original = ", ".join(language_name(code) for code in comparer.base.values("language", group="original"))
+    return Table(
+        f"By domain, original languages ({original})", _scores_head("domain", comparer), rows, len(domains) > 1, _NOTE
+    )
+
+
+def scores_by_language(comparer: Comparer) -> Table:
+    """Bits per byte of every model on every language."""
+    rows = [
+        _scores_row(f"{language_name(code)} ({group})", comparer, language=code)
+        for group in ("original", "expanded")
+        for code in comparer.base.values("language", group=group)
+    ]
+    return Table("By language", _scores_head("language", comparer), rows, False, _NOTE)
+
+
+_NOTE = (
+    "Bits per byte; lower is better. Under it the change against the first model (coloured where the 95% interval of a paired "
+    "bootstrap over documents leaves out zero) and the perplexity per token."
+)
+
+
+def _scores_head(first: str, comparer: Comparer) -> list[str]:
+    return [first, *comparer.scores, "documents"]
+
+
+def _scores_row(title: str, comparer: Comparer, **labels: str) -> list[Cell]:
+    cells = [Cell(title)]
+    for name, each in comparer.scores.items():
+        change, perplexity = comparer.change(name, **labels), each.perplexity(**labels)
+        small = [percent(change.bits)] if change else []
+        small += [f"ppl {perplexity:.4g}"] if perplexity is not None else []
+        cells.append(Cell(number(each.bits_per_byte(**labels)), " · ".join(small), tone(change) if change else ""))
+    return [*cells, Cell(count(int(comparer.base.where(**labels).sum())))]
+
+
+def documents_table(documents: Artifact) -> Table:
+    """Documents and bytes by language and domain, for training and held out."""
+    sums: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    for batch in read_batches(documents, ["language", "domain", "group", "split", "bytes"]):
+        for language, domain, group, split, length in zip(
+            *(column.to_pylist() for column in batch.columns), strict=True
+        ):
+            held = 2 if split == "heldout" else 0
+            total = sums[group or "", language or "", domain or "unknown"]
+            total[held] += 1
+            total[held + 1] += length or 0
+    order = {"original": 0, "expanded": 1}
+    rows = [
+        [
+            Cell(f"{language_name(language)}, {domain}", group),
+            *(Cell(count(values[at]), size(values[at + 1])) for at in (0, 2)),
+        ]
+        for (group, language, domain), values in sorted(
+            sums.items(), key=lambda item: (order.get(item[0][0], 2), item[0])
+        )
+        if group != "other"
+    ]
+    others = [values for (group, _, _), values in sums.items() if group == "other"]
+    if others:
+        rows.append(
+            [
+                Cell("other languages, or language not sure", "set apart"),
+                Cell(count(sum(values[0] for values in others)), size(sum(values[1] for values in others))),
+                Cell(""),
+            ]
+        )
+    return Table("Documents", ["language and domain", "for training", "held out"], rows)
+
+
+def data_facts(
+    documents: Artifact, grouping: Artifact | None, instances: dict[str, Artifact], history: History
+) -> list[Facts]:
+    """What was taken, refused and dropped, how well documents were grouped, and what was packed."""
+    ingest = next((made.statistics for made in history.steps("ingest")), documents.statistics)
+    taken = Facts(
+        "Intake", _scalars({key: ingest.get(key) for key in ("documents", "rejected", "duplicates", "bytes")})
+    )
+    taken.pairs += [
+        (f"rejected: {reason}", count(total)) for reason, total in ingest.get("rejected_by_reason", {}).items()
+    ]
+    facts = [taken]
+    if grouping is not None:
+        facts.append(Facts("Grouping", _scalars(grouping.statistics)))
+    facts += [Facts(f"Instances, {name}", _scalars(each.statistics)) for name, each in instances.items()]
+    return [each for each in facts if each.pairs]
+
+
+def model_facts(scores: dict[str, Scores], checkpoints: dict[str, Artifact]) -> list[Facts]:
+    """What each model is."""
+    facts = []
+    for name, checkpoint in checkpoints.items():
+        about = scores[name].about if name in scores else {}
+        values = checkpoint.statistics | {key: about[key] for key in ("model", "parameters") if key in about}
+        facts.append(Facts(name, [("checkpoint", checkpoint.name), *_scalars(values)]))
+    return facts
+
+
+def settings_facts(history: History) -> list[Facts]:
+    """The settings of every step upstream of the models, in order of making."""
+    return [
+        Facts(f"{made.label} → {made.name}", [(name, _plain(value)) for name, value in made.settings.items()])
+        for made in _once(history)
+        if made.settings
+    ]
+
+
+def version_pairs(history: History) -> list[tuple[str, str]]:
+    run = history.run
+    pairs = [("code", run.get("code_version") or ""), ("Python", run.get("python") or "")]
+    return [pair for pair in [*pairs, *sorted(run.get("packages", {}).items())] if pair[1]]
+
+
+def _once(history: History) -> list[Made]:
+    return list(history.made.values())
+
+
+def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Numbers and words, with nested ones named after what they are in; tables of more than a dozen are left out."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{in_words(str(key))}"
+        if isinstance(value, dict):
+            if len(value) <= 12:
+                pairs += _scalars(value, f"{name}: ")
+        elif isinstance(value, str | int | float) and not isinstance(value, bool):
+            pairs.append((name, size(value) if key == "bytes" else _plain(value)))
+    return pairs
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return count(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)

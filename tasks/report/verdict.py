@@ -1,0 +1,215 @@
+"""The verdict: what was gained and what was forgotten, in sentences that follow from the numbers, whichever way they fall.
+
+Retention is the base model's bits per byte over the model's: 100% is nothing forgotten, 98% is 2% more bits for the same text.
+A difference counts as one only where the 95% interval of the paired bootstrap leaves out zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tasks.report.evidence import Change, Scores, compare
+from tasks.report.words import interval, language_name, listed, percent
+
+BASE, LORY, STAGE_1, STAGE_2 = "dense", "lory", "stage 1", "stage 2"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number that the page opens with. tone: good, bad or even."""
+
+    value: str
+    what: str
+    detail: str
+    tone: str
+
+
+@dataclass
+class Verdict:
+    """tiles and sentences, most important first; changes by (model, label, value) for the tables and figures."""
+
+    tiles: list[Tile] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Comparer:
+    """Compares models of a report with its base, with the report's bootstrap."""
+
+    scores: dict[str, Scores]
+    resamples: int
+    seed: int
+
+    @property
+    def base(self) -> Scores | None:
+        """The dense model, else the first of all."""
+        return self.scores.get(BASE) or next(iter(self.scores.values()), None)
+
+    def change(self, name: str, **labels: str) -> Change | None:
+        """From the base to this model; None for the base itself and where there are no such documents."""
+        if self.base is None or name not in self.scores or name == self.base.name:
+            return None
+        return compare(self.base, self.scores[name], self.resamples, self.seed, **labels)
+
+
+def judge(comparer: Comparer) -> Verdict:
+    """The verdict over the models that there are."""
+    verdict = Verdict()
+    if comparer.base is None:
+        verdict.sentences.append("No model was evaluated.")
+        return verdict
+    if comparer.base.name == BASE and LORY in comparer.scores:
+        _judge_lory(comparer, verdict)
+    last = next((name for name in (STAGE_2, STAGE_1) if name in comparer.scores), None)
+    if last and comparer.base.name != last:
+        _judge_new_languages(comparer, last, verdict)
+        _judge_retention(comparer, last, verdict)
+    for name in comparer.scores:
+        if name not in (BASE, LORY, STAGE_1, STAGE_2) and name != comparer.base.name:
+            _judge_other(comparer, name, verdict)
+    if not verdict.sentences:
+        verdict.sentences.append(
+            f"Only {comparer.base.name} was evaluated: {comparer.base.bits_per_byte():.3f} bits per byte on held-out text."
+        )
+    _note(comparer, verdict)
+    return verdict
+
+
+def tone(change: Change) -> str:
+    if not change.clear:
+        return "even"
+    return "good" if change.bits < 0 else "bad"
+
+
+def _judge_lory(comparer: Comparer, verdict: Verdict) -> None:
+    change = comparer.change(LORY, group="original")
+    if change is None:
+        return
+    relative, around = change.perplexity, change.perplexity_interval
+    if relative is None or around is None:
+        relative, around, measure = change.bits, change.bits_interval, "bits per byte"
+    else:
+        measure = "perplexity"
+    word = {"good": "better than", "bad": "worse than", "even": "about level with"}[tone(change)]
+    verdict.tiles.append(
+        Tile(
+            percent(relative),
+            f"{measure}, Lory against its dense twin",
+            f"95% interval {interval(around)}",
+            tone(change),
+        )
+    )
+    text = (
+        f"Lory is {word} its dense twin on held-out {_languages(comparer, 'original')} text that neither was trained on: {measure} "
+        f"{percent(relative)} (95% interval {interval(around)}), {change.after:.3f} bits per byte against {change.before:.3f}, "
+        "look-ahead excluded."
+    )
+    domains = {
+        domain: comparer.change(LORY, group="original", domain=domain)
+        for domain in comparer.base.values("domain", group="original")
+    }
+    if len(domains) > 1:
+        text += _by_domain({domain: each for domain, each in domains.items() if each is not None})
+    verdict.sentences.append(text)
+
+
+def _by_domain(domains: dict[str, Change]) -> str:
+    ordered = sorted(domains, key=lambda domain: domains[domain].bits)
+    better = sum(each.bits < 0 for each in domains.values())
+    best, worst = ordered[0], ordered[-1]
+    return (
+        f" It is ahead on {better} of {len(domains)} domains: most on {best} ({percent(domains[best].bits)} bits per byte), "
+        f"least on {worst} ({percent(domains[worst].bits)})."
+    )
+
+
+def _judge_new_languages(comparer: Comparer, last: str, verdict: Verdict) -> None:
+    change = comparer.change(last, group="expanded")
+    if change is None:
+        verdict.sentences.append("No held-out text in a new language: what the extension gained is not known.")
+        return
+    new = _languages(comparer, "expanded")
+    verdict.tiles.append(
+        Tile(percent(change.bits), f"bits per byte on new languages ({new})", f"dense base to {last}", tone(change))
+    )
+    path = [f"{comparer.base.bits_per_byte(group='expanded'):.3f} (dense base)"]
+    path += [
+        f"{comparer.scores[name].bits_per_byte(group='expanded'):.3f} ({name})"
+        for name in (STAGE_1, STAGE_2)
+        if name in comparer.scores
+    ]
+    word = {"good": "learned", "bad": "did not learn", "even": "shows no clear change on"}[tone(change)]
+    verdict.sentences.append(
+        f"The extension {word} {new}: bits per byte went {' → '.join(path)}, {percent(change.bits)} "
+        f"(95% interval {interval(change.bits_interval)})."
+    )
+
+
+def _judge_retention(comparer: Comparer, last: str, verdict: Verdict) -> None:
+    change = comparer.change(last, group="original")
+    if change is None:
+        return
+    kept = retention(change)
+    original = _languages(comparer, "original")
+    low, high = (100 / (1 + part) for part in reversed(change.bits_interval))
+    verdict.tiles.append(
+        Tile(
+            f"{kept:.1f}%",
+            f"of {original} kept after {last}",
+            f"bits per byte {change.before:.3f} → {change.after:.3f}",
+            "good" if kept >= 99 else "bad",
+        )
+    )
+    text = (
+        f"Of {original}, {kept:.1f}% is kept after {last} (95% interval {low:.1f}% to {high:.1f}%; bits per byte "
+        f"{change.before:.3f} → {change.after:.3f})"
+    )
+    first = comparer.change(STAGE_1, group="original") if last == STAGE_2 else None
+    if first is not None:
+        moved = kept - retention(first)
+        text += f"; after stage 1 it was {retention(first):.1f}%, so the review {'won back' if moved >= 0 else 'lost'} {abs(moved):.1f} points"
+    verdict.sentences.append(text + ".")
+
+
+def _judge_other(comparer: Comparer, name: str, verdict: Verdict) -> None:
+    change = comparer.change(name)
+    if change is not None:
+        verdict.tiles.append(
+            Tile(
+                percent(change.bits),
+                f"bits per byte, {name} against {comparer.base.name}",
+                "all held-out text",
+                tone(change),
+            )
+        )
+        verdict.sentences.append(
+            f"{name} scores {change.after:.3f} bits per byte on held-out text, {comparer.base.name} {change.before:.3f}: "
+            f"{percent(change.bits)} (95% interval {interval(change.bits_interval)})."
+        )
+
+
+def _note(comparer: Comparer, verdict: Verdict) -> None:
+    """What the numbers leave out."""
+    missing = sorted(
+        {code for each in comparer.scores.values() for code in each.about["languages_without_held_out_text"]}
+    )
+    if missing:
+        names = listed([language_name(code) for code in missing])
+        verdict.notes.append(f"There is no held-out text long enough to score in {names}: nothing is said about it.")
+    short = sorted({stream for each in comparer.scores.values() for stream in each.about["too_short_to_score"]})
+    if short:
+        verdict.notes.append(f"Too little held-out text to score: {'; '.join(short)}.")
+    if len({(each.about["window"], int(each.tokens.sum())) for each in comparer.scores.values()}) > 1:
+        verdict.notes.append(
+            "The models were not scored on the same tokens; they are compared on the documents that both scored, in bits per byte."
+        )
+
+
+def retention(change: Change) -> float:
+    """Percent: the base's bits per byte over the model's."""
+    return 100 * change.before / change.after
+
+
+def _languages(comparer: Comparer, group: str) -> str:
+    return listed([language_name(code) for code in comparer.base.values("language", group=group)])

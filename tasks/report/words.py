@@ -1,0 +1,53 @@
+"""How numbers and names read on the page: signed percentages, counts, languages by their English names, settings in words."""
+
+from __future__ import annotations
+
+LANGUAGES = {
+    "ar": "Arabic", "bg": "Bulgarian", "bn": "Bengali", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek",
+    "en": "English", "es": "Spanish", "fa": "Persian", "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi",
+    "hr": "Croatian", "hu": "Hungarian", "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean",
+    "ne": "Nepali", "nl": "Dutch", "no": "Norwegian", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian",
+    "sk": "Slovak", "sl": "Slovenian", "sr": "Serbian", "sv": "Swedish", "sw": "Swahili", "ta": "Tamil", "te": "Telugu",
+    "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu", "vi": "Vietnamese", "zh": "Chinese",
+}  # fmt: skip
+
+
+def language_name(code: str) -> str:
+    return LANGUAGES.get(code, code)
+
+
+def percent(change: float, digits: int = 1) -> str:
+    """A relative change with its sign: -0.093 is '−9.3%'."""
+    value = round(100 * change, digits)
+    return f"{'−' if value < 0 else '+' if value > 0 else '±'}{abs(value):.{digits}f}%"
+
+
+def interval(low_high: tuple[float, float], digits: int = 1) -> str:
+    return f"{percent(low_high[0], digits)} to {percent(low_high[1], digits)}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def count(value: float) -> str:
+    """A whole number with thin spaces for thousands."""
+    return f"{round(value):,}".replace(",", "\u2009")
+
+
+def size(value: float) -> str:
+    """Bytes as people read them."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= factor:
+            return f"{value / factor:.1f} {unit}"
+    return f"{value:.0f} B"
+
+
+def listed(words: list[str]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "nothing"
+
+
+def in_words(name: str) -> str:
+    """'documents_an_instance' as 'documents an instance'."""
+    return name.replace("_", " ")
