@@ -43,6 +43,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(0) from None
+    except Exception as error:
+        log = _write_fault()
+        print(
+            f"eclectus: unexpected fault: {type(error).__name__}: {error}; the whole story is in {log}", file=sys.stderr
+        )
+        raise SystemExit(1) from None
+
+
+def _write_fault() -> str:
+    """Writes the traceback of the exception being handled into the home, or prints it where that cannot be; says where it is."""
+    import traceback
+
+    from storage.home import Home
+
+    story = traceback.format_exc()
+    try:
+        path = Home.open().root / "fault.log"
+        path.write_text(story)
+        return str(path)
+    except (OSError, EclectusError):
+        print(story, file=sys.stderr)
+        return "the lines above"
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:

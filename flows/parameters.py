@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pydantic import Field
 
-# from tasks.report import ReportSettings
 from storage.errors import EclectusError
 from tasks.embed import EmbedSettings
 from tasks.evaluate import EvaluateSettings
@@ -20,6 +19,7 @@ from tasks.neighbors import NeighborSettings
 from tasks.pack import PackSettings
 from tasks.pretrain import PretrainSettings
 from tasks.replay import ReplaySettings
+from tasks.report import ReportSettings
 from tasks.split import SplitSettings
 from tasks.static_embedding import StaticEmbeddingSettings
 from tasks.tokenizer import TokenizerSettings
@@ -53,7 +53,7 @@ class ExtendParameters(PretrainParameters, ExtendSettings):
     )
 
 
-class EvaluateParameters(ExtendParameters, EvaluateSettings):
+class EvaluateParameters(ExtendParameters, EvaluateSettings, ReportSettings):
     """Evaluation and report of the models of pre-training and extension."""
 
     evaluate_checkpoints: list[str] = Field(
