@@ -23,7 +23,7 @@ from torch.nn import functional as F
 # Blocks this small keep merged weights and hidden states in the CPU's caches; fewer than 4 segments make the merge
 # GEMM thin, so that smaller FFNs than the caches take 4 as long as CPU_MOST holds them.
 CPU_CACHE_BYTES = 4 << 20
-CPU_MOST_BYTES = 64 << 20
+CPU_MOST_BYTES = 128 << 20
 CPU_LEAST_SEGMENTS = 4
 # On a GPU a block must fill the device: at D 1024, F 2816 in bf16 this is 15 segments of 256 tokens.
 GPU_BYTES = 512 << 20
