@@ -11,6 +11,7 @@ them, and the page's content policy lets nothing leave it. Price: seconds, and 5
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +70,9 @@ class Contents:
     verdict: Verdict
     tables: list[Table]
     documents: Table
+    instances: Table | None
+    models: Table
     data: list[Facts]
-    models: list[Facts]
     settings: list[Facts]
     versions: list[tuple[str, str]]
     samples: list[Sample] = field(default_factory=list)
@@ -140,18 +142,19 @@ def _contents(
     base = comparer.base
     digests = {name: checkpoint.digest for name, checkpoint in checkpoints.items()}
     subtitle = (
-        f"{listed(list(comparer.scores)).capitalize()}, on {count(len(base.document))} held-out documents "
-        f"({count(base.tokens.sum())} tokens scored in windows of {base.about['window']}) in {len(base.values('language'))} languages."
+        f"Models: {listed(list(comparer.scores))}. Scored on {count(len(base.document))} held-out documents in "
+        f"{len(base.values('language'))} languages ({count(base.tokens.sum())} tokens, windows of {base.about['window']})."
     )
     by_domain = [tables.scores_by_domain(comparer)] if base.values("domain", group="original") else []
     return Contents(
         title=settings.report_title,
         subtitle=subtitle,
-        verdict=judge(comparer),
+        verdict=judge(comparer, _frozen(checkpoints, history)),
         tables=[*by_domain, tables.scores_by_language(comparer)],
         documents=tables.documents_table(documents),
-        data=tables.data_facts(documents, grouping, instances, history),
-        models=tables.model_facts(comparer.scores, checkpoints),
+        instances=tables.instances_table(instances),
+        models=tables.models_table(comparer.scores, checkpoints),
+        data=tables.data_facts(documents, grouping, history),
         settings=tables.settings_facts(history),
         versions=tables.version_pairs(history),
         samples=_samples(comparer.scores, settings.report_samples),
@@ -159,6 +162,13 @@ def _contents(
         loss_figures=figures.loss_curves(history, digests),
         routing=_routing(comparer.scores),
     )
+
+
+def _frozen(checkpoints: dict[str, Artifact], history: History) -> bool | None:
+    """Whether the extended models hold the upcycled model's original weights bit by bit; None where nothing was extended."""
+    before = {made.statistics.get("base_digest") for made in history.steps("upcycle")}
+    after = {each.statistics["frozen_sha256"] for each in checkpoints.values() if "frozen_sha256" in each.statistics}
+    return after == before if after and before else None
 
 
 def _routing(scores: dict[str, Scores]) -> list[RoutingPart]:
@@ -206,14 +216,24 @@ def _samples(scores: dict[str, Scores], most: int) -> list[Sample]:
     samples = []
     for sample in first.samples:
         key = (sample["document"], sample["prompt"])
-        texts = [("the document goes on", sample["original"])]
+        texts = [("the document itself", _shown(sample["original"]))]
         for name, each in scores.items():
-            texts += [(name, other["written"]) for other in each.samples if (other["document"], other["prompt"]) == key]
+            texts += [
+                (name, _shown(other["written"]))
+                for other in each.samples
+                if (other["document"], other["prompt"]) == key
+            ]
         seen[sample["language"]] = seen.get(sample["language"], 0) + 1
         if seen[sample["language"]] <= most:
             title = f"{language_name(sample['language'])}, {sample['domain']}"
-            samples.append(Sample(title, sample["language"], sample["prompt"], texts))
+            samples.append(Sample(title, sample["language"], _shown(sample["prompt"]), texts))
     return samples
+
+
+def _shown(text: str) -> str:
+    """A text as it is, but with long runs of line breaks told instead of shown."""
+    told = re.sub(r"\s*\n(?:\s*\n){2,}", lambda run: f" [{run[0].count(chr(10))} line breaks] ", text)
+    return told.strip() or "(nothing)"
 
 
 def _page(contents: Contents, checkpoints: dict[str, Artifact], history: History, comparer: Comparer) -> str:
@@ -229,7 +249,7 @@ def _page(contents: Contents, checkpoints: dict[str, Artifact], history: History
     lineage = draw(history.made, {checkpoint.digest: name for name, checkpoint in checkpoints.items()})
     present = {
         "scores": "Scores", "training": "Training" if contents.loss_figures else "", "routing": "Routing" if contents.routing else "",
-        "samples": "Samples" if contents.samples else "", "data": "Data", "models": "Models",
+        "samples": "Samples" if contents.samples else "", "data": "Data and models",
         "lineage": "Lineage" if lineage else "", "settings": "Settings",
     }  # fmt: skip
     specs = json.dumps({figure.name: figure.spec for figure in contents.figures}, ensure_ascii=False, sort_keys=True)

@@ -16,6 +16,7 @@ from tasks.report.words import interval, language_name, percent
 
 COLOURS = {BASE: "#7d8ba1", LORY: "#e08a2e", STAGE_1: "#9b7fe0", STAGE_2: "#22a38b"}
 FURTHER = ("#d45c7a", "#4f9bd9", "#8fae3c", "#c98a9b")
+EARLIER = "#9aa0a3"
 MOST_LAYERS = 6
 CELLS_WITH_NUMBERS = 8
 ROW = 30
@@ -116,13 +117,18 @@ def by_position(comparer: Comparer) -> list[Figure]:
 def loss_curves(history: History, checkpoints: dict[str, str]) -> list[Figure]:
     """Training loss of every model with the warm-up it came from; pre-training and extension apart. checkpoints: digests."""
     panels: dict[str, list[dict[str, Any]]] = {"pretrain": [], "extend": []}
+    drawn: set[str] = set()
     for name, digest in checkpoints.items():
-        for number, each in enumerate(reversed(history.chain(digest))):
+        chain = history.chain(digest)
+        for each in reversed(chain):
             made, curves = history.made[each], history.curves.get(each, {})
             points = curves.get("next_token_loss") or curves.get("loss")
-            if made.step not in panels or not points or (made.step == "extend" and number):
-                continue
-            panels[made.step].append(_curve(name, number, points, list(checkpoints)))
+            own = each == digest
+            earlier = made.step == "pretrain" and history.made[digest].step == "pretrain" and each not in drawn
+            if made.step in panels and points and (own or earlier):
+                tint = colour(name, list(checkpoints)) if own else EARLIER
+                panels[made.step].append(_curve(name if own else made.label, points, tint, own))
+                drawn.add(each)
     titles = {"pretrain": "Training loss, pre-training", "extend": "Training loss (next token), extension"}
     axes = {
         "xaxis": {"title": {"text": "training step"}, "rangemode": "tozero"},
@@ -248,23 +254,26 @@ def _dots(name: str, changes: dict[str, Any], names: list[str]) -> list[dict[str
 
 def _dots_layout() -> dict[str, Any]:
     return {
-        "xaxis": {"title": {"text": "change of bits per byte, percent"}, "zeroline": True, "zerolinewidth": 2},
+        "xaxis": {
+            "title": {"text": "change of bits per byte, percent"},
+            "zeroline": True,
+            "zerolinewidth": 2,
+            "rangemode": "tozero",
+        },
         "yaxis": {"showgrid": False},
         **_legend(),
     }
 
 
-def _curve(name: str, back: int, points: list[tuple[int, float]], names: list[str]) -> dict[str, Any]:
-    """back: how many stages before the model itself; an earlier stage is drawn dotted."""
+def _curve(name: str, points: list[tuple[int, float]], tint: str, own: bool) -> dict[str, Any]:
+    """own: whether it is the training that made the model, not a stage before it."""
     return {
         "type": "scatter",
-        "mode": "lines",
+        "mode": "lines" if len(points) > 1 else "markers",
         "name": _safe(name),
-        "legendgroup": _safe(name),
-        "showlegend": back == 0,
         "x": [step for step, _ in points],
         "y": [round(value, 5) for _, value in points],
-        "line": {"color": colour(name, names), "width": 2, "dash": "dot" if back else "solid"},
+        "line": {"color": tint, "width": 2, "dash": "solid" if own else "dot"},
         "hovertemplate": "step %{x}: %{y:.3f}<extra>" + _safe(name) + "</extra>",
     }
 

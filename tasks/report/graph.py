@@ -1,113 +1,138 @@
 """The lineage graph as inline SVG: what was made of what, top to bottom.
 
-Layers by longest path from the sources; within a layer, boxes are ordered by the mean place of what they were made of
-(the barycentre heuristic), a few sweeps down and up. Enough for the dozens of artifacts of a run.
+A layered drawing (Sugiyama): lines that other lines imply are left out (transitive reduction); layers by longest path from the
+sources; a line over several layers gets a place of its own in each, so that it passes beside boxes; within a layer, order by
+the mean place of neighbours (the barycentre heuristic), a few sweeps down and up. Enough for the dozens of artifacts of a run.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from tasks.report.history import Made
 
-WIDTH, HEIGHT, GAP_X, GAP_Y = 168, 46, 18, 34
-LINE = 24
-SWEEPS = 4
+WIDTH, HEIGHT, GAP_X, GAP_Y = 172, 46, 18, 36
+LINE_WIDTH = 10
+CHARACTERS = 24
+SWEEPS = 6
+
+Node = str | tuple[str, str, int]
 
 
-@dataclass(frozen=True)
-class Box:
-    made: Made
-    x: float
-    y: float
+@dataclass
+class Drawing:
+    """layers of nodes: digests of boxes, and (source, target, layer) where a line passes. ways: each line's nodes in order."""
+
+    layers: list[list[Node]]
+    ways: list[list[Node]] = field(default_factory=list)
 
 
 def draw(made: dict[str, Made], marked: dict[str, str]) -> Markup:
-    """An SVG of these artifacts. marked: names of the models by digest, drawn to stand out. Empty without artifacts."""
+    """An SVG of these artifacts, in order of making. marked: names of the models by digest. Empty without artifacts."""
     if not made:
         return Markup("")
-    layers = _ordered(_layers(made), made)
-    wide = max(len(layer) for layer in layers)
-    total_x = wide * (WIDTH + GAP_X) + GAP_X
-    total_y = len(layers) * (HEIGHT + GAP_Y) - GAP_Y + 2 * 6
-    boxes = {}
-    for row, layer in enumerate(layers):
-        left = (total_x - len(layer) * (WIDTH + GAP_X) + GAP_X) / 2
-        for column, digest in enumerate(layer):
-            boxes[digest] = Box(made[digest], left + column * (WIDTH + GAP_X), 6 + row * (HEIGHT + GAP_Y))
-    lines = [
-        _line(boxes[source], box)
-        for box in boxes.values()
-        for source in dict.fromkeys(box.made.inputs.values())
-        if source in boxes
-    ]
-    drawn = [_box(box, marked.get(digest)) for digest, box in boxes.items()]
+    drawing = _lay_out({digest: _direct(digest, made) for digest in made})
+    widths = [sum(_width(node) + GAP_X for node in layer) for layer in drawing.layers]
+    total_x, total_y = max(widths) + GAP_X, len(drawing.layers) * (HEIGHT + GAP_Y) - GAP_Y + 12
+    left: dict[Node, tuple[float, float]] = {}
+    for row, (layer, wide) in enumerate(zip(drawing.layers, widths, strict=True)):
+        x = (total_x - wide + GAP_X) / 2
+        for node in layer:
+            left[node] = (x, 6 + row * (HEIGHT + GAP_Y))
+            x += _width(node) + GAP_X
+    lines = Markup("").join(_line(way, left) for way in drawing.ways)
+    boxes = Markup("").join(_box(each, *left[digest], marked.get(digest)) for digest, each in made.items())
     return Markup(
         '<svg class="lineage" role="img" aria-label="Lineage of the models" width="{x:.0f}" height="{y:.0f}" '
         'viewBox="0 0 {x:.0f} {y:.0f}"><g class="lines">{lines}</g><g class="boxes">{boxes}</g></svg>'
-    ).format(x=total_x, y=total_y, lines=Markup("").join(lines), boxes=Markup("").join(drawn))
+    ).format(x=total_x, y=total_y, lines=lines, boxes=boxes)
 
 
-def _layers(made: dict[str, Made]) -> list[list[str]]:
-    """made is in order of making, so every input's depth is known before it is needed."""
+def _direct(digest: str, made: dict[str, Made]) -> list[str]:
+    """What it was made of, without what those were made of themselves."""
+    sources = [source for source in dict.fromkeys(made[digest].inputs.values()) if source in made]
+    return [source for source in sources if not any(source in _all_sources(other, made) for other in sources)]
+
+
+def _all_sources(digest: str, made: dict[str, Made]) -> set[str]:
+    found: set[str] = set()
+    waiting = [digest]
+    while waiting:
+        for source in made[waiting.pop()].inputs.values():
+            if source in made and source not in found:
+                found.add(source)
+                waiting.append(source)
+    return found
+
+
+def _lay_out(sources: dict[str, list[str]]) -> Drawing:
     depth: dict[str, int] = {}
-    for digest, each in made.items():
-        depth[digest] = 1 + max((depth[source] for source in each.inputs.values() if source in depth), default=-1)
-    layers: list[list[str]] = [[] for _ in range(1 + max(depth.values()))]
+    for digest, direct in sources.items():
+        depth[digest] = 1 + max((depth[source] for source in direct), default=-1)
+    drawing = Drawing([[] for _ in range(1 + max(depth.values()))])
     for digest, level in depth.items():
-        layers[level].append(digest)
-    return layers
+        drawing.layers[level].append(digest)
+    for digest, direct in sources.items():
+        for source in direct:
+            passes = [(source, digest, level) for level in range(depth[source] + 1, depth[digest])]
+            for level, node in enumerate(passes, depth[source] + 1):
+                drawing.layers[level].append(node)
+            drawing.ways.append([source, *passes, digest])
+    _order(drawing)
+    return drawing
 
 
-def _ordered(layers: list[list[str]], made: dict[str, Made]) -> list[list[str]]:
-    above = {digest: set(each.inputs.values()) for digest, each in made.items()}
-    below: dict[str, set[str]] = {digest: set() for digest in made}
-    for digest, sources in above.items():
-        for source in sources & below.keys():
-            below[source].add(digest)
+def _order(drawing: Drawing) -> None:
+    above: dict[Node, list[Node]] = {}
+    below: dict[Node, list[Node]] = {}
+    for way in drawing.ways:
+        for upper, lower in itertools.pairwise(way):
+            above.setdefault(lower, []).append(upper)
+            below.setdefault(upper, []).append(lower)
     for sweep in range(SWEEPS):
-        near, order = (above, layers) if sweep % 2 == 0 else (below, list(reversed(layers)))
-        place: dict[str, float] = {}
-        for layer in order:
-            middle = {digest: _mean([place[other] for other in near[digest] if other in place]) for digest in layer}
-            kept = {digest: number for number, digest in enumerate(layer)}
-            layer.sort(
-                key=lambda digest: (
-                    middle[digest] if middle[digest] is not None else kept[digest] / len(kept),
-                    kept[digest],
-                )
-            )
-            place |= {digest: (number + 0.5) / len(layer) for number, digest in enumerate(layer)}
-    return layers
+        near, layers = (above, drawing.layers) if sweep % 2 == 0 else (below, drawing.layers[::-1])
+        place: dict[Node, float] = {}
+        for layer in layers:
+            kept = {node: (number + 0.5) / len(layer) for number, node in enumerate(layer)}
+            middle = {
+                node: sum(place[other] for other in near[node]) / len(near[node]) if near.get(node) else kept[node]
+                for node in layer
+            }
+            layer.sort(key=middle.__getitem__)
+            place |= {node: (number + 0.5) / len(layer) for number, node in enumerate(layer)}
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _width(node: Node) -> int:
+    return WIDTH if isinstance(node, str) else LINE_WIDTH
 
 
-def _line(source: Box, target: Box) -> Markup:
-    x1, y1, x2, y2 = source.x + WIDTH / 2, source.y + HEIGHT, target.x + WIDTH / 2, target.y
-    bend = (y2 - y1) / 2
-    return Markup('<path d="M{:.0f} {:.0f}C{:.0f} {:.0f} {:.0f} {:.0f} {:.0f} {:.0f}"/>').format(
-        x1, y1, x1, y1 + bend, x2, y2 - bend, x2, y2
-    )
+def _line(way: list[Node], left: dict[Node, tuple[float, float]]) -> Markup:
+    """A curve from under the first node to above the last, straight down past the boxes of the layers between."""
+    centre = {node: left[node][0] + _width(node) / 2 for node in way}
+    path = f"M{centre[way[0]]:.0f} {left[way[0]][1] + HEIGHT:.0f}"
+    for upper, lower in itertools.pairwise(way):
+        y1, y2 = left[upper][1] + HEIGHT, left[lower][1]
+        bend = (y1 + y2) / 2
+        path += f"C{centre[upper]:.0f} {bend:.0f} {centre[lower]:.0f} {bend:.0f} {centre[lower]:.0f} {y2:.0f}"
+        path += f"V{y2 + HEIGHT:.0f}" if lower != way[-1] else ""
+    return Markup('<path d="{}"/>').format(path)
 
 
-def _box(box: Box, marked: str | None) -> Markup:
-    label = marked or box.made.label
-    shown = label if len(label) <= LINE else f"{label[: LINE - 1]}…"
+def _box(made: Made, x: float, y: float, model: str | None) -> Markup:
+    label = model or made.label
     return Markup(
         '<g class="{kind}" transform="translate({x:.0f} {y:.0f})"><title>{title}</title><rect width="{w}" height="{h}" rx="8"/>'
         '<text x="10" y="19">{label}</text><text x="10" y="36" class="name">{name}</text></g>'
     ).format(
-        kind=escape(f"{box.made.kind}{' model' if marked else ''}"),
-        x=box.x,
-        y=box.y,
+        kind=f"{made.kind}{' model' if model else ''}",
+        x=x,
+        y=y,
         w=WIDTH,
         h=HEIGHT,
-        title=f"{box.made.label}: {box.made.name}",
-        label=shown,
-        name=box.made.name,
+        title=f"{made.label}: {made.name}",
+        label=label if len(label) <= CHARACTERS else f"{label[: CHARACTERS - 1]}…",
+        name=made.name,
     )

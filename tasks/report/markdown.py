@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tasks.report import Contents
-    from tasks.report.tables import Facts, Table
+    from tasks.report.tables import Cell, Facts, Table
 
 _ACTIVE = re.compile(r"([\\`*_\[\]|~#!])")
 
@@ -31,8 +31,8 @@ def write_markdown(contents: Contents) -> str:
         for sample in contents.samples:
             lines = [f"**{_safe(sample.title)}**", "", f"> {_safe(sample.prompt)}", ""]
             parts.append("\n".join([*lines, *(f"- {_safe(name)}: {_safe(text)}" for name, text in sample.texts)]))
-    parts += ["## Data", _table(contents.documents), *map(_facts, contents.data)]
-    parts += ["## Models", *map(_facts, contents.models)]
+    parts += ["## Data and models", _table(contents.documents), *map(_facts, contents.data)]
+    parts += [_table(table) for table in (contents.instances, contents.models) if table is not None]
     parts += ["## Settings and versions", *map(_facts, contents.settings)]
     if contents.versions:
         parts.append("Versions: " + ", ".join(f"{_safe(name)} {_safe(value)}" for name, value in contents.versions))
@@ -42,10 +42,15 @@ def write_markdown(contents: Contents) -> str:
 def _table(table: Table) -> str:
     lines = [f"| {' | '.join(_safe(name) for name in table.head)} |", f"|---|{'---:|' * (len(table.head) - 1)}"]
     for row in table.rows:
-        cells = (f"{_safe(cell.text)}{f' ({_safe(cell.small)})' if cell.small else ''}" for cell in row)
+        cells = (f"{_safe(cell.text)}{_small(cell)}" for cell in row)
         lines.append(f"| {' | '.join(cells)} |")
     note = f"\n\n{_safe(table.note)}" if table.note else ""
     return f"### {_safe(table.title)}\n\n" + "\n".join(lines) + note
+
+
+def _small(cell: Cell) -> str:
+    lines = [_safe(line) for line in cell.small if line]
+    return f" ({', '.join(lines)})" if lines else ""
 
 
 def _facts(facts: Facts) -> str:

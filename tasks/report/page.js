@@ -7,7 +7,7 @@
     const css = getComputedStyle(document.documentElement);
     const colour = (name) => css.getPropertyValue(name).trim();
     const narrow = window.innerWidth < 560;
-    const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--soft"), linecolor: colour("--line"), automargin: true };
+    const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--soft"), linecolor: colour("--line"), automargin: true, zeroline: false };
     const scale = dark.matches
       ? [[0, "#1c2225"], [0.5, "#1d6b57"], [1, "#7ff0cb"]]
       : [[0, "#f4f7f5"], [0.5, "#6fb8a0"], [1, "#0b5f4a"]];
@@ -15,7 +15,7 @@
     for (const name of ["xaxis", "yaxis"]) layout[name] = { ...axis, ...(layout[name] || {}) };
     Object.assign(layout, {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: css.fontFamily || "system-ui, sans-serif", size: narrow ? 11 : 12, color: colour("--ink") },
+      font: { family: getComputedStyle(document.body).fontFamily, size: narrow ? 11 : 12, color: colour("--ink") },
       hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
       margin: { l: 8, r: 12, t: layout.showlegend ? 34 : 8, b: 8 }, autosize: true, dragmode: false,
     });

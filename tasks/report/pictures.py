@@ -75,8 +75,7 @@ def _loss(history: History, checkpoints: dict[str, Artifact], names: list[str], 
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for trace in panel.data:
             style = ":" if trace["line"]["dash"] == "dot" else "-"
-            label = _plain(trace["name"]) if trace["showlegend"] else None
-            axes.plot(trace["x"], trace["y"], style, color=trace["line"]["color"], label=label)
+            axes.plot(trace["x"], trace["y"], style, color=trace["line"]["color"], label=_plain(trace["name"]))
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel("training step")
         axes.set_ylabel("nats a token")

@@ -9,7 +9,7 @@ from typing import Any
 from storage.artifact import Artifact
 from tasks.documents import read_batches
 from tasks.report.evidence import Scores
-from tasks.report.history import History, Made
+from tasks.report.history import History
 from tasks.report.verdict import Comparer, tone
 from tasks.report.words import count, in_words, language_name, number, percent, size
 
@@ -19,7 +19,7 @@ class Cell:
     """text, what stands small under it, and its tone: good, bad, even or none."""
 
     text: str
-    small: str = ""
+    small: tuple[str, ...] = ()
     tone: str = ""
 
 
@@ -57,7 +57,7 @@ def scores_by_domain(comparer: Comparer) -> Table:
 def scores_by_language(comparer: Comparer) -> Table:
     """Bits per byte of every model on every language."""
     rows = [
-        _scores_row(f"{language_name(code)} ({group})", comparer, language=code)
+        _scores_row(language_name(code), comparer, group, language=code)
         for group in ("original", "expanded")
         for code in comparer.base.values("language", group=group)
     ]
@@ -65,8 +65,8 @@ def scores_by_language(comparer: Comparer) -> Table:
 
 
 _NOTE = (
-    "Bits per byte; lower is better. Under it the change against the first model (coloured where the 95% interval of a paired "
-    "bootstrap over documents leaves out zero) and the perplexity per token."
+    "Bits per byte; lower is better. Under it the change against the dense model, or the first (coloured where the 95% interval "
+    "of a paired bootstrap over documents leaves out zero), and the perplexity per token."
 )
 
 
@@ -74,13 +74,13 @@ def _scores_head(first: str, comparer: Comparer) -> list[str]:
     return [first, *comparer.scores, "documents"]
 
 
-def _scores_row(title: str, comparer: Comparer, **labels: str) -> list[Cell]:
-    cells = [Cell(title)]
+def _scores_row(title: str, comparer: Comparer, under: str = "", **labels: str) -> list[Cell]:
+    cells = [Cell(title, (under,) if under else ())]
     for name, each in comparer.scores.items():
         change, perplexity = comparer.change(name, **labels), each.perplexity(**labels)
         small = [percent(change.bits)] if change else []
-        small += [f"ppl {perplexity:.4g}"] if perplexity is not None else []
-        cells.append(Cell(number(each.bits_per_byte(**labels)), " · ".join(small), tone(change) if change else ""))
+        small += [f"ppl {count(perplexity) if perplexity >= 1000 else f'{perplexity:.1f}'}"] if perplexity else []
+        cells.append(Cell(number(each.bits_per_byte(**labels)), tuple(small), tone(change) if change else ""))
     return [*cells, Cell(count(int(comparer.base.where(**labels).sum())))]
 
 
@@ -98,8 +98,8 @@ def documents_table(documents: Artifact) -> Table:
     order = {"original": 0, "expanded": 1}
     rows = [
         [
-            Cell(f"{language_name(language)}, {domain}", group),
-            *(Cell(count(values[at]), size(values[at + 1])) for at in (0, 2)),
+            Cell(f"{language_name(language)}, {domain}", (group,)),
+            *(Cell(count(values[at]), (size(values[at + 1]),)) for at in (0, 2)),
         ]
         for (group, language, domain), values in sorted(
             sums.items(), key=lambda item: (order.get(item[0][0], 2), item[0])
@@ -110,18 +110,38 @@ def documents_table(documents: Artifact) -> Table:
     if others:
         rows.append(
             [
-                Cell("other languages, or language not sure", "set apart"),
-                Cell(count(sum(values[0] for values in others)), size(sum(values[1] for values in others))),
+                Cell("other languages, or language not sure", ("set apart",)),
+                Cell(count(sum(each[0] for each in others)), (size(sum(each[1] for each in others)),)),
                 Cell(""),
             ]
         )
     return Table("Documents", ["language and domain", "for training", "held out"], rows)
 
 
-def data_facts(
-    documents: Artifact, grouping: Artifact | None, instances: dict[str, Artifact], history: History
-) -> list[Facts]:
-    """What was taken, refused and dropped, how well documents were grouped, and what was packed."""
+def instances_table(instances: dict[str, Artifact]) -> Table | None:
+    """What was packed for each stage of training."""
+    names = ("instances", "tokens", "documents", "documents_an_instance")
+    rows = [
+        [Cell(name), *(Cell(_plain(each.statistics[field]) if field in each.statistics else "") for field in names)]
+        for name, each in instances.items()
+    ]
+    return Table("Instances packed", ["for", *map(in_words, names)], rows) if rows else None
+
+
+def models_table(scores: dict[str, Scores], checkpoints: dict[str, Artifact]) -> Table:
+    """What each model is, and what its last stage of training was."""
+    fields = ("parameters", "parameters_trained", "steps", "tokens")
+    rows = []
+    for name, checkpoint in checkpoints.items():
+        about = scores[name].about if name in scores else {}
+        values = checkpoint.statistics | {key: about[key] for key in ("model", "parameters") if key in about}
+        cells = [Cell(_plain(values[field]) if field in values else "") for field in fields]
+        rows.append([Cell(name, (checkpoint.name,)), Cell(str(values.get("model", ""))), *cells])
+    return Table("Models", ["model", "class", "parameters", "trained in the last stage", "steps", "tokens"], rows)
+
+
+def data_facts(documents: Artifact, grouping: Artifact | None, history: History) -> list[Facts]:
+    """What was taken, refused and dropped, how well documents were grouped, and how exact the upcycling was."""
     ingest = next((made.statistics for made in history.steps("ingest")), documents.statistics)
     taken = Facts(
         "Intake", _scalars({key: ingest.get(key) for key in ("documents", "rejected", "duplicates", "bytes")})
@@ -132,25 +152,19 @@ def data_facts(
     facts = [taken]
     if grouping is not None:
         facts.append(Facts("Grouping", _scalars(grouping.statistics)))
-    facts += [Facts(f"Instances, {name}", _scalars(each.statistics)) for name, each in instances.items()]
+    proof = ("base_parameters", "parameters", "experts", "top_k", "max_abs_delta", "tolerance")
+    facts += [
+        Facts("Upcycling", _scalars({key: made.statistics.get(key) for key in proof}))
+        for made in history.steps("upcycle")
+    ]
     return [each for each in facts if each.pairs]
-
-
-def model_facts(scores: dict[str, Scores], checkpoints: dict[str, Artifact]) -> list[Facts]:
-    """What each model is."""
-    facts = []
-    for name, checkpoint in checkpoints.items():
-        about = scores[name].about if name in scores else {}
-        values = checkpoint.statistics | {key: about[key] for key in ("model", "parameters") if key in about}
-        facts.append(Facts(name, [("checkpoint", checkpoint.name), *_scalars(values)]))
-    return facts
 
 
 def settings_facts(history: History) -> list[Facts]:
     """The settings of every step upstream of the models, in order of making."""
     return [
         Facts(f"{made.label} → {made.name}", [(name, _plain(value)) for name, value in made.settings.items()])
-        for made in _once(history)
+        for made in history.made.values()
         if made.settings
     ]
 
@@ -159,10 +173,6 @@ def version_pairs(history: History) -> list[tuple[str, str]]:
     run = history.run
     pairs = [("code", run.get("code_version") or ""), ("Python", run.get("python") or "")]
     return [pair for pair in [*pairs, *sorted(run.get("packages", {}).items())] if pair[1]]
-
-
-def _once(history: History) -> list[Made]:
-    return list(history.made.values())
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from tasks.report.evidence import Change, Scores, compare
 from tasks.report.words import interval, language_name, listed, percent
 
+# Percent of the original languages that must be kept for the page to call it good: within 1%.
+RETAINED = 99
 BASE, LORY, STAGE_1, STAGE_2 = "dense", "lory", "stage 1", "stage 2"
 
 
@@ -53,8 +55,8 @@ class Comparer:
         return compare(self.base, self.scores[name], self.resamples, self.seed, **labels)
 
 
-def judge(comparer: Comparer) -> Verdict:
-    """The verdict over the models that there are."""
+def judge(comparer: Comparer, frozen: bool | None = None) -> Verdict:
+    """The verdict over the models that there are. frozen: whether every original weight is as it was, None if not known."""
     verdict = Verdict()
     if comparer.base is None:
         verdict.sentences.append("No model was evaluated.")
@@ -65,6 +67,12 @@ def judge(comparer: Comparer) -> Verdict:
     if last and comparer.base.name != last:
         _judge_new_languages(comparer, last, verdict)
         _judge_retention(comparer, last, verdict)
+        if frozen is not None:
+            verdict.sentences.append(
+                "Every original weight is bit-identical after the extension."
+                if frozen
+                else "The original weights are NOT those of the dense base after the extension: something changed them."
+            )
     for name in comparer.scores:
         if name not in (BASE, LORY, STAGE_1, STAGE_2) and name != comparer.base.name:
             _judge_other(comparer, name, verdict)
@@ -158,7 +166,7 @@ def _judge_retention(comparer: Comparer, last: str, verdict: Verdict) -> None:
             f"{kept:.1f}%",
             f"of {original} kept after {last}",
             f"bits per byte {change.before:.3f} → {change.after:.3f}",
-            "good" if kept >= 99 else "bad",
+            "good" if kept >= RETAINED else "bad",
         )
     )
     text = (
