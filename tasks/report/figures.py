@@ -142,12 +142,12 @@ def loss_curves(history: History, checkpoints: dict[str, str]) -> list[Figure]:
 
 def lory_routing(scores: Scores) -> list[Figure]:
     """Mean mixture weights by domain and expert, a map for each layer."""
-    return _maps(scores, "domain", "share", "Layer {layer}", "routing-lory", group="original")
+    return _maps(scores, "domain", "share", "Layer {layer}, percent", "routing-lory", group="original")
 
 
 def moe_routing(scores: Scores, slug: str) -> list[Figure]:
     """Mean router probabilities by language and expert, a map for each layer."""
-    return _maps(scores, "language", "share", "Layer {layer}", f"routing-{slug}")
+    return _maps(scores, "language", "share", "Layer {layer}, percent", f"routing-{slug}")
 
 
 def expert_0(scores: dict[str, Scores]) -> list[Figure]:
@@ -207,7 +207,11 @@ def _maps(scores: Scores, label: str, field: str, title: str, slug: str, **group
             "hovertemplate": "%{y}, expert %{x}: %{z:.3f}<extra></extra>",
         }
         if scores.experts <= CELLS_WITH_NUMBERS:
-            trace |= {"texttemplate": "%{z:.2f}", "textfont": {"size": 10}}
+            trace |= {
+                "text": [[f"{100 * value:.0f}" for value in shares[row]] for row in rows],
+                "texttemplate": "%{text}",
+                "textfont": {"size": 11},
+            }
         layout = {
             "xaxis": {"title": {"text": "expert"}, "type": "category", "showgrid": False},
             "yaxis": {"showgrid": False},

@@ -49,7 +49,7 @@ def _table(table: Table) -> str:
 
 
 def _small(cell: Cell) -> str:
-    lines = [_safe(line) for line in cell.small if line]
+    lines = [_safe(line) for line in (cell.small, cell.more) if line]
     return f" ({', '.join(lines)})" if lines else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,10 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=DOTS_PER_INCH, facecolor="white", metadata={"Software": None})
+    with warnings.catch_warnings():
+        # The one font that is sure to be there lacks some alphabets; a label in them shows boxes, and nothing else fails.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(path, dpi=DOTS_PER_INCH, facecolor="white", metadata={"Software": None})
     return path
 
 
@@ -95,9 +99,10 @@ def _routing(scores: dict[str, Scores], path: Path) -> list[Path]:
     for line, (name, each) in zip(grid, routed.items(), strict=True):
         lory = each.about["model"].startswith("Lory")
         layers = figures.shown_layers(each.layers)
-        for axes, layer in zip(line, layers, strict=False):
-            shares = each.shares("domain", layer, group="original") if lory else each.shares("language", layer)
-            axes.imshow(list(shares.values()), aspect="auto", cmap="viridis", vmin=0)
+        maps = [each.shares("domain", i, group="original") if lory else each.shares("language", i) for i in layers]
+        highest = max((max(row) for shares in maps for row in shares.values()), default=1.0)
+        for axes, layer, shares in zip(line, layers, maps, strict=False):
+            axes.imshow(list(shares.values()), aspect="auto", cmap="viridis", vmin=0, vmax=highest)
             titles = [row if lory else language_name(row) for row in shares]
             axes.set_yticks(range(len(titles)), [_plain(title) for title in titles] if layer == layers[0] else [])
             axes.set_title(f"{_plain(name)}, layer {layer}", fontsize=9)

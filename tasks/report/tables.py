@@ -16,10 +16,11 @@ from tasks.report.words import count, in_words, language_name, number, percent, 
 
 @dataclass(frozen=True)
 class Cell:
-    """text, what stands small under it, and its tone: good, bad, even or none."""
+    """text, what stands small under it, more of that where there is room, and its tone: good, bad, even or none."""
 
     text: str
-    small: tuple[str, ...] = ()
+    small: str = ""
+    more: str = ""
     tone: str = ""
 
 
@@ -75,12 +76,12 @@ def _scores_head(first: str, comparer: Comparer) -> list[str]:
 
 
 def _scores_row(title: str, comparer: Comparer, under: str = "", **labels: str) -> list[Cell]:
-    cells = [Cell(title, (under,) if under else ())]
+    cells = [Cell(title, under)]
     for name, each in comparer.scores.items():
         change, perplexity = comparer.change(name, **labels), each.perplexity(**labels)
-        small = [percent(change.bits)] if change else []
-        small += [f"ppl {count(perplexity) if perplexity >= 1000 else f'{perplexity:.1f}'}"] if perplexity else []
-        cells.append(Cell(number(each.bits_per_byte(**labels)), tuple(small), tone(change) if change else ""))
+        more = f"ppl {count(perplexity) if perplexity >= 1000 else f'{perplexity:.1f}'}" if perplexity else ""
+        small, tint = (percent(change.bits), tone(change)) if change else ("", "")
+        cells.append(Cell(number(each.bits_per_byte(**labels)), small, more, tint))
     return [*cells, Cell(count(int(comparer.base.where(**labels).sum())))]
 
 
@@ -98,8 +99,8 @@ def documents_table(documents: Artifact) -> Table:
     order = {"original": 0, "expanded": 1}
     rows = [
         [
-            Cell(f"{language_name(language)}, {domain}", (group,)),
-            *(Cell(count(values[at]), (size(values[at + 1]),)) for at in (0, 2)),
+            Cell(f"{language_name(language)}, {domain}", group),
+            *(Cell(count(values[at]), size(values[at + 1])) for at in (0, 2)),
         ]
         for (group, language, domain), values in sorted(
             sums.items(), key=lambda item: (order.get(item[0][0], 2), item[0])
@@ -110,8 +111,8 @@ def documents_table(documents: Artifact) -> Table:
     if others:
         rows.append(
             [
-                Cell("other languages, or language not sure", ("set apart",)),
-                Cell(count(sum(each[0] for each in others)), (size(sum(each[1] for each in others)),)),
+                Cell("other languages, or language not sure", "set apart"),
+                Cell(count(sum(each[0] for each in others)), size(sum(each[1] for each in others))),
                 Cell(""),
             ]
         )
@@ -136,7 +137,7 @@ def models_table(scores: dict[str, Scores], checkpoints: dict[str, Artifact]) ->
         about = scores[name].about if name in scores else {}
         values = checkpoint.statistics | {key: about[key] for key in ("model", "parameters") if key in about}
         cells = [Cell(_plain(values[field]) if field in values else "") for field in fields]
-        rows.append([Cell(name, (checkpoint.name,)), Cell(str(values.get("model", ""))), *cells])
+        rows.append([Cell(name, checkpoint.name), Cell(str(values.get("model", ""))), *cells])
     return Table("Models", ["model", "class", "parameters", "trained in the last stage", "steps", "tokens"], rows)
 
 
@@ -152,9 +153,16 @@ def data_facts(documents: Artifact, grouping: Artifact | None, history: History)
     facts = [taken]
     if grouping is not None:
         facts.append(Facts("Grouping", _scalars(grouping.statistics)))
-    proof = ("base_parameters", "parameters", "experts", "top_k", "max_abs_delta", "tolerance")
+    proof = {
+        "base_parameters": "parameters before",
+        "parameters": "parameters after",
+        "experts": "experts in a layer",
+        "top_k": "experts for a token",
+        "max_abs_delta": "largest difference of any logit at step 0",
+        "tolerance": "tolerated",
+    }
     facts += [
-        Facts("Upcycling", _scalars({key: made.statistics.get(key) for key in proof}))
+        Facts("Upcycling", _scalars({name: made.statistics.get(key) for key, name in proof.items()}))
         for made in history.steps("upcycle")
     ]
     return [each for each in facts if each.pairs]

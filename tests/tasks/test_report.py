@@ -1,0 +1,418 @@
+"""The report: true to the numbers, whichever way they fall; one page that is whole offline; safe with any text."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from browser import BROWSER, Browser
+from small_world import LENGTH, SEGMENT, texts
+
+from storage.artifact import Artifact
+from storage.errors import EclectusError
+from storage.home import Home
+from storage.journal import Journal
+from storage.known import KnownKeys
+from tasks.evaluate import EvaluateSettings, evaluate
+from tasks.extend import ExtendStageSettings, extend
+from tasks.ingest import IngestSettings, ingest
+from tasks.languages import LanguageSettings, languages
+from tasks.pack import PackSettings, pack
+from tasks.pretrain import PretrainStageSettings, pretrain
+from tasks.report import ReportSettings, report
+from tasks.report.evidence import Scores, compare, divergence
+from tasks.report.graph import draw
+from tasks.report.history import Made, read_history
+from tasks.report.verdict import Comparer, judge
+from tasks.run import Run, activate
+from tasks.split import SplitSettings, split
+from tasks.tokenizer import TokenizerSettings, tokenizer
+from tasks.upcycle import UpcycleSettings, upcycle
+
+HOSTILE = "<script>alert(1)</script>|<b>docs</b>"
+HOSTILE_TEXT = "{{ 7 * 7 }} <img src=x onerror=alert(2)> [a](javascript:alert(3)) </script>"
+
+
+class Watcher:
+    """Remembers what became of each step."""
+
+    def __init__(self):
+        self.states = {}
+
+    def step_began(self, label):
+        pass
+
+    def step_progressed(self, label, what, done, total, unit):
+        pass
+
+    def step_ended(self, label, state, reason, seconds, output=None):
+        self.states[label] = state
+
+
+def in_run(home, name, work):
+    """Calls `work` in a run of its own; (what it gave, what became of each step)."""
+    watcher = Watcher()
+    with Journal(home.journal, name) as journal:
+        journal.event(
+            "run_started", flow="main", code_version="abc", python="3.11", packages={"torch": "2"}, parameters={}
+        )
+        run = Run(name, home, journal, KnownKeys(home.keys, home.store), [watcher], "main")
+        with activate(run):
+            return work(), watcher.states
+
+
+def whole_job(sources):
+    """The real steps, on a corpus of a minute, in this process."""
+    training = {
+        "model_width": 16, "model_layers": 2, "model_heads": 2, "model_key_value_heads": 2, "model_feed_forward": 24,
+        "lory_experts": 4, "lory_segment": SEGMENT, "pretrain_steps": 8, "pretrain_batch": 4, "dense_warmup": 0.25,
+        "post_pretrain_steps": 4, "post_pretrain_batch": 4, "review_steps": 3, "review_batch": 4, "training_workers": 0,
+        "log_every": 1, "lory_rewarm_steps": 2,
+    }  # fmt: skip
+    documents = ingest(settings=IngestSettings(sources=[str(sources)]))
+    documents = languages(
+        documents=documents, settings=LanguageSettings(language_detector="field", expanded_languages=["el"])
+    )
+    documents = split(documents=documents, settings=SplitSettings(heldout_fraction=0.2, heldout_minimum=2))
+    tokens = tokenizer(documents=documents, settings=TokenizerSettings(tokenizer_vocabulary=400))
+    instances = {
+        name: pack(
+            label=f"pack {name}", documents=documents, tokenizer=tokens,
+            settings=PackSettings(pack_group=group, instance_tokens=LENGTH),
+        )
+        for name, group in {"original": "original", "expanded": "expanded", "review": "all"}.items()
+    }  # fmt: skip
+
+    def stage(name, start):
+        settings = PretrainStageSettings(
+            pretrain_stage=name, **{k: v for k, v in training.items() if k in PretrainStageSettings.model_fields}
+        )
+        return pretrain(
+            label=f"train {name}", instances=instances["original"], tokenizer=tokens, start=start, settings=settings
+        )
+
+    def extension(name, of, start):
+        chosen = {k: v for k, v in training.items() if k in ExtendStageSettings.model_fields}
+        settings = ExtendStageSettings(extend_stage=name, original_languages=["en"], **chosen)
+        return extend(label=f"train {name}", instances=instances[of], checkpoint=start, settings=settings)
+
+    warm = stage("warmup", None)
+    dense, lory = stage("dense", warm), stage("lory", warm)
+    first = extension("post_pretrain", "expanded", upcycle(checkpoint=dense, settings=UpcycleSettings()))
+    models = {"dense": dense, "lory": lory, "stage 1": first, "stage 2": extension("review", "review", first)}
+    settings = EvaluateSettings(
+        evaluation_context=SEGMENT, evaluation_prompt_tokens=58, evaluation_sample_tokens=4, training_workers=0
+    )
+    evaluations = {
+        name: evaluate(label=name, documents=documents, tokenizer=tokens, checkpoint=model, settings=settings)
+        for name, model in models.items()
+    }
+    given = {"checkpoints": models, "evaluations": evaluations, "documents": documents, "instances": instances}
+    return given | {"page": report(**given, settings=ReportSettings(report_title=f"A report on {HOSTILE}"))}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("job")
+    rows = [
+        {**row, "domain": HOSTILE, "text": HOSTILE_TEXT + row["text"]} if row["domain"] == "docs" else row
+        for row in texts()
+    ]
+    lines = [json.dumps({key: row[key] for key in ("text", "language", "domain")}) for row in rows]
+    (place / "corpus.jsonl").write_text("\n".join([*lines, lines[0], "this is no JSON"]))
+    home = Home.open(place / "home")
+    result, _ = in_run(home, "first", lambda: whole_job(place / "corpus.jsonl"))
+    return result | {"home": home, "sources": place / "corpus.jsonl"}
+
+
+@pytest.fixture(scope="module")
+def page(job):
+    return job["page"].file("report.html").read_text("utf-8")
+
+
+class Elements(HTMLParser):
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.texts, self._inside = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self._inside = tag
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside not in ("script", "style"):
+            self.texts.append(data)
+
+
+def visible(page):
+    return " ".join(" ".join(Elements(page).texts).split())
+
+
+def test_the_page_reaches_for_nothing_outside_itself(page):
+    elements = Elements(page).tags
+    assert not [
+        tag
+        for tag, _ in elements
+        if tag in ("link", "img", "iframe", "object", "embed", "base", "form", "audio", "video")
+    ]
+    addresses = [
+        value for _, attributes in elements for key, value in attributes.items() if key in ("src", "href", "action")
+    ]
+    assert addresses and all(address.startswith("#") for address in addresses)
+    policy = next(a["content"] for tag, a in elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy and "http" not in policy
+    style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
+    assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
+
+
+def test_plotly_is_in_the_page_once(page):
+    assert len(re.findall(r"plotly\.js v\d", page)) == 1
+
+
+def test_every_figure_has_its_place_and_its_data(page):
+    places = [attributes["id"] for _, attributes in Elements(page).tags if attributes.get("class") == "plot"]
+    specs = json.loads(re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)[1])
+    assert sorted(places) == sorted(specs)
+    assert {"by-domain", "by-language", "by-position", "loss-pretrain", "loss-extend", "expert-0"} <= set(places)
+    assert {"routing-lory-0", "routing-lory-1"} <= set(places)
+    assert all(trace.get("y") for spec in specs.values() for trace in spec["data"])
+
+
+def test_every_section_is_there_and_the_links_lead_to_them(page):
+    elements = Elements(page).tags
+    anchors = {attributes["id"] for tag, attributes in elements if tag == "h2"}
+    assert anchors == {"scores", "training", "routing", "samples", "data", "lineage", "settings"}
+    assert {a["href"][1:] for tag, a in elements if tag == "a"} == anchors
+
+
+def test_texts_and_names_of_documents_and_settings_are_shown_and_never_obeyed(page):
+    tags = [tag for tag, _ in Elements(page).tags]
+    assert tags.count("script") == 3 and "img" not in tags
+    assert "<script>alert(1)" not in page and "onerror=alert(2)>" not in page.replace("&gt;", "")
+    shown = visible(page)
+    assert f"A report on {HOSTILE}" in shown
+    assert "<img src=x onerror=alert(2)>" in shown
+    assert "{{ 7 * 7 }}" in shown
+
+
+def test_the_markdown_twin_says_the_same_and_obeys_no_text_either(job):
+    twin = job["page"].file("report.md").read_text("utf-8")
+    plain = twin.replace("\\", "")
+    for sentence in job["page"].statistics["verdict"]:
+        assert sentence.replace("<", "&lt;").replace(">", "&gt;") in plain
+    assert "<script" not in twin and "<img" not in twin and not re.search(r"(?<!\\)\]\(javascript", twin)
+    table = next(line for line in twin.splitlines() if "script" in line and line.startswith("|"))
+    assert len(re.findall(r"(?<!\\)\|", table)) == 7  # the bar in the domain's name opens no column
+
+
+def test_pictures_lie_beside_the_page(job):
+    for name in ("scores", "loss", "routing"):
+        assert job["page"].file(f"pictures/{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_loss_curves_are_those_that_training_journalled(job, page):
+    specs = json.loads(re.search(r'id="figures">(.*?)</script>', page, re.DOTALL)[1])
+    pretraining = {trace["name"]: trace for trace in specs["loss-pretrain"]["data"]}
+    assert set(pretraining) == {"dense", "lory", "train warmup"}
+    assert pretraining["train warmup"]["x"] == [1, 2]
+    assert pretraining["dense"]["x"] == pretraining["lory"]["x"] == [3, 4, 5, 6, 7, 8]
+    history = read_history(job["home"], "first", list(job["checkpoints"].values()))
+    journalled = history.curves[job["checkpoints"]["lory"].digest]["loss"]
+    assert pretraining["lory"]["y"] == [round(value, 5) for _, value in journalled]
+    assert [trace["name"] for trace in specs["loss-extend"]["data"]] == ["stage 1", "stage 2"]
+
+
+def test_a_later_run_reuses_everything_and_finds_the_same_history(job):
+    again, states = in_run(job["home"], "second", lambda: whole_job(job["sources"]))
+    assert set(states.values()) == {"reused"}
+    assert again["page"] == job["page"]
+    first, second = (read_history(job["home"], run, list(job["checkpoints"].values())) for run in ("first", "second"))
+    assert second.made == first.made
+    assert second.curves == first.curves
+
+
+def test_the_same_report_written_twice_is_the_same_artifact(job):
+    settings = ReportSettings(report_title=f"A report on {HOSTILE}")
+    given = {name: job[name] for name in ("evaluations", "checkpoints", "documents", "instances")}
+
+    def write():
+        with job["home"].store.draft("report") as draft:
+            report.function(**given, settings=settings, out=draft)
+            return job["home"].store.commit(draft)
+
+    assert in_run(job["home"], "first", write)[0].digest == job["page"].digest
+
+
+def test_the_lineage_leads_from_the_models_to_the_sources(job):
+    made = read_history(job["home"], "first", list(job["checkpoints"].values())).made
+    assert next(iter(made.values())).step == "ingest"
+    assert {each.label for each in made.values()} >= {
+        "split",
+        "pack original",
+        "train warmup",
+        "upcycle",
+        "train review",
+    }
+    order = list(made)
+    assert all(order.index(source) < order.index(each) for each in made for source in made[each].inputs.values())
+
+
+def test_data_settings_and_versions_are_told(page):
+    shown = visible(page)
+    assert "rejected 1" in shown and "duplicates 1" in shown
+    assert "rejected: not JSON 1" in shown or re.search(r"rejected: [\w ,]+ 1", shown)
+    assert "largest difference of any logit at step 0" in shown
+    assert "Every original weight is bit-identical after the extension." in shown
+    assert "lory_segment" in shown and "torch" in shown
+
+
+@pytest.mark.parametrize(
+    "names", [["dense"], ["dense", "lory"], ["dense", "stage 1", "stage 2"], ["stage 2", "lory"], ["lory", "my model"]]
+)
+def test_any_models_make_a_report_and_outside_a_run_too(job, names, tmp_path):
+    order = dict(zip(names, ["dense", "lory", "stage 1"], strict=False))
+    with job["home"].store.draft("report") as draft:
+        report.function(
+            {name: job["evaluations"][other] for name, other in order.items()},
+            {name: job["checkpoints"][other] for name, other in order.items()},
+            job["documents"],
+            ReportSettings(),
+            draft,
+        )
+        page = (draft.path / "report.html").read_text("utf-8")
+        assert draft.statistics["verdict"]
+    assert ">Lineage</h2>" not in page
+    shown = visible(page)
+    assert all(name in shown for name in names)
+
+
+def test_no_evaluation_at_all_is_an_error(job):
+    with job["home"].store.draft("report") as draft, pytest.raises(EclectusError, match="at least one evaluated model"):
+        report.function({}, {}, job["documents"], ReportSettings(), draft)
+
+
+def made_up(tmp_path, name, nats, group="original", missing=()):
+    """Scores of a model whose documents cost `nats` [D] a token, of 100 tokens and 400 bytes each."""
+    place = tmp_path / name.replace(" ", "-")
+    place.mkdir()
+    (place / "about.json").write_text(
+        json.dumps(
+            {"window": 64, "model": "X", "languages_without_held_out_text": list(missing), "too_short_to_score": []}
+        )
+    )
+    count = len(nats)
+    groups = np.full(count, group, object) if isinstance(group, str) else np.array(group, object)
+    return Scores(
+        name,
+        Artifact("evaluation", "0" * 64, str(place)),
+        np.array([f"d{i:03}" for i in range(count)], object),
+        np.where(groups == "original", "en", "el").astype(object),
+        np.array(["code" if i % 2 else "law" for i in range(count)], object),
+        groups,
+        np.asarray(nats) * 100,
+        np.full(count, 400.0),
+        np.full(count, 100),
+    )
+
+
+def test_a_change_is_relative_and_its_interval_is_that_of_the_difference(tmp_path):
+    hard = np.linspace(2, 8, 60)
+    before, after = made_up(tmp_path, "dense", hard), made_up(tmp_path, "lory", hard * 0.9)
+    change = compare(before, after, 500, 0)
+    assert change.bits == pytest.approx(-0.1)
+    assert change.bits_interval == pytest.approx((-0.1, -0.1))  # paired: documents differ, the difference does not
+    assert change.perplexity == pytest.approx(2 ** (-0.1 * hard.mean()) - 1)
+    assert change == compare(before, after, 500, 0)
+
+
+def test_an_interval_holds_the_truth_about_as_often_as_it_says(tmp_path):
+    generator, hits = np.random.default_rng(0), 0
+    for number in range(100):
+        noise = generator.normal(0, 0.3, 80)
+        place = tmp_path / str(number)
+        place.mkdir()
+        before = made_up(place, "dense", np.full(80, 4.0))
+        low, high = compare(before, made_up(place, "lory", 4.0 + noise), 200, number).bits_interval
+        hits += low <= 0 <= high
+    assert 88 <= hits <= 100
+
+
+@pytest.mark.parametrize(
+    ("factor", "word", "tone"),
+    [(0.9, "better than", "good"), (1.1, "worse than", "bad"), (1.0, "about level with", "even")],
+)
+def test_the_verdict_on_lory_follows_the_numbers(tmp_path, factor, word, tone):
+    nats = np.linspace(3, 5, 40)
+    scores = {"dense": made_up(tmp_path, "dense", nats), "lory": made_up(tmp_path, "lory", nats * factor)}
+    verdict = judge(Comparer(scores, 200, 0))
+    assert f"Lory is {word} its dense twin on held-out English text" in verdict.sentences[0]
+    assert [tile.tone for tile in verdict.tiles] == [tone]
+
+
+def test_the_verdict_on_an_extension_says_what_was_learned_and_what_was_kept(tmp_path):
+    group = ["original"] * 20 + ["expanded"] * 20
+    nats = {"dense": [4.0] * 20 + [8.0] * 20, "stage 1": [5.0] * 20 + [4.0] * 20, "stage 2": [4.1] * 20 + [4.2] * 20}
+    scores = {name: made_up(tmp_path, name, values, group, ["hu"]) for name, values in nats.items()}
+    verdict = judge(Comparer(scores, 200, 0), frozen=False)
+    assert (
+        "The extension learned Greek: bits per byte went 2.000 (dense base) → 1.000 (stage 1) → 1.050 (stage 2)"
+        in verdict.sentences[0]
+    )
+    assert "Of English, 97.6% is kept after stage 2" in verdict.sentences[1]
+    assert "after stage 1 it was 80.0%, so the review won back 17.6 points" in verdict.sentences[1]
+    assert "NOT those of the dense base" in verdict.sentences[2]
+    assert [tile.tone for tile in verdict.tiles] == ["good", "bad"]
+    assert verdict.notes == ["There is no held-out text long enough to score in Hungarian: nothing is said about it."]
+
+
+def test_divergence_is_zero_for_equal_routing_and_one_for_disjoint():
+    assert divergence({"a": [0.5, 0.5], "b": [0.5, 0.5]}) == 0
+    assert divergence({"a": [1.0, 0.0], "b": [0.0, 1.0]}) == pytest.approx(1)
+    assert divergence({"a": [1.0, 0.0]}) == 0
+
+
+def test_the_graph_leaves_out_lines_that_others_imply_and_escapes_labels():
+    def make(name, inputs):
+        return Made(name, "checkpoint", "s", f"<{name}>", {}, {i: i for i in inputs}, {})
+
+    made = {"a": make("a", []), "b": make("b", ["a"]), "c": make("c", ["a", "b"])}
+    drawn = str(draw(made, {"c": "the model"}))
+    assert drawn.count("<path") == 2
+    assert drawn.count("<rect") == 3
+    assert "&lt;a&gt;" in drawn and "<a>" not in drawn
+    assert 'class="checkpoint model"' in drawn
+    assert str(draw({}, {})) == ""
+
+
+if BROWSER:
+
+    @pytest.fixture(scope="module")
+    def browser(tmp_path_factory):
+        opened = Browser(tmp_path_factory.mktemp("profile"))
+        yield opened
+        opened.close()
+
+    @pytest.mark.parametrize("width", [390, 1440])
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_in_a_real_browser_every_figure_is_drawn_and_nothing_leaves_the_page(job, browser, width, scheme):
+        browser.events.clear()
+        browser.open(job["page"].file("report.html"), width, scheme)
+        browser.wait("document.documentElement.dataset.drawn > 0")
+        browser.wait(
+            "[...document.querySelectorAll('.plot')].every(place => place.querySelector('.trace, .hm image'))", 20
+        )
+        assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert paper == ("rgb(20, 24, 26)" if scheme == "dark" else "rgb(251, 251, 249)")
+        named = [(method, parameters) for method, parameters in browser.events]
+        assert not [p for m, p in named if m in ("Runtime.exceptionThrown", "Log.entryAdded")]
+        assert not [p for m, p in named if m == "Runtime.consoleAPICalled" and p["type"] in ("error", "warning")]
+        requests = [p["request"]["url"] for m, p in named if m == "Network.requestWillBeSent"]
+        assert [url for url in requests if not url.startswith(("file://", "data:"))] == []
