@@ -58,7 +58,9 @@ class EmbedSettings(EmbeddingText):
         "float32", description="Number format in which embeddings are stored."
     )
     embedding_batch: int = Place(32, "Documents in a forward pass of a transformer model.", ge=1)
-    embedding_workers: int = Place(0, "Ray actors that embed; 0 decides by the amount of work and the CPUs.", ge=0)
+    embedding_workers: int = Place(
+        0, "Ray actors that embed, at most one a CPU; 0 decides by the amount of work.", ge=0
+    )
     embedding_device: Literal["cpu", "cuda"] = Place(
         "cpu", "Where transformer models run; cuda takes one GPU an actor."
     )
@@ -216,13 +218,15 @@ class _Pool:
         from tasks.cluster import ensure_ray
 
         ensure_ray()
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        if self.settings.embedding_workers:
-            return self.settings.embedding_workers
-        if self.static:
-            return min(cpus, 1 + rows // STATIC_DOCUMENTS_AN_ACTOR)
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        return max(1, min(chunks, gpus if self.settings.embedding_device == "cuda" else cpus))
+        most = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        if self.settings.embedding_device == "cuda":
+            most = min(most, int(ray.cluster_resources().get("GPU", 0)))
+            if most == 0:
+                raise EclectusError(
+                    "embedding_device is 'cuda', but Ray has no GPU; set it to 'cpu' or add a node with one"
+                )
+        wanted = 1 + rows // STATIC_DOCUMENTS_AN_ACTOR if self.static else chunks
+        return min(self.settings.embedding_workers or wanted, most)
 
     def _start(self, count: int) -> None:
         from tasks.cluster import ensure_ray
