@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +26,7 @@ from pydantic import Field
 
 from storage.artifact import Artifact, Draft
 from storage.errors import EclectusError
-from tasks.documents import read_batches
+from tasks.held_out import HeldOut, choose_prompts, read_held_out
 from tasks.run import metric
 from tasks.settings import Place, Settings
 from tasks.step import step
@@ -39,8 +37,6 @@ if TYPE_CHECKING:
     from models.evaluate import Sums
 
 LONGEST_WINDOW = 2048
-TEXTS_AT_ONCE = 512
-UNKNOWN = "unknown"
 
 
 class EvaluateSettings(Settings):
@@ -73,25 +69,6 @@ class EvaluateSettings(Settings):
     seed: int = Field(0, description="Seed of everything random.")
 
 
-@dataclass
-class HeldOut:
-    """What is scored: documents in the order of their streams.
-
-    Each list is by document but for streams (language, domain) and lengths (tokens), which are by stream. known: all
-    languages of the corpus, with held-out documents or not.
-    """
-
-    documents: list[str] = field(default_factory=list)
-    languages: list[str] = field(default_factory=list)
-    domains: list[str] = field(default_factory=list)
-    groups: list[str] = field(default_factory=list)
-    bytes: list[int] = field(default_factory=list)
-    tokens: list[list[int]] = field(default_factory=list)
-    known: set[str] = field(default_factory=set)
-    streams: list[tuple[str, str]] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-
-
 @step(makes="evaluation", version=1)
 def evaluate(
     documents: Artifact, tokenizer: Artifact, checkpoint: Artifact, settings: EvaluateSettings, out: Draft
@@ -99,8 +76,8 @@ def evaluate(
     """Scores a checkpoint on the held-out documents, by language and by domain."""
     tokens = load_tokenizer(tokenizer.path)
     length = _window(checkpoint, tokens, settings)
-    held = read_held_out(documents, tokens, settings)
-    prompts = choose_prompts(held, settings)
+    held = read_held_out(documents, tokens, settings.evaluation_documents)
+    prompts = choose_prompts(held, settings.evaluation_prompt_tokens, settings.evaluation_samples)
     with tempfile.TemporaryDirectory(dir=out.path.parent, prefix="streams-") as scratch:
         _write_streams(held, tokens.eos_token_id, length, settings.evaluation_context, Path(scratch))
         result = run_training(
@@ -210,74 +187,6 @@ def load_model(checkpoint: str, name: str, context: int) -> Any:
                 f"looks ahead; set evaluation_context to {segment} or more for every model that is compared"
             )
     return model
-
-
-def read_held_out(documents: Artifact, tokenizer: Any, settings: EvaluateSettings) -> HeldOut:
-    """Reads and tokenises the held-out documents to score. Raises EclectusError when there are none."""
-    chosen, held = _choose(documents, settings), HeldOut()
-    rows: list[tuple[str, str, str, str, int, list[int]]] = []
-    names = ["document", "language", "domain", "group", "split", "bytes", "text"]
-    for batch in read_batches(documents, ["language", "group"], pc.field("group") != "other"):
-        held.known |= set(batch["language"].unique().to_pylist())
-    wanted = pc.field("document").isin(sorted(chosen)) & (pc.field("split") == "heldout")
-    for batch in read_batches(documents, names, wanted, TEXTS_AT_ONCE):
-        if not len(batch):
-            continue
-        columns = {name: batch[name].to_pylist() for name in names}
-        ids = tokenizer(columns["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
-        domains = [domain or UNKNOWN for domain in columns["domain"]]
-        rows += zip(
-            columns["language"], domains, columns["document"], columns["group"], columns["bytes"], ids, strict=True
-        )
-    for language, domain, document, group, size, ids in sorted(rows, key=lambda row: row[:3]):
-        if not ids:
-            continue
-        held.documents.append(document)
-        held.languages.append(language)
-        held.domains.append(domain)
-        held.groups.append(group)
-        held.bytes.append(size)
-        held.tokens.append(ids)
-        if not held.streams or held.streams[-1] != (language, domain):
-            held.streams.append((language, domain))
-            held.lengths.append(0)
-        held.lengths[-1] += len(ids) + 1
-    return held
-
-
-def choose_prompts(held: HeldOut, settings: EvaluateSettings) -> list[int]:
-    """Ordinals of the documents whose beginnings are continued: by language, one domain after the other.
-
-    The choice depends on documents and tokenizer alone, so all models continue the same prompts.
-    """
-    by_language: dict[str, list[tuple[int, str, int]]] = defaultdict(list)
-    seen: dict[tuple[str, str], int] = defaultdict(int)
-    for number, (language, domain, tokens) in enumerate(zip(held.languages, held.domains, held.tokens, strict=True)):
-        if len(tokens) > settings.evaluation_prompt_tokens:
-            by_language[language].append((seen[language, domain], domain, number))
-            seen[language, domain] += 1
-    return [
-        number
-        for language in sorted(by_language)
-        for _, _, number in sorted(by_language[language])[: settings.evaluation_samples]
-    ]
-
-
-def _choose(documents: Artifact, settings: EvaluateSettings) -> set[str]:
-    """Ids of the documents to score: ids are hashes, so the lowest are a random and stable choice."""
-    ids: dict[tuple[str, str], list[str]] = defaultdict(list)
-    wanted = (pc.field("split") == "heldout") & (pc.field("group") != "other")
-    for batch in read_batches(documents, ["document", "language", "domain"], wanted):
-        for document, language, domain in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            ids[language, domain or UNKNOWN].append(document)
-    if not ids:
-        raise EclectusError(
-            f"{documents.name} has no held-out documents in a wanted language, so no model can be evaluated; hold some out "
-            "when splitting, or add documents"
-        )
-    return {document for each in ids.values() for document in sorted(each)[: settings.evaluation_documents]}
 
 
 def _window(checkpoint: Artifact, tokenizer: Any, settings: EvaluateSettings) -> int:
