@@ -39,6 +39,7 @@ from tasks.texts import TextReader
 STATIC = "static"
 ROWS = 65_536
 STATIC_CHUNK = 8_192
+STATIC_BATCH = 512
 STATIC_IN_PROCESS = 1_000
 STATIC_DOCUMENTS_AN_ACTOR = 200_000
 BATCHES_A_CHUNK = 4
@@ -126,6 +127,8 @@ class Encoder:
         self.settings = settings
         self.model = SentenceTransformer(source, device=settings.embedding_device)
         self.model.eval()
+        static = type(self.model[0]).__name__ == "StaticEmbedding"
+        self._batch = max(STATIC_BATCH, settings.embedding_batch) if static else settings.embedding_batch
 
     def digest(self) -> str:
         """SHA-256 over the names and bytes of the weights, for models that are known by a name only."""
@@ -138,7 +141,7 @@ class Encoder:
     def encode(self, texts: list[str]) -> np.ndarray:
         """Unit vectors [N, D] in the stored precision; zeros where the model gives nothing or no finite number."""
         cut = [text[: self.settings.embedding_maximum_characters] for text in texts]
-        vectors = self.model.encode(cut, batch_size=self.settings.embedding_batch, show_progress_bar=False)
+        vectors = self.model.encode(cut, batch_size=self._batch, show_progress_bar=False)
         vectors = np.asarray(vectors, np.float64).reshape(len(texts), -1)
         vectors[~np.isfinite(vectors).all(axis=1)] = 0
         norms = np.sqrt((vectors * vectors).sum(axis=1, keepdims=True))
