@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from models.evaluate import Sums
 
 LONGEST_WINDOW = 2048
+# Sums in float64 differ in their last digits with the order of adding; rounded, other workers give the same bytes.
+DIGITS = 6
 
 
 class EvaluateSettings(Settings):
@@ -242,8 +244,8 @@ def _write_documents(held: HeldOut, sums: Sums, out: Draft) -> pa.Table:
             "language": held.languages,
             "domain": held.domains,
             "group": held.groups,
-            "bits": sums.bits,
-            "bytes": scored_bytes,
+            "bits": sums.bits.round(DIGITS),
+            "bytes": scored_bytes.round(DIGITS),
             "tokens": sums.tokens.astype(np.int64),
         }
     ).filter(pa.array(sums.tokens > 0))
@@ -286,7 +288,7 @@ def _scores(table: pa.Table, level: str, by: list[str]) -> pa.Table:
 def _write_positions(held: HeldOut, sums: Sums, bucket: int, context: int, out: Draft) -> None:
     """Bits per byte by place in the window; the context's rows stand apart, since each of its tokens is scored elsewhere."""
     stream, place = np.nonzero(sums.positions[:, :, 2])
-    bits, size, tokens = sums.positions[stream, place].T
+    bits, size, tokens = sums.positions[stream, place].round(DIGITS).T
     first = np.where(place == 0, 1, context + (place - 1) * bucket)
     table = {
         "language": [held.streams[each][0] for each in stream],
@@ -316,7 +318,7 @@ def _write_routing(held: HeldOut, sums: Sums, out: Draft) -> None:
                 columns["expert"].append(expert)
                 columns["language"].append(held.streams[stream][0])
                 columns["domain"].append(held.streams[stream][1])
-                columns["share"].append(float(shares[stream, expert] / routed))
+                columns["share"].append(round(float(shares[stream, expert] / routed), DIGITS))
                 columns["top_k_share"].append(
                     None if choices is None else float(choices[expert] / max(1.0, choices.sum()))
                 )
