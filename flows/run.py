@@ -185,3 +185,4 @@ def _interrupts_held() -> Iterator[None]:
 
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

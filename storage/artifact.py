@@ -210,7 +210,7 @@ def read_manifest(place: Path) -> dict[str, Any]:
     """The manifest of the artifact in a directory. Raises DamagedArtifact when it is missing or not readable."""
     try:
         manifest = json.loads((place / MANIFEST).read_text())
-        if not MANIFEST_FIELDS <= manifest.keys():
+        if not manifest.keys() >= MANIFEST_FIELDS:
             raise ValueError(f"it lacks {', '.join(sorted(MANIFEST_FIELDS - manifest.keys()))}")
         return manifest
     except (OSError, ValueError, AttributeError) as error:

@@ -41,10 +41,7 @@ class TokenizerSettings(Settings):
 @step(makes="tokenizer", version=1)
 def tokenizer(documents: Artifact, settings: TokenizerSettings, out: Draft) -> None:
     """Trains or fetches the tokenizer: a directory that `AutoTokenizer.from_pretrained` opens."""
-    if settings.tokenizer == TRAINED_HERE:
-        tokens = _train(documents, settings)
-    else:
-        tokens = _fetch(settings.tokenizer)
+    tokens = _train(documents, settings) if settings.tokenizer == TRAINED_HERE else _fetch(settings.tokenizer)
     tokens.save_pretrained(str(out.path))
     out.rows = len(tokens)
     out.statistics = {"vocabulary": len(tokens), "end_of_document": tokens.eos_token, "origin": settings.tokenizer}
