@@ -1,6 +1,7 @@
 """What each training stage minimises, as `objective(model, batch) -> (loss, what else to log)`.
 
 next-token:       mean cross-entropy of the next token                                   (dense, Lory: papers.md 1.1)
+balanced:         next-token + transformers' own load-balancing loss                     (top-k baseline: models/baselines.py)
 post-pretrain:    next-token + alpha * balance over all tokens                           (MoE-LPR stage 1: papers.md 2.2)
 review:           next-token + gamma * LPR over tokens of the original languages         (MoE-LPR stage 2: papers.md 2.3)
 """
@@ -24,16 +25,46 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
-def next_token() -> Objective:
-    """The objective of a dense model."""
+def loss_by_domain(
+    logits: torch.Tensor, batch: Batch, domains: Sequence[str]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`next_token_loss`, and for each domain `loss/NAME`: [2], its summed loss and its tokens, detached.
+
+    domains: names by their numbers in batch.domains; with none nothing but the loss is computed.
+    """
+    if not domains:
+        return next_token_loss(logits, batch.labels), {}
+    labels = batch.labels[:, 1:].flatten()
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="none")
+    real = (labels != IGNORED).to(losses.dtype)
+    # The last place takes what belongs to no domain: padding.
+    place = torch.where(labels != IGNORED, batch.domains[:, 1:].flatten(), -1) % (len(domains) + 1)
+    sums = losses.new_zeros(2, len(domains) + 1).index_add_(1, place, torch.stack([losses.detach(), real]))
+    return losses.sum() / real.sum(), {f"loss/{name}": sums[:, i] for i, name in enumerate(domains)}
+
+
+def next_token(domains: Sequence[str] = ()) -> Objective:
+    """The objective of a dense model. domains: whose losses to log apart, as in `loss_by_domain`."""
 
     def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return next_token_loss(model(input_ids=batch.tokens, use_cache=False).logits, batch.labels), {}
+        return loss_by_domain(model(input_ids=batch.tokens, use_cache=False).logits, batch, domains)
 
     return objective
 
 
-def lory() -> Objective:
+def balanced() -> Objective:
+    """The objective of a top-k mixture from transformers: next-token and its auxiliary loss, with its configuration's weight."""
+
+    def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        output = model(input_ids=batch.tokens, use_cache=False, output_router_logits=True)
+        loss = next_token_loss(output.logits, batch.labels)
+        weight = getattr(model, "module", model).config.router_aux_loss_coef
+        return loss + weight * output.aux_loss, {"next_token_loss": loss, "balance_loss": output.aux_loss}
+
+    return objective
+
+
+def lory(domains: Sequence[str] = ()) -> Objective:
     """The objective of a Lory model: next-token alone; logs the entropy of routing and the share of experts in use."""
 
     def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -41,7 +72,8 @@ def lory() -> Objective:
         weights = torch.stack([layer.detach() for layer in output.router_weights]).float()
         entropy = -(weights * weights.clamp_min(1e-9).log()).sum(-1).mean()
         used = (weights > 2 / weights.shape[-1]).float().mean()
-        return next_token_loss(output.logits, batch.labels), {"router_entropy": entropy, "expert_utilisation": used}
+        loss, by_domain = loss_by_domain(output.logits, batch, domains)
+        return loss, {"router_entropy": entropy, "expert_utilisation": used, **by_domain}
 
     return objective
 

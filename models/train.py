@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from models.instances import Batch, Instances
@@ -124,13 +125,16 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ended = step + 1
+        keeps = ended % plan.checkpoint_every == 0 and ended < plan.stop
+        if keeps and not torch.isfinite(norm):
+            raise TrainingFailed(not_finite(step, rows, work))
         if ended % plan.log_every == 0 or ended == plan.stop:
             metrics = window.read(place, plan.rate(step))
             if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["gradient_norm"]):
                 raise TrainingFailed(not_finite(step, rows, work))
             tell("metrics", step=ended, values=metrics)
         tell("progress", done=ended - plan.start, total=plan.stop - plan.start)
-        if ended % plan.checkpoint_every == 0 and ended < plan.stop:
+        if keeps:
             if checked:
                 checked(ended)
             save_progress(model, optimizer, named, ended, plan, place, work)
@@ -180,7 +184,10 @@ def not_finite(step: int, rows: np.ndarray, work: Path) -> str:
 
 
 class Window:
-    """Sums of what is logged, kept on the device until they are read, so that no step waits for the accelerator."""
+    """Sums of what is logged, kept on the device until they are read, so that no step waits for the accelerator.
+
+    A number is averaged over the window; a pair [2] is a sum and a count, and is logged as their ratio where there is any count.
+    """
 
     def __init__(self, plan: Plan, length: int) -> None:
         self._tokens_a_step = plan.batch * length
@@ -196,10 +203,14 @@ class Window:
 
     def read(self, place: Place, rate: float) -> dict[str, float]:
         """Means over the window and all processes, and the rates; starts a new window."""
-        names = sorted(self._sums)
-        means = place.mean(torch.stack([self._sums[name] for name in names]) / self._steps).tolist()
+        pairs = torch.stack([F.pad(total.view(-1), (0, 2 - total.numel())) for total in self._sums.values()])
+        means = place.mean(pairs / self._steps).tolist()
         seconds = time.monotonic() - self._since
-        values = dict(zip(names, means, strict=True)) | {
+        values = {}
+        for (name, total), (mean, count) in zip(self._sums.items(), means, strict=True):
+            if total.ndim == 0 or count > 0:
+                values[name] = mean if total.ndim == 0 else mean / count
+        values |= {
             "gradient_norm": float(self.norm),
             "learning_rate": rate,
             "tokens_per_second": self._tokens_a_step * self._steps / seconds,
