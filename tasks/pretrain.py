@@ -46,7 +46,7 @@ class LorySettings(Settings):
     )
     lory_router_init: float = Field(0.3, gt=0, description="Standard deviation of the routers' random initial weights.")
     lory_rewarm_steps: int = Field(
-        30, ge=0, description="Steps of a second learning-rate warm-up after the switch to experts."
+        60, ge=0, description="Steps of a second learning-rate warm-up after the switch to experts."
     )
     lory_moments: Literal["carry", "reset"] = Field(
         "carry", description="AdamW's moments at the switch: carried over to the experts, scaled, or reset to zero."
@@ -59,11 +59,11 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
     pretrain_steps: int = Field(
         400, ge=2, description="Training steps of the dense and of the Lory model, warm-up included."
     )
-    pretrain_batch: int = Field(8, ge=1, description="Instances in a batch, over all workers.")
+    pretrain_batch: int = Field(4, ge=1, description="Instances in a batch, over all workers.")
     pretrain_learning_rate: float = Field(
         4e-3, gt=0, description="Peak learning rate of pre-training (cosine schedule)."
     )
-    pretrain_warmup_steps: int = Field(20, ge=0, description="Steps of linear learning-rate warm-up.")
+    pretrain_warmup_steps: int = Field(40, ge=0, description="Steps of linear learning-rate warm-up.")
     dense_warmup: float = Field(
         0.05, gt=0, lt=1, description="Part of the steps that train the dense model before its networks become experts."
     )

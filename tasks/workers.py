@@ -43,13 +43,14 @@ class Desk:
         self._workers = 0
         self._results: dict[int, Any] = {}
         self._error: tuple[str, str, str] | None = None
+        self._seen: set[tuple[str, str]] = set()
         self._news: list[tuple[str, dict[str, Any]]] = []
 
     async def post(self, call: str, arguments: dict[str, Any], workers: int) -> int:
         async with self._changed:
             self._number += 1
             self._job = {"number": self._number, "call": call, "arguments": arguments}
-            self._workers, self._results, self._error = workers, {}, None
+            self._workers, self._results, self._error, self._seen = workers, {}, None, set()
             self._changed.notify_all()
             return self._number
 
@@ -68,8 +69,15 @@ class Desk:
                 self._job = None
 
     async def fail(self, number: int, error: tuple[str, str, str]) -> None:
-        if number == self._number and self._error is None:
+        """A job's exception ends the job if its message is for people, or if it comes again after a restart of the workers.
+
+        Anything else may be the echo of a worker that died (a broken connection, say), and is worth another try.
+        """
+        if number != self._number or self._error is not None:
+            return
+        if error[0] in FOR_PEOPLE or error[:2] in self._seen:
             self._error, self._job = error, None
+        self._seen.add(error[:2])
 
     async def tell(self, kind: str, values: dict[str, Any]) -> None:
         self._news.append((kind, values))
@@ -115,12 +123,10 @@ class TrainWorkers:
                 heard(kind, values)
             if error is not None:
                 name, message, trace = error
-                self.close()
-                raise (
-                    EclectusError(message)
-                    if name == EclectusError.__name__
-                    else RuntimeError(f"{name}: {message}\n{trace}")
-                )
+                self._abandon()
+                if name in FOR_PEOPLE:
+                    raise EclectusError(message)
+                raise RuntimeError(f"{name}: {message}\n{trace}")
             if results is not None:
                 return results[0]
             if not self._thread.is_alive():
@@ -137,15 +143,20 @@ class TrainWorkers:
             self._thread.join(timeout=20)
         self._thread = None
 
+    def _abandon(self) -> None:
+        """Lets the workers go without waiting: one of them may hang in a collective until Ray has torn the group down."""
+        self._desk.close.remote()
+        self._thread = None
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and not issubclass(kind, Exception):
-            return  # interrupted: the owner of Ray shuts it down, waiting here would only delay that
-        self.close()
+        # After an error the owner of Ray shuts it down, workers and all; waiting here would only delay that.
+        if kind is None:
+            self.close()
 
     def _ensure_started(self) -> None:
         if self._thread is not None and self._thread.is_alive():

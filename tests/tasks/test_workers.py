@@ -1,0 +1,47 @@
+import pytest
+
+from storage.errors import EclectusError
+from tasks.cluster import shut_ray
+from tasks.workers import TrainWorkers
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory, monkeypatch_module):
+    with TrainWorkers(2, False, tmp_path_factory.mktemp("ray")) as workers:
+        yield workers
+    shut_ray()
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        from pathlib import Path
+
+        here = str(Path(__file__).parent)
+        patch.setattr("tasks.cluster.WORKER_ENVIRONMENT", {"PYTHONPATH": here})
+        yield patch
+
+
+def heard(news):
+    return lambda kind, values: news.append((kind, values))
+
+
+def test_one_group_does_several_jobs_in_the_same_processes(group):
+    news = []
+    first = group.do("worker_jobs:total", {"value": 1}, heard(news))
+    second = group.do("worker_jobs:total", {"value": 2}, heard(news))
+    assert (first[0], second[0]) == (3.0, 5.0)
+    assert first[1] == second[1]
+    assert ("progress", {"done": 1, "total": 1}) in news
+
+
+def test_a_killed_worker_comes_back_and_takes_up_the_job_that_was_under_way(group, tmp_path):
+    assert group.do("worker_jobs:die_once", {"folder": str(tmp_path)}, heard([])) == (2.0, True)
+    assert group.do("worker_jobs:total", {"value": 0}, heard([]))[0] == 1.0
+
+
+def test_a_job_that_fails_says_why_in_the_words_of_the_error(group):
+    with pytest.raises(EclectusError, match="instances 3 and 4 are damaged; pack them again"):
+        group.do("worker_jobs:complain", {}, heard([]))
