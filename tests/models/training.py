@@ -32,11 +32,14 @@ def write_instances(place, count=40, seed=0):
     """`count` instances, each of two documents of two domains; the last one is half padding."""
     place.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    np.save(place / "tokens.npy", rng.integers(1, VOCABULARY, (count, LENGTH)).astype(np.uint16))
+    tokens = rng.integers(1, VOCABULARY, (count, LENGTH)).astype(np.uint16)
+    tokens.tofile(place / "tokens.bin")
+    matrix = {"file": "tokens.bin", "dtype": "uint16", "offset": 0, "rows": count, "columns": LENGTH}
     half = LENGTH // 2
     rows = [(i * LENGTH + j * half, half, 2 * i + j, 0, j) for i in range(count) for j in (0, 1)][: 2 * count - 1]
     np.save(place / "spans.npy", np.array(rows, np.int64))
     about = {"length": LENGTH, "vocabulary": VOCABULARY, "end_of_document": 0, "languages": ["en"], "domains": ["a", "b"]}
+    about["matrices"] = {"input_ids": matrix}
     (place / "instances.json").write_text(json.dumps(about))
     return place
 
