@@ -41,7 +41,7 @@ class ReviewSettings(Settings):
     review_steps: int = Field(300, ge=1, description="Training steps of stage 2, the review of all languages.")
     review_batch: int = Field(4, ge=1, description="Instances in a batch of stage 2, over all workers.")
     review_learning_rate: float = Field(
-        1e-2, gt=0, description="Peak learning rate of stage 2, which trains routers only."
+        3e-2, gt=0, description="Peak learning rate of stage 2, which trains routers only."
     )
     review_warmup_steps: int = Field(20, ge=0, description="Steps of linear learning-rate warm-up in stage 2.")
     lpr_weight: float = Field(3.0, ge=0, description="Weight gamma of the language priors routing loss in stage 2.")

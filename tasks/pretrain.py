@@ -57,7 +57,7 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
     """Settings of pre-training."""
 
     pretrain_steps: int = Field(
-        400, ge=2, description="Training steps of the dense and of the Lory model, warm-up included."
+        800, ge=2, description="Training steps of the dense and of the Lory model, warm-up included."
     )
     pretrain_batch: int = Field(4, ge=1, description="Instances in a batch, over all workers.")
     pretrain_learning_rate: float = Field(

@@ -183,7 +183,7 @@ class TrainWorkers:
         )
         try:
             trainer.fit()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             self._fit_error = error
 
 
