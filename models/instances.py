@@ -1,9 +1,9 @@
 """Training instances as a trainer reads them: memory-mapped, with document, language and domain of every token.
 
-Files (written by `tasks.pack`): `tokens.npy` [M, L] uint16 or uint32; `spans.npy` [S, 5] int64, one row per stretch of one
-document inside one instance: (start in the flat token stream, length, document ordinal, language, domain), sorted by start;
-`instances.json` with the names. Labels of tokens are expanded from the spans only for the batch that is read, so they cost
-40 bytes a stretch on disk instead of 4 a token.
+Files (written by `tasks.pack`): tokens [M, L] uint16 or uint32, inside an Arrow file at an offset that `instances.json` tells;
+`spans.npy` [S, 5] int64, one row per stretch of one document inside one instance: (start in the flat token stream, length,
+document ordinal, language, domain), sorted by start; `instances.json` with the names. Labels of tokens are expanded from the
+spans only for the batch that is read, so they cost 40 bytes a stretch on disk instead of 4 a token.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Instances:
     def __init__(self, place: Path | str) -> None:
         place = Path(place)
         about = json.loads((place / "instances.json").read_text())
-        self.tokens = np.load(place / "tokens.npy", mmap_mode="r")
+        at = about["matrices"]["input_ids"]
+        self.tokens = np.memmap(place / at["file"], at["dtype"], "r", at["offset"], (at["rows"], at["columns"]))
         self.spans = np.load(place / "spans.npy", mmap_mode="r")
         self.length: int = about["length"]
         self.vocabulary: int = about["vocabulary"]
