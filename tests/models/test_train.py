@@ -17,8 +17,8 @@ from models.instances import Instances
 from models.lory import LoryForCausalLM
 from models.objectives import lory, next_token
 from models.place import Place
-from models.train import TrainingFailed, read_moments, train
-from tests.models.training import LENGTH, batch_of, plan, tiny_dense, write_instances
+from models.train import TrainingFailed, train
+from tests.models.training import LENGTH, plan, tiny_dense, write_instances
 
 ROOT = Path(__file__).resolve().parents[2]
 
