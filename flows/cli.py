@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import sys
@@ -30,10 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; faults in what a person brought are one line on stderr and exit code 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser(next((word for word in words if word in FLOWS), None))
-    chosen = parser.parse_args(words)
+    chosen, unknown = parser.parse_known_args(words)
     if chosen.home:
         os.environ["ECLECTUS_HOME"] = chosen.home
     try:
+        _check_known(unknown, chosen)
         chosen.act(chosen)
     except EclectusError as error:
         print(f"eclectus: {error}", file=sys.stderr)
@@ -49,6 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"eclectus: unexpected fault: {type(error).__name__}: {error}; the whole story is in {log}", file=sys.stderr
         )
         raise SystemExit(1) from None
+
+
+def _check_known(unknown: list[str], chosen: argparse.Namespace) -> None:
+    """Raises EclectusError for a word that is no option here, with the nearest one that is."""
+    if not unknown:
+        return
+    options = [
+        f"--{name.removeprefix('setting_').replace('_', '-')}" for name in vars(chosen) if name not in ("act", "flow")
+    ]
+    close = difflib.get_close_matches(unknown[0], options, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else "see --help"
+    raise EclectusError(f"unknown option '{unknown[0]}'; {hint}")
 
 
 def _write_fault() -> str:

@@ -80,7 +80,7 @@ def check(parameters: CurateParameters) -> None:
     from tasks.ingest import check_sources
 
     check_sources(parameters)
-    if isinstance(parameters, ExtendParameters) and not parameters.expanded_languages:
+    if type(parameters) is ExtendParameters and not parameters.expanded_languages:
         raise EclectusError("expanded_languages is empty, so there is nothing to extend to; name at least one language")
     if isinstance(parameters, PretrainParameters):
         parameters.check_shape()

@@ -33,7 +33,7 @@ def source(tmp_path):
     ("words", "complaint"),
     [
         (["--sources", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--neighbour-k", "3"], "unrecognized arguments: --neighbour-k"),
+        (["--neighbour-k", "3"], "unknown option '--neighbour-k'; did you mean '--neighbors-k'?"),
         (["--neighbors-k", "many"], "setting 'neighbors_k' in the command line is 'many'"),
         (["--config", "nowhere.yaml"], "config file nowhere.yaml cannot be read"),
         (["--expanded-languages", "en"], "language 'en' is both original and expanded"),
