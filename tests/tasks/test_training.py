@@ -1,0 +1,185 @@
+"""Pre-training and extension as steps, in this process, on real documents and tiny models."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_world import make_world
+from transformers import AutoModelForCausalLM
+
+from storage.errors import EclectusError
+from tasks.extend import ExtendStageSettings, extend
+from tasks.pack import PackSettings, pack
+from tasks.pretrain import PretrainStageSettings, pretrain
+from tasks.upcycle import UpcycleSettings, upcycle
+
+SMALL = {
+    "model_width": 32,
+    "model_layers": 2,
+    "model_heads": 2,
+    "model_key_value_heads": 2,
+    "model_feed_forward": 48,
+    "lory_experts": 4,
+    "lory_segment": 16,
+    "pretrain_steps": 8,
+    "pretrain_warmup_steps": 2,
+    "dense_warmup": 0.25,
+    "lory_rewarm_steps": 2,
+    "training_workers": 0,
+    "checkpoint_every": 3,
+}
+EXTEND = {
+    "extension_experts": 3,
+    "post_pretrain_steps": 4,
+    "post_pretrain_warmup_steps": 1,
+    "review_steps": 4,
+    "review_warmup_steps": 1,
+    "original_languages": ["en"],
+    "training_workers": 0,
+    "weight_decay": 0.3,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def made(world, kind, step, **arguments):
+    with world.store.draft(kind) as draft:
+        step.function(**arguments, out=draft)
+        return world.store.commit(draft)
+
+
+@pytest.fixture(scope="module")
+def instances(world):
+    def packed(group):
+        settings = PackSettings(instance_tokens=64, pack_group=group)
+        return made(world, "instances", pack, documents=world.documents, tokenizer=world.tokenizer, settings=settings)
+
+    return {group: packed(group) for group in ("original", "expanded", "all")}
+
+
+def stage(world, instances, name, start=None, **changes):
+    settings = PretrainStageSettings(pretrain_stage=name, **{**SMALL, **changes})
+    return made(
+        world,
+        "checkpoint",
+        pretrain,
+        instances=instances["original"],
+        tokenizer=world.tokenizer,
+        settings=settings,
+        start=start,
+    )
+
+
+@pytest.fixture(scope="module")
+def pretrained(world, instances):
+    warm = stage(world, instances, "warmup")
+    return {"warmup": warm} | {name: stage(world, instances, name, warm) for name in ("dense", "lory")}
+
+
+def test_dense_and_lory_go_on_from_the_same_warm_up_for_the_same_steps(pretrained):
+    assert pretrained["warmup"].statistics["steps"] == 2
+    assert pretrained["dense"].statistics["steps"] == pretrained["lory"].statistics["steps"] == 8
+    assert pretrained["dense"].statistics["tokens"] == pretrained["lory"].statistics["tokens"]
+    moments = load_file(pretrained["warmup"].file("moments.safetensors"))
+    assert {float(value) for name, value in moments.items() if name.endswith(".step")} == {2.0}
+
+
+def test_the_experts_of_a_trained_lory_model_have_parted(pretrained):
+    experts = AutoModelForCausalLM.from_pretrained(pretrained["lory"].path).model.layers[0].mlp.experts
+    assert (experts[0] - experts[1]).abs().max() > 1e-4
+
+
+def test_training_again_gives_the_same_bytes(world, instances, pretrained):
+    assert stage(world, instances, "lory", pretrained["warmup"]).digest == pretrained["lory"].digest
+
+
+def test_a_setting_of_lory_does_not_touch_the_dense_stages_key():
+    def key(name, **changes):
+        return PretrainStageSettings(pretrain_stage=name, **{**SMALL, **changes}).key_values()
+
+    assert key("dense", lory_experts=2) == key("dense")
+    assert key("lory", lory_experts=2) != key("lory")
+    assert key("dense", checkpoint_every=5) == key("dense")
+
+
+def test_a_stage_without_its_start_is_refused(world, instances):
+    with pytest.raises(EclectusError, match="stage 'lory'"):
+        stage(world, instances, "lory")
+
+
+def test_a_loss_that_is_not_finite_names_step_and_instances(world, instances):
+    with pytest.raises(EclectusError, match=r"not finite at training step \d+ \(instances \["):
+        stage(
+            world,
+            instances,
+            "warmup",
+            pretrain_learning_rate=1e9,
+            pretrain_steps=400,
+            dense_warmup=0.9,
+            gradient_clip=1e9,
+        )
+
+
+@pytest.fixture(scope="module")
+def extended(world, instances, pretrained):
+    base = made(
+        world, "checkpoint", upcycle, checkpoint=pretrained["dense"], settings=UpcycleSettings(extension_experts=3)
+    )
+
+    def trained(name, start, which):
+        settings = ExtendStageSettings(extend_stage=name, **EXTEND)
+        return made(world, "checkpoint", extend, instances=instances[which], checkpoint=start, settings=settings)
+
+    learned = trained("post_pretrain", base, "expanded")
+    return {"upcycled": base, "stage 1": learned, "stage 2": trained("review", learned, "all")}
+
+
+def weights(artifact):
+    return AutoModelForCausalLM.from_pretrained(artifact.path).state_dict()
+
+
+def changed(before, after):
+    """What of the weights differs: names, and of experts the numbers."""
+    names = set()
+    for name, tensor in before.items():
+        if ".experts." in name:
+            names |= {
+                ("expert", number)
+                for number in range(len(tensor))
+                if not torch.equal(tensor[number], after[name][number])
+            }
+        elif not torch.equal(tensor, after[name]):
+            names.add("router" if name.endswith("gate.weight") else name)
+    return names
+
+
+def test_stage_1_changes_new_experts_and_routers_only(extended):
+    assert changed(weights(extended["upcycled"]), weights(extended["stage 1"])) == {
+        ("expert", 1),
+        ("expert", 2),
+        "router",
+    }
+
+
+def test_stage_2_changes_routers_only(extended):
+    assert changed(weights(extended["stage 1"]), weights(extended["stage 2"])) == {"router"}
+
+
+def test_the_dense_original_is_still_inside_bit_by_bit(extended, pretrained):
+    dense, moe = weights(pretrained["dense"]), weights(extended["stage 2"])
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp"
+        gate_up = torch.cat([dense[f"{prefix}.gate_proj.weight"], dense[f"{prefix}.up_proj.weight"]])
+        assert torch.equal(moe[f"{prefix}.experts.gate_up_proj"][0], gate_up)
+        assert torch.equal(moe[f"{prefix}.experts.down_proj"][0], dense[f"{prefix}.down_proj.weight"])
+    assert all(torch.equal(tensor, moe[name]) for name, tensor in dense.items() if ".mlp." not in name)
+
+
+def test_the_hash_of_the_original_weights_never_changes(extended):
+    proof = json.loads(extended["upcycled"].file("upcycle.json").read_text())
+    frozen = {extended[name].statistics["frozen_sha256"] for name in ("stage 1", "stage 2")}
+    assert frozen == {proof["base_digest"]}
