@@ -120,7 +120,8 @@ class ExpertChoiceFFN(nn.Module):
         """As `_by_batch`, but a unit is taken wherever its score reaches the threshold; every expert computes everything."""
         weights = torch.where(scores >= self.threshold, scores, 0.0) * scores.shape[1]
         each = [
-            apply_merged(x.flatten(0, 1).unsqueeze(0), self.experts[e : e + 1]).view(x.shape) * weights[:, e, None, None]
+            apply_merged(x.flatten(0, 1).unsqueeze(0), self.experts[e : e + 1]).view(x.shape)
+            * weights[:, e, None, None]
             for e in range(scores.shape[1])
         ]
         return torch.stack(each).sum(0)
@@ -275,7 +276,9 @@ def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
     missing, unexpected = model.load_state_dict(state, strict=False)
     wrong = [name for name in missing if not name.endswith((".threshold", "lm_head.weight"))] + unexpected
     if wrong:
-        raise ValueError(f"the dense model does not fit: {', '.join(wrong[:3])}; give a SwiGLU model without FFN biases.")
+        raise ValueError(
+            f"the dense model does not fit: {', '.join(wrong[:3])}; give a SwiGLU model without FFN biases."
+        )
     model.tie_weights()
 
 

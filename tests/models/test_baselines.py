@@ -124,7 +124,9 @@ def test_a_width_that_cannot_be_cut_is_refused(dense):
 
 
 def test_moments_and_objectives_fit_the_models(dense):
-    moments = {f"{n}.{what}": torch.rand_like(p) for n, p in dense.named_parameters() for what in ("exp_avg", "exp_avg_sq")}
+    moments = {
+        f"{n}.{what}": torch.rand_like(p) for n, p in dense.named_parameters() for what in ("exp_avg", "exp_avg_sq")
+    }
     moments |= {f"{n}.step": torch.tensor(3.0) for n, _ in dense.named_parameters()}
     mixtral, choice = top_k_from_dense(dense, 4, 2), ExpertChoiceForCausalLM.from_dense(dense, 4)
     for model, carried in ((mixtral, top_k_moments(moments, 4, 2)), (choice, duplicated_moments(moments, 4))):

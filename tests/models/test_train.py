@@ -253,5 +253,3 @@ def test_only_what_requires_gradients_has_moments_and_moves(data, tmp_path):
     moved = {name for name in weights if not torch.equal(weights[name], before[name])}
     assert moved == {name for name in before if "mlp" in name}
     assert all("mlp" in name for name in moments)
-
-

@@ -1,0 +1,182 @@
+"""Texts for `lory_claims.py`: made by the production steps, packed small enough to travel, unpacked where training runs.
+
+A file `v{vocabulary}.npz` holds every training document's tokens once and, for each grouping, the spans of its instances,
+so that three orders of the same documents cost little more than one; and held-out documents as evaluation reads them.
+Unpacking needs NumPy alone: `unpack` gives a directory that `models.instances.Instances` opens.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+GROUPINGS = ("similarity", "random", "domain")
+# Vocabulary and instance length of the files that `prepare` writes.
+FORMS = ((4096, 512), (16384, 1024))
+HELD_OUT_TOKENS = 40_000
+HELD_OUT_TOKENS_A_DOCUMENT = 8_000
+
+
+def prepare(sources: list[str], place: Path, limit: int = 0) -> None:
+    """Curates `sources` (English, with domains) by the production steps and writes one file for each of FORMS.
+
+    limit: at most that many documents of each source, 0 for all.
+    """
+    from storage.artifact import ArtifactStore
+    from tasks.embed import EmbedSettings, embed
+    from tasks.group import GroupSettings, group
+    from tasks.ingest import IngestSettings, ingest
+    from tasks.languages import LanguageSettings, languages
+    from tasks.neighbors import NeighborSettings, neighbors
+    from tasks.pack import PackSettings, pack
+    from tasks.split import SplitSettings, split
+    from tasks.static_embedding import StaticEmbeddingSettings, train_embedding
+    from tasks.tokenizer import TokenizerSettings, tokenizer
+
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        store = ArtifactStore(scratch)
+
+        def made(step: Any, settings: Any, **inputs: Any) -> Any:
+            with store.draft(step.makes) as draft:
+                step.function(**inputs, settings=settings, out=draft)
+                artifact = store.commit(draft)
+            print(f"{step.name}: {json.dumps(artifact.statistics)[:300]}", flush=True)
+            return artifact
+
+        documents = made(ingest, IngestSettings(sources=sources, documents_limit=limit))
+        settings = LanguageSettings(original_languages=["en"], expanded_languages=[], language_detector="field")
+        documents = made(languages, settings, documents=documents)
+        documents = made(split, SplitSettings(), documents=documents)
+        model = made(train_embedding, StaticEmbeddingSettings(), documents=documents)
+        vectors = made(embed, EmbedSettings(), documents=documents, model=model)
+        nearest = made(neighbors, NeighborSettings(), documents=documents, embeddings=vectors)
+        inputs = {"documents": documents, "embeddings": vectors, "neighbors": nearest}
+        groupings = {name: made(group, GroupSettings(grouping=name), **inputs) for name in GROUPINGS}
+        for vocabulary, length in FORMS:
+            words = made(tokenizer, TokenizerSettings(tokenizer_vocabulary=vocabulary), documents=documents)
+            settings = PackSettings(instance_tokens=length, pack_group="original", pack_remainder="pad")
+            packed = {
+                name: made(pack, settings, documents=documents, tokenizer=words, grouping=each)
+                for name, each in groupings.items()
+            }
+            arrays = _training_arrays(packed) | _held_out_arrays(documents, words)
+            path = place / f"v{vocabulary}.npz"
+            np.savez_compressed(path, **arrays)
+            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(arrays['flat']) / 1e6:.2f}M tokens", flush=True)
+
+
+def _training_arrays(packed: dict[str, Any]) -> dict[str, np.ndarray]:
+    """flat: tokens of all documents; starts: where each begins; spans_{grouping} [S, 6] int32; about: names, as JSON."""
+    import pyarrow.parquet as pq
+
+    from models.instances import Instances
+
+    opened = {name: Instances(artifact.path) for name, artifact in packed.items()}
+    spans = {}
+    for name, artifact in packed.items():
+        offsets = pq.read_table(artifact.file("documents.parquet"), columns=["document_offset"])["document_offset"]
+        spans[name] = np.concatenate([np.asarray(opened[name].spans), offsets.to_numpy()[:, None]], axis=1)
+    rows = np.unique(np.concatenate([each[:, 2] for each in spans.values()]))
+    sizes = np.zeros(len(rows), np.int64)
+    for each in spans.values():
+        each[:, 2] = np.searchsorted(rows, each[:, 2])
+        np.maximum.at(sizes, each[:, 2], each[:, 5] + each[:, 1])
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    first = opened[GROUPINGS[0]]
+    flat = np.zeros(starts[-1], first.tokens.dtype)
+    for name, each in spans.items():
+        theirs = np.asarray(opened[name].tokens).reshape(-1)[_places(each[:, 0], each[:, 1])]
+        here = _places(starts[each[:, 2]] + each[:, 5], each[:, 1])
+        if name != GROUPINGS[0] and not np.array_equal(flat[here], theirs):
+            raise SystemExit(
+                f"grouping {name} packs other tokens than {GROUPINGS[0]}; they must hold the same documents"
+            )
+        flat[here] = theirs
+    about = {
+        "length": first.length,
+        "vocabulary": first.vocabulary,
+        "end_of_document": first.end_of_document,
+        "languages": first.languages,
+        "domains": {name: each.domains for name, each in opened.items()},
+    }
+    return {
+        "flat": flat,
+        "starts": starts,
+        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+        **{f"spans_{name}": each.astype(np.int32) for name, each in spans.items()},
+    }
+
+
+def _places(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Every place of the stretches that begin there and have these sizes."""
+    ends = np.cumsum(sizes)
+    return np.repeat(begins - ends + sizes, sizes) + np.arange(ends[-1])
+
+
+def _held_out_arrays(documents: Any, tokenizer: Any) -> dict[str, np.ndarray]:
+    """Streams of held-out documents by domain, as `models.evaluate.Windows` takes them; long documents are cut."""
+    from models.evaluate import NO_DOCUMENT
+    from tasks.held_out import read_held_out
+    from tasks.tokenizer import load_tokenizer
+
+    words = load_tokenizer(tokenizer.path)
+    held = read_held_out(documents, words, 10_000)
+    tokens, owners, ratio, domain_of, lengths = [], [], [], [], {}
+    for domain, size, ids in zip(held.domains, held.bytes, held.tokens, strict=True):
+        if lengths.get(domain, 0) >= HELD_OUT_TOKENS:
+            continue
+        kept = ids[:HELD_OUT_TOKENS_A_DOCUMENT]
+        tokens += [*kept, words.eos_token_id]
+        owners += [len(ratio)] * len(kept) + [NO_DOCUMENT]
+        lengths[domain] = lengths.get(domain, 0) + len(kept) + 1
+        ratio.append(size / len(ids))
+        domain_of.append(list(lengths).index(domain))
+    return {
+        "held_tokens": np.array(tokens, np.uint16),
+        "held_owners": np.array(owners, np.int32),
+        "held_lengths": np.array(list(lengths.values())),
+        "held_ratio": np.array(ratio),
+        "held_domain": np.array(domain_of, np.int16),
+        "held_domains": np.array(list(lengths)),
+    }
+
+
+def unpack(place: Path, vocabulary: int, grouping: str, out: Path) -> None:
+    """Writes the instances of one grouping into the directory `out`, for `models.instances.Instances`."""
+    path = place / f"v{vocabulary}.npz"
+    with np.load(path) as file:
+        about = json.loads(file["about"].tobytes())
+        flat, starts, spans = file["flat"], file["starts"], file[f"spans_{grouping}"].astype(np.int64)
+    count = -(-int(spans[:, :2].sum(1).max()) // about["length"])
+    tokens = np.full(count * about["length"], about["end_of_document"], flat.dtype)
+    tokens[_places(spans[:, 0], spans[:, 1])] = flat[_places(starts[spans[:, 2]] + spans[:, 5], spans[:, 1])]
+    out.mkdir(parents=True)
+    tokens.tofile(out / "tokens.bin")
+    np.save(out / "spans.npy", spans[:, :5])
+    matrix = {
+        "file": "tokens.bin",
+        "dtype": str(tokens.dtype),
+        "offset": 0,
+        "rows": count,
+        "columns": about["length"],
+    }
+    about |= {"domains": about["domains"][grouping], "matrices": {"input_ids": matrix}}
+    (out / "instances.json").write_text(json.dumps(about))
+
+
+def held_out(place: Path, vocabulary: int, length: int, context: int) -> tuple[Any, list[str], np.ndarray]:
+    """(windows in random order, domain names by stream, each document's stream) of the held-out text."""
+    from models.evaluate import Windows, plan_windows
+
+    with np.load(place / f"v{vocabulary}.npz") as file:
+        held = {name: file[name] for name in file.files if name.startswith("held_")}
+    table = plan_windows(held["held_lengths"].tolist(), length, context)
+    # Mixed, because Expert Choice compares the tokens of a batch and was trained on mixed ones.
+    table = table[np.random.default_rng(0).permutation(len(table))]
+    windows = Windows(held["held_tokens"], held["held_owners"], table, context, length, held["held_ratio"])
+    return windows, held["held_domains"].tolist(), held["held_domain"].astype(np.int64)

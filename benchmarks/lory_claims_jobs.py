@@ -1,0 +1,284 @@
+"""The trainings of `lory_claims.py`: sizes, models, one job from a dense warm-up to scores on held-out text.
+
+A job trains with the production loop (`models.train.train`), objectives and evaluation. All jobs of a seed start from the
+same dense warm-up and read the same instances in the same order. Needs torch, transformers, safetensors and NumPy.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lory_claims_data import held_out
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from models import LoryConfig, LoryForCausalLM, objectives
+from models.baselines import ExpertChoiceForCausalLM, calibrate, top_k_from_dense, top_k_moments
+from models.checkpoint import duplicated_moments
+from models.evaluate import Windows, score
+from models.instances import Instances
+from models.place import Place
+from models.train import Plan, train
+
+MODELS = ("dense", "lory", "prefix", "expert_choice", "segment_choice", "top_k")
+NEVER = 10**9
+
+logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model size and how it is trained. shape: fields of LlamaConfig; the rest as in `Plan` and `LoryConfig`.
+
+    jobs: trainings side by side on one GPU. windows: most windows of held-out text to score.
+    """
+
+    shape: dict[str, Any]
+    vocabulary: int
+    length: int
+    segment: int
+    batch: int
+    tokens: float
+    learning_rate: float
+    jobs: int
+    micro: int = 64
+    windows: int = NEVER
+
+    @property
+    def steps(self) -> int:
+        return round(self.tokens / (self.batch * self.length))
+
+
+def _preset(name: str) -> dict[str, Any]:
+    config = LoryConfig.preset(name).to_dict()
+    names = (
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads tie_word_embeddings"
+    )
+    return {each: config[each] for each in names.split()}
+
+
+SIZES = {
+    "laptop": Size(_preset("laptop"), 4096, 512, 64, 4, 5e6, 4e-3, 14),
+    "wide": Size(
+        _preset("laptop") | dict(hidden_size=128, intermediate_size=344, num_hidden_layers=6),
+        4096, 512, 64, 8, 10e6, 3e-3, 12,
+    ),
+    "30m": Size(_preset("30m"), 16384, 1024, 128, 8, 22e6, 2e-3, 8),
+    "100m": Size(_preset("100m"), 16384, 1024, 128, 16, 33e6, 1e-3, 4, micro=16),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training. model: one of MODELS, or "warmup". variant: name of a deviation from the defaults, which are the other fields."""
+
+    model: str
+    grouping: str = "similarity"
+    seed: int = 0
+    variant: str = ""
+    experts: int = 8
+    router_init: float = 0.3
+    rewarm: int = 30
+    moments: str = "carry"
+    dense_share: float = 0.05
+    first_segment: str = "stop_gradient"
+
+    @property
+    def warm(self) -> str:
+        """Name of the dense warm-up that this job starts from."""
+        return f"{self.grouping}-{self.seed}-{self.dense_share}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.variant}".strip() + f" / {self.grouping} / seed {self.seed}"
+
+
+class Shuffled(Instances):
+    """Instances in an order of their own for each seed, so that seeds differ in data too."""
+
+    def __init__(self, place: Path, seed: int) -> None:
+        super().__init__(place)
+        self._order = np.random.default_rng([seed, 7]).permutation(len(self))
+
+    def rows_of_step(self, step: int, size: int, seed: int) -> np.ndarray:
+        return self._order[super().rows_of_step(step, size, seed)]
+
+
+@dataclass
+class Heard:
+    """What the training loop told."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    def __call__(self, kind: str, **values: Any) -> None:
+        if kind == "metrics":
+            self.rows.append({"step": values["step"], **values["values"]})
+
+
+def plan_of(size: Size, job: Job) -> Plan:
+    """Warm-up of the rate over the first 5% of the steps, cosine to a tenth."""
+    switch = max(1, round(job.dense_share * size.steps))
+    warm, dense = job.model == "warmup", job.model == "dense"
+    return Plan(
+        start=0 if warm else switch,
+        stop=switch if warm else size.steps,
+        total=size.steps,
+        batch=size.batch,
+        micro_batch=size.micro,
+        learning_rate=size.learning_rate,
+        warmup=max(1, round(0.05 * size.steps)),
+        rewarm=(switch, job.rewarm) if job.rewarm and not warm and not dense else None,
+        seed=job.seed,
+        checkpoint_every=NEVER,
+        log_every=max(1, size.steps // 25),
+    )
+
+
+def build(job: Job, size: Size, dense: LlamaForCausalLM, moments: dict[str, torch.Tensor], device: str) -> tuple:
+    """(model, AdamW's moments for it, objective) of a job, out of the dense warm-up."""
+    experts, seed = job.experts, job.seed
+    if job.model in ("dense", "warmup"):
+        return dense, moments, objectives.next_token()
+    if job.model == "top_k":
+        model = top_k_from_dense(dense, copies=experts, top_k=2, seed=seed)
+        model.set_experts_implementation("masked" if device == "cuda" else "eager")
+        carried, objective = top_k_moments(moments, experts, 2), objectives.balanced()
+    elif job.model in ("expert_choice", "segment_choice"):
+        unit = size.segment if job.model == "segment_choice" else 1
+        model = ExpertChoiceForCausalLM.from_dense(dense, experts, unit, seed=seed)
+        carried, objective = duplicated_moments(moments, experts), objectives.next_token()
+    else:
+        model = LoryForCausalLM.from_dense(
+            dense,
+            experts,
+            size.segment,
+            job.router_init,
+            seed,
+            routing="prefix" if job.model == "prefix" else "causal_segment",
+            first_segment=job.first_segment,
+        )
+        carried, objective = duplicated_moments(moments, experts), objectives.lory()
+    return model, carried if job.moments == "carry" else {}, objective
+
+
+def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
+    """Trains and scores; a warm-up leaves its model under `work` instead. data: what `--prepare` wrote."""
+    place, heard, begun = Place.current(), Heard(), time.monotonic()
+    instances = Shuffled(work / job.grouping, job.seed)
+    warm = work / "warm" / job.warm
+    torch.manual_seed(job.seed)
+    if job.model == "warmup":
+        dense, moments = LlamaForCausalLM(config_of(size)), {}
+    else:
+        dense = LlamaForCausalLM.from_pretrained(warm, dtype=torch.float32)
+        moments = load_file(warm / "moments.safetensors")
+    model, moments, objective = build(job, size, dense, moments, place.device.type)
+    plan = plan_of(size, job)
+    after = train(model, instances, objective, plan, place, work / "none", heard, moments)
+    trained = time.monotonic()
+    result: dict[str, Any] = {
+        "steps": plan.stop - plan.start,
+        "tokens": size.steps * size.batch * size.length,
+        "epochs": round(size.steps * size.batch / len(instances), 2),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "active_parameters": active_parameters(model),
+        "training": heard.rows[-1],
+        "losses": [round(row["loss"], 4) for row in heard.rows],
+    }
+    if job.model == "warmup":
+        model.save_pretrained(warm)
+        save_file({name: value.contiguous().cpu() for name, value in after.items()}, warm / "moments.safetensors")
+    else:
+        windows, domains, domain_of = held_out(data, size.vocabulary, size.length, size.segment)
+        windows = replace(windows, table=windows.table[: size.windows])
+        result["scores"] = scored(model, windows, domains, domain_of, place)
+        if job.model == "expert_choice":
+            rows = [instances.rows_of_step(step, size.batch, job.seed) for step in range(20)]
+            calibrate(model.eval(), [instances.batch(each).tokens.to(place.device) for each in rows])
+            result["scores_by_threshold"] = scored(model, windows, domains, domain_of, place)
+    result |= {"seconds": round(trained - begun, 1), "scoring_seconds": round(time.monotonic() - trained, 1)}
+    return result
+
+
+def config_of(size: Size) -> LlamaConfig:
+    return LlamaConfig(vocab_size=size.vocabulary, max_position_embeddings=size.length, **size.shape)
+
+
+def active_parameters(model: nn.Module) -> int:
+    """Parameters that one token passes through: the experts count as one dense FFN."""
+    experts = [(name, p.numel()) for name, p in model.named_parameters() if ".mlp.experts" in name]
+    total = sum(p.numel() for p in model.parameters())
+    config = model.config
+    copies = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", 1)
+    chosen = config.num_experts_per_tok if hasattr(config, "num_local_experts") else 1
+    return total - sum(count for _, count in experts) * (copies - chosen) // copies
+
+
+def scored(
+    model: nn.Module, windows: Windows, domains: list[str], domain_of: np.ndarray, place: Place, batch: int = 16
+) -> dict[str, Any]:
+    """Bits, bytes and tokens by domain, and the mean routing weights by layer and domain, on held-out text."""
+    sums = score(model, windows, len(domains), place, batch, lambda done, total: None)
+    size = sums.tokens * windows.bytes_a_token
+    columns = {"bits": sums.bits, "bytes": size, "tokens": sums.tokens}
+    by_domain = {name: np.bincount(domain_of, values, len(domains)) for name, values in columns.items()}
+    shares = [layer / np.maximum(sums.routed, 1)[:, None] for layer in sums.shares]
+    positions = sums.positions.sum(0)
+    return {
+        "domains": domains,
+        **{name: values.round(3).tolist() for name, values in by_domain.items()},
+        "bits_per_byte_by_position": (positions[:, 0] / np.maximum(positions[:, 1], 1)).round(4).tolist(),
+        "routing": [layer.round(5).tolist() for layer in shares],
+        "divergence": [round(divergence(layer), 5) for layer in shares],
+    }
+
+
+def divergence(rows: np.ndarray) -> float:
+    """Mean Jensen-Shannon divergence in bits over all pairs of distributions, the rows of [S, E]."""
+
+    def entropy(p: np.ndarray) -> np.ndarray:
+        return -(p * np.log2(np.clip(p, 1e-12, None))).sum(-1)
+
+    rows = rows / rows.sum(-1, keepdims=True)
+    a, b = np.triu_indices(len(rows), 1)
+    return float((entropy((rows[a] + rows[b]) / 2) - (entropy(rows[a]) + entropy(rows[b])) / 2).mean())
+
+
+def step_times(size: Size, work: Path, models: list[str], compiled: bool) -> list[dict[str, Any]]:
+    """Seconds of a training step and peak memory of each model, alone on the device, in the production loop."""
+    place, rows = Place.current(), []
+    instances = Instances(work / "similarity")
+    plan = Plan(0, 50, NEVER, size.batch, size.micro, 1e-5, 1, checkpoint_every=NEVER, log_every=10)
+    for name in models:
+        for compile_it in (False, True) if compiled else (False,):
+            torch.manual_seed(0)
+            dense = LlamaForCausalLM(config_of(size))
+            model, _, objective = build(Job(name), size, dense, {}, place.device.type)
+            if compile_it:
+                model.compile()
+            if place.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            heard = Heard()
+            train(model, instances, objective, plan, place, work / "none", heard)
+            best = max(row["tokens_per_second"] for row in heard.rows[1:])
+            peak = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
+            rows.append(
+                {
+                    "model": name,
+                    "compiled": compile_it,
+                    "milliseconds": round(1e3 * size.batch * size.length / best, 3),
+                    "peak_megabytes": round(peak / 2**20),
+                    "parameters": sum(p.numel() for p in model.parameters()),
+                }
+            )
+            del model, dense
+            if place.device.type == "cuda":
+                torch.cuda.empty_cache()
+    return rows

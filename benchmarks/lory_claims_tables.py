@@ -1,0 +1,217 @@
+"""The tables of `lory_claims.py`, as Markdown, from the results of whatever trainings have ended."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+TITLES = {
+    "dense": "dense twin",
+    "lory": "Lory",
+    "prefix": "prefix routing",
+    "expert_choice": "Expert Choice, tokens (looks ahead)",
+    "expert_choice_threshold": "Expert Choice, tokens, by threshold (causal)",
+    "segment_choice": "Expert Choice, segments (looks ahead)",
+    "top_k": "top-2 of 16 (Mixtral)",
+}
+EVERYTHING = "all"
+
+# (model, variant, grouping) -> seed -> result
+Runs = dict[tuple[str, str, str], dict[int, dict[str, Any]]]
+
+
+def collect(results: list[dict[str, Any]]) -> Runs:
+    """The results that hold scores; Expert Choice's causal scores stand as a model of their own."""
+    runs: Runs = defaultdict(dict)
+    for result in results:
+        job = result["job"]
+        if "scores" not in result:
+            continue
+        runs[job["model"], job["variant"], job["grouping"]][job["seed"]] = result
+        if "scores_by_threshold" in result:
+            causal = {**result, "scores": result["scores_by_threshold"]}
+            runs[f"{job['model']}_threshold", job["variant"], job["grouping"]][job["seed"]] = causal
+    return runs
+
+
+def perplexities(result: dict[str, Any]) -> dict[str, float]:
+    """Perplexity by domain and over all held-out tokens."""
+    scores = result["scores"]
+    bits, tokens = np.array(scores["bits"]), np.array(scores["tokens"])
+    each = dict(zip(scores["domains"], 2 ** (bits / tokens), strict=True))
+    return {**each, EVERYTHING: 2 ** (bits.sum() / tokens.sum())}
+
+
+def bits_per_byte(result: dict[str, Any]) -> dict[str, float]:
+    scores = result["scores"]
+    bits, size = np.array(scores["bits"]), np.array(scores["bytes"])
+    return {**dict(zip(scores["domains"], bits / size, strict=True)), EVERYTHING: bits.sum() / size.sum()}
+
+
+def changes(runs: Runs, key: tuple[str, str, str]) -> dict[str, list[float]]:
+    """By domain: change of the perplexity against the dense twin in percent, for every seed that has both."""
+    twins, found = runs.get(("dense", "", key[2]), {}), defaultdict(list)
+    for seed, result in sorted(runs.get(key, {}).items()):
+        if seed in twins:
+            dense = perplexities(twins[seed])
+            for name, value in perplexities(result).items():
+                found[name].append(100 * (value / dense[name] - 1))
+    return dict(found)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def spread(values: list[float], digits: int = 1, signed: bool = True) -> str:
+    """Mean and, with two or more values, their standard deviation."""
+    if not values:
+        return ""
+    mean = f"{np.mean(values):{'+' if signed else ''}.{digits}f}"
+    return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
+
+
+def report(size: str, results: list[dict[str, Any]], times: list[dict[str, Any]], surroundings: str) -> str:
+    """Everything that can be said so far."""
+    runs = collect(results)
+    main = [key for key in runs if not key[1]]
+    order = list(TITLES)
+    main.sort(key=lambda key: (key[2] != "similarity", key[2], order.index(key[0])))
+    parts = [f"## Lory's claims at size {size}\n\n{surroundings}\n"]
+    if main:
+        parts += [
+            _by_domain(runs, main),
+            _change_by_domain(runs, main),
+            _groupings(runs),
+            _routing(runs),
+            _domains(runs),
+        ]
+    variants = sorted(key for key in runs if key[1])
+    if variants:
+        parts.append(_variants(runs, variants))
+    if times:
+        parts.append(_times(times))
+    failed = [f"- {r['name']}: {r['error'].strip().splitlines()[-1]}" for r in results if "error" in r]
+    return "\n".join(part for part in [*parts, *failed] if part)
+
+
+def _label(key: tuple[str, str, str]) -> str:
+    return TITLES[key[0]] + ("" if key[2] == "similarity" else f", {key[2]} batches")
+
+
+def _by_domain(runs: Runs, keys: list[tuple[str, str, str]]) -> str:
+    parts = []
+    for title, measure, digits in (("Perplexity", perplexities, 2), ("Bits per byte", bits_per_byte, 4)):
+        domains = list(measure(next(iter(runs[keys[0]].values()))))
+        rows = []
+        for key in keys:
+            each = [measure(result) for result in runs[key].values()]
+            means = [f"{np.mean([one[domain] for one in each]):.{digits}f}" for domain in domains]
+            rows.append([_label(key), str(len(each)), *means])
+        parts.append(f"### {title} on held-out text, mean over seeds\n\n" + table(["model", "seeds", *domains], rows))
+    return "\n".join(parts)
+
+
+def _change_by_domain(runs: Runs, keys: list[tuple[str, str, str]]) -> str:
+    rows, domains = [], []
+    for key in keys:
+        found = changes(runs, key)
+        if key[0] != "dense" and found:
+            domains = list(found)
+            rows.append([_label(key), str(len(found[EVERYTHING])), *(spread(found[name]) for name in domains)])
+    title = "### Perplexity against the dense twin of the same batches and seed, %, mean ± standard deviation over seeds\n\n"
+    return title + table(["model", "seeds", *domains], rows) if rows else ""
+
+
+def _groupings(runs: Runs) -> str:
+    rows = []
+    for grouping in ("similarity", "domain", "random"):
+        dense, lory = runs.get(("dense", "", grouping), {}), runs.get(("lory", "", grouping), {})
+        gain = changes(runs, ("lory", "", grouping)).get(EVERYTHING, [])
+        if lory:
+            values = [[bits_per_byte(r)[EVERYTHING] for r in each.values()] for each in (dense, lory)]
+            rows.append([grouping, *(spread(each, 4, signed=False) for each in values), spread(gain)])
+    return (
+        "### Similarity batches against random ones, all domains\n\n"
+        + table(["batches", "dense, bits per byte", "Lory, bits per byte", "perplexity, %"], rows)
+        if rows
+        else ""
+    )
+
+
+def _routing(runs: Runs) -> str:
+    rows = []
+    for key in runs:
+        layers = [r["scores"]["divergence"] for r in runs[key].values()]
+        if key[1] or not layers[0]:
+            continue
+        training = [r["training"] for r in runs[key].values()]
+        entropy = [t["router_entropy"] for t in training if "router_entropy" in t]
+        used = [100 * t["expert_utilisation"] for t in training if "expert_utilisation" in t]
+        by_layer = " ".join(f"{value:.3f}" for value in np.mean(layers, axis=0))
+        rows.append(
+            [_label(key), by_layer, f"{np.mean(layers):.3f}", spread(entropy, 2, False), spread(used, 1, False)]
+        )
+    head = [
+        "model",
+        "divergence by layer, first to last",
+        "mean",
+        "router entropy, nats",
+        "experts above 2/E for a segment, %",
+    ]
+    return (
+        "### Specialisation: mean Jensen-Shannon divergence of routing between domains, bits\n\n" + table(head, rows)
+        if rows
+        else ""
+    )
+
+
+def _domains(runs: Runs) -> str:
+    """Mean routing weights by domain in the layer where they differ most, of the first seed."""
+    lory = runs.get(("lory", "", "similarity"), {})
+    if not lory:
+        return ""
+    scores = lory[min(lory)]["scores"]
+    layer = int(np.argmax(scores["divergence"]))
+    weights = np.array(scores["routing"][layer])
+    rows = [[name, *(f"{w:.2f}" for w in row)] for name, row in zip(scores["domains"], weights, strict=True)]
+    head = ["domain", *(f"expert {i}" for i in range(weights.shape[1]))]
+    return f"### Mean routing weights of Lory in layer {layer + 1}, seed {min(lory)}\n\n" + table(head, rows)
+
+
+def _variants(runs: Runs, keys: list[tuple[str, str, str]]) -> str:
+    base = changes(runs, ("lory", "", "similarity")).get(EVERYTHING, [])
+    twins, defaults = runs.get(("dense", "", "similarity"), {}), runs.get(("lory", "", "similarity"), {})
+    rows = [["defaults", str(len(base)), spread(base), ""]]
+    for key in sorted(keys, key=lambda key: float(np.mean(changes(runs, key).get(EVERYTHING, [0])))):
+        found, seeds = changes(runs, key).get(EVERYTHING, []), [s for s in runs[key] if s in twins and s in defaults]
+        beside = [
+            100 * (perplexities(runs[key][s])[EVERYTHING] / perplexities(defaults[s])[EVERYTHING] - 1) for s in seeds
+        ]
+        rows.append([key[1], str(len(found)), spread(found), spread(beside, 2)])
+    head = ["variant of Lory", "seeds", "perplexity against dense, %", "against the defaults, same seeds, %"]
+    return "### The switch and other settings\n\n" + table(head, rows)
+
+
+def _times(times: list[dict[str, Any]]) -> str:
+    rows = []
+    for row in times:
+        twin = next(t for t in times if t["model"] == "dense" and t["compiled"] == row["compiled"])
+        memory = f"{row['peak_megabytes']} MiB" if row["peak_megabytes"] else ""
+        rows.append(
+            [
+                TITLES[row["model"]] + (", compiled" if row["compiled"] else ""),
+                f"{row['milliseconds']:.2f}",
+                f"{row['milliseconds'] / twin['milliseconds']:.2f}",
+                memory,
+                f"{row['parameters'] / 1e6:.1f}M",
+            ]
+        )
+    return (
+        "### A training step alone on the device, in the production loop (optimizer included)\n\n"
+        + table(["model", "ms", "times dense", "peak memory", "parameters"], rows)
+        + "\nOn a GPU the top-2 mixture computes every expert for every token: its time is not that of a grouped kernel.\n"
+    )
