@@ -75,6 +75,8 @@ def work_on(tasks: Any, results: Any, size: Any, data: Path, work: Path) -> None
     while True:
         job = tasks.get()
         begun = time.monotonic()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         try:
             result = run_job(job, size, data, work)
         except Exception:

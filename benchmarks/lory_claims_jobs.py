@@ -246,6 +246,7 @@ def divergence(rows: np.ndarray) -> float:
     def entropy(p: np.ndarray) -> np.ndarray:
         return -(p * np.log2(np.clip(p, 1e-12, None))).sum(-1)
 
+    rows = rows[rows.sum(-1) > 0]
     rows = rows / rows.sum(-1, keepdims=True)
     a, b = np.triu_indices(len(rows), 1)
     return float((entropy((rows[a] + rows[b]) / 2) - (entropy(rows[a]) + entropy(rows[b])) / 2).mean())

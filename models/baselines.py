@@ -290,7 +290,8 @@ def masked_experts(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_w
     weights_nE = hidden.new_zeros(len(hidden), self.num_experts, dtype=top_k_weights.dtype)
     weights_nE = weights_nE.scatter(1, top_k_index, top_k_weights)
     gate, up = torch.matmul(hidden, self.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)
-    y_EnD = torch.matmul(self.act_fn(gate) * up * weights_nE.t().unsqueeze(-1), self.down_proj.transpose(1, 2))
+    weighted = self.act_fn(gate) * up * weights_nE.t().unsqueeze(-1).to(gate.dtype)
+    y_EnD = torch.matmul(weighted, self.down_proj.transpose(1, 2))
     return y_EnD.sum(0).to(hidden.dtype)
 
 

@@ -235,8 +235,9 @@ def load_moments(
     for name, parameter in named.items():
         state = {what: moments.get(f"{name}.{what}") for what in ("exp_avg", "exp_avg_sq", "step")}
         if all(value is not None for value in state.values()):
+            # Fused AdamW reads its step counter where the parameter is.
             optimizer.state[parameter] = {
-                what: value.clone() if what == "step" else value.to(parameter, copy=True)
+                what: value.to(parameter.device if what == "step" else parameter, copy=True)
                 for what, value in state.items()
             }
 
