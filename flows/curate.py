@@ -9,6 +9,8 @@ from prefect import flow
 from flows.parameters import CurateParameters, check
 from flows.run import open_run
 from storage.artifact import Artifact
+from tasks.budget import BudgetSettings, budget
+from tasks.data_report import DataReportSettings, data_report
 from tasks.embed import STATIC, EmbedSettings, embed
 from tasks.group import GroupSettings, group
 from tasks.ingest import IngestSettings, ingest
@@ -23,7 +25,9 @@ from tasks.tokenizer import TokenizerSettings, tokenizer
 
 @dataclass(frozen=True)
 class Curated:
-    """Instances of the original languages, of the expanded ones and for the review; None where no language asks for them."""
+    """Instances of the original languages, of the expanded ones and for the review, None where no language asks for them; and
+    the data report. documents: with the split that training sees, so after budgets.
+    """
 
     ingested: Artifact
     documents: Artifact
@@ -32,6 +36,7 @@ class Curated:
     original: Artifact
     expanded: Artifact | None
     review: Artifact | None
+    data_report: Artifact
 
 
 @flow(name="curate")
@@ -51,10 +56,18 @@ def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
             documents=documents, neighbors=nearest, embeddings=embeddings, settings=GroupSettings.of(parameters)
         )
         tokens = tokenizer(documents=documents, settings=TokenizerSettings.of(parameters))
+        if parameters.language_budgets or parameters.language_weights:
+            documents = budget(documents=documents, tokenizer=tokens, settings=BudgetSettings.of(parameters))
 
         def packed(what: str, of: Artifact, along: Artifact | None, which: str) -> Artifact:
-            settings = PackSettings.of(parameters, pack_group=which)
-            return pack(label=f"pack {what}", documents=of, tokenizer=tokens, grouping=along, settings=settings)
+            return pack(
+                label=f"pack {what}",
+                documents=of,
+                tokenizer=tokens,
+                grouping=along,
+                embeddings=embeddings,
+                settings=PackSettings.of(parameters, pack_group=which),
+            )
 
         original = packed("original", documents, grouping, "original")
         expanded = review = None
@@ -62,4 +75,11 @@ def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
             expanded = packed("expanded", documents, grouping, "expanded")
             replayed = replay(documents=documents, grouping=grouping, settings=ReplaySettings.of(parameters))
             review = packed("review", replayed, None, "all")
-        return Curated(ingested, documents, grouping, tokens, original, expanded, review)
+        page = data_report(
+            ingested=ingested,
+            documents=documents,
+            grouping=grouping,
+            instances={"original": original, "expanded": expanded, "review": review},
+            settings=DataReportSettings.of(parameters),
+        )
+        return Curated(ingested, documents, grouping, tokens, original, expanded, review, page)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from storage.errors import EclectusError
+from tasks.budget import BudgetSettings
+from tasks.data_report import DataReportSettings
 from tasks.embed import EmbedSettings
 from tasks.evaluate import EvaluateSettings
 from tasks.extend import ExtendSettings
@@ -34,8 +36,10 @@ class CurateParameters(
     NeighborSettings,
     GroupSettings,
     TokenizerSettings,
+    BudgetSettings,
     ReplaySettings,
     PackSettings,
+    DataReportSettings,
 ):
     """From sources to training instances."""
 

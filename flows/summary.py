@@ -54,6 +54,10 @@ def _places(run: Run, result: Any) -> dict[str, Path]:
         page = run.home.root / "report.html"
         shutil.copyfile(result.report.file("report.html"), page)
         places["report"] = page
+    data_report = getattr(getattr(result, "curated", result), "data_report", None)
+    if data_report is not None:
+        places["data report"] = run.home.root / "data.html"
+        shutil.copyfile(data_report.file("data.html"), places["data report"])
     for name, artifact in getattr(result, "checkpoints", {}).items():
         places[f"checkpoint {name}"] = Path(artifact.path)
     for name in ("dense", "lory", "upcycled", "post_pretrained", "reviewed", "original", "expanded", "review"):

@@ -3,7 +3,7 @@
     known documents     found in earlier `embeddings` artifacts of the same model and limits, by document id: copied
     the others          sorted by length within windows, cut into chunks; each actor loads the model once and writes every
                         finished chunk to the home's `work` folder, so that a killed run loses one chunk per worker
-                        (a static model embeds a thousand documents or fewer right here)
+                        (a static model embeds 50,000 documents or fewer right here)
     result              embeddings.npy [N, D], row i = document i, L2-normalised; ids.npy [N]
 
 Price: the model's own `encode` time for the documents that are new to it, plus starting the actors (about 8 s: imports).
@@ -14,6 +14,7 @@ batch (1e-7 in a cosine); a document keeps the bits of the first time.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -32,15 +33,14 @@ from storage.errors import EclectusError
 from tasks.documents import read_table
 from tasks.run import current_run, metric, progress
 from tasks.settings import Place
-from tasks.static_embedding import EmbeddingText, is_static_model
+from tasks.static_embedding import EmbeddingText, StaticModel, is_static_model
 from tasks.step import step
 from tasks.texts import TextReader
 
 STATIC = "static"
 ROWS = 65_536
-STATIC_CHUNK = 8_192
-STATIC_BATCH = 512
-STATIC_IN_PROCESS = 1_000
+STATIC_CHUNK = 2_048
+STATIC_IN_PROCESS = 50_000
 STATIC_DOCUMENTS_AN_ACTOR = 200_000
 BATCHES_A_CHUNK = 4
 WINDOW = 8_192
@@ -72,7 +72,7 @@ def model_fingerprint(settings: EmbedSettings) -> dict[str, str]:
     return {"embedding_model": digest_folder(Path(settings.embedding_model))} if _is_folder(settings) else {}
 
 
-@step(makes="embeddings", version=1, fingerprint=model_fingerprint)
+@step(makes="embeddings", version=2, fingerprint=model_fingerprint)
 def embed(documents: Artifact, settings: EmbedSettings, out: Draft, model: Artifact | None = None) -> None:
     """Embeds every document, train and held-out; only those are computed that this model has not embedded before.
 
@@ -119,16 +119,21 @@ class Encoder:
         """threads: CPU threads that this process shall compute with from now on; 0 leaves it as it is."""
         if threads:
             os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+        self.settings = settings
+        if is_static_model(Path(source)):
+            self.model = StaticModel.load(Path(source))
+            self._encode = self.model.encode
+            return
         import torch
         from sentence_transformers import SentenceTransformer
 
         if threads:
             torch.set_num_threads(threads)
-        self.settings = settings
         self.model = SentenceTransformer(source, device=settings.embedding_device)
         self.model.eval()
-        static = type(self.model[0]).__name__ == "StaticEmbedding"
-        self._batch = max(STATIC_BATCH, settings.embedding_batch) if static else settings.embedding_batch
+        self._encode = functools.partial(
+            self.model.encode, batch_size=settings.embedding_batch, show_progress_bar=False
+        )
 
     def digest(self) -> str:
         """SHA-256 over the names and bytes of the weights, for models that are known by a name only."""
@@ -141,8 +146,7 @@ class Encoder:
     def encode(self, texts: list[str]) -> np.ndarray:
         """Unit vectors [N, D] in the stored precision; zeros where the model gives nothing or no finite number."""
         cut = [text[: self.settings.embedding_maximum_characters] for text in texts]
-        vectors = self.model.encode(cut, batch_size=self._batch, show_progress_bar=False)
-        vectors = np.asarray(vectors, np.float64).reshape(len(texts), -1)
+        vectors = np.asarray(self._encode(cut), np.float64).reshape(len(texts), -1)
         vectors[~np.isfinite(vectors).all(axis=1)] = 0
         norms = np.sqrt((vectors * vectors).sum(axis=1, keepdims=True))
         return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0).astype(
@@ -185,15 +189,18 @@ class _Pool:
         """Embeds these rows of the documents [N] with these ids [N], every chunk into a file of its own under `work`."""
         if len(rows) == 0:
             return
+        chunks = self._cut(rows)
+        tell, done = progress(len(rows), "embedding", "documents"), 0
         if self.static and len(rows) <= STATIC_IN_PROCESS and not self.settings.embedding_workers:
-            # An actor would import for seconds to work for milliseconds.
-            Encoder(str(self.source), self.settings).embed(self.documents, rows, ids[rows], str(work))
+            # Ray and an actor would start for 8 seconds to work for less.
+            encoder = Encoder(str(self.source), self.settings)
+            for chunk in chunks:
+                done += encoder.embed(self.documents, chunk, ids[chunk], str(work))
+                tell(done)
             return
         import ray
 
-        chunks = self._cut(rows)
         self._start(self._size(len(rows), len(chunks)))
-        tell, done = progress(len(rows), "embedding", "documents"), 0
         free, running = list(self.actors), {}
         while chunks or running:
             while chunks and free:

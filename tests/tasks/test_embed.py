@@ -1,7 +1,12 @@
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 
 from storage.artifact import ArtifactStore
@@ -15,9 +20,7 @@ from tasks.run import Run, activate
 from tasks.static_embedding import StaticEmbeddingSettings, train_embedding
 from tests.tasks.topics import TOPICS, make, topical, write_documents
 
-SMALL = StaticEmbeddingSettings(
-    embedding_dimension=16, embedding_vocabulary=600, embedding_steps=5, embedding_threads=1
-)
+SMALL = StaticEmbeddingSettings(embedding_dimension=16, embedding_vocabulary=600, embedding_steps=5)
 ROWS = topical(dict.fromkeys(TOPICS, 40))
 
 
@@ -135,7 +138,7 @@ def test_half_precision_and_documents_without_a_word(run, model):
 
 def test_what_is_not_finite_becomes_zero(model):
     encoder = Encoder(model.path, EmbedSettings(), threads=1)
-    encoder.model[0].embedding.weight.data[:] = np.nan
+    encoder.model.weights[:] = np.nan
     assert (encoder.encode(["harbour sail"]) == 0).all()
 
 
@@ -191,3 +194,46 @@ def test_a_missing_model_is_one_clear_line(run, settings, words):
     with pytest.raises(EclectusError, match=words) as raised:
         embed(documents=documents, settings=settings)
     assert "\n" not in str(raised.value)
+
+
+KILLED = """
+import sys
+from storage.artifact import Artifact
+from storage.home import Home
+from storage.journal import Journal
+from storage.known import KnownKeys
+from tasks.embed import EmbedSettings, embed
+from tasks.run import Run, activate
+
+place, name, model = sys.argv[1:]
+home = Home.open(place)
+with activate(Run("killed", home, Journal(home.journal, "killed"), KnownKeys(home.keys, home.store))):
+    settings = EmbedSettings(embedding_model=model, embedding_batch=1, embedding_workers=1)
+    print(embed(documents=home.store.find(name), settings=settings).statistics["reused"], flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_ray_embeds_leaves_its_chunks_to_the_next(tmp_path, transformer):
+    home = Home.open(tmp_path / "home")
+    documents = write_documents(home.store, topical(dict.fromkeys(TOPICS, 400)))
+    command = [sys.executable, "-c", KILLED, str(home.root), documents.name, str(transformer)]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    children = []
+    while len(finished := list(home.work.glob("embedding/*/[!.]*.ids.npy"))) < 3:
+        assert killed.poll() is None, "the run ended before it could be killed"
+        children = psutil.Process(killed.pid).children(recursive=True)
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    # Ray's agents take minutes to notice; what embeds must be gone before the chunks are counted.
+    _, left = psutil.wait_procs(children, timeout=5)
+    for each in left:
+        each.kill()
+    psutil.wait_procs(left)
+    finished = list(home.work.glob("embedding/*/[!.]*.ids.npy"))
+    assert not list(home.store.root.glob("embeddings/*"))
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(again.stdout) == sum(len(np.load(each)) for each in finished) >= 3 * 4
+    (whole,) = home.store.root.glob("embeddings/*/embeddings.npy")
+    assert np.allclose(np.linalg.norm(np.load(whole), axis=1), 1, atol=1e-6)

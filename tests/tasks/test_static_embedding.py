@@ -10,7 +10,7 @@ from tasks.run import Run, activate
 from tasks.static_embedding import SEEN, StaticEmbeddingSettings, train_embedding
 from tests.tasks.topics import TOPICS, make, topical, write_documents
 
-SMALL = {"embedding_dimension": 16, "embedding_vocabulary": 600, "embedding_steps": 20, "embedding_threads": 1}
+SMALL = {"embedding_dimension": 16, "embedding_vocabulary": 600, "embedding_steps": 20}
 
 
 @pytest.fixture
