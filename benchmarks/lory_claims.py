@@ -149,7 +149,9 @@ def run(arguments: argparse.Namespace) -> None:
     from lory_claims_jobs import SIZES, step_times
 
     size = SIZES[arguments.size]
-    changed = {name: getattr(arguments, name) for name in ("tokens", "batch", "jobs", "learning_rate", "windows")}
+    changed = {
+        name: getattr(arguments, name) for name in ("tokens", "batch", "jobs", "learning_rate", "windows", "length")
+    }
     size = dataclasses.replace(size, **{name: value for name, value in changed.items() if value})
     out = Path(arguments.out or os.environ.get("OUT", "."))
     out.mkdir(parents=True, exist_ok=True)
@@ -164,16 +166,18 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         for grouping in {job.grouping for job in wanted} | {GROUPINGS[0]}:
-            unpack(Path(arguments.run), size.vocabulary, grouping, work / grouping)
+            unpack(Path(arguments.run), size.vocabulary, grouping, work / grouping, size.length)
         timed = arguments.timed.split(",") if arguments.timed else []
         times = step_times(size, work, timed, arguments.compiled)
+
+        name = f"claims-{arguments.size}" + (f"-{arguments.label}" if arguments.label else "")
 
         def done(result: dict[str, Any]) -> None:
             results.append(result)
             print(_line(result, time.monotonic() - begun), flush=True)
             content = {"size": arguments.size, "settings": dataclasses.asdict(size), "times": times, "results": results}
-            (out / f"claims-{arguments.size}.json").write_text(json.dumps({"surroundings": surroundings, **content}))
-            (out / f"claims-{arguments.size}.md").write_text(report(arguments.size, results, times, surroundings))
+            (out / f"{name}.json").write_text(json.dumps({"surroundings": surroundings, **content}))
+            (out / f"{name}.md").write_text(report(arguments.size, results, times, surroundings))
 
         deadline = begun + 60 * arguments.minutes
         Trainings(wanted, size, Path(arguments.run), work, size.jobs).run(deadline, done)
@@ -203,9 +207,11 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="time the models under torch.compile too")
     parser.add_argument("--tokens", type=float, help="training tokens, instead of the size's")
     parser.add_argument("--batch", type=int, help="instances a step, instead of the size's")
+    parser.add_argument("--length", type=int, help="tokens in an instance, instead of the size's")
     parser.add_argument("--learning-rate", type=float, help="peak rate, instead of the size's")
     parser.add_argument("--jobs", type=int, help="trainings side by side, instead of the size's")
     parser.add_argument("--windows", type=int, help="score at most this many windows of held-out text, at random")
+    parser.add_argument("--label", default="", help="added to the names of the results")
     parser.add_argument("--out", help="folder of the results; $OUT or here by default")
     arguments = parser.parse_args()
     if arguments.prepare:

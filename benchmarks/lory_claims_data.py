@@ -146,14 +146,16 @@ def _held_out_arrays(documents: Any, tokenizer: Any) -> dict[str, np.ndarray]:
     }
 
 
-def unpack(place: Path, vocabulary: int, grouping: str, out: Path) -> None:
-    """Writes the instances of one grouping into the directory `out`, for `models.instances.Instances`."""
+def unpack(place: Path, vocabulary: int, grouping: str, out: Path, length: int) -> None:
+    """Writes the instances of one grouping, `length` tokens each, into the directory `out`, for `models.instances.Instances`."""
     path = place / f"v{vocabulary}.npz"
     with np.load(path) as file:
         about = json.loads(file["about"].tobytes())
         flat, starts, spans = file["flat"], file["starts"], file[f"spans_{grouping}"].astype(np.int64)
-    count = -(-int(spans[:, :2].sum(1).max()) // about["length"])
-    tokens = np.full(count * about["length"], about["end_of_document"], flat.dtype)
+    if length != about["length"]:
+        spans, about["length"] = _cut_again(spans, about["length"], length), length
+    count = -(-int(spans[:, :2].sum(1).max()) // length)
+    tokens = np.full(count * length, about["end_of_document"], flat.dtype)
     tokens[_places(spans[:, 0], spans[:, 1])] = flat[_places(starts[spans[:, 2]] + spans[:, 5], spans[:, 1])]
     out.mkdir(parents=True)
     tokens.tofile(out / "tokens.bin")
@@ -167,6 +169,31 @@ def unpack(place: Path, vocabulary: int, grouping: str, out: Path) -> None:
     }
     about |= {"domains": about["domains"][grouping], "matrices": {"input_ids": matrix}}
     (out / "instances.json").write_text(json.dumps(about))
+
+
+def _cut_again(spans: np.ndarray, before: int, length: int) -> np.ndarray:
+    """Spans of instances of another length: instances that a document runs through are joined again, cut and shuffled."""
+    firsts = np.flatnonzero(spans[:, 0] % before == 0)
+    ends = np.append(firsts[1:], len(spans))
+    begin_of = {(row[2], row[5]): i for i, row in enumerate(spans[firsts])}
+    follower = [begin_of.get((row[2], row[5] + row[1])) for row in spans[ends - 1]]
+    followed = set(follower) - {None}
+    order = []
+    for at in (i for i in range(len(firsts)) if i not in followed):
+        while at is not None:
+            order.append(at)
+            at = follower[at]
+    joined = np.concatenate([spans[firsts[i] : ends[i]] for i in order])
+    begins = np.concatenate([[0], np.cumsum(joined[:, 1])])
+    count = int(begins[-1]) // length
+    cuts = np.unique(np.concatenate([begins[begins < count * length], np.arange(0, count * length, length)]))
+    position = np.searchsorted(begins, cuts, side="right") - 1
+    place = np.random.default_rng(0).permutation(count)
+    again = joined[position]
+    again[:, 0] = place[cuts // length] * length + cuts % length
+    again[:, 1] = np.diff(np.append(cuts, count * length))
+    again[:, 5] += cuts - begins[position]
+    return again[np.argsort(again[:, 0])]
 
 
 def held_out(place: Path, vocabulary: int, length: int, context: int) -> tuple[Any, list[str], np.ndarray]:
