@@ -29,10 +29,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers import initialization as init
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from models.lory_config import check_choice
 from models.lory_dense import dense_ffn_names, expand_dense_tensors
@@ -296,3 +304,7 @@ def masked_experts(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_w
 
 
 ALL_EXPERTS_FUNCTIONS.register("masked", masked_experts)
+
+if "expert_choice" not in CONFIG_MAPPING:
+    AutoConfig.register("expert_choice", ExpertChoiceConfig)
+    AutoModelForCausalLM.register(ExpertChoiceConfig, ExpertChoiceForCausalLM)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from models.baselines import (
     ExpertChoiceConfig,
@@ -84,7 +84,7 @@ def test_expert_choice_survives_saving(dense, tmp_path):
     model = ExpertChoiceForCausalLM.from_dense(dense, 4, router_initializer_range=1.0)
     calibrate(model, [tokens()])
     model.save_pretrained(tmp_path)
-    again = ExpertChoiceForCausalLM.from_pretrained(tmp_path).eval()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(again(tokens()).logits, model(tokens()).logits)
 
 
