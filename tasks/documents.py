@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -102,11 +101,3 @@ def read_table(documents: Artifact, columns: list[str] | None = None, where: pc.
     """The documents in order as one table: choose columns, text is large."""
     source = ds.dataset([str(path) for path in parts(documents)], schema=SCHEMA, format="parquet")
     return source.to_table(columns=columns, filter=where)
-
-
-def read_texts(documents: Artifact, rows: np.ndarray) -> list[str]:
-    """The texts of these row numbers (int array, any order, repeats allowed), reading only their row groups."""
-    source = ds.dataset([str(path) for path in parts(documents)], schema=SCHEMA, format="parquet")
-    unique, back = np.unique(rows, return_inverse=True)
-    texts = source.take(pa.array(unique), columns=["text"])["text"].to_pylist()
-    return [texts[i] for i in back]

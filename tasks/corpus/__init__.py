@@ -18,9 +18,9 @@ from typing import Literal
 from pydantic import Field
 
 from tasks.corpus import catalogs, prose, python_library
-from tasks.corpus.languages import identify
 from tasks.corpus.packages import Package, require
 from tasks.corpus.text import Document, within_budget, without_repeats
+from tasks.languages import detect
 from tasks.settings import Settings
 
 Language = Literal["en", "el", "hu", "tr", "es", "zh"]
@@ -155,7 +155,7 @@ def _chosen(documents: list[Document], settings: CorpusSettings) -> list[Documen
     distinct = without_repeats(sample, settings.corpus_repeat_share)
     # Code is in no language that the identifier knows.
     spoken = [
-        document for document in distinct if document.domain == "code" or identify(document.text) == document.language
+        document for document in distinct if document.domain == "code" or detect(document.text)[0] == document.language
     ]
     return within_budget(spoken, budget)
 

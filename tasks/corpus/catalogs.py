@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from storage.errors import EclectusError
-from tasks.corpus.languages import identify
 from tasks.corpus.packages import Package
 from tasks.corpus.text import Document
+from tasks.languages import detect
 
 PACKAGES = [
     Package("gramps", "GPL-2.0-or-later"),
@@ -160,7 +160,7 @@ def _prose(pairs: Iterable[tuple[str, str]], language: str, minimum_words: int) 
         cleaned = _cleaned(text)
         if cleaned.lower() in seen or not _is_prose(cleaned, minimum_words):
             continue
-        if language != "en" and identify(cleaned) == "en":
+        if language != "en" and detect(cleaned)[0] == "en":
             continue
         seen.add(cleaned.lower())
         yield message, cleaned

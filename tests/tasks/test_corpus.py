@@ -14,8 +14,8 @@ import pytest
 from storage.errors import EclectusError
 from tasks.corpus import CorpusSettings, CorpusSummary, write_corpus
 from tasks.corpus.catalogs import read_catalog
-from tasks.corpus.languages import identify
 from tasks.corpus.text import Document, cut, within_budget, without_repeats
+from tasks.languages import detect
 
 SETTINGS = CorpusSettings()
 SMALL = CorpusSettings(corpus_languages=("tr", "hu"), corpus_expanded_bytes=60_000)
@@ -72,7 +72,7 @@ def test_every_document_but_code_is_identified_as_its_language(documents):
     wrong = [
         document["id"]
         for document in documents
-        if document["domain"] != "code" and identify(document["text"]) != document["language"]
+        if document["domain"] != "code" and detect(document["text"])[0] != document["language"]
     ]
     assert wrong == []
 
@@ -84,7 +84,7 @@ def test_lines_of_translated_interface_text_are_hardly_ever_english(documents):
         if document["domain"] == "interface" and document["language"] != "en"
         for line in document["text"].split("\n")
     ]
-    english = [line for _, line in lines if identify(line) == "en"]
+    english = [line for _, line in lines if detect(line)[0] == "en"]
     assert len(lines) > 1_000
     assert len(english) < 0.01 * len(lines), english[:5]
 
