@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="part of the training documents to take")
     parser.add_argument("--run", type=Path, help="folder that --prepare wrote")
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["laptop"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="of the first size; the others have one")
     parser.add_argument("--minutes", type=float, default=20.0, help="when to stop, from the start of the program")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: 10 on a GPU, one a core on a CPU")
     parser.add_argument("--out", type=Path, default=Path("lpr-claims"), help="results, without ending")
@@ -79,7 +79,7 @@ def run(chosen: argparse.Namespace, deadline: float) -> None:
         jobs = []
         for priority, name in enumerate(chosen.size):
             try:
-                jobs += jobs_of(SIZES[name], chosen, scratch, priority)
+                jobs += jobs_of(SIZES[name], chosen, board, scratch, priority)
             except FileNotFoundError as error:
                 board.errors.append(f"size {name}: {error}")
         board.write()
@@ -107,7 +107,6 @@ class Board:
         self._out = chosen.out
         self._hidden = str(scratch)
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.board = self
 
     def write(self) -> None:
         state = {"about": self.about, "results": self.results, "errors": self.errors}
@@ -153,15 +152,15 @@ def work(jobs: list[dict[str, Any]], board: Board, deadline: float) -> None:
         pool.join()
 
 
-def jobs_of(size: Size, chosen: argparse.Namespace, scratch: Path, rank: int) -> list[dict[str, Any]]:
+def jobs_of(size: Size, chosen: argparse.Namespace, board: Board, scratch: Path, rank: int) -> list[dict[str, Any]]:
     """All jobs of one size. priority: (which part, size, seed); lower is earlier."""
     cuda = torch.cuda.is_available()
     packed = chosen.scratch / f"packed-{size.name}"
-    chosen.board.about["data"][size.name] = pack(chosen.run, size.tokenizer, size.length, size.expanded, packed)
+    board.about["data"][size.name] = pack(chosen.run, size.tokenizer, size.length, size.expanded, packed)
     queue = Queue(size, chosen, scratch, rank, packed, 1 if cuda else 0)
     if size.shape is None:
         queue.common["gguf"] = str(join_base(chosen.run, chosen.scratch / "base").parent)
-    for seed in range(1 if size.shape is None else chosen.seeds):
+    for seed in range(chosen.seeds if rank == 0 and size.shape is not None else 1):
         queue.methods(seed, all_rates=cuda and size.shape is not None)
     if not chosen.no_sweeps:
         queue.sweeps()

@@ -172,7 +172,11 @@ def _write_instances(
     domains = sorted({each["domain"] for each in documents})
     flat = np.concatenate([np.array([*each["ids"], end], np.uint16) for each in documents])
     count = len(flat) // length
-    flat[: count * length].tofile(out / "tokens.bin")
+    # Instances are shuffled: a long document would fill whole batches otherwise.
+    places = np.random.default_rng(2).permutation(count)
+    rows = np.empty((count, length), np.uint16)
+    rows[places] = flat[: count * length].reshape(count, length)
+    rows.tofile(out / "tokens.bin")
     spans, start = [], 0
     tokens = dict.fromkeys(about["languages"], 0)
     for number, each in enumerate(documents):
@@ -181,10 +185,11 @@ def _write_instances(
         labels = (number, about["languages"].index(each["language"]), domains.index(each["domain"]))
         while start < min(stop, count * length):
             border = min(stop, (start // length + 1) * length)
-            spans.append((start, border - start, *labels))
+            moved = int(places[start // length]) * length + start % length
+            spans.append((moved, border - start, *labels))
             start = border
         start = stop
-    np.save(out / "spans.npy", np.array(spans, np.int64))
+    np.save(out / "spans.npy", np.array(sorted(spans), np.int64))
     stored = {"file": "tokens.bin", "dtype": "uint16", "offset": 0, "rows": count, "columns": length}
     meta = {"length": length, "vocabulary": about["vocabulary"], "end_of_document": end, "domains": domains}
     meta |= {"languages": about["languages"], "matrices": {"input_ids": stored}}

@@ -35,7 +35,7 @@ from models.extension_baselines import MixedInstances, one_stage, open_method, s
 from models.instances import Instances
 from models.losses import balance_loss, language_prior_loss
 from models.place import Place
-from models.train import Objective, Plan, train
+from models.train import Objective, Plan, autocast, train
 from models.upcycle import upcycle
 
 ORIGINAL = "en"
@@ -71,11 +71,11 @@ SIZES = {
             4e-3, 4e-3, 1e-2, 3.0, dict(hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4),
         ),
         Size(
-            "30m", "bpe-8192.json", ("el", "hu", "tr"), 6, 32, 32, (300, 2000), 32, (60, 400), (40, 150),
+            "30m", "bpe-8192.json", ("el", "hu", "tr"), 6, 32, 32, (300, 1200), 32, (60, 400), (40, 150),
             1e-3, 1e-3, 5e-3, 3.0, dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8),
         ),
         Size(
-            "smollm", "smollm.json", ("el", "hu", "tr", "es"), 6, 32, 8, (0, 0), 0, (20, 300), (10, 150),
+            "smollm", "smollm.json", ("el", "hu", "tr", "es"), 6, 32, 16, (0, 0), 0, (20, 150), (10, 60),
             0.0, 5e-4, 5e-3, 1.0, None,
         ),
         Size(
@@ -120,8 +120,11 @@ def train_base(job: dict[str, Any]) -> dict[str, Any]:
     """A dense model of English text; SmolLM2 is only unpacked."""
     size, out = SIZES[job["size"]], Path(job["out"])
     if size.shape is None:
-        model = AutoModelForCausalLM.from_pretrained(job["gguf"], gguf_file="base.gguf", dtype=torch.float32)
-        del model.config.quantization_config
+        loaded = AutoModelForCausalLM.from_pretrained(job["gguf"], gguf_file="base.gguf", dtype=torch.float32)
+        # A model out of a GGUF file refuses to be saved, though its weights are plain fp32 by then.
+        config = LlamaConfig(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
+        model = LlamaForCausalLM(config)
+        model.load_state_dict(loaded.state_dict())
     else:
         torch.manual_seed(job["seed"])
         data = Instances(Path(job["packed"]) / "english")
@@ -285,9 +288,10 @@ def routing_share(model: torch.nn.Module, job: dict[str, Any]) -> dict[str, Any]
         tokens = torch.from_numpy(rows[: len(rows) // windows.length * windows.length]).view(-1, windows.length)
         if not len(tokens):
             continue
-        layers = model(input_ids=tokens.to(place.device), use_cache=False, output_router_logits=True).router_logits
+        with autocast(place.device):
+            output = model(input_ids=tokens.to(place.device), use_cache=False, output_router_logits=True)
         by_layer = []
-        for logits in layers:
+        for logits in output.router_logits:
             best = logits.float().softmax(-1).topk(top_k, dim=-1)
             weight = (best.values * (best.indices == 0)).sum(-1) / best.values.sum(-1)
             by_layer.append(round(weight.mean().item(), 4))

@@ -39,6 +39,12 @@ def step_times(cuda: bool) -> dict[str, Any]:
         "ours, stage 1": lambda: contender("post_pretrain", shape, experts),
         "ours, stage 2": lambda: contender("review", shape, experts),
     }
+    if cuda:
+        # With fp32 weights transformers multiplies in fp32 even under autocast: this is it at its best.
+        contenders |= {
+            "transformers Mixtral, all trained, weights in bf16": lambda: contender("stock", shape, experts, True),
+            "ours, stage 1, weights in bf16": lambda: contender("post_pretrain", shape, experts, True),
+        }
     measured = {}
     for name, make in contenders.items():
         measured[name] = measure(make, rows, length, steps)
@@ -49,13 +55,15 @@ def step_times(cuda: bool) -> dict[str, Any]:
     return {"shape": f"{words}, {experts} experts, top-2, batch {rows} x {length}", "rows": measured}
 
 
-def contender(kind: str, shape: dict[str, int], experts: int) -> tuple[torch.nn.Module, Any]:
-    """(model, objective): the stock Mixtral with everything trained, or ours in a stage."""
+def contender(kind: str, shape: dict[str, int], experts: int, half: bool = False) -> tuple[torch.nn.Module, Any]:
+    """(model, objective): the stock Mixtral with everything trained, or ours in a stage; half: weights in bf16."""
     config = MixtralConfig(**shape, num_local_experts=experts, num_experts_per_tok=2, tie_word_embeddings=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm")
+    if half:
+        model.to(torch.bfloat16)
     if kind == "stock":
         for parameter in model.parameters():
             parameter.requires_grad_(True)
