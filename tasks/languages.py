@@ -5,12 +5,10 @@ probabilities are averaged. One piece will not do: fastText takes a page that is
 for Greek in 92% of cases; three pieces say English in all, and a half translated page gets half the confidence. Code
 confuses fastText, so where the first judgement is below `SURE`, the samples are judged again without ASCII digits and
 symbols, and both count.
-Measured on 7,300 documents (`../shared/corpus`, the standard library, JavaScript and C++ headers, 400 pieces of junk): at
-the default confidence .2, 0.4% of the rightly judged documents are set apart (nearly all of them code and dictionary
-entries), 0.1% of the kept ones are wrong, and 90% of the junk is set apart; at .5 it would be 12%, 0.03% and 100%.
+Measured by benchmarks/languages.py: docs/benchmarks.md.
 
 Groups: `original`, `expanded`, and `other` for further languages and for documents below the confidence. Nothing is dropped.
-Price: 2,000 documents/s a core (pycld2: 10,000); Ray workers share it from 50,000 documents on.
+Price: 2,300 documents/s a core (pycld2: 10,000); Ray workers share it from 50,000 documents on.
 """
 
 from __future__ import annotations
