@@ -83,7 +83,7 @@ def data_report(
     contents = DataContents(
         subtitle=_subtitle(accounts),
         tables=[_accounts_table(accounts), documents_table(documents), _lengths_table(documents)],
-        facts=_facts(grouping, given),
+        facts=facts_markdown(grouping, given),
         chains=_chains(documents, grouping, settings),
         duplicates=_duplicates(documents, grouping),
         picture=base64.b64encode(grouping.file("quality.png").read_bytes()).decode(),
@@ -173,7 +173,7 @@ def _rejected_table(ingested: Artifact) -> Table | None:
     return Table("Rejected", ["where", "why"], rows, note=f"The first of {count(len(rejected))}: {reasons}.")
 
 
-def _facts(grouping: Artifact, instances: dict[str, Artifact]) -> list[Facts]:
+def facts_markdown(grouping: Artifact, instances: dict[str, Artifact]) -> list[Facts]:
     from tasks.report.tables import Facts
     from tasks.report.words import in_words
 
@@ -248,9 +248,9 @@ def _page(contents: DataContents) -> str:
 
 
 def _markdown(contents: DataContents) -> str:
-    from tasks.report.markdown import _facts as facts
-    from tasks.report.markdown import _safe as safe
-    from tasks.report.markdown import _table as table
+    from tasks.report.markdown import facts_markdown as facts
+    from tasks.report.markdown import safe as safe
+    from tasks.report.markdown import table_markdown as table
 
     parts = ["# Data report", safe(contents.subtitle), *map(table, contents.tables), *map(facts, contents.facts)]
     for title, groups in (("Chains to read", contents.chains), ("Near-duplicates to doubt", contents.duplicates)):

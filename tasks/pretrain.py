@@ -30,6 +30,10 @@ class ArchitectureSettings(Settings):
     model_layers: int = Field(4, ge=1, description="Transformer layers.")
     model_heads: int = Field(4, ge=1, description="Attention heads; must divide the width.")
     model_key_value_heads: int = Field(4, ge=1, description="Key-value heads (GQA); must divide the heads.")
+    model_tied_embeddings: bool = Field(
+        True,
+        description="One matrix for input and output embeddings; tokens that training never saw then share a direction, by which routers tell them.",
+    )
     model_feed_forward: int = Field(172, ge=8, description="Width of the feed-forward network (SwiGLU).")
 
 
@@ -164,7 +168,7 @@ def train_stage(
         warmup=chosen.pretrain_warmup_steps,
         rewarm=(switch, chosen.lory_rewarm_steps) if stage == "lory" and chosen.lory_rewarm_steps else None,
     )
-    objective = objectives.lory() if stage == "lory" else objectives.next_token()
+    objective = objectives.lory(data.domains) if stage == "lory" else objectives.next_token(data.domains)
     after = train(model, data, objective, plan, place, Path(work), tell, state)
     if place.leads:
         save_model(model, tokens, Path(out), after if stage == "warmup" else None, MOMENTS)
@@ -195,7 +199,7 @@ def _dense(start: str | None, settings: PretrainStageSettings, data: Any, tokeni
             max_position_embeddings=data.length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            tie_word_embeddings=False,
+            tie_word_embeddings=settings.model_tied_embeddings,
         )
     )
 

@@ -15,48 +15,48 @@ _ACTIVE = re.compile(r"([\\`*_\[\]|~#!])")
 
 def write_markdown(contents: Contents) -> str:
     """The whole report as GitHub-flavoured Markdown; people's texts cannot become markup in it."""
-    parts = [f"# {_safe(contents.title)}", _safe(contents.subtitle)]
-    parts += [f"- **{_safe(tile.value)}** {_safe(tile.what)} ({_safe(tile.detail)})" for tile in contents.verdict.tiles]
-    parts += [_safe(sentence) for sentence in contents.verdict.sentences]
-    parts += [f"*{_safe(note)}*" for note in contents.verdict.notes]
-    parts += ["## Scores on held-out text", *map(_table, contents.tables), "![Scores](pictures/scores.png)"]
+    parts = [f"# {safe(contents.title)}", safe(contents.subtitle)]
+    parts += [f"- **{safe(tile.value)}** {safe(tile.what)} ({safe(tile.detail)})" for tile in contents.verdict.tiles]
+    parts += [safe(sentence) for sentence in contents.verdict.sentences]
+    parts += [f"*{safe(note)}*" for note in contents.verdict.notes]
+    parts += ["## Scores on held-out text", *map(table_markdown, contents.tables), "![Scores](pictures/scores.png)"]
     if contents.loss_figures:
         parts += ["## Training", "![Training loss](pictures/loss.png)"]
     if contents.routing:
         parts += ["## Routing"]
-        parts += [f"**{_safe(part.title)}.** {_safe(part.text)}" for part in contents.routing]
+        parts += [f"**{safe(part.title)}.** {safe(part.text)}" for part in contents.routing]
         parts += ["![Routing](pictures/routing.png)"]
     if contents.samples:
         parts += ["## What the models write"]
         for sample in contents.samples:
-            lines = [f"**{_safe(sample.title)}**", "", f"> {_safe(sample.prompt)}", ""]
-            parts.append("\n".join([*lines, *(f"- {_safe(name)}: {_safe(text)}" for name, text in sample.texts)]))
-    parts += ["## Data and models", _table(contents.documents), *map(_facts, contents.data)]
-    parts += [_table(table) for table in (contents.instances, contents.models) if table is not None]
-    parts += ["## Settings and versions", *map(_facts, contents.settings)]
+            lines = [f"**{safe(sample.title)}**", "", f"> {safe(sample.prompt)}", ""]
+            parts.append("\n".join([*lines, *(f"- {safe(name)}: {safe(text)}" for name, text in sample.texts)]))
+    parts += ["## Data and models", table_markdown(contents.documents), *map(facts_markdown, contents.data)]
+    parts += [table_markdown(table) for table in (contents.instances, contents.models) if table is not None]
+    parts += ["## Settings and versions", *map(facts_markdown, contents.settings)]
     if contents.versions:
-        parts.append("Versions: " + ", ".join(f"{_safe(name)} {_safe(value)}" for name, value in contents.versions))
+        parts.append("Versions: " + ", ".join(f"{safe(name)} {safe(value)}" for name, value in contents.versions))
     return "\n\n".join(parts).replace(")\n\n- **", ")\n- **") + "\n"
 
 
-def _table(table: Table) -> str:
-    lines = [f"| {' | '.join(_safe(name) for name in table.head)} |", f"|---|{'---:|' * (len(table.head) - 1)}"]
+def table_markdown(table: Table) -> str:
+    lines = [f"| {' | '.join(safe(name) for name in table.head)} |", f"|---|{'---:|' * (len(table.head) - 1)}"]
     for row in table.rows:
-        cells = (f"{_safe(cell.text)}{_small(cell)}" for cell in row)
+        cells = (f"{safe(cell.text)}{_small(cell)}" for cell in row)
         lines.append(f"| {' | '.join(cells)} |")
-    note = f"\n\n{_safe(table.note)}" if table.note else ""
-    return f"### {_safe(table.title)}\n\n" + "\n".join(lines) + note
+    note = f"\n\n{safe(table.note)}" if table.note else ""
+    return f"### {safe(table.title)}\n\n" + "\n".join(lines) + note
 
 
 def _small(cell: Cell) -> str:
-    lines = [_safe(line) for line in (cell.small, cell.more) if line]
+    lines = [safe(line) for line in (cell.small, cell.more) if line]
     return f" ({', '.join(lines)})" if lines else ""
 
 
-def _facts(facts: Facts) -> str:
-    return f"**{_safe(facts.title)}**: " + "; ".join(f"{_safe(name)} {_safe(value)}" for name, value in facts.pairs)
+def facts_markdown(facts: Facts) -> str:
+    return f"**{safe(facts.title)}**: " + "; ".join(f"{safe(name)} {safe(value)}" for name, value in facts.pairs)
 
 
-def _safe(text: str) -> str:
+def safe(text: str) -> str:
     """One line that reads as it is: HTML and Markdown in it are escaped."""
     return _ACTIVE.sub(r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
