@@ -248,11 +248,14 @@ def _page(contents: DataContents) -> str:
 
 
 def _markdown(contents: DataContents) -> str:
-    from tasks.report.markdown import facts_markdown as facts
-    from tasks.report.markdown import safe as safe
-    from tasks.report.markdown import table_markdown as table
+    from tasks.report.markdown import facts_markdown, safe, table_markdown
 
-    parts = ["# Data report", safe(contents.subtitle), *map(table, contents.tables), *map(facts, contents.facts)]
+    parts = [
+        "# Data report",
+        safe(contents.subtitle),
+        *map(table_markdown, contents.tables),
+        *map(facts_markdown, contents.facts),
+    ]
     for title, groups in (("Chains to read", contents.chains), ("Near-duplicates to doubt", contents.duplicates)):
         if groups:
             parts.append(f"## {title}")

@@ -79,8 +79,8 @@ def run_training(settings: TrainingSettings, call: str, arguments: dict[str, Any
         nonlocal tell_progress
         if kind == "metrics":
             for name, value in values["values"].items():
-                what, _, domain = name.partition("/")
-                metric(what, value, values["step"], **({"domain": domain} if domain else {}))
+                measure, _, domain = name.partition("/")
+                metric(measure, value, values["step"], **({"domain": domain} if domain else {}))
         elif kind == "progress":
             tell_progress = tell_progress or progress(values["total"], what, "steps")
             tell_progress(values["done"])
