@@ -143,8 +143,13 @@ def train(
 
 
 def make_optimizer(named: dict[str, nn.Parameter], plan: Plan) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: not on norms, nor on embeddings, whose unseen rows it would shrink to zero."""
-    decayed = [p for name, p in named.items() if p.ndim >= 2 and "embed_tokens" not in name and "lm_head" not in name]
+    """AdamW with weight decay on the matrices of attention and experts.
+
+    Norms have none, nor have embeddings, whose unseen rows it would shrink to zero, nor routers, whose certainty it would
+    take away: in a review at a high rate it is what kept them from being sure of the original expert.
+    """
+    spared = ("embed_tokens", "lm_head", ".router.", ".mlp.gate.weight", "block_sparse_moe.gate.weight")
+    decayed = [p for name, p in named.items() if p.ndim >= 2 and not any(part in name for part in spared)]
     rest = [p for name, p in named.items() if not any(p is each for each in decayed)]
     groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=plan.betas, fused=True)
