@@ -38,7 +38,13 @@ def write_instances(place, count=40, seed=0):
     half = LENGTH // 2
     rows = [(i * LENGTH + j * half, half, 2 * i + j, 0, j) for i in range(count) for j in (0, 1)][: 2 * count - 1]
     np.save(place / "spans.npy", np.array(rows, np.int64))
-    about = {"length": LENGTH, "vocabulary": VOCABULARY, "end_of_document": 0, "languages": ["en"], "domains": ["a", "b"]}
+    about = {
+        "length": LENGTH,
+        "vocabulary": VOCABULARY,
+        "end_of_document": 0,
+        "languages": ["en"],
+        "domains": ["a", "b"],
+    }
     about["matrices"] = {"input_ids": matrix}
     (place / "instances.json").write_text(json.dumps(about))
     return place
