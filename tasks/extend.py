@@ -28,7 +28,7 @@ class PostPretrainSettings(Settings):
     post_pretrain_steps: int = Field(400, ge=1, description="Training steps of stage 1, on the expanded languages.")
     post_pretrain_batch: int = Field(4, ge=1, description="Instances in a batch of stage 1, over all workers.")
     post_pretrain_learning_rate: float = Field(
-        1e-3, gt=0, description="Peak learning rate of stage 1 (cosine schedule)."
+        1.5e-4, gt=0, description="Peak learning rate of stage 1 (cosine schedule)."
     )
     post_pretrain_warmup_steps: int = Field(40, ge=0, description="Steps of linear learning-rate warm-up in stage 1.")
     balance_weight: float = Field(0.01, ge=0, description="Weight alpha of the load-balance loss in stage 1.")
@@ -44,7 +44,7 @@ class ReviewSettings(Settings):
         2e-2, gt=0, description="Peak learning rate of stage 2, which trains routers only."
     )
     review_warmup_steps: int = Field(20, ge=0, description="Steps of linear learning-rate warm-up in stage 2.")
-    lpr_weight: float = Field(5.0, ge=0, description="Weight gamma of the language priors routing loss in stage 2.")
+    lpr_weight: float = Field(2.0, ge=0, description="Weight gamma of the language priors routing loss in stage 2.")
     lpr_loss: Literal["paper", "released"] = Field(
         "paper", description="The language priors loss on logits (the paper) or on probabilities (the released code)."
     )
