@@ -25,12 +25,12 @@ Stage = Literal["post_pretrain", "review"]
 
 
 class PostPretrainSettings(Settings):
-    post_pretrain_steps: int = Field(400, ge=1, description="Training steps of stage 1, on the expanded languages.")
+    post_pretrain_steps: int = Field(300, ge=1, description="Training steps of stage 1, on the expanded languages.")
     post_pretrain_batch: int = Field(4, ge=1, description="Instances in a batch of stage 1, over all workers.")
     post_pretrain_learning_rate: float = Field(
         1.5e-4, gt=0, description="Peak learning rate of stage 1 (cosine schedule)."
     )
-    post_pretrain_warmup_steps: int = Field(40, ge=0, description="Steps of linear learning-rate warm-up in stage 1.")
+    post_pretrain_warmup_steps: int = Field(30, ge=0, description="Steps of linear learning-rate warm-up in stage 1.")
     balance_weight: float = Field(0.01, ge=0, description="Weight alpha of the load-balance loss in stage 1.")
     balance_scaling: Literal["paper", "released"] = Field(
         "paper", description="The balance loss as in the paper (uniform routing gives 1) or as released (gives top-k)."
@@ -38,7 +38,7 @@ class PostPretrainSettings(Settings):
 
 
 class ReviewSettings(Settings):
-    review_steps: int = Field(300, ge=1, description="Training steps of stage 2, the review of all languages.")
+    review_steps: int = Field(250, ge=1, description="Training steps of stage 2, the review of all languages.")
     review_batch: int = Field(4, ge=1, description="Instances in a batch of stage 2, over all workers.")
     review_learning_rate: float = Field(
         2e-2, gt=0, description="Peak learning rate of stage 2, which trains routers only."

@@ -31,8 +31,9 @@ class ArchitectureSettings(Settings):
     model_heads: int = Field(4, ge=1, description="Attention heads; must divide the width.")
     model_key_value_heads: int = Field(4, ge=1, description="Key-value heads (GQA); must divide the heads.")
     model_tied_embeddings: bool = Field(
-        True,
-        description="One matrix for input and output embeddings; tokens that training never saw then share a direction, by which routers tell them.",
+        False,
+        description="One matrix for input and output embeddings. Tokens that training never saw then share a direction, by which "
+        "routers tell new languages apart; a small model trained for minutes is worse for it.",
     )
     model_feed_forward: int = Field(172, ge=8, description="Width of the feed-forward network (SwiGLU).")
 
@@ -61,7 +62,7 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
     """Settings of pre-training."""
 
     pretrain_steps: int = Field(
-        800, ge=2, description="Training steps of the dense and of the Lory model, warm-up included."
+        700, ge=2, description="Training steps of the dense and of the Lory model, warm-up included."
     )
     pretrain_batch: int = Field(4, ge=1, description="Instances in a batch, over all workers.")
     pretrain_learning_rate: float = Field(
