@@ -75,8 +75,9 @@ def test_every_step_of_the_run_is_in_the_lineage_and_in_prefect(finished):
     import sqlite3
 
     with sqlite3.connect(home / "prefect" / "prefect.db") as server:
-        (recorded,) = server.execute("select count(*) from task_run where state_type = 'COMPLETED'").fetchone()
-    assert recorded == len(steps)
+        finished_runs = server.execute("select id from task_run where state_type = 'COMPLETED'").fetchall()
+    # Prefect counts the flows that `main` calls as task runs too.
+    assert {task_run for _, _, task_run in steps} <= {identifier for (identifier,) in finished_runs}
 
 
 def test_a_second_run_reuses_every_step_and_a_changed_setting_runs_what_follows(finished, corpus):
