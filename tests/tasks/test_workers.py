@@ -9,6 +9,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory, monkeypatch_module):
+    shut_ray()  # one that an earlier test started does not know this folder
     with TrainWorkers(2, False, tmp_path_factory.mktemp("ray")) as workers:
         yield workers
     shut_ray()
