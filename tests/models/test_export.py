@@ -148,7 +148,7 @@ OLD_SCRIPT = """
 import sys, torch, transformers
 from transformers import AutoModelForCausalLM
 assert transformers.__version__.startswith("4.57"), transformers.__version__
-ids = torch.load(sys.argv[1] + "/ids.pt")
+ids = torch.load(sys.argv[1] + "/ids.pt", weights_only=True)
 for name in sys.argv[2:]:
     model, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
@@ -186,4 +186,4 @@ def test_exports_and_bases_give_equal_logits_in_transformers_4_57(tmp_path, old_
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(old_generation)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for name, ours in expected.items():
-        torch.testing.assert_close(torch.load(name + ".pt"), ours, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.load(name + ".pt", weights_only=True), ours, rtol=0, atol=1e-5)
