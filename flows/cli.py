@@ -144,7 +144,7 @@ def _run_flow(chosen: argparse.Namespace) -> None:
 
     home = Home.open()
     with Terminal() as terminal:
-        terminal.say(f"eclectus {chosen.flow}: home {near(home.root)}")
+        terminal.say(f"eclectus {chosen.flow}: home {near(home.root) if not home.mirror else home.name}")
         with served_run(chosen.flow, parameters, home, [terminal]) as run:
             import importlib
 

@@ -60,7 +60,7 @@ def open_run(
         return
     home = home or Home.open()
     run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-    with Journal(home.journal, run_id) as journal:
+    with Journal(home.journal, run_id, home.mirror) as journal:
         run = Run(
             id=run_id,
             home=home,

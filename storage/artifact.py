@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.errors import DamagedArtifact, EclectusError
+from storage.mirror import Mirror
 
 KINDS = (
     "documents",
@@ -85,8 +86,10 @@ class Draft:
 class ArtifactStore:
     """The artifacts under one root directory: `<root>/<kind>/<first 32 digits of the digest>/`."""
 
-    def __init__(self, root: Path | str) -> None:
+    def __init__(self, root: Path | str, mirror: Mirror | None = None) -> None:
+        """mirror: the object store to which committed artifacts go and from which missing ones come."""
         self.root = Path(root).absolute()
+        self.mirror = mirror
 
     @contextlib.contextmanager
     def draft(self, kind: str) -> Iterator[Draft]:
@@ -110,6 +113,8 @@ class ArtifactStore:
         artifact = Artifact(draft.kind, digest, str(place))
         if place.exists():
             if not self.faults(artifact):
+                if self.mirror and not self.mirror.has(place / MANIFEST):
+                    self.mirror.push(place, last=MANIFEST)
                 return artifact
             self._set_aside(place)
         manifest = {
@@ -131,6 +136,8 @@ class ArtifactStore:
             if self.faults(artifact):
                 raise
         _fsync_directory(place.parent)
+        if self.mirror:
+            self.mirror.push(place, last=MANIFEST)
         return artifact
 
     def find(self, name: str) -> Artifact:
@@ -147,6 +154,7 @@ class ArtifactStore:
             raise EclectusError(
                 f"'{name}' names no artifact; expected KIND-DIGITS, a digest or an artifact's directory"
             )
+        self._pull_all(f"{kind or '[!.]*'}/{digits[:32]}*")
         places = [
             place for place in self.root.glob(f"{kind or '[!.]*'}/{digits[:32]}*") if (place / MANIFEST).is_file()
         ]
@@ -156,7 +164,19 @@ class ArtifactStore:
         return self.find(str(places[0]))
 
     def faults(self, artifact: Artifact) -> str | None:
-        """Why this artifact cannot be trusted, in words, or None if every byte is as committed."""
+        """Why this artifact cannot be trusted, in words, or None if every byte is as committed.
+
+        One that is gone or damaged here is first brought from the object store, where there is one.
+        """
+        fault = self._faults(artifact)
+        if fault and self.mirror and self.mirror.has(Path(artifact.path) / MANIFEST):
+            if Path(artifact.path).exists():
+                self._set_aside(Path(artifact.path))
+            self.mirror.pull(Path(artifact.path))
+            fault = self._faults(artifact)
+        return fault
+
+    def _faults(self, artifact: Artifact) -> str | None:
         place = Path(artifact.path)
         if not place.is_dir():
             return f"{artifact.name} is gone"
@@ -178,8 +198,16 @@ class ArtifactStore:
 
     def all(self) -> Iterator[Artifact]:
         """Every artifact under the root, in order of kind and digest."""
+        self._pull_all("[!.]*/*")
         for manifest in sorted(self.root.glob(f"[!.]*/*/{MANIFEST}")):
             yield self.find(str(manifest.parent))
+
+    def _pull_all(self, pattern: str) -> None:
+        """Brings the store's whole artifacts that match `<kind>/<digits>` and are not here."""
+        for manifest, _ in self.mirror.listing(self.root, MANIFEST) if self.mirror else ():
+            place = manifest.parent
+            if not place.exists() and place.relative_to(self.root).match(pattern):
+                self.mirror.pull(place)
 
     def _place(self, kind: str, digest: str) -> Path:
         return self.root / kind / digest[:32]

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from storage.mirror import Mirror
+
 EVENTS = "events"
 METRICS = "metrics"
 
@@ -29,8 +31,10 @@ def now() -> str:
 class Journal:
     """The journal of this process for one run. Files appear with the first line written."""
 
-    def __init__(self, root: Path, run: str) -> None:
+    def __init__(self, root: Path, run: str, mirror: Mirror | None = None) -> None:
+        """mirror: the object store to which the journal goes with every event, and whole at the end."""
         self.root = root
+        self.mirror = mirror
         self.run = run
         self._name = f"{run}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:4]}.ndjson"
         self._handles: dict[str, int] = {}
@@ -38,6 +42,7 @@ class Journal:
     def event(self, event: str, **columns: Any) -> None:
         """One event (`run_started`, `run_ended`, `step_started`, `step_ended`), on disk when this returns."""
         os.fsync(self._write(EVENTS, {"event": event, "logged": now(), "run": self.run, **columns}))
+        self._push(EVENTS)
 
     def metric(
         self, step: str, name: str, value: float, at_step: int | None = None, tags: dict[str, str] | None = None
@@ -57,9 +62,10 @@ class Journal:
         )
 
     def close(self) -> None:
-        for handle in self._handles.values():
+        for stream, handle in self._handles.items():
             os.fsync(handle)
             os.close(handle)
+            self._push(stream)
         self._handles.clear()
 
     def __enter__(self) -> Self:
@@ -69,6 +75,10 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _push(self, stream: str) -> None:
+        if self.mirror:
+            self.mirror.push(self.root / stream / self._name)
 
     def _write(self, stream: str, row: dict[str, Any]) -> int:
         handle = self._handles.get(stream)

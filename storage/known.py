@@ -62,12 +62,12 @@ class KnownKeys:
 
     def remember(self, done: Record, label: str) -> None:
         """Records what a step gave, and that it is the last thing this label did."""
-        write_json(self._record_path(done.key), asdict(done))
+        self._write(self._record_path(done.key), asdict(done))
         self.note(done, label)
 
     def note(self, done: Record, label: str) -> None:
         """Records that `label` last used this key (after a reuse too)."""
-        write_json(self._label_path(label), {"key": done.key})
+        self._write(self._label_path(label), {"key": done.key})
 
     @contextlib.contextmanager
     def hold(self, key: str, when_waiting: Callable[[], None]) -> Iterator[None]:
@@ -93,7 +93,15 @@ class KnownKeys:
             return "first time"
         return "; ".join(differences(before, wanted)) or "the record of it is gone"
 
+    def _write(self, path: Path, value: Any) -> None:
+        write_json(path, value)
+        if self.store.mirror:
+            self.store.mirror.push(path)
+
     def _read(self, path: Path) -> Any:
+        # A label's last key may be newer on the object store; a record never changes.
+        if self.store.mirror and (path.parent.name == "labels" or not path.exists()):
+            self.store.mirror.pull(path)
         try:
             value = json.loads(path.read_text())
         except (FileNotFoundError, ValueError):

@@ -98,6 +98,7 @@ def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
     Read-only in effect: the views cannot be written, and files outside the home cannot be reached through it.
     """
     home = home if isinstance(home, Home) else Home.open(home)
+    home.refresh()
     connection = duckdb.connect()
     connection.execute("set enable_progress_bar = false")
     _create_views(connection, home)

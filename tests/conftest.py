@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
 import pytest
 
 from storage.home import Home
@@ -24,3 +31,39 @@ def run(home):
         with activate(opened):
             yield opened
         opened.close_kept(None)
+
+
+@pytest.fixture(scope="session")
+def object_store():
+    """The address of a real S3 server (moto) with a bucket `models`; the client's variables point to it meanwhile."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    client = {"AWS_ENDPOINT_URL": address, "AWS_ACCESS_KEY_ID": "tester", "AWS_SECRET_ACCESS_KEY": "secret"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**client, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+            patch.setenv(name, value)
+        try:
+            _wait_for(address)
+            urllib.request.urlopen(urllib.request.Request(f"{address}/models", method="PUT")).close()
+            yield address
+        finally:
+            server.terminate()
+            server.wait(timeout=20)
+
+
+def _wait_for(address):
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return urllib.request.urlopen(address).close()
+        except OSError:
+            assert time.monotonic() < end, f"nothing answers at {address}"
+            time.sleep(0.2)
