@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from models import objectives
 from models.experts import set_trainable, split_experts
 from models.instances import Batch
-from models.train import Plan, autocast, make_optimizer
+from models.optimizer import make_optimizer
+from models.train import Plan, autocast
 
 TURNS = 3
 

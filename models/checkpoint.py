@@ -9,16 +9,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.lory import expand_dense_tensors
+from models.parallel import gather
+from models.place import Place
+from models.progress import whole_tensors
 
 
 def save_model(
-    model: Any, tokenizer: Any, out: Path, moments: dict[str, torch.Tensor] | None, moments_name: str
+    model: Any, tokenizer: Any, out: Path, moments: dict[str, torch.Tensor] | None, moments_name: str, place: Place
 ) -> None:
-    """Writes model (safetensors), config, tokenizer and, if given, AdamW's moments into `out`."""
-    model.eval().save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    if moments is not None:
-        save_file({name: value.contiguous().cpu() for name, value in moments.items()}, out / moments_name)
+    """Writes model (safetensors), config, tokenizer and, if given, AdamW's moments into `out`. All processes must call it.
+
+    A sharded model is made whole on the leading process, which writes; it can train no more.
+    """
+    full = whole_tensors(moments or {}, place)
+    gather(model, place)
+    if place.leads:
+        model.eval().save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        if moments is not None:
+            save_file(full, out / moments_name)
+    place.barrier()
 
 
 def duplicated_moments(moments: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:

@@ -21,8 +21,10 @@ from models.train import Objective
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats, in fp32. logits [B, L, V]; labels [B, L], IGNORED where there is nothing to learn."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    """Mean cross-entropy in nats, in fp32, 0 where there is nothing to learn. logits [B, L, V]; labels [B, L], IGNORED there."""
+    targets = labels[:, 1:].flatten()
+    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
+    return total / (targets != IGNORED).sum().clamp(min=1)
 
 
 def loss_by_domain(
@@ -40,7 +42,7 @@ def loss_by_domain(
     # The last place takes what belongs to no domain: padding.
     place = torch.where(labels != IGNORED, batch.domains[:, 1:].flatten(), -1) % (len(domains) + 1)
     sums = losses.new_zeros(2, len(domains) + 1).index_add_(1, place, torch.stack([losses.detach(), real]))
-    return losses.sum() / real.sum(), {f"loss/{name}": sums[:, i] for i, name in enumerate(domains)}
+    return losses.sum() / real.sum().clamp(min=1), {f"loss/{name}": sums[:, i] for i, name in enumerate(domains)}
 
 
 def next_token(domains: Sequence[str] = ()) -> Objective:
@@ -69,13 +71,23 @@ def lory(domains: Sequence[str] = ()) -> Objective:
 
     def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         output = model(input_ids=batch.tokens, use_cache=False, output_router_weights=True)
-        weights = torch.stack([layer.detach() for layer in output.router_weights]).float()
-        entropy = -(weights * weights.clamp_min(1e-9).log()).sum(-1).mean()
-        used = (weights > 2 / weights.shape[-1]).float().mean()
         loss, by_domain = loss_by_domain(output.logits, batch, domains)
-        return loss, {"router_entropy": entropy, "expert_utilisation": used, **by_domain}
+        return loss, {**routing_metrics(output.router_weights or ()), **by_domain}
 
     return objective
+
+
+def routing_metrics(router_weights: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Entropy of routing in nats, and the share of experts whose weight is over 2/E (papers.md 1.7), means over all segments.
+
+    router_weights: by layer [B, N, E]; without any (one expert, or dense routing) there is nothing to say.
+    """
+    if not router_weights:
+        return {}
+    weights = torch.stack([layer.detach() for layer in router_weights]).float()
+    entropy = -(weights * weights.clamp_min(1e-9).log()).sum(-1).mean()
+    used = (weights > 2 / weights.shape[-1]).float().mean()
+    return {"router_entropy": entropy, "expert_utilisation": used}
 
 
 def post_pretrain(alpha: float, top_k: int, scaling: Literal["paper", "released"]) -> Objective:

@@ -171,8 +171,7 @@ def train_stage(
     )
     objective = objectives.lory(data.domains) if stage == "lory" else objectives.next_token(data.domains)
     after = train(model, data, objective, plan, place, Path(work), tell, state)
-    if place.leads:
-        save_model(model, tokens, Path(out), after if stage == "warmup" else None, MOMENTS)
+    save_model(model, tokens, Path(out), after if stage == "warmup" else None, MOMENTS, place)
     return {
         "model": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

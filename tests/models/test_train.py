@@ -106,6 +106,36 @@ def test_a_half_written_checkpoint_is_never_taken_for_whole(data, tmp_path):
     assert same(weights, again)
 
 
+@pytest.mark.parametrize("damage", ["cut", "turned", "gone", "not json"])
+def test_a_damaged_checkpoint_is_not_read_and_training_begins_again(data, tmp_path, damage):
+    weights, _ = trained(data, tmp_path / "undisturbed")
+    with pytest.raises(Killed):
+        trained(data, tmp_path / "work", tell=killed_at(7))
+    file = tmp_path / "work/latest/trained-00001-of-00001.safetensors"
+    content = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(content[:-10])
+    elif damage == "turned":
+        file.write_bytes(content[:-10] + bytes([content[-10] ^ 1]) + content[-9:])
+    elif damage == "gone":
+        file.unlink()
+    else:
+        (tmp_path / "work/latest/progress.json").write_text("{")
+    with pytest.warns(UserWarning, match="is damaged.*begins again at step 0"):
+        again, _ = trained(data, tmp_path / "work")
+    assert same(weights, again)
+
+
+def test_a_checkpoint_of_another_model_or_stage_is_refused(data, tmp_path):
+    with pytest.raises(Killed):
+        trained(data, tmp_path / "work", tell=killed_at(7))
+    other = LoryForCausalLM.from_dense(tiny_dense(), 2, LENGTH // 3)
+    with pytest.raises(ValueError, match=r"is of another model: it has .*mlp\.experts"):
+        trained(data, tmp_path / "work", model=other, objective=lory())
+    with pytest.raises(ValueError, match="is of a training that began at step 0, not 6"):
+        trained(data, tmp_path / "work", plan(start=6))
+
+
 class Spoiled:
     """The objective, until `step` objectives have been computed; then NaN."""
 
@@ -122,21 +152,33 @@ def test_a_loss_that_is_not_finite_names_step_and_batch_and_keeps_the_last_check
     rows = data.rows_of_step(7, 4, 0).tolist()
     with pytest.raises(TrainingFailed) as failed:
         trained(data, tmp_path / "work", objective=Spoiled(after=7 * 2))
-    assert f"training step 7 (instances {rows})" in str(failed.value)
+    assert f"not finite at training step 7 (instances {rows})" in str(failed.value)
     assert "last good checkpoint is kept" in str(failed.value)
     weights, _ = trained(data, tmp_path / "undisturbed")
     again, _ = trained(data, tmp_path / "work")
     assert same(weights, again)
 
 
-def test_accumulated_micro_batches_equal_one_large_batch(data, tmp_path):
-    # Instances without padding: each then carries the same number of targets.
-    chosen = dict(stop=6, checkpoint_every=99, batch=4)
+def test_accumulated_micro_batches_equal_one_large_batch_with_padding_and_all(data, tmp_path):
+    # Step 9 reads the last instance, which is half padding, and nine steps before it are whole.
+    chosen = dict(start=7, stop=11, checkpoint_every=99, batch=4)
+    assert data.batch(data.rows_of_step(9, 4, 0)).labels.min() < 0
     whole, _ = trained(data, tmp_path / "a", plan(**chosen, micro_batch=4))
     for size in (1, 2, 3):
         parts, _ = trained(data, tmp_path / str(size), plan(**chosen, micro_batch=size))
         for name in whole:
             torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5, msg=f"{name} at {size}")
+
+
+def test_a_micro_batch_of_padding_alone_counts_for_nothing(tmp_path):
+    data = Instances(write_instances(tmp_path / "instances"))
+    data.spans = data.spans[:-1]
+    assert (data.batch(np.array([39])).labels == -100).all()
+    chosen = dict(start=9, stop=10, checkpoint_every=99)
+    parts, _ = trained(data, tmp_path / "a", plan(**chosen, micro_batch=1), objective=next_token(("a", "b")))
+    whole, _ = trained(data, tmp_path / "b", plan(**chosen, micro_batch=4))
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 DDP = """
@@ -229,6 +271,7 @@ def test_a_domain_without_tokens_is_not_logged(data, tmp_path):
 
     trained(data, tmp_path / "work", plan(stop=3), objective=next_token(("a", "b", "absent")), tell=tell)
     assert {"loss", "loss/a", "loss/b"} <= told[0].keys()
+    assert 0 < told[0]["mfu"] < 1
     assert "loss/absent" not in told[0]
 
 

@@ -1,0 +1,52 @@
+"""AdamW as all stages use it, and its state as flat named tensors that pass from stage to stage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from models.parallel import like, local
+
+if TYPE_CHECKING:
+    from models.train import Plan
+
+STATE = ("exp_avg", "exp_avg_sq", "step")
+
+
+def make_optimizer(named: dict[str, nn.Parameter], plan: Plan) -> torch.optim.AdamW:
+    """AdamW with weight decay on the matrices of attention and experts.
+
+    Norms have none, nor have embeddings, whose unseen rows it would shrink to zero, nor routers, whose certainty it would
+    take away: in a review at a high rate it is what kept them from being sure of the original expert.
+    """
+    spared = ("embed_tokens", "lm_head", ".router.", ".mlp.gate.weight", "block_sparse_moe.gate.weight")
+    decayed = [p for name, p in named.items() if p.ndim >= 2 and not any(part in name for part in spared)]
+    rest = [p for name, p in named.items() if not any(p is each for each in decayed)]
+    groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=plan.betas, fused=True)
+
+
+def read_moments(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """AdamW's state as a flat dict of tensors: `{parameter}.exp_avg`, `.exp_avg_sq`, `.step`; sharded as the parameters are."""
+    return {
+        f"{name}.{what}": value.detach()
+        for name, parameter in named.items()
+        for what, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_moments(
+    optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], moments: dict[str, torch.Tensor]
+) -> None:
+    """Puts back what `read_moments` gave, whole or sharded; parameters without an entry start from zero."""
+    for name, parameter in named.items():
+        state = {what: moments.get(f"{name}.{what}") for what in STATE}
+        if all(value is not None for value in state.values()):
+            # Fused AdamW reads its step counter where the parameter is.
+            device = local(parameter).device
+            optimizer.state[parameter] = {
+                what: value.to(device, copy=True) if what == "step" else like(parameter, value)
+                for what, value in state.items()
+            }
