@@ -64,7 +64,8 @@ def _checkpoints(parameters: EvaluateParameters) -> tuple[Curated, dict[str, Art
     models: dict[str, Artifact] = {}
     if not parameters.base_model:
         pretrained = once(pretrain, PretrainParameters.of(parameters))
-        curated, models = pretrained.curated, {"dense": pretrained.dense, "lory": pretrained.lory}
+        curated = pretrained.curated
+        models = {"dense": pretrained.dense, "lory": pretrained.lory, **pretrained.baselines}
     if parameters.expanded_languages:
         extended = once(extend, ExtendParameters.of(parameters))
         curated = extended.curated

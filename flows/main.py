@@ -25,7 +25,8 @@ def main(parameters: MainParameters = MainParameters()) -> Evaluated:
     check(parameters)
     with open_run("main", parameters):
         if not parameters.base_model:
-            once(curate, CurateParameters.of(parameters))
+            if not parameters.dense_start:
+                once(curate, CurateParameters.of(parameters))
             once(pretrain, PretrainParameters.of(parameters))
         if parameters.expanded_languages:
             once(extend, ExtendParameters.of(parameters))

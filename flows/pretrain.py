@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prefect import flow
 
@@ -10,34 +10,54 @@ from flows.curate import Curated, curate
 from flows.parameters import CurateParameters, PretrainParameters, check
 from flows.run import once, open_run
 from storage.artifact import Artifact
+from tasks.fetch import FetchSettings, fetch
 from tasks.pretrain import PretrainStageSettings
 from tasks.pretrain import pretrain as train
 
 
 @dataclass(frozen=True)
 class Pretrained:
+    """baselines: further models by name, as `pretrain_baselines` asks for them."""
+
     curated: Curated
     dense: Artifact
     lory: Artifact
+    baselines: dict[str, Artifact] = field(default_factory=dict)
 
 
 @flow(name="pretrain")
 def pretrain(parameters: PretrainParameters = PretrainParameters()) -> Pretrained:
-    """Pre-trains a Lory model and its dense twin on the original languages."""
+    """Pre-trains a Lory model, its dense twin and the baselines that are asked for on the original languages."""
     check(parameters)
     with open_run("pretrain", parameters):
-        curated = once(curate, CurateParameters.of(parameters))
+        given = None
+        tokens = CurateParameters.of(parameters)
+        if parameters.dense_start:
+            given = fetch(label="fetch dense start", settings=FetchSettings(base_model=parameters.dense_start))
+            tokens = CurateParameters.of(parameters, tokenizer=given.path)
+        curated = once(curate, tokens)
 
-        def stage(name: str, label: str, start: Artifact | None) -> Artifact:
+        def stage(of: Curated, start: Artifact | None, name: str, label: str, **changes: str) -> Artifact:
             return train(
-                label=label,
-                instances=curated.original,
-                tokenizer=curated.tokenizer,
+                label=f"train {label}",
+                instances=of.original,
+                tokenizer=of.tokenizer,
                 start=start,
-                settings=PretrainStageSettings.of(parameters, pretrain_stage=name),
+                settings=PretrainStageSettings.of(parameters, pretrain_stage=name, **changes),
             )
 
-        warm = stage("warmup", "train dense warm-up", None)
-        dense = stage("dense", "train dense", warm)
-        lory = stage("lory", "train lory", warm)
-        return Pretrained(curated, dense, lory)
+        warm = given or stage(curated, None, "warmup", "dense warm-up")
+        dense = stage(curated, warm, "dense", "dense")
+        lory = stage(curated, warm, "lory", "lory")
+        baselines: dict[str, Artifact] = {}
+        for name in parameters.pretrain_baselines:
+            if name == "prefix":
+                baselines[name] = stage(curated, warm, "lory", name, lory_routing="prefix")
+            elif name == "random":
+                at_random = once(curate, tokens.model_copy(update={"grouping": "random"}))
+                start = given or stage(at_random, None, "warmup", "dense warm-up random")
+                for model in ("dense", "lory"):
+                    baselines[f"{model} random"] = stage(at_random, start, model, f"{model} random")
+            else:
+                baselines[name] = stage(curated, warm, name, name)
+        return Pretrained(curated, dense, lory, baselines)

@@ -226,7 +226,7 @@ def top_k_from_dense(
     )
     config = MixtralConfig(
         **{name: getattr(dense, name) for name in same.split()},
-        intermediate_size=dense.intermediate_size // top_k,
+        intermediate_size=_aligned(dense.intermediate_size // top_k),
         num_local_experts=copies * top_k,
         num_experts_per_tok=top_k,
         router_aux_loss_coef=balance,
@@ -261,13 +261,22 @@ def _cut_experts(
     state = {name: value.clone() for name, value in dense.items() if ".mlp." not in name}
     for layer in range(sum(name.endswith(".mlp.gate_proj.weight") for name in dense)):
         gate, up, down = (dense[name] for name in dense_ffn_names(layer))
-        cuts = [torch.cat(pair) for pair in zip(gate.chunk(top_k), up.chunk(top_k), strict=True)]
+        fill = _aligned(len(gate) // top_k) - len(gate) // top_k
+        gates, ups = ([F.pad(cut, (0, 0, 0, fill)) for cut in whole.chunk(top_k)] for whole in (gate, up))
+        downs = [F.pad(cut, (0, fill)) for cut in down.chunk(top_k, dim=1)]
+        cuts = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
         experts = f"model.layers.{layer}.mlp.experts"
         state[f"{experts}.gate_up_proj"] = torch.stack(cuts).repeat_interleave(copies, dim=0) * gate_up_scale
-        state[f"{experts}.down_proj"] = (
-            torch.stack(down.chunk(top_k, dim=1)).repeat_interleave(copies, dim=0) * down_scale
-        )
+        state[f"{experts}.down_proj"] = torch.stack(downs).repeat_interleave(copies, dim=0) * down_scale
     return state
+
+
+def _aligned(width: int) -> int:
+    """A width whose rows start at multiples of 16 bytes in bf16 too: transformers' grouped kernel refuses others.
+
+    What is filled up has zero weights and zero gradients, and so stays zero.
+    """
+    return -(-width // 8) * 8
 
 
 def _routers(model: nn.Module, rows: int, deviation: float, seed: int) -> dict[str, Tensor]:

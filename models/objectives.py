@@ -54,14 +54,14 @@ def next_token(domains: Sequence[str] = ()) -> Objective:
     return objective
 
 
-def balanced() -> Objective:
+def balanced(domains: Sequence[str] = ()) -> Objective:
     """The objective of a top-k mixture from transformers: next-token and its auxiliary loss, with its configuration's weight."""
 
     def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         output = model(input_ids=batch.tokens, use_cache=False, output_router_logits=True)
-        loss = next_token_loss(output.logits, batch.labels)
+        loss, by_domain = loss_by_domain(output.logits, batch, domains)
         weight = getattr(model, "module", model).config.router_aux_loss_coef
-        return loss + weight * output.aux_loss, {"next_token_loss": loss, "balance_loss": output.aux_loss}
+        return loss + weight * output.aux_loss, {"next_token_loss": loss, "balance_loss": output.aux_loss, **by_domain}
 
     return objective
 

@@ -97,9 +97,23 @@ def test_unknown_selection_is_refused():
 def test_top_k_starts_as_the_dense_model_with_as_many_active_parameters(dense, top_k):
     model = top_k_from_dense(dense, 4, top_k, router_initializer_range=0.3)
     torch.testing.assert_close(model(tokens()).logits, dense(tokens()).logits, rtol=1e-5, atol=1e-5)
-    ffn = sum(p.numel() for n, p in dense.named_parameters() if ".mlp." in n)
-    experts = sum(p.numel() for n, p in model.named_parameters() if ".mlp.experts." in n)
+    ffn = sum(p.count_nonzero() for n, p in dense.named_parameters() if ".mlp." in n)
+    experts = sum(p.count_nonzero() for n, p in model.named_parameters() if ".mlp.experts." in n)
     assert experts / 4 == ffn
+
+
+def test_a_width_that_grouped_kernels_refuse_is_filled_up_with_what_stays_zero(dense):
+    model = top_k_from_dense(dense, 4, 2, router_initializer_range=0.3)
+    experts = model.model.layers[0].mlp.experts
+    assert experts.down_proj.shape[-1] == 16, "12, filled up to a multiple of 8"
+    model.set_experts_implementation("grouped_mm")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for seed in range(2):
+        model(tokens(seed=seed), labels=tokens(seed=seed)).loss.backward()
+        optimizer.step()
+    assert experts.down_proj[..., 12:].count_nonzero() == 0
+    assert experts.gate_up_proj[:, 12:16].count_nonzero() == experts.gate_up_proj[:, 28:].count_nonzero() == 0
+    assert experts.down_proj[..., :12].count_nonzero() > 0
 
 
 def test_masked_experts_equal_transformers_own(dense):

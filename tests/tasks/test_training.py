@@ -1,6 +1,7 @@
 """Pre-training and extension as steps, in this process, on real documents and tiny models."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 from small_world import make_world
 from transformers import AutoModelForCausalLM
 
+from models.lory_config import PRESETS
 from storage.errors import EclectusError
 from tasks.extend import ExtendStageSettings, extend
 from tasks.pack import PackSettings, pack
@@ -104,6 +106,98 @@ def test_a_setting_of_lory_does_not_touch_the_dense_stages_key():
     assert key("dense", lory_experts=2) == key("dense")
     assert key("lory", lory_experts=2) != key("lory")
     assert key("dense", checkpoint_every=5) == key("dense")
+
+
+def test_which_baselines_there_are_touches_no_stages_key():
+    def key(name, **changes):
+        return PretrainStageSettings(pretrain_stage=name, **{**SMALL, **changes}).key_values()
+
+    for name in ("dense", "lory"):
+        assert key(name, pretrain_baselines=["prefix"], baseline_top_k=3) == key(name)
+    assert key("top_k", baseline_top_k=3) != key("top_k")
+    assert key("lory", dense_start="here") == key("lory", dense_start="there") != key("lory")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "model"),
+    [
+        ("lory", {"lory_routing": "prefix"}, "LoryForCausalLM"),
+        ("expert_choice", {}, "ExpertChoiceForCausalLM"),
+        ("top_k", {}, "MixtralForCausalLM"),
+        ("top_k", {"baseline_top_k": 3}, "MixtralForCausalLM"),
+    ],
+)
+def test_every_baseline_trains_from_the_same_warm_up_at_equal_active_size_and_can_be_scored(
+    world, instances, pretrained, name, changes, model
+):
+    made = stage(world, instances, name, pretrained["warmup"], **changes)
+    assert made.statistics["model"] == model
+    assert made.statistics["tokens"] == pretrained["dense"].statistics["tokens"]
+    loaded = AutoModelForCausalLM.from_pretrained(made.path)
+    ffns = sum(p.numel() for n, p in loaded.named_parameters() if ".mlp.experts" in n)
+    assert ffns == 4 * sum(p.numel() for n, p in weights(pretrained["dense"]).items() if ".mlp." in n)
+    ids = torch.arange(2, 50)[None]
+    before, edited = loaded(ids).logits, ids.clone()
+    edited[0, 40] += 1
+    moved = (loaded(edited).logits - before).abs().amax(dim=(0, 2))
+    assert moved[:32].max() < 1e-6 < 1e-4 < moved[40], "no later token is looked at, but for Lory's own segment"
+
+
+def test_one_expert_trains_like_any_other_number(world, instances, pretrained):
+    assert stage(world, instances, "lory", pretrained["warmup"], lory_experts=1).statistics["steps"] == 8
+
+
+def test_a_lory_checkpoint_says_how_each_domain_and_language_is_routed(pretrained):
+    profiles = json.loads(pretrained["lory"].file("routing_weights.json").read_text())
+    assert profiles.keys() == {"domain", "language"}
+    assert profiles["domain"].keys() == {"code", "docs"} and profiles["language"].keys() == {"en"}
+    for each in (*profiles["domain"].values(), *profiles["language"].values()):
+        shares = torch.tensor(each)
+        assert shares.shape == (2, 4)
+        torch.testing.assert_close(shares.sum(-1), torch.ones(2))
+
+
+def test_a_dense_checkpoint_can_take_the_warm_ups_place(world, instances, pretrained):
+    twin = stage(world, instances, "dense", pretrained["dense"], dense_start="given")
+    lory = stage(world, instances, "lory", pretrained["dense"], dense_start="given", model_width=9999)
+    assert twin.statistics["steps"] == lory.statistics["steps"] == 8
+    assert twin.digest != pretrained["dense"].digest
+    untrained = stage(
+        world,
+        instances,
+        "lory",
+        pretrained["dense"],
+        dense_start="given",
+        pretrain_learning_rate=1e-30,
+        weight_decay=0.0,
+    )
+    ids = torch.arange(2, 50)[None]
+    dense, mixture = (AutoModelForCausalLM.from_pretrained(each.path) for each in (pretrained["dense"], untrained))
+    assert (dense(ids).logits - mixture(ids).logits).abs().max() <= 1e-5
+
+
+def test_a_dense_start_of_another_kind_or_with_too_few_positions_is_refused(world, instances, pretrained):
+    with pytest.raises(EclectusError, match=r"dense_start is a mixtral.*LLaMA-shaped"):
+        stage(world, instances, "lory", world.models["stage 2"], dense_start="given")
+    short = edited_config(world, pretrained["dense"], max_position_embeddings=32)
+    with pytest.raises(EclectusError, match="instance_tokens 64 is more than dense_start's 32 positions"):
+        stage(world, instances, "lory", short, dense_start="given")
+
+
+def edited_config(world, checkpoint, **changes):
+    with world.store.draft("checkpoint") as draft:
+        shutil.copytree(checkpoint.path, draft.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest*"))
+        config = draft.file("config.json")
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+        return world.store.commit(draft)
+
+
+def test_a_named_shape_wins_over_the_other_model_settings(world, instances):
+    made = stage(world, instances, "warmup", model_preset="laptop", pretrain_steps=2, dense_warmup=0.5)
+    config = json.loads(made.file("config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"], config["tie_word_embeddings"]) == (64, 4, True)
+    offered = PretrainStageSettings.model_fields["model_preset"].annotation.__args__
+    assert set(offered) == {"custom", *PRESETS}
 
 
 def test_a_stage_without_its_start_is_refused(world, instances):
