@@ -115,6 +115,17 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         step="step or label, as in `steps`",
     )
     why.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
+    export = add(
+        "export",
+        _export,
+        "write a Lory checkpoint as a stock dense LLaMA, its experts merged for one domain, language or prompt",
+        checkpoint="checkpoint, as in `artifacts`, or its folder",
+        out="folder to write, not there yet or empty",
+    )
+    merged_by = export.add_mutually_exclusive_group()
+    merged_by.add_argument("--domain", help="merge by the mean routing of this domain's training text")
+    merged_by.add_argument("--language", help="merge by the mean routing of this language's training text")
+    merged_by.add_argument("--prompt", help="merge by the routing of this text")
     add("up", _up, "start a local Prefect server with UI, a worker and all deployments, in the background")
     add("down", _down, "end what `up` started, and everything that it started")
     add("verify", _verify, "hash every artifact again and name what changed")
@@ -227,6 +238,14 @@ def _why(chosen: argparse.Namespace) -> None:
             known = ", ".join(label for (label,) in labels) or "none, or there is no such run: eclectus sql 'from runs'"
             raise EclectusError(f"run '{run}' has no step '{chosen.step}'; its steps are: {known}")
     _print_rows(names, rows, chosen.json)
+
+
+def _export(chosen: argparse.Namespace) -> None:
+    from storage.home import Home
+    from tasks.export import export
+
+    told = export(Home.open().store, chosen.checkpoint, Path(chosen.out), chosen.domain, chosen.language, chosen.prompt)
+    print(told)
 
 
 def _verify(_: argparse.Namespace) -> None:

@@ -3,23 +3,27 @@
 With the weights fixed, every layer's experts are one merged FFN, which is an ordinary LlamaMLP: any server can run it, at
 the dense model's cost. Its logits are those of prompt-only routing with the same weights.
 
-    weights = mean_routing_weights(model, batches_of_one_domain)       or prompt_routing_weights(model, prompt_ids)
-    export_dense(model, "arxiv-dense", weights=weights)
+    model = LoryForCausalLM.from_pretrained("home/artifacts/checkpoint/...")
+    export_dense(model, "legal-dense", domain="legal")                 as `eclectus pretrain` measured it (or language=)
+    export_dense(model, "mine-dense", prompt="What the text begins with")
+    export_dense(model, "arxiv-dense", weights=mean_routing_weights(model, batches_of_one_domain))
 """
 
 import json
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from .lory import LoryForCausalLM
 from .lory_config import LoryConfig
 from .lory_dense import dense_ffn_names, split_expert
 from .lory_routing import LoryCache, RoutingPlan, check_expert_weights
 from .merge import merge_experts
+from .routing_profiles import read_profile
 
 
 @torch.no_grad()
@@ -68,6 +72,9 @@ def export_dense(
     model: LoryForCausalLM,
     out_dir: str | Path,
     *,
+    domain: str | None = None,
+    language: str | None = None,
+    prompt: str | None = None,
     prompt_ids: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> LlamaForCausalLM:
@@ -75,14 +82,20 @@ def export_dense(
 
     Args:
         model: the Lory model; left as it is.
-        out_dir: directory to write, in safetensors.
-        prompt_ids: `[1, L]`: merge by this prompt.
-        weights: `[layers, E]` (or `[layers, 1, E]`): merge by these. Exactly one of the two is given, unless the model
-            is dense already.
+        out_dir: directory to write, in safetensors, with the model's tokenizer where its folder has one.
+        domain, language: merge by the mean routing of this part of the training data, read from the folder that the model
+            was loaded from (models/routing_profiles.py).
+        prompt: merge by this text, in the tokens of the tokenizer in that folder.
+        prompt_ids: `[1, L]`: merge by these tokens.
+        weights: `[layers, E]` (or `[layers, 1, E]`): merge by these.
 
-    The directory loads in transformers 4 and 5: its config.json carries the rotary settings under both names.
+    Exactly one of the five is given, unless the model is dense already; ValueError otherwise, or when the folder lacks
+    what is asked for. The directory loads in transformers 4 and 5: its config.json carries the rotary settings under both
+    names.
     """
-    weights = _choose_weights(model, prompt_ids, weights)
+    weights = _choose_weights(
+        model, domain=domain, language=language, prompt=prompt, prompt_ids=prompt_ids, weights=weights
+    )
     fields = model.config.to_dict()
     own = set(LoryConfig().to_dict()) - set(LlamaConfig().to_dict())
     fields = {key: value for key, value in fields.items() if key not in own | {"model_type", "auto_map"}}
@@ -100,20 +113,31 @@ def export_dense(
     llama.generation_config = model.generation_config
     llama.eval().save_pretrained(out_dir)
     _write_both_rope_forms(Path(out_dir) / "config.json", config)
+    for path in _tokenizer_files(Path(model.name_or_path)) if model.name_or_path else []:
+        shutil.copyfile(path, Path(out_dir) / path.name)
     return llama
 
 
-def _choose_weights(model: LoryForCausalLM, prompt_ids: Tensor | None, weights: Tensor | None) -> Tensor:
+def _choose_weights(model: LoryForCausalLM, **given: str | Tensor | None) -> Tensor:
     """The weights `[layers, E]` to merge by."""
     config = model.config
     if config.num_experts == 1 or config.routing == "dense":
         first = torch.zeros(config.num_hidden_layers, config.num_experts)
         first[:, 0] = 1
         return first
-    if (prompt_ids is None) == (weights is None):
-        raise ValueError("export_dense needs either prompt_ids or weights to merge the experts by: give one of them.")
-    if weights is None:
-        weights = prompt_routing_weights(model, prompt_ids)
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if len(chosen) != 1:
+        raise ValueError(
+            f"export_dense needs one of {', '.join(given)} to merge the experts by, but got "
+            f"{' and '.join(chosen) or 'none'}; give exactly one."
+        )
+    ((by, value),) = chosen.items()
+    if by == "prompt":
+        by, value = "prompt_ids", _tokens_of(model, value)
+    if by == "prompt_ids":
+        weights = prompt_routing_weights(model, value)
+    else:
+        weights = value if by == "weights" else read_profile(_folder_of(model), by, value)
     rows = check_expert_weights(config, weights)
     if rows.shape[1] != 1:
         raise ValueError(
@@ -121,6 +145,30 @@ def _choose_weights(model: LoryForCausalLM, prompt_ids: Tensor | None, weights: 
             "them."
         )
     return rows[:, 0]
+
+
+def _folder_of(model: LoryForCausalLM) -> Path:
+    if not model.name_or_path:
+        raise ValueError(
+            "This model was not loaded from a folder, so nothing is known of its data or its tokenizer; load it with "
+            "from_pretrained, or give prompt_ids or weights."
+        )
+    return Path(model.name_or_path)
+
+
+def _tokens_of(model: LoryForCausalLM, prompt: str) -> Tensor:
+    folder = _folder_of(model)
+    if not _tokenizer_files(folder):
+        raise ValueError(f"{folder} has no tokenizer to read the prompt with; give prompt_ids.")
+    ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise ValueError("The prompt has no token; give a text to merge the experts by.")
+    return ids
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    patterns = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")
+    return sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
 
 
 def _check_routed(model: LoryForCausalLM) -> None:

@@ -19,6 +19,7 @@ from os import PathLike
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -297,7 +298,15 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
         """As in transformers, but weights that do not fit the configuration are an error, never drawn at random."""
         with_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"A safetensors file in {pretrained_model_name_or_path} is damaged or cut short ({error}); fetch or write the "
+                "checkpoint again."
+            ) from error
         wrong = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
         if any(wrong.values()):
             told = "; ".join(f"{name}: {', '.join(keys[:3])}" for name, keys in wrong.items() if keys)

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from models import LoryForCausalLM
 from models.export_lory import export_dense, mean_routing_weights, prompt_routing_weights
+from models.routing_profiles import write_profiles
 from tests.models.test_lory import SHAPE, T, llama, lory, tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,10 +67,39 @@ def test_a_dense_model_exports_without_weights(tmp_path, fields):
 def test_what_to_merge_by_must_be_given_once_and_be_one(tmp_path):
     model = lory()
     for arguments in ({}, dict(prompt_ids=tokens(1, 3), weights=torch.rand(2, 4))):
-        with pytest.raises(ValueError, match="either prompt_ids or weights"):
+        with pytest.raises(
+            ValueError,
+            match=r"needs one of domain, language, prompt, prompt_ids, weights.*got (none|prompt_ids and weights)",
+        ):
             export_dense(model, tmp_path, **arguments)
     with pytest.raises(ValueError, match="but got 2; give one prompt"):
         export_dense(model, tmp_path, prompt_ids=tokens(2, 3))
+
+
+def test_a_prompt_in_words_or_a_domain_is_read_from_the_models_own_folder(tmp_path):
+    model, ids = lory(), torch.tensor([[5, 6, 7]])
+    save_with_tokenizer(model, tmp_path / "lory")
+    weights = mean_routing_weights(model, [tokens(4, 2 * T, seed=3)])
+    write_profiles(tmp_path / "lory", {"domain": {"legal": weights.tolist()}, "language": {}})
+    loaded = LoryForCausalLM.from_pretrained(tmp_path / "lory")
+    for arguments, same in (
+        (dict(prompt="w5 w6 w7"), dict(prompt_ids=ids)),
+        (dict(domain="legal"), dict(weights=weights)),
+    ):
+        out = tmp_path / next(iter(arguments))
+        export_dense(loaded, out, **arguments)
+        expected = export_dense(model, tmp_path / "same", **same)(ids).logits
+        torch.testing.assert_close(LlamaForCausalLM.from_pretrained(out)(ids).logits, expected)
+        assert AutoTokenizer.from_pretrained(out)("w5 w6")["input_ids"] == [5, 6]
+    with pytest.raises(ValueError, match="knows no domain 'code'; it knows legal"):
+        export_dense(loaded, tmp_path / "x", domain="code")
+    with pytest.raises(ValueError, match="knows no language 'el'; it knows none"):
+        export_dense(loaded, tmp_path / "x", language="el")
+    with pytest.raises(ValueError, match="was not loaded from a folder"):
+        export_dense(model, tmp_path / "x", domain="legal")
+    (tmp_path / "lory" / "routing_weights.json").unlink()
+    with pytest.raises(ValueError, match="has no routing weights by domain"):
+        export_dense(loaded, tmp_path / "x", domain="legal")
 
 
 def save_with_tokenizer(model, path):

@@ -353,9 +353,28 @@ def test_a_checkpoint_of_another_config_or_architecture_is_refused(tmp_path):
             LoryForCausalLM.from_pretrained(tmp_path / "lory")
 
 
-def test_a_truncated_checkpoint_is_refused(tmp_path):
+def cut(content):
+    return content[:-100]
+
+
+def header_that_claims_more(content):
+    return (10**9).to_bytes(8, "little") + content[8:]
+
+
+def header_of_another_shape(content):
+    return content.replace(b'"shape":[4,120,32]', b'"shape":[4,120,33]', 1)
+
+
+def tensor_of_another_name(content):
+    return content.replace(b"model.layers.0.mlp.experts", b"model.layers.7.mlp.experts", 1)
+
+
+@pytest.mark.parametrize("damage", [cut, header_that_claims_more, header_of_another_shape, tensor_of_another_name])
+def test_a_truncated_or_tampered_checkpoint_is_refused_by_name(tmp_path, damage):
     lory().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(Exception, match=r"(?i)incomplete|corrupt|invalid|header"):
+    content = weights.read_bytes()
+    weights.write_bytes(damage(content))
+    assert weights.read_bytes() != content
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*(damaged or cut short|do not fit its configuration)"):
         LoryForCausalLM.from_pretrained(tmp_path)
