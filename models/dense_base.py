@@ -1,7 +1,8 @@
 """Opening the dense checkpoint that is to be upcycled, and refusing, by name, what cannot be.
 
 A base is a directory with safetensors (one file or shards) or a GGUF file, which transformers dequantises into memory.
-Before anything is written its tensors are compared with those of its class: none missing, none unknown, shapes as the
+A directory with code of its own is refused, unless that code is trusted: then its logits are what the upcycled model is held
+against, for which the model is in memory. Before anything is written its tensors are compared with those of its class: none missing, none unknown, shapes as the
 config says.
 """
 
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from models.checkpoint_io import CheckpointError, CheckpointReader, ModuleTensors, TensorSource, read_config
 from models.families import Family, UnsupportedModelError, family_of, plain_config
+from models.streaming import streamed_logits
 
 REPORT = "upcycle.json"
 
@@ -31,6 +33,14 @@ class DenseBase:
         self.tied = bool(config.tie_word_embeddings)
         self._side_files = side_files
         self._gguf_tokenizer: Any = None
+        self._own_model: PreTrainedModel | None = None
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the base computes in fp32 on tokens `[n, length]`: by its own code where that is trusted, else streamed."""
+        if self._own_model is not None:
+            return self._own_model(input_ids=tokens).logits
+        return streamed_logits(self.tensors, self.config, self.family, tokens)
 
     @classmethod
     def from_gguf(cls, path: Path) -> "DenseBase":
@@ -42,6 +52,17 @@ class DenseBase:
         base._gguf_tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         return base
 
+    @classmethod
+    def with_own_code(cls, base_dir: Path, raw: dict[str, Any], tensors: TensorSource) -> "DenseBase":
+        """A base whose config.json names code beside it; `raw` is that config. Runs that code."""
+        stock = {key: value for key, value in raw.items() if key != "auto_map"}
+        config = AutoConfig.for_model(**stock)
+        base = cls(config, family_of(config.to_dict(), base_dir), tensors, base_dir)
+        base._own_model = AutoModelForCausalLM.from_pretrained(
+            base_dir, dtype=torch.float32, trust_remote_code=True
+        ).eval()
+        return base
+
     def copy_side_files(self, out_dir: Path) -> None:
         """Tokenizer and generation config."""
         if self._gguf_tokenizer is not None:
@@ -50,18 +71,18 @@ class DenseBase:
         copy_side_files(self._side_files, out_dir)
 
 
-def open_base(base_dir: Path, stack: ExitStack) -> DenseBase:
+def open_base(base_dir: Path, stack: ExitStack, trust_remote_code: bool = False) -> DenseBase:
     """Opens and checks a base; its files stay open until `stack` closes.
 
-    Raises CheckpointError for missing or damaged files, UnsupportedModelError for a model that cannot be upcycled.
+    trust_remote_code: whether to run code that the base brings. Raises CheckpointError for missing or damaged files, UnsupportedModelError for a model that cannot be upcycled.
     """
-    base = _open(base_dir, stack)
+    base = _open(base_dir, stack, trust_remote_code)
     _check_tokenizer(base_dir, base.config.vocab_size)
     _check_tensors(base, base_dir)
     return base
 
 
-def _open(base_dir: Path, stack: ExitStack) -> DenseBase:
+def _open(base_dir: Path, stack: ExitStack, trust_remote_code: bool) -> DenseBase:
     if not base_dir.exists():
         raise CheckpointError(f"{base_dir} does not exist; expected a checkpoint directory or a .gguf file")
     if base_dir.is_file():
@@ -74,7 +95,9 @@ def _open(base_dir: Path, stack: ExitStack) -> DenseBase:
             raise CheckpointError(f"{base_dir} holds {len(ggufs)} .gguf files; name one of them, such as {ggufs[0]}")
         return DenseBase.from_gguf(ggufs[0])
     raw = read_config(base_dir)
-    family_of(raw, base_dir)
+    family_of(raw, base_dir, trust_remote_code)
+    if raw.get("auto_map"):
+        return DenseBase.with_own_code(base_dir, raw, stack.enter_context(CheckpointReader(base_dir)))
     config = AutoConfig.from_pretrained(base_dir)
     # Once more with the defaults resolved: layer types follow from other keys.
     family = family_of(config.to_dict(), base_dir)
@@ -92,18 +115,36 @@ def copy_side_files(source: Path, out_dir: Path) -> None:
 
 
 def _check_tokenizer(base_dir: Path, vocabulary: int) -> None:
-    path = base_dir / "tokenizer.json"
-    if not path.is_file():
+    if not base_dir.is_dir():
         return
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    vocab = tokenizer.get("model", {}).get("vocab", {})
-    ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
-    ids += [token["id"] for token in tokenizer.get("added_tokens", [])]
-    if ids and max(ids) >= vocabulary:
+    path = base_dir / "tokenizer.json"
+    if path.is_file():
+        largest = _largest_id(json.loads(path.read_text(encoding="utf-8")))
+    else:
+        path = next(
+            (base_dir / name for name in ("tokenizer.model", "vocab.json") if (base_dir / name).is_file()), None
+        )
+        if path is None:
+            return
+        try:
+            largest = max(AutoTokenizer.from_pretrained(base_dir).get_vocab().values())
+        except (OSError, ValueError, RuntimeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"{path} cannot be read as a tokenizer ({first}); mend it, or move it away"
+            ) from error
+    if largest >= vocabulary:
         raise UnsupportedModelError(
-            f"{path} gives token id {max(ids)}, but the model's vocabulary has {vocabulary}: "
+            f"{path} gives token id {largest}, but the model's vocabulary has {vocabulary}: "
             "this tokenizer is not the model's"
         )
+
+
+def _largest_id(tokenizer: dict[str, Any]) -> int:
+    """The largest token id of a tokenizer.json, -1 when it has none."""
+    vocab = tokenizer.get("model", {}).get("vocab", {})
+    ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
+    return max([-1, *ids, *(token["id"] for token in tokenizer.get("added_tokens", []))])
 
 
 def _check_tensors(base: DenseBase, where: Path) -> None:

@@ -17,7 +17,7 @@ for the call and not kept. No loop over experts and no wait for the device on CU
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -92,23 +92,24 @@ class SplitExperts(nn.Module):
         return torch.cat([whole(frozen), whole(new)])
 
 
-def split_experts(model: PreTrainedModel, frozen: int = 1) -> PreTrainedModel:
+def split_experts(model: PreTrainedModel, frozen: int | Sequence[int] = 1) -> PreTrainedModel:
     """Replaces every layer's experts by SplitExperts with `frozen` original experts, in place; same function as before.
 
-    frozen: how many leading experts of each layer are original; more than 1 when an extended model is extended again.
+    frozen: how many leading experts are original, of every layer or one number a layer; more than 1 when an extended model
+        is extended again.
     Raises ValueError when the model is not an upcycled one, is split already, or holds no more than `frozen` experts.
     """
     moe_family_of(model.config.to_dict(), "this model")
     for layer, block in moe_blocks(model):
-        experts = block.experts
+        experts, kept = block.experts, frozen if isinstance(frozen, int) else frozen[layer]
         if isinstance(experts, SplitExperts):
             raise ValueError("the model's experts are split already; join_experts(model) first to split otherwise")
-        if not 1 <= frozen < experts.num_experts:
+        if not 1 <= kept < experts.num_experts:
             raise ValueError(
-                f"frozen is {frozen}, layer {layer} has {experts.num_experts} experts: "
+                f"frozen is {kept}, layer {layer} has {experts.num_experts} experts: "
                 f"choose 1 to {experts.num_experts - 1}"
             )
-        block.experts = SplitExperts(experts, frozen)
+        block.experts = SplitExperts(experts, kept)
     return model
 
 
@@ -222,13 +223,12 @@ def frozen_digest(model: PreTrainedModel) -> str:
     and values, the values widened to fp32 (exactly), so that a bf16 base and its fp32 training copy agree.
     A model that is split with several frozen experts includes them all.
     """
-    _, block = next(moe_blocks(model))
-    frozen = block.experts.num_frozen if isinstance(block.experts, SplitExperts) else 1
+    frozen = [getattr(block.experts, "num_frozen", 1) for _, block in moe_blocks(model)]
     tensors = MoeTensors(model)
     return original_digest(tensors, tensors.family, bool(model.config.tie_word_embeddings), frozen)
 
 
-def original_digest(source: TensorSource, family: Family, tied: bool, frozen: int = 1) -> str:
+def original_digest(source: TensorSource, family: Family, tied: bool, frozen: int | Sequence[int] = 1) -> str:
     """frozen_digest of any source of tensors: a dense base, an upcycled checkpoint directory, a live model."""
     originals = original_tensors(source, family, tied, frozen)
     digest = hashlib.sha256()
@@ -239,7 +239,9 @@ def original_digest(source: TensorSource, family: Family, tied: bool, frozen: in
     return digest.hexdigest()
 
 
-def original_tensors(source: TensorSource, family: Family, tied: bool, frozen: int = 1) -> dict[str, str]:
+def original_tensors(
+    source: TensorSource, family: Family, tied: bool, frozen: int | Sequence[int] = 1
+) -> dict[str, str]:
     """Dense name to stored name, over the original tensors of a dense or an upcycled source.
 
     Original experts after the first have no dense name; they appear as `model.layers.L.mlp.experts.E.MATRIX.weight`.
@@ -251,7 +253,7 @@ def original_tensors(source: TensorSource, family: Family, tied: bool, frozen: i
             continue
         if parsed := family.parse_expert(name):
             layer, expert, matrix = parsed
-            if expert >= frozen:
+            if expert >= (frozen if isinstance(frozen, int) else frozen[layer]):
                 continue
             dense = dense_ffn(layer, matrix)
             originals[dense if expert == 0 else dense.replace(".mlp.", f".mlp.experts.{expert}.")] = name

@@ -84,19 +84,19 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
     tied = bool(base_config.get("tie_word_embeddings"))
     with ExitStack() as stack:
         source = stack.enter_context(CheckpointReader(moe_dir))
-        report = moe_dir / REPORT
-        if report.is_file():
-            expected = json.loads(report.read_text(encoding="utf-8"))["base_digest"]
+        made = json.loads((moe_dir / REPORT).read_text("utf-8")) if (moe_dir / REPORT).is_file() else {}
+        if made:
             found = original_digest(source, family, tied)
-            if found != expected:
+            if found != made["base_digest"]:
                 raise NotTheBaseError(
                     f"expert 0 and the shared weights of {moe_dir} are not the base's any more (digest {found[:12]}, "
-                    f"base {expected[:12]}): it was trained with all weights free, or stored in another type"
+                    f"base {made['base_digest'][:12]}): it was trained with all weights free, or stored in another type"
                 )
         originals = original_tensors(source, family, tied)
         partial = _begin(out_dir, stack)
         write_config(partial, with_both_generations_of_base(base_config))
-        types = {name: _narrowed(source.tensor(o), base_config.get("dtype")) for name, o in originals.items()}
+        usual, odd = base_config.get("dtype"), made.get("base_types", {})
+        types = {name: _narrowed(source.tensor(o), odd.get(name, usual)) for name, o in originals.items()}
         specs = [TensorSpec(name, types[name], source.specs[o].shape) for name, o in originals.items()]
         write_checkpoint(partial, specs, lambda name: source.tensor(originals[name]).to(types[name]))
         copy_side_files(moe_dir, partial)
@@ -111,10 +111,10 @@ def with_both_generations_of_base(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _narrowed(value: Tensor, base_type: str | None) -> torch.dtype:
-    """The base's type where it holds the values exactly: a bf16 base that was trained in fp32 goes back to bf16."""
+    """The base's type where it holds the values exactly: a bf16 base that was trained in fp32 goes back to bf16, and a norm to fp32."""
     narrow = getattr(torch, base_type) if base_type else value.dtype
     exact = torch.equal(value.to(narrow).to(value.dtype), value)
-    return narrow if exact and narrow.itemsize < value.dtype.itemsize else value.dtype
+    return narrow if exact else value.dtype
 
 
 def _stored_type(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:

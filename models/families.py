@@ -12,7 +12,8 @@ another rotary base, silently.
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ MATRICES = ("gate_proj", "up_proj", "down_proj")
 # transformers reports as missing; a narrow one of zeros adds exactly 0 and loads everywhere, tensor parallel included.
 SHARED_EXPERT_WIDTH = 32
 _FFN = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
+
+
+# What stands before a stock MoE type where layers hold different numbers of experts (models/layered.py).
+LAYERED = "layered_"
 
 
 class UnsupportedModelError(ValueError):
@@ -40,6 +45,15 @@ class Family:
     """Name of the MoE block inside a layer, in checkpoint files."""
     matrices: tuple[str, str, str]
     """Names of an expert's gate, up and down projection, in checkpoint files."""
+
+    @property
+    def stock_moe(self) -> str:
+        """The stock MoE type, also of a layered one."""
+        return self.moe.removeprefix(LAYERED)
+
+    def layered(self) -> "Family":
+        """The same family in our class, whose layers hold different numbers of experts."""
+        return replace(self, moe=LAYERED + self.moe, architecture="Layered" + self.architecture)
 
     def expert_name(self, layer: int, expert: int, matrix: str) -> str:
         """Checkpoint name of one matrix (`gate_proj`, `up_proj`, `down_proj`) of one expert."""
@@ -75,6 +89,7 @@ FAMILIES = {
     "qwen3": Family("qwen3", "qwen3_moe", "Qwen3MoeForCausalLM", "mlp", _QWEN),
 }
 MOE_FAMILIES = {family.moe: family for family in FAMILIES.values()}
+MOE_FAMILIES |= {family.moe: family for family in [each.layered() for each in MOE_FAMILIES.values()]}
 
 
 def dense_ffn(layer: int, matrix: str) -> str:
@@ -88,14 +103,17 @@ def parse_dense_ffn(name: str) -> tuple[int, str] | None:
     return (int(match[1]), match[2]) if match else None
 
 
-def family_of(config: dict[str, Any], where: str | Path) -> Family:
-    """The dense family of a config. Raises UnsupportedModelError with the reason when it cannot be upcycled."""
+def family_of(config: dict[str, Any], where: str | Path, trust_remote_code: bool = False) -> Family:
+    """The dense family of a config. Raises UnsupportedModelError with the reason when it cannot be upcycled.
+
+    trust_remote_code: whether a model may bring code of its own (auto_map), if it says that it is of a supported family.
+    """
     model_type = config.get("model_type")
     supported = ", ".join(FAMILIES)
-    if config.get("auto_map"):
+    if config.get("auto_map") and not trust_remote_code:
         raise UnsupportedModelError(
-            f"{where} brings its own code (auto_map in config.json), which is never run here: "
-            f"save it from a stock class first (supported: {supported})"
+            f"{where} brings its own code (auto_map in config.json), which is not run unless asked for: read it and pass "
+            f"trust_remote_code, or save it from a stock class first (supported: {supported})"
         )
     if model_type not in FAMILIES:
         raise UnsupportedModelError(f"{where} is a {model_type!r} model; bases that can be upcycled: {supported}")
@@ -109,7 +127,7 @@ def family_of(config: dict[str, Any], where: str | Path) -> Family:
         if config.get(key) and model_type in ("llama", "mistral"):
             raise UnsupportedModelError(f"{where} has {key}: true, which its MoE class (Mixtral) cannot hold")
     windows = set(config.get("layer_types") or ["full_attention"])
-    if len(windows) > 1:
+    if len(windows) > 1 and model_type != "qwen2":
         raise UnsupportedModelError(
             f"{where} mixes {' and '.join(sorted(windows))} layers, which its MoE class ({FAMILIES[model_type].moe}) "
             "cannot hold: one kind for all layers is supported"
@@ -120,8 +138,9 @@ def family_of(config: dict[str, Any], where: str | Path) -> Family:
 def moe_family_of(config: dict[str, Any], where: str | Path) -> Family:
     """The family of an upcycled config: by its recorded base, else by its model type."""
     recorded = (config.get("upcycled_from") or {}).get("model_type")
-    if recorded in FAMILIES and FAMILIES[recorded].moe == config.get("model_type"):
-        return FAMILIES[recorded]
+    for family in (FAMILIES[recorded], FAMILIES[recorded].layered()) if recorded in FAMILIES else ():
+        if family.moe == config.get("model_type"):
+            return family
     if config.get("model_type") not in MOE_FAMILIES:
         raise UnsupportedModelError(
             f"{where} is a {config.get('model_type')!r} model, expected an upcycled one: {', '.join(MOE_FAMILIES)}"
@@ -129,10 +148,10 @@ def moe_family_of(config: dict[str, Any], where: str | Path) -> Family:
     return MOE_FAMILIES[config["model_type"]]
 
 
-def moe_config(base: dict[str, Any], family: Family, experts: int, top_k: int) -> dict[str, Any]:
+def moe_config(base: dict[str, Any], family: Family, experts: Sequence[int], top_k: int) -> dict[str, Any]:
     """config.json of the upcycled model: the base's own values, the routing, and both generations' keys.
 
-    base: the base's config as plain_config gives it, every default resolved.
+    base: the base's config as plain_config gives it, every default resolved. experts: of each layer.
     """
     dropped = {"architectures", "model_type", "transformers_version", "pretraining_tp", "mlp_bias"}
     config = {key: value for key, value in base.items() if key not in dropped}
@@ -140,14 +159,17 @@ def moe_config(base: dict[str, Any], family: Family, experts: int, top_k: int) -
         "model_type": family.moe,
         "architectures": [family.architecture],
         "num_experts_per_tok": top_k,
-        "num_local_experts": experts,
+        "num_local_experts": max(experts),
         "output_router_logits": False,
         # Our training adds its own router losses; transformers' own would be added on top of them.
         "router_aux_loss_coef": 0.0,
         "upcycled_from": base,
     }
-    sliding = set(base.get("layer_types") or []) == {"sliding_attention"}
-    if family.moe == "mixtral":
+    windows = base.get("layer_types") or []
+    sliding = "sliding_attention" in windows
+    if family.moe != family.stock_moe:
+        config["experts_per_layer"] = list(experts)
+    if family.stock_moe == "mixtral":
         config["router_jitter_noise"] = 0.0
         config.pop("attention_bias", None)
     else:
@@ -157,11 +179,11 @@ def moe_config(base: dict[str, Any], family: Family, experts: int, top_k: int) -
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
             "use_sliding_window": sliding,
-            "max_window_layers": 0 if sliding else base["num_hidden_layers"],
+            "max_window_layers": windows.index("sliding_attention") if sliding else base["num_hidden_layers"],
         }
-    if family.moe == "qwen2_moe":
+    if family.stock_moe == "qwen2_moe":
         config |= {"shared_expert_intermediate_size": SHARED_EXPERT_WIDTH, "qkv_bias": True}
-    elif family.moe == "qwen3_moe":
+    elif family.stock_moe == "qwen3_moe":
         config.pop("layer_types", None)
     return with_both_generations(config)
 

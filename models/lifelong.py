@@ -45,7 +45,8 @@ NEWTON_STEPS = 50
 class ExtendAgainReport:
     """How the model with more experts compares to the one before it; appended to upcycle.json as `extended`."""
 
-    experts_before: int
+    experts_before: tuple[int, ...]
+    """Experts of each layer before, all of which are frozen from then on."""
     experts: int
     margin: float
     tolerance: float
@@ -88,17 +89,19 @@ def extend_again(
         raise ValueError(f"calibration has shape {tuple(calibration.shape)}, expected [{KEPT_BACK} or more, length]")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists already: remove it or choose another place")
-    before = int(config["num_local_experts"])
+    before = config.get("experts_per_layer") or [int(config["num_local_experts"])] * config["num_hidden_layers"]
     kept_back, fitted = calibration[::KEPT_BACK], calibration[_rest(len(calibration))]
     model = AutoModelForCausalLM.from_pretrained(moe_dir, dtype=torch.float32).eval()
     rows = _calibrated_rows(model, fitted, new_experts, margin, seed)
-    wider = with_both_generations(config | {"num_local_experts": before + new_experts})
+    wider = config | {"num_local_experts": max(before) + new_experts}
+    if "experts_per_layer" in config:
+        wider["experts_per_layer"] = [count + new_experts for count in before]
     with ExitStack() as stack:
         partial = out_dir.with_name(out_dir.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
-        write_config(partial, wider)
+        write_config(partial, with_both_generations(wider))
         _write_tensors(moe_dir, partial, family, before, rows)
         copy_side_files(moe_dir, partial)
         result = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32).eval()
@@ -116,7 +119,14 @@ def extend_again(
                 "only, or raise largest_share and rely on the review"
             )
         report = ExtendAgainReport(
-            before, before + new_experts, margin, tolerance, delta, fit.chosen, kept.chosen, (kept.old_loss, kept.loss)
+            tuple(before),
+            max(before) + new_experts,
+            margin,
+            tolerance,
+            delta,
+            fit.chosen,
+            kept.chosen,
+            (kept.old_loss, kept.loss),
         )
         _write_report(moe_dir, partial, report)
         if out_dir.exists():
@@ -186,7 +196,7 @@ def shortest_row_below(x_TH: Tensor, limit_T: Tensor) -> Tensor:
     return row_H
 
 
-def _write_tensors(moe_dir: Path, out_dir: Path, family: Family, before: int, rows: list[Tensor]) -> None:
+def _write_tensors(moe_dir: Path, out_dir: Path, family: Family, before: list[int], rows: list[Tensor]) -> None:
     """All tensors as they are, the new experts as expert 0, the routers longer."""
     count = len(rows[0])
     with CheckpointReader(moe_dir) as source:
@@ -197,7 +207,7 @@ def _write_tensors(moe_dir: Path, out_dir: Path, family: Family, before: int, ro
             place = next(i for i, spec in enumerate(specs) if spec.name == router)
             specs[place] = TensorSpec(router, own.dtype, (own.shape[0] + count, own.shape[1]))
             made[router] = torch.cat([source.tensor(router), new_rows.to(own.dtype)])
-            for expert in range(before, before + count):
+            for expert in range(before[layer], before[layer] + count):
                 for matrix in MATRICES:
                     first = family.expert_name(layer, 0, matrix)
                     name = family.expert_name(layer, expert, matrix)
@@ -220,18 +230,19 @@ class _Comparison:
     loss: float
 
 
-def _compare(model: PreTrainedModel, result: PreTrainedModel, tokens: Tensor, before: int) -> _Comparison:
+def _compare(model: PreTrainedModel, result: PreTrainedModel, tokens: Tensor, before: list[int]) -> _Comparison:
     """Logits over the old experts alone, and what happens as routed, row by row."""
     rows = []
     for row in tokens[:, None]:
         expected = model(input_ids=row, use_cache=False).logits
         routed = result(input_ids=row, use_cache=False, output_router_logits=True)
-        hooks = [block.gate.register_forward_hook(_old_only(before)) for _, block in moe_blocks(result)]
+        hooks = [block.gate.register_forward_hook(_old_only(before[layer])) for layer, block in moe_blocks(result)]
         old = result(input_ids=row, use_cache=False).logits
         for hook in hooks:
             hook.remove()
-        best = torch.stack([layer.topk(model.config.num_experts_per_tok).indices for layer in routed.router_logits])
-        chosen = (best >= before).any(-1).float().mean()
+        best = [logits.topk(model.config.num_experts_per_tok).indices for logits in routed.router_logits]
+        new = [chosen >= old for chosen, old in zip(best, before, strict=True)]
+        chosen = torch.stack(new).any(-1).float().mean()
         losses = [next_token_loss(logits, row) for logits in (expected, routed.logits)]
         rows.append(torch.stack([(old - expected).abs().max(), expected.abs().max(), chosen, *losses]))
     rows_RV = torch.stack(rows)
@@ -251,5 +262,7 @@ def _old_only(before: int):  # noqa: ANN202
 def _write_report(moe_dir: Path, out_dir: Path, report: ExtendAgainReport) -> None:
     path = moe_dir / REPORT
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    known |= {"experts": report.experts, "extended": [*known.get("extended", []), asdict(report)]}
+    per_layer = [count + report.experts - max(report.experts_before) for count in report.experts_before]
+    known |= {"experts": report.experts, "experts_per_layer": per_layer if len(set(per_layer)) > 1 else None}
+    known |= {"extended": [*known.get("extended", []), asdict(report)], "trained": []}
     (out_dir / REPORT).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")

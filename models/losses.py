@@ -35,8 +35,9 @@ def balance_loss(
     experts = _check_logits(router_logits)
     if scaling not in ("paper", "released"):
         raise ValueError(f"unknown balance scaling {scaling!r}: choose 'paper' or 'released'")
-    if not 1 <= top_k <= experts:
-        raise ValueError(f"top_k is {top_k}, but the router logits hold {experts} experts: choose 1 to {experts}")
+    if not 1 <= top_k <= min(experts):
+        least = min(experts)
+        raise ValueError(f"top_k is {top_k}, but the router logits hold {least} experts: choose 1 to {least}")
     divisor = top_k if scaling == "paper" else 1
     losses = []
     for logits in router_logits:
@@ -45,39 +46,44 @@ def balance_loss(
         with torch.no_grad():
             chosen_TK = torch.topk(logits_TN, top_k, dim=-1).indices
             chosen_TN = torch.zeros_like(logits_TN).scatter_(1, chosen_TK, 1.0)
-        share_N = _masked_mean(chosen_TN, mask) * (experts / divisor)
+        share_N = _masked_mean(chosen_TN, mask) * (logits.shape[1] / divisor)
         losses.append((share_N * _masked_mean(probabilities_TN, mask)).sum())
     return torch.stack(losses).mean()
 
 
 def language_prior_loss(
-    router_logits: Sequence[Tensor], original_mask: Tensor, form: PriorForm = "paper", original_experts: int = 1
+    router_logits: Sequence[Tensor],
+    original_mask: Tensor,
+    form: PriorForm = "paper",
+    original_experts: int | Sequence[int] = 1,
 ) -> Tensor:
     """Language priors routing: pulls tokens of original languages to the original expert (papers.md 2.3).
 
     router_logits: over layers, `[tokens, experts]` raw logits.
     original_mask: `[tokens]` (any shape with that many elements), true on tokens of an original language.
     form: `paper` is -log softmax(logits)[0]; `released` is -log softmax(softmax(logits))[0].
-    original_experts: how many leading experts count as original (their probabilities add up); more than one for a model
-        that is extended again.
+    original_experts: how many leading experts count as original (their probabilities add up), one number or one a layer;
+        more than one for a model that is extended again.
     Returns a scalar, the mean over layers and original tokens. Without such a token it is 0, and so is its gradient.
     Raises ValueError for an empty list, an unknown form, or a mask of another length.
     """
     experts = _check_logits(router_logits)
     if form not in ("paper", "released"):
         raise ValueError(f"unknown form of the language prior loss {form!r}: choose 'paper' or 'released'")
-    if not 1 <= original_experts < experts:
-        raise ValueError(f"original_experts is {original_experts}: with {experts} experts choose 1 to {experts - 1}")
+    originals = [original_experts] * len(experts) if isinstance(original_experts, int) else list(original_experts)
+    for original, there in zip(originals, experts, strict=True):
+        if not 1 <= original < there:
+            raise ValueError(f"original_experts is {original}: with {there} experts choose 1 to {there - 1}")
     tokens = router_logits[0].shape[0]
     if original_mask.numel() != tokens:
         raise ValueError(f"original_mask has {original_mask.numel()} elements, the router saw {tokens} tokens")
     mask_T = original_mask.reshape(-1).to(torch.bool)
     losses = []
-    for logits in router_logits:
+    for logits, original in zip(router_logits, originals, strict=True):
         scores_TN = _at_least_fp32(logits)
         if form == "released":
             scores_TN = torch.softmax(scores_TN, dim=-1)
-        log_prior_T = torch.log_softmax(scores_TN, dim=-1)[:, :original_experts].logsumexp(dim=-1)
+        log_prior_T = torch.log_softmax(scores_TN, dim=-1)[:, :original].logsumexp(dim=-1)
         on_layer_T = mask_T.to(log_prior_T.device)
         # A division by at least 1 instead of a branch: the count stays on the device.
         count = on_layer_T.sum().clamp(min=1)
@@ -85,14 +91,14 @@ def language_prior_loss(
     return torch.stack(losses).mean()
 
 
-def _check_logits(router_logits: Sequence[Tensor]) -> int:
-    """Returns the number of experts; raises ValueError where these are not router logits over layers."""
+def _check_logits(router_logits: Sequence[Tensor]) -> list[int]:
+    """Returns the experts of each layer; raises ValueError where these are not router logits over layers."""
     if isinstance(router_logits, Tensor) or not router_logits:
         raise ValueError("router_logits must be a non-empty list or tuple over layers (output_router_logits=True)")
     for layer, logits in enumerate(router_logits):
-        if logits.dim() != 2 or logits.shape != router_logits[0].shape:
+        if logits.dim() != 2 or len(logits) != len(router_logits[0]):
             raise ValueError(f"router_logits[{layer}] has shape {tuple(logits.shape)}, expected [tokens, experts]")
-    return router_logits[0].shape[1]
+    return [logits.shape[1] for logits in router_logits]
 
 
 def _at_least_fp32(logits: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from models.checkpoint_io import CheckpointReader, TensorSpec, write_checkpoint
 from models.dense_base import REPORT, DenseBase, open_base
 from models.experts import original_digest
 from models.families import SHARED_EXPERT_WIDTH, moe_config, parse_dense_ffn, write_config
-from models.streaming import streamed_logits
+from models.streaming import misaligned, streamed_logits
 
 Init = Literal["copy", "noise", "drop"]
 Proof = Literal["as_routed", "expert_0"]
@@ -50,6 +50,9 @@ class UpcycleReport:
     base_model_type: str
     model_type: str
     experts: int
+    """Experts of a layer, the original one included; the most, where layers differ."""
+    experts_per_layer: tuple[int, ...] | None
+    """Experts of each layer where they differ, which makes the checkpoint one of models/layered.py."""
     top_k: int
     init: Init
     seed: int
@@ -65,6 +68,8 @@ class UpcycleReport:
     probe_shape: tuple[int, int]
     base_digest: str
     """models.experts.frozen_digest of the base: what every later checkpoint must still contain."""
+    base_types: dict[str, str]
+    """Types of the base's tensors that are not of its config's dtype, by their names."""
     base_parameters: int
     parameters: int
     notes: tuple[str, ...]
@@ -74,43 +79,48 @@ def upcycle(
     base_dir: str | Path,
     out_dir: str | Path,
     *,
-    experts: int = 6,
+    experts: int | Sequence[int] = 6,
     top_k: int = 2,
     init: Init = "copy",
     seed: int = 0,
-    experts_per_layer: Sequence[int] | None = None,
     tolerance: float = 1e-4,
     probes: Tensor | None = None,
     noise_scale: float = 0.01,
     drop_ratio: float = 0.5,
     max_shard_bytes: int = 5_000_000_000,
+    trust_remote_code: bool = False,
 ) -> UpcycleReport:
     """Writes the upcycled checkpoint of `base_dir` to `out_dir` with tokenizer, generation config and upcycle.json.
 
     base_dir: a checkpoint directory (safetensors, one file or shards), one with one .gguf file, or a .gguf file.
     out_dir: a directory that does not exist or is empty; it appears whole or not at all.
+    experts: of every layer, the original one included, or one number a layer. Where these differ the result is in a class
+        of ours (models/layered.py), since the stock ones hold one number for all layers.
     tolerance: largest difference of a logit to the base's that passes, as a share of the largest absolute logit (at
         least of 1). fp32 rounding alone gives about 4e-7 in a tiny model and 1.6e-6 in SmolLM2-135M (5e-5 of 34).
     noise_scale: standard deviation of init "noise", as a share of each matrix's own.
     drop_ratio: share of inner dimensions that init "drop" redraws; 1 makes new experts random ones of the base's scale.
     probes: token ids `[n, length]` for the proof; seeded random ones by default.
+    trust_remote_code: run code that the base brings; the proof is then against what that code computes.
     Raises UnsupportedModelError (the base), CheckpointError (its files), ValueError (the settings) before anything is
     written, StepZeroError when the proof fails.
     """
     base_dir, out_dir = Path(base_dir), Path(out_dir)
-    _check_settings(experts, top_k, init, tolerance, noise_scale, drop_ratio)
+    _check_settings(init, tolerance, noise_scale, drop_ratio)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists already: remove it or choose another place for the upcycled checkpoint")
     with ExitStack() as stack:
-        base = open_base(base_dir, stack)
-        _check_layers(experts_per_layer, experts, base.config.num_hidden_layers)
-        plan = _Plan(base, experts, init, seed, noise_scale, drop_ratio)
+        base = open_base(base_dir, stack, trust_remote_code)
+        counts = expert_counts(experts, top_k, base.config.num_hidden_layers)
+        if len(set(counts)) > 1:
+            base.family = base.family.layered()
+        plan = _Plan(base, counts, init, seed, noise_scale, drop_ratio)
         partial = out_dir.with_name(out_dir.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         stack.callback(shutil.rmtree, partial, ignore_errors=True)
         _check_space(partial, plan)
-        write_config(partial, moe_config(base.config_dict, base.family, experts, top_k))
+        write_config(partial, moe_config(base.config_dict, base.family, counts, top_k))
         write_checkpoint(partial, plan.specs, plan.tensor, max_shard_bytes)
         base.copy_side_files(partial)
         report = _prove(base, partial, plan, top_k, tolerance, probes)
@@ -121,13 +131,7 @@ def upcycle(
     return report
 
 
-def _check_settings(
-    experts: int, top_k: int, init: str, tolerance: float, noise_scale: float, drop_ratio: float
-) -> None:
-    if experts < 2:
-        raise ValueError(f"experts is {experts}: at least 2 are needed, the original and one new")
-    if not 1 <= top_k <= experts:
-        raise ValueError(f"top_k is {top_k}: choose 1 to {experts}, the number of experts")
+def _check_settings(init: str, tolerance: float, noise_scale: float, drop_ratio: float) -> None:
     if init not in ("copy", "noise", "drop"):
         raise ValueError(f"unknown init {init!r}: choose copy, noise or drop")
     if tolerance <= 0 or noise_scale <= 0:
@@ -136,17 +140,16 @@ def _check_settings(
         raise ValueError(f"drop_ratio is {drop_ratio}: choose a share of inner dimensions above 0, at most 1")
 
 
-def _check_layers(experts_per_layer: Sequence[int] | None, experts: int, layers: int) -> None:
-    if experts_per_layer is None:
-        return
-    if len(experts_per_layer) != layers:
-        raise ValueError(f"experts_per_layer has {len(experts_per_layer)} numbers, the base has {layers} layers")
-    if set(experts_per_layer) != {experts}:
-        raise ValueError(
-            f"experts_per_layer asks for {min(experts_per_layer)} to {max(experts_per_layer)} experts, but the stock "
-            "classes (Mixtral, Qwen2Moe, Qwen3Moe) hold one number for all layers, and a router without a bias cannot "
-            f"close unused places exactly: give one number, for instance experts={max(experts_per_layer)}"
-        )
+def expert_counts(experts: int | Sequence[int], top_k: int, layers: int) -> list[int]:
+    """Experts of each layer, from one number or a list. Raises ValueError for numbers that do not fit."""
+    counts = [experts] * layers if isinstance(experts, int) else list(experts)
+    if len(counts) != layers:
+        raise ValueError(f"experts names {len(counts)} layers, the base has {layers}: give one number, or one a layer")
+    if min(counts) < 2:
+        raise ValueError(f"experts is {min(counts)}: at least 2 are needed in every layer, the original and one new")
+    if not 1 <= top_k <= min(counts):
+        raise ValueError(f"top_k is {top_k}: choose 1 to {min(counts)}, the (smallest) number of experts of a layer")
+    return counts
 
 
 def _check_space(directory: Path, plan: "_Plan") -> None:
@@ -159,7 +162,7 @@ class _Plan:
     """Every tensor of the upcycled checkpoint: its name, type and shape now, its values when asked for."""
 
     def __init__(
-        self, base: DenseBase, experts: int, init: Init, seed: int, noise_scale: float, drop_ratio: float
+        self, base: DenseBase, experts: list[int], init: Init, seed: int, noise_scale: float, drop_ratio: float
     ) -> None:
         self.experts, self.init, self.seed = experts, init, seed
         self._base, self._family = base.tensors, base.family
@@ -173,7 +176,7 @@ class _Plan:
                 self._add(TensorSpec(self._family.stored_name(name), spec.dtype, spec.shape), "base", name)
                 continue
             layer, matrix = ffn
-            for expert in range(experts):
+            for expert in range(experts[layer]):
                 stored = self._family.expert_name(layer, expert, matrix)
                 self._add(TensorSpec(stored, spec.dtype, spec.shape), "expert", name, layer, expert, matrix)
             if matrix == "down_proj":
@@ -184,9 +187,9 @@ class _Plan:
         self._made[spec.name] = recipe
 
     def _add_routing(self, layer: int, down: TensorSpec, hidden: int) -> None:
-        router = TensorSpec(self._family.router_name(layer), down.dtype, (self.experts, hidden))
+        router = TensorSpec(self._family.router_name(layer), down.dtype, (self.experts[layer], hidden))
         self._add(router, "router", layer, router)
-        if self._family.moe == "qwen2_moe":
+        if self._family.stock_moe == "qwen2_moe":
             shapes = {
                 "shared_expert.gate_proj": (SHARED_EXPERT_WIDTH, hidden),
                 "shared_expert.up_proj": (SHARED_EXPERT_WIDTH, hidden),
@@ -248,7 +251,7 @@ def _prove(
     if probes is None:
         shape = (2, min(64, base.config.max_position_embeddings))
         probes = torch.randint(base.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    expected = streamed_logits(base.tensors, base.config, base.family, probes)
+    expected = base.logits(probes)
     config = AutoConfig.from_pretrained(out_dir)
     with CheckpointReader(out_dir) as result:
         as_routed = _max_delta(streamed_logits(result, config, base.family, probes), expected)
@@ -263,18 +266,11 @@ def _prove(
             f"{tolerance * scale:.3g} is allowed ({tolerance:g} of the largest logit); nothing was written. A base in an "
             "unusual configuration is the likely reason; raise the tolerance only if the difference is rounding"
         )
-    notes = []
-    if top_k == 1:
-        notes.append(
-            "top_k 1: the one chosen expert has weight 1 after normalisation, so the language modelling loss gives the "
-            "router no gradient; only the balance and language prior losses train it. Use top_k 2 to train"
-        )
-    if plan.init != "copy":
-        notes.append(f"init {plan.init}: equal to the base with every token sent to expert 0, not as routed")
     return UpcycleReport(
         base_model_type=base.family.dense,
         model_type=base.family.moe,
-        experts=plan.experts,
+        experts=max(plan.experts),
+        experts_per_layer=tuple(plan.experts) if len(set(plan.experts)) > 1 else None,
         top_k=top_k,
         init=plan.init,
         seed=plan.seed,
@@ -285,10 +281,42 @@ def _prove(
         tolerance=tolerance,
         probe_shape=tuple(probes.shape),
         base_digest=original_digest(base.tensors, base.family, base.tied),
+        base_types=_odd_types(base),
         base_parameters=sum(torch.Size(spec.shape).numel() for spec in base.tensors.specs.values()),
         parameters=sum(torch.Size(spec.shape).numel() for spec in plan.specs),
-        notes=tuple(notes),
+        notes=_notes(base, plan, top_k),
     )
+
+
+def _odd_types(base: DenseBase) -> dict[str, str]:
+    usual = base.config_dict.get("dtype") or "float32"
+    types = {name: str(spec.dtype).removeprefix("torch.") for name, spec in base.tensors.specs.items()}
+    return {name: own for name, own in types.items() if own != usual}
+
+
+def _notes(base: DenseBase, plan: _Plan, top_k: int) -> tuple[str, ...]:
+    """What a user of the checkpoint must know, in words."""
+    notes = []
+    if top_k == 1:
+        notes.append(
+            "top_k 1: the one chosen expert has weight 1 after normalisation, so the language modelling loss gives the "
+            "router no gradient; only the balance and language prior losses train it. Use top_k 2 to train"
+        )
+    if plan.init != "copy":
+        notes.append(f"init {plan.init}: equal to the base with every token sent to expert 0, not as routed")
+    if len(set(plan.experts)) > 1:
+        notes.append(
+            f"layers hold {min(plan.experts)} to {max(plan.experts)} experts, and the stock {base.family.stock_moe} holds one "
+            "number for all: this checkpoint opens with `import models` (models/layered.py), in no server"
+        )
+    if misaligned(base.config):
+        notes.append(
+            "hidden or inner width is no multiple of 8, which grouped matrix products ask for in bf16 (4 in fp32): open it "
+            'with from_pretrained(..., experts_implementation="eager")'
+        )
+    if len(set(base.config_dict.get("layer_types") or [])) > 1:
+        notes.append("some layers have a sliding window and some have not: transformers 4.57 gives it to all of them")
+    return tuple(notes)
 
 
 def _max_delta(ours: Tensor, expected: Tensor) -> float:

@@ -79,7 +79,7 @@ def test_all_earlier_weights_are_bit_identical_after_training_and_the_new_ones_l
 def test_the_report_is_kept_beside_that_of_the_first_extension(extended):
     _, moe, more, _ = extended("qwen2")
     stored = json.loads((more / "upcycle.json").read_text())
-    assert stored["experts"] == 6 and stored["extended"][0]["experts_before"] == 4
+    assert stored["experts"] == 6 and stored["extended"][0]["experts_before"] == [4, 4]
     assert stored["base_digest"] == json.loads((moe / "upcycle.json").read_text())["base_digest"]
 
 

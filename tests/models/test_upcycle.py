@@ -235,6 +235,95 @@ def test_qwen2_with_a_sliding_window_in_every_layer_keeps_it(tmp_path):
     )
 
 
+def test_qwen2_that_mixes_windows_keeps_them_layer_by_layer(tmp_path):
+    config = Qwen2Config(
+        **{key: BASES["qwen2"].to_dict()[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads")},
+        vocab_size=VOCABULARY,
+        num_hidden_layers=3,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    report = upcycle(tmp_path / "base", tmp_path / "moe")
+    assert "transformers 4.57" in report.notes[0]
+    torch.testing.assert_close(
+        logits(tmp_path / "moe", tokens()), logits(tmp_path / "base", tokens()), rtol=0, atol=1e-5
+    )
+
+
+def test_widths_that_grouped_products_refuse_are_proved_and_said(tmp_path):
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=36, intermediate_size=37, num_hidden_layers=2,
+                         num_attention_heads=4, head_dim=10)  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    report = upcycle(tmp_path / "base", tmp_path / "moe", experts=3)
+    assert report.max_abs_delta <= 1e-5 and 'experts_implementation="eager"' in report.notes[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", experts_implementation="eager").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens()).logits, logits(tmp_path / "base", tokens()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama tied", "qwen2", "qwen3"])
+def test_layers_with_different_numbers_of_experts_open_in_our_own_class(tmp_path, name):
+    base = write_base(tmp_path / "base", name)
+    report = upcycle(base, tmp_path / "moe", experts=[3, 5])
+    assert report.experts_per_layer == (3, 5) and "in no server" in report.notes[0]
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", output_loading_info=True)
+    assert not any(info.values())
+    assert type(model).__name__ == f"Layered{CLASSES[report.base_model_type]}ForCausalLM"
+    output = model(tokens(), output_router_logits=True, labels=tokens())
+    assert [layer.shape[1] for layer in output.router_logits] == [3, 5] and output.loss.isfinite()
+    torch.testing.assert_close(output.logits, logits(base, tokens()), rtol=0, atol=1e-5)
+    assert model.generate(tokens(5, 1), max_new_tokens=3, do_sample=False).shape == (1, 8)
+    extract_base(tmp_path / "moe", tmp_path / "back")
+    assert torch.equal(logits(tmp_path / "back", tokens()), logits(base, tokens()))
+
+
+def test_one_number_for_all_layers_given_as_a_list_is_stock(tmp_path):
+    base = write_base(tmp_path / "base", "mistral")
+    assert upcycle(base, tmp_path / "moe", experts=[4, 4]).experts_per_layer is None
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "moe")).__name__ == "MixtralForCausalLM"
+
+
+OWN_CODE = """
+from transformers import LlamaForCausalLM
+class Own(LlamaForCausalLM):
+    def forward(self, *arguments, **named):
+        output = super().forward(*arguments, **named)
+        output.logits = output.logits * {factor}
+        return output
+"""
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_trusted_code_of_a_base_is_what_the_proof_is_held_against(tmp_path, monkeypatch, factor):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    base = write_base(tmp_path / f"base{factor}", "llama")
+    (base / "modeling_own.py").write_text(OWN_CODE.format(factor=factor))
+    change_config(base, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
+    with pytest.raises(UnsupportedModelError, match="trust_remote_code"):
+        upcycle(base, tmp_path / "moe")
+    if factor != 1:
+        with pytest.raises(StepZeroError):
+            upcycle(base, tmp_path / "moe", trust_remote_code=True)
+        return
+    assert upcycle(base, tmp_path / "moe", trust_remote_code=True).max_abs_delta <= 1e-5
+    assert not list((tmp_path / "moe").glob("*.py"))
+    assert "auto_map" not in (tmp_path / "moe" / "config.json").read_text()
+
+
+def test_a_base_of_several_types_comes_back_with_each(tmp_path):
+    base = write_base(tmp_path / "base", "llama", torch.bfloat16)
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(32)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    assert upcycle(base, tmp_path / "moe").base_types == {"model.norm.weight": "float32"}
+    extract_base(tmp_path / "moe", tmp_path / "back")
+    with CheckpointReader(base) as before, CheckpointReader(tmp_path / "back") as after:
+        assert before.specs == after.specs
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -244,8 +333,9 @@ def test_qwen2_with_a_sliding_window_in_every_layer_keeps_it(tmp_path):
         ({"init": "random"}, "unknown init 'random'"),
         ({"init": "drop", "drop_ratio": 0.0}, "drop_ratio is 0"),
         ({"tolerance": 0.0}, "tolerance"),
-        ({"experts_per_layer": [4, 6]}, "one number for all layers"),
-        ({"experts_per_layer": [6]}, "has 1 numbers, the base has 2 layers"),
+        ({"experts": [4, 1]}, "experts is 1: at least 2"),
+        ({"experts": [4, 3], "top_k": 4}, "choose 1 to 3"),
+        ({"experts": [6]}, "names 1 layers, the base has 2"),
     ],
 )
 def test_bad_settings_are_refused_by_name(tmp_path, settings, message):
@@ -261,7 +351,7 @@ def test_bad_settings_are_refused_by_name(tmp_path, settings, message):
         ({"model_type": "gpt2"}, "'gpt2' model; bases that can be upcycled: llama, mistral, qwen2, qwen3"),
         ({"model_type": "mixtral"}, "'mixtral' model"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
-        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "its own code"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "not run unless asked for"),
         ({"attention_bias": True}, "attention_bias: true"),
         ({"mlp_bias": True}, "mlp_bias: true"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "expected a causal language model"),
