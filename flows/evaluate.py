@@ -69,6 +69,8 @@ def _checkpoints(parameters: EvaluateParameters) -> tuple[Curated, dict[str, Art
     if parameters.expanded_languages:
         extended = once(extend, ExtendParameters.of(parameters))
         curated = extended.curated
-        models = {"dense": extended.base} | models
-        models |= {"stage 1": extended.post_pretrained, "stage 2": extended.reviewed}
+        if parameters.extension_base == "lory" and not parameters.base_model:
+            # What is kept and lost is told against the first model: the one that was extended.
+            models = {"lory": extended.base}
+        models = (models or {"dense": extended.base}) | extended.checkpoints
     return curated, models

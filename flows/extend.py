@@ -1,4 +1,4 @@
-"""Extend: a dense checkpoint learns new languages by MoE-LPR, without forgetting the old ones."""
+"""Extend: a model learns new languages by MoE-LPR, without forgetting the old ones; or by what that is measured against."""
 
 from __future__ import annotations
 
@@ -11,47 +11,85 @@ from flows.parameters import CurateParameters, ExtendParameters, PretrainParamet
 from flows.pretrain import pretrain
 from flows.run import once, open_run
 from storage.artifact import Artifact
-from tasks.extend import ExtendStageSettings
+from storage.errors import EclectusError
+from tasks.add_experts import AddExpertsSettings, add_experts, kind_of
+from tasks.extend import ExtendStageSettings, recipe_of
 from tasks.extend import extend as train
 from tasks.fetch import FetchSettings, fetch
+from tasks.layer_similarity import LayerSimilaritySettings, layer_similarity
 from tasks.upcycle import UpcycleSettings, upcycle
 
 
 @dataclass(frozen=True)
 class Extended:
+    """checkpoints: what training made, by the name that the report gives it."""
+
     curated: Curated
     base: Artifact
-    upcycled: Artifact
-    post_pretrained: Artifact
-    reviewed: Artifact
+    upcycled: Artifact | None
+    checkpoints: dict[str, Artifact]
 
 
 @flow(name="extend")
 def extend(parameters: ExtendParameters = ExtendParameters()) -> Extended:
-    """Upcycles a dense checkpoint and trains it on new languages (stage 1), then reviews the old ones (stage 2)."""
+    """Upcycles a model and trains it on new languages (stage 1), then reviews the old ones (stage 2)."""
     check(parameters)
     with open_run("extend", parameters):
+        recipe = recipe_of(parameters.extension_method)
         base, curated = _base(parameters)
-        moe = upcycle(checkpoint=base, settings=UpcycleSettings.of(parameters))
+        upcycled = _with_experts(parameters, base, curated) if recipe.start == "upcycled" else None
+        # Methods that share a stage with MoE-LPR share its result too.
+        own = recipe.mixed or recipe.trained != "post_pretrain" or recipe.start != "upcycled"
+        shared = {} if own else {"extension_method": "moe_lpr"}
         learned = train(
-            label="train stage 1",
+            label="train stage 1" if recipe.reviewed else f"train {recipe.title}",
             instances=curated.expanded,
-            checkpoint=moe,
-            settings=ExtendStageSettings.of(parameters, extend_stage="post_pretrain"),
+            review=curated.review if recipe.mixed else None,
+            checkpoint=upcycled or base,
+            settings=ExtendStageSettings.of(parameters, extend_stage="post_pretrain", **shared),
         )
+        if not recipe.reviewed:
+            return Extended(curated, base, upcycled, {recipe.title: learned})
+        if not recipe.prior:
+            shared["lpr_weight"] = 0.0
         reviewed = train(
             label="train stage 2",
             instances=curated.review,
             checkpoint=learned,
-            settings=ExtendStageSettings.of(parameters, extend_stage="review"),
+            settings=ExtendStageSettings.of(parameters, extend_stage="review", **shared),
         )
-        return Extended(curated, base, moe, learned, reviewed)
+        return Extended(curated, base, upcycled, {"stage 1": learned, "stage 2": reviewed})
 
 
 def _base(parameters: ExtendParameters) -> tuple[Artifact, Curated]:
-    """The dense checkpoint to extend, and instances in its own tokens."""
+    """The checkpoint to extend, and instances in its own tokens."""
     if not parameters.base_model:
         pretrained = once(pretrain, PretrainParameters.of(parameters))
-        return pretrained.dense, pretrained.curated
+        return getattr(pretrained, parameters.extension_base), pretrained.curated
     base = fetch(settings=FetchSettings.of(parameters))
     return base, once(curate, CurateParameters.of(parameters, tokenizer=base.path))
+
+
+def _with_experts(parameters: ExtendParameters, base: Artifact, curated: Curated) -> Artifact:
+    """The base with new experts, however many it has already."""
+    kind = kind_of(base)
+    if kind in ("upcycled", "lory upcycled"):
+        return base
+    if kind != "dense":
+        if parameters.extension_method not in ("moe_lpr", "no_review", "no_lpr"):
+            raise EclectusError(
+                f"extension_method {parameters.extension_method} starts from a dense model, {base.name} has experts already; "
+                "choose moe_lpr, no_review or no_lpr, or give the dense base (eclectus export --extract-base)"
+            )
+        return add_experts(instances=curated.original, checkpoint=base, settings=AddExpertsSettings.of(parameters))
+    similarity = None
+    if parameters.extension_expert_budget:
+        similarity = layer_similarity(
+            documents=curated.documents, checkpoint=base, settings=LayerSimilaritySettings.of(parameters)
+        )
+    random = (
+        {"extension_init": "drop", "extension_drop_ratio": 1.0}
+        if parameters.extension_method == "random_experts"
+        else {}
+    )
+    return upcycle(checkpoint=base, similarity=similarity, settings=UpcycleSettings.of(parameters, **random))

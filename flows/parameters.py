@@ -6,9 +6,12 @@ that the command line can read them quickly.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from storage.errors import EclectusError
+from tasks.add_experts import AddExpertsSettings
 from tasks.budget import BudgetSettings
 from tasks.data_report import DataReportSettings
 from tasks.embed import EmbedSettings
@@ -48,12 +51,16 @@ class PretrainParameters(CurateParameters, PretrainSettings):
     """From sources to a Lory model and its dense twin."""
 
 
-class ExtendParameters(PretrainParameters, ExtendSettings):
+class ExtendParameters(PretrainParameters, ExtendSettings, AddExpertsSettings):
     """From a dense checkpoint to one that knows new languages too."""
 
     base_model: str = Field(
         "",
-        description="Dense model to extend: a folder, a .gguf file or a name on the hub. Empty: pre-train one (the dense twin).",
+        description="Model to extend: a folder, a .gguf file or a name on the hub. A dense one (Llama, Mistral, Qwen2, Qwen3), one that "
+        "was extended before, or a Lory model. Empty: pre-train one.",
+    )
+    extension_base: Literal["dense", "lory"] = Field(
+        "dense", description="Which of the pre-trained models is extended where base_model is empty."
     )
 
 
@@ -88,7 +95,25 @@ def check(parameters: CurateParameters) -> None:
         raise EclectusError("expanded_languages is empty, so there is nothing to extend to; name at least one language")
     if isinstance(parameters, PretrainParameters):
         parameters.check_shape()
-    if isinstance(parameters, ExtendParameters) and parameters.extension_top_k > parameters.extension_experts:
+    if isinstance(parameters, ExtendParameters):
+        check_extension(parameters)
+
+
+def check_extension(parameters: ExtendParameters) -> None:
+    """Raises EclectusError for settings of the extension that cannot go together."""
+    source = "extension_experts_per_layer" if parameters.extension_experts_per_layer else "extension_experts"
+    least = min(parameters.extension_experts_per_layer or [parameters.extension_experts])
+    if least < 2:
+        raise EclectusError(f"{source} holds {least}; every layer needs the original expert and a new one")
+    if parameters.extension_top_k > least:
+        raise EclectusError(f"extension_top_k {parameters.extension_top_k} is more than {source} {least}; lower it")
+    stages = ("moe_lpr", "no_review", "no_lpr")
+    if parameters.extension_base == "lory" and not parameters.base_model and parameters.extension_method not in stages:
         raise EclectusError(
-            f"extension_top_k {parameters.extension_top_k} is more than extension_experts {parameters.extension_experts}; lower it"
+            f"extension_method {parameters.extension_method} extends dense models, and extension_base is lory; choose "
+            f"{', '.join(stages)}, or extension_base dense"
+        )
+    if parameters.extension_expert_budget and parameters.extension_experts_per_layer:
+        raise EclectusError(
+            "extension_experts_per_layer and extension_expert_budget both say how many experts a layer gets; leave one out"
         )

@@ -60,7 +60,7 @@ def _places(run: Run, result: Any) -> dict[str, Path]:
         shutil.copyfile(data_report.file("data.html"), places["data report"])
     for name, artifact in getattr(result, "checkpoints", {}).items():
         places[f"checkpoint {name}"] = Path(artifact.path)
-    for name in ("dense", "lory", "upcycled", "post_pretrained", "reviewed", "original", "expanded", "review"):
+    for name in ("dense", "lory", "upcycled", "original", "expanded", "review"):
         if (artifact := getattr(result, name, None)) is not None:
             places[name.replace("_", " ")] = Path(artifact.path)
     places["lineage database"] = run.home.database

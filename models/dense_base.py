@@ -15,8 +15,22 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from models.checkpoint_io import CheckpointError, CheckpointReader, ModuleTensors, TensorSource, read_config
-from models.families import Family, UnsupportedModelError, family_of, plain_config
+from models.checkpoint_io import (
+    CheckpointError,
+    CheckpointReader,
+    ModuleTensors,
+    TensorSource,
+    read_config,
+    write_checkpoint,
+)
+from models.families import (
+    Family,
+    UnsupportedModelError,
+    family_of,
+    plain_config,
+    with_both_generations,
+    write_config,
+)
 from models.streaming import streamed_logits
 
 REPORT = "upcycle.json"
@@ -62,6 +76,12 @@ class DenseBase:
             base_dir, dtype=torch.float32, trust_remote_code=True
         ).eval()
         return base
+
+    def save(self, out_dir: Path) -> None:
+        """Writes the dense checkpoint itself, in safetensors, with tokenizer and generation config."""
+        write_config(out_dir, with_both_generations(self.config_dict))
+        write_checkpoint(out_dir, self.tensors.specs.values(), self.tensors.tensor)
+        self.copy_side_files(out_dir)
 
     def copy_side_files(self, out_dir: Path) -> None:
         """Tokenizer and generation config."""

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +93,7 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
                 )
         originals = original_tensors(source, family, tied)
         partial = _begin(out_dir, stack)
-        write_config(partial, with_both_generations_of_base(base_config))
+        write_config(partial, with_both_generations(base_config))
         usual, odd = base_config.get("dtype"), made.get("base_types", {})
         types = {name: _narrowed(source.tensor(o), odd.get(name, usual)) for name, o in originals.items()}
         specs = [TensorSpec(name, types[name], source.specs[o].shape) for name, o in originals.items()]
@@ -102,12 +101,6 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
         copy_side_files(moe_dir, partial)
         _finish(partial, out_dir)
     return out_dir
-
-
-def with_both_generations_of_base(config: dict[str, Any]) -> dict[str, Any]:
-    """The dense config with `rope_theta` beside `rope_parameters`, without expert counts."""
-    config = with_both_generations(config)
-    return {key: value for key, value in config.items() if key not in ("num_experts", "num_local_experts")}
 
 
 def _narrowed(value: Tensor, base_type: str | None) -> torch.dtype:

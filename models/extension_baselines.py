@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from models.checkpoint_io import tensor_bytes
-from models.dense_base import copy_side_files
+from models.checkpoint_io import read_config, tensor_bytes
+from models.dense_base import REPORT, copy_side_files
 from models.experts import Stage, set_trainable, split_experts, whole
 from models.export import export_checkpoint
-from models.families import family_of
-from models.instances import Batch, Instances
+from models.families import family_of, with_both_generations, write_config
+from models.instances import IGNORED, Batch, Instances
+from models.lory import LoryForCausalLM
+from models.lory_extension import save_lory, split_lory
 from models.losses import BalanceScaling, PriorForm, balance_loss, language_prior_loss
 from models.objectives import next_token_loss
 from models.train import Objective
@@ -83,37 +86,71 @@ def open_method(
 ) -> nn.Module:
     """The model of `checkpoint` in fp32 as stage 1 of a method trains it, gradients set.
 
-    checkpoint: the upcycled one for recipes that start "upcycled", else the dense base. new_blocks: blocks that llama_pro
-    adds, by default half as many as there are. Raises ValueError for an unknown method or settings that do not fit.
+    checkpoint: the upcycled one for recipes that start "upcycled" (or a Lory model with new experts, for MoE-LPR), else the
+    dense base. new_blocks: blocks that llama_pro adds, by default half as many as there are. Raises ValueError for an
+    unknown method or settings that do not fit.
     """
     recipe = recipe_of(method)
+    if read_config(Path(checkpoint)).get("model_type") == "lory":
+        return _open_lory(checkpoint, recipe, "post_pretrain")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     if recipe.start == "lora":
         return add_lora(model, lora_rank, seed)
     if recipe.start == "blocks":
         return expand_blocks(model, new_blocks or max(1, model.config.num_hidden_layers // 2))
     if recipe.start == "upcycled":
-        split_experts(model)
+        split_experts(model, frozen_experts(checkpoint))
     set_trainable(model, recipe.trained)
     return model
+
+
+def open_review(checkpoint: str | Path) -> nn.Module:
+    """The model that stage 1 made, in fp32, as the review trains it: routers only."""
+    if read_config(Path(checkpoint)).get("model_type") == "lory":
+        return _open_lory(checkpoint, RECIPES["moe_lpr"], "review")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    split_experts(model, frozen_experts(checkpoint))
+    set_trainable(model, "review")
+    return model
+
+
+def _open_lory(checkpoint: str | Path, recipe: Recipe, stage: Literal["post_pretrain", "review"]) -> nn.Module:
+    if recipe.start != "upcycled" or recipe.trained != "post_pretrain" or recipe.mixed or recipe.random_experts:
+        raise ValueError(
+            f"{recipe.title} extends dense models, {checkpoint} is a Lory model: choose moe_lpr or no_review"
+        )
+    return split_lory(LoryForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), stage)
+
+
+def frozen_experts(checkpoint: str | Path) -> int | list[int]:
+    """How many leading experts of each layer an upcycled checkpoint's training must leave alone: more than one if it was extended again."""
+    path = Path(checkpoint) / REPORT
+    extended = json.loads(path.read_text("utf-8")).get("extended") if path.is_file() else None
+    return list(extended[-1]["experts_before"]) if extended else 1
 
 
 def save_method(model: nn.Module, out: str | Path, side_files: str | Path) -> None:
     """Writes what training made of an opened model as a stock checkpoint; adapters are merged into the weights first."""
     out = Path(out)
+    if isinstance(model, LoryForCausalLM):
+        save_lory(model, out, side_files)
+        return
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     if hasattr(model.config, "num_experts_per_tok"):
         export_checkpoint(model, out, side_files=side_files)
         return
     model.save_pretrained(out)
+    write_config(out, with_both_generations(read_config(out)))
     copy_side_files(Path(side_files), out)
 
 
 def add_lora(model: PreTrainedModel, rank: int, seed: int = 0) -> nn.Module:
     """The model with adapters of this rank on every linear layer but the output, scaled by 2; only they train."""
-    from peft import LoraConfig, get_peft_model
-
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("LoRA needs peft, which is not installed: pip install 'eclectus[lora]'") from error
     if rank < 1:
         raise ValueError(f"the rank of LoRA is {rank}: choose 1 or more")
     with torch.random.fork_rng(devices=[]):
@@ -190,7 +227,7 @@ def one_stage(
     def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         output = model(input_ids=batch.tokens, use_cache=False, output_router_logits=True)
         loss = next_token_loss(output.logits, batch.labels)
-        balance = balance_loss(output.router_logits, top_k, scaling)
+        balance = balance_loss(output.router_logits, top_k, scaling, mask=batch.labels != IGNORED)
         original = torch.isin(batch.languages, torch.tensor(original_languages, device=batch.languages.device))
         prior = language_prior_loss(output.router_logits, original.flatten(), form)
         total = loss + alpha * balance + gamma * prior

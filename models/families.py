@@ -192,7 +192,8 @@ def with_both_generations(config: dict[str, Any]) -> dict[str, Any]:
     """The config with the keys of transformers 5 and, beside them, those that 4.57 and older servers read."""
     config = dict(config)
     experts = config.get("num_local_experts", config.get("num_experts"))
-    config |= {"num_local_experts": experts, "num_experts": experts}
+    if experts is not None:
+        config |= {"num_local_experts": experts, "num_experts": experts}
     rope = dict(config.get("rope_parameters") or {})
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]

@@ -96,14 +96,22 @@ def post_pretrain(alpha: float, top_k: int, scaling: Literal["paper", "released"
     def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         output = model(input_ids=batch.tokens, use_cache=False, output_router_logits=True)
         loss = next_token_loss(output.logits, batch.labels)
-        balance = balance_loss(output.router_logits, top_k, scaling)
+        balance = balance_loss(output.router_logits, top_k, scaling, mask=batch.labels != IGNORED)
         return loss + alpha * balance, {"next_token_loss": loss, "balance_loss": balance}
 
     return objective
 
 
-def review(gamma: float, form: Literal["paper", "released"], original_languages: Sequence[int]) -> Objective:
-    """The objective of MoE-LPR's second stage. original_languages: numbers of these languages in the batch's labels."""
+def review(
+    gamma: float,
+    form: Literal["paper", "released"],
+    original_languages: Sequence[int],
+    original_experts: int | Sequence[int] = 1,
+) -> Objective:
+    """The objective of MoE-LPR's second stage.
+
+    original_languages: numbers of these languages in the batch's labels. original_experts: as in `language_prior_loss`.
+    """
 
     def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         output = model(input_ids=batch.tokens, use_cache=False, output_router_logits=True)
@@ -111,7 +119,7 @@ def review(gamma: float, form: Literal["paper", "released"], original_languages:
         original = torch.isin(
             batch.languages, torch.tensor(original_languages, device=batch.languages.device)
         ).flatten()
-        prior = language_prior_loss(output.router_logits, original, form)
+        prior = language_prior_loss(output.router_logits, original, form, original_experts)
         return loss + gamma * prior, {"next_token_loss": loss, "lpr_loss": prior}
 
     return objective

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -24,11 +23,13 @@ WANTED = (
     "vocab*",
     "merges.txt",
     "special_tokens_map.json",
+    "*.jinja",
+    "upcycle.json",
 )
 
 
 class FetchSettings(Settings):
-    base_model: str = Field("", description="Dense checkpoint: a folder, a .gguf file, or a model's name on the hub.")
+    base_model: str = Field("", description="Checkpoint: a folder, a .gguf file, or a model's name on the hub.")
 
 
 def fingerprint(settings: FetchSettings) -> dict[str, str]:
@@ -45,7 +46,7 @@ def fingerprint(settings: FetchSettings) -> dict[str, str]:
 def fetch(settings: FetchSettings, out: Draft) -> None:
     """Brings a dense checkpoint into the home."""
     place = Path(settings.base_model)
-    if place.suffix == ".gguf":
+    if place.suffix == ".gguf" and place.is_file():
         _convert_gguf(place, out.path)
     else:
         folder = place if place.is_dir() else _download(settings.base_model)
@@ -87,10 +88,12 @@ def _not_found(name: str, error: Exception) -> str:
 
 
 def _convert_gguf(path: Path, out: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from models.dense_base import DenseBase
 
-    where: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
-    model = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=torch.float32, **where)
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(str(path.parent), **where).save_pretrained(out)
+    try:
+        DenseBase.from_gguf(path).save(out)
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EclectusError(
+            f"base model {path} cannot be read as GGUF ({first}); fetch it again, or give the safetensors checkpoint"
+        ) from error

@@ -32,7 +32,6 @@ SMALL = {
     "checkpoint_every": 3,
 }
 EXTEND = {
-    "extension_experts": 3,
     "post_pretrain_steps": 4,
     "post_pretrain_warmup_steps": 1,
     "review_steps": 4,
