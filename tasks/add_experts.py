@@ -26,7 +26,7 @@ Kind = Literal["dense", "upcycled", "extended", "lory", "lory upcycled"]
 class AddExpertsSettings(Settings):
     extension_experts: int = Field(4, ge=2, description=UpcycleSettings.model_fields["extension_experts"].description)
     extension_calibration_tokens: int = Field(
-        32_768,
+        16_384,
         ge=1,
         description="Tokens of the known languages that the routers of an already extended model are fitted on when it is extended again.",
     )
