@@ -98,6 +98,10 @@ def gather(model: nn.Module, place: Place) -> None:
 
     All processes must call it. What was whole stays as it is.
     """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # A forward pass without a backward leaves the outermost weights gathered, in buffers that FSDP will free.
+            module.reshard()
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -32,7 +32,11 @@ def routing_profiles(model: LoryForCausalLM, instances: Instances, micro_batch: 
     """Mean routing weights by domain and by language; all processes must call it, and all get the same."""
     model.eval()
     names = {"domain": instances.domains, "language": instances.languages}
-    rows = _spread(instances, place.world)[place.rank :: place.world]
+    chosen = _spread(instances)
+    # Sharded models work in step: every process reads equally many, the last ones again for no weight.
+    each_reads = -(-len(chosen) // place.world)
+    rows = np.resize(chosen, each_reads * place.world)[place.rank :: place.world]
+    counted = torch.arange(place.rank, each_reads * place.world, place.world) < len(chosen)
     layers, experts = model.config.num_hidden_layers, model.config.num_experts
     sums = {kind: torch.zeros(layers, len(each), experts, dtype=torch.float64) for kind, each in names.items()}
     tokens = {kind: torch.zeros(len(each), dtype=torch.float64) for kind, each in names.items()}
@@ -44,6 +48,7 @@ def routing_profiles(model: LoryForCausalLM, instances: Instances, micro_batch: 
             )
         weights = torch.stack(output.router_weights).double().cpu()
         for kind, counts in _counts(batch, names, min(model.config.segment_length, instances.length)).items():
+            counts = counts * counted[first : first + micro_batch].view(-1, 1, 1)
             sums[kind] += torch.einsum("lbne,bnc->lce", weights, counts)
             tokens[kind] += counts.sum((0, 1))
     profiles: Profiles = {}
@@ -86,8 +91,8 @@ def _counts(batch: Batch, names: dict[str, list[str]], unit: int) -> dict[str, T
     return counts
 
 
-def _spread(instances: Instances, world: int) -> np.ndarray:
-    """Instances that hold every domain and language, spread evenly over each; as many for every one of `world` processes."""
+def _spread(instances: Instances) -> np.ndarray:
+    """Instances that hold every domain and language, spread evenly over each, in ascending order."""
     chosen: set[int] = set()
     rows = np.asarray(instances.spans[:, 0]) // instances.length
     for column in (3, 4):
@@ -95,8 +100,4 @@ def _spread(instances: Instances, world: int) -> np.ndarray:
         for label in np.unique(labels):
             own = np.unique(rows[labels == label])
             chosen |= set(own[np.linspace(0, len(own) - 1, min(len(own), INSTANCES_EACH)).astype(int)].tolist())
-    rest = [row for row in range(len(instances)) if row not in chosen]
-    ordered = sorted(chosen)
-    short = -len(ordered) % world
-    # Sharded models work in step, so every process reads equally many.
-    return np.array(ordered + (rest + ordered * world)[:short])
+    return np.array(sorted(chosen))

@@ -16,6 +16,7 @@ from models.instances import Instances
 from models.lory import LoryForCausalLM
 from models.objectives import lory
 from models.place import Place
+from models.routing_profiles import routing_profiles
 from models.train import train
 from tests.models.training import LENGTH, plan, tiny_dense, write_instances
 
@@ -53,13 +54,14 @@ def in_both_processes(folder):
         def save_pretrained(self, out):
             pass
 
-    place, told = Place.current(), []
+    place, told, profiles = Place.current(), [], {}
 
     def finish(name, work, **changes):
         def tell(kind, **values):
             told.append(values["values"]) if kind == "metrics" and name == "sharded" else None
 
         model, after = run(folder, place, work, tell, **changes)
+        profiles[name] = routing_profiles(model, Instances(folder / "instances"), 2, place)
         save_model(model, Nothing(), folder / name, after, "moments.safetensors", place)
 
     finish("sharded", "a", sharded=True)
@@ -72,6 +74,7 @@ def in_both_processes(folder):
     finish("from one process", "one", sharded=True)
     if place.leads:
         (folder / "told.json").write_text(json.dumps(told))
+        (folder / "profiles.json").write_text(json.dumps(profiles))
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,18 @@ def test_what_was_sharded_is_saved_as_the_plain_class(folder):
     assert type(loaded) is LoryForCausalLM
     assert loaded.config.architectures == ["LoryForCausalLM"]
     assert not isinstance(loaded, LlamaForCausalLM)
+
+
+def test_routing_by_domain_is_the_same_however_many_processes_look(folder):
+    model = LoryForCausalLM.from_pretrained(folder / "sharded")
+    expected = routing_profiles(model, Instances(folder / "instances"), 3, Place())
+    assert expected["domain"].keys() == {"a", "b"}
+    for name in ("sharded", "copied"):
+        found = json.loads((folder / "profiles.json").read_text())[name]
+        for domain, weights in expected["domain"].items():
+            torch.testing.assert_close(
+                torch.tensor(found["domain"][domain]), torch.tensor(weights), rtol=1e-2, atol=1e-3
+            )
 
 
 def test_sharded_metrics_are_those_of_one_process(folder):
