@@ -7,7 +7,7 @@
 Tokens are counted as bytes over the language's own bytes per token, which is measured on a sample with the tokenizer. A
 language's documents are taken in the order of a draw from their ids and the seed, so a larger budget only adds to a
 smaller one. What is over the budget keeps its row, with the split `apart`; held-out documents stay.
-Price: a sample to tokenise and three passes over the documents, 18 bytes of memory each.
+Price: a sample to tokenise and three passes over the labels, 18 bytes of memory a document.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydantic import Field, field_validator
 from storage.artifact import Artifact, Draft
 from storage.errors import EclectusError
 from tasks.codes import normalise
-from tasks.documents import DocumentsWriter, read_batches
+from tasks.documents import read_batches, read_table, relabel
 from tasks.run import metric
 from tasks.settings import Settings
 from tasks.split import draws
@@ -69,7 +69,7 @@ def amounts(entries: list[str]) -> dict[str, float]:
     return result
 
 
-@step(makes="documents", version=1)
+@step(makes="documents", version=2)
 def budget(documents: Artifact, tokenizer: Artifact, settings: BudgetSettings, out: Draft) -> None:
     """Sets training documents over their language's budget apart. Raises EclectusError for a language without any."""
     ratio = _bytes_per_token(documents, load_tokenizer(tokenizer.path))
@@ -89,7 +89,10 @@ def budget(documents: Artifact, tokenizer: Artifact, settings: BudgetSettings, o
     for name, limit in limits.items():
         rows = np.flatnonzero(language_N == names.index(name))
         keep[rows[_over(draw_N[rows], tokens_N[rows], limit)]] = False
-    _write(documents, keep, out)
+    table = read_table(documents, ["split", "group"])
+    over = np.array(pc.and_(pc.equal(table["split"], "train"), pc.not_equal(table["group"], "other")))
+    over[over] = ~keep
+    relabel(documents, {"split": pc.if_else(pa.array(over), "apart", table["split"])}, out)
     out.statistics = {
         "languages": {
             name: {
@@ -141,17 +144,3 @@ def _over(draw: np.ndarray, tokens: np.ndarray, limit: float) -> np.ndarray:
     order = np.argsort(draw, kind="stable")
     fits = int((np.cumsum(tokens[order]) <= limit * (1 + 1e-9)).sum())
     return order[max(1, fits) :]
-
-
-def _write(documents: Artifact, keep: np.ndarray, out: Draft) -> None:
-    seen = 0
-    with DocumentsWriter(out) as writer:
-        for batch in read_batches(documents):
-            training = pc.and_(pc.equal(batch["split"], "train"), pc.not_equal(batch["group"], "other"))
-            over = training.to_numpy(zero_copy_only=False).copy()
-            count = int(over.sum())
-            over[over] = ~keep[seen : seen + count]
-            seen += count
-            columns = {name: batch[name] for name in batch.schema.names}
-            columns["split"] = pc.if_else(pa.array(over), "apart", batch["split"])
-            writer.write(pa.table(columns))

@@ -12,25 +12,13 @@ of extra memory an edge (reverse row, similarity) plus 37 a document.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 
 from storage.errors import EclectusError
+from tasks.compiled import compiled
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles at the first call; the machine code is kept beside the source or, where that is read-only, in the user's cache."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        # Neither place can be written, so each process compiles for itself.
-        return numba.njit(nogil=True)(function)
-
-
-@_compiled
+@compiled
 def _reverse_edges(neighbors: np.ndarray, similarities: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Who lists me: offsets int64 [N + 1], rows int32 [edges], similarities float32 [edges]; and a row out of range, or -1."""
     count, k = neighbors.shape
@@ -57,7 +45,7 @@ def _reverse_edges(neighbors: np.ndarray, similarities: np.ndarray) -> tuple[np.
     return offsets, rows, values, -1
 
 
-@_compiled
+@compiled
 def _starts(neighbors: np.ndarray, similarities: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Every document, int32 [N], by degree in the symmetrised graph, then by row (a counting sort)."""
     count, k = neighbors.shape
@@ -89,7 +77,7 @@ def _starts(neighbors: np.ndarray, similarities: np.ndarray, offsets: np.ndarray
     return ordered
 
 
-@_compiled
+@compiled
 def _walk(
     neighbors: np.ndarray,
     similarities: np.ndarray,

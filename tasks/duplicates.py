@@ -1,24 +1,30 @@
 """Near-duplicates: pairs of neighbours with a high cosine, confirmed by the overlap of their whole texts.
 
     candidates    neighbour lists, cosine >= threshold
-    overlap       Jaccard similarity of the sets of 5-character shingles (scikit-learn's HashingVectorizer), candidates only
+    overlap       Jaccard similarity of the sets of 5-character shingles (scikit-learn's HashingVectorizer), candidates only;
+                  what was measured before in this home is kept by the two ids, so a grown corpus measures new pairs only
     survivors     held-out documents first, then the longest, then the lowest row: a document is dropped if it is near, in
                   cosine and in text, to one that stays: a neighbour, the original of a dropped neighbour, or one of the
                   SURVIVORS longest of its cluster (more copies than a list has places form a cluster)
 
-Price: about 1 MB of candidate text a second to shingle, and one sparse product row a pair; documents without a close
-neighbour cost nothing.
+Price: about 1 MB of candidate text a second to shingle, and 5 microseconds a pair; documents without a close neighbour cost
+nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from storage.artifact import Artifact
+from storage.artifact import Artifact, Draft
+from tasks.compiled import compiled
+from tasks.earlier import earlier, is_whole
 from tasks.nearest import similarities_of, unit
 from tasks.texts import TextReader
 
@@ -27,6 +33,9 @@ FEATURES = 2**24
 TEXTS_AT_A_TIME = 2_048
 PAIRS_AT_A_TIME = 8_192
 SURVIVORS = 16
+OVERLAPS = "overlaps.parquet"
+MEASURE = f"characters {SHINGLE} of {FEATURES}"
+"""What an overlap is; overlaps of before are kept while it is the same."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +61,82 @@ def candidate_pairs(rows: np.ndarray, similarities: np.ndarray, threshold: float
     return every, np.concatenate(cosines)[first]
 
 
-class Shingles:
-    """The shingle sets of some documents, as sparse binary rows."""
+@compiled
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many numbers two ascending arrays share."""
+    i, j, shared = 0, 0, 0
+    while i < len(a) and j < len(b):
+        if a[i] == b[j]:
+            shared += 1
+            i += 1
+            j += 1
+        elif a[i] < b[j]:
+            i += 1
+        else:
+            j += 1
+    return shared
 
-    def __init__(self, documents: Artifact, rows: np.ndarray) -> None:
-        """rows: int64, the documents that will be compared."""
-        import scipy.sparse
+
+class Overlaps:
+    """How much the texts of pairs of documents overlap: measured when first asked for, remembered from run to run."""
+
+    def __init__(self, documents: Artifact, ids: np.ndarray) -> None:
+        """ids: of all documents, bytes [N]."""
+        self._ids = ids
+        self._texts = TextReader(documents)
+        self._shingles: dict[int, np.ndarray] = {}
+        self._known: dict[tuple[int, int], float] = {}
+        self.reused = 0
+
+    def of(self, pairs: np.ndarray) -> np.ndarray:
+        """Jaccard similarity float64 [P] of pairs of rows [P, 2], lower row first; documents without any shingle do not overlap."""
+        missing = [pair for pair in map(tuple, pairs.tolist()) if pair not in self._known]
+        for begin in range(0, len(missing), PAIRS_AT_A_TIME):
+            part = missing[begin : begin + PAIRS_AT_A_TIME]
+            self._shingle(np.unique(np.array(part, np.int64)))
+            for a, b in part:
+                first, second = self._shingles[a], self._shingles[b]
+                common = _common(first, second)
+                union = len(first) + len(second) - common
+                self._known[a, b] = common / union if union else 0.0
+        return np.array([self._known[a, b] for a, b in pairs.tolist()], np.float64)
+
+    def remember(self, pairs: np.ndarray) -> None:
+        """Takes what groupings of before measured of these pairs of rows [P, 2]; each is hashed before it is believed."""
+        keys = self._keys(pairs)
+        for artifact in earlier("grouping", overlaps=MEASURE):
+            missing = np.array([tuple(pair) not in self._known for pair in pairs.tolist()], bool)
+            if not missing.any():
+                return
+            with contextlib.suppress(OSError, pa.ArrowException, KeyError):
+                table = pq.read_table(artifact.file(OVERLAPS))
+                before = np.char.add(table["document"].to_pylist(), table["other"].to_pylist()).astype("S64")
+                order = np.argsort(before, kind="stable")
+                place = order[np.minimum(np.searchsorted(before, keys, sorter=order), len(before) - 1)]
+                hit = np.flatnonzero((before[place] == keys) & missing)
+                if len(hit) and is_whole(artifact):
+                    found = table["overlap"].to_numpy()[place[hit]].tolist()
+                    self._known |= dict(zip(map(tuple, pairs[hit].tolist()), found, strict=True))
+        self.reused = len(self._known)
+
+    def write(self, out: Draft) -> None:
+        """Keeps all that is known for later runs: document, other (ids, the smaller first), overlap; sorted."""
+        pairs = np.array(list(self._known), np.int64).reshape(-1, 2)
+        keys = self._keys(pairs)
+        order = np.argsort(keys, kind="stable")
+        columns = {
+            "document": [key[:32].decode() for key in keys[order].tolist()],
+            "other": [key[32:].decode() for key in keys[order].tolist()],
+            "overlap": np.array(list(self._known.values()), np.float64)[order],
+        }
+        pq.write_table(pa.table(columns), out.file(OVERLAPS), compression="zstd")
+
+    def _keys(self, pairs: np.ndarray) -> np.ndarray:
+        """Both ids of each pair in one string, the smaller first: bytes [P]."""
+        ids = np.sort(self._ids[pairs].reshape(-1, 2), axis=1)
+        return np.char.add(ids[:, 0], ids[:, 1]).astype("S64")
+
+    def _shingle(self, rows: np.ndarray) -> None:
         from sklearn.feature_extraction.text import HashingVectorizer
 
         vectorizer = HashingVectorizer(
@@ -69,30 +148,17 @@ class Shingles:
             alternate_sign=False,
             dtype=np.float32,
         )
-        texts = TextReader(documents)
-        self._place = {int(row): place for place, row in enumerate(rows)}
-        blocks = [
-            vectorizer.transform(texts.read(rows[begin : begin + TEXTS_AT_A_TIME]))
-            for begin in range(0, len(rows), TEXTS_AT_A_TIME)
-        ]
-        self._sets = scipy.sparse.vstack(blocks, format="csr") if blocks else None
-        self._sizes = np.diff(self._sets.indptr) if blocks else np.empty(0, np.int64)
-
-    def overlaps(self, pairs: np.ndarray) -> np.ndarray:
-        """Jaccard similarity float64 [P] of pairs of rows [P, 2]; two documents without any shingle do not overlap."""
-        overlaps = np.zeros(len(pairs))
-        for begin in range(0, len(pairs), PAIRS_AT_A_TIME):
-            part = pairs[begin : begin + PAIRS_AT_A_TIME]
-            a = np.array([self._place[int(row)] for row in part[:, 0]])
-            b = np.array([self._place[int(row)] for row in part[:, 1]])
-            common = np.asarray(self._sets[a].multiply(self._sets[b]).sum(axis=1)).ravel()
-            union = self._sizes[a] + self._sizes[b] - common
-            overlaps[begin : begin + len(part)] = np.divide(common, union, out=np.zeros(len(part)), where=union > 0)
-        return overlaps
+        rows = np.array([row for row in rows.tolist() if row not in self._shingles], np.int64)
+        for begin in range(0, len(rows), TEXTS_AT_A_TIME):
+            part = rows[begin : begin + TEXTS_AT_A_TIME]
+            sets = vectorizer.transform(self._texts.read(part))
+            sets.sort_indices()
+            for line, row in enumerate(part.tolist()):
+                self._shingles[row] = sets.indices[sets.indptr[line] : sets.indptr[line + 1]]
 
 
 def near_duplicates(
-    documents: Artifact,
+    overlaps: Overlaps,
     vectors: np.ndarray,
     neighbors: np.ndarray,
     similarities: np.ndarray,
@@ -115,7 +181,8 @@ def near_duplicates(
     pairs = pairs[lengths[:, 0] >= 0.5 * overlap * lengths[:, 1]]
     if len(pairs) == 0:
         return []
-    judge = _Judge(vectors, Shingles(documents, np.unique(pairs)), similarity, overlap)
+    overlaps.remember(pairs)
+    judge = _Judge(vectors, overlaps, similarity, overlap)
     judge.compare(pairs)
     edges = pairs[judge.confirmed(pairs)]
     near: dict[int, list[int]] = defaultdict(list)
@@ -158,8 +225,8 @@ def _most_alike(row: int, survivors: list[int], judge: _Judge) -> int | None:
 class _Judge:
     """Cosine and overlap of pairs, remembered."""
 
-    def __init__(self, vectors: np.ndarray, shingles: Shingles, similarity: float, overlap: float) -> None:
-        self._vectors, self._shingles, self._similarity, self._overlap = vectors, shingles, similarity, overlap
+    def __init__(self, vectors: np.ndarray, overlaps: Overlaps, similarity: float, overlap: float) -> None:
+        self._vectors, self._overlaps, self._similarity, self._overlap = vectors, overlaps, similarity, overlap
         self.known: dict[tuple[int, int], tuple[float, float]] = {}
 
     def compare(self, pairs: np.ndarray) -> None:
@@ -172,7 +239,7 @@ class _Judge:
                 for part in np.array_split(pairs, 1 + len(pairs) // PAIRS_AT_A_TIME)
             ]
         )
-        overlaps = self._shingles.overlaps(pairs)
+        overlaps = self._overlaps.of(pairs)
         for pair, cosine, overlap in zip(pairs.tolist(), cosines.tolist(), overlaps.tolist(), strict=True):
             self.known[tuple(pair)] = cosine, overlap
 

@@ -1,9 +1,9 @@
 """Embeddings of all documents by any sentence-transformers model, on a pool of Ray actors.
 
     known documents     found in earlier `embeddings` artifacts of the same model and limits, by document id: copied
-    the others          sorted by length within windows, cut into chunks; each actor loads the model once and writes every
-                        finished chunk to the home's `work` folder, so that a killed run loses one chunk per worker
-                        (a static model embeds 50,000 documents or fewer right here)
+    the others          sorted by length within windows, cut into chunks; each actor loads the model once and appends every
+                        finished batch to a log of its own in the home's `work` folder, so that a killed run loses one batch
+                        per worker (a static model embeds 50,000 documents or fewer right here)
     result              embeddings.npy [N, D], row i = document i, L2-normalised; ids.npy [N]
 
 Price: the model's own `encode` time for the documents that are new to it, plus starting the actors (about 8 s: imports).
@@ -22,6 +22,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from pydantic import Field
 from storage.artifact import Artifact, Draft, hash_file
 from storage.errors import EclectusError
 from tasks.documents import read_table
+from tasks.earlier import earlier, is_whole
 from tasks.run import current_run, metric, progress
 from tasks.settings import Place
 from tasks.static_embedding import EmbeddingText, StaticModel, is_static_model
@@ -86,14 +88,14 @@ def embed(documents: Artifact, settings: EmbedSettings, out: Draft, model: Artif
             f"{pool.model_digest} {settings.embedding_maximum_characters} {settings.embedding_precision}".encode()
         ).hexdigest()
         with _work_folder(key) as work:
-            known = _earlier(key)
+            known = _earlier(key, ids)
             _sweep(work, known)
-            known += _chunks(work)
+            known += read_logs(work)
             where = _locate(ids, known)
             missing = np.flatnonzero(where[:, 0] < 0)
             pool.embed(missing, ids, work)
             if len(missing):
-                known = [*known, *_chunks(work)]
+                known = [*known, *read_logs(work)]
                 where = _locate(ids, known)
             dimension = known[0].vectors.shape[1] if known else 0
             empty = _gather(known, where, dimension, settings, out)
@@ -120,6 +122,7 @@ class Encoder:
         if threads:
             os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
         self.settings = settings
+        self._log: Log | None = None
         if is_static_model(Path(source)):
             self.model = StaticModel.load(Path(source))
             self._encode = self.model.encode
@@ -153,18 +156,53 @@ class Encoder:
             self.settings.embedding_precision
         )
 
-    def embed(self, documents: Artifact, rows: np.ndarray, ids: np.ndarray, work: str) -> int:
-        """Embeds these rows of the documents, whose ids these are, into a chunk under `work`; returns how many."""
-        write_chunk(Path(work), ids, self.encode(TextReader(documents).read(rows)))
+    def embed(self, documents: Artifact, rows: np.ndarray, ids: np.ndarray, work: str, batch: int) -> int:
+        """Embeds these rows of the documents, whose ids these are, and logs them under `work` batch by batch; returns how many."""
+        self._log = self._log or Log(Path(work))
+        reader = TextReader(documents)
+        for begin in range(0, len(rows), batch):
+            part = slice(begin, begin + batch)
+            self._log.append(ids[part], self.encode(reader.read(rows[part])))
         return len(rows)
 
 
-class _Known:
-    """Vectors on disk with the ids of their documents: an earlier artifact, or a chunk of unfinished work."""
+class Log:
+    """The finished work of one process: two files of raw numbers, `NAME.ids` and `NAME.DIMENSION.PRECISION.vectors`.
 
-    def __init__(self, ids: Path, vectors: Path) -> None:
-        self.ids = np.load(ids, mmap_mode="r")
-        self.vectors = np.load(vectors, mmap_mode="r")
+    A row counts once its id is there, which is written after its vector; what a kill has torn is left out by readers.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self._work, self._name = work, uuid.uuid4().hex
+
+    def append(self, ids: np.ndarray, vectors: np.ndarray) -> None:
+        """ids: bytes [n]. vectors: [n, D]."""
+        with open(self._work / f"{self._name}.{vectors.shape[1]}.{vectors.dtype.name}.vectors", "ab") as file:
+            file.write(np.ascontiguousarray(vectors).tobytes())
+        with open(self._work / f"{self._name}.ids", "ab") as file:
+            file.write(ids.astype("S32").tobytes())
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Vectors on disk [n, D] with the ids of their documents [n]: an earlier artifact, or a log of unfinished work."""
+
+    ids: np.ndarray
+    vectors: np.ndarray
+
+
+def read_logs(work: Path) -> list[_Known]:
+    """What is finished in the logs under a work folder."""
+    found = []
+    for path in sorted(work.glob("*.vectors")):
+        name, dimension, precision, _ = path.name.rsplit(".", 3)
+        width = int(dimension) * np.dtype(precision).itemsize
+        ids = work / f"{name}.ids"
+        count = min(path.stat().st_size // width, ids.stat().st_size // 32) if ids.is_file() else 0
+        if count:
+            vectors = np.memmap(path, precision, "r", shape=(count, int(dimension)))
+            found.append(_Known(np.fromfile(ids, "S32", count), vectors))
+    return found
 
 
 class _Pool:
@@ -195,17 +233,18 @@ class _Pool:
             # Ray and an actor would start for 8 seconds to work for less.
             encoder = Encoder(str(self.source), self.settings)
             for chunk in chunks:
-                done += encoder.embed(self.documents, chunk, ids[chunk], str(work))
+                done += encoder.embed(self.documents, chunk, ids[chunk], str(work), STATIC_CHUNK)
                 tell(done)
             return
         import ray
 
         self._start(self._size(len(rows), len(chunks)))
         free, running = list(self.actors), {}
+        batch = STATIC_CHUNK if self.static else self.settings.embedding_batch
         while chunks or running:
             while chunks and free:
                 actor, chunk = free.pop(), chunks.pop()
-                running[actor.embed.remote(self.documents, chunk, ids[chunk], str(work))] = actor
+                running[actor.embed.remote(self.documents, chunk, ids[chunk], str(work), batch)] = actor
             ready, _ = ray.wait(list(running), num_returns=1)
             free.append(running.pop(ready[0]))
             done += ray.get(ready[0])
@@ -270,15 +309,6 @@ class _Pool:
                 ray.kill(actor)
 
 
-def write_chunk(work: Path, ids: np.ndarray, vectors: np.ndarray) -> None:
-    """Adds vectors [N, D] of documents to the unfinished work; they count once both files are there."""
-    name = uuid.uuid4().hex
-    for suffix, values in ((".vectors.npy", vectors), (".ids.npy", ids)):
-        beside = work / f".{name}{suffix}"
-        np.save(beside, values)
-        os.replace(beside, work / f"{name}{suffix}")
-
-
 def digest_folder(folder: Path) -> str:
     """SHA-256 over the names and contents of all files in a folder, manifests apart."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
@@ -329,47 +359,42 @@ def _work_folder(key: str) -> Iterator[Path]:
     yield work
 
 
-def _earlier(key: str) -> list[_Known]:
-    """The whole `embeddings` artifacts of this home that were made under this key."""
-    run = current_run()
-    if run is None:
-        return []
-    found = []
-    for manifest in sorted((run.home.store.root / "embeddings").glob("*/manifest.json")):
+def _earlier(key: str, ids: np.ndarray) -> list[_Known]:
+    """The whole `embeddings` artifacts of this home that were made under this key and hold some of these documents."""
+    found, missing = [], ids
+    for artifact in earlier("embeddings", embedding_key=key):
         with contextlib.suppress(EclectusError, OSError, ValueError):
-            if json.loads(manifest.read_text())["statistics"].get("embedding_key") == key:
-                artifact = run.home.store.find(str(manifest.parent))
-                if not run.home.store.faults(artifact):
-                    found.append(_Known(artifact.file("ids.npy"), artifact.file("embeddings.npy")))
+            ids_then, vectors = (np.load(artifact.file(name), mmap_mode="r") for name in ("ids.npy", "embeddings.npy"))
+            known = _Known(ids_then, vectors)
+            there = np.isin(missing, known.ids)
+            if there.any() and is_whole(artifact):
+                found.append(known)
+                missing = missing[~there]
     return found
 
 
-def _chunks(work: Path) -> list[_Known]:
-    return [
-        _Known(ids, ids.with_name(ids.name.replace(".ids.", ".vectors."))) for ids in sorted(work.glob("[!.]*.ids.npy"))
-    ]
-
-
-def _sweep(work: Path, earlier: list[_Known]) -> None:
-    """Removes the chunks of which every document is in an artifact by now, and what a killed run left half-written."""
-    for half in work.glob(".*.npy"):
-        if half.stat().st_mtime < time.time() - STALE_SECONDS:
-            half.unlink(missing_ok=True)
-    for chunk in sorted(work.glob("[!.]*.ids.npy")):
-        if earlier and (_locate(np.load(chunk), earlier)[:, 0] >= 0).all():
-            chunk.unlink()
-            chunk.with_name(chunk.name.replace(".ids.", ".vectors.")).unlink(missing_ok=True)
+def _sweep(work: Path, known: list[_Known]) -> None:
+    """Removes the logs, untouched for an hour, of which every document is in an artifact by now."""
+    for path in sorted(work.glob("*.ids")):
+        if path.stat().st_mtime > time.time() - STALE_SECONDS:
+            continue
+        ids = np.fromfile(path, "S32", path.stat().st_size // 32)
+        if known and (_locate(ids, known)[:, 0] >= 0).all():
+            for file in work.glob(f"{path.stem}.*"):
+                file.unlink(missing_ok=True)
 
 
 def _locate(ids: np.ndarray, known: list[_Known]) -> np.ndarray:
     """For each document where its vector is: int64 [N, 2] of (which of `known`, row there), or -1."""
-    where = np.full((len(ids), 2), -1, np.int64)
+    where, missing = np.full((len(ids), 2), -1, np.int64), np.arange(len(ids))
     for number, each in enumerate(known):
+        if not len(missing):
+            break
         order = np.argsort(each.ids, kind="stable")
-        place = np.minimum(np.searchsorted(each.ids, ids, sorter=order), max(len(order) - 1, 0))
-        if len(order):
-            hit = (each.ids[order[place]] == ids) & (where[:, 0] < 0)
-            where[hit] = np.stack([np.full(hit.sum(), number), order[place[hit]]], axis=1)
+        place = np.minimum(np.searchsorted(each.ids, ids[missing], sorter=order), len(order) - 1)
+        hit = each.ids[order[place]] == ids[missing]
+        where[missing[hit]] = np.stack([np.full(hit.sum(), number), order[place[hit]]], axis=1)
+        missing = missing[~hit]
     return where
 
 

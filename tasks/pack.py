@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +32,7 @@ from tasks.grouping_quality import instance_quality
 from tasks.instances import POSITIONS, TOKENS, Matrix, as_json, describe, lay_out, open_matrix
 from tasks.run import metric, progress
 from tasks.settings import Settings
+from tasks.spans import Spans, plan
 from tasks.step import step
 from tasks.tokenizer import load_tokenizer, token_ids
 
@@ -80,7 +80,12 @@ def pack(
     with tempfile.TemporaryDirectory(dir=out.path.parent, prefix="tokens-") as scratch:
         flat, starts = _tokenize(documents, words, rows, Path(scratch) / "flat")
         order = _order(rows, grouping, settings.seed)
-        spans = _plan(starts, order, settings)
+        spans = plan(np.diff(starts)[order], settings.instance_tokens, settings.pack_remainder == "pad", settings.seed)
+        if spans.count == 0:
+            raise EclectusError(
+                f"{len(order)} documents of group '{settings.pack_group}' give {spans.total} tokens, too few for one instance "
+                f"of {spans.length}; add text, lower instance_tokens, or set pack_remainder to pad"
+            )
         matrices = _write_instances(flat, starts[order], spans, words.eos_token_id, settings.pack_position_ids, out)
         del flat
     about = read_table(documents, ABOUT).take(pa.array(rows[order]))
@@ -146,46 +151,8 @@ def _order(rows: np.ndarray, grouping: Artifact | None, seed: int) -> np.ndarray
     return np.searchsorted(rows, chained)
 
 
-@dataclass(frozen=True)
-class _Spans:
-    """Stretches of one document inside one instance, in the order of the shuffled token stream; int64 [S] each.
-
-    to: start in that stream. size: tokens. position: of the document, in the order. offset: tokens of it before.
-    count, length: instances and their tokens. total: tokens of all documents.
-    """
-
-    to: np.ndarray
-    size: np.ndarray
-    position: np.ndarray
-    offset: np.ndarray
-    count: int
-    length: int
-    total: int
-
-
-def _plan(starts: np.ndarray, order: np.ndarray, settings: PackSettings) -> _Spans:
-    """Which stretch goes where. starts: int64 [len(order) + 1], by row; order: positions in it."""
-    length = settings.instance_tokens
-    begins = np.concatenate([[0], np.cumsum(np.diff(starts)[order])])
-    total = int(begins[-1])
-    count = total // length if settings.pack_remainder == "drop" else -(-total // length)
-    if count == 0:
-        raise EclectusError(
-            f"{len(order)} documents of group '{settings.pack_group}' give {total} tokens, too few for one instance of {length}; "
-            "add text, lower instance_tokens, or set pack_remainder to pad"
-        )
-    place = np.random.default_rng([settings.seed, 2]).permutation(count)
-    end = min(total, count * length)
-    cuts = np.unique(np.concatenate([begins[begins < end], np.arange(0, end, length)]))
-    position = np.searchsorted(begins, cuts, side="right") - 1
-    to = place[cuts // length] * length + cuts % length
-    sort = np.argsort(to)
-    columns = (to, np.diff(np.append(cuts, end)), position, cuts - begins[position])
-    return _Spans(*(column[sort] for column in columns), count, length, total)
-
-
 def _write_instances(
-    flat: np.ndarray, starts: np.ndarray, spans: _Spans, padding: int, with_positions: bool, out: Draft
+    flat: np.ndarray, starts: np.ndarray, spans: Spans, padding: int, with_positions: bool, out: Draft
 ) -> dict[str, Matrix]:
     """Gathers the tokens of every instance, block by block. starts: of the documents in the order."""
     columns = {TOKENS: flat.dtype}
@@ -219,7 +186,7 @@ def _write_instances(
     return matrices
 
 
-def _describe(about: pa.Table, rows: np.ndarray, spans: _Spans, meta: dict[str, Any], out: Draft) -> None:
+def _describe(about: pa.Table, rows: np.ndarray, spans: Spans, meta: dict[str, Any], out: Draft) -> None:
     """Writes spans, the `documents` table and `instances.json`, and the statistics.
 
     about: the documents in the order. rows: int64, their rows in the documents artifact.
@@ -261,7 +228,7 @@ def _describe(about: pa.Table, rows: np.ndarray, spans: _Spans, meta: dict[str, 
     }
 
 
-def _quality(about: pa.Table, spans: _Spans, embeddings: Artifact, seed: int) -> dict[str, float | None]:
+def _quality(about: pa.Table, spans: Spans, embeddings: Artifact, seed: int) -> dict[str, float | None]:
     """How alike the documents of an instance are, and those on either side of its border (`tasks.grouping_quality`)."""
     ids = np.load(embeddings.file("ids.npy"))
     wanted = np.array(about["document"].to_pylist(), ids.dtype)
@@ -274,7 +241,7 @@ def _quality(about: pa.Table, spans: _Spans, embeddings: Artifact, seed: int) ->
     return instance_quality(
         np.load(embeddings.file("embeddings.npy"), mmap_mode="r"),
         rows[spans.position],
-        np.searchsorted(spans.to, np.arange(spans.count + 1) * spans.length),
+        spans.firsts,
         spans.size,
         domains.astype(str),
         seed,

@@ -15,7 +15,7 @@ from storage.home import Home
 from storage.journal import Journal
 from storage.known import KnownKeys
 from tasks.cluster import shut_ray
-from tasks.embed import EmbedSettings, Encoder, embed, model_fingerprint, write_chunk
+from tasks.embed import EmbedSettings, Encoder, Log, embed, model_fingerprint, read_logs
 from tasks.run import Run, activate
 from tasks.static_embedding import StaticEmbeddingSettings, train_embedding
 from tests.tasks.topics import TOPICS, make, topical, write_documents
@@ -93,7 +93,7 @@ def test_only_new_documents_are_computed_and_the_bits_are_the_same(run, model, t
     assert grown.digest == fresh.digest
 
 
-def test_a_killed_run_goes_on_from_its_finished_chunks(run, model):
+def test_a_killed_run_goes_on_from_its_finished_batches(run, model):
     documents = write_documents(run.home.store, ROWS)
     whole = embed(documents=documents, model=model, settings=EmbedSettings())
     key = whole.statistics["embedding_key"]
@@ -102,15 +102,20 @@ def test_a_killed_run_goes_on_from_its_finished_chunks(run, model):
     work = run.home.work / "embedding" / key[:32]
     shutil.rmtree(work)
     work.mkdir()
-    write_chunk(work, ids[:70], values[:70])
-    half = work / ".half.vectors.npy"
-    half.write_bytes(b"cut")
-    os.utime(half, (0, 0))
+    log = Log(work)
+    for begin in range(0, 70, 35):
+        log.append(ids[begin : begin + 35], values[begin : begin + 35])
+    torn = Log(work)
+    torn.append(ids[70:72], values[70:72])
+    for file, left in (("ids", 40), (f"{values.shape[1]}.float32.vectors", 4 * values.shape[1] + 3)):
+        os.truncate(work / f"{torn._name}.{file}", left)
     again = embed(documents=documents, model=model, settings=EmbedSettings())
     assert again.digest == whole.digest
-    assert again.statistics["reused"] == 70
+    assert again.statistics["reused"] == 71
+    for file in work.iterdir():
+        os.utime(file, (0, 0))
     embed(documents=write_documents(run.home.store, ROWS[:10]), model=model, settings=EmbedSettings())
-    assert list(work.glob("*.npy")) == []
+    assert list(work.iterdir()) == []
 
 
 def test_other_limits_or_a_damaged_artifact_are_not_reused(run, model):
@@ -149,7 +154,8 @@ def test_a_transformer_on_two_actors_in_several_chunks(run, transformer):
     expected = Encoder(str(transformer), settings, threads=1).encode([row["text"] for row in ROWS])
     assert np.allclose(vectors(artifact), expected, atol=1e-5)
     work = run.home.work / "embedding" / artifact.statistics["embedding_key"][:32]
-    assert len(list(work.glob("*.ids.npy"))) == 7
+    assert sorted(id for log in read_logs(work) for id in log.ids) == sorted(np.load(artifact.file("ids.npy")))
+    assert len(read_logs(work)) == 2
 
 
 def test_a_changed_model_folder_is_a_changed_input(transformer):
@@ -213,27 +219,31 @@ with activate(Run("killed", home, Journal(home.journal, "killed"), KnownKeys(hom
 """
 
 
+def _finished(home):
+    return sum(len(log.ids) for work in home.work.glob("embedding/*") for log in read_logs(work))
+
+
 @pytest.mark.slow
-def test_a_run_killed_while_ray_embeds_leaves_its_chunks_to_the_next(tmp_path, transformer):
+def test_a_run_killed_while_ray_embeds_loses_at_most_the_batch_it_was_at(tmp_path, transformer):
     home = Home.open(tmp_path / "home")
     documents = write_documents(home.store, topical(dict.fromkeys(TOPICS, 400)))
     command = [sys.executable, "-c", KILLED, str(home.root), documents.name, str(transformer)]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     children = []
-    while len(finished := list(home.work.glob("embedding/*/[!.]*.ids.npy"))) < 3:
+    while _finished(home) < 12:
         assert killed.poll() is None, "the run ended before it could be killed"
         children = psutil.Process(killed.pid).children(recursive=True)
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    # Ray's agents take minutes to notice; what embeds must be gone before the chunks are counted.
+    # Ray's agents take minutes to notice; what embeds must be gone before the batches are counted.
     _, left = psutil.wait_procs(children, timeout=5)
     for each in left:
         each.kill()
     psutil.wait_procs(left)
-    finished = list(home.work.glob("embedding/*/[!.]*.ids.npy"))
+    finished = _finished(home)
     assert not list(home.store.root.glob("embeddings/*"))
     again = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(again.stdout) == sum(len(np.load(each)) for each in finished) >= 3 * 4
+    assert int(again.stdout) == finished
     (whole,) = home.store.root.glob("embeddings/*/embeddings.npy")
     assert np.allclose(np.linalg.norm(np.load(whole), axis=1), 1, atol=1e-6)

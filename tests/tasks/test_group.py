@@ -4,7 +4,7 @@ import pytest
 
 from storage.artifact import ArtifactStore
 from storage.errors import EclectusError
-from tasks.duplicates import Shingles, candidate_pairs
+from tasks.duplicates import Overlaps, candidate_pairs
 from tasks.group import GroupSettings, group
 from tasks.grouping_quality import instance_quality
 from tasks.neighbors import NeighborSettings, neighbors
@@ -175,11 +175,12 @@ def test_candidate_pairs_are_each_listed_once():
 
 def test_overlap_is_the_jaccard_similarity_of_shingles(store):
     texts = ["the quick brown fox jumps", "the quick brown fox sleeps", "法院条款上诉判决法规法官", ""]
-    shingles = Shingles(write_documents(store, [{"text": text} for text in texts]), np.arange(4))
+    documents = write_documents(store, [{"text": text} for text in texts])
+    overlaps = Overlaps(documents, np.array([f"{row:032x}" for row in range(4)], "S32"))
     sets = [{text[i : i + 5] for i in range(len(text) - 4)} for text in texts]
     pairs = np.array([[0, 1], [0, 0], [0, 2], [3, 3]])
     expected = [len(sets[a] & sets[b]) / max(1, len(sets[a] | sets[b])) for a, b in pairs]
-    assert shingles.overlaps(pairs).tolist() == pytest.approx(expected)
+    assert overlaps.of(pairs).tolist() == pytest.approx(expected)
 
 
 def test_instances_of_like_documents_are_purer_and_their_seams_are_random():
