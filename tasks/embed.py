@@ -33,6 +33,7 @@ from storage.artifact import Artifact, Draft, hash_file
 from storage.errors import EclectusError
 from tasks.documents import read_table
 from tasks.earlier import earlier, is_whole
+from tasks.matrix import create_matrix
 from tasks.run import current_run, metric, progress
 from tasks.settings import Place
 from tasks.static_embedding import EmbeddingText, StaticModel, is_static_model
@@ -400,9 +401,7 @@ def _locate(ids: np.ndarray, known: list[_Known]) -> np.ndarray:
 
 def _gather(known: list[_Known], where: np.ndarray, dimension: int, settings: EmbedSettings, out: Draft) -> int:
     """Writes embeddings.npy and returns how many documents have none (zeros)."""
-    target = np.lib.format.open_memmap(
-        out.file("embeddings.npy"), "w+", settings.embedding_precision, (len(where), dimension)
-    )
+    target = create_matrix(out.file("embeddings.npy"), settings.embedding_precision, (len(where), dimension))
     empty = 0
     for begin in range(0, len(where), ROWS):
         part = where[begin : begin + ROWS]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from storage.artifact import Draft
+from tasks.matrix import create_matrix
 
 if TYPE_CHECKING:
     from tasks.neighbors import NeighborSettings
@@ -48,8 +49,8 @@ class Lists:
     @classmethod
     def create(cls, out: Draft, count: int, k: int) -> Lists:
         kind = np.int32 if count < 2**31 else np.int64
-        rows = np.lib.format.open_memmap(out.file("neighbors.npy"), "w+", kind, (count, k))
-        similarities = np.lib.format.open_memmap(out.file("similarities.npy"), "w+", np.float32, (count, k))
+        rows = create_matrix(out.file("neighbors.npy"), kind, (count, k))
+        similarities = create_matrix(out.file("similarities.npy"), np.float32, (count, k))
         for begin in range(0, count, 2**16):
             rows[begin : begin + 2**16] = -1
             similarities[begin : begin + 2**16] = np.nan

@@ -14,7 +14,10 @@ reason in words, inputs, outputs, settings, seconds and peak memory. Price of a 
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
+import os
+import re
 import threading
 import time
 import uuid
@@ -28,6 +31,8 @@ from storage.errors import EclectusError
 from storage.known import Record
 from tasks.run import Run, current_run
 from tasks.settings import Settings
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Step:
@@ -153,9 +158,18 @@ class Step:
             run.step, run.label = before
 
     def _make(self, run: Run, arguments: dict[str, Any]) -> Artifact:
-        with run.home.store.draft(self.makes) as draft:
-            self.function(**arguments, out=draft)
-            return run.home.store.commit(draft)
+        try:
+            with run.home.store.draft(self.makes) as draft:
+                self.function(**arguments, out=draft)
+                return run.home.store.commit(draft)
+        except Exception as error:
+            why = _no_room(error)
+            if why is None:
+                raise
+            raise EclectusError(
+                f"step '{self.name}' cannot write to {run.home.name}: {why}; make room or choose "
+                "another place (--home); the steps before it are kept, and the next run goes on from them"
+            ) from error
 
 
 def step(
@@ -168,6 +182,16 @@ def step(
     taken into the key beside the inputs.
     """
     return lambda function: Step(function, makes, version, fingerprint)
+
+
+def _no_room(error: Exception) -> str | None:
+    """Why nothing more can be written, if that is what the error says; libraries in Rust and C++ say it in words only."""
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return os.strerror(error.errno).lower()
+    full = os.strerror(errno.ENOSPC)
+    # NumPy's tofile says how much it wrote, and no more.
+    cut = isinstance(error, OSError) and error.errno is None and re.search(r"\d+ requested and \d+ written", str(error))
+    return full.lower() if full in str(error) or cut else None
 
 
 class _Memory:

@@ -4,8 +4,9 @@ import pytest
 
 from storage.artifact import ArtifactStore
 from storage.errors import EclectusError
+from tasks import duplicates as module
 from tasks.duplicates import Overlaps, candidate_pairs
-from tasks.group import GroupSettings, group
+from tasks.group import GroupSettings, _Chained, _stitched, group
 from tasks.grouping_quality import instance_quality
 from tasks.neighbors import NeighborSettings, neighbors
 from tests.tasks.topics import TOPICS, make, topical, unit_vectors, write_documents, write_embeddings
@@ -82,7 +83,7 @@ def test_adjacent_documents_are_more_alike_than_at_random_and_less_than_the_best
     rows = topical(dict.fromkeys(TOPICS, 40))
     told = grouped(store, rows).statistics
     assert told["random_similarity"] + 0.1 < told["adjacent_similarity"] < told["best_neighbor_similarity"]
-    assert told["adjacent_same_domain"] > 0.9 > told["random_same_domain"]
+    assert told["adjacent_same_domain"] > 0.8 > told["random_same_domain"]
     random = grouped(store, rows, grouping="random").statistics
     assert random["adjacent_similarity"] < told["adjacent_similarity"]
     domain = grouped(store, rows, grouping="domain").statistics
@@ -181,6 +182,45 @@ def test_overlap_is_the_jaccard_similarity_of_shingles(store):
     pairs = np.array([[0, 1], [0, 0], [0, 2], [3, 3]])
     expected = [len(sets[a] & sets[b]) / max(1, len(sets[a] | sets[b])) for a, b in pairs]
     assert overlaps.of(pairs).tolist() == pytest.approx(expected)
+
+
+def test_overlaps_are_measured_once_and_the_order_of_a_grown_corpus_is_that_of_a_fresh_one(run, tmp_path, monkeypatch):
+    rows = topical({"en/sea": 40, "en/law": 40})
+    rows += [{**row, "text": row["text"] + " end"} for row in rows[:12]]
+    more = [{**row, "text": row["text"] + " more"} for row in rows[70:74]]
+    grouped(run.home.store, rows)
+    shingled, shingle = [], module.Overlaps._shingle
+    monkeypatch.setattr(
+        module.Overlaps, "_shingle", lambda self, wanted: shingled.extend(wanted.tolist()) or shingle(self, wanted)
+    )
+    again = grouped(run.home.store, rows + more)
+    assert 4 <= len(set(shingled)) < 20
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "earlier", lambda *_, **__: iter(()))
+    fresh = grouped(ArtifactStore(tmp_path / "fresh"), rows + more)
+    assert again.digest == fresh.digest
+    assert again.statistics["duplicates"] >= 16
+
+
+def test_partitions_are_stitched_where_their_ends_are_most_alike():
+    angles = np.radians([0, 10, 80, 90, 20, 30, 40, 70])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    chained = [
+        _Chained(np.array(rows), np.array([True, False]), np.zeros(2)) for rows in ([0, 1], [2, 3], [4, 5], [6, 7])
+    ]
+    assert [each.rows.tolist() for each in _stitched(vectors, chained)] == [[0, 1], [4, 5], [6, 7], [2, 3]]
+
+
+@pytest.mark.parametrize("how", ["similarity", "random", "domain"])
+def test_every_grouping_says_how_alike_its_instances_will_be(store, how):
+    told = grouped(store, topical({"en/sea": 60, "en/law": 60, "en/code": 60}), grouping=how).statistics
+    assert told["instance_domain_purity"] >= told["random_domain_purity"] - 0.1
+    if how == "similarity":
+        assert (
+            told["instance_domain_purity"] > 0.8
+            and told["similarity_within_instances"] > told["similarity_of_random_pairs"]
+        )
+        assert abs(told["similarity_across_instances"] - told["similarity_of_random_pairs"]) < 0.2
 
 
 def test_instances_of_like_documents_are_purer_and_their_seams_are_random():

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from storage.artifact import ArtifactStore
 from storage.errors import EclectusError
+from tasks import languages as module
 from tasks.codes import is_language, normalise
 from tasks.documents import read_table
 from tasks.ingest import IngestSettings, ingest
@@ -143,6 +144,29 @@ def test_language_codes_of_all_kinds_mean_one_language():
         *(None, None, None),
     ]
     assert is_language("el") and is_language("ell_Grek") and not is_language("fin") and not is_language("code")
+
+
+def test_a_document_that_was_judged_before_is_not_judged_again(run, tmp_path, monkeypatch):
+    def told_in_run(texts, **settings):
+        path = tmp_path / "in.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        documents = ingest(settings=IngestSettings(sources=[str(path)]))
+        return languages(documents=documents, settings=LanguageSettings(**{"expanded_languages": ["el"], **settings}))
+
+    old = list(TEXTS.values())
+    told_in_run(old)
+    asked, judge = [], module._judge
+    monkeypatch.setattr(module, "_judge", lambda samples, detector: asked.append(samples) or judge(samples, detector))
+    grown = told_in_run([f"{TEXTS['hu']} 1", *old[::-1], f"{TEXTS['el']} 2"], expanded_languages=["el", "hu"])
+    assert len(asked) == 2 and grown.statistics["reused"] == len(old)
+    assert [row[0] for row in columns(grown, "language")] == ["hu", *list(TEXTS)[::-1], "el"]
+    alone = told(
+        run.home.store, tmp_path, [{"text": row[0]} for row in columns(grown, "text")], expanded_languages=["el", "hu"]
+    )
+    assert grown.digest == alone.digest
+    asked.clear()
+    told_in_run(old, language_detector="pycld2")
+    assert len(asked) == len(old)
 
 
 @pytest.mark.slow

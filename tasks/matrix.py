@@ -1,0 +1,20 @@
+"""Matrices on disk that are filled through a memory map."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def create_matrix(path: Path, dtype: Any, shape: tuple[int, int]) -> np.memmap:
+    """A new `.npy` file of this shape, mapped for writing.
+
+    Its space is taken now: a write to a mapped page that the disk has no room for kills the process (SIGBUS). Raises OSError.
+    """
+    matrix = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    return matrix
