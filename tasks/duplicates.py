@@ -110,7 +110,8 @@ class Overlaps:
                 return
             with contextlib.suppress(OSError, pa.ArrowException, KeyError):
                 table = pq.read_table(artifact.file(OVERLAPS))
-                before = np.char.add(table["document"].to_pylist(), table["other"].to_pylist()).astype("S64")
+                first, second = (table[name].to_numpy().astype("S32") for name in ("document", "other"))
+                before = np.char.add(first, second)
                 order = np.argsort(before, kind="stable")
                 place = order[np.minimum(np.searchsorted(before, keys, sorter=order), len(before) - 1)]
                 hit = np.flatnonzero((before[place] == keys) & missing)
@@ -124,9 +125,10 @@ class Overlaps:
         pairs = np.array(list(self._known), np.int64).reshape(-1, 2)
         keys = self._keys(pairs)
         order = np.argsort(keys, kind="stable")
+        ids = keys[order].view("S32").reshape(-1, 2)
         columns = {
-            "document": [key[:32].decode() for key in keys[order].tolist()],
-            "other": [key[32:].decode() for key in keys[order].tolist()],
+            "document": pa.array(ids[:, 0]).cast(pa.string()),
+            "other": pa.array(ids[:, 1]).cast(pa.string()),
             "overlap": np.array(list(self._known.values()), np.float64)[order],
         }
         pq.write_table(pa.table(columns), out.file(OVERLAPS), compression="zstd")
@@ -134,7 +136,7 @@ class Overlaps:
     def _keys(self, pairs: np.ndarray) -> np.ndarray:
         """Both ids of each pair in one string, the smaller first: bytes [P]."""
         ids = np.sort(self._ids[pairs].reshape(-1, 2), axis=1)
-        return np.char.add(ids[:, 0], ids[:, 1]).astype("S64")
+        return np.char.add(ids[:, 0], ids[:, 1])
 
     def _shingle(self, rows: np.ndarray) -> None:
         from sklearn.feature_extraction.text import HashingVectorizer
