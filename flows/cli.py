@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.checkpoints import add_checkpoint_commands
 from storage.errors import EclectusError
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ FLOWS = {
     "run": ("main", "the whole job: curate, pre-train, extend, evaluate, report"),
     "curate": ("curate", "from sources to training instances"),
     "pretrain": ("pretrain", "a Lory model beside its dense twin"),
-    "extend": ("extend", "new languages for a dense checkpoint, by MoE-LPR"),
+    "extend": ("extend", "new languages for a model, by MoE-LPR or what it is measured against"),
+    "similarity": ("similarity", "how alike languages look to each layer of a model, and experts for each (LayerMoE)"),
     "evaluate": ("evaluate", "scores on held-out documents, and the report"),
 }
 
@@ -115,17 +117,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         step="step or label, as in `steps`",
     )
     why.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
-    export = add(
-        "export",
-        _export,
-        "write a Lory checkpoint as a stock dense LLaMA, its experts merged for one domain, language or prompt",
-        checkpoint="checkpoint, as in `artifacts`, or its folder",
-        out="folder to write, not there yet or empty",
-    )
-    merged_by = export.add_mutually_exclusive_group()
-    merged_by.add_argument("--domain", help="merge by the mean routing of this domain's training text")
-    merged_by.add_argument("--language", help="merge by the mean routing of this language's training text")
-    merged_by.add_argument("--prompt", help="merge by the routing of this text")
+    add_checkpoint_commands(add)
     add("up", _up, "start a local Prefect server with UI, a worker and all deployments, in the background")
     add("down", _down, "end what `up` started, and everything that it started")
     add("verify", _verify, "hash every artifact again and name what changed")
@@ -238,14 +230,6 @@ def _why(chosen: argparse.Namespace) -> None:
             known = ", ".join(label for (label,) in labels) or "none, or there is no such run: eclectus sql 'from runs'"
             raise EclectusError(f"run '{run}' has no step '{chosen.step}'; its steps are: {known}")
     _print_rows(names, rows, chosen.json)
-
-
-def _export(chosen: argparse.Namespace) -> None:
-    from storage.home import Home
-    from tasks.export import export
-
-    told = export(Home.open().store, chosen.checkpoint, Path(chosen.out), chosen.domain, chosen.language, chosen.prompt)
-    print(told)
 
 
 def _verify(_: argparse.Namespace) -> None:

@@ -17,9 +17,11 @@ from tasks.data_report import DataReportSettings
 from tasks.embed import EmbedSettings
 from tasks.evaluate import EvaluateSettings
 from tasks.extend import ExtendSettings
+from tasks.fetch import FetchSettings
 from tasks.group import GroupSettings
 from tasks.ingest import IngestSettings
 from tasks.languages import LanguageSettings
+from tasks.layer_similarity import LayerSimilaritySettings
 from tasks.neighbors import NeighborSettings
 from tasks.pack import PackSettings
 from tasks.pretrain import PretrainSettings
@@ -64,6 +66,10 @@ class ExtendParameters(PretrainParameters, ExtendSettings, AddExpertsSettings):
     )
 
 
+class SimilarityParameters(IngestSettings, LanguageSettings, SplitSettings, FetchSettings, LayerSimilaritySettings):
+    """From sources and a dense checkpoint to experts for each layer."""
+
+
 class EvaluateParameters(ExtendParameters, EvaluateSettings, ReportSettings):
     """Evaluation and report of the models of pre-training and extension."""
 
@@ -82,15 +88,22 @@ PARAMETERS = {
     "curate": CurateParameters,
     "pretrain": PretrainParameters,
     "extend": ExtendParameters,
+    "similarity": SimilarityParameters,
     "evaluate": EvaluateParameters,
 }
 
 
-def check(parameters: CurateParameters) -> None:
+def check(parameters: CurateParameters | SimilarityParameters) -> None:
     """What can be known to fail before any work starts. Raises EclectusError naming the setting."""
     from tasks.ingest import check_sources
 
     check_sources(parameters)
+    if isinstance(parameters, SimilarityParameters):
+        for name in ("base_model", "expanded_languages"):
+            if not getattr(parameters, name):
+                raise EclectusError(
+                    f"{name} is empty; similarity is that of a model's layers between known and new languages"
+                )
     if type(parameters) is ExtendParameters and not parameters.expanded_languages:
         raise EclectusError("expanded_languages is empty, so there is nothing to extend to; name at least one language")
     if isinstance(parameters, PretrainParameters):

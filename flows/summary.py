@@ -25,6 +25,8 @@ def summarize(run: Run, result: Any, terminal: Terminal) -> None:
     terminal.say(", ".join(f"{number} steps {state}" for state, number in sorted(counts.items())))
     if hasattr(result, "evaluations"):
         _scores(result.evaluations, terminal)
+    if hasattr(result, "similarity"):
+        _similarity(result.similarity.statistics, terminal)
     terminal.say("")
     for name, path in _places(run, result).items():
         terminal.say(f"  {name:<22} {near(path)}")
@@ -45,6 +47,19 @@ def _scores(evaluations: dict[str, Any], terminal: Terminal) -> None:
             table.add_row(row, *("" if value is None else f"{value:.3f}" for value in values))
         terminal.say("")
         terminal.console.print(table)
+
+
+def _similarity(found: dict[str, Any], terminal: Terminal) -> None:
+    """Similarity and proposed new experts by layer, and the setting that takes them over."""
+    table = Table("layer", "similarity", "new experts", box=None, header_style="bold", pad_edge=False)
+    for layer, (value, new) in enumerate(zip(found["similarity"], found["new_experts"], strict=True)):
+        table.add_row(str(layer), f"{value:.4f}", str(new))
+    terminal.say("")
+    terminal.console.print(table)
+    experts = ",".join(str(new + 1) for new in found["new_experts"])
+    terminal.say(
+        f"as experts of each layer: --experts {experts} (upcycle), --extension-experts-per-layer {experts} (extend)"
+    )
 
 
 def _places(run: Run, result: Any) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from storage.artifact import Draft, hash_file
+from storage.artifact import ArtifactStore, Draft, hash_file
 from storage.errors import EclectusError
 from tasks.settings import Settings
 from tasks.step import step
@@ -58,6 +58,22 @@ def fetch(settings: FetchSettings, out: Draft) -> None:
         for path in files:
             shutil.copyfile(path, out.file(path.name))
     out.statistics = {"base_model": settings.base_model if not place.exists() else place.name}
+
+
+def find_checkpoint(store: ArtifactStore, name: str) -> Path:
+    """The folder or .gguf file of a checkpoint: a path, an artifact's name, or a name on the hub, which is downloaded.
+
+    Raises EclectusError when it is none of them.
+    """
+    if Path(name).exists():
+        return Path(name)
+    if name.startswith("checkpoint-"):
+        return Path(store.find(name).path)
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
+        raise EclectusError(
+            f"{name} does not exist; give a checkpoint's folder, a .gguf file, or a model's name on the hub"
+        )
+    return _download(name)
 
 
 def _wanted(folder: Path) -> list[Path]:
