@@ -1,0 +1,92 @@
+"""Pre-training as a flow: every baseline beside Lory and its twin, scored alike, and a dense checkpoint to start from."""
+
+from types import SimpleNamespace
+
+import pytest
+
+import flows.pretrain
+from flows.curate import curate
+from flows.parameters import PretrainParameters
+from flows.run import open_run
+from storage.home import Home
+from tasks.corpus import CorpusSettings, write_corpus
+from tasks.evaluate import EvaluateSettings, evaluate
+
+pytestmark = pytest.mark.slow
+SMALL = {
+    "tokenizer_vocabulary": 512,
+    "embedding_steps": 5,
+    "instance_tokens": 64,
+    "lory_segment": 16,
+    "lory_experts": 4,
+    "model_width": 32,
+    "model_layers": 2,
+    "model_heads": 2,
+    "model_key_value_heads": 2,
+    "model_feed_forward": 60,
+    "pretrain_steps": 6,
+    "pretrain_warmup_steps": 1,
+    "dense_warmup": 0.34,
+    "original_languages": ["en"],
+    "expanded_languages": [],
+    "training_workers": 0,
+}
+
+
+class Unserved:
+    """The flow `curate` called as a function: what is tested here needs no Prefect server."""
+
+    name = "curate"
+
+    def __call__(self, parameters):
+        return curate.fn(parameters)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pretrain")
+    write_corpus(
+        root / "corpus", CorpusSettings(corpus_languages=("en",), corpus_english_bytes=40_000, corpus_expanded_bytes=1)
+    )
+    return SimpleNamespace(corpus=root / "corpus", home=Home.open(root / "home"))
+
+
+def pretrained(world, monkeypatch, **changes):
+    """(what the flow gave, step states by label, bits per byte by model)"""
+    monkeypatch.setattr(flows.pretrain, "curate", Unserved())
+    parameters = PretrainParameters(**{**SMALL, "sources": [str(world.corpus)], **changes})
+    with open_run("pretrain", parameters, world.home) as run:
+        made = flows.pretrain.pretrain.fn(parameters)
+        scores = {}
+        for name, checkpoint in {"dense": made.dense, "lory": made.lory, **made.baselines}.items():
+            scores[name] = evaluate(
+                label=f"evaluate {name}",
+                documents=made.curated.documents,
+                tokenizer=made.curated.tokenizer,
+                checkpoint=checkpoint,
+                settings=EvaluateSettings(evaluation_context=16, training_workers=0, evaluation_sample_tokens=4),
+            ).statistics["bits_per_byte"]["language"]["en"]
+        return made, dict(run.states), scores
+
+
+def test_one_setting_trains_every_baseline_beside_lory_and_all_are_scored(world, monkeypatch):
+    asked = ["prefix", "expert_choice", "top_k", "random"]
+    made, states, scores = pretrained(world, monkeypatch, pretrain_baselines=asked)
+    assert scores.keys() == {"dense", "lory", "prefix", "expert_choice", "top_k", "dense random", "lory random"}
+    assert all(0 < each < 9 for each in scores.values())
+    assert len({each.digest for each in (made.dense, made.lory, *made.baselines.values())}) == 7
+    assert len({each.statistics["tokens"] for each in (made.dense, made.lory, *made.baselines.values())}) == 1
+    assert states["train dense warm-up"] == "completed"
+
+    fewer, states, _ = pretrained(world, monkeypatch)
+    assert (fewer.dense, fewer.lory, fewer.baselines) == (made.dense, made.lory, {})
+    assert {states[label] for label in ("train dense", "train lory", "group", "pack original")} == {"reused"}
+
+
+def test_a_dense_checkpoint_brings_its_tokenizer_and_takes_the_warm_ups_place(world, monkeypatch):
+    first, _, before = pretrained(world, monkeypatch)
+    made, states, after = pretrained(world, monkeypatch, dense_start=first.dense.path, pretrain_baselines=["prefix"])
+    assert states["fetch dense start"] == "completed" and "train dense warm-up" not in states
+    assert after.keys() == {"dense", "lory", "prefix"}
+    assert all(score < before["dense"] for score in after.values()), "they go on from a trained model"
+    assert made.lory.statistics["steps"] == SMALL["pretrain_steps"]
