@@ -2,8 +2,8 @@
 
 A source is a file, a folder (read recursively), a glob, or `dataset:NAME[@REVISION][:CONFIG[:SPLIT]]`, where NAME is a
 Hugging Face data set id or a local folder that `datasets` can open (a saved one included). A path is always a path: only the
-prefix `dataset:` reaches for the hub. Files are known by suffix: .jsonl, .ndjson, .json (JSON lines), .parquet and the text
-suffixes, the first and last also as .gz or .zst. In folders and globs, hidden files are passed over, other suffixes counted.
+prefix `dataset:` reaches for the hub. Files are known by suffix: .jsonl, .ndjson, .json (JSON lines, or one array), .parquet and the
+text suffixes, all but Parquet also as .gz or .zst. In folders and globs, hidden files are passed over, other suffixes counted.
 Price: listing is one walk; `fingerprints` reads every local byte once (SHA-256, 1 to 2 GB/s a core, all cores).
 """
 

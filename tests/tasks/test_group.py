@@ -218,9 +218,9 @@ def test_every_grouping_says_how_alike_its_instances_will_be(store, how):
     if how == "similarity":
         assert (
             told["instance_domain_purity"] > 0.8
-            and told["similarity_within_instances"] > told["similarity_of_random_pairs"]
+            and told["similarity_within_instances"] > told["similarity_across_random_instances"]
         )
-        assert abs(told["similarity_across_instances"] - told["similarity_of_random_pairs"]) < 0.2
+        assert abs(told["similarity_across_instances"] - told["similarity_across_random_instances"]) < 0.2
 
 
 def test_instances_of_like_documents_are_purer_and_their_seams_are_random():
@@ -231,5 +231,5 @@ def test_instances_of_like_documents_are_purer_and_their_seams_are_random():
     packed = rows.reshape(100, 4)[instances].ravel()
     told = instance_quality(vectors, packed, np.arange(0, 401, 4), np.full(400, 10), labels)
     assert told["instance_domain_purity"] > 0.98 > told["random_domain_purity"]
-    assert told["similarity_within_instances"] > told["similarity_of_random_pairs"] + 0.1
-    assert abs(told["similarity_across_instances"] - told["similarity_of_random_pairs"]) < 0.15
+    assert told["similarity_within_instances"] > told["similarity_across_random_instances"] + 0.1
+    assert abs(told["similarity_across_instances"] - told["similarity_across_random_instances"]) < 0.15

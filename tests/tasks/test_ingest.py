@@ -85,6 +85,21 @@ def test_every_bad_line_is_set_apart_with_file_line_reason_and_start(store, tmp_
     assert documents.statistics["rejected_by_reason"]["wrong type"] == 2
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_json_file_may_be_one_array_or_lines(store, tmp_path, suffix):
+    pack = gzip.compress if suffix else bytes
+    (tmp_path / f"array.json{suffix}").write_bytes(pack(b' [\n {"text": "one"},\n {"text": "two"}, 5, {"text": ""}]'))
+    (tmp_path / f"lines.json{suffix}").write_bytes(pack(b'[{"text": "seven"}]\n{"text": "three"}\n{"text": "four"}'))
+    names = [f"array.json{suffix}", f"lines.json{suffix}"]
+    documents = run(store, [tmp_path / name for name in names])
+    assert read_table(documents)["text"].to_pylist() == ["one", "two", "three", "four"]
+    assert rejected(documents) == [
+        (names[0], 3, "not a record"),
+        (names[0], 4, "empty"),
+        (names[1], 1, "not a record"),
+    ]
+
+
 def test_a_text_that_is_shorter_than_the_minimum_without_its_blanks_is_rejected(store, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines({"text": "short" + " " * 500}, {"text": "long enough to stay"}))
     documents = run(store, [tmp_path / "a.jsonl"], minimum_characters=10)
