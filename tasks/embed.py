@@ -19,10 +19,7 @@ import hashlib
 import json
 import os
 import tempfile
-import time
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +30,7 @@ from storage.artifact import Artifact, Draft, hash_file
 from storage.errors import EclectusError
 from tasks.documents import read_table
 from tasks.earlier import earlier, is_whole
+from tasks.embedding_log import Known, Log, locate, read_logs, sweep
 from tasks.matrix import create_matrix
 from tasks.run import current_run, metric, progress
 from tasks.settings import Place
@@ -47,7 +45,6 @@ STATIC_IN_PROCESS = 50_000
 STATIC_DOCUMENTS_AN_ACTOR = 200_000
 BATCHES_A_CHUNK = 4
 WINDOW = 8_192
-STALE_SECONDS = 3_600
 FOLDER = "embedding"
 
 
@@ -90,14 +87,14 @@ def embed(documents: Artifact, settings: EmbedSettings, out: Draft, model: Artif
         ).hexdigest()
         with _work_folder(key) as work:
             known = _earlier(key, ids)
-            _sweep(work, known)
+            sweep(work, known)
             known += read_logs(work)
-            where = _locate(ids, known)
+            where = locate(ids, known)
             missing = np.flatnonzero(where[:, 0] < 0)
             pool.embed(missing, ids, work)
             if len(missing):
                 known = [*known, *read_logs(work)]
-                where = _locate(ids, known)
+                where = locate(ids, known)
             dimension = known[0].vectors.shape[1] if known else 0
             empty = _gather(known, where, dimension, settings, out)
     np.save(out.file("ids.npy"), ids)
@@ -165,45 +162,6 @@ class Encoder:
             part = slice(begin, begin + batch)
             self._log.append(ids[part], self.encode(reader.read(rows[part])))
         return len(rows)
-
-
-class Log:
-    """The finished work of one process: two files of raw numbers, `NAME.ids` and `NAME.DIMENSION.PRECISION.vectors`.
-
-    A row counts once its id is there, which is written after its vector; what a kill has torn is left out by readers.
-    """
-
-    def __init__(self, work: Path) -> None:
-        self._work, self._name = work, uuid.uuid4().hex
-
-    def append(self, ids: np.ndarray, vectors: np.ndarray) -> None:
-        """ids: bytes [n]. vectors: [n, D]."""
-        with open(self._work / f"{self._name}.{vectors.shape[1]}.{vectors.dtype.name}.vectors", "ab") as file:
-            file.write(np.ascontiguousarray(vectors).tobytes())
-        with open(self._work / f"{self._name}.ids", "ab") as file:
-            file.write(ids.astype("S32").tobytes())
-
-
-@dataclass(frozen=True)
-class _Known:
-    """Vectors on disk [n, D] with the ids of their documents [n]: an earlier artifact, or a log of unfinished work."""
-
-    ids: np.ndarray
-    vectors: np.ndarray
-
-
-def read_logs(work: Path) -> list[_Known]:
-    """What is finished in the logs under a work folder."""
-    found = []
-    for path in sorted(work.glob("*.vectors")):
-        name, dimension, precision, _ = path.name.rsplit(".", 3)
-        width = int(dimension) * np.dtype(precision).itemsize
-        ids = work / f"{name}.ids"
-        count = min(path.stat().st_size // width, ids.stat().st_size // 32) if ids.is_file() else 0
-        if count:
-            vectors = np.memmap(path, precision, "r", shape=(count, int(dimension)))
-            found.append(_Known(np.fromfile(ids, "S32", count), vectors))
-    return found
 
 
 class _Pool:
@@ -360,13 +318,13 @@ def _work_folder(key: str) -> Iterator[Path]:
     yield work
 
 
-def _earlier(key: str, ids: np.ndarray) -> list[_Known]:
+def _earlier(key: str, ids: np.ndarray) -> list[Known]:
     """The whole `embeddings` artifacts of this home that were made under this key and hold some of these documents."""
     found, missing = [], ids
     for artifact in earlier("embeddings", embedding_key=key):
         with contextlib.suppress(EclectusError, OSError, ValueError):
             ids_then, vectors = (np.load(artifact.file(name), mmap_mode="r") for name in ("ids.npy", "embeddings.npy"))
-            known = _Known(ids_then, vectors)
+            known = Known(ids_then, vectors)
             there = np.isin(missing, known.ids)
             if there.any() and is_whole(artifact):
                 found.append(known)
@@ -374,32 +332,7 @@ def _earlier(key: str, ids: np.ndarray) -> list[_Known]:
     return found
 
 
-def _sweep(work: Path, known: list[_Known]) -> None:
-    """Removes the logs, untouched for an hour, of which every document is in an artifact by now."""
-    for path in sorted(work.glob("*.ids")):
-        if path.stat().st_mtime > time.time() - STALE_SECONDS:
-            continue
-        ids = np.fromfile(path, "S32", path.stat().st_size // 32)
-        if known and (_locate(ids, known)[:, 0] >= 0).all():
-            for file in work.glob(f"{path.stem}.*"):
-                file.unlink(missing_ok=True)
-
-
-def _locate(ids: np.ndarray, known: list[_Known]) -> np.ndarray:
-    """For each document where its vector is: int64 [N, 2] of (which of `known`, row there), or -1."""
-    where, missing = np.full((len(ids), 2), -1, np.int64), np.arange(len(ids))
-    for number, each in enumerate(known):
-        if not len(missing):
-            break
-        order = np.argsort(each.ids, kind="stable")
-        place = np.minimum(np.searchsorted(each.ids, ids[missing], sorter=order), len(order) - 1)
-        hit = each.ids[order[place]] == ids[missing]
-        where[missing[hit]] = np.stack([np.full(hit.sum(), number), order[place[hit]]], axis=1)
-        missing = missing[~hit]
-    return where
-
-
-def _gather(known: list[_Known], where: np.ndarray, dimension: int, settings: EmbedSettings, out: Draft) -> int:
+def _gather(known: list[Known], where: np.ndarray, dimension: int, settings: EmbedSettings, out: Draft) -> int:
     """Writes embeddings.npy and returns how many documents have none (zeros)."""
     target = create_matrix(out.file("embeddings.npy"), settings.embedding_precision, (len(where), dimension))
     empty = 0

@@ -15,7 +15,8 @@ from storage.home import Home
 from storage.journal import Journal
 from storage.known import KnownKeys
 from tasks.cluster import shut_ray
-from tasks.embed import EmbedSettings, Encoder, Log, embed, model_fingerprint, read_logs
+from tasks.embed import EmbedSettings, Encoder, embed, model_fingerprint
+from tasks.embedding_log import Log, read_logs
 from tasks.run import Run, activate
 from tasks.static_embedding import StaticEmbeddingSettings, train_embedding
 from tests.tasks.topics import TOPICS, make, topical, write_documents
