@@ -31,14 +31,18 @@ def save_model(
     place.barrier()
 
 
-def duplicated_moments(moments: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:
+def duplicated_moments(
+    moments: dict[str, torch.Tensor], experts: int, share: float | None = None
+) -> dict[str, torch.Tensor]:
     """AdamW's moments of a dense model for the Lory model that `LoryForCausalLM.from_dense` makes of it.
 
-    A copy weighted 1/E sees 1/E of the dense gradient: its first moment is divided by E and its second by E squared, so that
-    its next step has the size of the dense model's. Routers start from zero moments.
+    share: of the dense gradient that a copy sees, 1/E where all are weighted alike (the default). Its first moment is
+    multiplied by it and its second by its square, so that its next step has the size of the dense model's. Routers start from
+    zero moments.
     """
+    share = 1 / experts if share is None else share
     duplicated: dict[str, torch.Tensor] = {}
-    for what, scale in (("exp_avg", 1 / experts), ("exp_avg_sq", 1 / experts**2)):
+    for what, scale in (("exp_avg", share), ("exp_avg_sq", share**2)):
         ending = f".{what}"
         dense = {name.removesuffix(ending): value for name, value in moments.items() if name.endswith(ending)}
         duplicated |= {name + ending: value for name, value in expand_dense_tensors(dense, experts, scale).items()}

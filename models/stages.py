@@ -33,7 +33,13 @@ def lory_from_dense(
 ) -> tuple[LoryForCausalLM, dict[str, torch.Tensor], Objective]:
     """(model, moments, objective). config: further arguments of `LoryForCausalLM.from_dense`."""
     model = LoryForCausalLM.from_dense(dense, num_experts=experts, **config)
-    return model, duplicated_moments(moments, experts), objectives.lory(domains)
+    share = None
+    if model.config.routing == "dense":
+        # Expert 0 sees the whole gradient. Nothing asks the routers, and DDP would wait for their gradients.
+        share = 1.0
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = ".router." not in name
+    return model, duplicated_moments(moments, experts, share), objectives.lory(domains)
 
 
 def expert_choice_from_dense(

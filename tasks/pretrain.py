@@ -159,8 +159,15 @@ def pretrain(
             f"stage '{settings.pretrain_stage}' of pre-training starts from the dense warm-up, and only that from nothing"
         )
     settings.check_shape()
+    length = json.loads(instances.file("instances.json").read_text())["length"]
+    routed = settings.pretrain_stage == "lory" and settings.lory_experts > 1 and settings.lory_routing != "dense"
+    if routed and settings.lory_segment >= length:
+        raise EclectusError(
+            f"lory_segment {settings.lory_segment} leaves no second segment in instances of {length} tokens, so no router would "
+            "ever learn; lower it, or raise instance_tokens"
+        )
     if settings.dense_start:
-        _check_dense_start(start, instances)
+        _check_dense_start(start, length)
     with workplace("pretrain", instances, tokenizer, start, settings.key_values()) as work:
         out.statistics = run_training(
             settings,
@@ -178,7 +185,7 @@ def pretrain(
         )
 
 
-def _check_dense_start(start: Artifact, instances: Artifact) -> None:
+def _check_dense_start(start: Artifact, length: int) -> None:
     """Raises EclectusError for a checkpoint whose networks cannot become experts, or whose positions do not suffice."""
     config = json.loads(start.file("config.json").read_text())
     if config.get("model_type") != "llama" or config.get("mlp_bias") or config.get("hidden_act", "silu") != "silu":
@@ -186,7 +193,6 @@ def _check_dense_start(start: Artifact, instances: Artifact) -> None:
             f"dense_start is a {config.get('model_type')} with hidden_act {config.get('hidden_act')}; Lory starts from LLaMA-shaped "
             "checkpoints (model_type llama, silu, no mlp_bias)"
         )
-    length = json.loads(instances.file("instances.json").read_text())["length"]
     if length > config.get("max_position_embeddings", length):
         raise EclectusError(
             f"instance_tokens {length} is more than dense_start's {config['max_position_embeddings']} positions; lower it"

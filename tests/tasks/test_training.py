@@ -142,6 +142,20 @@ def test_every_baseline_trains_from_the_same_warm_up_at_equal_active_size_and_ca
     assert moved[:32].max() < 1e-6 < 1e-4 < moved[40], "no later token is looked at, but for Lory's own segment"
 
 
+def test_a_segment_as_long_as_an_instance_is_refused_where_something_is_routed(world, instances, pretrained):
+    with pytest.raises(EclectusError, match="lory_segment 64 leaves no second segment in instances of 64 tokens"):
+        stage(world, instances, "lory", pretrained["warmup"], lory_segment=64)
+    assert stage(world, instances, "lory", pretrained["warmup"], lory_segment=63).statistics["steps"] == 8
+
+
+def test_dense_routing_is_the_dense_twin(world, instances, pretrained):
+    made = stage(world, instances, "lory", pretrained["warmup"], lory_routing="dense", lory_rewarm_steps=0)
+    assert not made.file("routing_weights.json").exists()
+    model, twin = (AutoModelForCausalLM.from_pretrained(each.path) for each in (made, pretrained["dense"]))
+    ids = torch.arange(2, 50)[None]
+    assert (model(ids).logits - twin(ids).logits).abs().max() <= 1e-4
+
+
 def test_one_expert_trains_like_any_other_number(world, instances, pretrained):
     assert stage(world, instances, "lory", pretrained["warmup"], lory_experts=1).statistics["steps"] == 8
 
