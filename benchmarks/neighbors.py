@@ -12,9 +12,8 @@ import time
 import numpy as np
 
 from storage.home import Home
-from tasks.nearest import Lists, Partition, search
+from tasks.nearest import Lists, NeighborSettings, Partition, search
 from tasks.neighbor_update import Earlier, update
-from tasks.neighbors import NeighborSettings
 
 
 def vectors_of(count: int, dimension: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from tasks.group import GroupSettings
 from tasks.ingest import IngestSettings
 from tasks.languages import LanguageSettings
 from tasks.layer_similarity import LayerSimilaritySettings
-from tasks.neighbors import NeighborSettings
+from tasks.nearest import NeighborSettings
 from tasks.pack import PackSettings
 from tasks.pretrain import PretrainSettings
 from tasks.replay import ReplaySettings

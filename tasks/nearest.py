@@ -13,15 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from storage.artifact import Draft
 from tasks.matrix import create_matrix
-
-if TYPE_CHECKING:
-    from tasks.neighbors import NeighborSettings
+from tasks.settings import Place, Settings
 
 SLACK = 4
 BLOCK = 4_096
@@ -29,6 +28,38 @@ EXACT_ROWS = 200_000
 SAMPLE = 256
 POINTS_A_CENTROID = 64
 ITERATIONS = 10
+
+
+class NeighborSettings(Settings):
+    """How neighbours are searched."""
+
+    neighbors_k: int = Field(20, ge=1, description="Neighbours kept for each document.")
+    neighbors_partition: Literal["language", "language+domain", "none"] = Field(
+        "language",
+        description="Within what neighbours are searched: a language, a domain of a language, or everything.",
+    )
+    neighbors_exact_below: int = Field(
+        20_000, ge=0, description="Partitions with fewer documents are searched exactly, larger ones by an IVF index."
+    )
+    neighbors_recall_target: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="Share of the true neighbours that the IVF search must find, measured on a sample.",
+    )
+    neighbors_shard_rows: int = Field(
+        2_000_000,
+        ge=1_000,
+        description="Documents whose index is held in memory at a time; larger partitions go in shards.",
+    )
+    neighbors_growth: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Lists found before are updated while at most this share of a partition is new; 0 always searches anew.",
+    )
+    neighbors_threads: int = Place(0, "CPU threads for the search; 0 takes all.", ge=0)
+    seed: int = Field(0, description="Seed of everything random")
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,23 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from storage.artifact import Artifact
 from storage.errors import EclectusError
-from tasks.nearest import SLACK, Lists, Partition, measured_recall, recall_sample, similarities_of, unit
+from tasks.nearest import (
+    SLACK,
+    Lists,
+    NeighborSettings,
+    Partition,
+    measured_recall,
+    recall_sample,
+    similarities_of,
+    unit,
+)
 from tasks.run import current_run
-
-if TYPE_CHECKING:
-    from tasks.neighbors import NeighborSettings
 
 MADE_OF = "made_of.json"
 BLOCK = 65_536

@@ -14,51 +14,16 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
 from storage.artifact import Artifact, Draft
 from storage.errors import EclectusError
 from tasks.documents import read_table
-from tasks.nearest import Lists, Partition, search
+from tasks.nearest import Lists, NeighborSettings, Partition, search
 from tasks.neighbor_update import MADE_OF, carry_over, find_earlier, made_of, update
 from tasks.run import metric, progress
-from tasks.settings import Place, Settings
 from tasks.step import step
-
-
-class NeighborSettings(Settings):
-    """How neighbours are searched."""
-
-    neighbors_k: int = Field(20, ge=1, description="Neighbours kept for each document.")
-    neighbors_partition: Literal["language", "language+domain", "none"] = Field(
-        "language",
-        description="Within what neighbours are searched: a language, a domain of a language, or everything.",
-    )
-    neighbors_exact_below: int = Field(
-        20_000, ge=0, description="Partitions with fewer documents are searched exactly, larger ones by an IVF index."
-    )
-    neighbors_recall_target: float = Field(
-        0.95,
-        gt=0,
-        le=1,
-        description="Share of the true neighbours that the IVF search must find, measured on a sample.",
-    )
-    neighbors_shard_rows: int = Field(
-        2_000_000,
-        ge=1_000,
-        description="Documents whose index is held in memory at a time; larger partitions go in shards.",
-    )
-    neighbors_growth: float = Field(
-        0.1,
-        ge=0,
-        lt=1,
-        description="Lists found before are updated while at most this share of a partition is new; 0 always searches anew.",
-    )
-    neighbors_threads: int = Place(0, "CPU threads for the search; 0 takes all.", ge=0)
-    seed: int = Field(0, description="Seed of everything random")
 
 
 @step(makes="neighbors", version=1)
