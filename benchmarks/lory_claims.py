@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
 import queue
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -29,7 +29,7 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 from lory_claims_data import GROUPINGS, prepare, unpack  # noqa: E402
-from lory_claims_tables import report  # noqa: E402
+from lory_claims_tables import EVERYTHING, perplexities, report  # noqa: E402
 
 STUDY: dict[str, dict[str, Any]] = {
     "no second warm-up": dict(rewarm=0),
@@ -46,23 +46,23 @@ STUDY: dict[str, dict[str, Any]] = {
 MORE: dict[str, dict[str, Any]] = {"16 experts": dict(experts=16), "32 experts": dict(experts=32)}
 
 
-def jobs(parts: list[str], seeds: int) -> list[Any]:
+def jobs(parts: list[str], seeds: list[int]) -> list[Any]:
     """What to train, most important first: `main`, `peers`, `study`, `more`."""
     from lory_claims_jobs import Job
 
     chosen = []
     if "main" in parts:
-        chosen += [Job(model, seed=seed) for seed in range(seeds) for model in ("dense", "lory")]
+        chosen += [Job(model, seed=seed) for seed in seeds for model in ("dense", "lory")]
     if "peers" in parts:
         peers = [("expert_choice", "similarity"), ("prefix", "similarity"), ("dense", "random"), ("lory", "random")]
         peers.append(("top_k", "similarity"))
-        chosen += [Job(model, grouping, seed) for seed in range(seeds) for model, grouping in peers]
+        chosen += [Job(model, grouping, seed) for seed in seeds for model, grouping in peers]
     for part, variants in (("study", STUDY), ("more", MORE)):
         if part in parts:
-            chosen += [Job("lory", seed=seed, variant=n, **how) for seed in range(seeds) for n, how in variants.items()]
+            chosen += [Job("lory", seed=seed, variant=n, **how) for seed in seeds for n, how in variants.items()]
     if "more" in parts:
         models = [("segment_choice", "similarity"), ("dense", "domain"), ("lory", "domain")]
-        chosen += [Job(model, grouping, seed) for seed in range(seeds) for model, grouping in models]
+        chosen += [Job(model, grouping, seed) for seed in seeds for model, grouping in models]
     return chosen
 
 
@@ -97,9 +97,9 @@ class Trainings:
         arguments = (self._tasks, self._results, size, data, work)
         self._workers = [context.Process(target=work_on, args=arguments, daemon=True) for _ in range(workers)]
         self._wanted = wanted
-        self._warm: set[str] = set()
+        self._warm = {path.parent.name for path in work.glob("warm/*/moments.safetensors")}
         self._longest: dict[bool, float] = {}
-        self._begun: set[str] = set()
+        self._begun = set(self._warm)
 
     def run(self, deadline: float, done: Any) -> None:
         """Calls done(result) after every job."""
@@ -148,81 +148,151 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
     from lory_claims_jobs import SIZES, step_times
 
-    size = SIZES[arguments.size]
-    changed = {
-        name: getattr(arguments, name) for name in ("tokens", "batch", "jobs", "learning_rate", "windows", "length")
-    }
-    size = dataclasses.replace(size, **{name: value for name, value in changed.items() if value})
-    out = Path(arguments.out or os.environ.get("OUT", "."))
-    out.mkdir(parents=True, exist_ok=True)
-    wanted = jobs(arguments.parts.split(","), arguments.seeds)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {size.jobs} processes of 1 thread"
+    changed = ("tokens", "batch", "learning_rate", "windows", "length", "segment")
+    size = dataclasses.replace(
+        SIZES[arguments.size], **{name: value for name in changed if (value := getattr(arguments, name))}
+    )
+    on_gpu = torch.cuda.is_available()
+    workers = arguments.jobs or (size.jobs if on_gpu else max(1, (os.cpu_count() or 1) // 2))
+    out, data = Path(arguments.out or os.environ.get("OUT", ".")), Path(arguments.run)
+    name = f"claims-{arguments.size}" + (f"-{arguments.label}" if arguments.label else "")
+    work = out / f"{name}.work"
+    work.mkdir(parents=True, exist_ok=True)
+    settings = {**dataclasses.asdict(size), "jobs": None, "data": digest(data, size.vocabulary)}
+    kept = finished(out / f"{name}.json", settings)
+    asked = jobs(arguments.parts.split(","), seeds_of(arguments.seeds))
+    wanted = missing(asked, kept["results"])
+    for grouping in {job.grouping for job in wanted} | {GROUPINGS[0]}:
+        unpack(data, size.vocabulary, grouping, work / grouping, size.length)
+    times = kept["times"]
+    if arguments.timed and not times:
+        times = step_times(size, work, arguments.timed.split(","), arguments.compiled)
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {workers} processes of 1 thread"
     surroundings = (
         f"{time.strftime('%Y-%m-%d')}, {device}, torch {torch.__version__}: width {size.shape['hidden_size']}, "
         f"{size.shape['num_hidden_layers']} layers, vocabulary {size.vocabulary}, E 8, T {size.segment}, L {size.length}, "
-        f"{size.steps} steps of {size.batch} instances ({size.tokens / 1e6:.1f}M tokens), peak rate {size.learning_rate:g}."
+        f"{size.steps} steps of {size.batch} instances ({size.tokens / 1e6:.2f}M tokens), peak rate {size.learning_rate:g}."
     )
-    results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
-        for grouping in {job.grouping for job in wanted} | {GROUPINGS[0]}:
-            unpack(Path(arguments.run), size.vocabulary, grouping, work / grouping, size.length)
-        timed = arguments.timed.split(",") if arguments.timed else []
-        times = step_times(size, work, timed, arguments.compiled)
+    results: list[dict[str, Any]] = kept["results"]
 
-        name = f"claims-{arguments.size}" + (f"-{arguments.label}" if arguments.label else "")
+    def done(result: dict[str, Any]) -> None:
+        results.append(result)
+        print(_line(result, time.monotonic() - begun), flush=True)
+        write(
+            out / f"{name}.json",
+            {"surroundings": surroundings, "settings": settings, "times": times, "results": results},
+        )
+        (out / f"{name}.md").write_text(report(arguments.size, results, times, surroundings))
 
-        def done(result: dict[str, Any]) -> None:
-            results.append(result)
-            print(_line(result, time.monotonic() - begun), flush=True)
-            content = {"size": arguments.size, "settings": dataclasses.asdict(size), "times": times, "results": results}
-            (out / f"{name}.json").write_text(json.dumps({"surroundings": surroundings, **content}))
-            (out / f"{name}.md").write_text(report(arguments.size, results, times, surroundings))
-
-        deadline = begun + 60 * arguments.minutes
-        Trainings(wanted, size, Path(arguments.run), work, size.jobs).run(deadline, done)
+    print(f"{len(results)} trainings are kept from before, {len(wanted)} to do", flush=True)
+    Trainings(wanted, size, data, work, workers).run(begun + 60 * arguments.minutes, done)
     print(report(arguments.size, results, times, surroundings))
-    print(f"{len(results)} trainings in {time.monotonic() - begun:.0f} s")
+    print(f"{len(results)} trainings in {time.monotonic() - begun:.0f} s; results in {out / name}.json and .md")
+    if left := missing(asked, results):
+        print(f"{len(left)} trainings failed or found no time; the same command goes on with them")
+
+
+def seeds_of(given: str) -> list[int]:
+    """A count, as in 3, or the seeds themselves, as in 100,101."""
+    return [int(each) for each in given.split(",") if each] if "," in given else list(range(int(given)))
+
+
+def digest(data: Path, vocabulary: int) -> str:
+    path = data / f"v{vocabulary}.npz"
+    if not path.is_file():
+        raise SystemExit(f"{path} is not there; write it first with --prepare {data} --size of the same vocabulary")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run with the same settings left. Another's is refused, not mixed in."""
+    if not path.is_file():
+        return {"times": [], "results": []}
+    found = json.loads(path.read_text())
+    other = [key for key, value in settings.items() if found["settings"].get(key) != value]
+    if other:
+        raise SystemExit(
+            f"{path} holds results with another {', '.join(other)}; give --label or --out, or move the file away"
+        )
+    return {"times": found["times"], "results": [each for each in found["results"] if "error" not in each]}
+
+
+def missing(asked: list[Any], results: list[dict[str, Any]]) -> list[Any]:
+    done = [each["job"] for each in results if "error" not in each]
+    return [job for job in asked if dataclasses.asdict(job) not in done]
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Beside, then renamed: a stop while writing loses nothing."""
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(content))
+    beside.replace(path)
 
 
 def _line(result: dict[str, Any], seconds: float) -> str:
     if "error" in result:
         return f"{seconds:.0f} s  {result['name']}: {result['error']}"
     scores = result.get("scores")
-    told = f"{sum(scores['bits']) / sum(scores['bytes']):.4f} bits per byte, " if scores else ""
+    told = f"perplexity {perplexities(result)[EVERYTHING]:.2f}, " if scores else ""
     return f"{seconds:.0f} s  {result['name']}: {told}{result['seconds']} s, scored in {result['scoring_seconds']} s"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prepare", metavar="DIR", help="write the texts there")
-    parser.add_argument("--corpus", default="../shared/corpus", help="folder of en.*.jsonl.gz with domains")
+    parser.add_argument("--corpus", default="../shared/corpus", help="folder of en.DOMAIN.jsonl or .jsonl.gz files")
+    parser.add_argument("--domains", help="only these files of it: code,legal")
     parser.add_argument("--limit", type=int, default=0, help="at most this many documents of each file (0: all)")
+    parser.add_argument("--split-seed", type=int, default=0, help="another one holds out other documents")
     parser.add_argument("--run", metavar="DIR", help="train on the texts there")
-    parser.add_argument("--size", default="laptop", choices=("laptop", "wide", "30m", "100m"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=8.5, help="when to stop, from the start")
+    parser.add_argument(
+        "--size",
+        default="laptop",
+        choices=("laptop", "wide", "30m", "100m"),
+        help="of the models, and of the vocabulary",
+    )
+    parser.add_argument("--seeds", default="3", help="how many, or which: 3 is 0,1,2; a single other one: 7,")
+    parser.add_argument(
+        "--minutes", type=float, default=8.5, help="when to stop, from the start; the same command again goes on"
+    )
     parser.add_argument("--parts", default="main,peers,study,more", help="what to train, of main, peers, study, more")
     parser.add_argument("--timed", default="dense,lory,prefix,expert_choice,top_k", help="models to time; '' for none")
     parser.add_argument("--compiled", action="store_true", help="time the models under torch.compile too")
     parser.add_argument("--tokens", type=float, help="training tokens, instead of the size's")
     parser.add_argument("--batch", type=int, help="instances a step, instead of the size's")
     parser.add_argument("--length", type=int, help="tokens in an instance, instead of the size's")
+    parser.add_argument("--segment", type=int, help="tokens in a segment, instead of the size's")
     parser.add_argument("--learning-rate", type=float, help="peak rate, instead of the size's")
-    parser.add_argument("--jobs", type=int, help="trainings side by side, instead of the size's")
+    parser.add_argument(
+        "--jobs", type=int, help="trainings side by side; by default half the cores, on a GPU the size's"
+    )
     parser.add_argument("--windows", type=int, help="score at most this many windows of held-out text, at random")
     parser.add_argument("--label", default="", help="added to the names of the results")
-    parser.add_argument("--out", help="folder of the results; $OUT or here by default")
+    parser.add_argument("--out", help="folder of the results and of unfinished work; $OUT or here by default")
     arguments = parser.parse_args()
     if arguments.prepare:
-        sources = [str(path) for path in sorted(Path(arguments.corpus).glob("en.*.jsonl*"))]
-        if not sources:
-            raise SystemExit(f"no en.*.jsonl or en.*.jsonl.gz in {arguments.corpus}; give their folder as --corpus")
-        prepare(sources, Path(arguments.prepare), arguments.limit)
+        from lory_claims_jobs import SIZES
+
+        size = SIZES[arguments.size]
+        form = (size.vocabulary, size.length)
+        prepare(sources(arguments), Path(arguments.prepare), {form}, arguments.limit, arguments.split_seed)
     if arguments.run:
         run(arguments)
     if not (arguments.prepare or arguments.run):
         parser.error("give --prepare DIR or --run DIR")
+
+
+def sources(arguments: argparse.Namespace) -> list[str]:
+    """The files of the corpus that were asked for."""
+    found = {path.name.split(".")[1]: str(path) for path in sorted(Path(arguments.corpus).glob("en.*.jsonl*"))}
+    if not found:
+        raise SystemExit(
+            f"no en.DOMAIN.jsonl or en.DOMAIN.jsonl.gz in {arguments.corpus}; give their folder as --corpus"
+        )
+    chosen = arguments.domains.split(",") if arguments.domains else list(found)
+    if unknown := sorted(set(chosen) - set(found)):
+        raise SystemExit(f"--domains {', '.join(unknown)}: not in {arguments.corpus}, which has {', '.join(found)}")
+    return [found[name] for name in chosen]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 A file `v{vocabulary}.npz` holds every training document's tokens once and, for each grouping, the spans of its instances,
 so that three orders of the same documents cost little more than one; and held-out documents as evaluation reads them.
 Unpacking needs NumPy alone: `unpack` gives a directory that `models.instances.Instances` opens.
+
+Every second held-out document of a domain is for choosing settings (`validation`), the others are what is reported (`test`).
 """
 
 from __future__ import annotations
@@ -15,16 +17,16 @@ from typing import Any
 import numpy as np
 
 GROUPINGS = ("similarity", "random", "domain")
-# Vocabulary and instance length of the files that `prepare` writes.
-FORMS = ((4096, 512), (16384, 1024))
+PARTS = ("test", "validation")
 HELD_OUT_TOKENS = 40_000
-HELD_OUT_TOKENS_A_DOCUMENT = 8_000
+HELD_OUT_TOKENS_A_DOCUMENT = 4_000
 
 
-def prepare(sources: list[str], place: Path, limit: int = 0) -> None:
-    """Curates `sources` (English, with domains) by the production steps and writes one file for each of FORMS.
+def prepare(sources: list[str], place: Path, forms: set[tuple[int, int]], limit: int = 0, seed: int = 0) -> None:
+    """Curates `sources` (English, with domains) by the production steps and writes one file for each of `forms`.
 
-    limit: at most that many documents of each source, 0 for all.
+    forms: vocabulary and instance length. limit: at most that many documents of each source, 0 for all. seed: of what is
+    held out and of the orders.
     """
     from storage.artifact import ArtifactStore
     from tasks.embed import EmbedSettings, embed
@@ -51,15 +53,15 @@ def prepare(sources: list[str], place: Path, limit: int = 0) -> None:
         documents = made(ingest, IngestSettings(sources=sources, documents_limit=limit))
         settings = LanguageSettings(original_languages=["en"], expanded_languages=[], language_detector="field")
         documents = made(languages, settings, documents=documents)
-        documents = made(split, SplitSettings(), documents=documents)
+        documents = made(split, SplitSettings(seed=seed), documents=documents)
         model = made(train_embedding, StaticEmbeddingSettings(), documents=documents)
         vectors = made(embed, EmbedSettings(), documents=documents, model=model)
         nearest = made(neighbors, NeighborSettings(), documents=documents, embeddings=vectors)
         inputs = {"documents": documents, "embeddings": vectors, "neighbors": nearest}
-        groupings = {name: made(group, GroupSettings(grouping=name), **inputs) for name in GROUPINGS}
-        for vocabulary, length in FORMS:
+        groupings = {name: made(group, GroupSettings(grouping=name, seed=seed), **inputs) for name in GROUPINGS}
+        for vocabulary, length in sorted(forms):
             words = made(tokenizer, TokenizerSettings(tokenizer_vocabulary=vocabulary), documents=documents)
-            settings = PackSettings(instance_tokens=length, pack_group="original", pack_remainder="pad")
+            settings = PackSettings(instance_tokens=length, pack_group="original", pack_remainder="pad", seed=seed)
             packed = {
                 name: made(pack, settings, documents=documents, tokenizer=words, grouping=each)
                 for name, each in groupings.items()
@@ -148,6 +150,8 @@ def _held_out_arrays(documents: Any, tokenizer: Any) -> dict[str, np.ndarray]:
 
 def unpack(place: Path, vocabulary: int, grouping: str, out: Path, length: int) -> None:
     """Writes the instances of one grouping, `length` tokens each, into the directory `out`, for `models.instances.Instances`."""
+    if (out / "instances.json").is_file():
+        return
     path = place / f"v{vocabulary}.npz"
     with np.load(path) as file:
         about = json.loads(file["about"].tobytes())
@@ -157,7 +161,7 @@ def unpack(place: Path, vocabulary: int, grouping: str, out: Path, length: int) 
     count = -(-int(spans[:, :2].sum(1).max()) // length)
     tokens = np.full(count * length, about["end_of_document"], flat.dtype)
     tokens[_places(spans[:, 0], spans[:, 1])] = flat[_places(starts[spans[:, 2]] + spans[:, 5], spans[:, 1])]
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     tokens.tofile(out / "tokens.bin")
     np.save(out / "spans.npy", spans[:, :5])
     matrix = {
@@ -196,8 +200,11 @@ def _cut_again(spans: np.ndarray, before: int, length: int) -> np.ndarray:
     return again[np.argsort(again[:, 0])]
 
 
-def held_out(place: Path, vocabulary: int, length: int, context: int) -> tuple[Any, list[str], np.ndarray]:
-    """(windows in random order, domain names by stream, each document's stream) of the held-out text."""
+def held_out(place: Path, vocabulary: int, length: int, context: int) -> tuple[Any, list[str], np.ndarray, np.ndarray]:
+    """(windows in random order, domain names by stream, each document's stream and its part) of the held-out text.
+
+    The part is an index into PARTS; documents of a stream belong to the parts in turn.
+    """
     from models.evaluate import Windows, plan_windows
 
     with np.load(place / f"v{vocabulary}.npz") as file:
@@ -206,4 +213,6 @@ def held_out(place: Path, vocabulary: int, length: int, context: int) -> tuple[A
     # Mixed, because Expert Choice compares the tokens of a batch and was trained on mixed ones.
     table = table[np.random.default_rng(0).permutation(len(table))]
     windows = Windows(held["held_tokens"], held["held_owners"], table, context, length, held["held_ratio"])
-    return windows, held["held_domains"].tolist(), held["held_domain"].astype(np.int64)
+    domain_of = held["held_domain"].astype(np.int64)
+    places = np.arange(len(domain_of)) - np.searchsorted(domain_of, domain_of)
+    return windows, held["held_domains"].tolist(), domain_of, places % len(PARTS)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lory_claims_data import held_out
+from lory_claims_data import PARTS, held_out
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -64,12 +64,12 @@ def _preset(name: str) -> dict[str, Any]:
     return {each: config[each] for each in names.split()}
 
 
+# Untied embeddings, a small vocabulary and small batches bring the small sizes past the plateau of the first steps soonest
+# (docs/log.md, 2026-11-24), so that they are bound by what they can hold and not by how long they train.
+_SMALL = _preset("laptop") | dict(tie_word_embeddings=False)
 SIZES = {
-    "laptop": Size(_preset("laptop"), 4096, 512, 64, 4, 5e6, 4e-3, 14),
-    "wide": Size(
-        _preset("laptop") | dict(hidden_size=128, intermediate_size=344, num_hidden_layers=6),
-        4096, 512, 64, 8, 10e6, 3e-3, 12,
-    ),
+    "laptop": Size(_SMALL, 1024, 512, 64, 2, 1.5e6, 4e-3, 14, windows=400),
+    "wide": Size(_SMALL | dict(hidden_size=128, intermediate_size=344), 1024, 512, 64, 2, 1.5e6, 3e-3, 12, windows=400),
     "30m": Size(_preset("30m"), 16384, 1024, 128, 8, 22e6, 2e-3, 8),
     "100m": Size(_preset("100m"), 16384, 1024, 128, 16, 33e6, 1e-3, 4, micro=16),
 }  # fmt: skip
@@ -194,15 +194,16 @@ def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
     }
     if job.model == "warmup":
         model.save_pretrained(warm)
-        save_file({name: value.contiguous().cpu() for name, value in after.items()}, warm / "moments.safetensors")
+        save_file({name: value.contiguous().cpu() for name, value in after.items()}, warm / "moments.part")
+        (warm / "moments.part").rename(warm / "moments.safetensors")
     else:
-        windows, domains, domain_of = held_out(data, size.vocabulary, size.length, size.segment)
+        windows, *about = held_out(data, size.vocabulary, size.length, size.segment)
         windows = replace(windows, table=windows.table[: size.windows])
-        result["scores"] = scored(model, windows, domains, domain_of, place)
+        result["scores"] = scored(model, windows, *about, place)
         if job.model == "expert_choice":
             rows = [instances.rows_of_step(step, size.batch, job.seed) for step in range(20)]
             calibrate(model.eval(), [instances.batch(each).tokens.to(place.device) for each in rows])
-            result["scores_by_threshold"] = scored(model, windows, domains, domain_of, place)
+            result["scores_by_threshold"] = scored(model, windows, *about, place)
     result |= {"seconds": round(trained - begun, 1), "scoring_seconds": round(time.monotonic() - trained, 1)}
     return result
 
@@ -222,18 +223,30 @@ def active_parameters(model: nn.Module) -> int:
 
 
 def scored(
-    model: nn.Module, windows: Windows, domains: list[str], domain_of: np.ndarray, place: Place, batch: int = 16
+    model: nn.Module,
+    windows: Windows,
+    domains: list[str],
+    domain_of: np.ndarray,
+    part_of: np.ndarray,
+    place: Place,
+    batch: int = 16,
 ) -> dict[str, Any]:
-    """Bits, bytes and tokens by domain, and the mean routing weights by layer and domain, on held-out text."""
+    """Bits, bytes and tokens by part and domain, and the mean routing weights by layer and domain, on held-out text."""
     sums = score(model, windows, len(domains), place, batch, lambda done, total: None)
     size = sums.tokens * windows.bytes_a_token
     columns = {"bits": sums.bits, "bytes": size, "tokens": sums.tokens}
-    by_domain = {name: np.bincount(domain_of, values, len(domains)) for name, values in columns.items()}
+    parts = {
+        part: {
+            name: np.bincount(domain_of, values * (part_of == i), len(domains)).round(3).tolist()
+            for name, values in columns.items()
+        }
+        for i, part in enumerate(PARTS)
+    }
     shares = [layer / np.maximum(sums.routed, 1)[:, None] for layer in sums.shares]
     positions = sums.positions.sum(0)
     return {
         "domains": domains,
-        **{name: values.round(3).tolist() for name, values in by_domain.items()},
+        **parts,
         "bits_per_byte_by_position": (positions[:, 0] / np.maximum(positions[:, 1], 1)).round(4).tolist(),
         "routing": [layer.round(5).tolist() for layer in shares],
         "divergence": [round(divergence(layer), 5) for layer in shares],

@@ -17,6 +17,8 @@ TITLES = {
     "top_k": "top-2 of 16 (Mixtral)",
 }
 EVERYTHING = "all"
+# Parts of the held-out text: settings are chosen on one, the other is reported.
+TEST, CHOICE = "test", "validation"
 
 # (model, variant, grouping) -> seed -> result
 Runs = dict[tuple[str, str, str], dict[int, dict[str, Any]]]
@@ -36,27 +38,29 @@ def collect(results: list[dict[str, Any]]) -> Runs:
     return runs
 
 
-def perplexities(result: dict[str, Any]) -> dict[str, float]:
-    """Perplexity by domain and over all held-out tokens."""
+def bits_by(result: dict[str, Any], what: str, part: str) -> dict[str, float]:
+    """Bits for each of `what` ("tokens" or "bytes") of a part of the held-out text, by domain and over all of it."""
     scores = result["scores"]
-    bits, tokens = np.array(scores["bits"]), np.array(scores["tokens"])
-    each = dict(zip(scores["domains"], 2 ** (bits / tokens), strict=True))
-    return {**each, EVERYTHING: 2 ** (bits.sum() / tokens.sum())}
+    bits, count = np.array(scores[part]["bits"]), np.array(scores[part][what])
+    each = {name: b / n for name, b, n in zip(scores["domains"], bits, count, strict=True) if n}
+    return {**each, EVERYTHING: bits.sum() / count.sum()}
+
+
+def perplexities(result: dict[str, Any], part: str = TEST) -> dict[str, float]:
+    return {name: 2**bits for name, bits in bits_by(result, "tokens", part).items()}
 
 
 def bits_per_byte(result: dict[str, Any]) -> dict[str, float]:
-    scores = result["scores"]
-    bits, size = np.array(scores["bits"]), np.array(scores["bytes"])
-    return {**dict(zip(scores["domains"], bits / size, strict=True)), EVERYTHING: bits.sum() / size.sum()}
+    return bits_by(result, "bytes", TEST)
 
 
-def changes(runs: Runs, key: tuple[str, str, str]) -> dict[str, list[float]]:
+def changes(runs: Runs, key: tuple[str, str, str], part: str = TEST) -> dict[str, list[float]]:
     """By domain: change of the perplexity against the dense twin in percent, for every seed that has both."""
     twins, found = runs.get(("dense", "", key[2]), {}), defaultdict(list)
     for seed, result in sorted(runs.get(key, {}).items()):
         if seed in twins:
-            dense = perplexities(twins[seed])
-            for name, value in perplexities(result).items():
+            dense = perplexities(twins[seed], part)
+            for name, value in perplexities(result, part).items():
                 found[name].append(100 * (value / dense[name] - 1))
     return dict(found)
 
@@ -183,17 +187,22 @@ def _domains(runs: Runs) -> str:
 
 
 def _variants(runs: Runs, keys: list[tuple[str, str, str]]) -> str:
-    base = changes(runs, ("lory", "", "similarity")).get(EVERYTHING, [])
     twins, defaults = runs.get(("dense", "", "similarity"), {}), runs.get(("lory", "", "similarity"), {})
-    rows = [["defaults", str(len(base)), spread(base), ""]]
-    for key in sorted(keys, key=lambda key: float(np.mean(changes(runs, key).get(EVERYTHING, [0])))):
-        found, seeds = changes(runs, key).get(EVERYTHING, []), [s for s in runs[key] if s in twins and s in defaults]
+    rows = [["defaults", str(len(defaults)), *_against_dense(runs, ("lory", "", "similarity")), ""]]
+    for key in sorted(keys, key=lambda key: np.mean(changes(runs, key, CHOICE).get(EVERYTHING, [0]))):
+        seeds = [seed for seed in runs[key] if seed in twins and seed in defaults]
         beside = [
-            100 * (perplexities(runs[key][s])[EVERYTHING] / perplexities(defaults[s])[EVERYTHING] - 1) for s in seeds
+            100 * (perplexities(runs[key][s], CHOICE)[EVERYTHING] / perplexities(defaults[s], CHOICE)[EVERYTHING] - 1)
+            for s in seeds
         ]
-        rows.append([key[1], str(len(found)), spread(found), spread(beside, 2)])
-    head = ["variant of Lory", "seeds", "perplexity against dense, %", "against the defaults, same seeds, %"]
-    return "### The switch and other settings\n\n" + table(head, rows)
+        rows.append([key[1], str(len(runs[key])), *_against_dense(runs, key), spread(beside, 2)])
+    head = ["variant of Lory", "seeds", "validation, % against dense", "test, % against dense"]
+    head.append("validation, % against the defaults, same seeds")
+    return "### The switch and other settings, perplexity\n\n" + table(head, rows)
+
+
+def _against_dense(runs: Runs, key: tuple[str, str, str]) -> list[str]:
+    return [spread(changes(runs, key, part).get(EVERYTHING, [])) for part in (CHOICE, TEST)]
 
 
 def _times(times: list[dict[str, Any]]) -> str:
