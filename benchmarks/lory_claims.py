@@ -116,6 +116,10 @@ class Trainings:
                 try:
                     job, result = self._results.get(timeout=1.0)
                 except queue.Empty:
+                    if not all(worker.is_alive() for worker in self._workers):
+                        raise SystemExit(
+                            "a training process was killed; the same command goes on, --jobs 1 needs less memory"
+                        )
                     continue
                 under_way -= 1
                 warm_up = job.model == "warmup"
@@ -243,6 +247,7 @@ def main() -> None:
     parser.add_argument("--corpus", default="../shared/corpus", help="folder of en.DOMAIN.jsonl or .jsonl.gz files")
     parser.add_argument("--domains", help="only these files of it: code,legal")
     parser.add_argument("--limit", type=int, default=0, help="at most this many documents of each file (0: all)")
+    parser.add_argument("--cut", type=int, default=0, help="cut documents to so many characters (0: whole)")
     parser.add_argument("--split-seed", type=int, default=0, help="another one holds out other documents")
     parser.add_argument("--run", metavar="DIR", help="train on the texts there")
     parser.add_argument(
@@ -275,7 +280,9 @@ def main() -> None:
 
         size = SIZES[arguments.size]
         form = (size.vocabulary, size.length)
-        prepare(sources(arguments), Path(arguments.prepare), {form}, arguments.limit, arguments.split_seed)
+        prepare(
+            sources(arguments), Path(arguments.prepare), {form}, arguments.limit, arguments.cut, arguments.split_seed
+        )
     if arguments.run:
         run(arguments)
     if not (arguments.prepare or arguments.run):

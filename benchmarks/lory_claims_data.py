@@ -9,6 +9,7 @@ Every second held-out document of a domain is for choosing settings (`validation
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 from pathlib import Path
@@ -22,11 +23,30 @@ HELD_OUT_TOKENS = 40_000
 HELD_OUT_TOKENS_A_DOCUMENT = 4_000
 
 
-def prepare(sources: list[str], place: Path, forms: set[tuple[int, int]], limit: int = 0, seed: int = 0) -> None:
+def cut_documents(sources: list[str], place: Path, characters: int) -> list[str]:
+    """Copies of the sources in `place` with every document cut to its first `characters`.
+
+    Where documents are longer than instances, a segment's predecessor is of the same document however they are grouped; cut
+    ones put several into an instance, as web pages do at the paper's length.
+    """
+    made = []
+    for source in map(Path, sources):
+        made.append(str(place / source.name.removesuffix(".gz")))
+        reader = gzip.open if source.suffix == ".gz" else open
+        with reader(source, "rt") as lines, open(made[-1], "w") as out:
+            for line in lines:
+                document = json.loads(line)
+                out.write(json.dumps({**document, "text": document["text"][:characters]}) + "\n")
+    return made
+
+
+def prepare(
+    sources: list[str], place: Path, forms: set[tuple[int, int]], limit: int = 0, cut: int = 0, seed: int = 0
+) -> None:
     """Curates `sources` (English, with domains) by the production steps and writes one file for each of `forms`.
 
-    forms: vocabulary and instance length. limit: at most that many documents of each source, 0 for all. seed: of what is
-    held out and of the orders.
+    forms: vocabulary and instance length. limit: at most that many documents of each source, 0 for all. cut: as in
+    `cut_documents`, 0 for whole ones. seed: of what is held out and of the orders.
     """
     from storage.artifact import ArtifactStore
     from tasks.embed import EmbedSettings, embed
@@ -42,6 +62,8 @@ def prepare(sources: list[str], place: Path, forms: set[tuple[int, int]], limit:
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         store = ArtifactStore(scratch)
+        if cut:
+            sources = cut_documents(sources, Path(scratch), cut)
 
         def made(step: Any, settings: Any, **inputs: Any) -> Any:
             with store.draft(step.makes) as draft:

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from models import LoryConfig, LoryForCausalLM, objectives
-from models.baselines import ExpertChoiceForCausalLM, calibrate, top_k_from_dense, top_k_moments
+from models import LoryConfig, objectives, stages
+from models.baselines import ExpertChoiceForCausalLM
 from models.checkpoint import duplicated_moments
 from models.evaluate import Windows, score
 from models.instances import Instances
@@ -141,30 +141,30 @@ def plan_of(size: Size, job: Job) -> Plan:
     )
 
 
-def build(job: Job, size: Size, dense: LlamaForCausalLM, moments: dict[str, torch.Tensor], device: str) -> tuple:
+def build(job: Job, size: Size, dense: LlamaForCausalLM, moments: dict[str, torch.Tensor]) -> tuple:
     """(model, AdamW's moments for it, objective) of a job, out of the dense warm-up."""
     experts, seed = job.experts, job.seed
     if job.model in ("dense", "warmup"):
         return dense, moments, objectives.next_token()
     if job.model == "top_k":
-        model = top_k_from_dense(dense, copies=experts, top_k=2, seed=seed)
-        model.set_experts_implementation("masked" if device == "cuda" else "eager")
-        carried, objective = top_k_moments(moments, experts, 2), objectives.balanced()
-    elif job.model in ("expert_choice", "segment_choice"):
-        unit = size.segment if job.model == "segment_choice" else 1
-        model = ExpertChoiceForCausalLM.from_dense(dense, experts, unit, seed=seed)
+        model, carried, objective = stages.top_k_of_dense(dense, moments, (), experts, 2, seed)
+    elif job.model == "expert_choice":
+        model, carried, objective = stages.expert_choice_from_dense(dense, moments, (), experts, seed)
+    elif job.model == "segment_choice":
+        model = ExpertChoiceForCausalLM.from_dense(dense, experts, size.segment, seed=seed)
         carried, objective = duplicated_moments(moments, experts), objectives.next_token()
     else:
-        model = LoryForCausalLM.from_dense(
+        model, carried, objective = stages.lory_from_dense(
             dense,
+            moments,
+            (),
             experts,
-            size.segment,
-            job.router_init,
-            seed,
+            segment_length=size.segment,
+            router_initializer_range=job.router_init,
+            seed=seed,
             routing="prefix" if job.model == "prefix" else "causal_segment",
             first_segment=job.first_segment,
         )
-        carried, objective = duplicated_moments(moments, experts), objectives.lory()
     return model, carried if job.moments == "carry" else {}, objective
 
 
@@ -179,7 +179,7 @@ def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
     else:
         dense = LlamaForCausalLM.from_pretrained(warm, dtype=torch.float32)
         moments = load_file(warm / "moments.safetensors")
-    model, moments, objective = build(job, size, dense, moments, place.device.type)
+    model, moments, objective = build(job, size, dense, moments)
     plan = plan_of(size, job)
     after = train(model, instances, objective, plan, place, work / "none", heard, moments)
     trained = time.monotonic()
@@ -201,8 +201,7 @@ def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
         windows = replace(windows, table=windows.table[: size.windows])
         result["scores"] = scored(model, windows, *about, place)
         if job.model == "expert_choice":
-            rows = [instances.rows_of_step(step, size.batch, job.seed) for step in range(20)]
-            calibrate(model.eval(), [instances.batch(each).tokens.to(place.device) for each in rows])
+            stages.make_causal(model, instances, plan, place)
             result["scores_by_threshold"] = scored(model, windows, *about, place)
     result |= {"seconds": round(trained - begun, 1), "scoring_seconds": round(time.monotonic() - trained, 1)}
     return result
@@ -274,7 +273,7 @@ def step_times(size: Size, work: Path, models: list[str], compiled: bool) -> lis
         for compile_it in (False, True) if compiled else (False,):
             torch.manual_seed(0)
             dense = LlamaForCausalLM(config_of(size))
-            model, _, objective = build(Job(name), size, dense, {}, place.device.type)
+            model, _, objective = build(Job(name), size, dense, {})
             if compile_it:
                 model.compile()
             if place.device.type == "cuda":
