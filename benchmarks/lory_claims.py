@@ -119,7 +119,7 @@ class Trainings:
                     if not all(worker.is_alive() for worker in self._workers):
                         raise SystemExit(
                             "a training process was killed; the same command goes on, --jobs 1 needs less memory"
-                        )
+                        ) from None
                     continue
                 under_way -= 1
                 warm_up = job.model == "warmup"
