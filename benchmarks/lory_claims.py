@@ -32,15 +32,14 @@ from lory_claims_data import GROUPINGS, prepare, unpack  # noqa: E402
 from lory_claims_tables import EVERYTHING, perplexities, report  # noqa: E402
 
 STUDY: dict[str, dict[str, Any]] = {
+    "router init 2.4": dict(router_init=2.4),
+    "router init 0.2": dict(router_init=0.2),
     "no second warm-up": dict(rewarm=0),
-    "router init 0.02": dict(router_init=0.02),
-    "router init 0.1": dict(router_init=0.1),
-    "router init 1.0": dict(router_init=1.0),
+    "second warm-up 4 times as long": dict(rewarm=120),
     "moments reset": dict(moments="reset"),
-    "dense warm-up 20%": dict(dense_share=0.2),
     "moments reset, no second warm-up": dict(moments="reset", rewarm=0),
-    "router init 0.02, no second warm-up": dict(router_init=0.02, rewarm=0),
-    "second warm-up 5 times as long": dict(rewarm=150),
+    "dense warm-up 20%": dict(dense_share=0.2),
+    "dense warm-up 1%": dict(dense_share=0.01),
     "first segment uniform": dict(first_segment="uniform"),
 }
 MORE: dict[str, dict[str, Any]] = {"16 experts": dict(experts=16), "32 experts": dict(experts=32)}

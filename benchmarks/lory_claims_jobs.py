@@ -77,14 +77,17 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Job:
-    """One training. model: one of MODELS, or "warmup". variant: name of a deviation from the defaults, which are the other fields."""
+    """One training. model: one of MODELS, or "warmup". variant: name of a deviation from the defaults, which are the other fields.
+
+    router_init: standard deviation of the routers' initial weights, in units of 1/sqrt(width): about that of their logits.
+    """
 
     model: str
     grouping: str = "similarity"
     seed: int = 0
     variant: str = ""
     experts: int = 8
-    router_init: float = 0.3
+    router_init: float = 0.8
     rewarm: int = 30
     moments: str = "carry"
     dense_share: float = 0.05
@@ -160,7 +163,7 @@ def build(job: Job, size: Size, dense: LlamaForCausalLM, moments: dict[str, torc
             (),
             experts,
             segment_length=size.segment,
-            router_initializer_range=job.router_init,
+            router_initializer_range=job.router_init / size.shape["hidden_size"] ** 0.5,
             seed=seed,
             routing="prefix" if job.model == "prefix" else "causal_segment",
             first_segment=job.first_segment,
