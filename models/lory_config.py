@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                 max_position_embeddings=2048, tie_word_embeddings=True),
     "laptop": dict(vocab_size=4096, hidden_size=64, intermediate_size=172, num_hidden_layers=4, num_attention_heads=4,
                    max_position_embeddings=512, tie_word_embeddings=True, segment_length=64,
-                   router_initializer_range=0.3),
+                   router_initializer_range=0.1),
 }  # fmt: skip
 
 

@@ -62,7 +62,11 @@ class LorySettings(Settings):
         "stop_gradient",
         description="How the first segment is routed in training: by itself, detached (the paper), or by uniform weights.",
     )
-    lory_router_init: float = Field(0.3, gt=0, description="Standard deviation of the routers' random initial weights.")
+    lory_router_init: float = Field(
+        0.1,
+        gt=0,
+        description="Standard deviation of the routers' random initial weights; 0.8 over the root of the width suits other widths.",
+    )
     lory_rewarm_steps: int = Field(
         60, ge=0, description="Steps of a second learning-rate warm-up after the switch to experts."
     )
