@@ -115,7 +115,7 @@ def chain(neighbors: np.ndarray, similarities: np.ndarray) -> np.ndarray:
     """The order of all documents, int64 [N]: greedy similarity chains with minimum-degree starts (papers.md 1.6).
 
     neighbors: int [N, k] row numbers, below 0 is padding. similarities: float [N, k]. Linear in N k; 8 bytes of extra
-    memory an edge for float32 similarities. Raises EclectusError when the two do not fit each other.
+    memory an edge for float32 similarities, 12 for float64. Raises EclectusError when the two do not fit each other.
     """
     from tasks.chain import chain_with_restarts
 

@@ -50,6 +50,14 @@ def test_equals_the_published_algorithm_in_plain_python(seed, kind):
     assert (order.tolist(), restarts.tolist()) == plain_chain(neighbors, similarities)
 
 
+def test_double_precision_is_not_rounded_into_ties():
+    random = np.random.default_rng(0)
+    neighbors = np.stack([random.choice(200, 8, replace=False) for _ in range(200)]).astype(np.uint32)
+    similarities = 0.5 + 1e-12 * random.random(neighbors.shape)
+    order, restarts = chain_with_restarts(neighbors, similarities)
+    assert (order.tolist(), restarts.tolist()) == plain_chain(neighbors, similarities)
+
+
 def test_every_document_once_and_the_same_twice():
     neighbors, similarities = nearest(unit_vectors(2000, 8), 20)
     order = chain(neighbors, similarities)
