@@ -25,6 +25,8 @@ def summarize(run: Run, result: Any, terminal: Terminal) -> None:
     terminal.say(", ".join(f"{number} steps {state}" for state, number in sorted(counts.items())))
     if hasattr(result, "evaluations"):
         _scores(result.evaluations, terminal)
+    if hasattr(result, "data_report"):
+        _curation(result, terminal)
     if hasattr(result, "similarity"):
         _similarity(result.similarity.statistics, terminal)
     terminal.say("")
@@ -32,7 +34,7 @@ def summarize(run: Run, result: Any, terminal: Terminal) -> None:
         terminal.say(f"  {name:<22} {near(path)}")
     terminal.say("")
     terminal.say("Try next:")
-    for command in _next_commands(run):
+    for command in _next_commands(run, "group" if hasattr(result, "grouping") else None):
         terminal.say(f"  {command}")
 
 
@@ -47,6 +49,18 @@ def _scores(evaluations: dict[str, Any], terminal: Terminal) -> None:
             table.add_row(row, *("" if value is None else f"{value:.3f}" for value in values))
         terminal.say("")
         terminal.console.print(table)
+
+
+def _curation(curated: Any, terminal: Terminal) -> None:
+    """Where every record went, and how alike documents are that will stand side by side."""
+    terminal.say("")
+    for name, count in sorted(curated.data_report.statistics["accounts"].items(), key=lambda account: -account[1]):
+        terminal.say(f"  {name:<22} {count:>10,}")
+    told = curated.grouping.statistics
+    alike = [told[f"{which}_similarity"] for which in ("adjacent", "random", "best_neighbor")]
+    if None not in alike:
+        terminal.say("")
+        terminal.say("similarity of adjacent documents {:.3f}, of random ones {:.3f}, at best {:.3f}".format(*alike))
 
 
 def _similarity(found: dict[str, Any], terminal: Terminal) -> None:
@@ -82,13 +96,15 @@ def _places(run: Run, result: Any) -> dict[str, Path]:
     return places
 
 
-def _next_commands(run: Run) -> list[str]:
+def _next_commands(run: Run, step: str | None) -> list[str]:
+    """Commands to copy. step: the one whose numbers are of interest; None for evaluations."""
     eclectus = near(Path(shutil.which("eclectus") or Path(sys.executable).with_name("eclectus")))
     if run.home.root != Path(DEFAULT).absolute():
         eclectus += f" --home {near(run.home.root)}"
+    numbers = f"steps.label = '{step}'" if step else "metrics.name = 'bits_per_byte'"
     return [
         f"{eclectus} sql \"select label, state, seconds, reason from steps where run = '{run.id}'\"",
-        f"{eclectus} sql \"select label, value from metrics join steps using (step) where metrics.name = 'bits_per_byte'\"",
+        f'{eclectus} sql "select metrics.name, label, value from metrics join steps using (step) where {numbers}"',
         f"{eclectus} run --config configs/default.yaml --sources my-documents.jsonl",
     ]
 
