@@ -1,13 +1,20 @@
 """A training step of ours beside transformers' own Mixtral that trains all its experts, in time and memory.
 
-Each contender has several turns, of which the fastest counts. A step is forward, loss, backward, clipping and AdamW. bf16 autocast on CUDA, fp32 on the CPU; transformers' experts run on `grouped_mm` too.
+    python benchmarks/lpr_speed.py
+
+A step is forward, loss, backward, clipping and AdamW. bf16 autocast on CUDA, fp32 on the CPU; transformers' experts run on
+`grouped_mm` too. On CUDA each contender has several turns, of which the fastest counts, and its peak of allocated memory. On a CPU,
+which others may use too, the contenders take turns by single steps, the fastest counts, in CPU seconds of one thread; memory is
+what a process of its own grows by from before the model is made to its end.
 """
 
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,40 +27,73 @@ from models.optimizer import make_optimizer
 from models.train import Plan, autocast
 
 TURNS = 3
+CPU_ROUNDS = 8
+EXPERTS = 6
+STOCK = "transformers Mixtral, all trained"
+KINDS = {STOCK: "stock", "ours, all trained": "all", "ours, stage 1": "post_pretrain", "ours, stage 2": "review"}
+CUDA_SHAPE = dict(
+    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152
+)  # fmt: skip
+CPU_SHAPE = dict(
+    hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, vocab_size=4096
+)  # fmt: skip
+CUDA_BATCH, CPU_BATCH = (16, 512), (2, 256)
 
 
 def step_times(cuda: bool) -> dict[str, Any]:
     """Milliseconds, peak memory and trained parameters by contender, at SmolLM2's shape on CUDA, a tiny one on a CPU."""
-    if cuda:
-        shape = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9)
-        shape |= dict(num_key_value_heads=3, vocab_size=49152)
-        rows, length, experts, steps = 16, 512, 6, 5
-    else:
-        shape = dict(
-            hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4
-        )
-        shape |= dict(vocab_size=4096)
-        rows, length, experts, steps = 2, 256, 6, 2
-    contenders = {
-        "transformers Mixtral, all trained": lambda: contender("stock", shape, experts),
-        "ours, all trained": lambda: contender("all", shape, experts),
-        "ours, stage 1": lambda: contender("post_pretrain", shape, experts),
-        "ours, stage 2": lambda: contender("review", shape, experts),
+    shape, (rows, length) = (CUDA_SHAPE, CUDA_BATCH) if cuda else (CPU_SHAPE, CPU_BATCH)
+    words = ", ".join(f"{name.removesuffix('_size')} {value}" for name, value in shape.items())
+    described = f"{words}, {EXPERTS} experts, top-2, batch {rows} x {length}"
+    return {"shape": described, "rows": cuda_times() if cuda else cpu_times()}
+
+
+def cuda_times() -> dict[str, dict[str, float]]:
+    contenders = {name: lambda kind=kind: contender(kind, CUDA_SHAPE, EXPERTS) for name, kind in KINDS.items()}
+    # With fp32 weights transformers multiplies in fp32 even under autocast: this is it at its best.
+    contenders |= {
+        f"{STOCK}, weights in bf16": lambda: contender("stock", CUDA_SHAPE, EXPERTS, True),
+        "ours, stage 1, weights in bf16": lambda: contender("post_pretrain", CUDA_SHAPE, EXPERTS, True),
     }
-    if cuda:
-        # With fp32 weights transformers multiplies in fp32 even under autocast: this is it at its best.
-        contenders |= {
-            "transformers Mixtral, all trained, weights in bf16": lambda: contender("stock", shape, experts, True),
-            "ours, stage 1, weights in bf16": lambda: contender("post_pretrain", shape, experts, True),
-        }
     measured = {}
     for name, make in contenders.items():
-        measured[name] = measure(make, rows, length, steps)
+        measured[name] = measure(make, *CUDA_BATCH, steps=5)
         gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
-    words = ", ".join(f"{name.removesuffix('_size')} {value}" for name, value in shape.items())
-    return {"shape": f"{words}, {experts} experts, top-2, batch {rows} x {length}", "rows": measured}
+        torch.cuda.empty_cache()
+    return measured
+
+
+def cpu_times() -> dict[str, dict[str, float]]:
+    torch.set_num_threads(1)
+    steps = {name: stepper(*contender(kind, CPU_SHAPE, EXPERTS), *CPU_BATCH) for name, kind in KINDS.items()}
+    best = dict.fromkeys(KINDS, float("inf"))
+    for _ in range(CPU_ROUNDS):
+        for name, (step, _) in steps.items():
+            started = time.process_time()
+            step()
+            best[name] = min(best[name], time.process_time() - started)
+    measured = {}
+    for name, kind in KINDS.items():
+        with multiprocessing.get_context("spawn").Pool(1) as alone:
+            memory = alone.apply(grown_memory, (kind,))
+        measured[name] = {"ms": 1000 * best[name], "gib": memory / 2**30, "trained": steps[name][1]}
+    return measured
+
+
+def grown_memory(kind: str) -> int:
+    """Bytes by which this process's peak of resident memory grows over three steps."""
+    torch.set_num_threads(1)
+    before = _peak()
+    step, _ = stepper(*contender(kind, CPU_SHAPE, EXPERTS), *CPU_BATCH)
+    for _ in range(3):
+        step()
+    return _peak() - before
+
+
+def _peak() -> int:
+    """Peak resident bytes of this process since it began; getrusage would count what its parent had."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def contender(kind: str, shape: dict[str, int], experts: int, half: bool = False) -> tuple[torch.nn.Module, Any]:
@@ -76,9 +116,8 @@ def contender(kind: str, shape: dict[str, int], experts: int, half: bool = False
     return model, objectives.post_pretrain(0.01, 2, "paper")
 
 
-def measure(make: Callable[[], tuple[torch.nn.Module, Any]], rows: int, length: int, steps: int) -> dict[str, float]:
-    """The fastest of some turns, after one that does not count."""
-    model, objective = make()
+def stepper(model: torch.nn.Module, objective: Any, rows: int, length: int) -> tuple[Callable[[], None], int]:
+    """(one training step, parameters that it trains)."""
     device = next(model.parameters()).device
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(named, Plan(0, 1, 1, rows, rows, 1e-4, 0))
@@ -86,25 +125,45 @@ def measure(make: Callable[[], tuple[torch.nn.Module, Any]], rows: int, length: 
     languages = torch.randint(2, (rows, length), device=device)
     batch = Batch(tokens, tokens, languages, languages, languages)
 
+    def step() -> None:
+        with autocast(device):
+            loss, _ = objective(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step, sum(parameter.numel() for parameter in named.values())
+
+
+def measure(make: Callable[[], tuple[torch.nn.Module, Any]], rows: int, length: int, steps: int) -> dict[str, float]:
+    """On CUDA: the fastest of some turns, after one that does not count, and the peak of allocated memory."""
+    step, trained = stepper(*make(), rows, length)
+
     def turn(count: int) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         started = time.perf_counter()
         for _ in range(count):
-            with autocast(device):
-                loss, _ = objective(model, batch)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+            step()
+        torch.cuda.synchronize()
         return (time.perf_counter() - started) / count
 
     turn(1)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_peak_memory_stats()
     best = min(turn(steps) for _ in range(TURNS))
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    trained = sum(parameter.numel() for parameter in named.values())
-    return {"ms": 1000 * best, "gib": memory, "trained": trained}
+    return {"ms": 1000 * best, "gib": torch.cuda.max_memory_allocated() / 2**30, "trained": trained}
+
+
+def main() -> None:
+    measured = step_times(torch.cuda.is_available())
+    print(measured["shape"])
+    peer = measured["rows"][STOCK]
+    for name, row in measured["rows"].items():
+        print(
+            f"{name:<52} {row['ms']:8.1f} ms ({row['ms'] / peer['ms']:.2f})   {row['gib']:6.3f} GiB ({row['gib'] / peer['gib']:.2f})   "
+            f"{row['trained']:,} trained"
+        )
+
+
+if __name__ == "__main__":
+    main()

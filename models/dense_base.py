@@ -34,6 +34,7 @@ from models.families import (
 from models.streaming import streamed_logits
 
 REPORT = "upcycle.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 class DenseBase:
@@ -87,6 +88,7 @@ class DenseBase:
         """Tokenizer and generation config."""
         if self._gguf_tokenizer is not None:
             self._gguf_tokenizer.save_pretrained(out_dir)
+            _name_tokenizer_for_both(out_dir / TOKENIZER_CONFIG)
             return
         copy_side_files(self._side_files, out_dir)
 
@@ -126,12 +128,31 @@ def _open(base_dir: Path, stack: ExitStack, trust_remote_code: bool) -> DenseBas
 
 
 def copy_side_files(source: Path, out_dir: Path) -> None:
-    """Copies everything small that is neither weights nor config: tokenizer, chat template, generation config."""
-    skipped = {"config.json", REPORT}
+    """Copies everything small that is neither weights nor config: tokenizer, chat template, generation config.
+
+    An artifact's manifest and a Lory model's routing profiles are of the source alone and stay behind.
+    """
+    skipped = {"config.json", REPORT, "manifest.json", "routing_weights.json"}
     for path in sorted(source.iterdir()):
         is_side = path.suffix in (".json", ".model", ".txt", ".jinja", ".tiktoken") and ".safetensors" not in path.name
         if path.is_file() and is_side and path.name not in skipped and not path.name.endswith(".bin.index.json"):
             shutil.copyfile(path, out_dir / path.name)
+    _name_tokenizer_for_both(out_dir / TOKENIZER_CONFIG)
+
+
+def _name_tokenizer_for_both(path: Path) -> None:
+    """Replaces names that only transformers 5 knows in a tokenizer_config.json by those that 4.57 reads and 5 still does."""
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    config = dict(before)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # 4.57 takes extra_special_tokens for a mapping of names, and fails on a list.
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    if config != before:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_tokenizer(base_dir: Path, vocabulary: int) -> None:

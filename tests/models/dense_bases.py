@@ -62,7 +62,9 @@ def write_base(directory: Path, name: str, dtype: torch.dtype = torch.float32, *
     words = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(directory)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="w0", eos_token="w1", extra_special_tokens=["w2"]
+    ).save_pretrained(directory)
     return directory
 
 

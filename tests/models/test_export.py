@@ -1,12 +1,14 @@
 """Exports load in stock transformers of both generations, with equal logits, and give the base back bit by bit."""
 
 import json
-import os
 import subprocess
 import sys
+import venv
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from dense_bases import BASES, logits, tokens, write_base
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -143,47 +145,72 @@ def test_misuse_is_refused_with_the_remedy(tmp_path):
         extract_base(moe, tmp_path / "out")
 
 
-OLD_GENERATION = ("transformers==4.57.*", "huggingface-hub<1", "tokenizers>=0.22,<0.23")
-OLD_SCRIPT = """
-import sys, torch, transformers
-from transformers import AutoModelForCausalLM
-assert transformers.__version__.startswith("4.57"), transformers.__version__
-ids = torch.load(sys.argv[1] + "/ids.pt", weights_only=True)
-for name in sys.argv[2:]:
+# The stock libraries of both generations, each with what pip chooses beside it.
+GENERATIONS = {"4.57": "transformers==4.57.*", "5": f"transformers=={transformers.__version__}"}
+# Linked from here instead of downloaded: 700 MB of PyTorch, which is no part of what is tested.
+LINKED = ("torch", "torch-*.dist-info", "torchgen", "functorch", "nvidia", "triton")
+SCRIPT = """
+import importlib.util, sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+assert transformers.__version__.startswith(sys.argv[1]), transformers.__version__
+assert not any(importlib.util.find_spec(name) for name in ("models", "tasks", "flows", "storage", "prefect"))
+ids = torch.load(sys.argv[2] + "/ids.pt", weights_only=True)
+for name in sys.argv[3:]:
     model, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    assert tokenizer("w5")["input_ids"] == [5] and "w2" in tokenizer.all_special_tokens
+    assert GenerationConfig.from_pretrained(name).max_new_tokens == 7
     with torch.no_grad():
         torch.save(model.eval()(ids).logits, name + ".pt")
 """
 
 
 @pytest.fixture(scope="session")
-def old_generation(pytestconfig):
-    """A folder with transformers 4.57 and the two packages it needs older; everything else comes from this environment."""
-    folder = pytestconfig.cache.mkdir("transformers-4.57")
-    if not (folder / "complete").exists():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder)]
-        subprocess.run([*pip, *OLD_GENERATION], check=True, timeout=400)
-        (folder / "complete").touch()
-    return folder
+def clean_python(pytestconfig):
+    """Generation to the Python of a virtual environment that holds that transformers, its dependencies and torch alone."""
+
+    def make(generation):
+        folder = pytestconfig.cache.mkdir(f"clean-{generation}")
+        python = folder / "bin" / "python"
+        if not (folder / "complete").exists():
+            venv.create(folder, with_pip=False, clear=True)
+            pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", GENERATIONS[generation]]
+            subprocess.run([*pip, "sympy", "networkx", "jinja2"], check=True, timeout=500)
+            ours, own = Path(torch.__file__).parents[1], next(folder.glob("lib/python*/site-packages"))
+            for place in [place for pattern in LINKED for place in ours.glob(pattern)]:
+                (own / place.name).symlink_to(place)
+            (folder / "complete").touch()
+        return python
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Folder of every kind of checkpoint to its logits here: upcycled, trained and exported, the base taken back out."""
+    root = tmp_path_factory.mktemp("exports")
+    torch.save(tokens(), root / "ids.pt")
+    expected = {}
+    for number, name in enumerate(BASES):
+        (root / str(number)).mkdir()
+        base, moe, model = trained(root / str(number), name)
+        for kind, make in (("export", lambda out, m=model: export_checkpoint(m, out)), ("upcycled", moe.rename)):
+            out = root / f"{number}-{kind}"
+            make(out)
+            expected[str(out)] = logits(out, tokens())
+        back = root / f"{number}-back"
+        extract_base(root / f"{number}-export", back)
+        expected[str(back)] = logits(base, tokens())
+    return root, expected
 
 
 @pytest.mark.slow
-def test_exports_and_bases_give_equal_logits_in_transformers_4_57(tmp_path, old_generation):
-    torch.save(tokens(), tmp_path / "ids.pt")
-    expected = {}
-    for number, name in enumerate(BASES):
-        (tmp_path / str(number)).mkdir()
-        base, moe, model = trained(tmp_path / str(number), name)
-        for kind, make in (("export", lambda out, m=model: export_checkpoint(m, out)), ("upcycled", moe.rename)):
-            out = tmp_path / f"{number}-{kind}"
-            make(out)
-            expected[str(out)] = logits(out, tokens())
-        back = tmp_path / f"{number}-back"
-        extract_base(tmp_path / f"{number}-export", back)
-        expected[str(back)] = logits(base, tokens())
-    command = [sys.executable, "-c", OLD_SCRIPT, str(tmp_path), *expected]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(old_generation)}, capture_output=True, text=True)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_exports_and_bases_give_equal_logits_in_clean_environments(exports, clean_python, generation):
+    root, expected = exports
+    command = [str(clean_python(generation)), "-I", "-c", SCRIPT, generation, str(root), *expected]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr[-2000:]
     for name, ours in expected.items():
         torch.testing.assert_close(torch.load(name + ".pt", weights_only=True), ours, rtol=0, atol=1e-5)
