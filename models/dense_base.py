@@ -8,6 +8,7 @@ config says.
 
 import json
 import shutil
+import struct
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,19 @@ class DenseBase:
 
     @classmethod
     def from_gguf(cls, path: Path) -> "DenseBase":
+        """The base in a GGUF file, dequantised. Raises CheckpointError when transformers cannot read it."""
+        try:
+            return cls._from_gguf(path)
+        except UnsupportedModelError:
+            raise
+        except (ValueError, OSError, RuntimeError, LookupError, struct.error) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"{path} cannot be read as GGUF ({first}); fetch it again, or give the safetensors checkpoint"
+            ) from error
+
+    @classmethod
+    def _from_gguf(cls, path: Path) -> "DenseBase":
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         config = plain_config(model.config) | {"architectures": [type(model).__name__], "dtype": "float32"}
         config.pop("quantization_config", None)

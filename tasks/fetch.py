@@ -108,8 +108,5 @@ def _convert_gguf(path: Path, out: Path) -> None:
 
     try:
         DenseBase.from_gguf(path).save(out)
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EclectusError(
-            f"base model {path} cannot be read as GGUF ({first}); fetch it again, or give the safetensors checkpoint"
-        ) from error
+    except ValueError as error:
+        raise EclectusError(str(error)) from error

