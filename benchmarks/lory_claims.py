@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import queue
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -34,6 +35,8 @@ from lory_claims_tables import EVERYTHING, perplexities, report  # noqa: E402
 STUDY: dict[str, dict[str, Any]] = {
     "router init 2.4": dict(router_init=2.4),
     "router init 0.2": dict(router_init=0.2),
+    "routers at 4 times the rate": dict(router_rate=4.0),
+    "experts at twice the rate": dict(expert_rate=2.0),
     "no second warm-up": dict(rewarm=0),
     "second warm-up 4 times as long": dict(rewarm=120),
     "moments reset": dict(moments="reset"),
@@ -65,8 +68,15 @@ def jobs(parts: list[str], seeds: list[int]) -> list[Any]:
     return chosen
 
 
+def end_with_parent() -> None:
+    """A parent that was killed cannot end its workers."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def work_on(tasks: Any, results: Any, size: Any, data: Path, work: Path) -> None:
-    """A worker process: trains what it is handed until it is ended."""
+    """A worker process: trains what it is handed until it is ended, or its parent is gone."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     import torch
     from lory_claims_jobs import run_job
 
@@ -163,7 +173,9 @@ def run(arguments: argparse.Namespace) -> None:
     work.mkdir(parents=True, exist_ok=True)
     settings = {**dataclasses.asdict(size), "jobs": None, "data": digest(data, size.vocabulary)}
     kept = finished(out / f"{name}.json", settings)
+    parts = arguments.only.split(",")
     asked = jobs(arguments.parts.split(","), seeds_of(arguments.seeds))
+    asked = [job for job in asked if any(part in job.name for part in parts)]
     wanted = missing(asked, kept["results"])
     for grouping in {job.grouping for job in wanted} | {GROUPINGS[0]}:
         unpack(data, size.vocabulary, grouping, work / grouping, size.length)
@@ -252,7 +264,7 @@ def main() -> None:
     parser.add_argument(
         "--size",
         default="laptop",
-        choices=("laptop", "wide", "30m", "100m"),
+        choices=("laptop", "width64", "wide", "30m", "100m"),
         help="of the models, and of the vocabulary",
     )
     parser.add_argument("--seeds", default="3", help="how many, or which: 3 is 0,1,2; a single other one: 7,")
@@ -260,6 +272,7 @@ def main() -> None:
         "--minutes", type=float, default=8.5, help="when to stop, from the start; the same command again goes on"
     )
     parser.add_argument("--parts", default="main,peers,study,more", help="what to train, of main, peers, study, more")
+    parser.add_argument("--only", default="", help="of those, only jobs whose names hold one of these, by commas")
     parser.add_argument("--timed", default="dense,lory,prefix,expert_choice,top_k", help="models to time; '' for none")
     parser.add_argument("--compiled", action="store_true", help="time the models under torch.compile too")
     parser.add_argument("--tokens", type=float, help="training tokens, instead of the size's")

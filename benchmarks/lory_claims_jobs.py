@@ -64,12 +64,16 @@ def _preset(name: str) -> dict[str, Any]:
     return {each: config[each] for each in names.split()}
 
 
-# Untied embeddings, a small vocabulary and small batches bring the small sizes past the plateau of the first steps soonest
-# (docs/log.md, 2026-11-24), so that they are bound by what they can hold and not by how long they train.
-_SMALL = _preset("laptop") | dict(tie_word_embeddings=False)
+# Small enough to be bound by what it can hold within minutes: untied embeddings, a small vocabulary and small batches bring
+# it past the plateau of the first steps soonest (docs/log.md, 2026-11-24).
+_SMALL = dict(_preset("laptop"), tie_word_embeddings=False)
+_SMALLEST = dict(
+    _SMALL, hidden_size=32, intermediate_size=88, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2
+)
 SIZES = {
-    "laptop": Size(_SMALL, 1024, 512, 64, 2, 1.5e6, 4e-3, 14, windows=400),
-    "wide": Size(_SMALL | dict(hidden_size=128, intermediate_size=344), 1024, 512, 64, 2, 1.5e6, 3e-3, 12, windows=400),
+    "laptop": Size(_SMALLEST, 1024, 512, 64, 4, 3e6, 8e-3, 14, windows=400),
+    "width64": Size(_SMALL, 1024, 512, 64, 2, 2.5e6, 4e-3, 14, windows=400),
+    "wide": Size(_SMALL | dict(hidden_size=128, intermediate_size=344), 1024, 512, 64, 2, 2.5e6, 3e-3, 12, windows=400),
     "30m": Size(_preset("30m"), 16384, 1024, 128, 8, 22e6, 2e-3, 8),
     "100m": Size(_preset("100m"), 16384, 1024, 128, 16, 33e6, 1e-3, 4, micro=16),
 }  # fmt: skip
@@ -88,6 +92,8 @@ class Job:
     variant: str = ""
     experts: int = 8
     router_init: float = 0.8
+    router_rate: float = 1.0
+    expert_rate: float = 1.0
     rewarm: int = 30
     moments: str = "carry"
     dense_share: float = 0.05
@@ -138,6 +144,8 @@ def plan_of(size: Size, job: Job) -> Plan:
         learning_rate=size.learning_rate,
         warmup=max(1, round(0.05 * size.steps)),
         rewarm=(switch, job.rewarm) if job.rewarm and not warm and not dense else None,
+        router_rate=job.router_rate if job.model in ("lory", "prefix") else 1.0,
+        expert_rate=job.expert_rate if job.model in ("lory", "prefix") else 1.0,
         seed=job.seed,
         checkpoint_every=NEVER,
         log_every=max(1, size.steps // 25),

@@ -13,19 +13,30 @@ if TYPE_CHECKING:
     from models.train import Plan
 
 STATE = ("exp_avg", "exp_avg_sq", "step")
+EMBEDDINGS = ("embed_tokens", "lm_head")
+ROUTERS = (".router.", ".mlp.gate.weight", "block_sparse_moe.gate.weight")
 
 
 def make_optimizer(named: dict[str, nn.Parameter], plan: Plan) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices of attention and experts.
+    """AdamW with weight decay on the matrices of attention and experts; `set_rate` gives it its learning rates.
 
     Norms have none, nor have embeddings, whose unseen rows it would shrink to zero, nor routers, whose certainty it would
     take away: in a review at a high rate it is what kept them from being sure of the original expert.
     """
-    spared = ("embed_tokens", "lm_head", ".router.", ".mlp.gate.weight", "block_sparse_moe.gate.weight")
-    decayed = [p for name, p in named.items() if p.ndim >= 2 and not any(part in name for part in spared)]
-    rest = [p for name, p in named.items() if not any(p is each for each in decayed)]
-    groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=plan.betas, fused=True)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        router = any(part in name for part in ROUTERS)
+        spared = router or parameter.ndim < 2 or any(part in name for part in EMBEDDINGS)
+        scale = plan.router_rate if router else plan.expert_rate if ".mlp.experts" in name else 1.0
+        groups.setdefault((0.0 if spared else plan.weight_decay, scale), []).append(parameter)
+    options = [{"params": each, "weight_decay": decay, "scale": scale} for (decay, scale), each in groups.items()]
+    return torch.optim.AdamW(options, lr=0.0, betas=plan.betas, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate, which routers and experts scale by the plan's `router_rate` and `expert_rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
 
 
 def read_moments(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:

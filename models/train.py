@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from models.instances import IGNORED, Batch, Instances
-from models.optimizer import load_moments, make_optimizer, read_moments
+from models.optimizer import load_moments, make_optimizer, read_moments, set_rate
 from models.parallel import compile_blocks, replicate, shard, synced, whole
 from models.place import Place
 from models.progress import resume, save_progress
@@ -44,6 +44,7 @@ class Plan:
     start, stop: training steps, [start, stop). total: steps that the cosine is laid over. batch: instances a step over all
     processes. micro_batch: instances at once in one process. warmup: steps of linear warm-up from step 0. rewarm: (first
     step, steps) of a second warm-up, after a switch of the model, or None. floor: final learning rate over the peak one.
+    router_rate, expert_rate: learning rates of routers and of experts over that of the rest.
     sharded: several processes share out weights, gradients and moments (FSDP2) instead of each holding them (DDP).
     compiled: torch.compile of the decoder layers.
     """
@@ -57,6 +58,8 @@ class Plan:
     warmup: int
     rewarm: tuple[int, int] | None = None
     floor: float = 0.1
+    router_rate: float = 1.0
+    expert_rate: float = 1.0
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
@@ -113,8 +116,7 @@ def train(
     begin = resume(optimizer, named, plan.start, place, work) or plan.start
     wrapped, watch = replicate(model, place), Watch(instances, plan, place, work)
     for step in range(begin, plan.stop):
-        for group in optimizer.param_groups:
-            group["lr"] = plan.rate(step)
+        set_rate(optimizer, plan.rate(step))
         for last, batch, weight in micro_batches(instances, step, plan, place):
             with synced(wrapped, last), autocast(place.device):
                 loss, extra = objective(wrapped, batch)

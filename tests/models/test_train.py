@@ -296,3 +296,17 @@ def test_only_what_requires_gradients_has_moments_and_moves(data, tmp_path):
     moved = {name for name in weights if not torch.equal(weights[name], before[name])}
     assert moved == {name for name in before if "mlp" in name}
     assert all("mlp" in name for name in moments)
+
+
+def test_routers_and_experts_move_at_their_own_rates(data, tmp_path):
+    """From zero moments AdamW's first step is its rate in size, whatever the gradient; without weight decay nothing else adds."""
+    before = LoryForCausalLM.from_dense(tiny_dense(), 4, LENGTH // 3, router_initializer_range=0.1)
+    with torch.no_grad():  # equal experts give the routers no gradient
+        for layer in before.model.layers:
+            layer.mlp.experts += torch.randn_like(layer.mlp.experts) / 10
+    start = {name: value.clone() for name, value in before.state_dict().items()}
+    chosen = plan(start=4, stop=5, weight_decay=0.0, router_rate=3.0, expert_rate=0.5)
+    after, _ = trained(data, tmp_path / "rates", chosen, before, lory())
+    for part, scale in ((".router.", 3.0), (".mlp.experts", 0.5), ("q_proj", 1.0), ("embed_tokens", 1.0)):
+        moved = max((after[name] - start[name]).abs().max().item() for name in start if part in name)
+        assert moved == pytest.approx(scale * chosen.rate(4), rel=1e-2), part
