@@ -157,6 +157,8 @@ class LoryModel(LoryPreTrainedModel):
         check_choice("routing", self.config.routing, ROUTINGS)
         check_choice("first_segment", first_segment or self.config.first_segment, FIRST_SEGMENTS)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if not hidden.shape[1]:
+            raise ValueError("The input has no token; Lory needs at least one to route by.")
         past_key_values = self._check_cache(past_key_values, use_cache)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:

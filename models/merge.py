@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Blocks this small keep merged weights and hidden states in the CPU's caches; fewer than 4 segments make the merge
-# GEMM thin, so that smaller FFNs than the caches take 4 as long as CPU_MOST holds them.
+# Blocks this small keep merged weights and hidden states in the CPU's caches. But every block reads all experts, so that
+# larger FFNs take 8 segments at once as long as CPU_MOST holds them (3% faster than 4, docs/benchmarks.md).
 CPU_CACHE_BYTES = 4 << 20
 CPU_MOST_BYTES = 128 << 20
-CPU_LEAST_SEGMENTS = 4
+CPU_LEAST_SEGMENTS = 8
 # On a GPU a block must fill the device: at D 1024, F 2816 in bf16 this is 15 segments of 256 tokens.
 GPU_BYTES = 512 << 20
 

@@ -97,7 +97,8 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
         description="Share out weights and optimizer state over the training workers (FSDP2) instead of copying them to each (DDP).",
     )
     training_compiled: bool = Field(
-        False, description="Compile the layers with torch.compile: a minute at the start, faster steps on a GPU."
+        False,
+        description="Compile the layers with torch.compile: minutes at the start, the same results; only for long trainings on GPUs.",
     )
     pretrain_steps: int = Field(
         700, ge=2, description="Training steps of the dense and of the Lory model, warm-up included."

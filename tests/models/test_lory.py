@@ -322,6 +322,11 @@ def test_a_setting_that_cannot_be_is_named_with_its_choices(fields, message):
         LoryConfig(**fields)
 
 
+def test_an_input_without_a_token_is_refused():
+    with pytest.raises(ValueError, match="has no token"):
+        lory()(tokens(1, 0))
+
+
 def test_choices_are_checked_again_when_the_model_runs():
     model, ids = lory(), tokens(1, 3)
     with pytest.raises(ValueError, match="first_segment is 'odd'"):
