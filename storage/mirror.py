@@ -68,6 +68,11 @@ class Mirror:
                     beside.unlink(missing_ok=True)
         return path.exists()
 
+    def read(self, path: Path) -> bytes:
+        """What the store has at `path`, without bringing it here."""
+        with self._faults():
+            return self._files.cat_file(self._key(path))
+
     def pull_changed(self, folder: Path, suffix: str) -> None:
         """Brings every file below `folder` whose name ends in `suffix` and which is not here or is smaller here: journals grow."""
         for path, size in self.listing(folder, suffix):

@@ -20,6 +20,7 @@ import numpy as np
 
 from storage.artifact import Artifact
 from storage.errors import EclectusError
+from tasks.earlier import earlier, is_whole
 from tasks.nearest import (
     SLACK,
     Lists,
@@ -30,7 +31,6 @@ from tasks.nearest import (
     similarities_of,
     unit,
 )
-from tasks.run import current_run
 
 MADE_OF = "made_of.json"
 BLOCK = 65_536
@@ -66,22 +66,21 @@ def find_earlier(
 
     names, labels: the partitions of now; a document that changed its partition counts as gone.
     """
-    run = current_run()
-    if run is None or settings.neighbors_growth == 0 or not embeddings.file("ids.npy").is_file():
+    if settings.neighbors_growth == 0 or not embeddings.file("ids.npy").is_file():
         return None
     ids, key = np.load(embeddings.file("ids.npy"), mmap_mode="r"), embeddings.statistics.get("embedding_key")
+    of_this_model = {each.digest: each for each in earlier("embeddings", embedding_key=key)}
     best: tuple[int, Earlier] | None = None
-    for note in sorted((run.home.store.root / "neighbors").glob(f"*/{MADE_OF}")):
+    for artifact in earlier("neighbors"):
         with contextlib.suppress(EclectusError, OSError, ValueError):
-            told = json.loads(note.read_text())
-            before = run.home.store.find(f"embeddings-{told['embeddings']}")
-            if told["settings"] != settings.key_values() or before.statistics.get("embedding_key") != key:
+            told = json.loads(artifact.file(MADE_OF).read_text())
+            before = of_this_model.get(told["embeddings"])
+            if told["settings"] != settings.key_values() or before is None:
                 continue
-            artifact = run.home.store.find(str(note.parent))
-            earlier = Earlier(artifact, _rows_now(artifact, before, ids, names, labels))
-            shared = int((earlier.to_new >= 0).sum())
-            if (best is None or shared > best[0]) and not run.home.store.faults(artifact):
-                best = shared, earlier
+            found = Earlier(artifact, _rows_now(artifact, before, ids, names, labels))
+            shared = int((found.to_new >= 0).sum())
+            if (best is None or shared > best[0]) and is_whole(artifact):
+                best = shared, found
     return best[1] if best else None
 
 

@@ -29,7 +29,8 @@ from pydantic import Field
 from storage.artifact import Artifact, Draft
 from storage.errors import EclectusError
 from tasks.documents import read_batches, read_table
-from tasks.run import current_run, metric, progress
+from tasks.earlier import earlier, is_whole
+from tasks.run import metric, progress
 from tasks.settings import Settings
 from tasks.step import step
 
@@ -362,18 +363,16 @@ def _two_spans(
 
 def _earlier_model(seen: np.ndarray, settings: StaticEmbeddingSettings) -> Artifact | None:
     """The model in this home with these settings to which fewest documents are new, at most the allowed share."""
-    run = current_run()
-    if run is None or settings.embedding_growth == 0:
+    if settings.embedding_growth == 0:
         return None
     best: tuple[float, Artifact] | None = None
-    for details in sorted((run.home.store.root / "checkpoint").glob(f"*/{DETAILS}")):
-        with contextlib.suppress(EclectusError, OSError, ValueError):
-            if json.loads(details.read_text()) != settings.key_values():
+    for artifact in earlier("checkpoint", model="static"):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(artifact.file(DETAILS).read_text()) != settings.key_values():
                 continue
-            new = 1 - np.isin(seen, np.load(details.with_name(SEEN)), assume_unique=True).mean()
-            if new <= settings.embedding_growth and (best is None or new < best[0]):
-                artifact = run.home.store.find(str(details.parent))
-                best = best if run.home.store.faults(artifact) else (new, artifact)
+            new = 1 - np.isin(seen, np.load(artifact.file(SEEN)), assume_unique=True).mean()
+            if new <= settings.embedding_growth and (best is None or new < best[0]) and is_whole(artifact):
+                best = new, artifact
     return best[1] if best else None
 
 
