@@ -112,8 +112,8 @@ def family_of(config: dict[str, Any], where: str | Path, trust_remote_code: bool
     supported = ", ".join(FAMILIES)
     if config.get("auto_map") and not trust_remote_code:
         raise UnsupportedModelError(
-            f"{where} brings its own code (auto_map in config.json), which is not run unless asked for: read it and pass "
-            f"trust_remote_code, or save it from a stock class first (supported: {supported})"
+            f"{where} brings its own code (auto_map in config.json), which is not run unless asked for: read it, then "
+            f"eclectus upcycle --trust-remote-code, or save it from a stock class first (supported: {supported})"
         )
     if model_type not in FAMILIES:
         raise UnsupportedModelError(f"{where} is a {model_type!r} model; bases that can be upcycled: {supported}")

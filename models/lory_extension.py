@@ -128,11 +128,12 @@ def segment_prior_loss(router_weights: Sequence[Tensor], original_mask: Tensor, 
     router_weights: over layers, `[B, N, E]`. original_mask: `[B, L]`, true on tokens of original languages. segment: T. old: how
     many leading experts are old. 0 without an original token, and so is its gradient.
     """
-    mask_BNT = F.pad(original_mask.float(), (0, -original_mask.shape[1] % segment)).unflatten(1, (-1, segment))
+    dtype = torch.promote_types(router_weights[0].dtype, torch.float32)
+    mask_BNT = F.pad(original_mask.to(dtype), (0, -original_mask.shape[1] % segment)).unflatten(1, (-1, segment))
     share_BN = mask_BNT.sum(-1)
     losses = []
     for weights_BNE in router_weights:
-        prior_BN = -weights_BNE[..., :old].float().sum(-1).clamp_min(1e-9).log()
+        prior_BN = -weights_BNE[..., :old].to(dtype).sum(-1).clamp_min(1e-9).log()
         losses.append((prior_BN * share_BN).sum() / share_BN.sum().clamp(min=1))
     return torch.stack(losses).mean()
 

@@ -140,3 +140,19 @@ def test_several_original_experts_add_their_probabilities():
 def test_bad_arguments_are_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_layers_may_hold_different_numbers_of_experts():
+    torch.manual_seed(0)
+    layers = [torch.randn(40, experts, dtype=torch.float64) for experts in (3, 6)]
+    mask = torch.arange(40) % 3 == 0
+    balance = torch.stack([balance_loss([each], 2) for each in layers]).mean()
+    torch.testing.assert_close(balance_loss(layers, 2), balance)
+    prior = torch.stack(
+        [-each.log_softmax(-1)[mask][:, :old].logsumexp(-1).mean() for each, old in zip(layers, (1, 2), strict=True)]
+    )
+    torch.testing.assert_close(language_prior_loss(layers, mask, original_experts=[1, 2]), prior.mean())
+    with pytest.raises(ValueError, match="with 3 experts choose 1 to 2"):
+        language_prior_loss(layers, mask, original_experts=[3, 1])
+    with pytest.raises(ValueError, match="hold 3 experts"):
+        balance_loss(layers, 4)

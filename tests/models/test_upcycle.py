@@ -300,7 +300,7 @@ def test_trusted_code_of_a_base_is_what_the_proof_is_held_against(tmp_path, monk
     base = write_base(tmp_path / f"base{factor}", "llama")
     (base / "modeling_own.py").write_text(OWN_CODE.format(factor=factor))
     change_config(base, auto_map={"AutoModelForCausalLM": "modeling_own.Own"})
-    with pytest.raises(UnsupportedModelError, match="trust_remote_code"):
+    with pytest.raises(UnsupportedModelError, match="trust-remote-code"):
         upcycle(base, tmp_path / "moe")
     if factor != 1:
         with pytest.raises(StepZeroError):
