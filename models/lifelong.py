@@ -106,18 +106,7 @@ def extend_again(
         copy_side_files(moe_dir, partial)
         result = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32).eval()
         fit, kept = _compare(model, result, fitted, before), _compare(model, result, kept_back, before)
-        delta, scale = max(fit.delta, kept.delta), max(1.0, fit.scale, kept.scale)
-        if not delta <= tolerance * scale:
-            raise StepZeroError(
-                f"with {new_experts} more experts some logit differs by {delta:.3g} though only old ones are used, where "
-                f"{tolerance * scale:.3g} is allowed; nothing was written"
-            )
-        if not kept.chosen <= largest_share:
-            raise StepZeroError(
-                f"on {kept.chosen:.1%} of kept-back places a new expert would be chosen before training, where "
-                f"{largest_share:.1%} is allowed; nothing was written. Give more calibration text, of the known languages "
-                "only, or raise largest_share and rely on the review"
-            )
+        delta = _proved(fit, kept, new_experts, tolerance, largest_share)
         report = ExtendAgainReport(
             tuple(before),
             max(before) + new_experts,
@@ -248,6 +237,23 @@ def _compare(model: PreTrainedModel, result: PreTrainedModel, tokens: Tensor, be
     rows_RV = torch.stack(rows)
     delta, scale = rows_RV[:, :2].amax(0).tolist()
     return _Comparison(delta, scale, *rows_RV[:, 2:].mean(0).tolist())
+
+
+def _proved(fit: _Comparison, kept: _Comparison, new_experts: int, tolerance: float, largest_share: float) -> float:
+    """The largest difference of a logit over old experts. Raises StepZeroError where it, or the new experts' share, is too large."""
+    delta, scale = max(fit.delta, kept.delta), max(1.0, fit.scale, kept.scale)
+    if not delta <= tolerance * scale:
+        raise StepZeroError(
+            f"with {new_experts} more experts some logit differs by {delta:.3g} though only old ones are used, where "
+            f"{tolerance * scale:.3g} is allowed; nothing was written"
+        )
+    if not kept.chosen <= largest_share:
+        raise StepZeroError(
+            f"on {kept.chosen:.1%} of kept-back places a new expert would be chosen before training, where "
+            f"{largest_share:.1%} is allowed; nothing was written. Give more calibration text, of the known languages "
+            "only, or raise largest_share and rely on the review"
+        )
+    return delta
 
 
 def _old_only(before: int):  # noqa: ANN202

@@ -19,7 +19,7 @@ from models.extension_baselines import (
     save_method,
     untrained_digest,
 )
-from models.instances import Instances
+from models.instances import Batch, Instances
 from models.losses import balance_loss, language_prior_loss
 from models.objectives import next_token, next_token_loss, post_pretrain
 from models.place import Place
@@ -166,3 +166,15 @@ def test_sets_in_other_tokens_and_odd_shares_are_refused(tmp_path):
 def test_an_unknown_method_names_those_there_are(bases):
     with pytest.raises(ValueError, match="'loramoe': choose moe_lpr, full, lora"):
         open_method("loramoe", bases("mistral")[0])
+
+
+def test_padding_does_not_count_in_the_balance(bases):
+    model = open_method("moe_lpr", bases("mistral")[1])
+    ids = tokens(16, 2)
+    labels = ids.clone()
+    labels[1, 4:] = -100
+    padded = Batch(ids, labels, *(torch.zeros_like(ids) for _ in range(3)))
+    _, logged = post_pretrain(0.5, 2, "paper")(model, padded)
+    output = model(input_ids=ids, output_router_logits=True)
+    real = [logits[(labels != -100).flatten()] for logits in output.router_logits]
+    torch.testing.assert_close(logged["balance_loss"], balance_loss(real, 2))
