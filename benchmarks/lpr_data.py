@@ -1,6 +1,6 @@
 """The text of `lpr_claims.py`: from a folder of documents to instances and held-out streams, the same for every method.
 
-    base        original languages with a small share of the expanded ones, as web text has; also what the tokenizer learns from
+    base        original languages with a small share of the expanded ones, as web text has
     expanded    the new languages, equal tokens of each as far as there are: what stage 1 and every baseline trains on
     review      documents cut to half an instance: originals below 1% of stage 1's tokens, two of expanded to one of original
     valid       held out: learning rates and weights of losses are chosen on it
@@ -136,10 +136,11 @@ def _split(rows: list[tuple[bytes, str]], held_bytes: float) -> Iterator[dict[st
 
 
 def train_tokenizer(documents: list[dict[str, Any]], mixture: Mixture) -> Any:
-    """A byte-level BPE of what the base trains on, so that its tokens are seen in the base's training, each of them."""
+    """A byte-level BPE of equal bytes of every language, as the tokenizers of the paper's bases are of many languages."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    left = _shares(TOKENIZER_BYTES, mixture)
+    languages = (*mixture.original, *mixture.expanded)
+    left = dict.fromkeys(languages, TOKENIZER_BYTES / len(languages))
     sample = []
     for document in random.Random(0).sample(documents, len(documents)):
         if left[document["language"]] > 0:
