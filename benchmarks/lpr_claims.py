@@ -41,7 +41,6 @@ from lpr_queue import METHODS, Queue  # noqa: E402
 from lpr_report import markdown, mean_of  # noqa: E402
 from lpr_runs import open_pretrained, run_job  # noqa: E402
 from lpr_sizes import Size, size_of  # noqa: E402
-from lpr_speed import step_times  # noqa: E402
 
 # What a result does not depend on.
 UNKEYED = (
@@ -62,7 +61,7 @@ UNKEYED = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, default=Path("../shared/corpus"), help="folder of *.jsonl or *.jsonl.gz")
+    parser.add_argument("--corpus", type=Path, default=Path("data/corpus"), help="folder of *.jsonl or *.jsonl.gz")
     parser.add_argument("--size", choices=("laptop", "smollm", "tiny"), default="laptop")
     parser.add_argument("--original", nargs="+", default=["en"], help="languages that the base knows")
     parser.add_argument("--expanded", nargs="+", default=["el", "hu", "tr"], help="languages that it is taught")
@@ -78,7 +77,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("home/lpr-claims"), help="for text, checkpoints and results")
     parser.add_argument("--out", type=Path, default=Path("home/lpr-claims/report"), help="tables, without ending")
     parser.add_argument("--no-sweeps", action="store_true")
-    parser.add_argument("--no-speed", action="store_true")
     chosen = parser.parse_args()
     # A plain kill ends the workers too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -92,11 +90,6 @@ def run(chosen: argparse.Namespace, deadline: float) -> None:
         raise SystemExit("size smollm needs --base-model: a folder, a .gguf file or a hub name")
     packed, data = prepare(size, chosen)
     board = Board(chosen, size, data)
-    if not chosen.no_speed:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        board.about["speed"] = step_times(torch.cuda.is_available())
-        torch.set_num_threads(threads)
     board.write()
     work(Queue(size, chosen, packed).jobs(), board, deadline)
     print(markdown(board.about, board.results, board.errors), flush=True)

@@ -17,7 +17,7 @@ import torch
 from lpr_sizes import Review, Size
 
 # Factors on the size's stage-1 learning rate to choose among; the second is tried first.
-RATES = {"full": (0.5, 1.0, 2.0), "moe_all": (0.5, 1.0, 2.0), "lora": (1.0, 3.0, 9.0), "llama_pro": (0.5, 1.0, 2.0)}
+RATES = {"full": (1.0, 2.0, 4.0), "moe_all": (1.0, 2.0, 4.0), "lora": (1.0, 3.0, 9.0), "llama_pro": (1.0, 2.0, 4.0)}
 FIRST, OTHER_RATES, SEEDS, SWEEPS = range(4)
 # What MoE-LPR is compared with, in the order in which it runs.
 METHODS = ("full", "no_lpr", "moe_all", "lora", "llama_pro", "random_experts", "one_stage", "full_replay")

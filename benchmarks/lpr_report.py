@@ -29,26 +29,11 @@ def markdown(about: dict[str, Any], results: list[dict[str, Any]], errors: list[
     where = f"{about['device']}; torch {about['torch']}, transformers {about['transformers']}"
     lines += [f"{where}; `{about['command']}`", ""]
     lines += size_tables(about, results)
-    if "speed" in about:
-        lines += speed_table(about["speed"])
     if about.get("not_run"):
         lines += [f"Not run for lack of time, the same command goes on: {len(about['not_run'])} jobs", ""]
     if errors:
         lines += ["Failed:", *(f"- {error}" for error in errors), ""]
     return "\n".join(lines)
-
-
-def speed_table(speed: dict[str, Any]) -> list[str]:
-    lines = [
-        f"## One training step, {speed['shape']}",
-        "",
-        "| | ms a step | peak GiB | trained parameters |",
-        "|---|---|---|---|",
-    ]
-    for name, row in speed["rows"].items():
-        memory = f"{row['gib']:.2f}" if row["gib"] else "-"
-        lines.append(f"| {name} | {row['ms']:.1f} | {memory} | {row['trained'] / 1e6:.1f}M |")
-    return [*lines, ""]
 
 
 def size_tables(about: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
