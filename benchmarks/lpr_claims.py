@@ -231,17 +231,16 @@ def work(jobs: list[dict[str, Any]], board: Board, deadline: float) -> None:
             for job in [job for job in waiting if failed & set(job["needs"])]:
                 waiting.remove(job)
                 failed.add(job["name"])
-            while len(running) < workers:
-                ready = next((job for job in waiting if done >= set(job["needs"])), None)
-                if ready is None:
-                    break
-                waiting.remove(ready)
-                job = board.resolve(ready)
+            for each in [each for each in waiting if done >= set(each["needs"])]:
+                job = board.resolve(each)
                 if found := board.known(job):
                     board.results.append(found)
                     done.add(job["name"])
+                elif len(running) < workers:
+                    running.append((job, pool.apply_async(run_job, (job,))))
+                else:
                     continue
-                running.append((job, pool.apply_async(run_job, (job,))))
+                waiting.remove(each)
             time.sleep(0.2)
         board.about["not_run"] = [job["name"] for job in waiting] + [job["name"] for job, _ in running]
         board.write()

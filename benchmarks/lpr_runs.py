@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from lpr_sizes import Review
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from models import objectives
 from models.dense_base import REPORT
@@ -36,6 +37,8 @@ from models.losses import language_prior_loss
 from models.place import Place
 from models.train import Objective, Plan, autocast, train
 from models.upcycle import upcycle
+
+logging.disable_progress_bar()
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
