@@ -130,7 +130,7 @@ def _split(rows: list[tuple[bytes, str]], held_bytes: float) -> Iterator[dict[st
         seen.add(text[:SAME_BEGINNING])
         split = next((name for name, size in sizes.items() if size < held_bytes), "train")
         if split != "train":
-            text = text[:HELD_DOCUMENT]
+            text = text[: min(HELD_DOCUMENT, int(4 * held_bytes) + 1)]
             sizes[split] += len(text.encode())
         yield {"split": split, "text": text}
 

@@ -114,7 +114,11 @@ class Queue:
         part = FIRST if seed == self._seeds[0] else SEEDS
         start = self._moe(part, seed, "copy") if method in ("moe_all", "one_stage") else self._base(seed)
         steps = size.stage1_steps + (round(self._reviews) if replay else 0)
-        more = dict(method=method, title=method, steps=steps, batch=size.batch, alpha=size.alpha, gamma=size.gamma)
+        more = dict(method=method, title=method, steps=steps, batch=size.batch)
+        if method in ("moe_all", "one_stage"):
+            more["alpha"] = size.alpha
+        if method == "one_stage":
+            more["gamma"] = size.gamma
         more["replay_share"] = self._reviews / steps if replay else 0.0
         tuned = "full" if method == "full_replay" else method
         factors = RATES.get(tuned, ())
