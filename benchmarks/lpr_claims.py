@@ -66,7 +66,6 @@ def main() -> None:
     parser.add_argument("--original", nargs="+", default=["en"], help="languages that the base knows")
     parser.add_argument("--expanded", nargs="+", default=["el", "hu", "tr"], help="languages that it is taught")
     parser.add_argument("--base-model", help="of size smollm: a folder, a .gguf file or a hub name")
-    parser.add_argument("--eval", type=Path, help="of size smollm: folder of lm-eval questions, TASK.jsonl.gz")
     parser.add_argument("--seeds", type=int, default=3, help="of everything that is trained on top of a base")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--bases", type=int, default=1, help="bases, trained from as many seeds; the seeds take turns")

@@ -40,11 +40,6 @@ class Queue:
             "workers": workers,
             "threads": max(1, min(torch.get_num_threads(), cores // workers)),
         }
-        if size.task_limit and chosen.eval:
-            languages = [*chosen.original, *chosen.expanded]
-            self._common["tasks"] = dict(
-                tokenizer=chosen.base_model, folder=str(chosen.eval), languages=languages, limit=size.task_limit
-            )
         self._tunes = cuda or size.shape is not None
         self._reviews = size.review_steps * size.review_batch / size.batch
 

@@ -186,13 +186,8 @@ def same_digest(after: str, before: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def scores(model: torch.nn.Module, job: dict[str, Any]) -> dict[str, Any]:
-    """Bits per byte by language on both held-out parts, and tasks where the size has some and the job is reported."""
-    found: dict[str, Any] = {part: bits_per_byte(model, job, part) for part in ("valid", "held")}
-    if job.get("tasks") and (job["kind"] == "base" or job.get("title")):
-        from lpr_tasks import task_scores
-
-        found["tasks"] = task_scores(model, **job["tasks"])
-    return found
+    """Bits per byte by language on both held-out parts."""
+    return {part: bits_per_byte(model, job, part) for part in ("valid", "held")}
 
 
 def held_out(job: dict[str, Any], part: str) -> tuple[Any, Windows]:

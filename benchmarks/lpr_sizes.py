@@ -32,8 +32,6 @@ class Size:
     review_share: float
     """Original-language tokens in the review, each counted once, over stage 1's."""
     held_bytes: int
-    task_limit: int
-    """Questions of each lm-eval task: 0 for no tasks, -1 for all questions."""
     note: str = ""
 
 
@@ -70,7 +68,6 @@ LAPTOP = Size(
     gamma=0.5,
     review_share=0.009,
     held_bytes=24_000,
-    task_limit=0,
 )
 TINY = dataclasses.replace(
     LAPTOP,
@@ -101,7 +98,6 @@ SMOLLM = dataclasses.replace(
     review_batch=32,
     review_rate=2e-3,
     held_bytes=60_000,
-    task_limit=-1,
 )
 SMOLLM_SHORT = dataclasses.replace(
     SMOLLM,
@@ -114,8 +110,7 @@ SMOLLM_SHORT = dataclasses.replace(
     review_batch=4,
     review_share=0.1,
     held_bytes=8_000,
-    task_limit=20,
-    note="shortened run on a CPU: one new expert, few steps, few questions; no measure of the method",
+    note="shortened run on a CPU: one new expert, few steps; no measure of the method",
 )
 
 
