@@ -25,7 +25,7 @@ def markdown(about: dict[str, Any], results: list[dict[str, Any]], errors: list[
     size = about["size"]
     lines = ["# MoE-LPR: languages learnt and kept", ""]
     if size["note"]:
-        lines += [f"**{size['note'].capitalize()}.**", ""]
+        lines += [f"**{size['note'][0].upper()}{size['note'][1:]}.**", ""]
     where = f"{about['device']}; torch {about['torch']}, transformers {about['transformers']}"
     lines += [f"{where}; `{about['command']}`", ""]
     lines += size_tables(about, results)
