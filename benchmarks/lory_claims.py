@@ -9,7 +9,7 @@ again with fixed thresholds). Every second held-out document of a domain is for 
 Trainings run in processes of their own, most important first (--parts). After each the tables and all numbers so far are
 written to $OUT (or --out); the same command skips what is there, so a run that is cut short loses only what was under way.
 Nothing is begun that could not end within --minutes. Price at size laptop: 2 minutes of an idle core a training, 6 trainings
-for Lory and its twin, 15 for the peers, 33 for the study, 15 more for `more`. Other text: --corpus, --domains, --split-seed;
+for Lory and its twin, 15 for the peers, 36 for the study, 15 more for `more`. Other text: --corpus, --domains, --split-seed;
 a GPU: --size 30m or 100m.
 """
 
@@ -41,6 +41,7 @@ STUDY: dict[str, dict[str, Any]] = {
     "router init 0.2": dict(router_init=0.2),
     "routers at 4 times the rate": dict(router_rate=4.0),
     "experts at twice the rate": dict(expert_rate=2.0),
+    "experts at half the rate": dict(expert_rate=0.5),
     "no second warm-up": dict(rewarm=0),
     "second warm-up 4 times as long": dict(rewarm=120),
     "moments reset": dict(moments="reset"),
