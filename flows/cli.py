@@ -118,8 +118,9 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     )
     why.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
     add_checkpoint_commands(add)
-    add("up", _up, "start a local Prefect server with UI, a worker and all deployments, in the background")
+    add("up", _up, "start a local Prefect server with UI, Ray, a worker and all deployments, in the background")
     add("down", _down, "end what `up` started, and everything that it started")
+    add("deploy", _deploy, "register all deployments and automations with the server at PREFECT_API_URL")
     add("verify", _verify, "hash every artifact again and name what changed")
     return parser
 
@@ -256,6 +257,12 @@ def _down(_: argparse.Namespace) -> None:
     from storage.home import Home
 
     print(f"ended: {', '.join(down(Home.open())) or 'nothing was running'}")
+
+
+def _deploy(_: argparse.Namespace) -> None:
+    from flows.deploy import deploy
+
+    print(f"registered: every deployment of prefect.yaml; {'; '.join(deploy())}")
 
 
 def _print_rows(names: list[str], rows: list[tuple[Any, ...]], as_json: bool) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.server import prefect_server
+from storage.errors import EclectusError
 from storage.home import Home
 from storage.journal import Journal
 from storage.known import KnownKeys
@@ -28,6 +29,7 @@ from tasks.cluster import shut_ray
 from tasks.run import Display, Run, activate, current_run
 from tasks.settings import Settings
 
+STARTS = 4
 PACKAGES = [
     "eclectus",
     "prefect",
@@ -46,9 +48,17 @@ PACKAGES = [
 
 @contextlib.contextmanager
 def open_run(
-    flow: str, parameters: Settings, home: Home | None = None, displays: list[Display] | None = None
+    flow: str,
+    parameters: Settings,
+    home: Home | None = None,
+    displays: list[Display] | None = None,
+    served: bool = False,
 ) -> Iterator[Run]:
-    """The run of this process, opened for `flow` unless a flow that calls this one has opened it already."""
+    """The run of this process, opened for `flow` unless a flow that calls this one has opened it already.
+
+    served: a Prefect server is there, though the flow itself is not called yet. Raises EclectusError for a flow run that was
+    started too often.
+    """
     run = current_run()
     if run is not None:
         before, run.flow = run.flow, flow
@@ -58,6 +68,9 @@ def open_run(
         finally:
             run.flow = before
         return
+    prefect_flow_run = _prefect_flow_run()
+    if prefect_flow_run:
+        _check_starts()
     home = home or Home.open()
     run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
     with Journal(home.journal, run_id, home.mirror) as journal:
@@ -68,8 +81,8 @@ def open_run(
             known=KnownKeys(home.keys, home.store),
             displays=displays or [],
             flow=flow,
-            in_prefect=_prefect_flow_run() is not None,
-            prefect_flow_run=_prefect_flow_run(),
+            in_prefect=served or prefect_flow_run is not None,
+            prefect_flow_run=prefect_flow_run,
         )
         if run.in_prefect:
             from flows.ui import PrefectPages
@@ -100,11 +113,7 @@ def open_run(
 @contextlib.contextmanager
 def served_run(flow: str, parameters: Settings, home: Home, displays: list[Display]) -> Iterator[Run]:
     """A run opened from the command line: with a Prefect server around it, ready to call flows in."""
-    with prefect_server(home), open_run(flow, parameters, home, displays) as run:
-        from flows.ui import PrefectPages
-
-        run.in_prefect = True
-        run.displays.append(PrefectPages())
+    with prefect_server(home), open_run(flow, parameters, home, displays, served=True) as run:
         yield run
 
 
@@ -161,10 +170,21 @@ def _prefect_flow_run() -> str | None:
     return str(flow_run.id) if flow_run.id else None
 
 
+def _check_starts() -> None:
+    """Ends the round of crash and restart (flows/automations.py) by a failure, which nothing restarts."""
+    from prefect.runtime import flow_run
+
+    if (flow_run.run_count or 0) > STARTS:
+        raise EclectusError(
+            f"this run was started {STARTS} times and never ended by itself; look at its logs and the worker's, then run it anew"
+        )
+
+
 def _state(error: BaseException | None) -> str:
     if error is None:
         return "completed"
-    return "cancelled" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+    # What is no Exception (Ctrl-C, an exit, Prefect's TerminationSignal) is somebody's wish.
+    return "failed" if isinstance(error, Exception) else "cancelled"
 
 
 @contextlib.contextmanager

@@ -88,5 +88,8 @@ class Terminal:
         told = word if state in ("failed", "cancelled") else f"{word}: {reason}"
         self.console.print(line + Text(told, style="dim"), soft_wrap=True)
 
+    def linked(self, name: str, address: str, what: str) -> None:
+        self.say(f"  {name}: {address}", style="dim")
+
     def say(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style, soft_wrap=True, markup=False)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_link_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
 
+from flows.server import PAGES
 from storage.artifact import Artifact
 
 SECONDS_BETWEEN_UPDATES = 3.0
@@ -56,6 +64,16 @@ class PrefectPages:
         lines += ["| | |", "|---|---|"]
         lines += [f"| {name} | {_cell(value)} |" for name, value in sorted(output.statistics.items())]
         create_markdown_artifact("\n".join(lines), key=_slug(label), description=f"{output.kind} of the step '{label}'")
+
+        if output.kind == "report" and (served := os.environ.get(PAGES)):
+            for page in sorted(Path(output.path).glob("*.html")):
+                address = f"{served}/{Path(output.path).name}/{page.name}"
+                self.linked(
+                    f"{label} {page.stem}", address, f"{page.name} of the step '{label}', to open in the browser"
+                )
+
+    def linked(self, name: str, address: str, what: str) -> None:
+        create_link_artifact(address, link_text=name, key=_slug(name), description=what)
 
 
 def _slug(label: str) -> str:

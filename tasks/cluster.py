@@ -6,7 +6,13 @@ A local start costs about 7 s and 0.8 GB, so nothing calls this before there is 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
+from collections.abc import Iterator
+
+from tasks.run import current_run
 
 WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
@@ -23,15 +29,31 @@ def ensure_ray() -> None:
     common = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "eclectus"}
     runtime = {"env_vars": WORKER_ENVIRONMENT}
     if address:
-        ray.init(address=address, runtime_env=runtime, **common)
+        with _own_signals():
+            dashboard = ray.init(address=address, runtime_env=runtime, **common).dashboard_url
+        run = current_run()
+        for display in run.displays if run and dashboard else ():
+            display.linked(
+                "Ray dashboard", f"http://{dashboard}", "Ray's dashboard: nodes, workers and logs of this run"
+            )
         return
-    ray.init(
-        num_cpus=max(2, os.cpu_count() or 1),
-        include_dashboard=False,
-        object_store_memory=256 * 2**20,
-        runtime_env=runtime,
-        **common,
-    )
+    with _own_signals():
+        ray.init(
+            num_cpus=max(2, os.cpu_count() or 1),
+            include_dashboard=False,
+            object_store_memory=256 * 2**20,
+            runtime_env=runtime,
+            **common,
+        )
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keeps who handles SIGTERM: Ray puts itself there, and Prefect would take a cancelled run for a crashed one."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def shut_ray() -> None:

@@ -28,6 +28,9 @@ class Display(Protocol):
 
     def step_ended(self, label: str, state: str, reason: str, seconds: float, output: Artifact | None) -> None: ...
 
+    def linked(self, name: str, address: str, what: str) -> None:
+        """Something to open in a browser, named once a run."""
+
 
 @dataclass
 class Run:

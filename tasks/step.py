@@ -130,7 +130,7 @@ class Step:
             return output
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
-            state = "cancelled" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+            state = "failed" if isinstance(error, Exception) else "cancelled"
             raise
         finally:
             seconds = time.monotonic() - started
