@@ -19,6 +19,8 @@ from storage.errors import EclectusError
 if TYPE_CHECKING:
     from tasks.settings import Settings
 
+# What makes small jobs worth killing: a checkpoint to go on from every other step.
+CHECKPOINTS_OFTEN = ["--checkpoint-every", "2"]
 FLOWS = {
     "run": ("main", "the whole job: curate, pre-train, extend, evaluate, report"),
     "curate": ("curate", "from sources to training instances"),
@@ -121,6 +123,14 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     add("up", _up, "start a local Prefect server with UI, Ray, a worker and all deployments, in the background")
     add("down", _down, "end what `up` started, and everything that it started")
     add("deploy", _deploy, "register all deployments and automations with the server at PREFECT_API_URL")
+    chaos = add("chaos", _chaos, "kill a job at random and show that it ends with the same bits as one left alone")
+    chaos.add_argument("--flow", default="run", choices=[*FLOWS], help="which job (default: run)")
+    chaos.add_argument("--config", default="configs/small.yaml", help="its settings (default: configs/small.yaml)")
+    chaos.add_argument("--sources", help="its documents, where they are not the config's")
+    chaos.add_argument("--seed", type=int, default=0, help="of who is killed, where and when (default: 0)")
+    chaos.add_argument(
+        "--kills", type=int, default=4, help="how many; every fourth comes round to the same kind (default: 4)"
+    )
     add("verify", _verify, "hash every artifact again and name what changed")
     return parser
 
@@ -263,6 +273,17 @@ def _deploy(_: argparse.Namespace) -> None:
     from flows.deploy import deploy
 
     print(f"registered: every deployment of prefect.yaml; {'; '.join(deploy())}")
+
+
+def _chaos(chosen: argparse.Namespace) -> None:
+    from flows.chaos import chaos
+
+    words = [chosen.flow, "--config", str(Path(chosen.config).absolute()), *CHECKPOINTS_OFTEN]
+    words += ["--sources", chosen.sources] if chosen.sources else []
+    outcome = chaos(words, chosen.seed, chosen.kills, lambda text: print(text, flush=True))
+    for told in outcome.told:
+        print(told)
+    print(f"same bits after {len(outcome.told)} kills and {outcome.starts} starts: checkpoint-{outcome.digest[:12]}")
 
 
 def _print_rows(names: list[str], rows: list[tuple[Any, ...]], as_json: bool) -> None:

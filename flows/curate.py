@@ -39,14 +39,19 @@ class Curated:
     data_report: Artifact
 
 
+def gather(parameters: CurateParameters) -> tuple[Artifact, Artifact]:
+    """The cheap beginning: (documents as ingested, documents with language and split)."""
+    ingested = ingest(settings=IngestSettings.of(parameters))
+    documents = languages(documents=ingested, settings=LanguageSettings.of(parameters))
+    return ingested, split(documents=documents, settings=SplitSettings.of(parameters))
+
+
 @flow(name="curate")
 def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
     """From sources to training instances: languages, held-out split, embeddings, similarity grouping, packing."""
     check(parameters)
     with open_run("curate", parameters):
-        ingested = ingest(settings=IngestSettings.of(parameters))
-        documents = languages(documents=ingested, settings=LanguageSettings.of(parameters))
-        documents = split(documents=documents, settings=SplitSettings.of(parameters))
+        ingested, documents = gather(parameters)
         model = None
         if parameters.embedding_model == STATIC:
             model = train_embedding(documents=documents, settings=StaticEmbeddingSettings.of(parameters))

@@ -35,30 +35,36 @@ def extend(parameters: ExtendParameters = ExtendParameters()) -> Extended:
     """Upcycles a model and trains it on new languages (stage 1), then reviews the old ones (stage 2)."""
     check(parameters)
     with open_run("extend", parameters):
-        recipe = recipe_of(parameters.extension_method)
         base, curated = _base(parameters)
-        upcycled = _with_experts(parameters, base, curated) if recipe.start == "upcycled" else None
-        # Methods that share a stage with MoE-LPR share its result too.
-        own = recipe.mixed or recipe.trained != "post_pretrain" or recipe.start != "upcycled"
-        shared = {} if own else {"extension_method": "moe_lpr"}
-        learned = train(
-            label="train stage 1" if recipe.reviewed else f"train {recipe.title}",
-            instances=curated.expanded,
-            review=curated.review if recipe.mixed else None,
-            checkpoint=upcycled or base,
-            settings=ExtendStageSettings.of(parameters, extend_stage="post_pretrain", **shared),
-        )
-        if not recipe.reviewed:
-            return Extended(curated, base, upcycled, {recipe.title: learned})
-        if not recipe.prior:
-            shared["lpr_weight"] = 0.0
-        reviewed = train(
-            label="train stage 2",
-            instances=curated.review,
-            checkpoint=learned,
-            settings=ExtendStageSettings.of(parameters, extend_stage="review", **shared),
-        )
-        return Extended(curated, base, upcycled, {"stage 1": learned, "stage 2": reviewed})
+        start = recipe_of(parameters.extension_method).start
+        upcycled = _with_experts(parameters, base, curated) if start == "upcycled" else None
+        return Extended(curated, base, upcycled, train_on(upcycled or base, curated, parameters))
+
+
+def train_on(start: Artifact, curated: Curated, parameters: ExtendParameters) -> dict[str, Artifact]:
+    """The stages of the method, by name, from an upcycled checkpoint or on from an extended one."""
+    recipe = recipe_of(parameters.extension_method)
+    # Methods that share a stage with MoE-LPR share its result too.
+    own = recipe.mixed or recipe.trained != "post_pretrain" or recipe.start != "upcycled"
+    shared = {} if own else {"extension_method": "moe_lpr"}
+    learned = train(
+        label="train stage 1" if recipe.reviewed else f"train {recipe.title}",
+        instances=curated.expanded,
+        review=curated.review if recipe.mixed else None,
+        checkpoint=start,
+        settings=ExtendStageSettings.of(parameters, extend_stage="post_pretrain", **shared),
+    )
+    if not recipe.reviewed:
+        return {recipe.title: learned}
+    if not recipe.prior:
+        shared["lpr_weight"] = 0.0
+    reviewed = train(
+        label="train stage 2",
+        instances=curated.review,
+        checkpoint=learned,
+        settings=ExtendStageSettings.of(parameters, extend_stage="review", **shared),
+    )
+    return {"stage 1": learned, "stage 2": reviewed}
 
 
 def _base(parameters: ExtendParameters) -> tuple[Artifact, Curated]:

@@ -88,6 +88,9 @@ class Terminal:
         told = word if state in ("failed", "cancelled") else f"{word}: {reason}"
         self.console.print(line + Text(told, style="dim"), soft_wrap=True)
 
+    def said(self, name: str, text: str) -> None:
+        self.say(f"  {text}")
+
     def linked(self, name: str, address: str, what: str) -> None:
         self.say(f"  {name}: {address}", style="dim")
 

@@ -16,6 +16,7 @@ from prefect.artifacts import (
     create_progress_artifact,
     update_progress_artifact,
 )
+from prefect.logging import get_logger
 
 from flows.server import PAGES
 from storage.artifact import Artifact
@@ -71,6 +72,10 @@ class PrefectPages:
                 self.linked(
                     f"{label} {page.stem}", address, f"{page.name} of the step '{label}', to open in the browser"
                 )
+
+    def said(self, name: str, text: str) -> None:
+        create_markdown_artifact(text, key=_slug(name), description="What this run decided, and why.")
+        get_logger("eclectus").info(text)
 
     def linked(self, name: str, address: str, what: str) -> None:
         create_link_artifact(address, link_text=name, key=_slug(name), description=what)

@@ -28,6 +28,9 @@ class Display(Protocol):
 
     def step_ended(self, label: str, state: str, reason: str, seconds: float, output: Artifact | None) -> None: ...
 
+    def said(self, name: str, text: str) -> None:
+        """A sentence that says what the run decided, and why. name: of its page."""
+
     def linked(self, name: str, address: str, what: str) -> None:
         """Something to open in a browser, named once a run."""
 
@@ -96,6 +99,12 @@ def progress(total: float | None, what: str, unit: str) -> Callable[[float], Non
             display.step_progressed(label, what, done, total, unit)
 
     return tell
+
+
+def say(name: str, text: str) -> None:
+    """Tells people what the run decided, and why. name: lower-case, of the page that holds it."""
+    for display in _current.displays if _current else ():
+        display.said(name, text)
 
 
 def track(items: Iterable[T], total: int | None, what: str, unit: str) -> Iterator[T]:

@@ -23,12 +23,12 @@ BIN = Path(sys.executable).parent
 SUBNET = "10.77.{number}.{host}"
 POSTGRES = """
 set -e; bin=$(dirname $(ls /usr/lib/postgresql/*/bin/postgres | tail -1)); data=/var/lib/postgresql/data
-chown postgres $data; printf %s "$POSTGRES_PASSWORD" > /tmp/password; chown postgres /tmp/password; mkdir -p /run/postgresql
+chown postgres $data; secret=$(mktemp); printf %s "$POSTGRES_PASSWORD" > $secret; chown postgres $secret
 as() { setpriv --reuid=postgres --regid=postgres --clear-groups "$@"; }
-as $bin/initdb -D $data -U $POSTGRES_USER --pwfile=/tmp/password -A scram-sha-256 > /dev/null
+as $bin/initdb -D $data -U $POSTGRES_USER --pwfile=$secret -A scram-sha-256 > /dev/null
 as $bin/postgres --single -D $data postgres <<< "create database $POSTGRES_DB" > /dev/null
 echo "host all all all scram-sha-256" >> $data/pg_hba.conf
-exec setpriv --reuid=postgres --regid=postgres --clear-groups $bin/postgres -D $data -h '*' -k /tmp
+exec setpriv --reuid=postgres --regid=postgres --clear-groups $bin/postgres -D $data -h '*' -c unix_socket_directories=
 """
 # What an image runs when the compose file gives the command of its own entry point, and what its health check becomes.
 IMAGES = {
@@ -105,7 +105,10 @@ class Compose:
 
     def run(self, name: str, words: list[str]) -> subprocess.CompletedProcess:
         """`docker compose exec`: a command inside the namespaces of a service, with its environment."""
-        (inside,) = psutil.Process(self._running[name].pid).children()
+        while not (children := psutil.Process(self._running[name].pid).children()):
+            assert self._running[name].poll() is None, f"'{name}' has ended:\n{self.log(name)[-3000:]}"
+            time.sleep(0.1)
+        (inside,) = children
         enter = ["nsenter", "--target", str(inside.pid), "--all", "--wd=/opt/eclectus", *words]
         return subprocess.run(enter, env=self.environment(name), capture_output=True, text=True, check=False)
 
@@ -121,7 +124,7 @@ class Compose:
         ours = {
             "PATH": f"{BIN}:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "PYTHONPATH": "/opt/eclectus",
-            "HOME": "/tmp",
+            "HOME": "/home/eclectus",
         }
         return ours | {"PYTHONDONTWRITEBYTECODE": "1", "LANG": "C.UTF-8"} | self.services[name].get("environment", {})
 
@@ -160,19 +163,23 @@ class Compose:
             )  # fmt: skip
 
     def _inside(self, name: str, command: str) -> list[str]:
-        """A command in new namespaces. /tmp, the volumes and /opt/eclectus are the service's own, as in a container."""
-        mounts = ["mount -t tmpfs tmpfs /tmp"]
-        binds = {ROOT: "/opt/eclectus"}
+        """A command in new namespaces. Ray's folder, the home, the volumes and /opt/eclectus are the service's own, as in a container."""
+        script = ["set -e"]
+        for own in ("/tmp/ray", "/home/eclectus"):
+            self._make_mount_point(Path(own))
+            script.append(f"mount -t tmpfs tmpfs {own}")
+        binds = [(ROOT, "/opt/eclectus")]
         for volume in self.services[name].get("volumes", []):
             source, _, target = volume.partition(":")
-            binds[self.folder / "volumes" / source] = target
-        for source, target in binds.items():
+            binds.append((self.folder / "volumes" / source, target))
+        for source, target in binds:
             source.mkdir(parents=True, exist_ok=True)
-            self._make_mount_point(Path(target))
-            mounts.append(f"mount --bind {source} {target}")
-        script = " && ".join([*mounts, f"cd {binds[ROOT]}", command])
+            if not target.startswith("/home/eclectus"):
+                self._make_mount_point(Path(target))
+            script.append(f"mkdir -p {target}; mount --bind {source} {target}")
         unshare = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        return ["ip", "netns", "exec", self._space(name), *unshare, "bash", "-c", script]
+        lines = "\n".join([*script, "cd /opt/eclectus", command])
+        return ["ip", "netns", "exec", self._space(name), *unshare, "bash", "-c", lines]
 
     def _make_mount_point(self, path: Path) -> None:
         missing = [each for each in (path, *path.parents) if not each.exists()]
