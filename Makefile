@@ -10,7 +10,7 @@ CONFIG ?= configs/default.yaml
 SOURCES ?= $(CORPUS)
 comma := ,
 
-.PHONY: run test lint bench up clean setup corpus
+.PHONY: run test lint bench up clean setup corpus services
 
 setup: $(VENV)/.installed
 
@@ -40,8 +40,18 @@ $(CORPUS)/SOURCES: | setup
 run: setup $(if $(filter $(CORPUS),$(SOURCES)),corpus)
 	@$(BIN)/eclectus run --config $(CONFIG) --sources $(SOURCES)
 
-test: setup
+test: setup services
 	@$(BIN)/python -m pytest
+
+# What tests of the factory start: a browser, PostgreSQL, Redis, network namespaces. Installed where we may and Debian's tools are there.
+services:
+	@need=""; for pair in chromium:chromium redis-server:redis-server ip:iproute2 nsenter:util-linux; do \
+	  command -v $${pair%%:*} > /dev/null || need="$$need $${pair##*:}"; done; \
+	ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1 || need="$$need postgresql"; \
+	if [ -n "$$need" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  echo "Installing$$need for the tests"; apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $$need > /dev/null; \
+	elif [ -n "$$need" ]; then echo "missing for the tests:$$need (as root: apt-get install$$need)"; fi
 
 lint: setup
 	@$(BIN)/ruff check .
@@ -50,7 +60,7 @@ lint: setup
 bench: setup corpus
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-up: setup
+up: setup corpus
 	@$(BIN)/eclectus up
 
 clean:

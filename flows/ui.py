@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -11,6 +13,7 @@ from typing import Any
 from uuid import UUID
 
 from prefect.artifacts import (
+    create_image_artifact,
     create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
@@ -20,6 +23,8 @@ from prefect.logging import get_logger
 
 from flows.server import PAGES
 from storage.artifact import Artifact
+from storage.lineage import connect
+from tasks.run import current_run
 
 SECONDS_BETWEEN_UPDATES = 3.0
 LONGEST_VALUE = 300
@@ -66,6 +71,9 @@ class PrefectPages:
         lines += [f"| {name} | {_cell(value)} |" for name, value in sorted(output.statistics.items())]
         create_markdown_artifact("\n".join(lines), key=_slug(label), description=f"{output.kind} of the step '{label}'")
 
+        for name, picture in _pictures(label, output):
+            address = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+            create_image_artifact(address, key=_slug(f"{label} {name}"), description=f"{name} of the step '{label}'")
         if output.kind == "report" and (served := os.environ.get(PAGES)):
             for page in sorted(Path(output.path).glob("*.html")):
                 address = f"{served}/{Path(output.path).name}/{page.name}"
@@ -79,6 +87,35 @@ class PrefectPages:
 
     def linked(self, name: str, address: str, what: str) -> None:
         create_link_artifact(address, link_text=name, key=_slug(name), description=what)
+
+
+def _pictures(label: str, output: Artifact) -> list[tuple[str, bytes]]:
+    """(name, PNG) of what there is to see of a step: the pictures that it made, or the curve of what it trained."""
+    made = [(path.stem, path.read_bytes()) for path in sorted(Path(output.path).glob("*.png"))]
+    run = current_run()
+    if made or run is None or output.kind != "checkpoint":
+        return made
+    with connect(run.home) as connection:
+        sql = (
+            "select at_step, value from metrics where step = ? and name = 'loss' and value is not null order by at_step"
+        )
+        points = connection.execute(sql, [run.step]).fetchall()
+    return [("loss", _curve(label, points))] if len(points) > 1 else []
+
+
+def _curve(label: str, points: list[tuple[int, float]]) -> bytes:
+    # The canvas of its own, not pyplot: no global state, no display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((7, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(*zip(*points, strict=True))
+    axes.set(title=label, xlabel="training step", ylabel="loss")
+    file = io.BytesIO()
+    figure.savefig(file, dpi=100, facecolor="white")
+    return file.getvalue()
 
 
 def _slug(label: str) -> str:
