@@ -27,13 +27,14 @@ import psutil
 
 from storage.errors import EclectusError
 from storage.home import Home
+from storage.journal import EVENTS
 from storage.lineage import query
 
 # What each victim is found by, among the driver's descendants: a part of its command line.
 VICTIMS = {"worker": "ray::RayTrainWorker", "node": "raylet/raylet", "server": "prefect server start", "driver": ""}
 MOST_STARTS = 12
 LONGEST_SILENCE = 240.0
-LONGEST_DELAY = 2.0
+LONGEST_DELAY = 1.0
 ORPHAN_SECONDS = 30.0
 
 
@@ -120,16 +121,17 @@ def _one_start(
             [sys.executable, "-m", "flows.cli", "--home", str(home), *words],
             env=environment, stdin=subprocess.DEVNULL, stdout=handle, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-    process, begun, heard, size = psutil.Process(driver.pid), {}, time.monotonic(), -1
+    process, begun, heard, size = psutil.Process(driver.pid), {}, time.monotonic(), (0, 0)
     try:
         while driver.poll() is None:
             for each in _descendants(process):
                 family[each.pid] = each
             now, grown = time.monotonic(), _journal_bytes(home)
             if grown != size:
-                heard, size = now, grown
-                for label in _running(home):
+                heard = now
+                for label in _running(home) if grown[0] != size[0] else ():
                     begun.setdefault(label, now)
+                size = grown
             if now - heard > LONGEST_SILENCE:
                 say(f"  nothing happened for {LONGEST_SILENCE:g} s: the driver is ended")
                 driver.kill()
@@ -179,8 +181,10 @@ def _orphans(family: dict[int, psutil.Process]) -> list[str]:
     return told
 
 
-def _journal_bytes(home: Path) -> int:
-    return sum(path.stat().st_size for path in (home / "journal").rglob("*.ndjson"))
+def _journal_bytes(home: Path) -> tuple[int, int]:
+    """Of steps, and of all there is."""
+    sizes = {path: path.stat().st_size for path in (home / "journal").rglob("*.ndjson")}
+    return sum(size for path, size in sizes.items() if path.parent.name == EVENTS), sum(sizes.values())
 
 
 def _running(home: Path) -> list[str]:

@@ -147,6 +147,8 @@ class Compose:
         hosts.mkdir(parents=True)
         lines = [f"{at} {service}" for service, at in self._addresses.items()]
         (hosts / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+        # Docker's name server answers at once; one that cannot be reached would cost many seconds a look-up.
+        (hosts / "resolv.conf").write_text("nameserver 127.0.0.1\n")
         _ip(
             f"netns add {space}", f"link add {outside} type veth peer name {inside}", f"link set {inside} netns {space}",
             f"link set {outside} master {self.bridge}", f"link set {outside} up", f"-n {space} link set lo up",

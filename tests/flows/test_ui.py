@@ -172,12 +172,18 @@ def test_a_person_runs_extend_from_its_form_and_a_killed_driver_goes_on_by_itsel
     screenshot(browser, "2-form")
     browser.evaluate("[...document.querySelectorAll('button')].find(b => b.textContent.trim() == 'Submit').click()")
     until(lambda: factory.call("POST", "/flow_runs/filter", {}), 60, "a run")
-    run = next(each["id"] for each in factory.call("POST", "/flow_runs/filter", {}) if each["deployment_id"] == deployment)
+    run = next(
+        each["id"] for each in factory.call("POST", "/flow_runs/filter", {}) if each["deployment_id"] == deployment
+    )
     browser.call("Page.navigate", url=f"{ui}/runs/flow-run/{run}")
     until(lambda: "train stage 1" in factory.labels("RUNNING"), 300, "the training of stage 1")
     screenshot(browser, "3-running")
     until(lambda: factory.named("prefect.engine"), 10, "a driver")[0].kill()
-    until(lambda: factory.run(run)["state"]["type"] == "COMPLETED", 400, f"completion, instead of {factory.run(run)['state']}")
+    until(
+        lambda: factory.run(run)["state"]["type"] == "COMPLETED",
+        400,
+        f"completion, instead of {factory.run(run)['state']}",
+    )
     assert factory.run(run)["run_count"] == 2
     keys = {each["key"]: each for each in factory.call("POST", "/artifacts/filter", {"limit": 200})}
     assert keys["train-stage-1-progress"]["data"] == 100
