@@ -63,7 +63,7 @@ class Factory:
 
     def labels(self, *states: str) -> set[str]:
         runs = self.call("POST", "/task_runs/filter", {"limit": 200})
-        return {each["name"] for each in runs if each["state"]["type"] in states}
+        return {each["name"] for each in runs if each["state"] and each["state"]["type"] in states}
 
     def family(self) -> list[psutil.Process]:
         """Every process of every service."""
@@ -192,8 +192,11 @@ def test_a_person_runs_extend_from_its_form_and_a_killed_driver_goes_on_by_itsel
     with urllib.request.urlopen(keys["data-report-data"]["data"].partition("(")[2].rstrip(")")) as page:
         assert b"Where every record went" in page.read()
     assert "ray-dashboard" in keys
-    browser.call("Page.navigate", url=f"{ui}/runs/flow-run/{run}?tab=Artifacts")
-    browser.wait("document.body.innerText.toLowerCase().includes('train-stage-2')")
+    browser.call("Page.navigate", url=f"{ui}/runs/flow-run/{run}")
+    tab = "[...document.querySelectorAll('button,a,[role=tab]')].find(x => x.textContent.trim() == 'Artifacts')"
+    browser.wait(f"!!{tab}")
+    browser.evaluate(f"{tab}.click()")
+    browser.wait("document.body.innerText.includes('train-stage-')")
     screenshot(browser, "4-artifacts")
 
 

@@ -27,7 +27,7 @@ class Browser:
         port = self._wait_for(profile / "DevToolsActivePort").split()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as answer:
             page = next(target for target in json.load(answer) if target["type"] == "page")
-        self._socket = connect(page["webSocketDebuggerUrl"], max_size=None)
+        self._socket = connect(page["webSocketDebuggerUrl"], max_size=None, ping_interval=None)
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
