@@ -170,8 +170,10 @@ def test_a_person_runs_extend_from_its_form_and_a_killed_driver_goes_on_by_itsel
     for name, field in PARAMETERS["extend"].model_fields.items():
         assert " ".join(field.description.split()) in shown, f"the form does not explain {name}"
     screenshot(browser, "2-form")
-    browser.evaluate("[...document.querySelectorAll('button')].find(b => b.textContent.trim() == 'Submit').click()")
-    until(lambda: factory.call("POST", "/flow_runs/filter", {}), 60, "a run")
+    button = "[...document.querySelectorAll('button')].find(b => b.textContent.trim() == 'Submit')"
+    browser.wait(f"!!{button} && !{button}.disabled")
+    browser.evaluate(f"{button}.click()")
+    until(lambda: factory.call("POST", "/flow_runs/filter", {}), 180, "a run")
     run = next(
         each["id"] for each in factory.call("POST", "/flow_runs/filter", {}) if each["deployment_id"] == deployment
     )
@@ -211,7 +213,7 @@ def test_cancelling_ends_rays_work_within_30_seconds_and_leaves_no_orphan(factor
     # What the button "Cancel" of the run's page sends.
     factory.call("POST", f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
     until(lambda: not factory.named(*work), 30, f"the end of {[command(each)[:60] for each in factory.named(*work)]}")
-    until(lambda: factory.run(run)["state"]["type"] == "CANCELLED", 60, "cancelled")
+    until(lambda: factory.run(run)["state"]["type"] == "CANCELLED", 180, "cancelled")
     time.sleep(5)
     assert factory.run(run)["state"]["type"] == "CANCELLED" and not factory.named(*work)
     stopped = factory.eclectus("sql", "--json", "select state from runs order by started desc limit 1").stdout
