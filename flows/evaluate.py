@@ -1,8 +1,9 @@
-"""Evaluate: scores of every model on held-out documents, and the report that compares them."""
+"""Evaluate: scores of every model on held-out documents and tasks, what it had seen in training, who is promoted, and the report."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from prefect import flow
 
@@ -12,47 +13,145 @@ from flows.parameters import CurateParameters, EvaluateParameters, ExtendParamet
 from flows.pretrain import pretrain
 from flows.run import current_home, once, open_run
 from storage.artifact import Artifact
+from storage.champions import Decision
+from storage.errors import EclectusError
+from tasks.benchmark import BenchmarkSettings, benchmark
+from tasks.contamination import ContaminationSettings, contamination, trained_on
 from tasks.evaluate import EvaluateSettings
 from tasks.evaluate import evaluate as score
+from tasks.gate import read_gates
+from tasks.promote import Candidate, decide
 from tasks.report import ReportSettings, report
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Checkpoints and their evaluations by the name of the model, and the report."""
+    """Checkpoints and their evaluations by the name of the model, the decisions of the gate by line, and the report.
+
+    benchmarks, contaminations: of the models that have them. left_out: what could not be evaluated, with the reason.
+    """
 
     curated: Curated
     checkpoints: dict[str, Artifact]
     evaluations: dict[str, Artifact]
     report: Artifact
+    benchmarks: dict[str, Artifact] = field(default_factory=dict)
+    contaminations: dict[str, Artifact] = field(default_factory=dict)
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
 
 @flow(name="evaluate")
 def evaluate(parameters: EvaluateParameters = EvaluateParameters()) -> Evaluated:
-    """Scores models on held-out documents, by domain and by language, and writes the report."""
+    """Scores models on held-out documents and tasks, decides by the gate who is promoted, and writes the report."""
     check(parameters)
     with open_run("evaluate", parameters):
         curated, checkpoints = _checkpoints(parameters)
-        settings = EvaluateSettings.of(parameters, evaluation_context=parameters.lory_segment)
-        evaluations = {
-            name: score(
+        evaluations, left_out = _score(curated, checkpoints, parameters)
+        benchmarks = _benchmark(curated, checkpoints, parameters, left_out)
+        seen = _contaminations(curated, checkpoints, evaluations, benchmarks, parameters)
+        kinds = {"text": evaluations, "tasks": benchmarks, "contamination": seen}
+        candidates = {
+            name: Candidate(checkpoints[name], {kind: each[name] for kind, each in kinds.items() if name in each})
+            for name in evaluations
+        }
+        decisions = _decide(candidates, parameters, left_out)
+        page = report(
+            evaluations=evaluations,
+            checkpoints={name: checkpoints[name] for name in evaluations},
+            documents=curated.documents,
+            grouping=curated.grouping,
+            instances={"original": curated.original, "expanded": curated.expanded, "review": curated.review},
+            benchmarks=benchmarks,
+            contaminations=seen,
+            gates={line: current_home().store.find(f"evaluation-{each.gate}") for line, each in decisions.items()},
+            settings=ReportSettings.of(parameters, report_left_out=left_out),
+        )
+        return Evaluated(curated, checkpoints, evaluations, page, benchmarks, seen, decisions, left_out)
+
+
+def _score(
+    curated: Curated, checkpoints: dict[str, Artifact], parameters: EvaluateParameters
+) -> tuple[dict[str, Artifact], list[str]]:
+    """(evaluations by model, what could not be evaluated). Raises EclectusError when no model could."""
+    settings = EvaluateSettings.of(parameters, evaluation_context=parameters.lory_segment)
+    evaluations: dict[str, Artifact] = {}
+    left_out: list[str] = []
+    for name, checkpoint in checkpoints.items():
+        try:
+            evaluations[name] = score(
                 label=f"evaluate {name}",
                 documents=curated.documents,
                 tokenizer=curated.tokenizer,
                 checkpoint=checkpoint,
                 settings=settings,
             )
-            for name, checkpoint in checkpoints.items()
-        }
-        page = report(
-            evaluations=evaluations,
-            checkpoints=checkpoints,
-            documents=curated.documents,
-            grouping=curated.grouping,
-            instances={"original": curated.original, "expanded": curated.expanded, "review": curated.review},
-            settings=ReportSettings.of(parameters),
-        )
-        return Evaluated(curated, checkpoints, evaluations, page)
+        except EclectusError as error:
+            left_out.append(f"{name}: {error}")
+    if not evaluations:
+        raise EclectusError("no model could be evaluated; " + "; ".join(left_out))
+    return evaluations, left_out
+
+
+def _benchmark(
+    curated: Curated, checkpoints: dict[str, Artifact], parameters: EvaluateParameters, left_out: list[str]
+) -> dict[str, Artifact]:
+    """The models' answers to tasks, where any are asked for; what could not be asked is added to left_out."""
+    settings = BenchmarkSettings.of(parameters)
+    if not settings.asks:
+        return {}
+    if settings.benchmark_preset == "moe-lpr" and not settings.benchmark_languages:
+        languages = [*parameters.original_languages, *parameters.expanded_languages]
+        settings = settings.model_copy(update={"benchmark_languages": languages})
+    answers: dict[str, Artifact] = {}
+    for name, checkpoint in checkpoints.items():
+        try:
+            answers[name] = benchmark(
+                label=f"benchmark {name}", checkpoint=checkpoint, tokenizer=curated.tokenizer, settings=settings
+            )
+        except EclectusError as error:
+            left_out.append(f"{name}, tasks: {error}")
+    return answers
+
+
+def _contaminations(
+    curated: Curated,
+    checkpoints: dict[str, Artifact],
+    evaluations: dict[str, Artifact],
+    benchmarks: dict[str, Artifact],
+    parameters: EvaluateParameters,
+) -> dict[str, Artifact]:
+    """What each model had seen in training; nothing for a model whose training the lineage does not know."""
+    settings = ContaminationSettings.of(parameters)
+    seen: dict[str, Artifact] = {}
+    for name, evaluation in evaluations.items():
+        trained, instances = trained_on(checkpoints[name])
+        if instances:
+            given: dict[str, Any] = {"benchmark": benchmarks[name]} if name in benchmarks else {}
+            seen[name] = contamination(
+                label=f"contamination {name}",
+                documents=curated.documents,
+                trained=trained,
+                instances=instances,
+                evaluation=evaluation,
+                settings=settings,
+                **given,
+            )
+    return seen
+
+
+def _decide(
+    candidates: dict[str, Candidate], parameters: EvaluateParameters, left_out: list[str]
+) -> dict[str, Decision]:
+    """Who is promoted, by line of champions. A model that was not evaluated is judged by nobody, and said to be."""
+    decisions = {}
+    for line, gate in (read_gates(parameters.gate) if parameters.gate else {}).items():
+        if gate.model in candidates:
+            base = candidates.get(gate.base)
+            decisions[line] = decide(gate, candidates[gate.model], base, parameters.report_resamples, parameters.seed)
+        else:
+            left_out.append(f"gate '{line}': there is no evaluated model '{gate.model}' to judge")
+    return decisions
 
 
 def _checkpoints(parameters: EvaluateParameters) -> tuple[Curated, dict[str, Artifact]]:

@@ -12,7 +12,9 @@ from pydantic import Field
 
 from storage.errors import EclectusError
 from tasks.add_experts import AddExpertsSettings
+from tasks.benchmark import BenchmarkSettings
 from tasks.budget import BudgetSettings
+from tasks.contamination import ContaminationSettings
 from tasks.data_report import DataReportSettings
 from tasks.embed import EmbedSettings
 from tasks.evaluate import EvaluateSettings
@@ -70,12 +72,15 @@ class SimilarityParameters(IngestSettings, LanguageSettings, SplitSettings, Fetc
     """From sources and a dense checkpoint to experts for each layer."""
 
 
-class EvaluateParameters(ExtendParameters, EvaluateSettings, ReportSettings):
+class EvaluateParameters(ExtendParameters, EvaluateSettings, BenchmarkSettings, ContaminationSettings, ReportSettings):
     """Evaluation and report of the models of pre-training and extension."""
 
     evaluate_checkpoints: list[str] = Field(
         [],
         description="Checkpoints to evaluate, as artifact names or folders. Empty: all that the other settings make.",
+    )
+    gate: str = Field(
+        "", description="YAML file with the rules that decide who is promoted, as configs/gate.yaml. Empty: nobody is."
     )
 
 
@@ -108,6 +113,8 @@ def check(parameters: CurateParameters | SimilarityParameters) -> None:
         raise EclectusError("expanded_languages is empty, so there is nothing to extend to; name at least one language")
     if isinstance(parameters, PretrainParameters):
         parameters.check_shape()
+    if isinstance(parameters, EvaluateParameters):
+        _check_evaluation(parameters)
     if isinstance(parameters, ExtendParameters):
         check_extension(parameters)
 
@@ -130,3 +137,16 @@ def check_extension(parameters: ExtendParameters) -> None:
         raise EclectusError(
             "extension_experts_per_layer and extension_expert_budget both say how many experts a layer gets; leave one out"
         )
+
+
+def _check_evaluation(parameters: EvaluateParameters) -> None:
+    if parameters.gate:
+        from tasks.gate import read_gates
+
+        read_gates(parameters.gate)
+    benchmarks = BenchmarkSettings.of(parameters)
+    if benchmarks.asks:
+        from tasks.benchmark_tasks import Harness
+
+        benchmarks.wanted()
+        Harness.check_installed()

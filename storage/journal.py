@@ -1,6 +1,6 @@
 """The journal: what happened, appended by each process to files of its own, so that nobody ever waits for a lock.
 
-Two streams of newline-delimited JSON, `events/` (runs and steps) and `metrics/`, with one file a run and process. An event
+Three streams of newline-delimited JSON, `events/` (runs and steps), `metrics/` and `decisions/` (champions), with one file a run and process. An event
 is one line, written with one `write` and synced: a kill loses at most the line being written. Metrics are written through
 to the operating system line by line and synced at close. `compact` turns the journals of finished processes into Parquet.
 `storage.lineage` reads both forms.
@@ -21,6 +21,7 @@ from storage.mirror import Mirror
 
 EVENTS = "events"
 METRICS = "metrics"
+DECISIONS = "decisions"
 
 
 def now() -> str:
@@ -60,6 +61,11 @@ class Journal:
                 "tags": tags or {},
             },
         )
+
+    def decision(self, **columns: Any) -> None:
+        """One decision on a model (storage/champions.py), on disk when this returns."""
+        os.fsync(self._write(DECISIONS, {"logged": now(), "run": self.run, **columns}))
+        self._push(DECISIONS)
 
     def close(self) -> None:
         for stream, handle in self._handles.items():

@@ -7,6 +7,8 @@ stand in `eclectus.duckdb` for people with the `duckdb` shell. The columns are f
     steps         one row a step of a run            step_outputs  which artifact a step made or reused
     artifacts     one row an artifact                settings      one row a setting of a step
     metrics       one row a number                   documents     which document is in which instance, at which offset
+    decisions     one row a promotion or refusal     champions     the last one promoted of each line
+    routing       one row a layer, expert, language and domain of an evaluated model
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import duckdb
 
 from storage.errors import EclectusError
 from storage.home import Home
-from storage.journal import EVENTS, METRICS
+from storage.journal import DECISIONS, EVENTS, METRICS
 
 COLUMNS = {
     EVENTS: {
@@ -59,6 +61,18 @@ COLUMNS = {
         "at_step": "BIGINT",
         "tags": "MAP(VARCHAR, VARCHAR)",
     },
+    DECISIONS: {
+        "logged": "TIMESTAMP",
+        "run": "VARCHAR",
+        "line": "VARCHAR",
+        "verdict": "VARCHAR",
+        "checkpoint": "VARCHAR",
+        "reason": "VARCHAR",
+        "evaluations": "JSON",
+        "gate": "VARCHAR",
+        "rules": "JSON",
+        "by": "VARCHAR",
+    },
 }
 
 VIEWS = {
@@ -86,6 +100,10 @@ VIEWS = {
     "step_outputs": """
         select step, run, 'out' as name, output.artifact as artifact, output.kind as kind, state = 'reused' as reused
         from events where event = 'step_ended' and output is not null""",
+    "champions": """
+        select line, arg_max(checkpoint, logged) as checkpoint, max(logged) as since, arg_max(reason, logged) as reason,
+               arg_max("by", logged) as "by", arg_max(run, logged) as run
+        from decisions where verdict = 'promoted' group by line""",
     "settings": """
         select step, run, entry.key as name, entry.value as value
         from (select step, run, unnest(map_entries(settings)) as entry from events where event = 'step_ended')""",
@@ -129,11 +147,12 @@ def query(sql: str, home: Home | None = None) -> tuple[list[str], list[tuple[Any
 
 
 def _create_views(connection: duckdb.DuckDBPyConnection, home: Home) -> None:
-    for stream in (EVENTS, METRICS):
+    for stream in COLUMNS:
         connection.execute(f"create view {stream} as {_stream(home, stream)}")
     for name, body in VIEWS.items():
         connection.execute(f"create view {name} as {body}")
     connection.execute(f"create view documents as {_documents(home)}")
+    connection.execute(f"create view routing as {_routing(home)}")
 
 
 def _stream(home: Home, stream: str) -> str:
@@ -167,6 +186,19 @@ def _documents(home: Home) -> str:
     return (
         f"select {chosen}, a.artifact as instances from read_parquet({_text(tables)}, filename = true) d "
         "join artifacts a on a.kind = 'instances' and split_part(d.filename, '/', -2) = a.artifact[1:32]"
+    )
+
+
+def _routing(home: Home) -> str:
+    """What the routers of evaluated models did (tasks/evaluate.py)."""
+    columns = "layer expert language domain share top_k_share routed".split()
+    if not any(home.store.root.glob("evaluation/*/routing.parquet")):
+        return "select " + ", ".join(f"null::VARCHAR as {name}" for name in [*columns, "evaluation"]) + " where false"
+    tables = home.store.root / "evaluation" / "*" / "routing.parquet"
+    return (
+        f"select {', '.join(f'r.{name}' for name in columns)}, a.artifact as evaluation "
+        f"from read_parquet({_text(tables)}, filename = true) r "
+        "join artifacts a on a.kind = 'evaluation' and split_part(r.filename, '/', -2) = a.artifact[1:32]"
     )
 
 

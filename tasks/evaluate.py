@@ -163,24 +163,10 @@ def evaluate_here(
 
 
 def load_model(checkpoint: str, name: str, context: int) -> Any:
-    """The model in a directory, fp32, ready to be scored. Raises EclectusError naming the checkpoint.
-
-    Runs no code from the directory; importing `models` is what makes Lory known.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    """The model in a directory, fp32, ready to be scored. Raises EclectusError naming the checkpoint."""
     from models.lory import LoryForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise EclectusError(
-                f"{name} brings its own code, which Eclectus does not run; convert it to a model that transformers knows"
-            ) from error
-        first = str(error).strip().splitlines()[0]
-        raise EclectusError(f"{name} cannot be loaded as a causal language model: {first}") from error
+    model = read_model(checkpoint, name)
     if isinstance(model, LoryForCausalLM) and model.config.num_experts > 1:
         segment, rule = model.config.segment_length, model.config.first_segment
         if segment > context and rule == "stop_gradient" and model.config.routing != "dense":
@@ -189,6 +175,27 @@ def load_model(checkpoint: str, name: str, context: int) -> Any:
                 f"looks ahead; set evaluation_context to {segment} or more for every model that is compared"
             )
     return model
+
+
+def read_model(checkpoint: str, name: str) -> Any:
+    """The model in a directory, fp32. Runs no code from the directory; importing `models` is what makes Lory known.
+
+    Raises EclectusError naming the checkpoint.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import models.lory  # noqa: F401
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise EclectusError(
+                f"{name} brings its own code, which Eclectus does not run; convert it to a model that transformers knows"
+            ) from error
+        first = str(error).strip().splitlines()[0]
+        raise EclectusError(f"{name} cannot be loaded as a causal language model: {first}") from error
 
 
 def _window(checkpoint: Artifact, tokenizer: Any, settings: EvaluateSettings) -> int:

@@ -26,6 +26,7 @@ from tasks.settings import Settings
 from tasks.step import step
 
 if TYPE_CHECKING:
+    from tasks.report.answers import Answers
     from tasks.report.evidence import Scores
     from tasks.report.figures import Figure
     from tasks.report.tables import Facts, Table
@@ -41,6 +42,9 @@ class ReportSettings(Settings):
     report_samples: int = Field(2, ge=0, description="Samples of each language that the report shows.")
     report_resamples: int = Field(
         1000, ge=100, description="Draws of the bootstrap over documents that gives the 95% intervals."
+    )
+    report_left_out: list[str] = Field(
+        [], description="Models that could not be evaluated, with the reason; the flow fills this in."
     )
     seed: int = Field(0, description="Seed of everything random.")
 
@@ -75,6 +79,7 @@ class Contents:
     data: list[Facts]
     settings: list[Facts]
     versions: list[tuple[str, str]]
+    gates: list[Table] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     score_figures: list[Figure] = field(default_factory=list)
     loss_figures: list[Figure] = field(default_factory=list)
@@ -85,7 +90,23 @@ class Contents:
         return [*self.score_figures, *self.loss_figures, *(each for part in self.routing for each in part.figures)]
 
 
-@step(makes="report", version=1)
+@dataclass(frozen=True)
+class Beside:
+    """What is known beside held-out text: answers to tasks by model, decisions of gates, and models that were left out."""
+
+    answers: dict[str, Answers]
+    gates: list[dict[str, Any]]
+    left_out: list[str]
+
+    def notes(self) -> list[str]:
+        """What is missing and why, each once."""
+        tasks = {
+            f"task {task}: {why}" for each in self.answers.values() for task, why in each.about["left_out"].items()
+        }
+        return [*self.left_out, *sorted(tasks)]
+
+
+@step(makes="report", version=2)
 def report(
     evaluations: dict[str, Artifact],
     checkpoints: dict[str, Artifact],
@@ -94,8 +115,15 @@ def report(
     out: Draft,
     grouping: Artifact | None = None,
     instances: dict[str, Artifact] | None = None,
+    benchmarks: dict[str, Artifact] | None = None,
+    contaminations: dict[str, Artifact] | None = None,
+    gates: dict[str, Artifact] | None = None,
 ) -> None:
-    """Writes the report over these models: "dense", "lory", "stage 1", "stage 2" and any others by name."""
+    """Writes the report over these models: "dense", "lory", "stage 1", "stage 2" and any others by name.
+
+    benchmarks, contaminations: by model (tasks/benchmark.py, tasks/contamination.py). gates: decisions by line (tasks/gate.py).
+    """
+    from tasks.report.answers import Answers
     from tasks.report.evidence import Scores
     from tasks.report.markdown import write_markdown
     from tasks.report.pictures import draw_pictures
@@ -104,20 +132,34 @@ def report(
     if not evaluations:
         raise EclectusError("a report needs at least one evaluated model; evaluate a checkpoint first")
     scores = {name: Scores.read(name, evaluation) for name, evaluation in evaluations.items()}
-    comparer = Comparer(scores, settings.report_resamples, settings.seed)
+    seen = {name: _seen(each) for name, each in (contaminations or {}).items() if name in scores}
+    comparer = Comparer(scores, settings.report_resamples, settings.seed, seen)
+    beside = Beside(
+        {name: Answers(name, each) for name, each in (benchmarks or {}).items() if name in scores},
+        [each.statistics for each in (gates or {}).values()],
+        settings.report_left_out,
+    )
     given = {name: each for name, each in (instances or {}).items() if each is not None}
     history = _history(list(checkpoints.values()))
-    contents = _contents(comparer, checkpoints, documents, grouping, given, history, settings)
+    contents = _contents(comparer, checkpoints, documents, grouping, given, history, settings, beside)
     out.file("report.html").write_text(_page(contents, checkpoints, history, comparer), "utf-8")
     out.file("report.md").write_text(write_markdown(contents), "utf-8")
     draw_pictures(comparer, history, checkpoints, out.file("pictures/scores.png").parent)
     out.rows = len(scores)
     out.statistics = {
+        "headline": contents.verdict.headline,
         "verdict": contents.verdict.sentences,
         "tiles": [asdict(tile) for tile in contents.verdict.tiles],
         "notes": contents.verdict.notes,
         "models": list(scores),
     }
+
+
+def _seen(contamination: Artifact) -> dict[tuple[str, str], float]:
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(contamination.file("shares.parquet")).to_pylist()
+    return {(row["kind"], row["name"]): row["share"] for row in rows}
 
 
 def _history(checkpoints: list[Artifact]) -> History:
@@ -134,8 +176,10 @@ def _contents(
     instances: dict[str, Artifact],
     history: History,
     settings: ReportSettings,
+    beside: Beside,
 ) -> Contents:
     from tasks.report import figures, tables
+    from tasks.report.forgetting import forgetting_table, tasks_table
     from tasks.report.verdict import judge
     from tasks.report.words import count, listed
 
@@ -145,12 +189,16 @@ def _contents(
         f"Models: {listed(list(comparer.scores))}. Scored on {count(len(base.document))} held-out documents in "
         f"{len(base.values('language'))} languages ({count(base.tokens.sum())} tokens, windows of {base.about['window']})."
     )
+    gained, asked = forgetting_table(comparer, beside.answers), tasks_table(beside.answers, comparer.seen)
+    verdict = judge(comparer, _frozen(checkpoints, history), beside.gates)
+    verdict.notes += [f"Left out: {each}" for each in beside.notes()]
     by_domain = [tables.scores_by_domain(comparer)] if base.values("domain", group="original") else []
     return Contents(
         title=settings.report_title,
         subtitle=subtitle,
-        verdict=judge(comparer, _frozen(checkpoints, history)),
-        tables=[*by_domain, tables.scores_by_language(comparer)],
+        verdict=verdict,
+        tables=[each for each in (gained, *by_domain, tables.scores_by_language(comparer), asked) if each],
+        gates=[tables.gate_table(each) for each in beside.gates],
         documents=tables.documents_table(documents),
         instances=tables.instances_table(instances),
         models=tables.models_table(comparer.scores, checkpoints),

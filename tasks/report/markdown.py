@@ -16,10 +16,11 @@ _ACTIVE = re.compile(r"([\\`*_\[\]|~#!])")
 def write_markdown(contents: Contents) -> str:
     """The whole report as GitHub-flavoured Markdown; people's texts cannot become markup in it."""
     parts = [f"# {safe(contents.title)}", safe(contents.subtitle)]
+    parts.append(f"**{safe(contents.verdict.headline)}**")
     parts += [f"- **{safe(tile.value)}** {safe(tile.what)} ({safe(tile.detail)})" for tile in contents.verdict.tiles]
     parts += [safe(sentence) for sentence in contents.verdict.sentences]
     parts += [f"*{safe(note)}*" for note in contents.verdict.notes]
-    parts += ["## Scores on held-out text", *map(table_markdown, contents.tables), "![Scores](pictures/scores.png)"]
+    parts += ["## Scores", *map(table_markdown, [*contents.gates, *contents.tables]), "![Scores](pictures/scores.png)"]
     if contents.loss_figures:
         parts += ["## Training", "![Training loss](pictures/loss.png)"]
     if contents.routing:

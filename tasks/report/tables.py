@@ -67,12 +67,22 @@ def scores_by_language(comparer: Comparer) -> Table:
 
 _NOTE = (
     "Bits per byte; lower is better. Under it the change against the dense model, or the first (coloured where the 95% interval "
-    "of a paired bootstrap over documents leaves out zero), and the perplexity per token."
+    "of a paired bootstrap over documents leaves out zero), and the perplexity per token. Seen in training: documents half of whose "
+    "eight-word sequences stand in training documents, for the model that saw most."
 )
 
 
 def _scores_head(first: str, comparer: Comparer) -> list[str]:
-    return [first, *comparer.scores, "documents"]
+    return [first, *comparer.scores, *(["seen in training"] if comparer.seen else []), "documents"]
+
+
+def _seen_cells(comparer: Comparer, labels: dict[str, str]) -> list[Cell]:
+    """How much of this text any of the models saw in training, where that is known."""
+    if not comparer.seen:
+        return []
+    kind = next((each for each in ("language", "domain") if each in labels), "")
+    shares = [each[kind, labels[kind]] for each in comparer.seen.values() if kind and (kind, labels[kind]) in each]
+    return [Cell(f"{100 * max(shares):.1f}%" if shares else "", tone="bad" if shares and max(shares) > 0 else "")]
 
 
 def _scores_row(title: str, comparer: Comparer, under: str = "", **labels: str) -> list[Cell]:
@@ -82,7 +92,20 @@ def _scores_row(title: str, comparer: Comparer, under: str = "", **labels: str) 
         more = f"ppl {count(perplexity) if perplexity >= 1000 else f'{perplexity:.1f}'}" if perplexity else ""
         small, tint = (percent(change.bits), tone(change)) if change else ("", "")
         cells.append(Cell(number(each.bits_per_byte(**labels)), small, more, tint))
-    return [*cells, Cell(count(int(comparer.base.where(**labels).sum())))]
+    return [*cells, *_seen_cells(comparer, labels), Cell(count(int(comparer.base.where(**labels).sum())))]
+
+
+def gate_table(decision: dict[str, Any]) -> Table:
+    """The rules of a gate and what became of each."""
+    rows = [
+        [
+            Cell(rule["rule"]),
+            Cell("holds" if rule["passed"] else "fails", rule["reason"], "", "good" if rule["passed"] else "bad"),
+        ]
+        for rule in decision["rules"]
+    ]
+    word = "promoted" if decision["passed"] else "refused"
+    return Table(f"Gate of line '{decision['line']}': {decision['model']} {word}", ["rule", "outcome"], rows)
 
 
 def documents_table(documents: Artifact) -> Table:

@@ -7,6 +7,7 @@ A difference counts as one only where the 95% interval of the paired bootstrap l
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from tasks.report.evidence import Change, Scores, compare
 from tasks.report.words import interval, language_name, listed, percent
@@ -28,8 +29,9 @@ class Tile:
 
 @dataclass
 class Verdict:
-    """tiles and sentences, most important first; changes by (model, label, value) for the tables and figures."""
+    """headline: the page in one line. tiles and sentences, most important first; notes: what the numbers leave out."""
 
+    headline: str = ""
     tiles: list[Tile] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -42,6 +44,8 @@ class Comparer:
     scores: dict[str, Scores]
     resamples: int
     seed: int
+    # By model: the share seen in training, by (kind, name) of what was scored (tasks/contamination.py).
+    seen: dict[str, dict[tuple[str, str], float]] = field(default_factory=dict)
 
     @property
     def base(self) -> Scores | None:
@@ -55,12 +59,17 @@ class Comparer:
         return compare(self.base, self.scores[name], self.resamples, self.seed, **labels)
 
 
-def judge(comparer: Comparer, frozen: bool | None = None) -> Verdict:
-    """The verdict over the models that there are. frozen: whether every original weight is as it was, None if not known."""
+def judge(comparer: Comparer, frozen: bool | None = None, gates: list[dict[str, Any]] | None = None) -> Verdict:
+    """The verdict over the models that there are. frozen: whether every original weight is as it was, None if not known.
+
+    gates: what each line's gate decided (`decision.json` of tasks/gate.py, with the model's name as `model`).
+    """
     verdict = Verdict()
     if comparer.base is None:
         verdict.sentences.append("No model was evaluated.")
         return verdict
+    for each in gates or []:
+        _judge_gate(each, verdict)
     if comparer.base.name == BASE and LORY in comparer.scores:
         _judge_lory(comparer, verdict)
     last = next((name for name in (STAGE_2, STAGE_1) if name in comparer.scores), None)
@@ -81,7 +90,29 @@ def judge(comparer: Comparer, frozen: bool | None = None) -> Verdict:
             f"Only {comparer.base.name} was evaluated: {comparer.base.bits_per_byte():.3f} bits per byte on held-out text."
         )
     _note(comparer, verdict)
+    verdict.headline = _headline(verdict, gates or [])
     return verdict
+
+
+def _judge_gate(decision: dict[str, Any], verdict: Verdict) -> None:
+    held = sum(rule["passed"] for rule in decision["rules"])
+    told = f"{held} of {len(decision['rules'])} rules hold"
+    word = "promoted" if decision["passed"] else "refused"
+    tint = "good" if decision["passed"] else "bad"
+    verdict.tiles.append(Tile(word, f"{decision['model']}, by the gate of line '{decision['line']}'", told, tint))
+
+
+def _headline(verdict: Verdict, gates: list[dict[str, Any]]) -> str:
+    """What a reader in a hurry has to know: the gate's word where there is one, else the first finding."""
+    if not gates:
+        return verdict.sentences[0].split(". ")[0].rstrip(".") + "."
+    parts = []
+    for each in gates:
+        if each["passed"]:
+            parts.append(f"{each['model']} may be promoted: {each['reason']}.")
+        else:
+            parts.append(f"{each['model']} must not be promoted: {each['reason']}.")
+    return " ".join(parts)
 
 
 def tone(change: Change) -> str:

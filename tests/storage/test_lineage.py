@@ -19,6 +19,9 @@ FROZEN = {
     "step_outputs": "step run name artifact kind reused",
     "settings": "step run name value",
     "metrics": "logged run step name value at_step tags",
+    "decisions": "logged run line verdict checkpoint reason evaluations gate rules by",
+    "champions": "line checkpoint since reason by run",
+    "routing": "layer expert language domain share top_k_share routed evaluation",
     "documents": "document name language domain source instance instance_offset tokens document_offset instances",
 }
 

@@ -1,0 +1,41 @@
+"""The commands that judge: `promote`, `champions` and `compare`. Every import that takes time waits until its command is known."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+PrintRows = Callable[[list[str], list[tuple[Any, ...]], bool], None]
+
+
+def add_judging_commands(add: Callable[..., argparse.ArgumentParser], print_rows: PrintRows) -> None:
+    """Adds them to the command line. add: as in `flows.cli`; print_rows: called with columns, rows and whether as JSON."""
+    promote = add(
+        "promote",
+        _promote,
+        "let the gate decide whether a checkpoint becomes champion",
+        checkpoint="artifact name or folder",
+    )
+    gate = "configs/gate.yaml"
+    promote.add_argument("--gate", default=gate, help=f"YAML file with the rules (default: {gate})")
+    promote.add_argument("--line", help="line of champions; where left out, the one of the model's name in its evaluation")
+    promote.add_argument("--force", metavar="REASON", help="promote it though the gate refuses; the reason is kept")
+
+    def show_champions(chosen: argparse.Namespace) -> None:
+        from flows.promote import champion_rows
+
+        print_rows(*champion_rows(chosen.all), chosen.json)
+
+    champions = add("champions", show_champions, "who was promoted and who was refused, by line, with the reasons")
+    champions.add_argument("--all", action="store_true", help="every decision, not the last of each line and verdict")
+    champions.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
+
+
+def _promote(chosen: argparse.Namespace) -> None:
+    from flows.promote import promote
+
+    decision = promote(chosen.checkpoint, chosen.gate, chosen.line, chosen.force)
+    for rule in decision.rules:
+        print(f"{'holds' if rule['passed'] else 'FAILS'}  {rule['rule']}: {rule['reason']}")
+    print(f"checkpoint-{decision.checkpoint[:12]} is {decision.verdict} in line '{decision.line}': {decision.reason}")

@@ -1,0 +1,85 @@
+"""Promote: the gate's word on a checkpoint that was evaluated before, and who is champion of which line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field
+
+from flows.run import open_run
+from storage.champions import PROMOTED, Decision, decisions, person, record
+from storage.errors import EclectusError
+from storage.home import Home
+from tasks.gate import Gate, read_gates
+from tasks.promote import decide, find_base, find_candidate
+from tasks.settings import Settings
+
+
+class PromoteParameters(Settings):
+    """What is promoted, and by which rules."""
+
+    checkpoint: str = Field(description="Artifact name or folder of the checkpoint.")
+    gate: str = Field(description="YAML file with the rules, as configs/gate.yaml.")
+    line: str | None = Field(None, description="Line of champions; that of the model's name where left out.")
+    force: str | None = Field(None, description="Reason to promote it though the gate refuses.")
+
+
+def promote(checkpoint: str, gate: str, line: str | None, force: str | None) -> Decision:
+    """Judges a checkpoint by its latest evaluations and records what came of it; no Prefect is needed.
+
+    A person's promotion against the gate (`force`) is recorded beside the gate's refusal. Raises EclectusError for a checkpoint that
+    was never evaluated, and for a line that is not in the gate's file.
+    """
+    home = Home.open()
+    gates, artifact = read_gates(gate), home.store.find(checkpoint)
+    if artifact.kind != "checkpoint":
+        raise EclectusError(f"{artifact.name} is no checkpoint, so it cannot be promoted")
+    candidate, name, run = find_candidate(home, artifact)
+    chosen = _gate(gates, gate, line, name)
+    base = find_base(home, chosen.base, run)
+    parameters = PromoteParameters(checkpoint=checkpoint, gate=str(gate), line=line, force=force)
+    with open_run("promote", parameters, home) as opened:
+        decision = decide(replace(chosen, model=name), candidate, base)
+        if force and decision.verdict != PROMOTED:
+            decision = replace(
+                decision, verdict=PROMOTED, reason=f"{force} (the gate refused: {decision.reason})", by=person()
+            )
+            record(home, decision, opened.id)
+    return decision
+
+
+def champion_rows(everything: bool) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """(column names, rows): the last decision of each line, verdict and checkpoint, or all of them."""
+    found = decisions(Home.open())
+    champions = {each.line: each for each in found if each.verdict == PROMOTED}
+    if not everything:
+        found = list({(each.line, each.checkpoint, each.verdict): each for each in found}.values())
+    rows = [
+        (
+            each.line,
+            "champion"
+            if champions.get(each.line) is each
+            else "former champion"
+            if each.verdict == PROMOTED
+            else "refused",
+            f"checkpoint-{each.checkpoint[:12]}",
+            (each.logged or "")[:19],
+            each.by,
+            each.reason,
+        )
+        for each in reversed(found)
+    ]
+    return ["line", "is", "checkpoint", "decided", "by", "reason"], rows
+
+
+def _gate(gates: dict[str, Gate], path: str, line: str | None, model: str) -> Gate:
+    if line is None:
+        line = next((each.line for each in gates.values() if each.model == model), None)
+        if line is None and len(gates) == 1:
+            line = next(iter(gates))
+    if line not in gates:
+        known = ", ".join(gates)
+        asked = f"'{line}'" if line else f"for a model evaluated as '{model}'"
+        raise EclectusError(f"gate file {path} has no line {asked}; its lines are {known}: choose one with --line")
+    return gates[line]
