@@ -27,6 +27,22 @@ def add_judging_commands(add: Callable[..., argparse.ArgumentParser], print_rows
 
         print_rows(*champion_rows(chosen.all), chosen.json)
 
+    def show_comparison(chosen: argparse.Namespace) -> None:
+        from flows.compare import compare
+        from flows.summary import near
+
+        tables, page = compare(chosen.runs, chosen.measure, chosen.out)
+        for names, rows in tables:
+            if rows:
+                print_rows(names, rows, chosen.json)
+        if not chosen.json:
+            print(f"\ncurves: {near(page)}")
+
+    compare = add("compare", show_comparison, "runs beside each other: what differs, measures with their spread, curves")
+    compare.add_argument("runs", nargs="+", help="runs, as in `runs`, the start of a name, 'last' or 'last~1'")
+    compare.add_argument("--measure", default="", metavar="WORDS", help="only measures whose name holds these words")
+    compare.add_argument("-o", "--out", help="the page to write (default: compare.html in the home)")
+    compare.add_argument("--json", action="store_true", help="one JSON object a row instead of tables")
     champions = add("champions", show_champions, "who was promoted and who was refused, by line, with the reasons")
     champions.add_argument("--all", action="store_true", help="every decision, not the last of each line and verdict")
     champions.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")

@@ -25,6 +25,7 @@ def summarize(run: Run, result: Any, terminal: Terminal) -> None:
     terminal.say(", ".join(f"{number} steps {state}" for state, number in sorted(counts.items())))
     if hasattr(result, "evaluations"):
         _scores(result.evaluations, terminal)
+        _judgements(result, terminal)
     if hasattr(result, "data_report"):
         _curation(result, terminal)
     if hasattr(result, "similarity"):
@@ -74,6 +75,22 @@ def _similarity(found: dict[str, Any], terminal: Terminal) -> None:
     terminal.say(
         f"as experts of each layer: --experts {experts} (upcycle), --extension-experts-per-layer {experts} (extend)"
     )
+
+
+def _judgements(result: Any, terminal: Terminal) -> None:
+    """Tasks, the gate's decisions and what was left out, where there are any."""
+    if result.benchmarks:
+        answers = {name: artifact.statistics["scores"] for name, artifact in result.benchmarks.items()}
+        table = Table("task and metric", *answers, box=None, header_style="bold", pad_edge=False)
+        for row in dict.fromkeys(row for each in answers.values() for row in each):
+            values = (each.get(row) for each in answers.values())
+            table.add_row(row, *("" if value is None else f"{value:.3f}" for value in values))
+        terminal.say("")
+        terminal.console.print(table)
+    for line, decision in result.decisions.items():
+        terminal.say(f"gate '{line}': {decision.verdict}: {decision.reason}")
+    for each in result.left_out:
+        terminal.say(f"left out: {each}")
 
 
 def _places(run: Run, result: Any) -> dict[str, Path]:

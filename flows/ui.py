@@ -17,6 +17,7 @@ from prefect.artifacts import (
     create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
+    create_table_artifact,
     update_progress_artifact,
 )
 from prefect.logging import get_logger
@@ -74,6 +75,8 @@ class PrefectPages:
         for name, picture in _pictures(label, output):
             address = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
             create_image_artifact(address, key=_slug(f"{label} {name}"), description=f"{name} of the step '{label}'")
+        if output.kind == "report":
+            _show_tables(label, output)
         if output.kind == "report" and (served := os.environ.get(PAGES)):
             for page in sorted(Path(output.path).glob("*.html")):
                 address = f"{served}/{Path(output.path).name}/{page.name}"
@@ -89,9 +92,17 @@ class PrefectPages:
         create_link_artifact(address, link_text=name, key=_slug(name), description=what)
 
 
+def _show_tables(label: str, report: Artifact) -> None:
+    tables = report.file("tables.json")
+    for number, table in enumerate(json.loads(tables.read_text("utf-8")) if tables.is_file() else ()):
+        create_table_artifact(table["rows"], key=f"{_slug(label)}-table-{number}", description=table["title"])
+
+
 def _pictures(label: str, output: Artifact) -> list[tuple[str, bytes]]:
     """(name, PNG) of what there is to see of a step: the pictures that it made, or the curve of what it trained."""
-    made = [(path.stem, path.read_bytes()) for path in sorted(Path(output.path).glob("*.png"))]
+    folder = Path(output.path)
+    paths = sorted([*folder.glob("*.png"), *folder.glob("pictures/*.png")])
+    made = [(path.stem, path.read_bytes()) for path in paths]
     run = current_run()
     if made or run is None or output.kind != "checkpoint":
         return made

@@ -16,8 +16,10 @@ Shapes: B windows, L tokens, N routed units (segments or tokens), E experts, S s
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from models.export_lory import prompt_routing_weights
 from models.lory import LoryForCausalLM
 from models.place import Place
 from models.train import autocast
@@ -32,6 +35,8 @@ from models.train import autocast
 NO_DOCUMENT = -1
 LOGITS_AT_ONCE = 2**28
 MOST_BUCKETS = 32
+# Batches between two writings of the sums so far.
+KEEP_EVERY = 50
 
 
 class NotFinite(Exception):
@@ -119,30 +124,86 @@ def plan_windows(lengths: list[int], length: int, context: int) -> np.ndarray:
 
 @torch.no_grad()
 def score(
-    model: Any, windows: Windows, streams: int, place: Place, batch: int, told: Callable[[int, int], None]
+    model: Any,
+    windows: Windows,
+    streams: int,
+    place: Place,
+    batch: int,
+    told: Callable[[int, int], None],
+    kept: Path | None = None,
+    by_prompt: bool = False,
 ) -> Sums:
     """Scores all windows, shared between the processes; the same sums on every one of them.
 
     batch: windows at once in a process, fewer where their logits would be more than LOGITS_AT_ONCE numbers. told: called
-    with (windows done here, windows to do here). Raises NotFinite.
+    with (windows done here, windows to do here). kept: a directory where the sums so far are written every KEEP_EVERY batches, so
+    that scoring which was cut off goes on from them. by_prompt: route a Lory model once a window, by its context alone
+    (papers.md 1.4), and count no routing. Raises NotFinite.
     """
     model.to(place.device).eval()
     mine = windows.table[place.rank :: place.world]
     size = max(1, min(batch, LOGITS_AT_ONCE // (windows.length * model.config.vocab_size)))
     documents = len(windows.bytes_a_token)
     sums = Sums(np.zeros(documents), np.zeros(documents), np.zeros((streams, windows.buckets, 3)), np.zeros(streams))
-    for first in range(0, len(mine), size):
+    path = kept / f"{'prompt-' if by_prompt else ''}{place.rank}-of-{place.world}.npz" if kept else None
+    sums, begin = _read_sums(path, sums)
+    for number, first in enumerate(range(begin, len(mine), size), 1):
         rows = mine[first : first + size]
         tokens, owners = read_windows(windows, rows)
+        tokens = tokens.to(place.device)
         with autocast(place.device):
-            output = model(input_ids=tokens.to(place.device), use_cache=False, **_routing_arguments(model))
-        _add_bits(sums, windows, rows, owners, next_token_bits(output.logits, tokens.to(place.device)))
-        _add_routing(sums, model, rows, output)
-        told(min(first + size, len(mine)), len(mine))
+            arguments = _fixed_weights(model, tokens[:, : windows.context]) if by_prompt else _routing_arguments(model)
+            output = model(input_ids=tokens, use_cache=False, **arguments)
+        _add_bits(sums, windows, rows, owners, next_token_bits(output.logits, tokens))
+        if not by_prompt:
+            _add_routing(sums, model, rows, output)
+        done = min(first + size, len(mine))
+        if path and number % KEEP_EVERY == 0:
+            _write_sums(path, sums, done)
+        told(done, len(mine))
     total = None
     for each in gather(place, sums):
         total = each if total is None else total + each
     return total
+
+
+def routes_by_prompt(model: Any) -> bool:
+    """Whether prompt-only routing is something else for this model than what it does anyway."""
+    return isinstance(model, LoryForCausalLM) and model.config.num_experts > 1 and model.config.routing != "dense"
+
+
+def _fixed_weights(model: Any, prompt: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"expert_weights": prompt_routing_weights(model, prompt)}
+
+
+def _write_sums(path: Path, sums: Sums, done: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    layers = {f"shares-{i}": each for i, each in enumerate(sums.shares)}
+    layers |= {f"chosen-{i}": each for i, each in enumerate(sums.chosen)}
+    with open(beside, "wb") as handle:
+        np.savez(
+            handle,
+            done=done,
+            bits=sums.bits,
+            tokens=sums.tokens,
+            positions=sums.positions,
+            routed=sums.routed,
+            **layers,
+        )
+    os.replace(beside, path)
+
+
+def _read_sums(path: Path | None, fresh: Sums) -> tuple[Sums, int]:
+    """(the sums so far, windows in them); the fresh sums where nothing was kept."""
+    if path is None or not path.is_file():
+        return fresh, 0
+    with np.load(path, allow_pickle=False) as kept:
+        layers = {
+            kind: [kept[f"{kind}-{i}"] for i in range(sum(name.startswith(kind) for name in kept.files))]
+            for kind in ("shares", "chosen")
+        }
+        return Sums(kept["bits"], kept["tokens"], kept["positions"], kept["routed"], **layers), int(kept["done"])
 
 
 def read_windows(windows: Windows, rows: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:

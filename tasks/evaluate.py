@@ -5,8 +5,8 @@ Documents of one language and domain, in the order of their ids, form a token st
 perplexity per token cannot be compared across languages or tokenizers; a document's bytes are counted in proportion to its scored
 tokens, the end-of-document token is read but not scored.
 
-Files: `documents.parquet` (bits, bytes and tokens of each document: what paired comparisons need), `scores.parquet` (by
-language, by domain, by both, over all), `positions.parquet` (by place in the window; `scored` is false for context),
+Files: `documents.parquet` (bits, bytes and tokens of each document: what paired comparisons need; for Lory `bits_by_prompt` too: routed
+once a window, by its context alone), `scores.parquet` (by language, by domain, by both, over all), `positions.parquet` (by place in the window; `scored` is false for context),
 `routing.parquet` (share of each expert of each layer by language and domain), `samples.json`, `about.json` (model, window,
 what could not be scored). Price: a forward pass over the held-out tokens, on the run's training workers.
 """
@@ -21,24 +21,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from storage.artifact import Artifact, Draft
 from storage.errors import EclectusError
+from tasks.evaluation_files import (
+    scores_by,
+    write_documents,
+    write_positions,
+    write_routing,
+    write_samples,
+    write_scores,
+)
 from tasks.held_out import HeldOut, choose_prompts, read_held_out
-from tasks.run import metric
 from tasks.settings import Place, Settings
 from tasks.step import step
 from tasks.tokenizer import load_tokenizer
-from tasks.training import TrainingSettings, run_training
+from tasks.training import TrainingSettings, run_training, workplace
 
 if TYPE_CHECKING:
-    from models.evaluate import Sums
+    pass
 
 LONGEST_WINDOW = 2048
-# Sums in float64 differ in their last digits with the order of adding; rounded, other workers give the same bytes.
-DIGITS = 6
 
 
 class EvaluateSettings(Settings):
@@ -71,7 +75,7 @@ class EvaluateSettings(Settings):
     seed: int = Field(0, description="Seed of everything random.")
 
 
-@step(makes="evaluation", version=1)
+@step(makes="evaluation", version=2)
 def evaluate(
     documents: Artifact, tokenizer: Artifact, checkpoint: Artifact, settings: EvaluateSettings, out: Draft
 ) -> None:
@@ -80,7 +84,11 @@ def evaluate(
     length = _window(checkpoint, tokens, settings)
     held = read_held_out(documents, tokens, settings.evaluation_documents)
     prompts = choose_prompts(held, settings.evaluation_prompt_tokens, settings.evaluation_samples)
-    with tempfile.TemporaryDirectory(dir=out.path.parent, prefix="streams-") as scratch:
+    kept_as = ("evaluate", documents, tokenizer, checkpoint, settings.key_values())
+    with (
+        tempfile.TemporaryDirectory(dir=out.path.parent, prefix="streams-") as scratch,
+        workplace(*kept_as) as kept,
+    ):
         _write_streams(held, tokens.eos_token_id, length, settings.evaluation_context, Path(scratch))
         result = run_training(
             settings,
@@ -89,6 +97,7 @@ def evaluate(
                 "checkpoint": checkpoint.path,
                 "name": checkpoint.name,
                 "streams": scratch,
+                "kept": str(kept),
                 "length": length,
                 "documents": held.documents,
                 "prompts": [held.tokens[number][: settings.evaluation_prompt_tokens] for number in prompts],
@@ -103,11 +112,11 @@ def evaluate(
             f"no stream of held-out documents in {documents.name} is longer than evaluation_context, {settings.evaluation_context} "
             "tokens, so nothing can be scored; hold out more documents, or lower evaluation_context"
         )
-    table = _write_documents(held, sums, out)
-    scores = _write_scores(table, out)
-    _write_positions(held, sums, result["bucket"], settings.evaluation_context, out)
-    _write_routing(held, sums, out)
-    _write_samples(held, tokens, prompts, result["written"], settings, out)
+    table = write_documents(held, sums, result["by_prompt"], out)
+    scores = write_scores(table, out)
+    write_positions(held, sums, result["bucket"], settings.evaluation_context, out)
+    write_routing(held, sums, out)
+    write_samples(held, tokens, prompts, result["written"], settings, out)
     out.rows = int((sums.tokens > 0).sum())
     out.statistics = _statistics(held, table, scores, result, length)
     # What could not be scored belongs to the content: equal scores of other documents are another evaluation.
@@ -120,6 +129,7 @@ def evaluate_here(
     checkpoint: str,
     name: str,
     streams: str,
+    kept: str,
     length: int,
     documents: list[str],
     prompts: list[list[int]],
@@ -127,7 +137,7 @@ def evaluate_here(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Runs on every worker: scores this worker's windows, writes its samples; all have the sums of all."""
-    from models.evaluate import NotFinite, Windows, generate, score
+    from models.evaluate import NotFinite, Windows, generate, routes_by_prompt, score
 
     chosen, work = EvaluateSettings(**settings), Path(streams)
     model = load_model(checkpoint, name, chosen.evaluation_context)
@@ -135,15 +145,14 @@ def evaluate_here(
         np.load(work / f"{each}.npy", mmap_mode="r") for each in ("tokens", "owners", "table", "ratio", "lengths")
     )
     windows = Windows(tokens, owners, table, chosen.evaluation_context, length, ratio)
+
+    def told(done: int, total: int) -> None:
+        tell("progress", done=done, total=total)
+
+    given = (model, windows, len(lengths), place, chosen.evaluation_batch, told, Path(kept))
     try:
-        sums = score(
-            model,
-            windows,
-            len(lengths),
-            place,
-            chosen.evaluation_batch,
-            lambda done, total: tell("progress", done=done, total=total),
-        )
+        sums = score(*given)
+        by_prompt = score(*given, by_prompt=True).bits if routes_by_prompt(model) else None
     except NotFinite as error:
         raise EclectusError(
             f"{name} gives logits that are not finite on document {documents[error.document]}; it cannot be evaluated: "
@@ -154,6 +163,7 @@ def evaluate_here(
     )
     return {
         "sums": sums,
+        "by_prompt": by_prompt,
         "written": written,
         "bucket": windows.bucket,
         "windows": len(table),
@@ -243,127 +253,6 @@ def _write_streams(held: HeldOut, end: int, length: int, context: int, scratch: 
     np.save(scratch / "lengths.npy", np.array(held.lengths))
 
 
-def _write_documents(held: HeldOut, sums: Sums, out: Draft) -> pa.Table:
-    scored_bytes = sums.tokens * np.array(held.bytes) / np.array([len(ids) for ids in held.tokens])
-    table = pa.table(
-        {
-            "document": held.documents,
-            "language": held.languages,
-            "domain": held.domains,
-            "group": held.groups,
-            "bits": sums.bits.round(DIGITS),
-            "bytes": scored_bytes.round(DIGITS),
-            "tokens": sums.tokens.astype(np.int64),
-        }
-    ).filter(pa.array(sums.tokens > 0))
-    pq.write_table(table, out.file("documents.parquet"), compression="zstd")
-    return table
-
-
-def _write_scores(table: pa.Table, out: Draft) -> pa.Table:
-    levels = {"all": [], "language": ["language"], "domain": ["domain"], "language+domain": ["language", "domain"]}
-    scores = pa.concat_tables([_scores(table, level, by) for level, by in levels.items()])
-    pq.write_table(scores, out.file("scores.parquet"), compression="zstd")
-    for row in scores.to_pylist():
-        tags = {name: row[name] for name in ("language", "domain") if row[name] is not None}
-        metric("bits_per_byte", row["bits_per_byte"], **tags)
-        metric("perplexity", row["perplexity"], **tags)
-    return scores
-
-
-def _scores(table: pa.Table, level: str, by: list[str]) -> pa.Table:
-    """One row for each combination of the columns `by`; perplexity is per token."""
-    sums = table.group_by(by, use_threads=False).aggregate(
-        [("bits", "sum"), ("bytes", "sum"), ("tokens", "sum"), ("document", "count")]
-    )
-    sums = sums.sort_by([(name, "ascending") for name in by]) if by else sums
-    nothing = pa.nulls(len(sums), pa.string())
-    return pa.table(
-        {
-            "level": pa.array([level] * len(sums)),
-            "language": sums["language"] if "language" in by else nothing,
-            "domain": sums["domain"] if "domain" in by else nothing,
-            "bits_per_byte": pc.divide(sums["bits_sum"], sums["bytes_sum"]),
-            "perplexity": pc.power(2.0, pc.divide(sums["bits_sum"], pc.cast(sums["tokens_sum"], pa.float64()))),
-            "tokens": sums["tokens_sum"],
-            "bytes": sums["bytes_sum"],
-            "documents": sums["document_count"],
-        }
-    )
-
-
-def _write_positions(held: HeldOut, sums: Sums, bucket: int, context: int, out: Draft) -> None:
-    """Bits per byte by place in the window; the context's rows stand apart, since each of its tokens is scored elsewhere."""
-    stream, place = np.nonzero(sums.positions[:, :, 2])
-    bits, size, tokens = sums.positions[stream, place].round(DIGITS).T
-    first = np.where(place == 0, 1, context + (place - 1) * bucket)
-    table = {
-        "language": [held.streams[each][0] for each in stream],
-        "domain": [held.streams[each][1] for each in stream],
-        "first": first,
-        "last": np.where(place == 0, context - 1, first + bucket - 1),
-        "scored": place > 0,
-        "bits": bits,
-        "bytes": size,
-        "tokens": tokens.astype(np.int64),
-        "bits_per_byte": bits / size,
-    }
-    pq.write_table(pa.table(table), out.file("positions.parquet"), compression="zstd")
-
-
-def _write_routing(held: HeldOut, sums: Sums, out: Draft) -> None:
-    """share: mean mixture weight (Lory, over segments) or router probability (over tokens); top_k_share: part of the choices."""
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("layer", "expert", "language", "domain", "share", "top_k_share", "routed")
-    }
-    for layer, shares in enumerate(sums.shares):
-        for stream in np.flatnonzero(sums.routed):
-            routed = sums.routed[stream]
-            choices = sums.chosen[layer][stream] if sums.chosen else None
-            for expert in range(shares.shape[1]):
-                columns["layer"].append(layer)
-                columns["expert"].append(expert)
-                columns["language"].append(held.streams[stream][0])
-                columns["domain"].append(held.streams[stream][1])
-                columns["share"].append(round(float(shares[stream, expert] / routed), DIGITS))
-                columns["top_k_share"].append(
-                    None if choices is None else float(choices[expert] / max(1.0, choices.sum()))
-                )
-                columns["routed"].append(int(routed))
-    kinds = [pa.int32(), pa.int32(), pa.string(), pa.string(), pa.float64(), pa.float64(), pa.int64()]
-    table = pa.table(
-        {name: pa.array(values, kind) for (name, values), kind in zip(columns.items(), kinds, strict=True)}
-    )
-    pq.write_table(table, out.file("routing.parquet"), compression="zstd")
-
-
-def _write_samples(
-    held: HeldOut,
-    tokenizer: Any,
-    prompts: list[int],
-    written: list[tuple[list[int], list[list[float]]]],
-    settings: EvaluateSettings,
-    out: Draft,
-) -> None:
-    begin, end = (
-        settings.evaluation_prompt_tokens,
-        settings.evaluation_prompt_tokens + settings.evaluation_sample_tokens,
-    )
-    samples = [
-        {
-            "language": held.languages[number],
-            "domain": held.domains[number],
-            "document": held.documents[number],
-            "prompt": tokenizer.decode(held.tokens[number][:begin]),
-            "original": tokenizer.decode(held.tokens[number][begin:end]),
-            "written": tokenizer.decode(ids, skip_special_tokens=True),
-            "routing": weights,
-        }
-        for number, (ids, weights) in zip(prompts, written, strict=True)
-    ]
-    out.file("samples.json").write_text(json.dumps(samples, indent=1, ensure_ascii=False), "utf-8")
-
-
 def _statistics(
     held: HeldOut, table: pa.Table, scores: pa.Table, result: dict[str, Any], length: int
 ) -> dict[str, Any]:
@@ -371,7 +260,7 @@ def _statistics(
     rows = scores.to_pylist()
     total = next(row for row in rows if row["level"] == "all")
     scored = {(row["language"], row["domain"]) for row in rows if row["level"] == "language+domain"}
-    domains = _scores(table.filter(pc.equal(table["group"], "original")), "domain", ["domain"]).to_pylist()
+    domains = scores_by(table.filter(pc.equal(table["group"], "original")), "domain", ["domain"]).to_pylist()
     return {
         "model": result["model"],
         "parameters": result["parameters"],

@@ -8,7 +8,7 @@
     collapsed_layers <= 0                layers whose router has collapsed
 
 A name is a measure and, after dots, of what: a language, `original` or `expanded`, a domain, a task. A measure that is not there
-fails its rule and says so; a comparison with a champion holds as long as there is none.
+fails its rule and says so; a comparison with a champion holds as long as there is no other.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def check(
     try:
         if rule.limit == "champion" and champion is None:
             return Outcome(
-                rule.text, True, _maybe(rule, model, base, resamples, seed), None, "there is no champion yet"
+                rule.text, True, _maybe(rule, model, base, resamples, seed), None, "there is no other champion"
             )
         other = {"champion": champion, "base": base}.get(rule.limit) if isinstance(rule.limit, str) else None
         if isinstance(rule.limit, str) and other is None:

@@ -4,7 +4,7 @@
     verdict    sentences and the numbers that the page opens with      tables, figures, graph, pictures    what is shown
     page       HTML, style and script; `markdown` its twin
 
-Files: `report.html`, `report.md`, `pictures/*.png`. Texts come from people's documents and models: the template escapes all of
+Files: `report.html`, `report.md`, `tables.json`, `pictures/*.png`. Texts come from people's documents and models: the template escapes all of
 them, and the page's content policy lets nothing leave it. Price: seconds, and 5 MB a page (plotly.js, inlined once).
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from tasks.report.figures import Figure
     from tasks.report.tables import Facts, Table
     from tasks.report.verdict import Comparer, Verdict
-
-HERE = Path(__file__).parent
 
 
 class ReportSettings(Settings):
@@ -55,6 +52,16 @@ class RoutingPart:
     text: str
     figures: list[Figure]
     small: bool = True
+    table: Table | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """routing: what the routers did on the prompt, in words, a line a layer; empty for dense models."""
+
+    name: str
+    text: str
+    routing: tuple[str, ...] = ()
 
 
 @dataclass
@@ -62,7 +69,7 @@ class Sample:
     title: str
     language: str
     prompt: str
-    texts: list[tuple[str, str]]
+    texts: list[Written]
 
 
 @dataclass
@@ -143,6 +150,7 @@ def report(
     history = _history(list(checkpoints.values()))
     contents = _contents(comparer, checkpoints, documents, grouping, given, history, settings, beside)
     out.file("report.html").write_text(_page(contents, checkpoints, history, comparer), "utf-8")
+    out.file("tables.json").write_text(json.dumps(_plain_tables(contents), ensure_ascii=False), "utf-8")
     out.file("report.md").write_text(write_markdown(contents), "utf-8")
     draw_pictures(comparer, history, checkpoints, out.file("pictures/scores.png").parent)
     out.rows = len(scores)
@@ -153,6 +161,20 @@ def report(
         "notes": contents.verdict.notes,
         "models": list(scores),
     }
+
+
+def _plain_tables(contents: Contents) -> list[dict[str, Any]]:
+    """The tables of scores as rows of words, for people who watch the run in Prefect."""
+    return [
+        {
+            "title": table.title,
+            "rows": [
+                {name: f"{cell.text} {cell.small}".strip() for name, cell in zip(table.head, row, strict=True)}
+                for row in table.rows
+            ],
+        }
+        for table in [*contents.gates, *contents.tables]
+    ]
 
 
 def _seen(contamination: Artifact) -> dict[tuple[str, str], float]:
@@ -208,7 +230,7 @@ def _contents(
         samples=_samples(comparer.scores, settings.report_samples),
         score_figures=[*figures.by_domain(comparer), *figures.by_language(comparer), *figures.by_position(comparer)],
         loss_figures=figures.loss_curves(history, digests),
-        routing=_routing(comparer.scores),
+        routing=[*_routing(comparer.scores), *_over_training(figures.router_curves(history, digests))],
     )
 
 
@@ -221,6 +243,7 @@ def _frozen(checkpoints: dict[str, Artifact], history: History) -> bool | None:
 
 def _routing(scores: dict[str, Scores]) -> list[RoutingPart]:
     from tasks.report import figures
+    from tasks.report.tables import routing_table
     from tasks.report.verdict import LORY
 
     routed = {name: each for name, each in scores.items() if each.routing}
@@ -231,18 +254,32 @@ def _routing(scores: dict[str, Scores]) -> list[RoutingPart]:
                 "Mean mixture weight of each expert over the segments of a domain's held-out text. How far domains are apart, as "
                 f"mean Jensen-Shannon divergence between them in bits: {_divergences(each, 'domain', group='original')}."
             )
-            parts.append(RoutingPart(f"{name}: experts by domain", text, figures.lory_routing(each)))
+            parts.append(
+                RoutingPart(f"{name}: experts by domain", text, figures.lory_routing(each), table=routing_table(each))
+            )
         else:
             text = (
                 "Mean router probability of each expert over the tokens of a language. How far languages are apart, as mean "
                 f"Jensen-Shannon divergence between them in bits: {_divergences(each, 'language')}."
             )
-            parts.append(RoutingPart(f"{name}: experts by language", text, figures.moe_routing(each, f"moe-{number}")))
+            parts.append(
+                RoutingPart(
+                    f"{name}: experts by language",
+                    text,
+                    figures.moe_routing(each, f"moe-{number}"),
+                    table=routing_table(each),
+                )
+            )
     mixtures = {name: each for name, each in routed.items() if not each.about["model"].startswith("Lory")}
     if mixtures:
         text = "The review shall bring tokens of the original languages back to the original network, and leave the new ones where they are."
         parts.append(RoutingPart("Expert 0, the frozen original", text, figures.expert_0(mixtures), small=False))
     return [part for part in parts if part.figures]
+
+
+def _over_training(curves: list[Figure]) -> list[RoutingPart]:
+    text = "As the training steps journalled it, on the instances they were training on."
+    return [RoutingPart("Routers over training", text, curves)] if curves else []
 
 
 def _divergences(scores: Scores, label: str, **groups: str) -> str:
@@ -264,10 +301,10 @@ def _samples(scores: dict[str, Scores], most: int) -> list[Sample]:
     samples = []
     for sample in first.samples:
         key = (sample["document"], sample["prompt"])
-        texts = [("the document itself", _shown(sample["original"]))]
+        texts = [Written("the document itself", _shown(sample["original"]))]
         for name, each in scores.items():
             texts += [
-                (name, _shown(other["written"]))
+                Written(name, _shown(other["written"]), _weights(other["routing"]))
                 for other in each.samples
                 if (other["document"], other["prompt"]) == key
             ]
@@ -278,6 +315,13 @@ def _samples(scores: dict[str, Scores], most: int) -> list[Sample]:
     return samples
 
 
+def _weights(layers: list[list[float]]) -> tuple[str, ...]:
+    """The weights that merged Lory's experts, or a mixture's mean router probabilities, for a sample's prompt."""
+    return tuple(
+        f"layer {number}: {' '.join(f'{weight:.2f}' for weight in weights)}" for number, weights in enumerate(layers)
+    )
+
+
 def _shown(text: str) -> str:
     """A text as it is, but with long runs of line breaks told instead of shown."""
     told = re.sub(r"\s*\n(?:\s*\n){2,}", lambda run: f" [{run[0].count(chr(10))} line breaks] ", text)
@@ -285,12 +329,9 @@ def _shown(text: str) -> str:
 
 
 def _page(contents: Contents, checkpoints: dict[str, Artifact], history: History, comparer: Comparer) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
     from tasks.report.figures import colour
     from tasks.report.graph import draw
+    from tasks.report.page import render
 
     names = list(comparer.scores)
     values: dict[str, Any] = {name: getattr(contents, name) for name in contents.__dataclass_fields__}
@@ -300,16 +341,11 @@ def _page(contents: Contents, checkpoints: dict[str, Artifact], history: History
         "samples": "Samples" if contents.samples else "", "data": "Data and models",
         "lineage": "Lineage" if lineage else "", "settings": "Settings",
     }  # fmt: skip
-    specs = json.dumps({figure.name: figure.spec for figure in contents.figures}, ensure_ascii=False, sort_keys=True)
-    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
-    return environment.get_template("page.html.j2").render(
+    return render(
+        "page.html.j2",
+        contents.figures,
         **values,
         sections=[(anchor, name) for anchor, name in present.items() if name],
         colours={name: colour(name, names) for name in names},
         lineage=lineage,
-        # Inside a script element only "<" could end it early; JSON may write it as an escape.
-        specs=Markup(specs.replace("<", "\\u003c")),
-        plotly=Markup(get_plotlyjs()),
-        css=Markup((HERE / "page.css").read_text("utf-8")),
-        script=Markup((HERE / "page.js").read_text("utf-8")),
     )

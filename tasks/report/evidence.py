@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from storage.artifact import Artifact
+from tasks.routing import LayerRouting, describe_layers
 
 DRAWS_AT_ONCE = 4_000_000
 
@@ -34,12 +35,17 @@ class Scores:
     bits: np.ndarray
     bytes: np.ndarray
     tokens: np.ndarray
+    # Bits under prompt-only routing; None for models that have no such thing.
+    bits_by_prompt: np.ndarray | None = None
 
     @classmethod
     def read(cls, name: str, evaluation: Artifact) -> Scores:
         table = pq.read_table(evaluation.file("documents.parquet"))
         columns = ("document", "language", "domain", "group", "bits", "bytes", "tokens")
-        return cls(name, evaluation, *(table[column].to_numpy(zero_copy_only=False) for column in columns))
+        arrays = [table[column].to_numpy(zero_copy_only=False) for column in columns]
+        by_prompt = table["bits_by_prompt"] if "bits_by_prompt" in table.column_names else None
+        routed = by_prompt is not None and by_prompt.null_count < len(by_prompt)
+        return cls(name, evaluation, *arrays, by_prompt.to_numpy(zero_copy_only=False) if routed else None)
 
     def where(self, **labels: str) -> np.ndarray:
         """Which documents have these labels: `where(group="original", domain="code")`, a mask [D]."""
@@ -52,6 +58,13 @@ class Scores:
         """Over the documents with these labels; None when there are none."""
         chosen = self.where(**labels)
         return float(self.bits[chosen].sum() / self.bytes[chosen].sum()) if chosen.any() else None
+
+    def bits_per_byte_by_prompt(self, **labels: str) -> float | None:
+        """As `bits_per_byte`, routed once a window by its context alone (papers.md 1.4); None where that is no other."""
+        chosen = self.where(**labels)
+        if self.bits_by_prompt is None or not chosen.any():
+            return None
+        return float(self.bits_by_prompt[chosen].sum() / self.bytes[chosen].sum())
 
     def perplexity(self, **labels: str) -> float | None:
         """Per token."""
@@ -82,6 +95,11 @@ class Scores:
     def experts(self) -> int:
         """Experts in a layer; 0 for a dense model."""
         return 1 + max((row["expert"] for row in self.routing), default=-1)
+
+    @cached_property
+    def layer_routing(self) -> list[LayerRouting]:
+        """Entropy, utilisation, specialisation and collapse, layer by layer."""
+        return describe_layers(self.routing)
 
     @property
     def layers(self) -> list[int]:

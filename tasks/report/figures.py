@@ -63,15 +63,15 @@ def by_language(comparer: Comparer) -> list[Figure]:
     languages = [
         language for group in ("original", "expanded") for language in comparer.base.values("language", group=group)
     ]
-    names = [_safe(language_name(language)) for language in languages]
+    names = [safe(language_name(language)) for language in languages]
     data = [
         {
             "type": "bar",
-            "name": _safe(name),
+            "name": safe(name),
             "x": names,
             "y": [each.bits_per_byte(language=language) for language in languages],
             "marker": {"color": colour(name, list(comparer.scores))},
-            "hovertemplate": "%{x}: %{y:.3f} bits per byte<extra>" + _safe(name) + "</extra>",
+            "hovertemplate": "%{x}: %{y:.3f} bits per byte<extra>" + safe(name) + "</extra>",
         }
         for name, each in comparer.scores.items()
     ]
@@ -96,12 +96,12 @@ def by_position(comparer: Comparer) -> list[Figure]:
             {
                 "type": "scatter",
                 "mode": "lines+markers",
-                "name": _safe(name),
+                "name": safe(name),
                 "x": [(first + last) / 2 for first, last in places],
                 "y": [sums[place][0] / sums[place][1] for place in places],
                 "text": [f"tokens {first} to {last}" for first, last in places],
                 "line": {"color": colour(name, list(comparer.scores)), "width": 2},
-                "hovertemplate": "%{text}: %{y:.3f}<extra>" + _safe(name) + "</extra>",
+                "hovertemplate": "%{text}: %{y:.3f}<extra>" + safe(name) + "</extra>",
             }
         )
     layout = {
@@ -140,6 +140,30 @@ def loss_curves(history: History, checkpoints: dict[str, str]) -> list[Figure]:
     ]
 
 
+ROUTER_CURVES = {
+    "router_entropy": "Entropy of routing over training, nats",
+    "expert_utilisation": "Share of experts with a weight over 2/E, over training",
+    "balance_loss": "Balance loss over training (1: experts used alike)",
+    "lpr_loss": "Language-prior loss over training (low: expert 0 takes the original languages)",
+}
+
+
+def router_curves(history: History, checkpoints: dict[str, str]) -> list[Figure]:
+    """What training journalled of the routers, a figure a measure. checkpoints: digests by model."""
+    figures = []
+    for measure, title in ROUTER_CURVES.items():
+        found = {
+            name: history.curves[digest][measure]
+            for name, digest in checkpoints.items()
+            if history.curves.get(digest, {}).get(measure)
+        }
+        data = [_curve(name, points, colour(name, list(checkpoints)), True) for name, points in found.items()]
+        axes = {"xaxis": {"title": {"text": "training step"}, "rangemode": "tozero"}, "yaxis": {}, **_legend()}
+        if data:
+            figures.append(Figure(f"router-{measure.replace('_', '-')}", title, data, axes, 300, small=True))
+    return figures
+
+
 def lory_routing(scores: Scores) -> list[Figure]:
     """Mean mixture weights by domain and expert, a map for each layer."""
     return _maps(scores, "domain", "share", "Layer {layer}, percent", "routing-lory", group="original")
@@ -163,7 +187,7 @@ def expert_0(scores: dict[str, Scores]) -> list[Figure]:
                     {
                         "type": "scatter",
                         "mode": "lines+markers",
-                        "name": f"{group} languages, {_safe(name)}",
+                        "name": f"{group} languages, {safe(name)}",
                         "x": list(points),
                         "y": list(points.values()),
                         "line": {"color": tint, "width": 2, "dash": dashes.get(name, "solid")},
@@ -193,7 +217,7 @@ def _maps(scores: Scores, label: str, field: str, title: str, slug: str, **group
     figures = []
     for layer, shares in layers.items():
         rows = list(reversed(shares))
-        named = [_safe(language_name(row) if label == "language" else row) for row in rows]
+        named = [safe(language_name(row) if label == "language" else row) for row in rows]
         trace = {
             "type": "heatmap",
             "x": [f"{expert}" for expert in range(scores.experts)],
@@ -230,9 +254,9 @@ def _dots(name: str, changes: dict[str, Any], names: list[str]) -> list[dict[str
         {
             "type": "scatter",
             "mode": "markers",
-            "name": _safe(name),
+            "name": safe(name),
             "x": values,
-            "y": [_safe(row) for row in changes],
+            "y": [safe(row) for row in changes],
             "error_x": {
                 "type": "data",
                 "symmetric": False,
@@ -251,7 +275,7 @@ def _dots(name: str, changes: dict[str, Any], names: list[str]) -> list[dict[str
                 f"{each.documents} documents"
                 for each in changes.values()
             ],
-            "hovertemplate": "%{y}: %{text}<extra>" + _safe(name) + "</extra>",
+            "hovertemplate": "%{y}: %{text}<extra>" + safe(name) + "</extra>",
         }
     ]
 
@@ -274,11 +298,11 @@ def _curve(name: str, points: list[tuple[int, float]], tint: str, own: bool) -> 
     return {
         "type": "scatter",
         "mode": "lines" if len(points) > 1 else "markers",
-        "name": _safe(name),
+        "name": safe(name),
         "x": [step for step, _ in points],
         "y": [round(value, 5) for _, value in points],
         "line": {"color": tint, "width": 2, "dash": "solid" if own else "dot"},
-        "hovertemplate": "step %{x}: %{y:.3f}<extra>" + _safe(name) + "</extra>",
+        "hovertemplate": "step %{x}: %{y:.3f}<extra>" + safe(name) + "</extra>",
     }
 
 
@@ -286,5 +310,6 @@ def _legend() -> dict[str, Any]:
     return {"showlegend": True, "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}}
 
 
-def _safe(text: str) -> str:
+def safe(text: str) -> str:
+    """A label that is only a label."""
     return html.escape(str(text))

@@ -26,12 +26,13 @@ def write_markdown(contents: Contents) -> str:
     if contents.routing:
         parts += ["## Routing"]
         parts += [f"**{safe(part.title)}.** {safe(part.text)}" for part in contents.routing]
+        parts += [table_markdown(part.table) for part in contents.routing if part.table]
         parts += ["![Routing](pictures/routing.png)"]
     if contents.samples:
         parts += ["## What the models write"]
         for sample in contents.samples:
             lines = [f"**{safe(sample.title)}**", "", f"> {safe(sample.prompt)}", ""]
-            parts.append("\n".join([*lines, *(f"- {safe(name)}: {safe(text)}" for name, text in sample.texts)]))
+            parts.append("\n".join([*lines, *(f"- {safe(each.name)}: {safe(each.text)}" for each in sample.texts)]))
     parts += ["## Data and models", table_markdown(contents.documents), *map(facts_markdown, contents.data)]
     parts += [table_markdown(table) for table in (contents.instances, contents.models) if table is not None]
     parts += ["## Settings and versions", *map(facts_markdown, contents.settings)]

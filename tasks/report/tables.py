@@ -95,6 +95,27 @@ def _scores_row(title: str, comparer: Comparer, under: str = "", **labels: str) 
     return [*cells, *_seen_cells(comparer, labels), Cell(count(int(comparer.base.where(**labels).sum())))]
 
 
+def routing_table(scores: Scores) -> Table:
+    """The routers of a model in numbers, layer by layer."""
+    rows = [
+        [
+            Cell(f"layer {each.layer}", tone="bad" if each.collapsed else ""),
+            Cell(number(each.entropy), "collapsed" if each.collapsed else "", tone="bad" if each.collapsed else ""),
+            Cell(f"{100 * each.utilisation:.0f}%"),
+            Cell(f"{100 * each.largest_share:.0f}%"),
+            Cell(number(each.specialisation_language)),
+            Cell(number(each.specialisation_domain)),
+        ]
+        for each in scores.layer_routing
+    ]
+    note = (
+        "Entropy of the mean routing, 1 where all experts count alike; experts in use: with a mean weight over a quarter of an equal share. "
+        "Specialisation: bits that the choice of expert tells of the language, and of the domain within one."
+    )
+    head = ["", "entropy", "experts in use", "largest share", "specialisation, language", "specialisation, domain"]
+    return Table(f"Routers of {scores.name}", head, rows, False, note)
+
+
 def gate_table(decision: dict[str, Any]) -> Table:
     """The rules of a gate and what became of each."""
     rows = [

@@ -144,6 +144,9 @@ def _judge_lory(comparer: Comparer, verdict: Verdict) -> None:
         f"{percent(relative)} (95% interval {interval(around)}), {change.after:.3f} bits per byte against {change.before:.3f}, "
         "look-ahead excluded."
     )
+    prompt_only = comparer.scores[LORY].bits_per_byte_by_prompt(group="original")
+    if prompt_only is not None:
+        text += f" Routed once a window, by its context alone, it has {prompt_only:.3f}."
     domains = {
         domain: comparer.change(LORY, group="original", domain=domain)
         for domain in comparer.base.values("domain", group="original")
@@ -239,6 +242,13 @@ def _note(comparer: Comparer, verdict: Verdict) -> None:
     short = sorted({stream for each in comparer.scores.values() for stream in each.about["too_short_to_score"]})
     if short:
         verdict.notes.append(f"Too little held-out text to score: {'; '.join(short)}.")
+    for name, each in comparer.scores.items():
+        collapsed = [str(layer.layer) for layer in each.layer_routing if layer.collapsed]
+        if collapsed:
+            verdict.notes.insert(
+                0,
+                f"Collapse alarm: the router of {name} sends nearly everything to one expert in layer {listed(collapsed)}.",
+            )
     if len({(each.about["window"], int(each.tokens.sum())) for each in comparer.scores.values()}) > 1:
         verdict.notes.append(
             "The models were not scored on the same tokens; they are compared on the documents that both scored, in bits per byte."

@@ -75,7 +75,9 @@ def test_every_step_of_the_run_is_in_the_lineage_and_in_prefect(finished):
     import sqlite3
 
     with sqlite3.connect(home / "prefect" / "prefect.db") as server:
+        shown = {kind for (kind,) in server.execute("select distinct type from artifact")}
         finished_runs = server.execute("select id from task_run where state_type = 'COMPLETED'").fetchall()
+    assert {"markdown", "table", "image"} <= shown  # the report's tables and pictures among them
     # Prefect counts the flows that `main` calls as task runs too.
     assert {task_run for _, _, task_run in steps} <= {identifier for (identifier,) in finished_runs}
 
@@ -86,7 +88,7 @@ def test_a_second_run_reuses_every_step_and_a_changed_setting_runs_what_follows(
     assert "made:" not in again and "reused:" in again
     changed = eclectus(home, "run", "--config", "configs/small.yaml", "--sources", corpus, "--review-steps", 5).stdout
     made = {line.split("  ")[0].removeprefix("+ ") for line in changed.splitlines() if " made:" in line}
-    assert made == {"train stage 2", "evaluate stage 2", "report"}
+    assert made == {"train stage 2", "evaluate stage 2", "contamination stage 2", "report"}
     assert "made: settings.review_steps 6 -> 5" in changed
 
 

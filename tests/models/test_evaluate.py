@@ -7,6 +7,7 @@ import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from models import LoryConfig, LoryForCausalLM
+from models import evaluate as evaluation
 from models.evaluate import NO_DOCUMENT, NotFinite, Windows, generate, plan_windows, score
 from models.place import Place
 
@@ -133,6 +134,30 @@ def test_two_processes_give_the_sums_of_one_on_both_of_them(tmp_path):
             np.testing.assert_allclose(two[name], getattr(one, name), rtol=1e-6)
     alone = generate(model, PROMPTS, 4, 0.0, 0, 0, Place())
     assert np.load(tmp_path / "written.npy").tolist() == [len(ids) for ids, _ in alone]
+
+
+@pytest.mark.parametrize("kind", ["dense", "lory", "moe"])
+def test_scoring_that_was_cut_off_goes_on_to_the_same_sums(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "KEEP_EVERY", 1)
+    model, windows = make_model(kind), make_windows()
+    whole = add_up(model, windows, batch=1)
+    told = []
+
+    def die(done, total):
+        told.append(done)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(model, windows, len(windows.bytes_a_token), Place(), 1, die, tmp_path)
+    again = score(
+        model, windows, len(windows.bytes_a_token), Place(), 1, lambda done, total: told.append(done), tmp_path
+    )
+    assert told[3] == 4  # three windows were not scored again
+    for name in ("bits", "tokens", "positions", "routed"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
+    for left, right in zip(again.shares + again.chosen, whole.shares + whole.chosen, strict=True):
+        np.testing.assert_array_equal(left, right)
 
 
 def test_a_probability_that_is_no_number_is_an_error_with_the_document():

@@ -12,6 +12,7 @@ import torch
 from small_world import LENGTH, SEGMENT, make_world, texts, write_documents, write_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from models.export_lory import prompt_routing_weights
 from storage.artifact import Artifact
 from storage.errors import EclectusError
 from tasks.documents import read_table
@@ -104,6 +105,41 @@ def test_scores_do_not_depend_on_the_batch_size(world, evaluations, name):
             assert two["bits_per_byte"] == pytest.approx(one["bits_per_byte"], rel=1e-6)
         for one, two in zip(rows(evaluations[name], "routing"), rows(other, "routing"), strict=True):
             assert two["share"] == pytest.approx(one["share"], abs=1e-6)
+
+
+def test_prompt_only_scores_are_those_of_the_merged_network_of_each_windows_context(world):
+    evaluation = run(world, world.models["lory"], evaluation_documents=2)
+    model = AutoModelForCausalLM.from_pretrained(world.models["lory"].path).eval()
+    words = load_tokenizer(world.tokenizer.path)
+    held = (pc.field("split") == "heldout") & (pc.field("domain") == "interface")
+    documents = sorted(
+        read_table(world.documents, ["document", "text"], held).to_pylist(), key=lambda d: d["document"]
+    )[:2]
+    stream, owner = [], []
+    for number, document in enumerate(documents):
+        ids = words(document["text"], add_special_tokens=False)["input_ids"]
+        stream += [*ids, words.eos_token_id]
+        owner += [number] * len(ids) + [None]
+    bits = [0.0, 0.0]
+    for start in range(0, len(stream) - SEGMENT, LENGTH - SEGMENT):
+        window = torch.tensor([stream[start : start + LENGTH]])
+        weights = prompt_routing_weights(model, window[:, :SEGMENT])
+        with torch.no_grad():
+            logits = model(input_ids=window, expert_weights=weights).logits[0].double().log_softmax(-1)
+        for at in range(SEGMENT, window.shape[1]):
+            if owner[start + at] is not None:
+                bits[owner[start + at]] -= float(logits[at - 1, stream[start + at]]) / math.log(2)
+    rows_of = {row["document"]: row for row in rows(evaluation)}
+    for document, expected in zip(documents, bits, strict=True):
+        assert rows_of[document["document"]]["bits_by_prompt"] == pytest.approx(expected, rel=1e-6)
+    row = next(row for row in rows(evaluation, "scores") if row["domain"] == "interface" and row["language"] is None)
+    assert row["bits_per_byte_by_prompt"] == pytest.approx(sum(bits) / row["bytes"], rel=1e-6)
+
+
+def test_models_without_segments_have_no_prompt_only_scores(evaluations):
+    for name in ("dense", "stage 2"):
+        assert {row["bits_by_prompt"] for row in rows(evaluations[name])} == {None}
+        assert {row["bits_per_byte_by_prompt"] for row in rows(evaluations[name], "scores")} == {None}
 
 
 def test_the_same_evaluation_twice_is_the_same_artifact(world, evaluations):

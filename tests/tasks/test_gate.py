@@ -78,7 +78,7 @@ def test_a_damaged_model_fails_the_gate_and_a_good_one_passes_and_both_are_in_th
     rules = Gate("extended", "stage 2", "dense", RULES)
     good = decide(rules, scored(world, changed(world, soothe), "stage 2"), base)
     assert good.verdict == PROMOTED and good.reason == "all 3 rules hold"
-    assert good.rules[1]["reason"] == "there is no champion yet"
+    assert good.rules[1]["reason"] == "there is no other champion"
     bad = decide(rules, scored(world, changed(world, damage), "stage 2"), base)
     assert bad.verdict == REFUSED
     assert [rule["passed"] for rule in bad.rules] == [False, False, True]
@@ -185,7 +185,7 @@ def test_a_measure_that_is_not_there_fails_its_rule_and_says_so(judged, rule, to
 
 def test_without_a_champion_its_rules_hold_and_without_a_base_nothing_is_known_of_what_was_kept(judged):
     outcome = check(Rule.read("bits_per_byte.el <= champion"), judged["model"], None, None, 200, 0)
-    assert outcome.passed and outcome.reason == "there is no champion yet"
+    assert outcome.passed and outcome.reason == "there is no other champion"
     outcome = check(Rule.read("retention.en >= 0.9"), judged["model"], None, None, 200, 0)
     assert not outcome.passed and "the base was not evaluated" in outcome.reason
 

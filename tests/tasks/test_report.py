@@ -5,6 +5,8 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from browser import BROWSER, Browser
@@ -15,6 +17,8 @@ from storage.errors import EclectusError
 from storage.home import Home
 from storage.journal import Journal
 from storage.known import KnownKeys
+from tasks.benchmark_rows import FIELDS, SCORE_FIELDS
+from tasks.contamination import SHARE_FIELDS
 from tasks.evaluate import EvaluateSettings, evaluate
 from tasks.extend import ExtendStageSettings, extend
 from tasks.ingest import IngestSettings, ingest
@@ -291,6 +295,102 @@ def test_any_models_make_a_report_and_outside_a_run_too(job, names, tmp_path):
     assert ">Lineage</h2>" not in page
     shown = visible(page)
     assert all(name in shown for name in names)
+
+
+def answered(job, right, left_out=None):
+    """A made-up benchmark of 40 questions, of which the model knew the first `right`."""
+    items = [
+        {
+            "task": "arc_easy",
+            "language": "en",
+            "item": n,
+            "metric": "acc",
+            "value": float(n < right),
+            "answers": [],
+            "cut": False,
+        }
+        for n in range(40)
+    ]
+    score = {
+        "task": "arc_easy", "language": "en", "metric": "acc", "score": right / 40, "standard_error": 0.05, "items": 40,
+        "missing": 0, "cut": 2, "shots": 5, "higher_is_better": True, "version": "1", "group": False,
+    }  # fmt: skip
+    with job["home"].store.draft("evaluation") as draft:
+        for rows, fields, name in (([score], SCORE_FIELDS, "scores"), (items, FIELDS, "items")):
+            table = pa.Table.from_pylist(rows, schema=pa.schema(list(fields.items())))
+            pq.write_table(table, draft.file(f"{name}.parquet"))
+        draft.file("about.json").write_text(json.dumps({"left_out": left_out or {}}))
+        return job["home"].store.commit(draft)
+
+
+def suspected(job, share):
+    with job["home"].store.draft("evaluation") as draft:
+        rows = [{"kind": "task", "name": "arc_easy", "items": 40, "seen": 4, "share": share, "score": 0.5}]
+        rows.append({"kind": "language", "name": "el", "items": 9, "seen": 0, "share": 0.0, "score": 1.0})
+        table = pa.Table.from_pylist(rows, schema=pa.schema(list(SHARE_FIELDS.items())))
+        pq.write_table(table, draft.file("shares.parquet"))
+        return job["home"].store.commit(draft)
+
+
+def test_tasks_the_gate_and_what_was_seen_in_training_stand_on_the_page(job):
+    names = ("dense", "stage 1", "stage 2")
+    rules = [
+        {"rule": "retention.en >= 0.99", "passed": False, "value": 0.9, "limit": 0.99, "reason": "0.9 is not >= 0.99"},
+        {"rule": "collapsed_layers <= 0", "passed": True, "value": 0.0, "limit": 0.0, "reason": "0 is <= 0"},
+    ]
+    with job["home"].store.draft("evaluation") as draft:
+        draft.statistics = {
+            "line": "extended", "model": "stage 2", "passed": False, "rules": rules,
+            "reason": "retention.en >= 0.99: 0.9 is not >= 0.99",
+        }  # fmt: skip
+        draft.file("decision.json").write_text(json.dumps(draft.statistics))
+        decision = job["home"].store.commit(draft)
+    benchmarks = {
+        "dense": answered(job, 20, {"race": "no hub can be reached"}), "stage 1": answered(job, 10), "stage 2": answered(job, 21)
+    }  # fmt: skip
+    with job["home"].store.draft("report") as draft:
+        report.function(
+            {name: job["evaluations"][name] for name in names},
+            {name: job["checkpoints"][name] for name in names},
+            job["documents"],
+            ReportSettings(report_left_out=["lory: its logits are not finite"]),
+            draft,
+            benchmarks=benchmarks,
+            contaminations={"stage 2": suspected(job, 0.1)},
+            gates={"extended": decision},
+        )
+        page = (draft.path / "report.html").read_text("utf-8")
+        twin = (draft.path / "report.md").read_text("utf-8").replace("\\", "")
+        tables = json.loads((draft.path / "tables.json").read_text("utf-8"))
+    shown = visible(page)
+    first = shown[: shown.index("Scores Training" if "Scores Training" in shown else "Scores Routing")]
+    assert "stage 2 must not be promoted: retention.en >= 0.99: 0.9 is not >= 0.99." in first
+    assert "1 of 2 rules hold" in first
+    assert "Left out: lory: its logits are not finite" in first and "task race: no hub can be reached" in first
+    assert "−25.0 points" in shown and "50.0% kept" in shown and "+2.5 points" in shown
+    assert "10.0%" in shown and "2 cut to fit" in shown and "5 examples" in shown
+    assert "stage 2 must not be promoted" in twin and "Gained and forgotten" in twin
+    gained = next(table for table in tables if table["title"] == "Gained and forgotten")
+    assert any(row["stage 1"].startswith("−25.0 points") for row in gained["rows"])
+
+
+def test_routers_are_described_layer_by_layer_and_a_collapse_raises_an_alarm(page, job, tmp_path):
+    assert "Routers of lory" in visible(page) and "specialisation, language" in visible(page)
+    scores = made_up(tmp_path, "stage 2", [3.0] * 8)
+    dead = [
+        {"layer": 1, "language": "en", "domain": domain, "expert": e, "share": 0.97 if e == 2 else 0.01, "routed": 5}
+        for domain in ("code", "law")
+        for e in range(4)
+    ]
+    scores.__dict__["routing"] = dead
+    verdict = judge(Comparer({"stage 2": scores}, 200, 0))
+    assert verdict.notes[0].startswith(
+        "Collapse alarm: the router of stage 2 sends nearly everything to one expert in layer 1"
+    )
+
+
+def test_samples_show_the_expert_weights_behind_them(page):
+    assert re.search(r"layer 0: 0\.\d\d 0\.\d\d 0\.\d\d 0\.\d\d", visible(page))
 
 
 def test_no_evaluation_at_all_is_an_error(job):
