@@ -19,7 +19,9 @@ def add_judging_commands(add: Callable[..., argparse.ArgumentParser], print_rows
     )
     gate = "configs/gate.yaml"
     promote.add_argument("--gate", default=gate, help=f"YAML file with the rules (default: {gate})")
-    promote.add_argument("--line", help="line of champions; where left out, the one of the model's name in its evaluation")
+    promote.add_argument(
+        "--line", help="line of champions; where left out, the one of the model's name in its evaluation"
+    )
     promote.add_argument("--force", metavar="REASON", help="promote it though the gate refuses; the reason is kept")
 
     def show_champions(chosen: argparse.Namespace) -> None:
@@ -38,7 +40,9 @@ def add_judging_commands(add: Callable[..., argparse.ArgumentParser], print_rows
         if not chosen.json:
             print(f"\ncurves: {near(page)}")
 
-    compare = add("compare", show_comparison, "runs beside each other: what differs, measures with their spread, curves")
+    compare = add(
+        "compare", show_comparison, "runs beside each other: what differs, measures with their spread, curves"
+    )
     compare.add_argument("runs", nargs="+", help="runs, as in `runs`, the start of a name, 'last' or 'last~1'")
     compare.add_argument("--measure", default="", metavar="WORDS", help="only measures whose name holds these words")
     compare.add_argument("-o", "--out", help="the page to write (default: compare.html in the home)")
