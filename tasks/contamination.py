@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -174,10 +173,12 @@ class _Items:
 
 def hash_words(text: str) -> np.ndarray:
     """A 64-bit hash of each word [W]."""
+    from pandas.util import hash_array
+
     words = _WORD.findall(text.lower())
     if not words:
         return np.zeros(0, np.uint64)
-    return pd.util.hash_array(np.array(words, object), categorize=False)
+    return hash_array(np.array(words, object), categorize=False)
 
 
 def hash_grams(words: np.ndarray, length: int) -> np.ndarray:
