@@ -407,6 +407,9 @@ def made_up(tmp_path, name, nats, group="original", missing=()):
             {"window": 64, "model": "X", "languages_without_held_out_text": list(missing), "too_short_to_score": []}
         )
     )
+    pq.write_table(
+        pa.table({"layer": pa.array([], pa.int32()), "expert": pa.array([], pa.int32())}), place / "routing.parquet"
+    )
     count = len(nats)
     groups = np.full(count, group, object) if isinstance(group, str) else np.array(group, object)
     return Scores(
