@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
 from models.parallel import like, local
-
-if TYPE_CHECKING:
-    from models.train import Plan
+from models.plan import Plan
 
 STATE = ("exp_avg", "exp_avg_sq", "step")
 EMBEDDINGS = ("embed_tokens", "lm_head")

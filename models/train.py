@@ -14,9 +14,7 @@ without gradients cost nothing here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +24,7 @@ from models.instances import IGNORED, Batch, Instances
 from models.optimizer import load_moments, make_optimizer, read_moments, set_rate
 from models.parallel import compile_blocks, replicate, shard, synced, whole
 from models.place import Place
+from models.plan import Plan
 from models.progress import resume, save_progress
 from models.window import Window
 
@@ -35,50 +34,6 @@ Tell = Callable[..., None]
 
 class TrainingFailed(Exception):
     """Training cannot go on; the message names the step and the batch, and the last good checkpoint is kept."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one stage of training does.
-
-    start, stop: training steps, [start, stop). total: steps that the cosine is laid over. batch: instances a step over all
-    processes. micro_batch: instances at once in one process. warmup: steps of linear warm-up from step 0. rewarm: (first
-    step, steps) of a second warm-up, after a switch of the model, or None. floor: final learning rate over the peak one.
-    router_rate, expert_rate: learning rates of routers and of experts over that of the rest.
-    sharded: several processes share out weights, gradients and moments (FSDP2) instead of each holding them (DDP).
-    compiled: torch.compile of the decoder layers.
-    """
-
-    start: int
-    stop: int
-    total: int
-    batch: int
-    micro_batch: int
-    learning_rate: float
-    warmup: int
-    rewarm: tuple[int, int] | None = None
-    floor: float = 0.1
-    router_rate: float = 1.0
-    expert_rate: float = 1.0
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    seed: int = 0
-    checkpoint_every: int = 200
-    log_every: int = 10
-    sharded: bool = False
-    compiled: bool = False
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, cosine to floor * peak, and the second warm-up as a factor on top."""
-        if step < self.warmup:
-            rate = (step + 1) / self.warmup
-        else:
-            part = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
-            rate = self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * part))
-        if self.rewarm and self.rewarm[0] <= step < sum(self.rewarm):
-            rate *= (step - self.rewarm[0] + 1) / self.rewarm[1]
-        return self.learning_rate * rate
 
 
 def train(

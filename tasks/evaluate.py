@@ -116,7 +116,8 @@ def evaluate(
     scores = write_scores(table, out)
     write_positions(held, sums, result["bucket"], settings.evaluation_context, out)
     write_routing(held, sums, out)
-    write_samples(held, tokens, prompts, result["written"], settings, out)
+    begin = settings.evaluation_prompt_tokens
+    write_samples(held, tokens, prompts, result["written"], begin, begin + settings.evaluation_sample_tokens, out)
     out.rows = int((sums.tokens > 0).sum())
     out.statistics = _statistics(held, table, scores, result, length)
     # What could not be scored belongs to the content: equal scores of other documents are another evaluation.

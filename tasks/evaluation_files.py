@@ -20,7 +20,6 @@ from tasks.run import metric
 
 if TYPE_CHECKING:
     from models.evaluate import Sums
-    from tasks.evaluate import EvaluateSettings
 
 # Sums in float64 differ in their last digits with the order of adding; rounded, other workers give the same bytes.
 DIGITS = 6
@@ -134,13 +133,11 @@ def write_samples(
     tokenizer: Any,
     prompts: list[int],
     written: list[tuple[list[int], list[list[float]]]],
-    settings: EvaluateSettings,
+    begin: int,
+    end: int,
     out: Draft,
 ) -> None:
-    begin, end = (
-        settings.evaluation_prompt_tokens,
-        settings.evaluation_prompt_tokens + settings.evaluation_sample_tokens,
-    )
+    """What the model wrote after the first `begin` tokens of each prompt, beside what stands there, up to token `end`."""
     samples = [
         {
             "language": held.languages[number],
