@@ -150,6 +150,20 @@ def read_table(documents: Artifact, columns: list[str] | None = None, where: pc.
     return pa.Table.from_batches(read_batches(documents, names, where, ROWS_A_PART), schema)
 
 
+def read_ids(documents: Artifact) -> np.ndarray:
+    """Ids of all documents in their order, bytes [N]."""
+    return np.array(read_table(documents, ["document"])["document"].to_pylist(), dtype="S32")
+
+
+def places_of(wanted: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Where each of the ids `wanted` [n] stands in `among` [m], int64 [n]; -1 where it does not. Price: a sort of `among`."""
+    if not len(among):
+        return np.full(len(wanted), -1)
+    order = np.argsort(among, kind="stable")
+    place = order[np.minimum(np.searchsorted(among, wanted, sorter=order), len(among) - 1)]
+    return np.where(among[place] == wanted, place, -1)
+
+
 def _short_columns(file: pq.ParquetFile, path: Path, names: list[str], where: pc.Expression | None) -> pa.Table:
     """The columns of one part that are wanted or asked about, but for the text, with `row`, of the documents that are wanted."""
     asked = (

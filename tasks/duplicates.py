@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from storage.artifact import Artifact, Draft
 from tasks.compiled import compiled
+from tasks.documents import places_of
 from tasks.earlier import earlier, is_whole
 from tasks.nearest import similarities_of, unit
 from tasks.texts import TextReader
@@ -112,9 +113,8 @@ class Overlaps:
                 table = pq.read_table(artifact.file(OVERLAPS))
                 first, second = (table[name].to_numpy().astype("S32") for name in ("document", "other"))
                 before = np.char.add(first, second)
-                order = np.argsort(before, kind="stable")
-                place = order[np.minimum(np.searchsorted(before, keys, sorter=order), len(before) - 1)]
-                hit = np.flatnonzero((before[place] == keys) & missing)
+                place = places_of(keys, before)
+                hit = np.flatnonzero((place >= 0) & missing)
                 if len(hit) and is_whole(artifact):
                     found = table["overlap"].to_numpy()[place[hit]].tolist()
                     self._known |= dict(zip(map(tuple, pairs[hit].tolist()), found, strict=True))

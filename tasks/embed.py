@@ -28,7 +28,7 @@ from pydantic import Field
 
 from storage.artifact import Artifact, Draft, hash_file
 from storage.errors import EclectusError
-from tasks.documents import read_table
+from tasks.documents import read_ids, read_table
 from tasks.earlier import earlier, is_whole
 from tasks.embedding_log import Known, Log, locate, read_logs, sweep
 from tasks.matrix import create_matrix
@@ -80,7 +80,7 @@ def embed(documents: Artifact, settings: EmbedSettings, out: Draft, model: Artif
     Raises EclectusError when the model is missing or cannot be loaded.
     """
     source = _source(settings, model)
-    ids = np.array(read_table(documents, ["document"])["document"].to_pylist(), dtype="S32")
+    ids = read_ids(documents)
     with _Pool(documents, settings, source) as pool:
         key = hashlib.sha256(
             f"{pool.model_digest} {settings.embedding_maximum_characters} {settings.embedding_precision}".encode()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tasks.documents import places_of
+
 STALE_SECONDS = 3_600
 
 
@@ -57,10 +59,9 @@ def locate(ids: np.ndarray, known: list[Known]) -> np.ndarray:
     for number, each in enumerate(known):
         if not len(missing):
             break
-        order = np.argsort(each.ids, kind="stable")
-        place = np.minimum(np.searchsorted(each.ids, ids[missing], sorter=order), len(order) - 1)
-        hit = each.ids[order[place]] == ids[missing]
-        where[missing[hit]] = np.stack([np.full(hit.sum(), number), order[place[hit]]], axis=1)
+        place = places_of(ids[missing], each.ids)
+        hit = place >= 0
+        where[missing[hit]] = np.stack([np.full(hit.sum(), number), place[hit]], axis=1)
         missing = missing[~hit]
     return where
 

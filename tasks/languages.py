@@ -28,7 +28,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from storage.artifact import Artifact, Draft
 from storage.errors import EclectusError
 from tasks.codes import UNDETERMINED, normalise
-from tasks.documents import ROWS_A_GROUP, read_table, relabel
+from tasks.documents import ROWS_A_GROUP, places_of, read_ids, read_table, relabel
 from tasks.earlier import earlier, is_whole
 from tasks.run import metric, progress
 from tasks.settings import Place, Settings
@@ -210,22 +210,15 @@ def _remember(documents: Artifact, settings: LanguageSettings, judged: _Judged) 
     """Takes the judgements of earlier artifacts, by document id; each is hashed before it is believed."""
     ids: np.ndarray | None = None
     for artifact in earlier("documents", judged_by=_judge_name(settings)):
-        ids = _ids(documents) if ids is None else ids
+        ids = read_ids(documents) if ids is None else ids
         missing = np.flatnonzero(judged.language < 0)
         with contextlib.suppress(EclectusError, OSError, pa.ArrowException):
-            before = _ids(artifact)
-            order = np.argsort(before, kind="stable")
-            place = order[np.minimum(np.searchsorted(before, ids[missing], sorter=order), len(before) - 1)]
-            hit = before[place] == ids[missing]
+            place = places_of(ids[missing], read_ids(artifact))
+            hit = place >= 0
             if hit.any() and is_whole(artifact):
                 table = read_table(artifact, ["language", "language_confidence"]).take(pa.array(place[hit]))
                 told = zip(table["language"].to_pylist(), table["language_confidence"].to_pylist(), strict=True)
                 judged.take(missing[hit], list(told))
-
-
-def _ids(documents: Artifact) -> np.ndarray:
-    """Ids of all documents, bytes [N]."""
-    return np.array(read_table(documents, ["document"])["document"].to_pylist(), dtype="S32")
 
 
 def _judgements(

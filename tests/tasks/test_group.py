@@ -202,6 +202,15 @@ def test_overlaps_are_measured_once_and_the_order_of_a_grown_corpus_is_that_of_a
     assert again.statistics["duplicates"] >= 16
 
 
+@pytest.mark.usefixtures("run")
+def test_a_grouping_without_a_pair_is_no_hindrance_to_the_next(home):
+    rows = topical({"en/sea": 3})
+    first = grouped(home.store, rows)
+    assert len(pq.read_table(first.file("overlaps.parquet"))) == 0
+    again = grouped(home.store, [*rows, {**rows[0], "text": rows[0]["text"] + " end"}])
+    assert again.statistics["duplicates"] == 1
+
+
 def test_partitions_are_stitched_where_their_ends_are_most_alike():
     angles = np.radians([0, 10, 80, 90, 20, 30, 40, 70])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
