@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import os
 import sys
 import types
@@ -13,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.books import add_books, print_rows
 from flows.checkpoints import add_checkpoint_commands
 from flows.judging import add_judging_commands
 from storage.errors import EclectusError
@@ -108,20 +108,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         return part
 
     add("corpus", _corpus, "write the default corpus out of installed packages, as JSONL", out="folder to write")
-    sql = add(
-        "sql", _sql, "query the lineage with DuckDB SQL", query='for example "from runs order by started desc limit 5"'
-    )
-    sql.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
-    why = add(
-        "why",
-        _why,
-        "why a step ran again, or why not",
-        run="run, as in `runs`, or 'last'",
-        step="step or label, as in `steps`",
-    )
-    why.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
     add_checkpoint_commands(add)
-    add_judging_commands(add, _print_rows)
+    add_judging_commands(add, print_rows)
     add("up", _up, "start a local Prefect server with UI, Ray, a worker and all deployments, in the background")
     add("down", _down, "end what `up` started, and everything that it started")
     add("deploy", _deploy, "register all deployments and automations with the server at PREFECT_API_URL")
@@ -133,7 +121,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     chaos.add_argument(
         "--kills", type=int, default=4, help="how many; every fourth comes round to the same kind (default: 4)"
     )
-    add("verify", _verify, "hash every artifact again and name what changed")
+    add_books(commands)
     return parser
 
 
@@ -219,44 +207,6 @@ def _corpus(chosen: argparse.Namespace) -> None:
     )
 
 
-def _sql(chosen: argparse.Namespace) -> None:
-    from storage.lineage import query
-
-    _print_rows(*query(chosen.query), chosen.json)
-
-
-def _why(chosen: argparse.Namespace) -> None:
-    from storage.home import Home
-    from storage.lineage import connect
-
-    with connect(Home.open()) as connection:
-        run = chosen.run
-        if run == "last":
-            run = connection.execute("select run from runs order by started desc limit 1").fetchone()[0]
-        answer = connection.execute(
-            "select label, state, reason, key, seconds from steps where run = ? and (label = ? or name = ? or step = ?) order by started",
-            [run, chosen.step, chosen.step, chosen.step],
-        )
-        names, rows = [column[0] for column in answer.description], answer.fetchall()
-        if not rows:
-            labels = connection.execute("select label from steps where run = ? order by started", [run]).fetchall()
-            known = ", ".join(label for (label,) in labels) or "none, or there is no such run: eclectus sql 'from runs'"
-            raise EclectusError(f"run '{run}' has no step '{chosen.step}'; its steps are: {known}")
-    _print_rows(names, rows, chosen.json)
-
-
-def _verify(_: argparse.Namespace) -> None:
-    from storage.home import Home
-
-    store = Home.open().store
-    faults = [fault for artifact in store.all() if (fault := store.faults(artifact))]
-    for fault in faults:
-        print(fault)
-    if faults:
-        raise EclectusError(f"{len(faults)} artifacts changed; the next run makes them again")
-    print("every artifact is as it was written")
-
-
 def _up(_: argparse.Namespace) -> None:
     from flows.services import up
     from storage.home import Home
@@ -286,22 +236,6 @@ def _chaos(chosen: argparse.Namespace) -> None:
     for told in outcome.told:
         print(told)
     print(f"same bits after {len(outcome.told)} kills and {outcome.starts} starts: checkpoint-{outcome.digest[:12]}")
-
-
-def _print_rows(names: list[str], rows: list[tuple[Any, ...]], as_json: bool) -> None:
-    if as_json:
-        for row in rows:
-            print(json.dumps(dict(zip(names, row, strict=True)), default=str, ensure_ascii=False))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*names, box=None, header_style="bold", pad_edge=False)
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row))
-    # A pipe has no width: cutting columns there would lose what a script reads.
-    width = None if sys.stdout.isatty() else 100_000
-    Console(highlight=False, markup=False, width=width).print(table)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 import platform
 import secrets
@@ -15,11 +16,14 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import duckdb
+
 from flows.server import prefect_server
+from storage.compact import compact
 from storage.errors import EclectusError
 from storage.home import Home
 from storage.journal import Journal
@@ -44,6 +48,7 @@ PACKAGES = [
     "pyarrow",
     "numpy",
 ]
+JOURNALS_A_RUN = 200
 
 
 @contextlib.contextmanager
@@ -73,7 +78,7 @@ def open_run(
         _check_starts()
     home = home or Home.open()
     run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-    with Journal(home.journal, run_id, home.mirror) as journal:
+    with _books_in_order(home), Journal(home.journal, run_id, home.mirror) as journal:
         run = Run(
             id=run_id,
             home=home,
@@ -107,7 +112,24 @@ def open_run(
                     prefect_flow_run=run.prefect_flow_run,
                     error=f"{type(error).__name__}: {error}" if error else None,
                 )
-                write_database(home)
+
+
+@contextlib.contextmanager
+def _books_in_order(home: Home) -> Iterator[None]:
+    """Around a run: the database for shells is there, and what runs left behind is compacted. A run never fails for either."""
+    _try(write_database, home)
+    try:
+        yield
+    finally:
+        with _interrupts_held():
+            _try(compact, home, JOURNALS_A_RUN)
+
+
+def _try(act: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        act(*arguments)
+    except (OSError, duckdb.Error) as error:
+        logging.getLogger("eclectus").warning("%s put off to the next run: %s", act.__name__, error)
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ KINDS = (
 )
 SCHEMA = 1
 MANIFEST = "manifest.json"
+EMPTY = "none"
 MANIFEST_FIELDS = {"kind", "digest", "schema", "created", "rows", "bytes", "statistics", "files", "seal"}
 
 
@@ -201,6 +202,13 @@ class ArtifactStore:
         self._pull_all("[!.]*/*")
         for manifest in sorted(self.root.glob(f"[!.]*/*/{MANIFEST}")):
             yield self.find(str(manifest.parent))
+
+    def strays(self) -> list[str]:
+        """Directories that look like artifacts and have no manifest, in words: half of a copy, or a lost manifest."""
+        places = [place for place in sorted(self.root.glob("[!.]*/*")) if place.is_dir() and place.name != EMPTY]
+        return [
+            f"{place} is no whole artifact: {MANIFEST} is gone" for place in places if not (place / MANIFEST).exists()
+        ]
 
     def _pull_all(self, pattern: str) -> None:
         """Brings the store's whole artifacts that match `<kind>/<digits>` and are not here."""

@@ -2,11 +2,13 @@
 
 artifacts/   immutable results                keys/       which settings and inputs made which artifact
 journal/     what happened, as it happened    work/       unfinished training, so that it can go on
+layout       the number of this layout
 prefect/     the local Prefect server's data  eclectus.duckdb, report.html   for people
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from storage.errors import EclectusError
 from storage.mirror import SCHEME, Mirror, cache_folder
 
 DEFAULT = "home"
+LAYOUT = 2
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,11 @@ class Home:
     mirror: Mirror | None = None
 
     @classmethod
-    def open(cls, root: str | Path | None = None) -> Home:
+    def open(cls, root: str | Path | None = None, reading: bool = False) -> Home:
         """The home at `root`, else at $ECLECTUS_HOME, else `./home`; made if missing. A folder, or a URL (`s3://bucket/prefix`).
 
-        Raises EclectusError when it cannot be made or written.
+        reading: a home that cannot be written will do. Raises EclectusError when it cannot be made or written, or was
+        written by a newer version.
         """
         named = str(root or os.environ.get("ECLECTUS_HOME") or DEFAULT)
         if SCHEME in named:
@@ -39,16 +43,37 @@ class Home:
         else:
             place = Path(named).absolute()
             home = cls(place)
+        if reading and home.journal.is_dir():
+            home._check_layout()
+            return home
         try:
             for room in (home.store.root, home.journal, home.keys, home.work):
                 room.mkdir(parents=True, exist_ok=True)
+            home._check_layout()
+            if not os.access(home.journal, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            if not home._layout.exists():
+                home._layout.write_text(f"{LAYOUT}\n")
         except OSError as error:
             raise EclectusError(
-                f"home {place} cannot be made ({error.strerror}); set --home or ECLECTUS_HOME"
+                f"home {place} cannot be written ({error.strerror}); set --home or ECLECTUS_HOME to another folder"
             ) from error
-        if not os.access(home.journal, os.W_OK):
-            raise EclectusError(f"home {place} cannot be written; set --home or ECLECTUS_HOME to another folder")
         return home
+
+    def _check_layout(self) -> None:
+        """Homes without a number are of layout 1: journals only, which every later version reads as they are."""
+        found = self._layout.read_text().strip() if self._layout.exists() else "1"
+        if not found.isdigit() or int(found) > LAYOUT:
+            raise EclectusError(
+                f"home {self.root} has layout {found[:20]}, newer than this eclectus knows ({LAYOUT}); update eclectus"
+            )
+        if int(found) < LAYOUT and os.access(self.root, os.W_OK):
+            # Layout 2 adds Parquet parts and an index beside the journals; `storage.compact` makes them as it goes.
+            self._layout.write_text(f"{LAYOUT}\n")
+
+    @property
+    def _layout(self) -> Path:
+        return self.root / "layout"
 
     @property
     def name(self) -> str:
@@ -60,6 +85,7 @@ class Home:
         if self.mirror:
             self.mirror.pull_changed(self.journal, "")
             self.mirror.pull_changed(self.store.root / "instances", "documents.parquet")
+            self.mirror.pull_changed(self.store.root / "evaluation", "routing.parquet")
 
     @property
     def store(self) -> ArtifactStore:

@@ -2,13 +2,16 @@
 
 Three streams of newline-delimited JSON, `events/` (runs and steps), `metrics/` and `decisions/` (champions), with one file a run and process. An event
 is one line, written with one `write` and synced: a kill loses at most the line being written. Metrics are written through
-to the operating system line by line and synced at close. `compact` turns the journals of finished processes into Parquet.
+to the operating system line by line and synced at close. A writer holds a lock on its own file, which the system drops when
+the process is gone, however it went: that is how `storage.compact` knows which journals are finished and may become Parquet.
 `storage.lineage` reads both forms.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import json
 import os
 import socket
@@ -17,7 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from storage.errors import EclectusError
 from storage.mirror import Mirror
+from storage.secrets import scrubber
 
 EVENTS = "events"
 METRICS = "metrics"
@@ -30,7 +35,10 @@ def now() -> str:
 
 
 class Journal:
-    """The journal of this process for one run. Files appear with the first line written."""
+    """The journal of this process for one run. Files appear with the first line written.
+
+    Secrets of the environment never get in (`storage.secrets`). Raises EclectusError when a line cannot be written.
+    """
 
     def __init__(self, root: Path, run: str, mirror: Mirror | None = None) -> None:
         """mirror: the object store to which the journal goes with every event, and whole at the end."""
@@ -39,6 +47,8 @@ class Journal:
         self.run = run
         self._name = f"{run}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:4]}.ndjson"
         self._handles: dict[str, int] = {}
+        self._torn: set[int] = set()
+        self._scrub = scrubber()
 
     def event(self, event: str, **columns: Any) -> None:
         """One event (`run_started`, `run_ended`, `step_started`, `step_ended`), on disk when this returns."""
@@ -87,19 +97,48 @@ class Journal:
             self.mirror.push(self.root / stream / self._name)
 
     def _write(self, stream: str, row: dict[str, Any]) -> int:
-        handle = self._handles.get(stream)
-        if handle is None:
-            folder = self.root / stream
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder / self._name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            self._handles[stream] = handle
         line = (
             json.dumps(row, allow_nan=False, default=str)
             if _finite(row)
             else json.dumps(_without_nan(row), default=str)
         )
-        os.write(handle, line.encode() + b"\n")
+        try:
+            handle = self._handles.get(stream)
+            if handle is None:
+                handle = self._handles[stream] = _open_held(self.root / stream, self._name)
+            self._append(handle, self._scrub(line).encode() + b"\n")
+        except OSError as error:
+            raise EclectusError(
+                f"the journal {self.root / stream / self._name} cannot be written: {error.strerror}; "
+                "free space, or set --home to another folder"
+            ) from error
         return handle
+
+    def _append(self, handle: int, line: bytes) -> None:
+        """One whole line; what a full disk left of an earlier one is ended first, so that it spoils no other line."""
+        if handle in self._torn:
+            line = b"\n" + line
+        written = 0
+        try:
+            while written < len(line):
+                written += os.write(handle, line[written:])
+        except OSError:
+            if written:
+                self._torn.add(handle)
+            raise
+        self._torn.discard(handle)
+
+
+def _open_held(folder: Path, name: str) -> int:
+    """A new journal, locked by this process before anyone can see it under its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    opening = folder / f"{name}.opening"
+    handle = os.open(opening, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    # A file system without locks: the journal counts as finished when it has not grown for a day.
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.rename(opening, folder / name)
+    return handle
 
 
 def _finite(row: dict[str, Any]) -> bool:
