@@ -29,6 +29,7 @@ FLOWS = {
     "extend": ("extend", "new languages for a model, by MoE-LPR or what it is measured against"),
     "similarity": ("similarity", "how alike languages look to each layer of a model, and experts for each (LayerMoE)"),
     "evaluate": ("evaluate", "scores on held-out documents, and the report"),
+    "retrain": ("retrain", "train on from the champion if enough is new, and promote what passes the gate"),
 }
 
 
@@ -159,13 +160,13 @@ def _run_flow(chosen: argparse.Namespace) -> None:
 
 def read_parameters(chosen: argparse.Namespace) -> Settings:
     """The flow's parameters from `--config` and the options. Raises EclectusError naming the culprit."""
-    from flows.parameters import PARAMETERS, MainParameters
+    from flows.parameters import PARAMETERS, FileParameters
 
     model = PARAMETERS[chosen.flow]
     values: dict[str, Any] = {}
     if chosen.config:
         # One file serves all flows: what another flow needs is checked too, and left out here.
-        values = MainParameters.read(_read_yaml(Path(chosen.config)), chosen.config).model_dump(exclude_unset=True)
+        values = FileParameters.read(_read_yaml(Path(chosen.config)), chosen.config).model_dump(exclude_unset=True)
         values = {name: value for name, value in values.items() if name in model.model_fields}
     options = {
         name: _parse(value, model.model_fields[name].annotation)

@@ -9,7 +9,14 @@ from prefect import flow
 
 from flows.curate import Curated, curate
 from flows.extend import extend
-from flows.parameters import CurateParameters, EvaluateParameters, ExtendParameters, PretrainParameters, check
+from flows.parameters import (
+    CurateParameters,
+    EvaluateParameters,
+    ExtendParameters,
+    JudgeParameters,
+    PretrainParameters,
+    check,
+)
 from flows.pretrain import pretrain
 from flows.run import current_home, once, open_run
 from storage.artifact import Artifact
@@ -19,7 +26,7 @@ from tasks.benchmark import BenchmarkSettings, benchmark
 from tasks.contamination import ContaminationSettings, contamination, trained_on
 from tasks.evaluate import EvaluateSettings
 from tasks.evaluate import evaluate as score
-from tasks.gate import read_gates
+from tasks.gate import Gate, read_gates
 from tasks.promote import Candidate, decide
 from tasks.report import ReportSettings, report
 
@@ -46,32 +53,38 @@ def evaluate(parameters: EvaluateParameters = EvaluateParameters()) -> Evaluated
     """Scores models on held-out documents and tasks, decides by the gate who is promoted, and writes the report."""
     check(parameters)
     with open_run("evaluate", parameters):
-        curated, checkpoints = _checkpoints(parameters)
-        evaluations, left_out = _score(curated, checkpoints, parameters)
-        benchmarks = _benchmark(curated, checkpoints, parameters, left_out)
-        seen = _contaminations(curated, checkpoints, evaluations, benchmarks, parameters)
-        kinds = {"text": evaluations, "tasks": benchmarks, "contamination": seen}
-        candidates = {
-            name: Candidate(checkpoints[name], {kind: each[name] for kind, each in kinds.items() if name in each})
-            for name in evaluations
-        }
-        decisions = _decide(candidates, parameters, left_out)
-        page = report(
-            evaluations=evaluations,
-            checkpoints={name: checkpoints[name] for name in evaluations},
-            documents=curated.documents,
-            grouping=curated.grouping,
-            instances={"original": curated.original, "expanded": curated.expanded, "review": curated.review},
-            benchmarks=benchmarks,
-            contaminations=seen,
-            gates={line: current_home().store.find(f"evaluation-{each.gate}") for line, each in decisions.items()},
-            settings=ReportSettings.of(parameters, report_left_out=left_out),
-        )
-        return Evaluated(curated, checkpoints, evaluations, page, benchmarks, seen, decisions, left_out)
+        return judged(*_checkpoints(parameters), parameters, read_gates(parameters.gate) if parameters.gate else {})
+
+
+def judged(
+    curated: Curated, checkpoints: dict[str, Artifact], parameters: JudgeParameters, gates: dict[str, Gate]
+) -> Evaluated:
+    """Scores, decisions and report of these models, on the held-out documents of what was curated."""
+    evaluations, left_out = _score(curated, checkpoints, parameters)
+    benchmarks = _benchmark(curated, checkpoints, parameters, left_out)
+    seen = _contaminations(curated, checkpoints, evaluations, benchmarks, parameters)
+    kinds = {"text": evaluations, "tasks": benchmarks, "contamination": seen}
+    candidates = {
+        name: Candidate(checkpoints[name], {kind: each[name] for kind, each in kinds.items() if name in each})
+        for name in evaluations
+    }
+    decisions = _decide(gates, candidates, parameters, left_out)
+    page = report(
+        evaluations=evaluations,
+        checkpoints={name: checkpoints[name] for name in evaluations},
+        documents=curated.documents,
+        grouping=curated.grouping,
+        instances={"original": curated.original, "expanded": curated.expanded, "review": curated.review},
+        benchmarks=benchmarks,
+        contaminations=seen,
+        gates={line: current_home().store.find(f"evaluation-{each.gate}") for line, each in decisions.items()},
+        settings=ReportSettings.of(parameters, report_left_out=left_out),
+    )
+    return Evaluated(curated, checkpoints, evaluations, page, benchmarks, seen, decisions, left_out)
 
 
 def _score(
-    curated: Curated, checkpoints: dict[str, Artifact], parameters: EvaluateParameters
+    curated: Curated, checkpoints: dict[str, Artifact], parameters: JudgeParameters
 ) -> tuple[dict[str, Artifact], list[str]]:
     """(evaluations by model, what could not be evaluated). Raises EclectusError when no model could."""
     settings = EvaluateSettings.of(parameters, evaluation_context=parameters.lory_segment)
@@ -94,7 +107,7 @@ def _score(
 
 
 def _benchmark(
-    curated: Curated, checkpoints: dict[str, Artifact], parameters: EvaluateParameters, left_out: list[str]
+    curated: Curated, checkpoints: dict[str, Artifact], parameters: JudgeParameters, left_out: list[str]
 ) -> dict[str, Artifact]:
     """The models' answers to tasks, where any are asked for; what could not be asked is added to left_out."""
     settings = BenchmarkSettings.of(parameters)
@@ -119,7 +132,7 @@ def _contaminations(
     checkpoints: dict[str, Artifact],
     evaluations: dict[str, Artifact],
     benchmarks: dict[str, Artifact],
-    parameters: EvaluateParameters,
+    parameters: JudgeParameters,
 ) -> dict[str, Artifact]:
     """What each model had seen in training; nothing for a model whose training the lineage does not know."""
     settings = ContaminationSettings.of(parameters)
@@ -141,14 +154,20 @@ def _contaminations(
 
 
 def _decide(
-    candidates: dict[str, Candidate], parameters: EvaluateParameters, left_out: list[str]
+    gates: dict[str, Gate], candidates: dict[str, Candidate], parameters: JudgeParameters, left_out: list[str]
 ) -> dict[str, Decision]:
     """Who is promoted, by line of champions. A model that was not evaluated is judged by nobody, and said to be."""
     decisions = {}
-    for line, gate in (read_gates(parameters.gate) if parameters.gate else {}).items():
+    for line, gate in gates.items():
         if gate.model in candidates:
-            base = candidates.get(gate.base)
-            decisions[line] = decide(gate, candidates[gate.model], base, parameters.report_resamples, parameters.seed)
+            decisions[line] = decide(
+                gate,
+                candidates[gate.model],
+                candidates.get(gate.base),
+                parameters.report_resamples,
+                parameters.seed,
+                list(candidates.values()),
+            )
         else:
             left_out.append(f"gate '{line}': there is no evaluated model '{gate.model}' to judge")
     return decisions

@@ -1,4 +1,4 @@
-"""The commands that judge: `promote`, `champions` and `compare`. Every import that takes time waits until its command is known."""
+"""The commands that judge: `promote`, `rollback`, `champions` and `compare`. Every import that takes time waits until its command is known."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ def add_judging_commands(add: Callable[..., argparse.ArgumentParser], print_rows
     compare.add_argument("--measure", default="", metavar="WORDS", help="only measures whose name holds these words")
     compare.add_argument("-o", "--out", help="the page to write (default: compare.html in the home)")
     compare.add_argument("--json", action="store_true", help="one JSON object a row instead of tables")
+    rollback = add("rollback", _rollback, "make the champion before the present one champion again")
+    rollback.add_argument("--line", help="line of champions; where left out, the only one that has a champion")
     champions = add("champions", show_champions, "who was promoted and who was refused, by line, with the reasons")
     champions.add_argument("--all", action="store_true", help="every decision, not the last of each line and verdict")
     champions.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
@@ -59,3 +61,10 @@ def _promote(chosen: argparse.Namespace) -> None:
     for rule in decision.rules:
         print(f"{'holds' if rule['passed'] else 'FAILS'}  {rule['rule']}: {rule['reason']}")
     print(f"checkpoint-{decision.checkpoint[:12]} is {decision.verdict} in line '{decision.line}': {decision.reason}")
+
+
+def _rollback(chosen: argparse.Namespace) -> None:
+    from flows.promote import rollback
+
+    back = rollback(chosen.line)
+    print(f"checkpoint-{back.checkpoint[:12]} is champion of line '{back.line}' again: {back.reason}")

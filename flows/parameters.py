@@ -6,7 +6,7 @@ that the command line can read them quickly.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,7 @@ from tasks.ingest import IngestSettings
 from tasks.languages import LanguageSettings
 from tasks.layer_similarity import LayerSimilaritySettings
 from tasks.nearest import NeighborSettings
+from tasks.news import NewsSettings, RefreshSettings
 from tasks.pack import PackSettings
 from tasks.pretrain import PretrainSettings
 from tasks.replay import ReplaySettings
@@ -32,6 +33,9 @@ from tasks.report import ReportSettings
 from tasks.split import SplitSettings
 from tasks.static_embedding import StaticEmbeddingSettings
 from tasks.tokenizer import TokenizerSettings
+
+if TYPE_CHECKING:
+    from tasks.gate import Gate
 
 
 class CurateParameters(
@@ -72,7 +76,11 @@ class SimilarityParameters(IngestSettings, LanguageSettings, SplitSettings, Fetc
     """From sources and a dense checkpoint to experts for each layer."""
 
 
-class EvaluateParameters(ExtendParameters, EvaluateSettings, BenchmarkSettings, ContaminationSettings, ReportSettings):
+class JudgeParameters(ExtendParameters, EvaluateSettings, BenchmarkSettings, ContaminationSettings, ReportSettings):
+    """What evaluation, gate and report take, whatever they judge."""
+
+
+class EvaluateParameters(JudgeParameters):
     """Evaluation and report of the models of pre-training and extension."""
 
     evaluate_checkpoints: list[str] = Field(
@@ -88,6 +96,19 @@ class MainParameters(EvaluateParameters):
     """The whole job: curate, pre-train, extend, evaluate, report."""
 
 
+class RetrainParameters(JudgeParameters, NewsSettings, RefreshSettings):
+    """The nightly retraining: looks at its sources, trains on from the champion, promotes what passes the gate."""
+
+    retrain_line: str = Field(
+        "extended", description="Line of champions, of those in the gate's file, that is trained on."
+    )
+    gate: str = Field("configs/gate.yaml", description="YAML file with the rules that decide who is promoted.")
+
+
+class FileParameters(MainParameters, RetrainParameters):
+    """Every setting that a file may hold: one file serves all flows."""
+
+
 PARAMETERS = {
     "main": MainParameters,
     "curate": CurateParameters,
@@ -95,6 +116,7 @@ PARAMETERS = {
     "extend": ExtendParameters,
     "similarity": SimilarityParameters,
     "evaluate": EvaluateParameters,
+    "retrain": RetrainParameters,
 }
 
 
@@ -109,12 +131,14 @@ def check(parameters: CurateParameters | SimilarityParameters) -> None:
                 raise EclectusError(
                     f"{name} is empty; similarity is that of a model's layers between known and new languages"
                 )
-    if type(parameters) is ExtendParameters and not parameters.expanded_languages:
+    if type(parameters) in (ExtendParameters, RetrainParameters) and not parameters.expanded_languages:
         raise EclectusError("expanded_languages is empty, so there is nothing to extend to; name at least one language")
     if isinstance(parameters, PretrainParameters):
         parameters.check_shape()
-    if isinstance(parameters, EvaluateParameters):
+    if isinstance(parameters, JudgeParameters):
         _check_evaluation(parameters)
+    if isinstance(parameters, RetrainParameters):
+        gate_of(parameters)
     if isinstance(parameters, ExtendParameters):
         check_extension(parameters)
 
@@ -139,8 +163,26 @@ def check_extension(parameters: ExtendParameters) -> None:
         )
 
 
-def _check_evaluation(parameters: EvaluateParameters) -> None:
-    if parameters.gate:
+def gate_of(parameters: RetrainParameters) -> Gate:
+    """The rules of the line that is retrained. Raises EclectusError when retraining makes no model for it."""
+    from tasks.extend import recipe_of
+    from tasks.gate import read_gates
+
+    lines, line = read_gates(parameters.gate), parameters.retrain_line
+    if line not in lines:
+        raise EclectusError(f"retrain_line '{line}' is not in {parameters.gate}; its lines are {', '.join(lines)}")
+    recipe = recipe_of(parameters.extension_method)
+    made = ["stage 1", "stage 2"] if recipe.reviewed else [recipe.title]
+    if lines[line].model not in made:
+        raise EclectusError(
+            f"line '{line}' of {parameters.gate} judges '{lines[line].model}', and retraining by extension_method "
+            f"{parameters.extension_method} makes {' and '.join(made)}; choose another retrain_line or method"
+        )
+    return lines[line]
+
+
+def _check_evaluation(parameters: JudgeParameters) -> None:
+    if isinstance(parameters, EvaluateParameters) and parameters.gate:
         from tasks.gate import read_gates
 
         read_gates(parameters.gate)

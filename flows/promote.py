@@ -49,6 +49,44 @@ def promote(checkpoint: str, gate: str, line: str | None, force: str | None) -> 
     return decision
 
 
+def rollback(line: str | None = None) -> Decision:
+    """Makes the champion before the present one champion again, with its evaluations; again and again goes further back.
+
+    line: the only one that has a champion, where left out. Raises EclectusError when there is none before, or it is damaged.
+    """
+    home = Home.open()
+    promoted = [each for each in decisions(home) if each.verdict == PROMOTED]
+    lines = list(dict.fromkeys(each.line for each in promoted))
+    if line is None and len(lines) == 1:
+        line = lines[0]
+    if line not in lines:
+        known = (
+            f"lines with a champion are {', '.join(lines)}: choose one with --line" if lines else "no line has one yet"
+        )
+        raise EclectusError(f"line '{line}' has no champion; {known}" if line else f"which line? {known}")
+    reigns = _reigns([each for each in promoted if each.line == line])
+    if len(reigns) < 2:
+        raise EclectusError(f"line '{line}' never had another champion before checkpoint-{reigns[-1].checkpoint[:12]}")
+    before = reigns[-2]
+    if fault := home.store.faults(home.store.find(f"checkpoint-{before.checkpoint}")):
+        raise EclectusError(f"the champion before cannot take its place again: {fault}")
+    reason = f"rolled back from checkpoint-{reigns[-1].checkpoint[:12]}"
+    back = replace(before, reason=reason, by=person())
+    record(home, back)
+    return back
+
+
+def _reigns(promoted: list[Decision]) -> list[Decision]:
+    """The champions that lie under the present one, which is last: a roll-back takes the one above away."""
+    reigns: list[Decision] = []
+    for each in promoted:
+        if len(reigns) > 1 and reigns[-2].checkpoint == each.checkpoint:
+            reigns.pop()
+        elif not reigns or reigns[-1].checkpoint != each.checkpoint:
+            reigns.append(each)
+    return reigns
+
+
 def champion_rows(everything: bool) -> tuple[list[str], list[tuple[Any, ...]]]:
     """(column names, rows): the last decision of each line, verdict and checkpoint, or all of them."""
     found = decisions(Home.open())

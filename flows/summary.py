@@ -23,6 +23,8 @@ def summarize(run: Run, result: Any, terminal: Terminal) -> None:
     counts = Counter(run.states.values())
     terminal.say("")
     terminal.say(", ".join(f"{number} steps {state}" for state, number in sorted(counts.items())))
+    # A night that did not train has nothing to show.
+    result = getattr(result, "evaluated", result)
     if hasattr(result, "evaluations"):
         _scores(result.evaluations, terminal)
         _judgements(result, terminal)

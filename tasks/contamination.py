@@ -30,7 +30,7 @@ from pydantic import Field
 from storage.artifact import Artifact, Draft
 from storage.errors import EclectusError
 from tasks.documents import read_batches
-from tasks.report.history import read_history
+from tasks.report.history import Made, read_history
 from tasks.run import current_run, metric, progress
 from tasks.settings import Settings
 from tasks.step import step
@@ -106,16 +106,22 @@ def trained_on(checkpoint: Artifact) -> tuple[list[Artifact], list[Artifact]]:
         return [], []
     made = read_history(run.home, run.id, [checkpoint]).made
     instances = [digest for digest, each in made.items() if each.kind == "instances"]
-    sources = {
-        source
-        for digest in instances
-        for source in made[digest].inputs.values()
-        if source in made and made[source].kind == "documents"
-    }
     find = run.home.store.find
-    return [find(f"documents-{each}") for each in sorted(sources)], [
+    return [find(f"documents-{each}") for each in packed_documents(made)], [
         find(f"instances-{each}") for each in sorted(instances)
     ]
+
+
+def packed_documents(made: dict[str, Made]) -> list[str]:
+    """Digests of the `documents` that were packed into the instances of a history."""
+    packed = {
+        source
+        for each in made.values()
+        if each.kind == "instances"
+        for source in each.inputs.values()
+        if source in made and made[source].kind == "documents"
+    }
+    return sorted(packed)
 
 
 def _trained(instances: list[Artifact]) -> set[str]:

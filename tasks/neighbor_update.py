@@ -133,12 +133,15 @@ def update(
     carried: bool [N], the documents whose lists are those of before.
     """
     new = partition.rows[~carried[partition.rows]]
-    if len(new) > settings.neighbors_growth * len(partition.rows):
+    method = {told["partition"]: told["method"] for told in earlier.artifact.statistics["partitions"]}.get(
+        partition.name
+    )
+    # A language that was not there before may be one without any embedding.
+    if method is None or len(new) > settings.neighbors_growth * len(partition.rows):
         lists.clear(partition.rows)
         return None
     if len(new):
         _meet(vectors, new, partition.rows, carried, lists)
-    method = {told["partition"]: told["method"] for told in earlier.artifact.statistics["partitions"]}[partition.name]
     recall = 1.0
     if method != "exact":
         # A sample of the sample: at 1% new documents the recall of the lists of before, measured in full then, hardly moves.

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from storage.artifact import Artifact
@@ -31,14 +32,25 @@ class Candidate:
 
 
 def decide(
-    gate_file: Gate, candidate: Candidate, base: Candidate | None, resamples: int = 1000, seed: int = 0
+    gate_file: Gate,
+    candidate: Candidate,
+    base: Candidate | None,
+    resamples: int = 1000,
+    seed: int = 0,
+    others: Sequence[Candidate] = (),
 ) -> Decision:
-    """Judges a candidate for its line and records what came of it. Call it in a run. Raises EclectusError without evaluation."""
+    """Judges a candidate for its line and records what came of it. Call it in a run. Raises EclectusError without evaluation.
+
+    others: evaluated in the same run. If the champion is among them, it is judged by that; else by what it was promoted with.
+    """
     run = current_run()
     holder = champion(run.home, gate_file.line)
     reigning = None
     if holder and holder.checkpoint != candidate.checkpoint.digest:
-        reigning = {kind: run.home.store.find(f"evaluation-{digest}") for kind, digest in holder.evaluations.items()}
+        anew = next((each.evaluations for each in others if each.checkpoint.digest == holder.checkpoint), None)
+        reigning = anew or {
+            kind: run.home.store.find(f"evaluation-{digest}") for kind, digest in holder.evaluations.items()
+        }
     outcome = gate(
         label=f"gate {gate_file.line}",
         candidate=candidate.evaluations,
