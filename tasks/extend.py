@@ -154,6 +154,7 @@ def train_stage(
 ) -> dict[str, Any]:
     """Runs on every training worker; rank 0 writes the checkpoint into `out` and returns its statistics."""
     from models.extension_baselines import save_method, untrained_digest
+    from models.parallel import gather
     from models.train import train
 
     chosen = ExtendStageSettings(**settings)
@@ -191,6 +192,7 @@ def train_stage(
         if chosen.extension_method != "moe_all" and _original_digest(model) != original:
             raise EclectusError(f"an original weight changed before training step {plan.stop}; nothing was kept")
         statistics["frozen_sha256"] = original
+    gather(model, place)
     if place.leads:
         save_method(model, Path(out), side_files=Path(checkpoint))
         _note_training(Path(out), chosen, data)

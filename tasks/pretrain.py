@@ -92,10 +92,6 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
     baseline_top_k: int = Field(
         2, ge=1, description="Experts of a token in the top_k baseline, each 1/k of a network wide."
     )
-    training_sharded: bool = Field(
-        False,
-        description="Share out weights and optimizer state over the training workers (FSDP2) instead of copying them to each (DDP).",
-    )
     training_compiled: bool = Field(
         False,
         description="Compile the layers with torch.compile: minutes at the start, the same results; only for long trainings on GPUs.",
@@ -237,7 +233,6 @@ def train_stage(
         learning_rate=chosen.pretrain_learning_rate,
         warmup=chosen.pretrain_warmup_steps,
         rewarm=(switch, chosen.lory_rewarm_steps) if rewarmed else None,
-        sharded=chosen.training_sharded,
         compiled=chosen.training_compiled,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())

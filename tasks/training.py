@@ -36,10 +36,14 @@ class TrainingSettings(Settings):
     training_workers: int = Field(
         2,
         ge=0,
-        description="Ray Train workers that share each batch (DDP); 0 trains in the calling process, without Ray.",
+        description="Ray Train workers that share each batch; 0 trains in the calling process, without Ray.",
     )
     training_gpus: bool = Place(
         False, description="Give every training worker a GPU (bf16, NCCL) instead of a CPU core."
+    )
+    training_sharded: bool = Field(
+        False,
+        description="Share out weights and optimizer state over the training workers (FSDP2) instead of copying them to each (DDP).",
     )
     micro_batch: int = Field(4, ge=1, description="Instances that a worker computes at once; more cost memory.")
     weight_decay: float = Field(
@@ -61,6 +65,7 @@ class TrainingSettings(Settings):
 
         return Plan(
             micro_batch=self.micro_batch,
+            sharded=self.training_sharded,
             weight_decay=self.weight_decay,
             clip=self.gradient_clip,
             floor=self.learning_rate_floor,

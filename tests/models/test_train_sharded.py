@@ -12,12 +12,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from models.experts import frozen_digest
+from models.export import extract_base
+from models.extension_baselines import open_method, open_review, save_method, untrained_digest
 from models.instances import Instances
 from models.lory import LoryForCausalLM
-from models.objectives import lory
+from models.objectives import lory, next_token, post_pretrain, review
+from models.parallel import gather
 from models.place import Place
 from models.routing_profiles import routing_profiles
 from models.train import train
+from models.upcycle import upcycle
 from tests.models.training import LENGTH, plan, tiny_dense, write_instances
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +48,28 @@ def run(folder, place, work, tell=lambda kind, **values: None, **changes):
     model = tiny_lory()
     after = train(model, Instances(folder / "instances"), lory(), plan(**changes), place, folder / work, tell)
     return model, after
+
+
+def extend(folder, name, place, sharded):
+    """Both stages of an extension and a baseline; the frozen hashes are asked for while the model is sharded."""
+
+    def stage(model, objective, out, start):
+        before = untrained_digest(model)
+        data, settings = Instances(folder / "instances"), plan(learning_rate=1e-3, sharded=sharded)
+        train(model, data, objective, settings, place, folder / f"{name} {out} work", lambda kind, **values: None)
+        assert untrained_digest(model) == before
+        original = frozen_digest(model) if hasattr(model.config, "num_experts_per_tok") else None
+        gather(model, place)
+        if place.leads:
+            save_method(model, folder / f"{name} {out}", folder / start)
+        place.barrier()
+        return original
+
+    first = stage(open_method("moe_lpr", folder / "moe"), post_pretrain(0.01, 2, "paper"), "stage 1", "moe")
+    second = stage(open_review(folder / f"{name} stage 1"), review(0.5, "paper", [0]), "stage 2", "moe")
+    stage(open_method("lora", folder / "dense", lora_rank=2), next_token(), "lora", "dense")
+    made = json.loads((folder / "moe" / "upcycle.json").read_text())
+    assert first == second == made["base_digest"]
 
 
 def in_both_processes(folder):
@@ -72,6 +99,7 @@ def in_both_processes(folder):
             run(folder, place, work, kill, sharded=True)
     finish("sharded again", "c", sharded=True)
     finish("from one process", "one", sharded=True)
+    extend(folder, "both", place, sharded=True)
     if place.leads:
         (folder / "told.json").write_text(json.dumps(told))
         (folder / "profiles.json").write_text(json.dumps(profiles))
@@ -83,6 +111,8 @@ def folder(tmp_path_factory):
     write_instances(folder / "instances")
     with pytest.raises(Killed):
         run(folder, Place(), "one", kill)
+    tiny_dense().save_pretrained(folder / "dense")
+    upcycle(folder / "dense", folder / "moe", experts=3)
     script = "import sys, pathlib\nfrom tests.models.test_train_sharded import in_both_processes\n"
     (folder / "both.py").write_text(script + "in_both_processes(pathlib.Path(sys.argv[1]))\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "both.py", "."]
@@ -150,3 +180,15 @@ def test_sharded_metrics_are_those_of_one_process(folder):
     for ours, theirs in zip(json.loads((folder / "told.json").read_text()), told, strict=True):
         for name in ("loss", "router_entropy", "expert_utilisation", "gradient_norm"):
             assert ours[name] == pytest.approx(theirs["values"][name], abs=1e-4), name
+
+
+def test_a_sharded_extension_is_that_of_one_process_and_leaves_the_base_as_it_was(folder):
+    extend(folder, "alone", Place(), sharded=False)
+    for name in ("stage 1", "stage 2", "lora"):
+        both, alone = (load_file(folder / f"{who} {name}" / "model.safetensors") for who in ("both", "alone"))
+        assert both.keys() == alone.keys()
+        for key, value in both.items():
+            torch.testing.assert_close(value, alone[key], rtol=1e-3, atol=1e-5, msg=f"{name}: {key}")
+    extract_base(folder / "both stage 2", folder / "back")
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("dense", "back"))
+    assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
