@@ -29,7 +29,8 @@ import duckdb
 from storage.artifact import EMPTY, hash_file
 from storage.home import Home
 from storage.journal import EVENTS
-from storage.tables import COLUMNS, NEEDED, edges, folded, nodes, plant, raw, text
+from storage.questions import edges, nodes
+from storage.tables import COLUMNS, NEEDED, folded, plant, raw, text
 
 INDEXES = ("edges", "nodes")
 ROWS_A_GROUP = 20_000
@@ -163,7 +164,7 @@ def _write_part(connection: duckdb.DuckDBPyConnection, home: Home, stream: str, 
     if stream == EVENTS:
         tables |= {
             "edges": f"select * from ({edges('part')}) order by output",
-            "nodes": f"select * from ({nodes('part')}) order by artifact",
+            "nodes": f"select * from ({nodes('part')}) order by made",
         }
     beside = {name: home.journal / name / f".{uuid.uuid4().hex}.writing" for name in tables}
     try:

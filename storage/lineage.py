@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,50 +57,50 @@ def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
 def walk(name: str, home: Home | None = None) -> list[dict[str, Any]]:
     """Everything that an artifact was made from (`direction` up) and that was made from it (down), nearest first.
 
-    name: as in the macro `upstream`. A row: direction, steps away, and the columns of `upstream`, with the inputs of the step
-    that made it. Empty when the lineage does not know the name. Price: 0.9 CPU seconds in a history of a million steps.
+    name: as in the macro `upstream`. A row: direction, steps away, and the columns of `upstream`. Empty when the lineage does not
+    know the name. Raises EclectusError when it is the start of several. Price: docs/benchmarks.md.
     """
     with connect(home) as connection:
-        found = {}
-        for direction, macro in (("up", "upstream"), ("down", "downstream")):
-            answer = connection.execute(f"from {macro}(?)", [name])
-            columns = [column[0] for column in answer.description]
-            found[direction] = [dict(zip(columns, row, strict=True)) for row in answer.fetchall()]
-        steps = {row["made_by"] for rows in found.values() for row in rows if row["made_by"]}
-        inputs: dict[str, list[str]] = {}
-        if steps:
-            marks = ", ".join("?" * len(steps))
-            sql = f"select step, artifact from step_inputs where step in ({marks})"
-            for step, artifact in connection.execute(sql, list(steps)).fetchall():
-                inputs.setdefault(step, []).append(artifact)
-    return [
-        {"direction": direction if distance else "this", "steps_away": distance, **row}
-        for direction, rows in found.items()
-        for distance, row in _by_distance(rows, inputs, direction)
-        if distance or direction == "up"
+        answer = connection.execute(
+            "select 'up' as direction, 0 as steps_away, * from upstream($1) "
+            "union all select 'down', 0, * from downstream($1)",
+            [name],
+        )
+        columns = [column[0] for column in answer.description]
+        rows = [dict(zip(columns, row, strict=True)) for row in answer.fetchall()]
+        edges = connection.execute(_AMONG, [[row["artifact"] for row in rows]]).fetchall()
+    digits = name.rpartition("-")[2]
+    these = {row["artifact"]: row for row in rows if row["artifact"].startswith(digits)}
+    if len(these) > 1:
+        names = ", ".join(f"{row['kind']}-{row['artifact'][:20]}" for row in list(these.values())[:3])
+        raise EclectusError(f"'{name}' is the start of {len(these)} artifacts, such as {names}; write more of it")
+    distance = {"up": _distances(these, edges), "down": _distances(these, [(b, a) for a, b in edges])}
+    found = [
+        {**row, "direction": row["direction"] if steps else "this", "steps_away": steps}
+        for row in rows
+        if (steps := distance[row["direction"]].get(row["artifact"], 0)) or row["direction"] == "up"
     ]
+    return sorted(found, key=lambda row: (row["direction"] == "down", row["steps_away"]))
 
 
-def _by_distance(
-    rows: list[dict[str, Any]], inputs: dict[str, list[str]], direction: str
-) -> list[tuple[int, dict[str, Any]]]:
-    """(steps from where the walk began, row), nearest first. A walk up begins at what nothing else was made from, and so on."""
-    known = {row["artifact"]: row for row in rows}
-    below: dict[str, list[str]] = {artifact: [] for artifact in known}
-    for row in rows:
-        for artifact in inputs.get(row["made_by"], []):
-            if artifact in known:
-                a, b = (row["artifact"], artifact) if direction == "up" else (artifact, row["artifact"])
-                below[a].append(b)
-    has_parent = {child for children in below.values() for child in children}
-    distance = {artifact: 0 for artifact in known if artifact not in has_parent}
-    waiting = list(distance)
+_AMONG = """
+    with known as materialized (select artifact, md5_number_lower(artifact) as node from (select distinct unnest($1::varchar[]) as artifact))
+    select o.artifact, i.artifact from edges e join known o on e.output = o.node join known i on e.input = i.node"""
+
+
+def _distances(these: Iterable[str], edges: list[tuple[str, str]]) -> dict[str, int]:
+    """Artifact -> the fewest edges (from, to) that lead to it from any of `these`."""
+    onward: dict[str, list[str]] = {}
+    for start, end in edges:
+        onward.setdefault(start, []).append(end)
+    waiting = list(these)
+    distance = dict.fromkeys(waiting, 0)
     for artifact in waiting:
-        for child in below[artifact]:
-            if child not in distance:
-                distance[child] = distance[artifact] + 1
-                waiting.append(child)
-    return sorted(((distance.get(row["artifact"], 0), row) for row in rows), key=lambda pair: pair[0])
+        for end in onward.get(artifact, ()):
+            if end not in distance:
+                distance[end] = distance[artifact] + 1
+                waiting.append(end)
+    return distance
 
 
 def _place_views(home: Home, path: Path, files: Any, prefix: str) -> None:

@@ -1,4 +1,4 @@
-"""The tables that people query, as SQL: views over the journals, live and compacted, and macros for the usual questions.
+"""The tables that people query, as SQL: views over the journals, live and compacted (the macros are in storage/questions.py).
 
     runs          one row a run                      step_inputs   which artifacts and sources a step read
     steps         one row a step of a run            step_outputs  which artifact a step made or reused
@@ -6,10 +6,6 @@
     metrics       one row a number                   documents     which document is in which instance, at which offset
     decisions     one row a promotion or refusal     champions     the last one promoted of each line
     routing       one row a layer, expert, language and domain of an evaluated model
-
-    upstream(x), downstream(x)   what an artifact was made from, and what was made from it
-    trace(x)                     what holds a document, and what was made from that
-    difference(a, b)             what differs between two runs
 
 Columns are documented in docs/lineage.md and frozen by a test. Everything is read through globs that always find at least an
 empty file (`plant`), so a view that was opened before the first row sees every later one.
@@ -29,6 +25,7 @@ import duckdb
 from storage.artifact import EMPTY
 from storage.home import Home
 from storage.journal import DECISIONS, EVENTS, METRICS
+from storage.questions import EDGES, HOME_GRAPH, NODES, PARTS, edges, macros, nodes
 
 OUTPUT = "STRUCT(kind VARCHAR, artifact VARCHAR, rows BIGINT, bytes BIGINT, created TIMESTAMP, path VARCHAR, statistics JSON)"
 COLUMNS = {
@@ -84,20 +81,6 @@ COLUMNS = {
 }
 # Text columns without which a line is no row of its stream.
 NEEDED = {EVENTS: ("run", "event"), METRICS: ("run", "name"), DECISIONS: ("line", "verdict", "checkpoint")}
-# An index of who was made from whom. `node` is a 64-bit number of a digest: a walk joins numbers, not texts.
-NODE = "md5_number_lower(artifact)"
-EDGES = {"output": "UBIGINT", "input": "UBIGINT"}
-NODES = {
-    "node": "UBIGINT",
-    "kind": "VARCHAR",
-    "artifact": "VARCHAR",
-    "made": "TIMESTAMP",
-    "made_by": "VARCHAR",
-    "step_name": "VARCHAR",
-    "label": "VARCHAR",
-    "run": "VARCHAR",
-    "inputs": "MAP(VARCHAR, VARCHAR)",
-}
 DOCUMENTS = {
     "document": "VARCHAR",
     "name": "VARCHAR",
@@ -120,21 +103,14 @@ ROUTING = {
 }
 HELD = {"document": "VARCHAR", "name": "VARCHAR"}
 
-# An input is written `kind-digest`: an artifact's kind, or `file`, `files`, `dataset` for what was read from outside.
-_NAMED = "'^([a-z]+)-([0-9a-f]+)$'"
-PARTS = (
-    f"coalesce(nullif(regexp_extract(entry.value, {_NAMED}, 2), ''), entry.value) as artifact, "
-    f"coalesce(nullif(regexp_extract(entry.value, {_NAMED}, 1), ''), 'source') as kind"
-)
-
 VIEWS = {
     "runs": """
-        select run, flow, coalesce(state, 'unfinished') as state, started, if(event = 'run_ended', logged, null) as ended, seconds,
+        select run, flow, coalesce(state, 'unfinished') as state, started, case when event = 'run_ended' then logged end as ended, seconds,
                parameters, code_version, host, python, packages, prefect_flow_run, error
         from events where event in ('run_started', 'run_ended')""",
     "steps": """
         select step, run, name, label, flow, key, version, coalesce(state, 'unfinished') as state, reason, started,
-               if(event = 'step_ended', logged, null) as ended, seconds, peak_memory, seed, prefect_task_run
+               case when event = 'step_ended' then logged end as ended, seconds, peak_memory, seed, prefect_task_run
         from events where event in ('step_started', 'step_ended')""",
     "artifacts": """
         select kind || '-' || artifact[1:12] as name, artifact, kind, arg_min("rows", logged) as "rows",
@@ -157,77 +133,6 @@ VIEWS = {
     "settings": """
         select step, run, entry.key as name, entry.value as value
         from (select step, run, unnest(map_entries(settings)) as entry from events where event = 'step_ended')""",
-}
-
-# Live journals are read once a walk, and edges are numbers in memory: a level of the walk then costs microseconds.
-_GRAPH = """
-    live as materialized (from live_events),
-    live_nodes as materialized ({live_nodes}),
-    e as materialized (select output, input from compacted_edges union all select output, input from ({live_edges})),
-    n as not materialized (from compacted_nodes union all from live_nodes)"""
-_MATCHES = """
-    select distinct node from n
-    where artifact >= regexp_extract(x, '[0-9a-f]+$') and artifact < regexp_extract(x, '[0-9a-f]+$') || 'g'
-      and regexp_matches(x, '^([a-z]+-)?[0-9a-f]+$') and (not contains(x, '-') or starts_with(x, kind || '-'))"""
-# What an artifact was made from is left out here: reading a million maps takes longer than the walk.
-_SHOWN = """
-    select kind || '-' || artifact[1:12] as name, kind, artifact, arg_min(made_by, made) as made_by,
-           arg_min(step_name, made) as step_name, arg_min(label, made) as label, arg_min(run, made) as run, min(made) as made
-    from n where node in (from reached) group by kind, artifact order by made nulls first, name"""
-
-MACROS = {
-    "upstream(x)": f"""
-        with recursive {_GRAPH}, start as materialized ({_MATCHES}),
-             reached(node) as (from start union select e.input from reached join e on e.output = reached.node)
-        {_SHOWN}""",
-    "downstream(x)": f"""
-        with recursive {_GRAPH}, start as materialized ({_MATCHES}),
-             reached(node) as (from start union select e.output from reached join e on e.input = reached.node)
-        {_SHOWN}""",
-    "trace(x)": f"""
-        with recursive {_GRAPH},
-             held as materialized (
-                 select 'instances' as kind, instances as artifact, count(distinct instance) as instances, sum(tokens) as tokens
-                 from documents where document = x or name = x group by instances
-                 union all
-                 select distinct 'documents', artifact, null, null from held_documents where document = x or name = x),
-             learned(node) as (
-                 select {NODE} from held where kind = 'instances'
-                 union select e.output from learned join e on e.input = learned.node),
-             reached(node) as (select {NODE} from held union select e.output from reached join e on e.input = reached.node),
-             shown as materialized ({_SHOWN})
-        select case when held.artifact is not null then 'holds it'
-                    when shown.kind = 'checkpoint' and shown.node in (from learned) then 'learned from it'
-                    else 'made from what holds it' end as relation,
-               shown.name, shown.kind, shown.artifact, held.instances, held.tokens, made_by as step, label, run, made
-        from (select *, {NODE} as node from shown) shown left join held using (artifact)
-        union all
-        select 'read it', s.label, 'step', null, null, null, s.step, s.label, s.run, s.ended
-        from steps s where s.step in (select step from step_inputs semi join held using (artifact))
-        order by made nulls first, relation""",
-    "difference(a, b)": """
-        with chosen as (from (values (a, 'a'), (b, 'b')) v(run, side)),
-             facts as (
-                 select side, 'run' as what, '' as label, 'code' as name, code_version as value from runs join chosen using (run)
-                 union all select side, 'run', '', 'state', state from runs join chosen using (run)
-                 union all select side, 'run', '', 'python', python from runs join chosen using (run)
-                 union all select side, 'package', '', p.key, json_extract_string(p.value, '$')
-                     from (select side, unnest(map_entries(cast(packages as map(varchar, json)))) as p
-                           from runs join chosen using (run))
-                 union all select side, 'step', s.label, 'version', s.version::varchar from steps s join chosen using (run)
-                 union all select side, 'setting', s.label, t.name, t.value::varchar
-                     from settings t join chosen using (run) join steps s using (step)
-                 union all select side, 'input', s.label, i.name, i.kind || '-' || i.artifact[1:12]
-                     from step_inputs i join chosen using (run) join steps s using (step)
-                 union all select side, 'output', s.label, o.name, o.kind || '-' || o.artifact[1:12]
-                     from step_outputs o join chosen using (run) join steps s using (step)
-                 union all select side, 'metric', s.label,
-                     m.name || coalesce(nullif(' ' || array_to_string(map_values(m.tags), ' '), ' '), ''),
-                     last(m.value order by m.logged)::varchar
-                     from metrics m join chosen using (run) join steps s using (step) group by all)
-        select what, label, name, any_value(value) filter (side = 'a') as a, any_value(value) filter (side = 'b') as b
-        from facts group by what, label, name having a is distinct from b
-        order by array_position(['run', 'package', 'step', 'setting', 'input', 'output', 'metric'], what), label, name""",
 }
 
 
@@ -253,13 +158,12 @@ def definitions(home: Home, prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, body in VIEWS.items():
         yield f"view {name}", body
     yield "view documents", _documents(prefix, home)
+    yield "view edges", f"select output, input from compacted_edges union all {edges('live_events')}"
+    yield "view nodes", f"from compacted_nodes union all {nodes('live_events')}"
     yield "view held_documents", _held_documents(prefix, home)
     yield "view routing", _routing(prefix, home)
-    for name, body in MACROS.items():
-        yield (
-            f"macro {name}",
-            "table " + body.replace("{live_nodes}", nodes("live")).replace("{live_edges}", edges("live")),
-        )
+    for name, body in macros(HOME_GRAPH):
+        yield f"macro {name}", body
 
 
 def folded(source: str) -> str:
@@ -279,32 +183,6 @@ def folded(source: str) -> str:
         f"union all select {_names(COLUMNS[EVENTS])}, journal from source "
         "where event not in ('run_started', 'run_ended', 'step_started', 'step_ended')"
     )
-
-
-def edges(source: str) -> str:
-    """SQL: an edge from every input of a step to its output. source: folded events."""
-    return (
-        f"select distinct md5_number_lower(output) as output, {NODE} as input from "
-        f"(select output, {PARTS} from (select output.artifact as output, unnest(map_entries(inputs)) as entry "
-        f"from {source} where event = 'step_ended' and output is not null))"
-    )
-
-
-def nodes(source: str) -> str:
-    """SQL: every artifact with the step that made it (or else reused it), and every source outside. source: folded events."""
-    made = (
-        "select md5_number_lower(output.artifact) as node, output.kind as kind, output.artifact as artifact, "
-        "arg_min(logged, order_) as made, arg_min(step, order_) as made_by, arg_min(name, order_) as step_name, "
-        "arg_min(label, order_) as label, arg_min(run, order_) as run, arg_min(inputs, order_) as inputs "
-        f"from (select *, (state <> 'completed', logged) as order_ from {source} "
-        "where event = 'step_ended' and output is not null) group by all"
-    )
-    outside = (
-        f"select distinct {NODE}, kind, artifact, null::timestamp, null, null, label, null, null "
-        f"from (select entry.key as label, {PARTS} from (select unnest(map_entries(inputs)) as entry from {source} "
-        "where event = 'step_ended')) where kind in ('file', 'files', 'dataset', 'source')"
-    )
-    return f"select * from ({made}) union all select * from ({outside})"
 
 
 def plant(home: Home) -> bool:

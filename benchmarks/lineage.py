@@ -1,0 +1,149 @@
+"""What questions to a long history cost: upstream and downstream of artifacts in a million steps, and what compaction takes.
+
+10,000 runs of 100 steps, in projects of 100 runs: every run reads what its own steps and those of the run before it in the project
+made, so chains are up to 10,000 steps long. Journals are written as a run writes them, without the syncs, then compacted. The peer is
+the same walk as people would write it, a recursive query over `step_inputs` and `step_outputs`.
+
+    OMP_NUM_THREADS=1 python benchmarks/lineage.py [--steps 1000000] [--home FOLDER]      3 GB of disk; a kept FOLDER is used again
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from storage.compact import compact
+from storage.home import Home
+from storage.lineage import connect, walk
+
+STEPS_A_RUN = 100
+RUNS_A_PROJECT = 100
+KINDS = ["documents", "embeddings", "neighbors", "grouping", "instances", "checkpoint", "evaluation"]
+SETTINGS = {
+    name: index / 7 for index, name in enumerate("k rate width depth seed batch steps warmup decay gamma".split())
+}
+PEER = """
+    with recursive edge as (select o.artifact as output, i.artifact as input from step_outputs o join step_inputs i using (step)),
+         reached(artifact) as (select ?::varchar union select {gives} from reached join edge on edge.{has} = reached.artifact)
+    from reached"""
+
+
+def digest(step: int) -> str:
+    return hashlib.sha256(str(step).encode()).hexdigest()
+
+
+def name(step: int) -> str:
+    return f"{KINDS[step % len(KINDS)]}-{digest(step)}"
+
+
+def write_history(home: Home, steps: int) -> None:
+    """The journals of `steps` steps; step n reads what n - 1, n - 3 and n - STEPS_A_RUN of its project made."""
+    folder = home.journal / "events"
+    folder.mkdir(parents=True, exist_ok=True)
+    project = STEPS_A_RUN * RUNS_A_PROJECT
+    for number in range(steps // STEPS_A_RUN):
+        run = f"20260101-{number:06d}-bench"
+        lines = [
+            {"event": "run_started", "flow": "main", "parameters": SETTINGS, "packages": {"torch": "2"}, "host": "h"}
+        ]
+        for step in range(number * STEPS_A_RUN, (number + 1) * STEPS_A_RUN):
+            at = step % project
+            before = [step - back for back in (1, 3, STEPS_A_RUN) if back <= at]
+            inputs = {f"in{back}": name(each) for back, each in enumerate(before)} or {"source": f"file-{digest(-1)}"}
+            own = {
+                "step": f"{step:032x}",
+                "name": "work",
+                "label": f"work {step % STEPS_A_RUN}",
+                "flow": "main",
+                "key": digest(step),
+            }
+            output = {"kind": name(step).split("-")[0], "artifact": digest(step), "rows": 5, "bytes": 9, "path": "somewhere",
+                      "created": "2026-01-01T00:00:00Z", "statistics": {"loss": 1.0}}  # fmt: skip
+            lines.append({"event": "step_started", **own})
+            lines.append(
+                {"event": "step_ended", **own, "version": 1, "state": "completed", "reason": "first time", "seconds": 1.0,
+                 "settings": SETTINGS, "inputs": inputs, "output": output}
+            )  # fmt: skip
+        lines.append({"event": "run_ended", "state": "completed", "seconds": 9.0})
+        logged = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(1_767_225_600 + number * 60))
+        text = "".join(json.dumps({**line, "logged": logged, "run": run}) + "\n" for line in lines)
+        (folder / f"{run}.{socket.gethostname()}-1-bench.ndjson").write_text(text)
+
+
+def once(act: Callable[[], Any]) -> tuple[float, float, int]:
+    """(wall seconds, CPU seconds, rows) of a question."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    given = act()
+    count = len(given if isinstance(given, list) else given.fetchall())
+    return time.perf_counter() - wall, time.process_time() - cpu, count
+
+
+def measure(act: Callable[[], Any]) -> tuple[float, float, int]:
+    """The median of three of `once`."""
+    return statistics.median_low(once(act) for _ in range(3))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--home", help="folder that is kept and used again (default: a temporary one)")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Home.open(chosen.home or scratch)
+        if not any(home.journal.glob("events/[1-9]-*.parquet")):
+            wall = time.perf_counter()
+            write_history(home, chosen.steps)
+            print(f"{chosen.steps:,} steps written in {time.perf_counter() - wall:.0f} s", flush=True)
+            wall, cpu = time.perf_counter(), time.process_time()
+            compact(home, sys.maxsize)
+            print(f"compacted in {time.perf_counter() - wall:.0f} s, {time.process_time() - cpu:.0f} CPU s", flush=True)
+            time.sleep(21)
+            compact(home)
+        report(home, chosen.steps)
+
+
+def report(home: Home, steps: int) -> None:
+    project = STEPS_A_RUN * RUNS_A_PROJECT
+    middle = steps // project // 2 * project
+    asked = {
+        "first of a project": middle,
+        "500th": middle + 500,
+        "middle": middle + project // 2,
+        "last": middle + project - 1,
+    }
+    print(f"{'artifact':20} {'question':12} {'rows':>7} {'wall s':>8} {'CPU s':>8} {'peer CPU s':>11} {'ratio':>6}")
+    for title, step in asked.items():
+        for macro, gives, has in (("upstream", "input", "output"), ("downstream", "output", "input")):
+            with connect(home) as connection:
+                asked_for = partial(connection.execute, f"from {macro}(?)", [name(step)])
+                wall, cpu, rows = measure(asked_for)
+                _, peer_cpu, found = once(
+                    partial(connection.execute, PEER.format(gives=gives, has=has), [digest(step)])
+                )
+            assert found == rows, (found, rows)
+            print(
+                f"{title:20} {macro:12} {rows:7,} {wall:8.3f} {cpu:8.3f} {peer_cpu:11.2f} {peer_cpu / cpu:5.0f}x",
+                flush=True,
+            )
+        wall, cpu, rows = measure(partial(walk, name(step), home))
+        print(f"{title:20} {'walk, both':12} {rows:7,} {wall:8.3f} {cpu:8.3f}", flush=True)
+    environment = {**os.environ, "ECLECTUS_HOME": str(home.root), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    wall = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "flows.cli", "lineage", name(middle + 500), "--json"], env=environment, check=True, capture_output=True)  # fmt: skip
+    print(f"eclectus lineage, the whole command: {time.perf_counter() - wall:.2f} s")
+
+
+if __name__ == "__main__":
+    main()
