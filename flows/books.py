@@ -1,6 +1,6 @@
-"""The commands that ask the books: sql, runs, lineage, trace, diff, why, verify, compact.
+"""The commands that ask the books, and keep them: sql, runs, lineage, trace, diff, why, bundle, verify, keep, gc, compact.
 
-Each prints a table, or one JSON object a row with `--json`. Nothing here writes into a home but `compact`.
+Each prints a table, or one JSON object a row with `--json`. Nothing here writes into a home but `keep`, `gc --yes` and `compact`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from storage.errors import EclectusError
 if TYPE_CHECKING:
     from storage.home import Home
 
-Rows = tuple[Sequence[str], Sequence[Sequence[Any]]]
+LATEST = 10
 
 
 def add_books(commands: Any) -> None:
@@ -43,6 +43,16 @@ def add_books(commands: Any) -> None:
     add("why", _why, "why a step ran again, or why not", run=run, step="step or label, as in `steps`")
     verify = add("verify", _verify, "hash every artifact and journal again and name what changed")
     verify.add_argument("names", nargs="*", help="artifacts to look at (default: all, and the journals)")
+    bundle = add("bundle", _bundle, "write one DuckDB file with a run and all that it was made from", run=run)
+    bundle.add_argument("place", nargs="?", metavar="OUT", help="the file (default: RUN.duckdb here)")
+    bundle.add_argument("-o", "--out", help="the same")
+    keep = add("keep", _keep, "keep what a run needs from `gc`, or keep it no longer", run=run)
+    keep.add_argument("--release", action="store_true", help="keep it no longer")
+    gc = add("gc", _gc, "show what no kept run and no champion needs; with --yes, free it")
+    gc.add_argument(
+        "--runs", type=_count, default=LATEST, help=f"how many of the latest runs count as kept (default: {LATEST})"
+    )
+    gc.add_argument("--yes", action="store_true", help="free what is shown")
     add("compact", _compact, "turn finished journals into Parquet now; runs do a little of it at their end")
 
 
@@ -126,6 +136,61 @@ def _verify(chosen: argparse.Namespace) -> None:
         print("\n".join(found) or f"{count} artifacts and the journals are as they were written")
     if found:
         raise EclectusError(f"{len(found)} faults; the next run makes damaged artifacts again")
+
+
+def _bundle(chosen: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from storage.bundle import bundle
+    from storage.lineage import connect
+
+    home = _home()
+    with connect(home) as connection:
+        run = _run(connection, chosen.run)
+    out = bundle(home, run, Path(chosen.out or chosen.place or f"{run}.duckdb"))
+    if chosen.json:
+        print(json.dumps({"run": run, "bundle": str(out), "bytes": out.stat().st_size}))
+    else:
+        print(f"{out}: run {run}, {out.stat().st_size / 1e6:.1f} MB; open it with duckdb -readonly {out}")
+
+
+def _keep(chosen: argparse.Namespace) -> None:
+    from storage.collect import keep
+    from storage.home import Home
+    from storage.lineage import connect
+
+    home = Home.open()
+    with connect(home) as connection:
+        run = _run(connection, chosen.run)
+    keep(home, run, not chosen.release)
+    if chosen.json:
+        print(json.dumps({"run": run, "kept": not chosen.release}))
+    else:
+        print(f"run {run} is {'no longer kept' if chosen.release else 'kept: gc leaves what it needs'}")
+
+
+def _gc(chosen: argparse.Namespace) -> None:
+    from storage.collect import free, plan
+    from storage.home import Home
+
+    home = Home.open()
+    planned = plan(home, chosen.runs)
+    rows = [[each.what, each.name, each.bytes, each.why, str(each.place)] for each in planned.unneeded]
+    if rows or chosen.json:
+        print_rows(["what", "name", "bytes", "why", "place"], rows, chosen.json)
+    total = sum(each.bytes for each in planned.unneeded)
+    if chosen.yes:
+        free(home, planned)
+    if not chosen.json:
+        unknown = f", and {planned.unknown} that the lineage does not know" if planned.unknown else ""
+        print(f"kept: {planned.kept} artifacts of {len(planned.runs)} runs and of champions{unknown}")
+        print(f"{'freed' if chosen.yes else 'could be freed with --yes'}: {total / 1e6:.1f} MB")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is no count of runs; expected 0 or more")
+    return int(text)
 
 
 def _compact(chosen: argparse.Namespace) -> None:

@@ -9,10 +9,12 @@ Price: one read of every file at commit and at `verify`, about 1 to 2 GB/s a cor
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -97,11 +99,18 @@ class ArtifactStore:
         """An empty draft; whatever is left uncommitted is removed at the end of the block."""
         if kind not in KINDS:
             raise EclectusError(f"artifact kind '{kind}' is unknown; the kinds are {', '.join(KINDS)}")
-        path = self.root / ".drafts" / f"{kind}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        path.mkdir(parents=True)
+        path = self.root / ".drafts" / f"{kind}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        opening = path.with_name(f".{path.name}")
+        opening.mkdir(parents=True)
+        handle = os.open(opening, os.O_RDONLY)
         try:
+            # Locked before it has its name: a draft that nobody holds is one whose process is gone.
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename(opening, path)
             yield Draft(kind, path)
         finally:
+            os.close(handle)
             shutil.rmtree(path, ignore_errors=True)
 
     def commit(self, draft: Draft) -> Artifact:
@@ -224,6 +233,22 @@ class ArtifactStore:
         aside = self.root / ".damaged" / f"{place.parent.name}-{place.name}-{uuid.uuid4().hex[:6]}"
         aside.parent.mkdir(parents=True, exist_ok=True)
         os.rename(place, aside)
+
+
+def draft_is_held(path: Path) -> bool | None:
+    """Whether the process that writes a draft is alive; None where another machine writes it, or locks are not to be had."""
+    if f"-{socket.gethostname()}-" not in path.name:
+        return None
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    return False
 
 
 def content_digest(kind: str, files: list[dict[str, Any]]) -> str:

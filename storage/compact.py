@@ -89,7 +89,7 @@ def faults(home: Home) -> list[str]:
             if hash_file(part)[:16] != part.stem.rpartition("-")[2]:
                 found.append(f"journal part {part} changed; put it back from a copy")
     for stream in COLUMNS:
-        for path in _journals(home, stream):
+        for path in journals(home, stream):
             found += [f"journal {path}, line {bad['line']}: {bad['why']}" for bad in bad_lines(path, stream)]
     for path in sorted((home.journal / "rejected").glob("*.ndjson")):
         count = len(path.read_text().splitlines())
@@ -108,7 +108,7 @@ def bad_lines(path: Path, stream: str) -> Iterator[dict[str, object]]:
                 if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in needed):
                     why = why or f"no {' and '.join(needed)}"
             except ValueError as error:
-                if not line.endswith(b"\n") and not _finished(path):
+                if not line.endswith(b"\n") and not finished(path):
                     continue
                 why = f"not JSON ({error})"
             if why and line.strip():
@@ -136,7 +136,7 @@ def _compact_stream(
 ) -> None:
     highest = _highest_parts(connection, home, stream)
     _remove_replaced(home, stream, highest)
-    new = [path for path in _journals(home, stream) if path.name not in highest and _finished(path)]
+    new = [path for path in journals(home, stream) if path.name not in highest and finished(path)]
     for batch in _batches(new[:limit]):
         for path in batch:
             if bad := list(bad_lines(path, stream)):
@@ -191,7 +191,7 @@ def _remove_replaced(home: Home, stream: str, highest: dict[str, str]) -> None:
     """Removes journals and parts whose rows all stand in a higher part that is older than GRACE."""
     folder = home.journal / stream
     settled = {name for name in set(highest.values()) if time.time() - (folder / name).stat().st_mtime > GRACE}
-    for path in _journals(home, stream):
+    for path in journals(home, stream):
         if highest.get(path.name) in settled:
             path.unlink()
     if not settled:
@@ -216,7 +216,7 @@ def _highest_parts(connection: duckdb.DuckDBPyConnection, home: Home, stream: st
     )
 
 
-def _journals(home: Home, stream: str) -> list[Path]:
+def journals(home: Home, stream: str) -> list[Path]:
     """Journals in the order of their age, the empty one that only keeps the glob from failing left out."""
     return sorted(path for path in (home.journal / stream).glob("*.ndjson") if path.stem != EMPTY)
 
@@ -242,7 +242,7 @@ def _batches(paths: list[Path]) -> Iterator[list[Path]]:
         yield batch
 
 
-def _finished(path: Path) -> bool:
+def finished(path: Path) -> bool:
     """Whether nobody will write to this journal any more."""
     with open(path, "rb") as handle:
         if f".{socket.gethostname()}-" in path.name:

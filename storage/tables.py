@@ -106,8 +106,10 @@ HELD = {"document": "VARCHAR", "name": "VARCHAR"}
 VIEWS = {
     "runs": """
         select run, flow, coalesce(state, 'unfinished') as state, started, case when event = 'run_ended' then logged end as ended, seconds,
-               parameters, code_version, host, python, packages, prefect_flow_run, error
-        from events where event in ('run_started', 'run_ended')""",
+               parameters, code_version, host, python, packages, prefect_flow_run, error, coalesce(kept, false) as kept
+        from events left join (select run, arg_max(event = 'run_kept', logged) as kept from events
+                               where event in ('run_kept', 'run_released') group by run) using (run)
+        where event in ('run_started', 'run_ended')""",
     "steps": """
         select step, run, name, label, flow, key, version, coalesce(state, 'unfinished') as state, reason, started,
                case when event = 'step_ended' then logged end as ended, seconds, peak_memory, seed, prefect_task_run
@@ -193,6 +195,7 @@ def plant(home: Home) -> bool:
     wanted.append((home.journal / "edges" / f"{EMPTY}.parquet", EDGES))
     wanted.append((home.journal / "nodes" / f"{EMPTY}.parquet", NODES))
     wanted.append((home.journal / "documents" / f"{EMPTY}.parquet", DOCUMENTS))
+    wanted.append((home.journal / "held" / f"{EMPTY}.parquet", HELD))
     wanted.append((home.store.root / "instances" / EMPTY / "documents.parquet", DOCUMENTS))
     wanted.append((home.store.root / "documents" / EMPTY / "documents" / f"{EMPTY}.parquet", HELD))
     wanted.append((home.store.root / "evaluation" / EMPTY / "routing.parquet", ROUTING))
@@ -285,13 +288,18 @@ def _documents(prefix: str, home: Home) -> str:
 
 
 def _held_documents(prefix: str, home: Home) -> str:
-    folder, pattern = home.store.root / "documents", "*/documents/*.parquet"
-    if not any(folder.glob(pattern)):
-        return _nothing({**HELD, "artifact": "VARCHAR"})
-    rows = (
-        "select document, name, split_part(filename, '/', -3) as digits from "
-        f"read_parquet({text(f'{prefix}{folder}/{pattern}')}, union_by_name = true, filename = true)"
-    )
+    """Which documents are in artifacts of kind `documents`: those that are here, and freed ones whose list was kept."""
+    globs = [
+        (home.store.root / "documents", "*/documents/*.parquet", "split_part(filename, '/', -3)"),
+        (home.journal / "held", "*.parquet", "split_part(parse_filename(filename), '.', 1)"),
+    ]
+    tables = [
+        f"select document, name, {digits} as digits from read_parquet({text(f'{prefix}{folder}/{pattern}')}, "
+        "union_by_name = true, filename = true)"
+        for folder, pattern, digits in globs
+        if any(folder.glob(pattern))
+    ]
+    rows = " union all ".join(tables) or _nothing({**HELD, "digits": "VARCHAR"})
     whole = "select distinct artifact from step_outputs where kind = 'documents'"
     return (
         f"select document, name, coalesce(artifact, digits) as artifact from ({rows}) d "

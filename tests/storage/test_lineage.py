@@ -12,7 +12,7 @@ from storage.journal import Journal
 from storage.lineage import connect, query, write_database
 
 FROZEN = {
-    "runs": "run flow state started ended seconds parameters code_version host python packages prefect_flow_run error",
+    "runs": "run flow state started ended seconds parameters code_version host python packages prefect_flow_run error kept",
     "steps": "step run name label flow key version state reason started ended seconds peak_memory seed prefect_task_run",
     "artifacts": "name artifact kind rows bytes created path statistics made_by",
     "step_inputs": "step run name artifact kind",
