@@ -109,7 +109,9 @@ def gate(
     ]
     failed = [each for each in outcomes if not each.passed]
     reason = (
-        "; ".join(f"{each.rule}: {each.reason}" for each in failed) if failed else f"all {len(outcomes)} rules hold"
+        "; ".join(f"{each.reason} (rule '{each.rule}')" for each in failed)
+        if failed
+        else f"all {len(outcomes)} rules hold"
     )
     out.rows = len(outcomes)
     out.statistics = {

@@ -24,6 +24,7 @@ import numpy as np
 
 from storage.errors import EclectusError
 from tasks.report.evidence import Change, Scores, compare
+from tasks.report.words import language_name
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq
@@ -117,9 +118,35 @@ def check(
         sign, number = rule.change
         limit = {"*": limit * number, "+": limit + number, "-": limit - number}[sign]
     holds = math.isfinite(value) and OPERATORS[rule.sign](value, limit)
-    told = f"{_show(value)} {'is' if holds else 'is not'} {rule.sign} {_show(limit)}"
-    against = f" ({rule.limit}{' ' + ''.join(map(str, rule.change)) if rule.change else ''}{on})" if other else on
-    return Outcome(rule.text, holds, value, limit, told + against)
+    against = f" ({rule.limit}{_changed(rule)}{on})" if other else on
+    return Outcome(rule.text, holds, value, limit, _told(rule, value, limit) + against)
+
+
+def _changed(rule: Rule) -> str:
+    return f" {rule.change[0]} {rule.change[1]:g}" if rule.change else ""
+
+
+def _told(rule: Rule, value: float, limit: float) -> str:
+    """The outcome in words for a reader who does not know the rule."""
+    if rule.measure == "collapsed_layers":
+        layers = f"{value:.0f} layer{'' if value == 1 else 's'}"
+        return f"the router sends nearly everything to one expert in {layers}, {_asked(rule.sign, _show(limit))}"
+    groups = {"original": "the original languages", "expanded": "the new languages"}
+    ends = {bound: f"({bound} end of the interval)" for bound in BOUNDS}
+    of = " ".join(groups.get(word) or ends.get(word) or language_name(word) for word in rule.of)
+    if rule.measure in ("retention", "gain"):
+        what = f"kept of {of or 'all text'}" if rule.measure == "retention" else f"gained on {of or 'all text'}"
+        return f"{100 * value:.1f}% {what}, {_asked(rule.sign, f'{100 * limit:.4g}%')}"
+    if rule.measure == "contamination":
+        return f"{100 * value:.1f}% of items and documents were seen in training, {_asked(rule.sign, f'{100 * limit:.4g}%')}"
+    name = rule.measure.replace("_", " ") if rule.measure in TEXT_MEASURES else rule.measure
+    where = f" {'in' if rule.measure in TEXT_MEASURES else 'on'} {of}" if of else ""
+    return f"{_show(value)} {name}{where}, {_asked(rule.sign, _show(limit))}"
+
+
+def _asked(sign: str, limit: str) -> str:
+    words = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than", "==": "exactly"}
+    return f"{words[sign]} {limit} asked"
 
 
 def _maybe(rule: Rule, model: Judged, base: Judged | None, resamples: int, seed: int) -> float | None:
