@@ -107,3 +107,19 @@ def write_model(store: ArtifactStore, model, words) -> Artifact:
         words.save_pretrained(draft.path)
         draft.statistics = {"model": type(model).__name__}
         return store.commit(draft)
+
+
+class Watcher:
+    """Remembers what became of each step."""
+
+    def __init__(self):
+        self.states = {}
+
+    def step_began(self, label):
+        pass
+
+    def step_progressed(self, label, what, done, total, unit):
+        pass
+
+    def step_ended(self, label, state, reason, seconds, output=None):
+        self.states[label] = state

@@ -131,7 +131,7 @@ def test_the_command_judges_what_was_evaluated_and_a_person_may_overrule_it(worl
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
     """A model with made-up scores, better than its base in Greek and 2% worse in English."""
-    from test_report import made_up
+    from test_report_verdict import made_up
 
     place = tmp_path_factory.mktemp("judged")
     group = ["original"] * 20 + ["expanded"] * 20
