@@ -3,9 +3,9 @@
     python benchmarks/lory_claims.py --prepare .claims --corpus ../shared/corpus        once: the whole pipeline, 4 minutes of a core
     python benchmarks/lory_claims.py --run .claims --seeds 3 --minutes 30 --out out     again to go on after a stop
 
-All models start from the same dense warm-up and go through `models.train`. Scores are without look-ahead: windows overlap by one
-segment, and tokens of a window's first segment are not scored (Expert Choice looks ahead by nature: it is marked, and scored
-again with fixed thresholds). Every second held-out document of a domain is for choosing settings; the others are reported.
+All models start from the same dense warm-up and go through `models.train`. Scores are without look-ahead: windows overlap, and
+their first tokens, at least a segment, are not scored (Expert Choice looks ahead by nature: it is marked, and scored again
+with fixed thresholds). Every second held-out document of a domain is for choosing settings; the others are reported.
 Trainings run in processes of their own, most important first (--parts). After each the tables and all numbers so far are
 written to $OUT (or --out); the same command skips what is there, so a run that is cut short loses only what was under way.
 Nothing is begun that could not end within --minutes. Price at size laptop: 2 minutes of an idle core a training, 6 trainings
@@ -50,7 +50,10 @@ STUDY: dict[str, dict[str, Any]] = {
     "dense warm-up 1%": dict(dense_share=0.01),
     "first segment uniform": dict(first_segment="uniform"),
 }
-MORE: dict[str, dict[str, Any]] = {"16 experts": dict(experts=16), "32 experts": dict(experts=32)}
+MORE: dict[str, dict[str, Any]] = {
+    **{f"{each} experts": dict(experts=each) for each in (8, 32)},
+    **{f"segments of {each}": dict(segment=each) for each in (8, 32, 64)},
+}
 
 
 def jobs(parts: list[str], seeds: list[int]) -> list[Any]:
@@ -190,7 +193,7 @@ def run(arguments: argparse.Namespace) -> None:
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {workers} processes of 1 thread"
     surroundings = (
         f"{time.strftime('%Y-%m-%d')}, {device}, torch {torch.__version__}: width {size.shape['hidden_size']}, "
-        f"{size.shape['num_hidden_layers']} layers, vocabulary {size.vocabulary}, E 8, T {size.segment}, L {size.length}, "
+        f"{size.shape['num_hidden_layers']} layers, vocabulary {size.vocabulary}, E {size.experts}, T {size.segment}, L {size.length}, "
         f"{size.steps} steps of {size.batch} instances ({size.tokens / 1e6:.2f}M tokens), peak rate {size.learning_rate:g}."
     )
     results: list[dict[str, Any]] = kept["results"]

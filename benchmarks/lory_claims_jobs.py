@@ -37,6 +37,7 @@ logging.disable_progress_bar()
 class Size:
     """A model size and how it is trained. shape: fields of LlamaConfig; the rest as in `Plan` and `LoryConfig`.
 
+    experts, segment: E and T. context: tokens of a window that are only read, at least the longest T that is compared (0: T).
     jobs: trainings side by side on one GPU. windows: most windows of held-out text to score.
     """
 
@@ -50,6 +51,12 @@ class Size:
     jobs: int
     micro: int = 64
     windows: int = NEVER
+    experts: int = 8
+    context: int = 0
+
+    @property
+    def read_only(self) -> int:
+        return self.context or self.segment
 
     @property
     def steps(self) -> int:
@@ -65,13 +72,14 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 # Small enough to be bound by what it can hold within minutes: untied embeddings, a small vocabulary and small batches bring
-# it past the plateau of the first steps soonest (docs/log.md, 2026-11-24).
+# it past the plateau of the first steps soonest, one head of 32 trains as well as two of 16 in less time, and instances have 16
+# segments, as the paper's have (docs/log.md, 2026-11-24).
 _SMALL = dict(_preset("laptop"), tie_word_embeddings=False)
 _SMALLEST = dict(
-    _SMALL, hidden_size=32, intermediate_size=88, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2
+    _SMALL, hidden_size=32, intermediate_size=88, num_hidden_layers=3, num_attention_heads=1, num_key_value_heads=1
 )
 SIZES = {
-    "laptop": Size(_SMALLEST, 1024, 512, 64, 4, 3e6, 8e-3, 14, windows=400),
+    "laptop": Size(_SMALLEST, 1024, 256, 16, 4, 6e6, 8e-3, 14, windows=1000, experts=16, context=64),
     "width64": Size(_SMALL, 1024, 512, 64, 2, 2.5e6, 4e-3, 14, windows=400),
     "wide": Size(_SMALL | dict(hidden_size=128, intermediate_size=344), 1024, 512, 64, 2, 2.5e6, 3e-3, 12, windows=400),
     "30m": Size(_preset("30m"), 16384, 1024, 128, 8, 22e6, 2e-3, 8),
@@ -83,14 +91,15 @@ SIZES = {
 class Job:
     """One training. model: one of MODELS, or "warmup". variant: name of a deviation from the defaults, which are the other fields.
 
-    router_init: standard deviation of the routers' initial weights, in units of 1/sqrt(width): about that of their logits.
+    experts, segment: 0 takes the size's. router_init: standard deviation of the routers' initial weights, in units of 1/sqrt(width): about that of their logits.
     """
 
     model: str
     grouping: str = "similarity"
     seed: int = 0
     variant: str = ""
-    experts: int = 8
+    experts: int = 0
+    segment: int = 0
     router_init: float = 0.8
     router_rate: float = 1.0
     expert_rate: float = 1.0
@@ -154,7 +163,7 @@ def plan_of(size: Size, job: Job) -> Plan:
 
 def build(job: Job, size: Size, dense: LlamaForCausalLM, moments: dict[str, torch.Tensor]) -> tuple:
     """(model, AdamW's moments for it, objective) of a job, out of the dense warm-up."""
-    experts, seed = job.experts, job.seed
+    experts, seed, segment = job.experts or size.experts, job.seed, job.segment or size.segment
     if job.model in ("dense", "warmup"):
         return dense, moments, objectives.next_token()
     if job.model == "top_k":
@@ -162,7 +171,7 @@ def build(job: Job, size: Size, dense: LlamaForCausalLM, moments: dict[str, torc
     elif job.model == "expert_choice":
         model, carried, objective = stages.expert_choice_from_dense(dense, moments, (), experts, seed)
     elif job.model == "segment_choice":
-        model = ExpertChoiceForCausalLM.from_dense(dense, experts, size.segment, seed=seed)
+        model = ExpertChoiceForCausalLM.from_dense(dense, experts, segment, seed=seed)
         carried, objective = duplicated_moments(moments, experts), objectives.next_token()
     else:
         model, carried, objective = stages.lory_from_dense(
@@ -170,7 +179,7 @@ def build(job: Job, size: Size, dense: LlamaForCausalLM, moments: dict[str, torc
             moments,
             (),
             experts,
-            segment_length=size.segment,
+            segment_length=segment,
             router_initializer_range=job.router_init / size.shape["hidden_size"] ** 0.5,
             seed=seed,
             routing="prefix" if job.model == "prefix" else "causal_segment",
@@ -208,7 +217,7 @@ def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
         save_file({name: value.contiguous().cpu() for name, value in after.items()}, warm / "moments.part")
         (warm / "moments.part").rename(warm / "moments.safetensors")
     else:
-        windows, *about = held_out(data, size.vocabulary, size.length, size.segment)
+        windows, *about = held_out(data, size.vocabulary, size.length, size.read_only)
         windows = replace(windows, table=windows.table[: size.windows])
         result["scores"] = scored(model, windows, *about, place)
         if job.model == "expert_choice":

@@ -14,7 +14,7 @@ TITLES = {
     "expert_choice": "Expert Choice, tokens (looks ahead)",
     "expert_choice_threshold": "Expert Choice, tokens, by threshold (causal)",
     "segment_choice": "Expert Choice, segments (looks ahead)",
-    "top_k": "top-2 of 16 (Mixtral)",
+    "top_k": "top-2 of twice as many experts of half the width (Mixtral)",
 }
 EVERYTHING = "all"
 # Parts of the held-out text: settings are chosen on one, the other is reported.
