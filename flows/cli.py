@@ -16,6 +16,7 @@ from flows.books import add_books, print_rows
 from flows.checkpoints import add_checkpoint_commands
 from flows.judging import add_judging_commands
 from storage.errors import EclectusError
+from storage.secrets import scrub
 
 if TYPE_CHECKING:
     from tasks.settings import Settings
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _check_known(unknown, chosen)
         chosen.act(chosen)
     except EclectusError as error:
-        print(f"eclectus: {error}", file=sys.stderr)
+        print(f"eclectus: {scrub(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("eclectus: interrupted; finished steps are kept, the next run goes on from them", file=sys.stderr)
@@ -53,9 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(0) from None
     except Exception as error:
         log = _write_fault()
-        print(
-            f"eclectus: unexpected fault: {type(error).__name__}: {error}; the whole story is in {log}", file=sys.stderr
-        )
+        told = scrub(f"{type(error).__name__}: {error}")
+        print(f"eclectus: unexpected fault: {told}; the whole story is in {log}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -77,7 +77,7 @@ def _write_fault() -> str:
 
     from storage.home import Home
 
-    story = traceback.format_exc()
+    story = scrub(traceback.format_exc())
     try:
         path = Home.open().root / "fault.log"
         path.write_text(story)

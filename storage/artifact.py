@@ -24,6 +24,7 @@ from typing import Any
 
 from storage.errors import DamagedArtifact, EclectusError
 from storage.mirror import Mirror
+from storage.secrets import scrubbed
 
 KINDS = (
     "documents",
@@ -80,8 +81,10 @@ class Draft:
     statistics: dict[str, Any] = field(default_factory=dict)
 
     def file(self, name: str) -> Path:
-        """Path for a new file; folders on the way are made."""
+        """Path for a new file; folders on the way are made. Raises EclectusError for a name that leads out of the draft."""
         path = self.path / name
+        if not path.resolve().is_relative_to(self.path.resolve()):
+            raise EclectusError(f"'{name}' leads out of its artifact; nothing was written")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -134,7 +137,7 @@ class ArtifactStore:
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "rows": draft.rows,
             "bytes": sum(file["bytes"] for file in files),
-            "statistics": draft.statistics,
+            "statistics": scrubbed(draft.statistics),
             "files": files,
         }
         write_json(draft.path / MANIFEST, {**manifest, "seal": seal(manifest)})

@@ -30,9 +30,9 @@ from storage.artifact import EMPTY, hash_file
 from storage.home import Home
 from storage.journal import EVENTS
 from storage.questions import edges, nodes
-from storage.tables import COLUMNS, NEEDED, folded, plant, raw, text
+from storage.tables import COLUMNS, NEEDED, folded, plant, raw, text, write_contents
 
-INDEXES = ("edges", "nodes")
+INDEXES = ("edges", "nodes", "contents")
 ROWS_A_GROUP = 20_000
 MANY = 32
 HIGHEST = 4
@@ -87,7 +87,9 @@ def faults(home: Home) -> list[str]:
     for folder in (*COLUMNS, *INDEXES):
         for part in _parts(home, folder):
             if hash_file(part)[:16] != part.stem.rpartition("-")[2]:
-                found.append(f"journal part {part} changed; put it back from a copy")
+                found.append(
+                    f"journal part {part} changed; put it back from a copy, or remove it to go on without what it says"
+                )
     for stream in COLUMNS:
         for path in journals(home, stream):
             found += [f"journal {path}, line {bad['line']}: {bad['why']}" for bad in bad_lines(path, stream)]
@@ -164,7 +166,7 @@ def _write_part(connection: duckdb.DuckDBPyConnection, home: Home, stream: str, 
     if stream == EVENTS:
         tables |= {
             "edges": f"select * from ({edges('part')}) order by output",
-            "nodes": f"select * from ({nodes('part')}) order by made",
+            "nodes": f"select * from ({nodes('part')}) order by placed",
         }
     beside = {name: home.journal / name / f".{uuid.uuid4().hex}.writing" for name in tables}
     try:
@@ -179,6 +181,7 @@ def _write_part(connection: duckdb.DuckDBPyConnection, home: Home, stream: str, 
         for name in reversed(tables):
             own = stem if name == stream else f"{stem}-{digests[name]}"
             os.rename(beside[name], home.journal / name / f"{own}.parquet")
+        write_contents(home, stream, home.journal / stream / f"{stem}.parquet")
     finally:
         for path in beside.values():
             path.unlink(missing_ok=True)
@@ -207,11 +210,10 @@ def _remove_replaced(home: Home, stream: str, highest: dict[str, str]) -> None:
 
 def _highest_parts(connection: duckdb.DuckDBPyConnection, home: Home, stream: str) -> dict[str, str]:
     """Journal -> name of the highest part that has it."""
-    parts = text(f"{home.journal / stream}/*.parquet")
+    contents = text(f"{home.journal / 'contents'}/*.parquet")
     return dict(
         connection.execute(
-            f"select journal, max(parse_filename(filename)) from read_parquet({parts}, union_by_name = true, filename = true) "
-            "group by journal"
+            f"select journal, max(part) from read_parquet({contents}) where stream = ? group by journal", [stream]
         ).fetchall()
     )
 

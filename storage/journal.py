@@ -1,7 +1,7 @@
 """The journal: what happened, appended by each process to files of its own, so that nobody ever waits for a lock.
 
-Three streams of newline-delimited JSON, `events/` (runs and steps), `metrics/` and `decisions/` (champions), with one file a run and process. An event
-is one line, written with one `write` and synced: a kill loses at most the line being written. Metrics are written through
+Three streams of newline-delimited JSON, `events/` (runs and steps), `metrics/` and `decisions/` (champions), with one file a run
+and process. An event is one line, written with one `write` and synced: a kill loses at most the line being written. Metrics are written through
 to the operating system line by line and synced at close. A writer holds a lock on its own file, which the system drops when
 the process is gone, however it went: that is how `storage.compact` knows which journals are finished and may become Parquet.
 `storage.lineage` reads both forms.
@@ -97,6 +97,9 @@ class Journal:
             self.mirror.push(self.root / stream / self._name)
 
     def _write(self, stream: str, row: dict[str, Any]) -> int:
+        if stream != METRICS:
+            # A block or a login may have brought a new secret; metrics are too many to look each time.
+            self._scrub = scrubber()
         line = (
             json.dumps(row, allow_nan=False, default=str)
             if _finite(row)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.artifact import Artifact, ArtifactStore, write_json
+from storage.secrets import scrubbed
 
 SHOWN = 6
 
@@ -91,10 +92,12 @@ class KnownKeys:
         before = self._read(self._record_path(last["key"])) if last else None
         if before is None:
             return "first time"
+        # The record before was written without its secrets; so is what it is compared with.
+        wanted = Record(wanted.step, wanted.version, scrubbed(wanted.settings), scrubbed(wanted.inputs))
         return "; ".join(differences(before, wanted)) or "the record of it is gone"
 
     def _write(self, path: Path, value: Any) -> None:
-        write_json(path, value)
+        write_json(path, scrubbed(value))
         if self.store.mirror:
             self.store.mirror.push(path)
 

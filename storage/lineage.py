@@ -43,8 +43,16 @@ def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
         files = ReadOnlyFiles(
             [home.journal, home.store.root / "instances", home.store.root / "documents", home.store.root / "evaluation"]
         )
-        _place_views(home, path, files, PREFIX)
-        connection = duckdb.connect(path, read_only=True, config={"temp_directory": ""})
+        known = home.journal / "views" / f"{_digest(home, PREFIX)}.duckdb"
+        try:
+            _place_views(home, path, files, PREFIX, known)
+            connection = _open(path)
+        except duckdb.Error:
+            # A copy of the views that cannot be opened is damaged, and made again.
+            path.unlink(missing_ok=True)
+            known.unlink(missing_ok=True)
+            _place_views(home, path, files, PREFIX, known)
+            connection = _open(path)
     connection.register_filesystem(files)
     connection.execute("set enable_progress_bar = false")
     connection.execute(f"set allowed_directories = [{text(PREFIX)}]")
@@ -103,9 +111,14 @@ def _distances(these: Iterable[str], edges: list[tuple[str, str]]) -> dict[str, 
     return distance
 
 
-def _place_views(home: Home, path: Path, files: Any, prefix: str) -> None:
-    """A database with the views at `path`: a copy of the last one made, as making one costs half a second."""
-    known = home.journal / "views" / f"{_digest(home, prefix)}.duckdb"
+def _open(path: Path) -> duckdb.DuckDBPyConnection:
+    connection = duckdb.connect(path, read_only=True, config={"temp_directory": ""})
+    connection.execute("select count(*) from duckdb_views() where not internal").fetchall()
+    return connection
+
+
+def _place_views(home: Home, path: Path, files: Any, prefix: str, known: Path) -> None:
+    """A database with the views at `path`: a copy of the last one made, `known`, as making one costs half a second."""
     if not known.exists():
         with duckdb.connect() as making:
             making.register_filesystem(files)
@@ -133,7 +146,7 @@ def write_database(home: Home) -> Path:
     plant(home)
     stamp = home.journal / "views" / "shell"
     views = _digest(home)
-    if home.database.exists() and stamp.exists() and stamp.read_text() == views:
+    if home.database.exists() and stamp.exists() and stamp.read_text() == views and _opens(home.database):
         return home.database
     beside = home.root / f".eclectus-{os.getpid()}-{uuid.uuid4().hex[:6]}.duckdb"
     with duckdb.connect() as connection:
@@ -146,6 +159,15 @@ def write_database(home: Home) -> Path:
     stamp.parent.mkdir(exist_ok=True)
     stamp.write_text(views)
     return home.database
+
+
+def _opens(database: Path) -> bool:
+    """Whether a database is whole; one that a shell has locked is."""
+    try:
+        _open(database).close()
+    except duckdb.Error as error:
+        return "set lock" in str(error)
+    return True
 
 
 def query(sql: str, home: Home | None = None) -> tuple[list[str], list[tuple[Any, ...]]]:

@@ -23,6 +23,7 @@ NODES = {
     "digits": "UBIGINT",
     "kind": "VARCHAR",
     "artifact": "VARCHAR",
+    "placed": "TIMESTAMP",
     "made": "TIMESTAMP",
     "made_by": "VARCHAR",
     "step_name": "VARCHAR",
@@ -50,19 +51,26 @@ _MATCHES = f"""
     select distinct node from n
     where digits between cast('0x' || rpad({_TYPED}[1:15], 15, '0') as ubigint) and cast('0x' || rpad({_TYPED}[1:15], 15, 'f') as ubigint)
       and {_TYPED} <> '' and starts_with(artifact, {_TYPED}) and (not contains(x, '-') or starts_with(x, kind || '-'))"""
+# Times are joined first: they say which row groups hold what was reached, and no text of the others is read.
+# The list hides from the planner how many it fears they are, which would have it build its hash table of all nodes.
+_WHEN = """
+             found as materialized (select unnest(nodes) as node from (select list(node) as nodes from reached)),
+             when_placed as materialized (select distinct placed from n where node in (from found))"""
 _SHOWN = """
     select kind || '-' || artifact[1:12] as name, kind, artifact, arg_min(made_by, made) as made_by,
-           arg_min(step_name, made) as step_name, arg_min(label, made) as label, arg_min(run, made) as run, min(made) as made
-    from n where node in (from reached) group by kind, artifact order by made nulls first, name"""
+           arg_min(step_name, made) as step_name, arg_min(label, placed) as label, arg_min(run, made) as run, min(made) as made
+    from n join when_placed using (placed) where node in (from found) group by kind, artifact order by made nulls first, name"""
 
 MACROS = {
     "upstream(x)": f"""
         with recursive GRAPH, start as materialized ({_MATCHES}),
-             reached(node) as (from start union select e.input from reached join e on e.output = reached.node)
+             reached(node) as (from start union select e.input from reached join e on e.output = reached.node),
+             {_WHEN}
         {_SHOWN}""",
     "downstream(x)": f"""
         with recursive GRAPH, start as materialized ({_MATCHES}),
-             reached(node) as (from start union select e.output from reached join e on e.input = reached.node)
+             reached(node) as (from start union select e.output from reached join e on e.input = reached.node),
+             {_WHEN}
         {_SHOWN}""",
     "trace(x)": f"""
         with recursive GRAPH,
@@ -75,6 +83,7 @@ MACROS = {
                  select {NODE} from held where kind = 'instances'
                  union select e.output from learned join e on e.input = learned.node),
              reached(node) as (select {NODE} from held union select e.output from reached join e on e.input = reached.node),
+             {_WHEN},
              shown as materialized ({_SHOWN})
         select case when held.artifact is not null then 'holds it'
                     when shown.kind = 'checkpoint' and shown.node in (from learned) then 'learned from it'
@@ -132,14 +141,14 @@ def nodes(source: str) -> str:
     made_here = ", ".join(f"'{kind}'" for kind in KINDS)
     made = (
         "select md5_number_lower(output.artifact) as node, try_cast('0x' || output.artifact[1:15] as ubigint) as digits, output.kind as kind, output.artifact as artifact, "
-        "arg_min(logged, order_) as made, arg_min(step, order_) as made_by, arg_min(name, order_) as step_name, "
+        "arg_min(logged, order_) as placed, arg_min(logged, order_) as made, arg_min(step, order_) as made_by, arg_min(name, order_) as step_name, "
         "arg_min(label, order_) as label, arg_min(run, order_) as run "
         f"from (select *, (state <> 'completed', logged) as order_ from {source} "
         "where event = 'step_ended' and output is not null) group by all"
     )
     outside = (
-        f"select distinct {NODE}, {DIGITS}, kind, artifact, null::timestamp, null, null, label, null "
-        f"from (select entry.key as label, {PARTS} from (select unnest(map_entries(inputs)) as entry from {source} "
-        f"where event = 'step_ended')) where kind not in ({made_here})"
+        f"select {NODE}, {DIGITS}, kind, artifact, min(logged), null::timestamp, null, null, label, null "
+        f"from (select entry.key as label, {PARTS}, logged from (select unnest(map_entries(inputs)) as entry, logged from {source} "
+        f"where event = 'step_ended')) where kind not in ({made_here}) group by all"
     )
     return f"select * from ({made}) union all select * from ({outside})"

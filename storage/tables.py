@@ -10,19 +10,20 @@
 Columns are documented in docs/lineage.md and frozen by a test. Everything is read through globs that always find at least an
 empty file (`plant`), so a view that was opened before the first row sees every later one.
 Every journal is read once, from the highest form of it that is seen: newline-delimited JSON, then Parquet parts, whose names
-begin with their level. So compaction can write the next form beside the last one and needs nobody's permission.
+begin with their level; `contents` says which. So compaction can write the next form beside the last one and needs nobody's permission.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import duckdb
 
-from storage.artifact import EMPTY
+from storage.artifact import EMPTY, hash_file
 from storage.home import Home
 from storage.journal import DECISIONS, EVENTS, METRICS
 from storage.questions import EDGES, HOME_GRAPH, NODES, PARTS, edges, macros, nodes
@@ -92,6 +93,8 @@ DOCUMENTS = {
     "tokens": "INTEGER",
     "document_offset": "INTEGER",
 }
+# Which journals are in which part; a part counts once it is here.
+CONTENTS = {"stream": "VARCHAR", "part": "VARCHAR", "journal": "VARCHAR"}
 ROUTING = {
     "layer": "INTEGER",
     "expert": "INTEGER",
@@ -104,12 +107,12 @@ ROUTING = {
 HELD = {"document": "VARCHAR", "name": "VARCHAR"}
 
 VIEWS = {
+    "kept_runs": """
+        select run, arg_max(event = 'run_kept', logged) as kept from events where event in ('run_kept', 'run_released') group by run""",
     "runs": """
         select run, flow, coalesce(state, 'unfinished') as state, started, case when event = 'run_ended' then logged end as ended, seconds,
                parameters, code_version, host, python, packages, prefect_flow_run, error, coalesce(kept, false) as kept
-        from events left join (select run, arg_max(event = 'run_kept', logged) as kept from events
-                               where event in ('run_kept', 'run_released') group by run) using (run)
-        where event in ('run_started', 'run_ended')""",
+        from events left join kept_runs using (run) where event in ('run_started', 'run_ended')""",
     "steps": """
         select step, run, name, label, flow, key, version, coalesce(state, 'unfinished') as state, reason, started,
                case when event = 'step_ended' then logged end as ended, seconds, peak_memory, seed, prefect_task_run
@@ -146,19 +149,18 @@ def create_views(connection: duckdb.DuckDBPyConnection, home: Home, prefix: str 
 
 def definitions(home: Home, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(`view NAME` or `macro NAME(x)`, SQL) of all that `create_views` makes, in order."""
+    yield "view contents", _parquet(prefix, home.journal / "contents", CONTENTS)
     for stream in COLUMNS:
-        compacted = _parquet(prefix, home.journal / stream, {**COLUMNS[stream], "journal": "VARCHAR"}, part=True)
-        yield f"view compacted_{stream}", _highest(compacted)
-        yield f"view live_{stream}", _live(prefix, home, stream)
-        columns = _names(COLUMNS[stream])
-        yield (
-            f"view {stream}",
-            f"select {columns} from compacted_{stream} union all select {columns} from live_{stream}",
-        )
+        yield f"view {stream}", _stream(prefix, home, stream, COLUMNS[stream])
+    live = f"with highest as materialized ({_highest(EVENTS)}) select * from ({_live(prefix, home, EVENTS)})"
+    yield "view live_events", live
     yield "view compacted_edges", _parquet(prefix, home.journal / "edges", EDGES)
     yield "view compacted_nodes", _parquet(prefix, home.journal / "nodes", NODES)
     for name, body in VIEWS.items():
-        yield f"view {name}", body
+        # DuckDB reads every column behind a materialised CTE, so a view names those that it needs.
+        needed = [column for column in COLUMNS[EVENTS] if re.search(rf"\b{column}\b", body)]
+        source = f" from ({_stream(prefix, home, EVENTS, needed)}) events"
+        yield f"view {name}", re.sub(r" from events\b", lambda _: source, body)  # noqa: B023
     yield "view documents", _documents(prefix, home)
     yield "view edges", f"select output, input from compacted_edges union all {edges('live_events')}"
     yield "view nodes", f"from compacted_nodes union all {nodes('live_events')}"
@@ -192,6 +194,7 @@ def plant(home: Home) -> bool:
     wanted = [(home.journal / stream / f"{EMPTY}.ndjson", None) for stream in COLUMNS]
     for stream in COLUMNS:
         wanted.append((home.journal / stream / f"{EMPTY}.parquet", {**COLUMNS[stream], "journal": "VARCHAR"}))
+    wanted.append((home.journal / "contents" / f"{EMPTY}.parquet", CONTENTS))
     wanted.append((home.journal / "edges" / f"{EMPTY}.parquet", EDGES))
     wanted.append((home.journal / "nodes" / f"{EMPTY}.parquet", NODES))
     wanted.append((home.journal / "documents" / f"{EMPTY}.parquet", DOCUMENTS))
@@ -210,9 +213,26 @@ def plant(home: Home) -> bool:
             with duckdb.connect() as connection:
                 connection.execute(f"copy ({_nothing(columns)}) to {text(beside)} (format parquet)")
             os.replace(beside, path)
+        for stream in COLUMNS:
+            listed = {path.stem.rpartition("-")[0] for path in (home.journal / "contents").glob("*.parquet")}
+            for part in (home.journal / stream).glob("[0-9]*.parquet"):
+                if part.stem not in listed:
+                    write_contents(home, stream, part)
     except (OSError, duckdb.IOException):
         return False
     return True
+
+
+def write_contents(home: Home, stream: str, part: Path) -> None:
+    """Says which journals are in a part, which makes it count. Like the index, it is named after the part and its own bytes."""
+    beside = home.journal / "contents" / f".{part.name}.{uuid.uuid4().hex[:6]}"
+    beside.parent.mkdir(exist_ok=True)
+    with duckdb.connect() as connection:
+        journals = (
+            f"select distinct '{stream}' as stream, {text(part.name)} as part, journal from read_parquet({text(part)})"
+        )
+        connection.execute(f"copy ({journals} order by journal) to {text(beside)} (format parquet)")
+    os.replace(beside, beside.with_name(f"{part.stem}-{hash_file(beside)[:16]}.parquet"))
 
 
 def text(path: Path | str) -> str:
@@ -220,7 +240,7 @@ def text(path: Path | str) -> str:
     return "'" + str(path).replace("'", "''") + "'"
 
 
-def _names(columns: dict[str, str]) -> str:
+def _names(columns: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in columns)
 
 
@@ -238,21 +258,32 @@ def _parquet(prefix: str, folder: Path, columns: dict[str, str], part: bool = Fa
     return f"select {chosen}{added} from read_parquet({glob}, union_by_name = true, filename = true)"
 
 
-def _highest(source: str) -> str:
-    """SQL: of each journal the rows of the part with the highest name only. Parts of a higher level replace lower ones."""
+def _stream(prefix: str, home: Home, stream: str, chosen: Iterable[str]) -> str:
+    """SQL: the chosen columns of a stream's compacted rows, of each journal those of the highest part only, and its live rows.
+
+    One look at the contents decides both, and it comes first: a part that appears after it is not read, its journals still are.
+    """
+    columns = {**COLUMNS[stream], "journal": "VARCHAR"}
+    parts = _parquet(prefix, home.journal / stream, columns, part=True)
+    names = _names(chosen)
     return (
-        f"with parts as ({source}) select parts.* exclude (part) from parts "
-        "semi join (select journal, max(part) as part from parts group by journal) using (journal, part)"
+        f"with highest as materialized ({_highest(stream)}) "
+        f"select {names} from ({parts}) semi join highest using (journal, part) "
+        f"union all select {names} from ({_live(prefix, home, stream)})"
     )
 
 
+def _highest(stream: str) -> str:
+    return f"select journal, max(part) as part from contents where stream = '{stream}' group by journal"
+
+
 def _live(prefix: str, home: Home, stream: str) -> str:
-    """SQL over the journals that are not compacted. Lines that are not whole come back as nulls and are left out."""
+    """SQL over the journals that are not in `highest`. Lines that are not whole come back as nulls and are left out."""
     folder, columns = home.journal / stream, COLUMNS[stream]
     if not any(folder.glob("*.ndjson")):
         return _nothing({**columns, "journal": "VARCHAR"})
     rows = raw(text(f"{prefix}{folder}/*.ndjson"), stream)
-    new = f"select * from ({rows}) anti join compacted_{stream} using (journal)"
+    new = f"select * from ({rows}) anti join highest using (journal)"
     return folded(new) if stream == EVENTS else new
 
 

@@ -29,6 +29,7 @@ import psutil
 from storage.artifact import Artifact
 from storage.errors import EclectusError
 from storage.known import Record
+from storage.secrets import scrub
 from tasks.run import Run, current_run
 from tasks.settings import Settings
 
@@ -129,7 +130,7 @@ class Step:
                     run.known.remember(Record(self.name, self.version, record.settings, record.inputs, done), label)
             return output
         except BaseException as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = scrub(f"{type(error).__name__}: {error}")
             state = "failed" if isinstance(error, Exception) else "cancelled"
             raise
         finally:

@@ -18,11 +18,13 @@ from storage.lineage import query
 from tasks.corpus import CorpusSettings, write_corpus
 
 ROOT = Path(__file__).parents[2]
+PLANTED = "planted-5ec2e7-for-main"
 pytestmark = pytest.mark.slow
 
 
 def eclectus(home, *arguments, check=True):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment["PLANTED_API_TOKEN"] = PLANTED
     command = [sys.executable, "-m", "flows.cli", "--home", str(home), *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=500, check=False)
     if check and done.returncode:
@@ -61,6 +63,13 @@ def test_the_summary_says_where_everything_is_and_what_to_try(finished):
     for words in ("bits per byte by language", "report.html", "eclectus.duckdb", "Try next", "train lory"):
         assert words in printed
     assert (home / "report.html").stat().st_size > 10_000
+
+
+def test_a_secret_of_the_environment_is_in_no_file_that_the_job_left(finished):
+    home, printed = finished
+    files = [path for path in home.rglob("*") if path.is_file()]
+    assert len(files) > 50 and PLANTED not in printed
+    assert [path for path in files if PLANTED.encode() in path.read_bytes()] == []
 
 
 def test_every_step_of_the_run_is_in_the_lineage_and_in_prefect(finished):

@@ -175,13 +175,22 @@ def test_a_spoiled_line_is_set_apart_and_reported_and_hides_nothing_else(home):
 def test_a_changed_byte_in_a_compacted_journal_is_found(home):
     write_chain(home, "r1", range(3))
     compact(home)
-    for folder in ("events", "metrics", "edges", "nodes"):
+    for folder in ("events", "metrics", "edges", "nodes", "contents"):
         part = next(path for path in (home.journal / folder).glob("1-*.parquet"))
         whole = part.read_bytes()
         part.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
         assert any(part.name in fault for fault in faults(home))
         part.write_bytes(whole)
     assert faults(home) == []
+
+
+def test_a_part_without_contents_gets_them_and_nothing_is_lost(home):
+    write_chain(home, "r1", range(3))
+    before = everything(home)
+    compact(home)
+    for contents in (home.journal / "contents").glob("1-*.parquet"):
+        contents.unlink()
+    assert everything(home) == before and faults(home) == []
 
 
 def test_a_step_whose_start_was_lost_is_still_a_step(home):
@@ -357,3 +366,16 @@ def test_a_clock_that_jumps_back_breaks_no_table(home, monkeypatch):
         assert query("select state, seconds from runs", home)[1] == [("completed", 3.0)]
         assert query("select made_by from artifacts", home)[1] == [("s1",)]
         compact(home)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no database", None])
+def test_damaged_copies_of_the_views_are_made_again(home, damage):
+    write_chain(home, "r1", [1])
+    before = everything(home)
+    write_database(home)
+    for path in [home.database, *home.journal.glob("views/*.duckdb")]:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:5000] + b"\xff" * 5000 + whole[10000:] if damage is None else damage)
+    assert everything(home) == before
+    with duckdb.connect(str(write_database(home)), read_only=True) as shell:
+        assert shell.execute("select label from steps").fetchall() == [("label s1",)]
