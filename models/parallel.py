@@ -50,6 +50,14 @@ def compile_blocks(model: nn.Module) -> None:
         layer.compile()
 
 
+def recompute_blocks(model: nn.Module) -> None:
+    """Gradient checkpointing of every decoder layer. Raises ValueError for a model that has none."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(f"{type(model).__name__} has no gradient checkpointing; train it without recomputation")
+    # The other kind of checkpointing needs an input with gradients, which a model with frozen embeddings has not.
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The model's decoder layers, by its own `_no_split_modules`."""
     names = set(getattr(model, "_no_split_modules", None) or ())

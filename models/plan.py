@@ -15,7 +15,8 @@ class Plan:
     step, steps) of a second warm-up, after a switch of the model, or None. floor: final learning rate over the peak one.
     router_rate, expert_rate: learning rates of routers and of experts over that of the rest.
     sharded: several processes share out weights, gradients and moments (FSDP2) instead of each holding them (DDP).
-    compiled: torch.compile of the decoder layers.
+    compiled: torch.compile of the decoder layers. recomputed: activations of a layer are computed again in the backward pass
+    instead of kept (gradient checkpointing).
     """
 
     start: int
@@ -37,6 +38,7 @@ class Plan:
     log_every: int = 10
     sharded: bool = False
     compiled: bool = False
+    recomputed: bool = False
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, cosine to floor * peak, and the second warm-up as a factor on top."""

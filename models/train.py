@@ -22,7 +22,7 @@ from torch import nn
 
 from models.instances import IGNORED, Batch, Instances
 from models.optimizer import load_moments, make_optimizer, read_moments, set_rate
-from models.parallel import compile_blocks, replicate, shard, synced, whole
+from models.parallel import compile_blocks, recompute_blocks, replicate, shard, synced, whole
 from models.place import Place
 from models.plan import Plan
 from models.progress import resume, save_progress
@@ -61,6 +61,8 @@ def train(
         )
     model.to(place.device).train()
     window = Window(model, plan.batch * instances.length, instances.length, place)
+    if plan.recomputed:
+        recompute_blocks(model)
     if plan.compiled:
         compile_blocks(model)
     if plan.sharded:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.baselines import ExpertChoiceForCausalLM
 from models.checkpoint import duplicated_moments
 from models.instances import Instances
 from models.lory import LoryForCausalLM
@@ -310,3 +311,16 @@ def test_routers_and_experts_move_at_their_own_rates(data, tmp_path):
     for part, scale in ((".router.", 3.0), (".mlp.experts", 0.5), ("q_proj", 1.0), ("embed_tokens", 1.0)):
         moved = max((after[name] - start[name]).abs().max().item() for name in start if part in name)
         assert moved == pytest.approx(scale * chosen.rate(4), rel=1e-2), part
+
+
+@pytest.mark.parametrize("kind", ["dense", "lory", "expert_choice"])
+def test_recomputed_activations_give_the_same_weights_to_the_bit(data, tmp_path, kind):
+    def made():
+        dense = tiny_dense()
+        if kind == "expert_choice":
+            return ExpertChoiceForCausalLM.from_dense(dense, 3)
+        return LoryForCausalLM.from_dense(dense, 3, segment_length=8) if kind == "lory" else dense
+
+    kept, _ = trained(data, tmp_path / "kept", plan(stop=3), made())
+    again, _ = trained(data, tmp_path / "again", plan(stop=3, recomputed=True), made())
+    assert same(kept, again)
