@@ -51,8 +51,8 @@ STUDY: dict[str, dict[str, Any]] = {
     "first segment uniform": dict(first_segment="uniform"),
 }
 MORE: dict[str, dict[str, Any]] = {
-    **{f"{each} experts": dict(experts=each) for each in (8, 32)},
-    **{f"segments of {each}": dict(segment=each) for each in (8, 32, 64)},
+    **{f"{each} experts": dict(experts=each) for each in (8, 16)},
+    **{f"segments of {each}": dict(segment=each) for each in (16, 64)},
 }
 
 

@@ -72,14 +72,14 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 # Small enough to be bound by what it can hold within minutes: untied embeddings, a small vocabulary and small batches bring
-# it past the plateau of the first steps soonest, one head of 32 trains as well as two of 16 in less time, and instances have 16
-# segments, as the paper's have (docs/log.md, 2026-11-24).
+# it past the plateau of the first steps soonest, and one head of 32 trains as well as two of 16 in less time. 32 experts, as the
+# paper's best models have (docs/log.md, 2026-11-24).
 _SMALL = dict(_preset("laptop"), tie_word_embeddings=False)
 _SMALLEST = dict(
     _SMALL, hidden_size=32, intermediate_size=88, num_hidden_layers=3, num_attention_heads=1, num_key_value_heads=1
 )
 SIZES = {
-    "laptop": Size(_SMALLEST, 1024, 256, 16, 4, 6e6, 8e-3, 14, windows=1000, experts=16, context=64),
+    "laptop": Size(_SMALLEST, 1024, 256, 32, 4, 8e6, 8e-3, 14, windows=1000, experts=32, context=64),
     "width64": Size(_SMALL, 1024, 512, 64, 2, 2.5e6, 4e-3, 14, windows=400),
     "wide": Size(_SMALL | dict(hidden_size=128, intermediate_size=344), 1024, 512, 64, 2, 2.5e6, 3e-3, 12, windows=400),
     "30m": Size(_preset("30m"), 16384, 1024, 128, 8, 22e6, 2e-3, 8),
