@@ -1,4 +1,5 @@
-"""The commands that ask the books, and keep them: sql, runs, lineage, trace, diff, why, bundle, verify, keep, gc, compact.
+"""The commands that ask the books, and keep them: sql, runs, lineage, trace, diff, why, bundle, openlineage,
+verify, keep, gc, compact.
 
 Each prints a table, or one JSON object a row with `--json`. Nothing here writes into a home but `keep`, `gc --yes` and `compact`.
 """
@@ -46,6 +47,12 @@ def add_books(commands: Any) -> None:
     bundle = add("bundle", _bundle, "write one DuckDB file with a run and all that it was made from", run=run)
     bundle.add_argument("place", nargs="?", metavar="OUT", help="the file (default: RUN.duckdb here)")
     bundle.add_argument("-o", "--out", help="the same")
+    events = add(
+        "openlineage", _openlineage, "send runs as OpenLineage events to OPENLINEAGE_URL, or write them to a file"
+    )
+    events.add_argument("runs", nargs="+", metavar="RUN", help=run)
+    events.add_argument("-o", "--out", help="the file, one event a line (default: send them)")
+    events.add_argument("--namespace", default="eclectus", help="of jobs and data sets (default: eclectus)")
     keep = add("keep", _keep, "keep what a run needs from `gc`, or keep it no longer", run=run)
     keep.add_argument("--release", action="store_true", help="keep it no longer")
     gc = add("gc", _gc, "show what no kept run and no champion needs; with --yes, free it")
@@ -152,6 +159,22 @@ def _bundle(chosen: argparse.Namespace) -> None:
         print(json.dumps({"run": run, "bundle": str(out), "bytes": out.stat().st_size}))
     else:
         print(f"{out}: run {run}, {out.stat().st_size / 1e6:.1f} MB; open it with duckdb -readonly {out}")
+
+
+def _openlineage(chosen: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from storage.lineage import connect
+    from storage.openlineage import export
+
+    home = _home()
+    with connect(home) as connection:
+        runs = [_run(connection, name) for name in chosen.runs]
+    count = export(home, runs, Path(chosen.out) if chosen.out else None, chosen.namespace)
+    if chosen.json:
+        print(json.dumps({"runs": runs, "events": count, "out": chosen.out}))
+    else:
+        print(f"{count} events of {', '.join(runs)} {f'written to {chosen.out}' if chosen.out else 'sent'}")
 
 
 def _keep(chosen: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import duckdb
 from prefect.artifacts import (
     create_image_artifact,
     create_link_artifact,
@@ -24,6 +25,7 @@ from prefect.logging import get_logger
 
 from flows.server import PAGES
 from storage.artifact import Artifact
+from storage.errors import EclectusError
 from storage.lineage import connect
 from tasks.run import current_run
 
@@ -106,11 +108,13 @@ def _pictures(label: str, output: Artifact) -> list[tuple[str, bytes]]:
     run = current_run()
     if made or run is None or output.kind != "checkpoint":
         return made
-    with connect(run.home) as connection:
-        sql = (
-            "select at_step, value from metrics where step = ? and name = 'loss' and value is not null order by at_step"
-        )
-        points = connection.execute(sql, [run.step]).fetchall()
+    sql = "select at_step, value from metrics where step = ? and name = 'loss' and value is not null order by at_step"
+    try:
+        with connect(run.home) as connection:
+            points = connection.execute(sql, [run.step]).fetchall()
+    except (EclectusError, duckdb.Error) as error:
+        get_logger("eclectus").warning("no curve of %s is shown: %s", label, error)
+        return made
     return [("loss", _curve(label, points))] if len(points) > 1 else []
 
 

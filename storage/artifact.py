@@ -217,7 +217,9 @@ class ArtifactStore:
 
     def strays(self) -> list[str]:
         """Directories that look like artifacts and have no manifest, in words: half of a copy, or a lost manifest."""
-        places = [place for place in sorted(self.root.glob("[!.]*/*")) if place.is_dir() and place.name != EMPTY]
+        places = [
+            place for place in sorted(self.root.glob("[!.]*/*")) if place.is_dir() and not place.name.startswith(EMPTY)
+        ]
         return [
             f"{place} is no whole artifact: {MANIFEST} is gone" for place in places if not (place / MANIFEST).exists()
         ]

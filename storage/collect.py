@@ -154,7 +154,7 @@ def _places(home: Home) -> Iterator[Path]:
     found = {manifest.parent for manifest in root.glob(f"[!.]*/*/{MANIFEST}")}
     if home.mirror:
         found |= {manifest.parent for manifest, _ in home.mirror.listing(root, MANIFEST)}
-    yield from sorted(place for place in found if place.name != EMPTY)
+    yield from sorted(place for place in found if not place.name.startswith(EMPTY))
 
 
 def _left_behind(home: Home) -> Iterator[Unneeded]:

@@ -29,10 +29,11 @@ import duckdb
 from storage.artifact import EMPTY, hash_file
 from storage.home import Home
 from storage.journal import EVENTS
-from storage.questions import edges, nodes
+from storage.questions import EDGES, NODES, edges, nodes
 from storage.tables import COLUMNS, NEEDED, folded, plant, raw, text, write_contents
 
 INDEXES = ("edges", "nodes", "contents")
+DAMAGED = "damaged"
 ROWS_A_GROUP = 20_000
 MANY = 32
 HIGHEST = 4
@@ -64,6 +65,7 @@ def compact(home: Home, journals: int = JOURNALS_AT_ONCE) -> Compacted:
     with _alone(home) as mine:
         if not mine:
             return done
+        mend_index(home)
         with duckdb.connect() as connection:
             connection.execute("set enable_progress_bar = false")
             connection.execute("set preserve_insertion_order = false")
@@ -81,6 +83,35 @@ def settle(home: Home) -> Compacted:
     return done
 
 
+def mend_index(home: Home) -> None:
+    """Makes the index of a part anew where it is gone, or of other columns than today's."""
+    stale = set()
+    with duckdb.connect() as connection:
+        for name, columns in {"edges": EDGES, "nodes": NODES}.items():
+            made = connection.execute(
+                f"select file_name, list(name) from parquet_schema({text(home.journal / name / '*.parquet')}) "
+                "where type is not null group by file_name"
+            ).fetchall()
+            whole = {Path(file).stem.rpartition("-")[0] for file, found in made if found == [*columns]}
+            for part in _parts(home, EVENTS):
+                if part.stem not in whole:
+                    for old in (home.journal / name).glob(f"{part.stem}-*.parquet"):
+                        old.unlink()
+                    stale.add(part)
+        for part in sorted(stale):
+            columns = ", ".join(f'"{name}"' for name in COLUMNS[EVENTS])
+            connection.execute(
+                f"create or replace temp table part as select {columns} from read_parquet([{text(part)}, {text(_empty_part(home))}], "
+                "union_by_name = true)"
+            )
+            _write_index(connection, home, part.stem)
+
+
+def _empty_part(home: Home) -> Path:
+    """The empty part that has all of today's columns."""
+    return max((home.journal / EVENTS).glob(f"{EMPTY}-*.parquet"), key=lambda path: path.stat().st_mtime)
+
+
 def faults(home: Home) -> list[str]:
     """What is wrong with the journals, in words: changed parts, and lines that cannot be read."""
     found = []
@@ -93,6 +124,8 @@ def faults(home: Home) -> list[str]:
     for stream in COLUMNS:
         for path in journals(home, stream):
             found += [f"journal {path}, line {bad['line']}: {bad['why']}" for bad in bad_lines(path, stream)]
+    for path in sorted((home.journal / DAMAGED).glob("*")):
+        found.append(f"journal part {path} was damaged and set aside; put it back from a copy, or remove it")
     for path in sorted((home.journal / "rejected").glob("*.ndjson")):
         count = len(path.read_text().splitlines())
         found.append(f"journal {path}: {count} lines that could not be read were set apart")
@@ -162,32 +195,45 @@ def _write_part(connection: duckdb.DuckDBPyConnection, home: Home, stream: str, 
     """Writes one part, and the index of its edges and nodes first: an edge too many is harmless, one too few is not."""
     columns = ", ".join(f'"{name}"' for name in COLUMNS[stream])
     connection.execute(f"create or replace temp table part as select {columns}, journal from ({source})")
-    tables = {stream: "select * from part order by logged"}
-    if stream == EVENTS:
-        tables |= {
-            "edges": f"select * from ({edges('part')}) order by output",
-            "nodes": f"select * from ({nodes('part')}) order by placed",
-        }
-    beside = {name: home.journal / name / f".{uuid.uuid4().hex}.writing" for name in tables}
+    beside, digest = _write_beside(connection, home, stream, "select * from part order by logged")
+    stem = f"{level}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}-{digest}"
     try:
-        for name, sql in tables.items():
-            connection.execute(
-                f"copy ({sql}) to {text(beside[name])} (format parquet, compression {'zstd' if name == stream else 'snappy'}, row_group_size {ROWS_A_GROUP})"
-            )
-            with open(beside[name], "rb") as handle:
-                os.fsync(handle.fileno())
-        digests = {name: hash_file(path)[:16] for name, path in beside.items()}
-        stem = f"{level}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}-{digests[stream]}"
-        for name in reversed(tables):
-            own = stem if name == stream else f"{stem}-{digests[name]}"
-            os.rename(beside[name], home.journal / name / f"{own}.parquet")
-        write_contents(home, stream, home.journal / stream / f"{stem}.parquet")
+        if stream == EVENTS:
+            _write_index(connection, home, stem)
+        os.rename(beside, home.journal / stream / f"{stem}.parquet")
     finally:
-        for path in beside.values():
-            path.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
+    write_contents(home, stream, home.journal / stream / f"{stem}.parquet")
     (count,) = connection.execute("select count(*) from part").fetchone()
     connection.execute("drop table part")
     return count
+
+
+def _write_index(connection: duckdb.DuckDBPyConnection, home: Home, stem: str) -> None:
+    """Writes the edges and nodes of the table `part`, beside the part of this name."""
+    tables = {
+        "edges": f"select * from ({edges('part')}) order by output",
+        "nodes": f"select * from ({nodes('part')}) order by placed",
+    }
+    for name, sql in tables.items():
+        beside, digest = _write_beside(connection, home, name, sql)
+        os.rename(beside, home.journal / name / f"{stem}-{digest}.parquet")
+
+
+def _write_beside(connection: duckdb.DuckDBPyConnection, home: Home, folder: str, sql: str) -> tuple[Path, str]:
+    """(a file with these rows under a name that nobody reads, the first digits of its digest); synced."""
+    beside = home.journal / folder / f".{uuid.uuid4().hex}.writing"
+    compression = "snappy" if folder in INDEXES else "zstd"
+    try:
+        connection.execute(
+            f"copy ({sql}) to {text(beside)} (format parquet, compression {compression}, row_group_size {ROWS_A_GROUP})"
+        )
+        with open(beside, "rb") as handle:
+            os.fsync(handle.fileno())
+        return beside, hash_file(beside)[:16]
+    except (OSError, duckdb.Error):
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _remove_replaced(home: Home, stream: str, highest: dict[str, str]) -> None:
@@ -220,11 +266,11 @@ def _highest_parts(connection: duckdb.DuckDBPyConnection, home: Home, stream: st
 
 def journals(home: Home, stream: str) -> list[Path]:
     """Journals in the order of their age, the empty one that only keeps the glob from failing left out."""
-    return sorted(path for path in (home.journal / stream).glob("*.ndjson") if path.stem != EMPTY)
+    return sorted(path for path in (home.journal / stream).glob("*.ndjson") if not path.stem.startswith(EMPTY))
 
 
 def _parts(home: Home, stream: str) -> list[Path]:
-    return sorted(path for path in (home.journal / stream).glob("*.parquet") if path.stem != EMPTY)
+    return sorted(path for path in (home.journal / stream).glob("*.parquet") if not path.stem.startswith(EMPTY))
 
 
 def _level(part: Path) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import duckdb
 
 from storage.errors import EclectusError
+from storage.heal import heal
 from storage.home import Home
 from storage.tables import create_views, definitions, plant, text
 
@@ -37,6 +38,7 @@ def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
     home = home if isinstance(home, Home) else Home.open(home)
     home.refresh()
     plant(home)
+    heal(home)
     # DuckDB can be told to be read-only for a file only. It holds nothing but the views, and is gone once it is open.
     with tempfile.TemporaryDirectory(prefix="eclectus-") as scratch:
         path = Path(scratch) / "books.duckdb"
@@ -51,8 +53,14 @@ def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
             # A copy of the views that cannot be opened is damaged, and made again.
             path.unlink(missing_ok=True)
             known.unlink(missing_ok=True)
-            _place_views(home, path, files, PREFIX, known)
-            connection = _open(path)
+            try:
+                _place_views(home, path, files, PREFIX, known)
+                connection = _open(path)
+            except duckdb.Error as error:
+                why = str(error).splitlines()[0]
+                raise EclectusError(
+                    f"the books of {home.name} cannot be opened ({why}); see: eclectus verify"
+                ) from error
     connection.register_filesystem(files)
     connection.execute("set enable_progress_bar = false")
     connection.execute(f"set allowed_directories = [{text(PREFIX)}]")

@@ -15,6 +15,7 @@ begin with their level; `contents` says which. So compaction can write the next 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import uuid
@@ -191,17 +192,21 @@ def folded(source: str) -> str:
 
 def plant(home: Home) -> bool:
     """Puts an empty file where a glob of the views might find none. False where the home cannot be written."""
-    wanted = [(home.journal / stream / f"{EMPTY}.ndjson", None) for stream in COLUMNS]
-    for stream in COLUMNS:
-        wanted.append((home.journal / stream / f"{EMPTY}.parquet", {**COLUMNS[stream], "journal": "VARCHAR"}))
-    wanted.append((home.journal / "contents" / f"{EMPTY}.parquet", CONTENTS))
-    wanted.append((home.journal / "edges" / f"{EMPTY}.parquet", EDGES))
-    wanted.append((home.journal / "nodes" / f"{EMPTY}.parquet", NODES))
-    wanted.append((home.journal / "documents" / f"{EMPTY}.parquet", DOCUMENTS))
-    wanted.append((home.journal / "held" / f"{EMPTY}.parquet", HELD))
-    wanted.append((home.store.root / "instances" / EMPTY / "documents.parquet", DOCUMENTS))
-    wanted.append((home.store.root / "documents" / EMPTY / "documents" / f"{EMPTY}.parquet", HELD))
-    wanted.append((home.store.root / "evaluation" / EMPTY / "routing.parquet", ROUTING))
+    wanted: list[tuple[Path, dict[str, str] | None]] = []
+    for stream, columns in COLUMNS.items():
+        wanted.append((home.journal / stream / f"{EMPTY}.ndjson", None))
+        wanted.append(_empty(home.journal / stream, {**columns, "journal": "VARCHAR"}))
+    for name, columns in {
+        "contents": CONTENTS,
+        "edges": EDGES,
+        "nodes": NODES,
+        "documents": DOCUMENTS,
+        "held": HELD,
+    }.items():
+        wanted.append(_empty(home.journal / name, columns))
+    wanted.append(_empty(home.store.root / "instances", DOCUMENTS, "/documents"))
+    wanted.append(_empty(home.store.root / "documents", HELD, "/documents/none"))
+    wanted.append(_empty(home.store.root / "evaluation", ROUTING, "/routing"))
     missing = [(path, columns) for path, columns in wanted if not path.exists()]
     try:
         for path, columns in missing:
@@ -221,6 +226,12 @@ def plant(home: Home) -> bool:
     except (OSError, duckdb.IOException):
         return False
     return True
+
+
+def _empty(folder: Path, columns: dict[str, str], below: str = "") -> tuple[Path, dict[str, str]]:
+    """(where, columns) of an empty table. Its name says which columns: older files lack some, and views need each in one file."""
+    schema = hashlib.sha256(repr(columns).encode()).hexdigest()[:8]
+    return folder / f"{EMPTY}-{schema}{below}.parquet", columns
 
 
 def write_contents(home: Home, stream: str, part: Path) -> None:
