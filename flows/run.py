@@ -30,6 +30,7 @@ from storage.journal import Journal
 from storage.known import KnownKeys
 from storage.lineage import write_database
 from tasks.cluster import shut_ray
+from tasks.roots import check_roots
 from tasks.run import Display, Run, activate, current_run
 from tasks.settings import Settings
 
@@ -76,6 +77,7 @@ def open_run(
     prefect_flow_run = _prefect_flow_run()
     if prefect_flow_run:
         _check_starts()
+    check_roots(parameters)
     home = home or Home.open()
     run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
     with _books_in_order(home), Journal(home.journal, run_id, home.mirror) as journal:

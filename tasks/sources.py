@@ -24,6 +24,7 @@ from typing import Literal
 from storage.artifact import hash_file
 from storage.errors import EclectusError
 from tasks.codes import is_language
+from tasks.roots import check_path
 
 DATASET = "dataset:"
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -81,6 +82,8 @@ def find_sources(written: list[str], text_suffixes: list[str]) -> Found:
     ignored: dict[str, int] = {}
     for origin, entry in enumerate(written):
         for source in _resolve(entry.strip(), origin, text_suffixes, ignored):
+            if source.kind != "dataset":
+                check_path(source.place, f"source '{entry}'")
             found.setdefault(source.place if source.kind == "dataset" else os.path.realpath(source.place), source)
     return Found(_with_unique_names(list(found.values())), dict(sorted(ignored.items())))
 
