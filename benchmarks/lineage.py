@@ -2,7 +2,8 @@
 
 10,000 runs of 100 steps, in projects of 100 runs: every run reads what its own steps and those of the run before it in the project
 made, so chains are up to 10,000 steps long. Journals are written as a run writes them, without the syncs, then compacted. The peer is
-the same walk as people would write it, a recursive query over `step_inputs` and `step_outputs`; it is asked for one artifact only, as it takes a minute.
+the same walk as people would write it, a recursive query over `step_inputs` and `step_outputs`, up to 100,000 steps: beyond, it takes
+minutes an answer.
 
     OMP_NUM_THREADS=1 python benchmarks/lineage.py [--steps 1000000] [--home FOLDER]      3 GB of disk; a kept FOLDER is used again
 """
@@ -30,6 +31,7 @@ from storage.lineage import connect, walk
 
 STEPS_A_RUN = 100
 RUNS_A_PROJECT = 100
+PEER_UP_TO = 100_000
 KINDS = ["documents", "embeddings", "neighbors", "grouping", "instances", "checkpoint", "evaluation"]
 SETTINGS = {
     name: index / 7 for index, name in enumerate("k rate width depth seed batch steps warmup decay gamma".split())
@@ -130,7 +132,7 @@ def report(home: Home, steps: int) -> None:
             with connect(home) as connection:
                 asked_for = partial(connection.execute, f"from {macro}(?)", [name(step)])
                 wall, cpu, rows = measure(asked_for)
-                if title == "middle":
+                if steps <= PEER_UP_TO:
                     _, peer_cpu, found = once(
                         partial(connection.execute, PEER.format(gives=gives, has=has), [digest(step)])
                     )

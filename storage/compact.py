@@ -65,6 +65,7 @@ def compact(home: Home, journals: int = JOURNALS_AT_ONCE) -> Compacted:
     with _alone(home) as mine:
         if not mine:
             return done
+        _sweep(home)
         mend_index(home)
         with duckdb.connect() as connection:
             connection.execute("set enable_progress_bar = false")
@@ -252,6 +253,16 @@ def _remove_replaced(home: Home, stream: str, highest: dict[str, str]) -> None:
                 for index in (home.journal / name).glob(f"{part.stem}-*.parquet"):
                     index.unlink()
             part.unlink()
+
+
+def _sweep(home: Home) -> None:
+    """Removes what a compaction that was killed left behind: half-written files, and an index without its part."""
+    parts = {part.stem for stream in COLUMNS for part in _parts(home, stream)}
+    left = [path for folder in (*COLUMNS, *INDEXES) for path in (home.journal / folder).glob(".*")]
+    left += [path for name in INDEXES for path in _parts(home, name) if path.stem.rpartition("-")[0] not in parts]
+    for path in left:
+        if time.time() - path.stat().st_mtime > GRACE:
+            path.unlink()
 
 
 def _highest_parts(connection: duckdb.DuckDBPyConnection, home: Home, stream: str) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""A small history with everything in it that people ask about."""
+"""Small histories: one with everything in it that people ask about, and plain chains of steps."""
 
 import duckdb
 
 from storage.journal import Journal
+from storage.lineage import query
 
 RUNS = {"20260101-000000-aaaaaa": 20, "20260102-000000-bbbbbb": 32}
 
@@ -53,3 +54,35 @@ def write_history(home, promote=None):
                         rules=[], by="gate",
                     )  # fmt: skip
             journal.event("run_ended", state="completed", seconds=1.0)
+
+
+def digest(number):
+    return f"{number:064x}"
+
+
+def write_step(journal, step, output, inputs=(), kind="documents", state="completed", **settings):
+    journal.event("step_started", step=step, name="work", label=f"label {step}", flow="main", key="k")
+    journal.event(
+        "step_ended", step=step, name="work", label=f"label {step}", flow="main", key="k", version=1, state=state,
+        reason="first time", seconds=0.5, settings=settings, inputs={f"in{n}": name for n, name in enumerate(inputs)},
+        output={"kind": kind, "artifact": output, "rows": 5, "bytes": 9, "created": "2026-11-22T05:10:13Z", "path": "p"},
+    )  # fmt: skip
+
+
+def write_chain(home, run, numbers, start="file-" + "ab" * 32):
+    """A run whose steps each read what the step before wrote."""
+    with Journal(home.journal, run) as journal:
+        journal.event("run_started", flow="main", parameters={}, code_version="abc", packages={"torch": "2"})
+        before = start
+        for number in numbers:
+            write_step(journal, f"s{number}", digest(number), [before], k=number)
+            journal.metric(f"s{number}", "loss", number)
+            before = f"documents-{digest(number)}"
+        journal.event("run_ended", state="completed", seconds=1.0)
+
+
+def everything(home):
+    return {
+        table: sorted(map(str, query(f"from {table}", home)[1]))
+        for table in ("runs", "steps", "artifacts", "step_inputs", "step_outputs", "settings", "metrics")
+    }

@@ -1,15 +1,18 @@
 """A damaged or older file never keeps people from the rest of the books."""
 
 import os
+import shutil
+from pathlib import Path
 
 import duckdb
 import pytest
-from history import RUNS, write_history
-from test_books import digest, everything, write_chain
+from history import RUNS, digest, everything, write_chain, write_history
 
 from storage.artifact import hash_file
 from storage.compact import compact, faults
-from storage.lineage import connect, query
+from storage.errors import EclectusError
+from storage.home import LAYOUT, Home
+from storage.lineage import connect, query, write_database
 
 CUT = {
     "cut off": lambda whole: whole[:-10],
@@ -83,3 +86,61 @@ def test_a_home_of_yesterdays_columns_answers_and_is_mended(home):
     compact(home)
     assert everything(home) == before and query(f"from upstream('{digest(2)}')", home)[1] == up
     assert faults(home) == []
+
+
+def test_a_changed_byte_in_a_compacted_journal_is_found(home):
+    write_chain(home, "r1", range(3))
+    compact(home)
+    for folder in ("events", "metrics", "edges", "nodes", "contents"):
+        part = next(path for path in (home.journal / folder).glob("1-*.parquet"))
+        whole = part.read_bytes()
+        part.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
+        assert any(part.name in fault for fault in faults(home))
+        part.write_bytes(whole)
+    assert faults(home) == []
+
+
+def test_a_part_without_contents_gets_them_and_nothing_is_lost(home):
+    write_chain(home, "r1", range(3))
+    before = everything(home)
+    compact(home)
+    for contents in (home.journal / "contents").glob("1-*.parquet"):
+        contents.unlink()
+    assert everything(home) == before and faults(home) == []
+
+
+def test_a_home_of_an_older_layout_is_migrated_and_a_newer_one_refused(tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(Path(__file__).parent / "layout1", old)
+    home = Home.open(old)
+    assert (old / "layout").read_text().strip() == str(LAYOUT)
+    before = everything(home)
+    assert len(before["steps"]) == 2 and len(before["metrics"]) == 1
+    compact(home)
+    assert everything(home) == before
+    (old / "layout").write_text("99")
+    with pytest.raises(EclectusError, match="layout 99, newer"):
+        Home.open(old)
+
+
+def test_a_part_with_fewer_columns_answers_with_nulls(home):
+    write_chain(home, "r1", [1])
+    compact(home)
+    part = next(path for path in (home.journal / "events").glob("1-*.parquet"))
+    duckdb.sql(f"copy (select * exclude (peak_memory, error) from '{part}') to '{part}.old' (format parquet)")
+    os.replace(f"{part}.old", part)
+    assert query("select label, peak_memory from steps", home)[1] == [("label s1", None)]
+    assert query("select run, error from runs", home)[1] == [("r1", None)]
+
+
+@pytest.mark.parametrize("damage", [b"", b"no database", None])
+def test_damaged_copies_of_the_views_are_made_again(home, damage):
+    write_chain(home, "r1", [1])
+    before = everything(home)
+    write_database(home)
+    for path in [home.database, *home.journal.glob("views/*.duckdb")]:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:5000] + b"\xff" * 5000 + whole[10000:] if damage is None else damage)
+    assert everything(home) == before
+    with duckdb.connect(str(write_database(home)), read_only=True) as shell:
+        assert shell.execute("select label from steps").fetchall() == [("label s1",)]
