@@ -1,5 +1,6 @@
 # One image for server, Ray nodes, worker and jobs, so that their versions cannot differ.
 FROM python:3.11.13-slim-bookworm
+ENV PYTHONUNBUFFERED=1
 RUN useradd --create-home --uid 1000 eclectus
 WORKDIR /opt/eclectus
 # PyTorch first, alone: it is large and changes seldom.

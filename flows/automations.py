@@ -1,7 +1,7 @@
 """Automations that set-up creates on the Prefect server, so that runs whose processes die are seen and go on by themselves.
 
     zombie   a run whose heartbeats stop without an end (its machine is gone, say) is marked as crashed
-    crashed  a crashed run of a deployment is scheduled again, and goes on from its finished steps and last checkpoint
+    crashed  a crashed run of a deployment is scheduled again half a minute later, and goes on from its finished steps and last checkpoint
 
 A run that crashes again and again is given up by `flows.run` after `flows.run.STARTS` starts: it fails, which nothing restarts.
 """
@@ -16,6 +16,10 @@ from prefect.client.schemas.objects import StateType
 
 # Twenty beats of 30 s: a sleeping laptop's or a busy server's gap is not taken for a death.
 SILENCE = datetime.timedelta(minutes=10)
+# A worker reports a dead process twice, the second time after it has loaded the flow to look for hooks (2 s, 8 s on a busy machine).
+# A run that were scheduled in between would be taken for dead while it starts, and be started twice.
+SETTLING = datetime.timedelta(seconds=30)
+BEGINS = ("Scheduled", "Late", "Pending", "Running", "Retrying")
 ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Paused", "Suspended", "AwaitingRetry")
 RUNS = {"prefect.resource.id": "prefect.flow-run.*"}
 OF_A_DEPLOYMENT = {"prefect.resource.role": "deployment", "prefect.resource.id": "prefect.deployment.*"}
@@ -39,15 +43,16 @@ def automations() -> list[AutomationCore]:
         ),
         AutomationCore(
             name="eclectus: crashed runs",
-            description="Schedules a crashed run of a deployment again; it goes on from its finished steps and last checkpoint.",
+            description=f"Schedules a crashed run of a deployment again after {SETTLING.seconds} s; it goes on from its finished steps and last checkpoint.",
             trigger=EventTrigger(
-                expect={"prefect.flow-run.Crashed"},
+                after={"prefect.flow-run.Crashed"},
+                expect={f"prefect.flow-run.{state}" for state in (*BEGINS, *ENDS) if state != "Crashed"},
                 match=RUNS,
                 match_related=OF_A_DEPLOYMENT,
                 for_each={"prefect.resource.id"},
-                posture=Posture.Reactive,
+                posture=Posture.Proactive,
                 threshold=1,
-                within=datetime.timedelta(0),
+                within=SETTLING,
             ),
             actions=[
                 ChangeFlowRunState(

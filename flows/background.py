@@ -86,6 +86,8 @@ class Background:
 def free_port(wanted: int = 0) -> int:
     """A free port on loopback: the wanted one if it is free."""
     with socket.socket() as probe:
+        # Connections that have ended keep a port for a minute; `up` after `down` shall have the same address.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", wanted))
         except OSError:

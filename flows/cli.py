@@ -131,7 +131,8 @@ def _add_settings(parser: argparse.ArgumentParser, flow: str) -> None:
     from flows.parameters import PARAMETERS
 
     parser.add_argument("--config", help="YAML file with settings; options on the command line win over it")
-    for name, field in PARAMETERS[flow].model_fields.items():
+    for name in PARAMETERS[flow].in_order():
+        field = PARAMETERS[flow].model_fields[name]
         shown = field.default if not field.is_required() else "required"
         text = f"{field.description} (default: {shown})".replace("%", "%%")
         parser.add_argument(f"--{name.replace('_', '-')}", dest=f"setting_{name}", metavar="VALUE", help=text)

@@ -6,9 +6,12 @@ that the command line can read them quickly.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import inspect
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from storage.errors import EclectusError
 from tasks.add_experts import AddExpertsSettings
@@ -18,7 +21,7 @@ from tasks.contamination import ContaminationSettings
 from tasks.data_report import DataReportSettings
 from tasks.embed import EmbedSettings
 from tasks.evaluate import EvaluateSettings
-from tasks.extend import ExtendSettings
+from tasks.extend import ExtendSettings, MethodSettings
 from tasks.fetch import FetchSettings
 from tasks.group import GroupSettings
 from tasks.ingest import IngestSettings
@@ -30,6 +33,7 @@ from tasks.pack import PackSettings
 from tasks.pretrain import PretrainSettings
 from tasks.replay import ReplaySettings
 from tasks.report import ReportSettings
+from tasks.settings import Settings
 from tasks.split import SplitSettings
 from tasks.static_embedding import StaticEmbeddingSettings
 from tasks.tokenizer import TokenizerSettings
@@ -38,7 +42,37 @@ if TYPE_CHECKING:
     from tasks.gate import Gate
 
 
+# What every run has to be told.
+FIRST = ("sources", "base_model", "original_languages", "expanded_languages")
+
+
+class FlowParameters(Settings):
+    """Parameters of a flow, in the order in which people meet them in the form and in `--help`.
+
+    What every run has to be told comes first, then `leading`, then what is the flow's own before what it builds on.
+    """
+
+    leading: ClassVar[tuple[type[Settings], ...]] = ()
+
+    @classmethod
+    def in_order(cls) -> list[str]:
+        """Names of all fields."""
+        classes = [part for lead in cls.leading for part in lead.__mro__] + list(cls.__mro__)
+        own = [name for each in classes for name in inspect.get_annotations(each)]
+        return [name for name in dict.fromkeys([*FIRST, *own]) if name in cls.model_fields]
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Prefect's form sorts by `position`."""
+        schema = handler(core)
+        fields = handler.resolve_ref_schema(schema)["properties"]
+        for position, name in enumerate(cls.in_order()):
+            fields[name] = {**fields.pop(name), "position": position}
+        return schema
+
+
 class CurateParameters(
+    FlowParameters,
     IngestSettings,
     LanguageSettings,
     SplitSettings,
@@ -55,12 +89,14 @@ class CurateParameters(
     """From sources to training instances."""
 
 
-class PretrainParameters(CurateParameters, PretrainSettings):
+class PretrainParameters(PretrainSettings, CurateParameters):
     """From sources to a Lory model and its dense twin."""
 
 
-class ExtendParameters(PretrainParameters, ExtendSettings, AddExpertsSettings):
+class ExtendParameters(ExtendSettings, AddExpertsSettings, PretrainParameters):
     """From a dense checkpoint to one that knows new languages too."""
+
+    leading = (MethodSettings, ExtendSettings)
 
     base_model: str = Field(
         "",
@@ -72,12 +108,16 @@ class ExtendParameters(PretrainParameters, ExtendSettings, AddExpertsSettings):
     )
 
 
-class SimilarityParameters(IngestSettings, LanguageSettings, SplitSettings, FetchSettings, LayerSimilaritySettings):
+class SimilarityParameters(
+    FlowParameters, LayerSimilaritySettings, FetchSettings, IngestSettings, LanguageSettings, SplitSettings
+):
     """From sources and a dense checkpoint to experts for each layer."""
 
 
-class JudgeParameters(ExtendParameters, EvaluateSettings, BenchmarkSettings, ContaminationSettings, ReportSettings):
+class JudgeParameters(EvaluateSettings, BenchmarkSettings, ContaminationSettings, ReportSettings, ExtendParameters):
     """What evaluation, gate and report take, whatever they judge."""
+
+    leading = ()
 
 
 class EvaluateParameters(JudgeParameters):
@@ -95,8 +135,10 @@ class EvaluateParameters(JudgeParameters):
 class MainParameters(EvaluateParameters):
     """The whole job: curate, pre-train, extend, evaluate, report."""
 
+    leading = (PretrainSettings, ExtendSettings)
 
-class RetrainParameters(JudgeParameters, NewsSettings, RefreshSettings):
+
+class RetrainParameters(NewsSettings, RefreshSettings, JudgeParameters):
     """The nightly retraining: looks at its sources, trains on from the champion, promotes what passes the gate."""
 
     retrain_line: str = Field(

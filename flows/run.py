@@ -91,10 +91,12 @@ def open_run(
             in_prefect=served or prefect_flow_run is not None,
             prefect_flow_run=prefect_flow_run,
         )
+        pages = None
         if run.in_prefect:
             from flows.ui import PrefectPages
 
-            run.displays.append(PrefectPages())
+            pages = PrefectPages()
+            run.displays.append(pages)
         journal.event("run_started", flow=flow, parameters=parameters.model_dump(mode="json"), **_surroundings())
         started, error = time.monotonic(), None
         try:
@@ -107,6 +109,8 @@ def open_run(
             with _interrupts_held():
                 run.close_kept(error)
                 shut_ray()
+                if pages and _state(error) != "cancelled":
+                    pages.run_ended(run)
                 journal.event(
                     "run_ended",
                     state=_state(error),
@@ -198,6 +202,10 @@ def _check_starts() -> None:
     """Ends the round of crash and restart (flows/automations.py) by a failure, which nothing restarts."""
     from prefect.runtime import flow_run
 
+    from flows.ui import close_lost_steps
+
+    if (flow_run.run_count or 0) > 1:
+        close_lost_steps(str(flow_run.id))
     if (flow_run.run_count or 0) > STARTS:
         raise EclectusError(
             f"this run was started {STARTS} times and never ended by itself; look at its logs and the worker's, then run it anew"

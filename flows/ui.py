@@ -1,4 +1,6 @@
-"""What people see of a run in the Prefect UI: a progress bar a step while it works, and a page with what it gave."""
+"""What people see of a run in the Prefect UI: a progress bar a step while it works, a page with what it gave, and on the run's own
+page what it decided, links to its reports and to Ray's dashboard, and a table of its steps.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,29 @@ from uuid import UUID
 import duckdb
 from prefect.artifacts import (
     create_image_artifact,
-    create_link_artifact,
     create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    TaskRunFilter,
+    TaskRunFilterState,
+    TaskRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
 from prefect.logging import get_logger
+from prefect.states import Crashed
 
 from flows.server import PAGES
 from storage.artifact import Artifact
 from storage.errors import EclectusError
 from storage.lineage import connect
-from tasks.run import current_run
+from tasks.run import Run, current_run
 
 SECONDS_BETWEEN_UPDATES = 3.0
 LONGEST_VALUE = 300
@@ -38,6 +50,7 @@ class PrefectPages:
 
     def __init__(self) -> None:
         self._bars: dict[str, tuple[UUID, float]] = {}
+        self._rows: list[dict[str, Any]] = []
 
     def step_began(self, label: str) -> None:
         pass
@@ -59,6 +72,8 @@ class PrefectPages:
 
     def step_ended(self, label: str, state: str, reason: str, seconds: float, output: Artifact | None) -> None:
         self._bars.pop(label, None)
+        made = output.name if output else ""
+        self._rows.append({"step": label, "is": state, "seconds": round(seconds, 1), "made": made, "why": reason})
         if output is None:
             return
         lines = [
@@ -87,11 +102,39 @@ class PrefectPages:
                 )
 
     def said(self, name: str, text: str) -> None:
-        create_markdown_artifact(text, key=_slug(name), description="What this run decided, and why.")
+        _attach("markdown", name, text, "What this run decided, and why.")
         get_logger("eclectus").info(text)
 
     def linked(self, name: str, address: str, what: str) -> None:
-        create_link_artifact(address, link_text=name, key=_slug(name), description=what)
+        _attach("markdown", name, f"[{name}]({address})", what)
+
+    def run_ended(self, run: Run) -> None:
+        """Writes the table of all steps."""
+        if self._rows:
+            _attach("table", "steps", json.dumps(self._rows), "What this run did, step by step, and why", run)
+
+
+def close_lost_steps(flow_run: str) -> None:
+    """Marks the steps that a start of this flow run which was killed left running as crashed."""
+    under_way = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    with get_client(sync_client=True) as client:
+        lost = client.read_task_runs(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[UUID(flow_run)])),
+            task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=under_way)),
+        )
+        for each in lost:
+            client.set_task_run_state(each.id, Crashed(message="its process is gone"), force=True)
+
+
+def _attach(kind: str, name: str, data: str, description: str, run: Run | None = None) -> None:
+    """Puts an artifact on the page of the run itself, where people look first, whatever step or flow inside it speaks."""
+    run = run or current_run()
+    if run and run.prefect_flow_run:
+        artifact = ArtifactCreate(
+            type=kind, key=_slug(name), data=data, description=description, flow_run_id=UUID(run.prefect_flow_run)
+        )
+        with get_client(sync_client=True) as client:
+            client.create_artifact(artifact)
 
 
 def _show_tables(label: str, report: Artifact) -> None:

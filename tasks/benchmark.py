@@ -28,16 +28,16 @@ from storage.errors import EclectusError
 from tasks.benchmark_rows import FIELDS, SCORE_FIELDS, group_rows, item_rows, score_rows
 from tasks.benchmark_tasks import Harness, Wanted, local_questions, version, wanted_tasks
 from tasks.run import metric
-from tasks.settings import Place, Settings
+from tasks.settings import Place
 from tasks.step import step
 from tasks.tokenizer import load_tokenizer
-from tasks.training import TrainingSettings, run_training, workplace
+from tasks.training import WorkerSettings, run_training, workplace
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 
-class BenchmarkSettings(Settings):
+class BenchmarkSettings(WorkerSettings):
     """What a model is examined on; the same settings make models comparable."""
 
     benchmark_tasks: list[str] = Field(
@@ -57,8 +57,7 @@ class BenchmarkSettings(Settings):
     benchmark_languages: list[str] = Field(
         [], description="Languages of the preset 'moe-lpr', as ISO 639-1 codes; empty: all languages of the run."
     )
-    training_workers: int = Place(2, ge=0, description=TrainingSettings.model_fields["training_workers"].description)
-    training_gpus: bool = Place(False, description=TrainingSettings.model_fields["training_gpus"].description)
+    training_workers: int = Place(2, ge=0, description=WorkerSettings.model_fields["training_workers"].description)
     seed: int = Field(0, description="Seed of everything random.")
 
     @property

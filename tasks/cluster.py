@@ -31,11 +31,9 @@ def ensure_ray() -> None:
     if address:
         with _own_signals():
             dashboard = ray.init(address=address, runtime_env=runtime, **common).dashboard_url
-        run = current_run()
-        for display in run.displays if run and dashboard else ():
-            display.linked(
-                "Ray dashboard", f"http://{dashboard}", "Ray's dashboard: nodes, workers and logs of this run"
-            )
+        run, shown = current_run(), os.environ.get("ECLECTUS_RAY_DASHBOARD") or (dashboard and f"http://{dashboard}")
+        for display in run.displays if run and shown else ():
+            display.linked("Ray dashboard", shown, "Ray's dashboard: nodes, workers and logs of this run")
         return
     with _own_signals():
         ray.init(

@@ -34,10 +34,10 @@ from tasks.evaluation_files import (
     write_scores,
 )
 from tasks.held_out import HeldOut, choose_prompts, read_held_out
-from tasks.settings import Place, Settings
+from tasks.settings import Place
 from tasks.step import step
 from tasks.tokenizer import load_tokenizer
-from tasks.training import TrainingSettings, run_training, workplace
+from tasks.training import WorkerSettings, run_training, workplace
 
 if TYPE_CHECKING:
     pass
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 LONGEST_WINDOW = 2048
 
 
-class EvaluateSettings(Settings):
+class EvaluateSettings(WorkerSettings):
     """How held-out text is scored; the same settings make models comparable."""
 
     evaluation_tokens: int = Field(
@@ -70,8 +70,7 @@ class EvaluateSettings(Settings):
         0.0, ge=0, description="Temperature of sampling; 0 takes the most likely token each time."
     )
     evaluation_batch: int = Place(8, ge=1, description="Windows that a worker scores at once; more cost memory.")
-    training_workers: int = Place(2, ge=0, description=TrainingSettings.model_fields["training_workers"].description)
-    training_gpus: bool = Place(False, description=TrainingSettings.model_fields["training_gpus"].description)
+    training_workers: int = Place(2, ge=0, description=WorkerSettings.model_fields["training_workers"].description)
     seed: int = Field(0, description="Seed of everything random.")
 
 

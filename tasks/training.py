@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 MOMENTS = "moments.safetensors"
 
 
-class TrainingSettings(Settings):
-    """Settings that every training stage of a run shares."""
+class WorkerSettings(Settings):
+    """Where a run trains and evaluates: how many workers, on what, placed how, and what becomes of those that die."""
 
     training_workers: int = Field(
         2,
@@ -39,8 +39,25 @@ class TrainingSettings(Settings):
         description="Ray Train workers that share each batch; 0 trains in the calling process, without Ray.",
     )
     training_gpus: bool = Place(
-        False, description="Give every training worker a GPU (bf16, NCCL) instead of a CPU core."
+        False, description="Give every training worker a GPU (bf16, NCCL) instead of computing on CPU cores."
     )
+    training_worker_cpus: float = Place(
+        1.0, gt=0, description="CPU cores that Ray sets aside for each training worker; no node gets more than it has."
+    )
+    training_placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Place(
+        "PACK",
+        description="Training workers on as few Ray nodes as possible (PACK) or on as many (SPREAD); STRICT waits until it can be kept.",
+    )
+    training_restarts: int = Place(
+        3,
+        ge=0,
+        description="How often the training workers of a run are started again, from their last checkpoint, when one dies.",
+    )
+
+
+class TrainingSettings(WorkerSettings):
+    """Settings that every training stage of a run shares."""
+
     training_sharded: bool = Field(
         False,
         description="Share out weights and optimizer state over the training workers (FSDP2) instead of copying them to each (DDP).",
@@ -82,7 +99,7 @@ class TrainingSettings(Settings):
         )
 
 
-def run_training(settings: TrainingSettings, call: str, arguments: dict[str, Any], what: str) -> Any:
+def run_training(settings: WorkerSettings, call: str, arguments: dict[str, Any], what: str) -> Any:
     """Calls `package.module:function` as f(place, tell, **arguments) on every worker; returns what rank 0 returned."""
     tell_progress = None
 
@@ -107,12 +124,19 @@ def run_training(settings: TrainingSettings, call: str, arguments: dict[str, Any
     return _workers(settings).do(call, arguments, heard)
 
 
-def _workers(settings: TrainingSettings) -> TrainWorkers:
+def _workers(settings: WorkerSettings) -> TrainWorkers:
     """The run's group of workers, started by its first training step and closed with the run."""
-    run = current_run()
-    name = f"train workers {settings.training_workers} {settings.training_gpus}"
+    run, chosen = current_run(), WorkerSettings.of(settings)
     return run.keep(
-        name, lambda: TrainWorkers(settings.training_workers, settings.training_gpus, run.home.work / "ray")
+        f"train workers {chosen.model_dump_json()}",
+        lambda: TrainWorkers(
+            chosen.training_workers,
+            chosen.training_gpus,
+            run.home.work / "ray",
+            restarts=chosen.training_restarts,
+            cpus=chosen.training_worker_cpus,
+            placement=chosen.training_placement,
+        ),
     )
 
 

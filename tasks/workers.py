@@ -96,12 +96,22 @@ class Desk:
 class TrainWorkers:
     """The group. Starts with the first job; `close` (or the end of the `with` block) ends it."""
 
-    def __init__(self, workers: int, use_gpu: bool, storage: Path, restarts: int = RESTARTS) -> None:
-        """storage: a directory for Ray Train's own notes, on storage that all nodes share."""
+    def __init__(
+        self,
+        workers: int,
+        use_gpu: bool,
+        storage: Path,
+        restarts: int = RESTARTS,
+        cpus: float = 1.0,
+        placement: str = "PACK",
+    ) -> None:
+        """storage: a directory for Ray Train's own notes, on storage that all nodes share. cpus: of each worker."""
         self.workers = workers
         self.use_gpu = use_gpu
         self.storage = storage
         self.restarts = restarts
+        self.resources = {"CPU": cpus, **({"GPU": 1.0} if use_gpu else {})}
+        self.placement = placement
         self._desk: Any = None
         self._thread: threading.Thread | None = None
         self._fit_error: BaseException | None = None
@@ -175,7 +185,12 @@ class TrainWorkers:
         trainer = TorchTrainer(
             work_at_desk,
             train_loop_config={"desk": self._desk},
-            scaling_config=ray.train.ScalingConfig(num_workers=self.workers, use_gpu=self.use_gpu),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=self.workers,
+                use_gpu=self.use_gpu,
+                resources_per_worker=self.resources,
+                placement_strategy=self.placement,
+            ),
             run_config=ray.train.RunConfig(
                 storage_path=str(self.storage), failure_config=ray.train.FailureConfig(max_failures=self.restarts)
             ),

@@ -66,6 +66,24 @@ def test_every_setting_of_every_flow_has_a_description_and_an_option(capsys):
             assert f"--{name.replace('_', '-')}" in said
 
 
+def test_forms_and_help_begin_with_what_every_run_must_be_told_and_go_on_with_the_flows_own(capsys):
+    begins = {
+        "extend": "base_model original_languages expanded_languages extension_method",
+        "main": "base_model",
+    }
+    begins |= {"curate": "original_languages expanded_languages", "retrain": "base_model original_languages"}
+    for flow, names in begins.items():
+        fields = PARAMETERS[flow].model_json_schema()["properties"]
+        shown = sorted(fields, key=lambda name: fields[name]["position"])
+        assert shown[: len(names.split()) + 1] == ["sources", *names.split()]
+        assert set(shown) == set(PARAMETERS[flow].model_fields)
+    _, said, _ = run(capsys, "extend", "--help")
+    places = [
+        said.index(f"  --{name} ") for name in ("sources", "extension-method", "training-workers", "pretrain-steps")
+    ]
+    assert places == sorted(places)
+
+
 def test_help_and_sql_load_nothing_heavy(tmp_path):
     program = (
         "import sys; sys.argv = ['eclectus', *{words}]\n"

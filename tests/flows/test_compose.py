@@ -20,7 +20,7 @@ SECRETS = {
     "PREFECT_AUTH": "admin:prefect-secret",
     "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef",
 }
-OURS = ("bucket", "prefect-server", "prefect-services", "ray-head", "ray-worker", "deploy", "worker")
+OURS = ("bucket", "prefect-server", "prefect-services", "ray-head", "ray-worker", "ray-gpu-worker", "deploy", "worker")
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,10 @@ def test_every_service_is_limited_and_every_lasting_one_is_restarted_and_watched
         assert "mem_limit" in service, name
         lasting = service["restart"] == "unless-stopped"
         assert lasting or name in ("bucket", "deploy")
-        # Ray's workers end with their raylet, and the services of Prefect answer no port.
-        assert not lasting or "healthcheck" in service or name in ("ray-worker", "prefect-services"), name
+        # The services of Prefect answer no port.
+        assert not lasting or "healthcheck" in service or name == "prefect-services", name
+        assert service["logging"]["options"]["max-size"] and service["security_opt"] == ["no-new-privileges:true"]
+        assert "build" not in service or service["cap_drop"] == ["ALL"]
 
 
 def test_images_are_pinned_and_ours_does_not_run_as_root(written):
