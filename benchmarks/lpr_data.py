@@ -2,7 +2,7 @@
 
     base        original languages with a small share of the expanded ones, as web text has
     expanded    the new languages, equal tokens of each as far as there are: what stage 1 and every baseline trains on
-    review      documents cut to half an instance: originals below 1% of stage 1's tokens, two of expanded to one of original
+    review      documents cut to half an instance: originals below 1% of stage 1's tokens, twice that of each expanded one
     valid       held out: learning rates and weights of losses are chosen on it
     held        held out: reported, and never looked at before
 
@@ -45,6 +45,8 @@ class Mixture:
     expanded_tokens: int
     review_original_share: float
     """Original-language tokens of the review over the tokens of stage 1."""
+    review_ratio: float
+    """Tokens of each expanded language in the review over those of each original one."""
     vocabulary: int
     """Of the tokenizer that is trained here; 0 where the base model brings its own."""
 
@@ -175,10 +177,12 @@ class _Draw:
             for language in (*mixture.original, *mixture.expanded)
         }
 
-    def _take(self, language: str, tokens: float, longest: int | None = None) -> list[dict[str, Any]]:
-        """Documents of a language up to that many tokens, or all; longest: where to cut each."""
+    def _take(
+        self, language: str, tokens: float, longest: int | None = None, last: bool = False
+    ) -> list[dict[str, Any]]:
+        """Documents of a language up to that many tokens, or all; longest: where to cut each; last: from the end on."""
         chosen = []
-        for each in self._of[language]:
+        for each in reversed(self._of[language]) if last else self._of[language]:
             if tokens <= 0:
                 break
             if "ids" not in each:
@@ -189,8 +193,9 @@ class _Draw:
         return chosen
 
     def base(self) -> list[dict[str, Any]]:
-        shares = _shares(self._mixture.base_tokens, self._mixture)
-        return self._mixed([self._take(language, tokens) for language, tokens in shares.items()])
+        """Expanded languages from the end of their order, so that stage 1, which reads from its start, brings new text."""
+        shares, added = _shares(self._mixture.base_tokens, self._mixture), self._mixture.expanded
+        return self._mixed([self._take(name, tokens, last=name in added) for name, tokens in shares.items()])
 
     def expanded(self) -> list[dict[str, Any]]:
         """Equal tokens of each; what a small language lacks, the larger ones give."""
@@ -203,11 +208,11 @@ class _Draw:
         return self._mixed(chosen)
 
     def review(self) -> list[dict[str, Any]]:
-        """papers.md 2.4: two of expanded to one of original; here by tokens, of documents cut so that few tokens are many documents."""
+        """papers.md 2.4: twice as much of each expanded language; here by tokens, of documents cut so that few tokens are many documents."""
         mixture, longest = self._mixture, self._mixture.length // 2
-        original = mixture.expanded_tokens * mixture.review_original_share
-        parts = [self._take(name, original / len(mixture.original), longest) for name in mixture.original]
-        parts += [self._take(name, 2 * original / len(mixture.expanded), longest) for name in mixture.expanded]
+        each = mixture.expanded_tokens * mixture.review_original_share / len(mixture.original)
+        parts = [self._take(name, each, longest) for name in mixture.original]
+        parts += [self._take(name, mixture.review_ratio * each, longest) for name in mixture.expanded]
         return self._mixed(parts)
 
     def _mixed(self, parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

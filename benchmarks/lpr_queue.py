@@ -17,7 +17,12 @@ import torch
 from lpr_sizes import Review, Size
 
 # Factors on the size's stage-1 learning rate to choose among; the second is tried first.
-RATES = {"full": (1.0, 2.0, 4.0), "moe_all": (1.0, 2.0, 4.0), "lora": (1.0, 3.0, 9.0), "llama_pro": (1.0, 2.0, 4.0)}
+RATES = {
+    "full": (1.0, 2.0, 4.0, 8.0),
+    "moe_all": (1.0, 2.0, 4.0),
+    "lora": (1.0, 3.0, 9.0),
+    "llama_pro": (1.0, 2.0, 4.0),
+}
 # A pretrained base bears less: at a factor of 2 four steps of full fine-tuning spoiled SmolLM2 in every language.
 PRETRAINED = {
     "full": (0.03, 0.1, 0.3),
@@ -48,6 +53,11 @@ class Queue:
             "threads": max(1, min(torch.get_num_threads(), cores // workers)),
         }
         self._rates = RATES if size.shape else PRETRAINED
+        if size.task_limit and chosen.eval:
+            languages = [*chosen.original, *chosen.expanded]
+            self._common["tasks"] = dict(
+                tokenizer=chosen.base_model, folder=str(chosen.eval), languages=languages, limit=size.task_limit
+            )
         self._tunes = cuda or size.shape is not None
         self._reviews = size.review_steps * size.review_batch / size.batch
 
@@ -154,7 +164,7 @@ class Queue:
             self._review(SWEEPS, seed, start, words(point), dataclasses.replace(base, **point), sweep=sweep)
         stages: list[tuple[str, dict[str, Any]]] = [
             *((f"alpha {alpha:g}", dict(alpha=alpha)) for alpha in (0.0, 0.001, 0.1)),
-            *((f"rate x{factor:g}", dict(rate=factor)) for factor in (0.3, 3.0)),
+            *((f"rate x{factor:g}", dict(rate=factor)) for factor in (0.5, 2.0)),
             *((f"{experts} experts", dict(experts=experts)) for experts in (2, 12)),
             ("half-redrawn experts", dict(init="drop")),
         ]

@@ -49,7 +49,7 @@ def size_tables(about: dict[str, Any], results: list[dict[str, Any]]) -> list[st
     for title in ORDER:
         if title in table.methods:
             lines.append(table.row(TITLES.get(title, title), table.methods[title], "held"))
-    lines += ["", *proofs(results), ""]
+    lines += ["", *proofs(results), "", *task_table(about, bases, table.methods)]
     sweeps = defaultdict(list)
     for each in results:
         if each.get("sweep"):
@@ -120,6 +120,25 @@ def by_method(results: list[dict[str, Any]], expanded: list[str]) -> dict[str, l
         if before is None or mean_of(each["valid"], expanded) < mean_of(before["valid"], expanded):
             groups[each["title"]][each["seed"]] = each
     return {title: [runs[seed] for seed in sorted(runs)] for title, runs in groups.items()}
+
+
+def task_table(about: dict[str, Any], bases: dict[int, Any], methods: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Accuracy by lm-eval task, where tasks were asked."""
+    rows = {"base": bases[min(bases)]} | {
+        TITLES.get(title, title): methods[title][0] for title in ORDER if title in methods
+    }
+    rows = {title: each["tasks"] for title, each in rows.items() if each.get("tasks")}
+    if not rows:
+        return []
+    names = list(next(iter(rows.values())))
+    questions = ", ".join(f"{name} {next(iter(rows.values()))[name]['questions']}" for name in names)
+    lines = [f"lm-eval tasks, 0 shots, accuracy in percent ± standard error; questions: {questions}.", ""]
+    lines += [row(["", *names]), row(["---"] * (len(names) + 1))]
+    for title, scores in rows.items():
+        lines.append(
+            row([title, *(f"{100 * scores[name]['acc']:.1f} ±{100 * scores[name]['error']:.1f}" for name in names)])
+        )
+    return [*lines, ""]
 
 
 def proofs(results: list[dict[str, Any]]) -> list[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import tempfile
 import time
@@ -45,7 +46,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Runs one job in this process; the result repeats the job, with bits per byte, seconds and the proof of the hash."""
     torch.set_num_threads(job["threads"])
     started = time.monotonic()
-    with contextlib.redirect_stderr(None):
+    with contextlib.redirect_stderr(io.StringIO()):
         result = JOBS[job["kind"]](job)
     result["seconds"] = round(time.monotonic() - started, 1)
     if torch.cuda.is_available():
@@ -186,8 +187,13 @@ def same_digest(after: str, before: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def scores(model: torch.nn.Module, job: dict[str, Any]) -> dict[str, Any]:
-    """Bits per byte by language on both held-out parts."""
-    return {part: bits_per_byte(model, job, part) for part in ("valid", "held")}
+    """Bits per byte by language on both held-out parts, and tasks where the size has some and the job is reported."""
+    found: dict[str, Any] = {part: bits_per_byte(model, job, part) for part in ("valid", "held")}
+    if job.get("tasks") and (job["kind"] == "base" or job.get("title")):
+        from lpr_tasks import task_scores
+
+        found["tasks"] = task_scores(model, **job["tasks"])
+    return found
 
 
 def held_out(job: dict[str, Any], part: str) -> tuple[Any, Windows]:

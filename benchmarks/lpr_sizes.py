@@ -31,7 +31,11 @@ class Size:
     gamma: float
     review_share: float
     """Original-language tokens in the review, each counted once, over stage 1's."""
+    review_ratio: float
+    """Tokens of each expanded language in the review over those of each original one."""
     held_bytes: int
+    task_limit: int
+    """Questions of each lm-eval task: 0 for no tasks, -1 for all questions."""
     note: str = ""
 
 
@@ -46,28 +50,30 @@ class Review:
     away: float = 0.0
 
 
-SMALL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4)
+SMALL = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4)
 LAPTOP = Size(
     name="laptop",
     length=256,
     shape=SMALL,
-    vocabulary=2048,
-    base_steps=2000,
+    vocabulary=1024,
+    base_steps=6000,
     base_batch=4,
     base_rate=4e-3,
-    foreign_share=0.03,
+    foreign_share=0.3,
     experts=6,
     batch=4,
     micro_batch=8,
-    stage1_steps=300,
+    stage1_steps=600,
     stage1_rate=1e-3,
     alpha=0.01,
     review_steps=480,
     review_batch=2,
     review_rate=2e-2,
-    gamma=0.5,
+    gamma=0.1,
     review_share=0.009,
+    review_ratio=2.0,
     held_bytes=24_000,
+    task_limit=0,
 )
 TINY = dataclasses.replace(
     LAPTOP,
@@ -97,7 +103,9 @@ SMOLLM = dataclasses.replace(
     review_steps=60,
     review_batch=32,
     review_rate=2e-3,
+    gamma=0.5,
     held_bytes=60_000,
+    task_limit=-1,
 )
 SMOLLM_SHORT = dataclasses.replace(
     SMOLLM,
@@ -110,7 +118,8 @@ SMOLLM_SHORT = dataclasses.replace(
     review_batch=4,
     review_share=0.1,
     held_bytes=8_000,
-    note="shortened run on a CPU: one new expert, few steps; no measure of the method",
+    task_limit=20,
+    note="shortened run on a CPU: one new expert, few steps, few questions; no measure of the method",
 )
 
 

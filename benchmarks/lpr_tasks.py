@@ -1,0 +1,40 @@
+"""lm-eval tasks on a model in memory, for `lpr_claims.py`: the product's tasks and questions (tasks/benchmark_tasks.py)."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from lm_eval import simple_evaluate
+from transformers import AutoTokenizer
+
+from models.harness import make_examinee
+from models.place import Place
+from tasks.benchmark_tasks import Harness, Wanted, language_of, local_questions
+
+
+def task_scores(
+    model: Any, tokenizer: str, folder: str, languages: list[str], limit: int, batch: int = 8
+) -> dict[str, dict[str, float]]:
+    """Accuracy by task over the questions of a folder in these languages: {task: {acc, error, questions}}, 0 shots.
+
+    acc is the one that is normalised by the answers' length, where the task has it (papers.md 2.5's ARC and HellaSwag do).
+    limit: at most that many questions of each task, the first ones; -1 for all.
+    """
+    harness = Harness([folder])
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    length = model.config.max_position_embeddings
+    examinee = make_examinee(model.eval(), words, length, batch, Place.current(), None, lambda *_: None)
+    scores = {}
+    for name in sorted(local_questions([folder])):
+        if language_of(name) not in languages:
+            continue
+        tasks, _ = harness.load(Wanted(name, 0))
+        asked = dict(limit=None if limit < 0 else limit, bootstrap_iters=0, random_seed=0)
+        for label, task in tasks.items():
+            samples = simple_evaluate(examinee, tasks=[task], **asked)["samples"][label]
+            values = [float(sample.get("acc_norm", sample["acc"])) for sample in samples]
+            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+            scores[label] = {"acc": statistics.fmean(values), "error": error, "questions": len(values)}
+    return scores
