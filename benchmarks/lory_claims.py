@@ -8,8 +8,8 @@ their first tokens, at least a segment, are not scored (Expert Choice looks ahea
 with fixed thresholds). Every second held-out document of a domain is for choosing settings; the others are reported.
 Trainings run in processes of their own, most important first (--parts). After each the tables and all numbers so far are
 written to $OUT (or --out); the same command skips what is there, so a run that is cut short loses only what was under way.
-Nothing is begun that could not end within --minutes. Price at size laptop: 2 minutes of an idle core a training, 6 trainings
-for Lory and its twin, 15 for the peers, 36 for the study, 15 more for `more`. Other text: --corpus, --domains, --split-seed;
+Nothing is begun that could not end within --minutes. Price at size laptop: 5 to 10 minutes a training on
+half of a busy core (top-k 25), 6 trainings for Lory and its twin, 15 for the peers, 36 for the study, 21 more for `more`. Other text: --corpus, --domains, --split-seed;
 a GPU: --size 30m or 100m.
 """
 

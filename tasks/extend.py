@@ -69,7 +69,7 @@ class ReviewSettings(Settings):
         2e-2, gt=0, description="Peak learning rate of stage 2, which trains routers only."
     )
     review_warmup_steps: int = Field(20, ge=0, description="Steps of linear learning-rate warm-up in stage 2.")
-    lpr_weight: float = Field(3.0, ge=0, description="Weight gamma of the language priors routing loss in stage 2.")
+    lpr_weight: float = Field(1.0, ge=0, description="Weight gamma of the language priors routing loss in stage 2.")
     lpr_loss: Literal["paper", "released"] = Field(
         "paper", description="The language priors loss on logits (the paper) or on probabilities (the released code)."
     )
