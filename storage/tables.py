@@ -255,6 +255,10 @@ def _names(columns: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in columns)
 
 
+def _cast(columns: dict[str, str]) -> str:
+    return ", ".join(f'"{name}"::{kind} as "{name}"' for name, kind in columns.items())
+
+
 def _nothing(columns: dict[str, str]) -> str:
     return "select " + ", ".join(f'null::{kind} as "{name}"' for name, kind in columns.items()) + " where false"
 
@@ -263,7 +267,7 @@ def _parquet(prefix: str, folder: Path, columns: dict[str, str], part: bool = Fa
     """SQL over the Parquet files of a folder; a column that an older file lacks is null. part: adds the file's name."""
     if not any(folder.glob("*.parquet")):
         return _nothing({**columns, "part": "VARCHAR"} if part else columns)
-    chosen = ", ".join(f'"{name}"::{kind} as "{name}"' for name, kind in columns.items())
+    chosen = _cast(columns)
     added = ", parse_filename(filename) as part" if part else ""
     glob = text(f"{prefix}{folder}/*.parquet")
     return f"select {chosen}{added} from read_parquet({glob}, union_by_name = true, filename = true)"
@@ -310,23 +314,11 @@ def raw(files: str, stream: str) -> str:
 
 def _documents(prefix: str, home: Home) -> str:
     """Of instances that are here, and of those whose table of documents alone was kept with the journal."""
-    chosen = ", ".join(f'"{name}"::{kind} as "{name}"' for name, kind in DOCUMENTS.items())
     globs = [
         (home.store.root / "instances", "*/documents.parquet", "split_part(filename, '/', -2)"),
         (home.journal / "documents", "*.parquet", "split_part(parse_filename(filename), '.', 1)"),
     ]
-    tables = [
-        f"select {chosen}, {digits} as digits from read_parquet({text(f'{prefix}{folder}/{pattern}')}, "
-        "union_by_name = true, filename = true)"
-        for folder, pattern, digits in globs
-        if any(folder.glob(pattern))
-    ]
-    rows = " union all ".join(tables) or _nothing({**DOCUMENTS, "digits": "VARCHAR"})
-    whole = "select distinct artifact as instances from step_outputs where kind = 'instances'"
-    return (
-        f"select {_names(DOCUMENTS)}, coalesce(instances, digits) as instances from ({rows}) d "
-        f"left join ({whole}) a on d.digits = a.instances[1:32]"
-    )
+    return _of_artifacts(prefix, globs, DOCUMENTS, "instances", "instances")
 
 
 def _held_documents(prefix: str, home: Home) -> str:
@@ -335,17 +327,28 @@ def _held_documents(prefix: str, home: Home) -> str:
         (home.store.root / "documents", "*/documents/*.parquet", "split_part(filename, '/', -3)"),
         (home.journal / "held", "*.parquet", "split_part(parse_filename(filename), '.', 1)"),
     ]
+    return _of_artifacts(prefix, globs, HELD, "documents", "artifact")
+
+
+def _of_artifacts(
+    prefix: str, globs: list[tuple[Path, str, str]], columns: dict[str, str], kind: str, column: str
+) -> str:
+    """SQL over files of artifacts of a kind, with the artifact's whole digest as `column`.
+
+    globs: (folder, pattern, SQL of the artifact's first 32 digits in `filename`).
+    """
+    chosen = _cast(columns)
     tables = [
-        f"select document, name, {digits} as digits from read_parquet({text(f'{prefix}{folder}/{pattern}')}, "
+        f"select {chosen}, {digits} as digits from read_parquet({text(f'{prefix}{folder}/{pattern}')}, "
         "union_by_name = true, filename = true)"
         for folder, pattern, digits in globs
         if any(folder.glob(pattern))
     ]
-    rows = " union all ".join(tables) or _nothing({**HELD, "digits": "VARCHAR"})
-    whole = "select distinct artifact from step_outputs where kind = 'documents'"
+    rows = " union all ".join(tables) or _nothing({**columns, "digits": "VARCHAR"})
+    whole = f"select distinct artifact as {column} from step_outputs where kind = '{kind}'"
     return (
-        f"select document, name, coalesce(artifact, digits) as artifact from ({rows}) d "
-        f"left join ({whole}) a on d.digits = a.artifact[1:32]"
+        f"select {_names(columns)}, coalesce({column}, digits) as {column} from ({rows}) d "
+        f"left join ({whole}) a on d.digits = a.{column}[1:32]"
     )
 
 
@@ -354,7 +357,7 @@ def _routing(prefix: str, home: Home) -> str:
     folder, pattern = home.store.root / "evaluation", "*/routing.parquet"
     if not any(folder.glob(pattern)):
         return _nothing({**ROUTING, "evaluation": "VARCHAR"})
-    chosen = ", ".join(f'"{name}"::{kind} as "{name}"' for name, kind in ROUTING.items())
+    chosen = _cast(ROUTING)
     rows = (
         f"select {chosen}, split_part(filename, '/', -2) as digits from "
         f"read_parquet({text(f'{prefix}{folder}/{pattern}')}, union_by_name = true, filename = true)"
