@@ -15,7 +15,7 @@ import duckdb
 from storage.errors import EclectusError
 from storage.home import Home
 from storage.lineage import STORAGE_VERSION
-from storage.questions import NODE, TABLE_GRAPH, macros
+from storage.questions import BUNDLE, NODE, macros
 from storage.tables import create_views, plant, text
 
 _REACHED = f"""
@@ -62,7 +62,7 @@ def bundle(home: Home, run: str, out: Path) -> Path:
             for name, sql in TABLES.items():
                 connection.execute(f"create table bundle.{name} as {sql}", [run] if "$1" in sql else [])
             connection.execute("use bundle")
-            for name, body in macros(TABLE_GRAPH):
+            for name, body in macros(BUNDLE):
                 connection.execute(f"create macro {name} as {body}")
         os.replace(beside, out)
     except (OSError, duckdb.IOException) as error:

@@ -6,25 +6,38 @@ meanwhile. The same views stand in `eclectus.duckdb` for people with the `duckdb
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable
+import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 
+from storage.compact import GRACE, replaced
 from storage.errors import EclectusError
 from storage.heal import heal
 from storage.home import Home
+from storage.questions import NODE, edges
 from storage.tables import create_views, definitions, plant, text
 
 # What a `duckdb` shell of version 1.0 or later can open; DuckDB 2.0's own format cannot be read by any shell on PyPI.
 STORAGE_VERSION = "v1.0.0"
+# A connection with a function of ours that is still open when Python ends has DuckDB complain of leaks.
+_OPEN: weakref.WeakSet[duckdb.DuckDBPyConnection] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for connection in list(_OPEN):
+        connection.close()
 
 
 def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
@@ -43,7 +56,13 @@ def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
     with tempfile.TemporaryDirectory(prefix="eclectus-") as scratch:
         path = Path(scratch) / "books.duckdb"
         files = ReadOnlyFiles(
-            [home.journal, home.store.root / "instances", home.store.root / "documents", home.store.root / "evaluation"]
+            [
+                home.journal,
+                home.store.root / "instances",
+                home.store.root / "documents",
+                home.store.root / "evaluation",
+            ],
+            partial(replaced, home, GRACE / 2),
         )
         known = home.journal / "views" / f"{_digest(home, PREFIX)}.duckdb"
         try:
@@ -61,7 +80,8 @@ def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
                 raise EclectusError(
                     f"the books of {home.name} cannot be opened ({why}); see: eclectus verify"
                 ) from error
-    connection.register_filesystem(files)
+    _equip(connection, home, files)
+    _OPEN.add(connection)
     connection.execute("set enable_progress_bar = false")
     connection.execute(f"set allowed_directories = [{text(PREFIX)}]")
     connection.execute("set enable_external_access = false")
@@ -76,47 +96,45 @@ def walk(name: str, home: Home | None = None) -> list[dict[str, Any]]:
     name: as in the macro `upstream`. A row: direction, steps away, and the columns of `upstream`. Empty when the lineage does not
     know the name. Raises EclectusError when it is the start of several. Price: docs/benchmarks.md.
     """
+    from storage.graph import reach
+
+    home = home or Home.open()
     with connect(home) as connection:
         answer = connection.execute(
-            "select 'up' as direction, 0 as steps_away, * from upstream($1) "
-            "union all select 'down', 0, * from downstream($1)",
+            f"select 'up' as direction, 0 as steps_away, *, {NODE} as node from upstream($1) "
+            f"union all select 'down', 0, *, {NODE} from downstream($1)",
             [name],
         )
         columns = [column[0] for column in answer.description]
         rows = [dict(zip(columns, row, strict=True)) for row in answer.fetchall()]
-        edges = connection.execute(_AMONG, [[row["artifact"] for row in rows]]).fetchall()
+        live = connection.execute(edges("live_events")).fetchnumpy()
     digits = name.rpartition("-")[2]
     these = {row["artifact"]: row for row in rows if row["artifact"].startswith(digits)}
     if len(these) > 1:
         names = ", ".join(f"{row['kind']}-{row['artifact'][:20]}" for row in list(these.values())[:3])
         raise EclectusError(f"'{name}' is the start of {len(these)} artifacts, such as {names}; write more of it")
-    distance = {"up": _distances(these, edges), "down": _distances(these, [(b, a) for a, b in edges])}
-    found = [
-        {**row, "direction": row["direction"] if steps else "this", "steps_away": steps}
-        for row in rows
-        if (steps := distance[row["direction"]].get(row["artifact"], 0)) or row["direction"] == "up"
-    ]
+    start = np.array([row["node"] for row in these.values()], np.uint64)
+    distance = {}
+    for direction in ("up", "down"):
+        node, _, away = reach(home, start, np.stack([live["output"], live["input"]], axis=1), direction == "up")
+        distance[direction] = dict(zip(node.tolist(), away.tolist(), strict=True))
+    found = []
+    for row in rows:
+        steps = distance[row["direction"]].get(row.pop("node"), 0)
+        if steps or row["direction"] == "up":
+            found.append({**row, "direction": row["direction"] if steps else "this", "steps_away": steps})
     return sorted(found, key=lambda row: (row["direction"] == "down", row["steps_away"]))
 
 
-_AMONG = """
-    with known as materialized (select artifact, md5_number_lower(artifact) as node from (select distinct unnest($1::varchar[]) as artifact))
-    select o.artifact, i.artifact from edges e join known o on e.output = o.node join known i on e.input = i.node"""
+def _equip(connection: duckdb.DuckDBPyConnection, home: Home, files: Any) -> None:
+    """Gives a connection what our views and macros ask for: files to read, and the graph to walk in."""
+    from storage.graph import reached
 
-
-def _distances(these: Iterable[str], edges: list[tuple[str, str]]) -> dict[str, int]:
-    """Artifact -> the fewest edges (from, to) that lead to it from any of `these`."""
-    onward: dict[str, list[str]] = {}
-    for start, end in edges:
-        onward.setdefault(start, []).append(end)
-    waiting = list(these)
-    distance = dict.fromkeys(waiting, 0)
-    for artifact in waiting:
-        for end in onward.get(artifact, ()):
-            if end not in distance:
-                distance[end] = distance[artifact] + 1
-                waiting.append(end)
-    return distance
+    connection.register_filesystem(files)
+    row = "STRUCT(node UBIGINT, placed TIMESTAMP, away INTEGER)[]"
+    connection.create_function(
+        "reached", partial(reached, home), ["UBIGINT[]", "UBIGINT[][]", "BOOLEAN"], row, type="arrow"
+    )
 
 
 def _open(path: Path) -> duckdb.DuckDBPyConnection:
@@ -129,7 +147,7 @@ def _place_views(home: Home, path: Path, files: Any, prefix: str, known: Path) -
     """A database with the views at `path`: a copy of the last one made, `known`, as making one costs half a second."""
     if not known.exists():
         with duckdb.connect() as making:
-            making.register_filesystem(files)
+            _equip(making, home, files)
             making.execute(f"attach {text(path)} as books (block_size 16384)")
             making.execute("use books")
             create_views(making, home, prefix)

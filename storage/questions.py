@@ -5,12 +5,14 @@
     difference(a, b)             what differs between two runs
 
 Compaction writes the index beside each Parquet part: `edges`, two numbers each, and `nodes`, in the order in which they were made,
-since what hangs together was made together. Price in a history of a million steps: docs/benchmarks.md.
+since what hangs together was made together. A connection of ours walks in `storage.graph`'s copy of it; where only DuckDB is at hand (the
+shell, a bundle) a recursive query does. Price in a history of a million steps: docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from storage.artifact import KINDS
 
@@ -37,14 +39,51 @@ PARTS = (
     f"coalesce(nullif(regexp_extract(entry.value, {_NAMED}, 1), ''), 'source') as kind"
 )
 
-# Over the journals: live ones are read once a walk, and edges are numbers in memory, so that a level of the walk costs microseconds.
-HOME_GRAPH = """
+_LIVE = """
     live as materialized (from live_events),
     live_nodes as materialized ({nodes}),
-    e as materialized (select output, input from compacted_edges union all select output, input from ({edges})),
+    live_edges as materialized ({edges}),
     n as not materialized (from compacted_nodes union all from live_nodes)"""
+_GONE_BY = "union select e.{gives} from {name} join e on e.{has} = {name}.node"
+# The list hides from the planner how many it fears they are, which would have it build its hash table of all nodes.
+_FOUND = "found as materialized (select unnest(nodes) as node from (select list(node) as nodes from reached))"
+_PLACED = "select distinct placed from n where node in (from found)"
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How a graph is walked. tables: SQL of `n`, the nodes, and what else the walk needs.
+
+    step: SQL of a table `name` of everything that is reached from the nodes that `seed` gives. placed: SQL of the times at which what was
+    reached was made.
+    """
+
+    tables: str
+    step: str
+    placed: str = _PLACED
+
+    def from_(self, name: str, seed: str, up: bool) -> str:
+        gives, has = ("input", "output") if up else ("output", "input")
+        return self.step.format(name=name, seed=seed, gives=gives, has=has, up=str(up).lower())
+
+
+# Over the journals: live ones are read once a walk, and edges are numbers in memory, so that a level of the walk costs microseconds.
+SHELL = Walk(
+    _LIVE + ", e as materialized (select output, input from compacted_edges union all from live_edges)",
+    "{name}(node) as ({seed} " + _GONE_BY + ")",
+)
+# In connections that have `storage.graph.reached`, which knows the compacted edges, and when their nodes were made.
+OURS = Walk(
+    _LIVE,
+    "{name} as materialized (select unnest(reached((select coalesce(list(node), []) from ({seed}) seed(node)), "
+    "(select coalesce(list([output, input]), []) from live_edges), {up}), recursive := true))",
+    "select distinct placed from reached union select placed from live_nodes where node in (from found)",
+)
 # Over tables `edges` and `nodes` (storage/bundle.py).
-TABLE_GRAPH = "e as not materialized (from edges), n as not materialized (from nodes)"
+BUNDLE = Walk(
+    "e as not materialized (from edges), n as not materialized (from nodes)",
+    "{name}(node) as ({seed} " + _GONE_BY + ")",
+)
 
 _TYPED = "regexp_extract(x, '^([a-z]+-)?([0-9a-f]+)$', 2)"
 _MATCHES = f"""
@@ -52,49 +91,12 @@ _MATCHES = f"""
     where digits between cast('0x' || rpad({_TYPED}[1:15], 15, '0') as ubigint) and cast('0x' || rpad({_TYPED}[1:15], 15, 'f') as ubigint)
       and {_TYPED} <> '' and starts_with(artifact, {_TYPED}) and (not contains(x, '-') or starts_with(x, kind || '-'))"""
 # Times are joined first: they say which row groups hold what was reached, and no text of the others is read.
-# The list hides from the planner how many it fears they are, which would have it build its hash table of all nodes.
-_WHEN = """
-             found as materialized (select unnest(nodes) as node from (select list(node) as nodes from reached)),
-             when_placed as materialized (select distinct placed from n where node in (from found))"""
 _SHOWN = """
     select kind || '-' || artifact[1:12] as name, kind, artifact, arg_min(made_by, made) as made_by,
            arg_min(step_name, made) as step_name, arg_min(label, placed) as label, arg_min(run, made) as run, min(made) as made
     from n join when_placed using (placed) where node in (from found) group by kind, artifact order by made nulls first, name"""
 
-MACROS = {
-    "upstream(x)": f"""
-        with recursive GRAPH, start as materialized ({_MATCHES}),
-             reached(node) as (from start union select e.input from reached join e on e.output = reached.node),
-             {_WHEN}
-        {_SHOWN}""",
-    "downstream(x)": f"""
-        with recursive GRAPH, start as materialized ({_MATCHES}),
-             reached(node) as (from start union select e.output from reached join e on e.input = reached.node),
-             {_WHEN}
-        {_SHOWN}""",
-    "trace(x)": f"""
-        with recursive GRAPH,
-             held as materialized (
-                 select 'instances' as kind, instances as artifact, count(distinct instance) as instances, sum(tokens) as tokens
-                 from documents where document = x or name = x group by instances
-                 union all
-                 select distinct 'documents', artifact, null, null from held_documents where document = x or name = x),
-             learned(node) as (
-                 select {NODE} from held where kind = 'instances'
-                 union select e.output from learned join e on e.input = learned.node),
-             reached(node) as (select {NODE} from held union select e.output from reached join e on e.input = reached.node),
-             {_WHEN},
-             shown as materialized ({_SHOWN})
-        select case when held.artifact is not null then 'holds it'
-                    when shown.kind = 'checkpoint' and shown.node in (from learned) then 'learned from it'
-                    else 'made from what holds it' end as relation,
-               shown.name, shown.kind, shown.artifact, held.instances, held.tokens, made_by as step, label, run, made
-        from (select *, {NODE} as node from shown) shown left join held using (artifact)
-        union all
-        select 'read it', s.label, 'step', null, null, null, s.step, s.label, s.run, s.ended
-        from steps s where s.step in (select step from step_inputs semi join held using (artifact))
-        order by made nulls first, relation""",
-    "difference(a, b)": """
+_DIFFERENCE = """table
         with chosen as (from (values (a, 'a'), (b, 'b')) v(run, side)),
              facts as (
                  select side, 'run' as what, '' as label, 'code' as name, code_version as value from runs join chosen using (run)
@@ -116,15 +118,43 @@ MACROS = {
                      from metrics m join chosen using (run) join steps s using (step) group by all)
         select what, label, name, any_value(value) filter (side = 'a') as a, any_value(value) filter (side = 'b') as b
         from facts group by what, label, name having a is distinct from b
-        order by array_position(['run', 'package', 'step', 'setting', 'input', 'output', 'metric'], what), label, name""",
-}
+        order by array_position(['run', 'package', 'step', 'setting', 'input', 'output', 'metric'], what), label, name"""
 
 
-def macros(graph: str) -> Iterator[tuple[str, str]]:
-    """(NAME(x), SQL) of every macro. graph: HOME_GRAPH or TABLE_GRAPH."""
-    graph = graph.replace("{nodes}", nodes("live")).replace("{edges}", edges("live"))
-    for name, body in MACROS.items():
-        yield name, "table " + body.replace("GRAPH", graph)
+def macros(walk: Walk) -> Iterator[tuple[str, str]]:
+    """(NAME(x), SQL) of every macro."""
+    tables = walk.tables.replace("{nodes}", nodes("live")).replace("{edges}", edges("live"))
+    when = f"{_FOUND}, when_placed as materialized ({walk.placed})"
+    for name, up in (("upstream", True), ("downstream", False)):
+        yield (
+            f"{name}(x)",
+            f"""table
+        with recursive {tables}, start as materialized ({_MATCHES}), {walk.from_("reached", "from start", up)}, {when}
+        {_SHOWN}""",
+        )
+    yield (
+        "trace(x)",
+        f"""table
+        with recursive {tables},
+             held as materialized (
+                 select 'instances' as kind, instances as artifact, count(distinct instance) as instances, sum(tokens) as tokens
+                 from documents where document = x or name = x group by instances
+                 union all
+                 select distinct 'documents', artifact, null, null from held_documents where document = x or name = x),
+             {walk.from_("learned", f"select {NODE} from held where kind = 'instances'", up=False)},
+             {walk.from_("reached", f"select {NODE} from held", up=False)}, {when},
+             shown as materialized ({_SHOWN})
+        select case when held.artifact is not null then 'holds it'
+                    when shown.kind = 'checkpoint' and shown.node in (select node from learned) then 'learned from it'
+                    else 'made from what holds it' end as relation,
+               shown.name, shown.kind, shown.artifact, held.instances, held.tokens, made_by as step, label, run, made
+        from (select *, {NODE} as node from shown) shown left join held using (artifact)
+        union all
+        select 'read it', s.label, 'step', null, null, null, s.step, s.label, s.run, s.ended
+        from steps s where s.step in (select step from step_inputs semi join held using (artifact))
+        order by made nulls first, relation""",
+    )
+    yield "difference(a, b)", _DIFFERENCE
 
 
 def edges(source: str) -> str:

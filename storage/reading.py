@@ -13,23 +13,30 @@ import glob
 import io
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fsspec import AbstractFileSystem
+
+from storage.journal import DECISIONS, EVENTS, METRICS
 
 PROTOCOL = "books"
 PREFIX = f"{PROTOCOL}://"
 
 
 class ReadOnlyFiles(AbstractFileSystem):
-    """Local files below `roots`, symbolic links resolved first. Everything else raises PermissionError."""
+    """Local files below `roots`, symbolic links resolved first. Everything else raises PermissionError.
+
+    replaced: gives the journals and parts, as `events/NAME`, that are not listed any more, since others stand for them.
+    """
 
     protocol = PROTOCOL
     cachable = False
 
-    def __init__(self, roots: list[Path], **options: Any) -> None:
+    def __init__(self, roots: list[Path], replaced: Callable[[], set[str]] = set, **options: Any) -> None:
         super().__init__(**options)
+        self._replaced = replaced
         self._roots = [os.path.realpath(root) for root in roots]
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> Any:
@@ -56,7 +63,8 @@ class ReadOnlyFiles(AbstractFileSystem):
         pattern = self._strip_protocol(path)
         # The part before the first wildcard must lie inside, and so must every match, links and `..` resolved.
         self._inside(pattern[: len(pattern) - len(pattern.lstrip("/"))] + pattern.split("*")[0].strip("/"))
-        return sorted(self._inside(found) for found in glob.glob(pattern))
+        replaced = self._replaced()
+        return sorted(self._inside(found) for found in glob.glob(pattern) if not _belongs_to(found, replaced))
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         place = self._inside(path)
@@ -72,6 +80,13 @@ class ReadOnlyFiles(AbstractFileSystem):
     @classmethod
     def _strip_protocol(cls, path: Any) -> str:
         return str(path).removeprefix(PREFIX)
+
+
+def _belongs_to(path: str, names: set[str]) -> bool:
+    """Whether a journal or part is one of these, or the index of one."""
+    folder, name = path.split(os.sep)[-2:]
+    part = name.rpartition("-")[0] + ".parquet"
+    return f"{folder}/{name}" in names or any(f"{stream}/{part}" in names for stream in (EVENTS, METRICS, DECISIONS))
 
 
 class _File(io.RawIOBase):

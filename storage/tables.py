@@ -27,7 +27,7 @@ import duckdb
 from storage.artifact import EMPTY, hash_file
 from storage.home import Home
 from storage.journal import DECISIONS, EVENTS, METRICS
-from storage.questions import EDGES, HOME_GRAPH, NODES, PARTS, edges, macros, nodes
+from storage.questions import EDGES, NODES, OURS, PARTS, SHELL, edges, macros, nodes
 
 OUTPUT = "STRUCT(kind VARCHAR, artifact VARCHAR, rows BIGINT, bytes BIGINT, created TIMESTAMP, path VARCHAR, statistics JSON)"
 COLUMNS = {
@@ -167,7 +167,8 @@ def definitions(home: Home, prefix: str = "") -> Iterator[tuple[str, str]]:
     yield "view nodes", f"from compacted_nodes union all {nodes('live_events')}"
     yield "view held_documents", _held_documents(prefix, home)
     yield "view routing", _routing(prefix, home)
-    for name, body in macros(HOME_GRAPH):
+    # With a prefix the files are read through our own connection, which has the function that `OURS` asks (storage/lineage.py).
+    for name, body in macros(OURS if prefix else SHELL):
         yield f"macro {name}", body
 
 

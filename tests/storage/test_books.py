@@ -14,6 +14,7 @@ import pytest
 from history import digest, everything, write_chain, write_step
 
 from storage import compact as compaction
+from storage import lineage
 from storage.compact import bad_lines, compact, faults
 from storage.errors import EclectusError
 from storage.journal import Journal
@@ -132,6 +133,21 @@ def test_a_compaction_that_is_killed_at_any_moment_changes_no_answer(home, monke
     compact(home)
     assert everything(home) == before and faults(home) == []
     assert [path for path in home.journal.glob("*/.*") if path.parent.name != "views"] == []
+
+
+def test_no_reader_lists_a_journal_that_goes_before_it_can_open_it(home, monkeypatch):
+    write_chain(home, "r1", range(3))
+    before = everything(home)
+    compact(home)
+    (journal,) = home.journal.glob("events/r1*.ndjson")
+    monkeypatch.setattr(lineage, "GRACE", 0.0)
+    # As a reader finds it that listed it and was slow.
+    journal.unlink()
+    journal.symlink_to("gone")
+    assert everything(home) == before
+    monkeypatch.setattr(compaction, "GRACE", -1.0)
+    compact(home)
+    assert not journal.is_symlink() and list((home.journal / "replaced").iterdir()) == []
 
 
 def test_upstream_and_downstream_cross_live_and_compacted_journals(home):
