@@ -15,7 +15,7 @@ def write_table(home, draft_file, sql):
 def write_history(home, promote=None):
     """Two runs, each documents -> instances -> checkpoint -> evaluation, with settings, metrics, and a decision on those to `promote` (default: both)."""
     for run, k in RUNS.items():
-        with Journal(home.journal, run) as journal:
+        with Journal(home.journal, run, home.mirror) as journal:
             journal.event("run_started", flow="main", parameters={"seed": 1, "k": k}, packages={"torch": "2"})
             before = {"source.0.books.jsonl": f"file-{k:064x}"}
             for kind in ("documents", "instances", "checkpoint", "evaluation"):
@@ -71,7 +71,7 @@ def write_step(journal, step, output, inputs=(), kind="documents", state="comple
 
 def write_chain(home, run, numbers, start="file-" + "ab" * 32):
     """A run whose steps each read what the step before wrote."""
-    with Journal(home.journal, run) as journal:
+    with Journal(home.journal, run, home.mirror) as journal:
         journal.event("run_started", flow="main", parameters={}, code_version="abc", packages={"torch": "2"})
         before = start
         for number in numbers:

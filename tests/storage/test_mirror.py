@@ -5,8 +5,13 @@ import shutil
 import uuid
 
 import pytest
+from history import RUNS, everything, write_chain, write_history
 
+from storage import compact as compaction
+from storage import lineage
 from storage.artifact import MANIFEST
+from storage.collect import free, keep, plan
+from storage.compact import compact, faults
 from storage.errors import EclectusError
 from storage.home import Home
 from storage.journal import Journal
@@ -129,3 +134,44 @@ def test_the_local_copy_may_go_at_any_time(machine):
     again = machine("one")
     assert again.store.faults(made) is None
     assert json.loads(made.file(MANIFEST).read_text())["digest"] == made.digest
+
+
+def test_each_machine_compacts_its_own_copy_of_the_journals(machine, monkeypatch):
+    monkeypatch.setattr(compaction, "MANY", 2)
+    monkeypatch.setattr(compaction, "GRACE", -1.0)
+    monkeypatch.setattr(lineage, "GRACE", 0.0)
+    one = machine("one")
+    for number in range(3):
+        write_chain(one, f"r{number}", range(number * 3, number * 3 + 3))
+    before = everything(one)
+    for _ in range(3):
+        compact(one, 1)
+        assert everything(one) == before
+    compact(one)
+    journals = {path.name for path in one.journal.glob("events/r*.ndjson")}
+    assert len(journals) == 3, "they are the store's, and stay"
+    assert {f"events/{name}" for name in journals} <= compaction.replaced(one, 0), "and are not read again"
+    parts = [*one.journal.glob("*/[1-9]-*.parquet")]
+    assert any(part.name.startswith("2-") for part in parts) and faults(one) == []
+    assert not [path for path, _ in one.mirror.listing(one.journal, ".parquet") if path in parts]
+    assert everything(machine("two")) == before == everything(machine("one"))
+
+
+def test_what_one_machine_frees_is_gone_from_the_store_and_what_is_needed_stays(machine):
+    old, new = RUNS
+    one = machine("one")
+    write_history(one, promote=new)
+    asked = ["from artifacts order by artifact", "from trace('d1')", "from documents order by instances"]
+    before = [query(sql, one)[1] for sql in asked]
+    keep(one, old)
+    two = machine("two")
+    assert plan(two, 1).unneeded == [], "kept on another machine"
+    keep(two, old, False)
+    planned = plan(two, 1)
+    assert sorted(each.name.split("-")[0] for each in planned.unneeded) == ["checkpoint", "documents", "evaluation", "instances"]  # fmt: skip
+    assert free(two, planned) > 0
+    three = machine("three")
+    assert len(list(three.store.all())) == 4 and plan(three, 1).unneeded == []
+    assert [query(sql, three)[1] for sql in asked] == before
+    ((champion,),) = query("select checkpoint from champions", three)[1]
+    assert three.store.faults(three.store.find(f"checkpoint-{champion}")) is None
