@@ -266,7 +266,9 @@ def main() -> None:
     parser.add_argument("--corpus", default="../shared/corpus", help="folder of en.DOMAIN.jsonl or .jsonl.gz files")
     parser.add_argument("--domains", help="only these files of it: code,legal")
     parser.add_argument("--limit", type=int, default=0, help="at most this many documents of each file (0: all)")
-    parser.add_argument("--cut", type=int, default=0, help="cut documents to so many characters (0: whole)")
+    parser.add_argument(
+        "--cut", type=int, default=0, help="train on passages of at most so many characters (0: on whole documents)"
+    )
     parser.add_argument("--split-seed", type=int, default=0, help="another one holds out other documents")
     parser.add_argument("--run", metavar="DIR", help="train on the texts there")
     parser.add_argument(

@@ -9,9 +9,9 @@ Every second held-out document of a domain is for choosing settings (`validation
 
 from __future__ import annotations
 
-import gzip
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,39 @@ HELD_OUT_TOKENS = 40_000
 HELD_OUT_TOKENS_A_DOCUMENT = 4_000
 
 
-def cut_documents(sources: list[str], place: Path, characters: int) -> list[str]:
-    """Copies of the sources in `place` with every document cut to its first `characters`.
+def passages(documents: Any, place: Path, characters: int) -> str:
+    """A file of the training documents of `documents`, each cut into passages of at most `characters`, a document each.
 
-    Where documents are longer than instances, a segment's predecessor is of the same document however they are grouped; cut
-    ones put several into an instance, as web pages do at the paper's length.
+    Where documents are longer than instances, a segment's predecessor is of the same document however they are grouped;
+    passages put several into an instance, as web pages do at the paper's length.
     """
-    made = []
-    for source in map(Path, sources):
-        made.append(str(place / source.name.removesuffix(".gz")))
-        reader = gzip.open if source.suffix == ".gz" else open
-        with reader(source, "rt") as lines, open(made[-1], "w") as out:
-            for line in lines:
-                document = json.loads(line)
-                out.write(json.dumps({**document, "text": document["text"][:characters]}) + "\n")
-    return made
+    import pyarrow.compute as pc
+
+    from tasks.documents import read_batches
+
+    path, names = place / "passages.jsonl", ["document", "language", "domain", "text"]
+    with open(path, "w") as out:
+        for batch in read_batches(documents, names, pc.field("split") == "train", 512):
+            for document, language, domain, text in zip(*(batch[name].to_pylist() for name in names), strict=True):
+                for i, passage in enumerate(_cut(text, characters)):
+                    row = {"id": f"{document}:{i}", "language": language, "domain": domain, "text": passage}
+                    out.write(json.dumps(row) + "\n")
+    return str(path)
+
+
+def _cut(text: str, characters: int) -> Iterator[str]:
+    """Stretches of at most `characters` that end at a line's end or else a space in their second half, if there is one."""
+    begin = 0
+    while begin < len(text):
+        end = begin + characters
+        if end < len(text):
+            stretch = (begin + characters // 2, end)
+            last = text.rfind("\n", *stretch)
+            last = last if last >= 0 else text.rfind(" ", *stretch)
+            end = last + 1 if last >= 0 else end
+        if passage := text[begin:end].strip():
+            yield passage
+        begin = end
 
 
 def prepare(
@@ -45,8 +63,9 @@ def prepare(
 ) -> None:
     """Curates `sources` (English, with domains) by the production steps and writes one file for each of `forms`.
 
-    forms: vocabulary and instance length. limit: at most that many documents of each source, 0 for all. cut: as in
-    `cut_documents`, 0 for whole ones. seed: of what is held out and of the orders.
+    forms: vocabulary and instance length. limit: at most that many documents of each source, 0 for all. cut: train on
+    passages of at most so many characters, 0 for whole documents; held-out documents stay whole. seed: of what is held out and
+    of the orders.
     """
     from storage.artifact import ArtifactStore
     from tasks.embed import EmbedSettings, embed
@@ -62,8 +81,6 @@ def prepare(
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         store = ArtifactStore(scratch)
-        if cut:
-            sources = cut_documents(sources, Path(scratch), cut)
 
         def made(step: Any, settings: Any, **inputs: Any) -> Any:
             with store.draft(step.makes) as draft:
@@ -72,10 +89,15 @@ def prepare(
             print(f"{step.name}: {json.dumps(artifact.statistics)[:300]}", flush=True)
             return artifact
 
-        documents = made(ingest, IngestSettings(sources=sources, documents_limit=limit))
-        settings = LanguageSettings(original_languages=["en"], expanded_languages=[], language_detector="field")
-        documents = made(languages, settings, documents=documents)
-        documents = made(split, SplitSettings(seed=seed), documents=documents)
+        def curated(sources: list[str], limit: int) -> Any:
+            documents = made(ingest, IngestSettings(sources=sources, documents_limit=limit))
+            settings = LanguageSettings(original_languages=["en"], expanded_languages=[], language_detector="field")
+            documents = made(languages, settings, documents=documents)
+            return made(split, SplitSettings(seed=seed), documents=documents)
+
+        documents = whole = curated(sources, limit)
+        if cut:
+            documents = curated([passages(whole, Path(scratch), cut)], 0)
         model = made(train_embedding, StaticEmbeddingSettings(), documents=documents)
         vectors = made(embed, EmbedSettings(), documents=documents, model=model)
         nearest = made(neighbors, NeighborSettings(), documents=documents, embeddings=vectors)
@@ -88,7 +110,7 @@ def prepare(
                 name: made(pack, settings, documents=documents, tokenizer=words, grouping=each)
                 for name, each in groupings.items()
             }
-            arrays = _training_arrays(packed) | _held_out_arrays(documents, words)
+            arrays = _training_arrays(packed) | _held_out_arrays(whole, words)
             path = place / f"v{vocabulary}.npz"
             np.savez_compressed(path, **arrays)
             print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(arrays['flat']) / 1e6:.2f}M tokens", flush=True)

@@ -59,14 +59,16 @@ def train(
         raise ValueError(
             f"batch of {plan.batch} instances cannot be shared by {place.world} processes; make it a multiple"
         )
-    model.to(place.device).train()
+    model.train()
     window = Window(model, plan.batch * instances.length, instances.length, place)
     if plan.recomputed:
         recompute_blocks(model)
     if plan.compiled:
         compile_blocks(model)
     if plan.sharded:
+        # Moves and cuts layer by layer: no device ever holds the whole model.
         shard(model, place)
+    model.to(place.device)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(named, plan)
     load_moments(optimizer, named, moments or {})
