@@ -6,8 +6,8 @@
     work/latest -> step-400                              set when all of it is on the disk
 
 A file says in its metadata where its rows lie in the whole tensors, so that any number of processes can read what any
-other number has written, sharded or not. A damaged checkpoint is never read: training begins again at its first step, with
-a warning. Price: a copy of parameters and moments, 12 bytes a trained parameter, hashed once on each side.
+other number has written, sharded or not. A damaged checkpoint is never read: training begins again at its first step, and
+says so. Price: a copy of parameters and moments, 12 bytes a trained parameter, hashed once on each side.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -66,18 +66,23 @@ def save_progress(
 
 
 def resume(
-    optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], start: int, place: Place, work: Path
+    optimizer: torch.optim.Optimizer,
+    named: dict[str, nn.Parameter],
+    start: int,
+    place: Place,
+    work: Path,
+    tell: Callable[..., None],
 ) -> int | None:
     """Loads the last checkpoint under `work`, if there is a whole one, and returns the step to go on with.
 
-    start: the first step of this training. Raises ValueError when the checkpoint is of another model or another stage.
+    start: the first step of this training. tell: called as tell("damaged", step=start, text=...) where there is one that is not whole. Raises ValueError when the checkpoint is of another model or another stage.
     """
     latest = work / "latest"
     fault, about = _faults(latest, place) if latest.exists() else (None, None)
     faults = [each for each in place.gather(fault) if each]
     if faults:
         if place.leads:
-            warnings.warn(f"{faults[0]}; training begins again at step {start}", stacklevel=2)
+            tell("damaged", step=start, text=f"{faults[0]}; training begins again at step {start}")
         return None
     if about is None:
         return None

@@ -51,7 +51,7 @@ def train(
 
     A sharded plan leaves model and state sharded (`models.parallel.gather`). moments: AdamW's state to start from, as this
     function returns it ({parameter name}.exp_avg and so on), or None for zeros. tell: called on rank 0 as
-    tell("metrics", ...) and tell("progress", ...). checked: called with the step before every checkpoint is written; what it
+    tell("metrics", ...), tell("progress", ...) and tell("damaged", ...). checked: called with the step before every checkpoint is written; what it
     raises ends the training. Raises TrainingFailed on a loss or a gradient that is not finite, and ValueError when
     the batch cannot be shared evenly or the checkpoint under `work` is of another training.
     """
@@ -72,7 +72,7 @@ def train(
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(named, plan)
     load_moments(optimizer, named, moments or {})
-    begin = resume(optimizer, named, plan.start, place, work) or plan.start
+    begin = resume(optimizer, named, plan.start, place, work, tell) or plan.start
     wrapped, watch = replicate(model, place), Watch(instances, plan, place, work)
     for step in range(begin, plan.stop):
         set_rate(optimizer, plan.rate(step))

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from storage.artifact import Artifact
 from storage.errors import EclectusError
-from tasks.run import current_run, metric, progress
+from tasks.run import current_run, metric, progress, say
 from tasks.settings import Place, Settings
 from tasks.workers import TrainWorkers, resolve
 
@@ -112,6 +112,9 @@ def run_training(settings: WorkerSettings, call: str, arguments: dict[str, Any],
         elif kind == "progress":
             tell_progress = tell_progress or progress(values["total"], what, "steps")
             tell_progress(values["done"])
+        elif kind == "damaged":
+            metric("damaged_checkpoints", 1, values["step"])
+            say("warning", values["text"])
 
     if settings.training_workers == 0:
         from models.place import Place as ProcessPlace

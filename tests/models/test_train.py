@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -122,9 +123,11 @@ def test_a_damaged_checkpoint_is_not_read_and_training_begins_again(data, tmp_pa
         file.unlink()
     else:
         (tmp_path / "work/latest/progress.json").write_text("{")
-    with pytest.warns(UserWarning, match="is damaged.*begins again at step 0"):
-        again, _ = trained(data, tmp_path / "work")
+    told = []
+    again, _ = trained(data, tmp_path / "work", tell=lambda kind, **values: told.append((kind, values)))
     assert same(weights, again)
+    ((step, text),) = [(values["step"], values["text"]) for kind, values in told if kind == "damaged"]
+    assert step == 0 and re.search("is damaged.*begins again at step 0", text)
 
 
 def test_a_checkpoint_of_another_model_or_stage_is_refused(data, tmp_path):

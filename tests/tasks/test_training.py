@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from models.lory_config import PRESETS
 from storage.errors import EclectusError
+from storage.lineage import query
 from tasks.extend import ExtendStageSettings, extend
 from tasks.pack import PackSettings, pack
 from tasks.pretrain import PretrainStageSettings, pretrain
+from tasks.training import WorkerSettings, run_training
 from tasks.upcycle import UpcycleSettings, upcycle
 
 SMALL = {
@@ -290,3 +292,19 @@ def test_the_hash_of_the_original_weights_never_changes(extended):
     proof = json.loads(extended["upcycled"].file("upcycle.json").read_text())
     frozen = {extended[name].statistics["frozen_sha256"] for name in ("stage 1", "stage 2")}
     assert frozen == {proof["base_digest"]}
+
+
+def test_a_damaged_checkpoint_stands_in_the_books_and_is_told(run):
+    said = []
+
+    class Display:
+        def said(self, name, text):
+            said.append(text)
+
+    run.displays.append(Display())
+    run.step = "s1"
+    run_training(WorkerSettings(training_workers=0), "worker_jobs:find_damage", {}, "training")
+    assert said == ["latest is damaged; training begins again at step 0"]
+    assert query("select step, name, value, at_step from metrics", run.home)[1] == [
+        ("s1", "damaged_checkpoints", 1.0, 0)
+    ]
