@@ -1,12 +1,14 @@
 """`eclectus deploy`: registers the work pool, the deployments of prefect.yaml and the automations with the configured server.
 
-Safe to repeat: what is there is updated. `eclectus up` and the deploy job of docker-compose.yml call it.
+Safe to repeat: what is there is updated. `eclectus up` and the deploy job of docker-compose.yml call it. Prefect's commands run in this
+process: each start of `prefect` would import it and the flows anew, which is most of what they take.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -36,8 +38,16 @@ def project() -> Path:
 
 
 def _prefect(*words: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "prefect", *words], cwd=project(), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise EclectusError(f"`prefect {' '.join(words)}` failed: {(done.stderr or done.stdout).strip()[-500:]}")
+    from prefect.cli import app
+
+    ours, said, code = sys.argv, io.StringIO(), 0
+    with contextlib.chdir(project()), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            sys.argv = ["prefect", *words]
+            app()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            sys.argv = ours
+    if code:
+        raise EclectusError(f"`prefect {' '.join(words)}` failed: {said.getvalue().strip()[-500:]}")

@@ -33,6 +33,7 @@ from tasks.pack import PackSettings
 from tasks.pretrain import PretrainSettings
 from tasks.replay import ReplaySettings
 from tasks.report import ReportSettings
+from tasks.roots import check_roots
 from tasks.settings import Settings
 from tasks.split import SplitSettings
 from tasks.static_embedding import StaticEmbeddingSettings
@@ -166,6 +167,8 @@ def check(parameters: CurateParameters | SimilarityParameters) -> None:
     """What can be known to fail before any work starts. Raises EclectusError naming the setting."""
     from tasks.ingest import check_sources
 
+    # First: what is said of a source tells what is there.
+    check_roots(parameters)
     check_sources(parameters)
     if isinstance(parameters, SimilarityParameters):
         for name in ("base_model", "expanded_languages"):

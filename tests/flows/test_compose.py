@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
+from compose import FILE, ROOT, SECRETS, interpolate
 
-ROOT = Path(__file__).parents[2]
-SECRETS = {
-    "POSTGRES_PASSWORD": "postgres-secret",
-    "REDIS_PASSWORD": "redis-secret",
-    "MINIO_USER": "eclectus",
-    "MINIO_PASSWORD": "minio-secret",
-    "PREFECT_AUTH": "admin:prefect-secret",
-    "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef",
-}
 OURS = ("bucket", "prefect-server", "prefect-services", "ray-head", "ray-worker", "ray-gpu-worker", "deploy", "worker")
 
 
 @pytest.fixture(scope="module")
 def written():
-    return yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return yaml.safe_load(FILE.read_text())
 
 
 def test_only_the_ui_is_published_and_only_on_loopback(written):
@@ -74,22 +64,4 @@ def test_docker_accepts_the_file_where_its_client_can_read_one():
             check=False,
         )
         assert read.returncode == 0, read.stderr
-    assert interpolate("${A:-b}${C:?d}${E}", {"C": "c", "E": "e"}) == "bce"
-
-
-def interpolate(value, variables):
-    """`${NAME}`, `${NAME:-default}` and `${NAME:?complaint}` as compose reads them."""
-    if isinstance(value, dict):
-        return {key: interpolate(each, variables) for key, each in value.items()}
-    if isinstance(value, list):
-        return [interpolate(each, variables) for each in value]
-    if not isinstance(value, str):
-        return value
-
-    def replace(found: re.Match) -> str:
-        name, operator, text = found.groups()
-        if operator == ":?" and not variables.get(name):
-            raise AssertionError(f"{name}: {text}")
-        return variables.get(name) or (text if operator == ":-" else "")
-
-    return re.sub(r"\$\{(\w+)(?:(:[-?])([^}]*))?\}", replace, value)
+    assert interpolate("${A:-b}${C:?d}${E}$$(f)", {"C": "c", "E": "e"}) == "bce$(f)"
