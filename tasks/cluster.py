@@ -48,10 +48,20 @@ def ensure_ray() -> None:
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
     """Keeps who handles SIGTERM: Ray puts itself there, and Prefect would take a cancelled run for a crashed one."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    before, early = signal.getsignal(signal.SIGTERM), False
+    try:
+        yield
+    except SystemExit as end:
+        early = end.code == signal.SIGTERM
+        if not early:
+            raise
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+    if early:
+        # Sent while Ray's own handler was there.
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise SystemExit(signal.SIGTERM)
 
 
 def shut_ray() -> None:

@@ -1,7 +1,11 @@
+import os
+import signal
+import sys
+
 import pytest
 
 from storage.errors import EclectusError
-from tasks.cluster import shut_ray
+from tasks.cluster import ensure_ray, shut_ray
 from tasks.workers import TrainWorkers
 
 pytestmark = pytest.mark.slow
@@ -46,3 +50,27 @@ def test_a_killed_worker_comes_back_and_takes_up_the_job_that_was_under_way(grou
 def test_a_job_that_fails_says_why_in_the_words_of_the_error(group):
     with pytest.raises(EclectusError, match="instances 3 and 4 are damaged; pack them again"):
         group.do("worker_jobs:complain", {}, heard([]))
+
+
+def test_a_stop_that_comes_while_ray_starts_reaches_who_listened_before(monkeypatch):
+    class Told(BaseException):
+        pass
+
+    def told(*_):
+        raise Told
+
+    def starts(**_):
+        """As `ray.init` does, with SIGTERM in the midst of it."""
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", starts)
+    before = signal.signal(signal.SIGTERM, told)
+    try:
+        with pytest.raises(Told):
+            ensure_ray()
+        assert signal.getsignal(signal.SIGTERM) is told
+    finally:
+        signal.signal(signal.SIGTERM, before)
