@@ -1,6 +1,6 @@
 """Lory's claims, measured: Lory, its dense twin and its peers on the same text, at equal active parameters, tokens and order.
 
-    python benchmarks/lory_claims.py --prepare .claims --corpus ../shared/corpus        once: the whole pipeline, 4 minutes of a core
+    python benchmarks/lory_claims.py --prepare .claims --corpus ../shared/corpus        once: the whole pipeline, 7 minutes on busy cores
     python benchmarks/lory_claims.py --run .claims --seeds 3 --minutes 30 --out out     again to go on after a stop
 
 All models start from the same dense warm-up and go through `models.train`. Scores are without look-ahead: windows overlap, and
@@ -179,7 +179,7 @@ def run(arguments: argparse.Namespace) -> None:
     name = f"claims-{arguments.size}" + (f"-{arguments.label}" if arguments.label else "")
     work = out / f"{name}.work"
     work.mkdir(parents=True, exist_ok=True)
-    settings = {**dataclasses.asdict(size), "jobs": None, "data": digest(data, size.vocabulary)}
+    settings = {**dataclasses.asdict(size), "jobs": None, "cut": None, "data": digest(data, size.vocabulary)}
     kept = finished(out / f"{name}.json", settings)
     parts = arguments.only.split(",")
     asked = jobs(arguments.parts.split(","), seeds_of(arguments.seeds))
@@ -267,7 +267,9 @@ def main() -> None:
     parser.add_argument("--domains", help="only these files of it: code,legal")
     parser.add_argument("--limit", type=int, default=0, help="at most this many documents of each file (0: all)")
     parser.add_argument(
-        "--cut", type=int, default=0, help="train on passages of at most so many characters (0: on whole documents)"
+        "--cut",
+        type=int,
+        help="train on passages of at most so many characters, instead of the size's; 0: on whole documents",
     )
     parser.add_argument("--split-seed", type=int, default=0, help="another one holds out other documents")
     parser.add_argument("--run", metavar="DIR", help="train on the texts there")
@@ -302,9 +304,8 @@ def main() -> None:
 
         size = SIZES[arguments.size]
         form = (size.vocabulary, size.length)
-        prepare(
-            sources(arguments), Path(arguments.prepare), {form}, arguments.limit, arguments.cut, arguments.split_seed
-        )
+        cut = size.cut if arguments.cut is None else arguments.cut
+        prepare(sources(arguments), Path(arguments.prepare), {form}, arguments.limit, cut, arguments.split_seed)
     if arguments.run:
         run(arguments)
     if not (arguments.prepare or arguments.run):

@@ -38,7 +38,8 @@ class Size:
     """A model size and how it is trained. shape: fields of LlamaConfig; the rest as in `Plan` and `LoryConfig`.
 
     experts, segment: E and T. context: tokens of a window that are only read, at least the longest T that is compared (0: T).
-    jobs: trainings side by side on one GPU. windows: most windows of held-out text to score.
+    jobs: trainings side by side on one GPU. windows: most windows of held-out text to score. cut: characters of the passages into which
+    training documents are cut, 0 for none: where documents are longer than instances, grouping them can do little.
     """
 
     shape: dict[str, Any]
@@ -53,6 +54,7 @@ class Size:
     windows: int = NEVER
     experts: int = 8
     context: int = 0
+    cut: int = 0
 
     @property
     def read_only(self) -> int:
@@ -79,7 +81,7 @@ _SMALLEST = dict(
     _SMALL, hidden_size=32, intermediate_size=88, num_hidden_layers=3, num_attention_heads=1, num_key_value_heads=1
 )
 SIZES = {
-    "laptop": Size(_SMALLEST, 1024, 256, 32, 4, 8e6, 8e-3, 14, windows=1000, experts=32, context=64),
+    "laptop": Size(_SMALLEST, 1024, 256, 32, 4, 8e6, 8e-3, 14, windows=1000, experts=32, context=64, cut=256),
     "width64": Size(_SMALL, 1024, 512, 64, 2, 2.5e6, 4e-3, 14, windows=400),
     "wide": Size(_SMALL | dict(hidden_size=128, intermediate_size=344), 1024, 512, 64, 2, 2.5e6, 3e-3, 12, windows=400),
     "30m": Size(_preset("30m"), 16384, 1024, 128, 8, 22e6, 2e-3, 8),
