@@ -97,9 +97,7 @@ class PrefectPages:
         if output.kind == "report" and (served := os.environ.get(PAGES)):
             for page in sorted(Path(output.path).glob("*.html")):
                 address = f"{served}/{Path(output.path).name}/{page.name}"
-                self.linked(
-                    f"{label} {page.stem}", address, f"{page.name} of the step '{label}', to open in the browser"
-                )
+                self.linked(f"open {label}", address, f"{page.name} of the step '{label}', to open in the browser")
 
     def said(self, name: str, text: str) -> None:
         _attach("markdown", name, text, "What this run decided, and why.")

@@ -27,7 +27,8 @@ def ensure_ray() -> None:
         return
     address = os.environ.get("RAY_ADDRESS")
     common = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "eclectus"}
-    runtime = {"env_vars": WORKER_ENVIRONMENT}
+    # Ray Train's clean-up looks for the cluster by itself, and fails where it finds two on a machine and is told of none.
+    runtime = {"env_vars": WORKER_ENVIRONMENT | ({"RAY_ADDRESS": address} if address else {})}
     if address:
         with _own_signals():
             dashboard = ray.init(address=address, runtime_env=runtime, **common).dashboard_url
