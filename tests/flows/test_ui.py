@@ -274,16 +274,10 @@ def test_a_run_is_watched_and_cancelled_with_all_its_processes_within_30_seconds
     person.keeps_picture("6-cancel")
     person.clicks(".p-modal button", "Confirm")
     clicked = time.monotonic()
-    until_ray = 0.0
     while left := orphans(factory, before):
-        seconds = time.monotonic() - clicked
-        if not until_ray and not any(words.startswith("ray::") for words in left.values()):
-            until_ray = seconds
-        assert seconds < CANCELLED_WITHIN, left
+        assert time.monotonic() < clicked + CANCELLED_WITHIN, left
         time.sleep(0.1)
-    print(
-        f"after the click Ray worked for {until_ray:.1f} s, and nothing of the run lived {time.monotonic() - clicked:.1f} s"
-    )
+    print(f"nothing of the run lives {time.monotonic() - clicked:.1f} s after the click")
     person.waits(f"{elements('header', 'Cancelled')}.length")
     person.keeps_picture("7-cancelled")
     assert factory.runs() == [("extend", "cancelled")]
