@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,8 +142,29 @@ def _try(act: Callable[..., Any], *arguments: Any) -> None:
 @contextlib.contextmanager
 def served_run(flow: str, parameters: Settings, home: Home, displays: list[Display]) -> Iterator[Run]:
     """A run opened from the command line: with a Prefect server around it, ready to call flows in."""
-    with prefect_server(home), open_run(flow, parameters, home, displays, served=True) as run:
+    with prefect_server(home), open_run(flow, parameters, home, displays, served=True) as run, interrupts_noted(run):
         yield run
+
+
+@contextlib.contextmanager
+def interrupts_noted(run: Run) -> Iterator[None]:
+    """Keeps a Ctrl-C in mind. Prefect swallows one that comes while it closes a task; then no other step begins."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        run.interrupted = True
+        if not callable(before):
+            raise KeyboardInterrupt
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def once(flow: Any, parameters: Settings) -> Any:
@@ -222,8 +244,6 @@ def _state(error: BaseException | None) -> str:
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Keeps a second Ctrl-C from cutting the clean-up short."""
-    import threading
-
     if threading.current_thread() is not threading.main_thread():
         yield
         return

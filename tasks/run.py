@@ -37,7 +37,7 @@ class Display(Protocol):
 
 @dataclass
 class Run:
-    """One run: `id` names it in the lineage; `flow` is the flow that is calling steps just now."""
+    """One run: `id` names it in the lineage; `flow` is the flow that is calling steps just now; `interrupted`: by Ctrl-C."""
 
     id: str
     home: Home
@@ -46,6 +46,7 @@ class Run:
     displays: list[Display] = field(default_factory=list)
     flow: str = ""
     in_prefect: bool = False
+    interrupted: bool = False
     prefect_flow_run: str | None = None
     step: str | None = None
     label: str = ""

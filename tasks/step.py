@@ -107,6 +107,8 @@ class Step:
         return task()
 
     def _execute(self, run: Run, label: str, arguments: dict[str, Any]) -> Artifact:
+        if run.interrupted:
+            raise KeyboardInterrupt
         step_id = uuid.uuid4().hex
         before, run.step, run.label = (run.step, run.label), step_id, label
         started = time.monotonic()

@@ -1,9 +1,13 @@
+import contextlib
+import os
+import signal
 import threading
 import time
 
 import pytest
 from pydantic import Field
 
+from flows.run import interrupts_noted
 from storage.artifact import Artifact
 from storage.errors import EclectusError
 from storage.lineage import query
@@ -46,6 +50,16 @@ def test_a_step_with_equal_settings_and_inputs_is_reused(run):
     assert letters(settings=CountSettings(workers=8)) == first
     assert calls == ["letters"]
     assert query("select state from steps order by started", run.home)[1] == [("completed",), ("reused",)]
+
+
+def test_an_interrupt_that_somebody_swallowed_lets_no_other_step_begin(run):
+    letters(settings=CountSettings())
+    with interrupts_noted(run):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            letters(settings=CountSettings(letters=4))
+    assert calls == ["letters"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_changed_setting_runs_the_step_and_what_follows_and_says_why(run):
