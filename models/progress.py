@@ -75,7 +75,8 @@ def resume(
 ) -> int | None:
     """Loads the last checkpoint under `work`, if there is a whole one, and returns the step to go on with.
 
-    start: the first step of this training. tell: called as tell("damaged", step=start, text=...) where there is one that is not whole. Raises ValueError when the checkpoint is of another model or another stage.
+    start: the first step of this training. tell: called as tell("damaged", step=start, text=...) where there is one that is
+    not whole. Raises ValueError when the checkpoint is of another model or another stage.
     """
     latest = work / "latest"
     fault, about = _faults(latest, place) if latest.exists() else (None, None)

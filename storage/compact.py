@@ -75,7 +75,7 @@ def compact(home: Home, journals: int = JOURNALS_AT_ONCE) -> Compacted:
             connection.execute("set preserve_insertion_order = false")
             for stream in COLUMNS:
                 _compact_stream(connection, home, stream, journals, done)
-        graph.renew(home)
+        graph.renew(home, GRACE)
     return done
 
 
@@ -293,7 +293,8 @@ def _remove_replaced(home: Home, stream: str, highest: dict[str, str]) -> None:
         # A compaction was killed before it could tell.
         _replaces(home, stream, part, names)
     for path in (home.journal / REPLACED).glob("[!.]*"):
-        if not any((home.journal / name).exists() for name in path.read_text().splitlines()[1:]):
+        part, *names = path.read_text().splitlines()
+        if not (home.journal / part).exists() or not any((home.journal / name).exists() for name in names):
             path.unlink()
 
 

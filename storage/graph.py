@@ -37,7 +37,6 @@ FEW = 50_000
 SHARE = 0.1
 # Nodes at a distance from which on NumPy is faster than a loop.
 WIDE = 64
-GRACE = 20.0
 UNKNOWN = np.iinfo(np.int64).max
 ARRAYS = ("node", "placed", "up", "up_starts", "down", "down_starts")
 REACHED = pa.struct([("node", pa.uint64()), ("placed", pa.timestamp("us")), ("away", pa.int32())])
@@ -98,11 +97,8 @@ def walk(kept: Graph, rest: Graph, start: np.ndarray, up: bool) -> tuple[np.ndar
     placed = np.full(len(found), UNKNOWN)
     old = found < count
     placed[old] = kept.placed[found[old]]
-    if len(ids):
-        order = np.argsort(ids)
-        at = np.minimum(np.searchsorted(ids[order], found), len(ids) - 1)
-        here = ids[order][at] == found
-        placed[here] = np.minimum(placed[here], rest.placed[order][at[here]])
+    here, at = onward.rest_of(found)
+    placed[here] = np.minimum(placed[here], rest.placed[at])
     return nodes[found], placed, away
 
 
@@ -119,13 +115,14 @@ def reached(home: Home, start: pa.ChunkedArray, live: pa.ChunkedArray, up: pa.Ch
     return pa.ListArray.from_arrays(pa.array(sizes, pa.int32()), rows)
 
 
-def renew(home: Home) -> None:
-    """Makes the kept graph anew if too much is new. A disk that is full leaves what there is."""
-    sizes = {part: pq.read_metadata(edges).num_rows for part, (edges, _) in _parts(home).items()}
-    kept = _newest(home, sizes)
+def renew(home: Home, grace: float) -> None:
+    """Makes the kept graph anew if too much is new, and removes older ones after `grace` seconds. A full disk leaves what there is."""
+    parts = _parts(home)
+    sizes = {part: pq.read_metadata(edges).num_rows for part, (edges, _) in parts.items()}
+    kept = _newest(home, parts)
     if sum(rows for part, rows in sizes.items() if part not in kept.parts) > max(FEW, SHARE * len(kept.up)):
         with contextlib.suppress(OSError):
-            _keep(home, _read(home, sizes))
+            _keep(home, _read(parts), grace)
 
 
 def faults(home: Home) -> list[str]:
@@ -162,6 +159,15 @@ class _Onward:
         found = np.concatenate(levels)
         return found, away[found]
 
+    def rest_of(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(which of these ids the rest knows, where it has those)."""
+        if not len(self._ids):
+            return np.zeros(len(wanted), bool), np.zeros(0, np.int64)
+        near = np.minimum(np.searchsorted(self._ids, wanted, sorter=self._order), len(self._ids) - 1)
+        at = self._order[near]
+        known = self._ids[at] == wanted
+        return known, at[known]
+
     def _narrow(self, level: np.ndarray, away: np.ndarray, steps: int) -> np.ndarray:
         (others, starts), (rest, rest_starts), seen = self._kept, self._rest, memoryview(away)
         new = []
@@ -177,10 +183,7 @@ class _Onward:
 
     def _wide(self, level: np.ndarray, away: np.ndarray, steps: int) -> np.ndarray:
         near = [_stretches(*self._kept, level[level < self._count])]
-        if len(self._ids):
-            at = np.minimum(np.searchsorted(self._ids, level, sorter=self._order), len(self._ids) - 1)
-            at = self._order[at]
-            near.append(_stretches(*self._rest, at[self._ids[at] == level]))
+        near.append(_stretches(*self._rest, self.rest_of(level)[1]))
         new = np.concatenate(near).astype(np.int64)
         new = _distinct(new[away[new] < 0])
         away[new] = steps
@@ -221,7 +224,7 @@ def _kept_and_rest(home: Home, live: np.ndarray) -> tuple[Graph, Graph]:
         try:
             parts = _parts(home)
             kept = _newest(home, parts)
-            return kept, _read(home, set(parts) - kept.parts, live)
+            return kept, _read({part: files for part, files in parts.items() if part not in kept.parts}, live)
         except FileNotFoundError:
             # A compaction took a file away between the look and the reading; what replaced it is there by now.
             if last:
@@ -242,17 +245,15 @@ def _parts(home: Home) -> dict[str, tuple[Path, Path]]:
     return {part: (edges[part], nodes[part]) for part in edges.keys() & nodes.keys()}
 
 
-def _read(home: Home, parts: Iterable[str], live: np.ndarray | None = None) -> Graph:
-    files = _parts(home)
-    if missing := set(parts) - files.keys():
-        raise FileNotFoundError(f"parts of the journal's index are gone: {sorted(missing)}")
+def _read(parts: dict[str, tuple[Path, Path]], live: np.ndarray | None = None) -> Graph:
+    """The graph of these parts, as `_parts` gives them, and of live edges [L, 2]."""
     edges, node, placed = (
         [np.zeros((0, 2), np.uint64) if live is None else live],
         [np.zeros(0, np.uint64)],
         [np.zeros(0, np.int64)],
     )
-    for part in sorted(parts):
-        pair, made = (_table(path, names) for path, names in zip(files[part], (EDGES, ("node", "placed")), strict=True))
+    for files in parts.values():
+        pair, made = (_table(path, names) for path, names in zip(files, (EDGES, ("node", "placed")), strict=True))
         if pair is None or made is None:
             # Of an earlier version's columns; compaction mends it.
             continue
@@ -289,7 +290,7 @@ def _kept(home: Home) -> list[Path]:
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def _keep(home: Home, graph: Graph) -> None:
+def _keep(home: Home, graph: Graph, grace: float) -> None:
     folder = home.journal / "graph"
     beside = folder / f".{uuid.uuid4().hex}.writing"
     beside.mkdir(parents=True)
@@ -303,5 +304,5 @@ def _keep(home: Home, graph: Graph) -> None:
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     for old in [*_kept(home)[1:], *folder.glob(".*")]:
-        if time.time() - old.stat().st_mtime > GRACE:
+        if time.time() - old.stat().st_mtime > grace:
             shutil.rmtree(old, ignore_errors=True)

@@ -23,6 +23,7 @@ import numpy as np
 
 from storage.compact import GRACE, replaced
 from storage.errors import EclectusError
+from storage.graph import reach, reached
 from storage.heal import heal
 from storage.home import Home
 from storage.questions import NODE, edges
@@ -96,8 +97,6 @@ def walk(name: str, home: Home | None = None) -> list[dict[str, Any]]:
     name: as in the macro `upstream`. A row: direction, steps away, and the columns of `upstream`. Empty when the lineage does not
     know the name. Raises EclectusError when it is the start of several. Price: docs/benchmarks.md.
     """
-    from storage.graph import reach
-
     home = home or Home.open()
     with connect(home) as connection:
         answer = connection.execute(
@@ -128,8 +127,6 @@ def walk(name: str, home: Home | None = None) -> list[dict[str, Any]]:
 
 def _equip(connection: duckdb.DuckDBPyConnection, home: Home, files: Any) -> None:
     """Gives a connection what our views and macros ask for: files to read, and the graph to walk in."""
-    from storage.graph import reached
-
     connection.register_filesystem(files)
     row = "STRUCT(node UBIGINT, placed TIMESTAMP, away INTEGER)[]"
     connection.create_function(

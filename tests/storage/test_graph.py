@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from history import digest
 
+from storage import compact as compaction
 from storage import graph
 from storage.compact import compact, faults
 from storage.journal import Journal
@@ -114,7 +115,7 @@ def test_a_changed_byte_of_it_is_found(history):
 
 def test_it_is_made_again_when_much_is_new_and_the_old_one_goes(history, monkeypatch):
     monkeypatch.setattr(graph, "FEW", 0)
-    monkeypatch.setattr(graph, "GRACE", -1.0)
+    monkeypatch.setattr(compaction, "GRACE", -1.0)
     compact(history)
     (kept,) = graph._kept(history)
     assert set(json.loads((kept / "graph.json").read_text())["parts"]) == set(graph._parts(history))
