@@ -38,14 +38,15 @@ def duplicated_moments(
 
     share: of the dense gradient that a copy sees, 1/E where all are weighted alike (the default). Its first moment is
     multiplied by it and its second by its square, so that its next step has the size of the dense model's. Routers start from
-    zero moments.
+    zero moments. The copies are views of one tensor, to be read only: `models.train` makes its own of them.
     """
     share = 1 / experts if share is None else share
     duplicated: dict[str, torch.Tensor] = {}
     for what, scale in (("exp_avg", share), ("exp_avg_sq", share**2)):
         ending = f".{what}"
         dense = {name.removesuffix(ending): value for name, value in moments.items() if name.endswith(ending)}
-        duplicated |= {name + ending: value for name, value in expand_dense_tensors(dense, experts, scale).items()}
+        expanded = expand_dense_tensors(dense, experts, scale, shared_memory=True)
+        duplicated |= {name + ending: value for name, value in expanded.items()}
     steps = [value for name, value in moments.items() if name.endswith(".step")]
     names = {name.removesuffix(".exp_avg") for name in duplicated if name.endswith(".exp_avg")}
     return duplicated | {f"{name}.step": steps[0] for name in names if steps}

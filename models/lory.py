@@ -326,6 +326,7 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
         segment_length: int = 256,
         router_initializer_range: float = 0.02,
         seed: int = 0,
+        shared_memory: bool = False,
         **config: Any,
     ) -> "LoryForCausalLM":
         """Duplicate a dense model's FFNs into experts: equal logits at once, for any router (papers.md 1.5, 3).
@@ -335,6 +336,8 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
             num_experts, segment_length, router_initializer_range: as in LoryConfig; the routers must differ from zero,
                 or the copies never part.
             seed: of the routers' initial weights.
+            shared_memory: leave a layer's experts views of one FFN, so that the model is no larger than the dense one. They
+                must be parted before any of them changes: `models.train` does, each process for its shard alone.
             config: any further LoryConfig field.
         """
         fields = {key: value for key, value in llama.config.to_dict().items() if key not in ("model_type", "auto_map")}
@@ -342,7 +345,7 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
         lory_config = LoryConfig(**{**fields, "router_initializer_range": router_initializer_range, **config})
         with torch.device("meta"):
             model = cls(lory_config)
-        state = expand_dense_tensors(llama.state_dict(), num_experts)
+        state = expand_dense_tensors(llama.state_dict(), num_experts, shared_memory=shared_memory)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
             if name.endswith(".mlp.router.weight"):

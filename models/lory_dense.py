@@ -6,7 +6,7 @@ An expert is one slice `[3F, D]` of a layer's `mlp.experts`: gate rows, up rows,
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def dense_ffn_names(layer: int) -> tuple[str, str, str]:
@@ -15,13 +15,16 @@ def dense_ffn_names(layer: int) -> tuple[str, str, str]:
     return gate, up, down
 
 
-def expand_dense_tensors(dense: Mapping[str, Tensor], num_experts: int, scale: float = 1.0) -> dict[str, Tensor]:
+def expand_dense_tensors(
+    dense: Mapping[str, Tensor], num_experts: int, scale: float = 1.0, shared_memory: bool = False
+) -> dict[str, Tensor]:
     """Tensors under a LlamaForCausalLM's parameter names to a Lory model's: each FFN becomes E equal experts.
 
     Serves weights and, to carry AdamW over from a dense warm-up, its moments. A copy receives about 1/E of the dense
     gradient, so take `scale=1/E` for `exp_avg` and `scale=1/E**2` for `exp_avg_sq`: the experts' next step is then the
     dense model's. Only FFN tensors are scaled. Routers have no dense counterpart and are not in the result, which shares
-    no memory with `dense`.
+    no memory with `dense`. shared_memory: the experts of a layer are views of one FFN, to be read only, and no larger
+    than it.
     """
     lory = {}
     for name, tensor in dense.items():
@@ -31,8 +34,16 @@ def expand_dense_tensors(dense: Mapping[str, Tensor], num_experts: int, scale: f
         elif part == "gate_proj.weight":
             up, down = dense[f"{prefix}.mlp.up_proj.weight"], dense[f"{prefix}.mlp.down_proj.weight"]
             fused = torch.cat([tensor, up, down.t()])
-            lory[f"{prefix}.mlp.experts"] = (fused * scale).expand(num_experts, -1, -1).contiguous()
+            experts = (fused * scale).expand(num_experts, -1, -1)
+            lory[f"{prefix}.mlp.experts"] = experts if shared_memory else experts.contiguous()
     return lory
+
+
+def part_experts(module: nn.Module) -> None:
+    """Gives parameters whose elements share memory, as views of one FFN do, memory of their own, in place."""
+    for parameter in module.parameters():
+        if 0 in parameter.stride() and parameter.dim() > 1:
+            parameter.data = parameter.data.contiguous()
 
 
 def split_expert(merged: Tensor) -> tuple[Tensor, Tensor, Tensor]:

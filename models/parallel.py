@@ -17,13 +17,15 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from models.lory_dense import part_experts
 from models.place import Place
 
 
 def shard(model: nn.Module, place: Place) -> None:
     """Shards `model` in place over all processes, layer by layer; in one process it stays whole.
 
-    Every process must hold the same weights. Raises ValueError for a model that does not say what its layers are.
+    Every process must hold the same weights; experts that are still views of one FFN are parted a layer at a time, so that
+    no process ever holds E copies of more than one. Raises ValueError for a model that does not say what its layers are.
     """
     if place.world == 1:
         return
@@ -32,6 +34,7 @@ def shard(model: nn.Module, place: Place) -> None:
         raise ValueError(f"{type(model).__name__} has no _no_split_modules, so it cannot be sharded; train it with DDP")
     mesh = init_device_mesh(place.device.type, (place.world,))
     for layer in layers:
+        part_experts(layer)
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

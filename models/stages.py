@@ -32,7 +32,7 @@ def lory_from_dense(
     dense: LlamaForCausalLM, moments: dict[str, torch.Tensor], domains: Sequence[str], experts: int, **config: Any
 ) -> tuple[LoryForCausalLM, dict[str, torch.Tensor], Objective]:
     """(model, moments, objective). config: further arguments of `LoryForCausalLM.from_dense`."""
-    model = LoryForCausalLM.from_dense(dense, num_experts=experts, **config)
+    model = LoryForCausalLM.from_dense(dense, num_experts=experts, shared_memory=True, **config)
     share = None
     if model.config.routing == "dense":
         # Expert 0 sees the whole gradient. Nothing asks the routers, and DDP would wait for their gradients.

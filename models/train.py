@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from models.instances import IGNORED, Batch, Instances
+from models.lory_dense import part_experts
 from models.optimizer import load_moments, make_optimizer, read_moments, set_rate
 from models.parallel import compile_blocks, recompute_blocks, replicate, shard, synced, whole
 from models.place import Place
@@ -69,6 +70,7 @@ def train(
         # Moves and cuts layer by layer: no device ever holds the whole model.
         shard(model, place)
     model.to(place.device)
+    part_experts(model)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(named, plan)
     load_moments(optimizer, named, moments or {})

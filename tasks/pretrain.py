@@ -222,8 +222,9 @@ def train_stage(
     chosen = PretrainStageSettings(**settings)
     data, tokens = Instances(instances), load_tokenizer(tokenizer)
     stage, switch = chosen.pretrain_stage, chosen.switch_step
-    dense = _dense(start, chosen, data, tokens)
-    model, state, objective = _model_of_stage(chosen, dense, load_moments_file(moments), data.domains)
+    dense, before = _dense(start, chosen, data, tokens), load_moments_file(moments)
+    model, state, objective = _model_of_stage(chosen, dense, before, data.domains)
+    del dense, before
     rewarmed = stage not in ("warmup", "dense") and switch and chosen.lory_rewarm_steps
     plan = chosen.plan(
         start=0 if stage == "warmup" else switch,

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models import LoryConfig, LoryForCausalLM
-from models.lory_dense import expand_dense_tensors
+from models.lory_dense import expand_dense_tensors, part_experts
 from models.merge import reference_merged_ffn
 
 T = 8
@@ -271,6 +271,19 @@ def test_the_expert_map_carries_adamw_moments_so_that_the_next_step_is_the_dense
     for name, parameter in model.named_parameters():
         if "router" not in name:
             torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_experts_are_parted_or_take_no_more_memory_than_one():
+    dense = llama()
+    parted, shared = (LoryForCausalLM.from_dense(dense, 4, T, shared_memory=each) for each in (False, True))
+    for name, sources in shared.expert_parameter_map().items():
+        one = sum(dense.get_parameter(source).nbytes for source in sources)
+        assert shared.get_parameter(name).untyped_storage().nbytes() == one
+        assert parted.get_parameter(name).untyped_storage().nbytes() == 4 * one
+    part_experts(shared)
+    for (name, parameter), own in zip(shared.named_parameters(), parted.parameters(), strict=True):
+        assert parameter.is_contiguous()
+        assert torch.equal(parameter, own), name
 
 
 def test_every_parameter_gets_a_gradient_under_ddp(tmp_path):
