@@ -70,6 +70,12 @@ class LorySettings(Settings):
     lory_rewarm_steps: int = Field(
         60, ge=0, description="Steps of a second learning-rate warm-up after the switch to experts."
     )
+    lory_difference_rate: float = Field(
+        2.0,
+        gt=0,
+        description="Learning rate of what a layer's experts differ by, over that of their mean: 1 is plain AdamW; 2 suits 8 experts, 4 "
+        "suits 32.",
+    )
     lory_moments: Literal["carry", "reset"] = Field(
         "carry", description="AdamW's moments at the switch: carried over to the experts, scaled, or reset to zero."
     )
@@ -138,6 +144,11 @@ class PretrainStageSettings(PretrainSettings):
         description="Which stage: dense warm-up, dense twin, Lory or a baseline."
     )
 
+    @property
+    def routed(self) -> bool:
+        """Whether the stage trains routers over merged experts."""
+        return self.pretrain_stage == "lory" and self.lory_experts > 1 and self.lory_routing != "dense"
+
     def key_values(self) -> dict[str, Any]:
         """Dense stages do not depend on Lory's settings: a change of those leaves the twin as it is."""
         # Which baselines there are changes no stage; which checkpoint it starts from is an input.
@@ -161,8 +172,7 @@ def pretrain(
         )
     settings.check_shape()
     length = json.loads(instances.file("instances.json").read_text())["length"]
-    routed = settings.pretrain_stage == "lory" and settings.lory_experts > 1 and settings.lory_routing != "dense"
-    if routed and settings.lory_segment >= length:
+    if settings.routed and settings.lory_segment >= length:
         raise EclectusError(
             f"lory_segment {settings.lory_segment} leaves no second segment in instances of {length} tokens, so no router would "
             "ever learn; lower it, or raise instance_tokens"
@@ -234,6 +244,7 @@ def train_stage(
         learning_rate=chosen.pretrain_learning_rate,
         warmup=chosen.pretrain_warmup_steps,
         rewarm=(switch, chosen.lory_rewarm_steps) if rewarmed else None,
+        difference_rate=chosen.lory_difference_rate if chosen.routed else 1.0,
         compiled=chosen.training_compiled,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -241,7 +252,7 @@ def train_stage(
     profiles = None
     if stage == "expert_choice":
         make_causal(model, data, plan, place)
-    elif stage == "lory" and chosen.lory_experts > 1 and chosen.lory_routing != "dense":
+    elif chosen.routed:
         profiles = routing_profiles(model, data, chosen.micro_batch, place)
     save_model(model, tokens, Path(out), after if stage == "warmup" else None, MOMENTS, place)
     if profiles and place.leads:

@@ -48,7 +48,8 @@ def kill(kind, **values):
 def run(folder, place, work, tell=lambda kind, **values: None, **changes):
     """One training of a Lory model with AdamW's state, from whatever lies under `work`."""
     model = tiny_lory()
-    after = train(model, Instances(folder / "instances"), lory(), plan(**changes), place, folder / work, tell)
+    settings = plan(difference_rate=3.0, **changes)
+    after = train(model, Instances(folder / "instances"), lory(), settings, place, folder / work, tell)
     return model, after
 
 
