@@ -40,7 +40,6 @@ class Size:
     experts, segment: E and T. context: tokens of a window that are only read, at least the longest T that is compared (0: T).
     jobs: trainings side by side on one GPU. windows: most windows of held-out text to score. cut: characters of the passages into which
     training documents are cut, 0 for none: where documents are longer than instances, grouping them can do little.
-    difference_rate: as in `Plan`, for Lory and prefix routing.
     """
 
     shape: dict[str, Any]
@@ -56,7 +55,6 @@ class Size:
     experts: int = 8
     context: int = 0
     cut: int = 0
-    difference_rate: float = 2.0
 
     @property
     def read_only(self) -> int:
@@ -83,7 +81,7 @@ _SMALLEST = dict(
     _SMALL, hidden_size=32, intermediate_size=88, num_hidden_layers=3, num_attention_heads=1, num_key_value_heads=1
 )
 SIZES = {
-    "laptop": Size(_SMALLEST, 1024, 256, 32, 4, 8e6, 8e-3, 14, windows=1000, experts=32, context=64, cut=256, difference_rate=4.0),
+    "laptop": Size(_SMALLEST, 1024, 256, 32, 4, 8e6, 8e-3, 14, windows=1000, experts=32, context=64, cut=256),
     "width64": Size(_SMALL, 1024, 512, 64, 2, 2.5e6, 4e-3, 14, windows=400),
     "wide": Size(_SMALL | dict(hidden_size=128, intermediate_size=344), 1024, 512, 64, 2, 2.5e6, 3e-3, 12, windows=400),
     "30m": Size(_preset("30m"), 16384, 1024, 128, 8, 22e6, 2e-3, 8),
@@ -95,8 +93,7 @@ SIZES = {
 class Job:
     """One training. model: one of MODELS, or "warmup". variant: name of a deviation from the defaults, which are the other fields.
 
-    experts, segment, difference_rate: 0 takes the size's. router_init: standard deviation of the routers' initial weights, in units of
-    1/sqrt(width): about that of their logits.
+    experts, segment: 0 takes the size's. router_init: standard deviation of the routers' initial weights, in units of 1/sqrt(width): about that of their logits.
     """
 
     model: str
@@ -108,7 +105,6 @@ class Job:
     router_init: float = 0.8
     router_rate: float = 1.0
     expert_rate: float = 1.0
-    difference_rate: float = 0.0
     rewarm: int = 30
     moments: str = "carry"
     dense_share: float = 0.05
@@ -161,7 +157,6 @@ def plan_of(size: Size, job: Job) -> Plan:
         rewarm=(switch, job.rewarm) if job.rewarm and not warm and not dense else None,
         router_rate=job.router_rate if job.model in ("lory", "prefix") else 1.0,
         expert_rate=job.expert_rate if job.model in ("lory", "prefix") else 1.0,
-        difference_rate=(job.difference_rate or size.difference_rate) if job.model in ("lory", "prefix") else 1.0,
         seed=job.seed,
         checkpoint_every=NEVER,
         log_every=max(1, size.steps // 25),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import distributed, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from models.parallel import like, local
 from models.plan import Plan
@@ -14,59 +13,26 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 ROUTERS = (".router.", ".mlp.gate.weight", "block_sparse_moe.gate.weight")
 
 
-class ExpertAdamW(torch.optim.AdamW):
-    """AdamW for experts `[E, ...]` whose differences from their mean learn `difference_rate` times as fast as the mean.
-
-    A step D of AdamW (weight decay is part of it) becomes mean(D) + difference_rate (D - mean(D)), the mean over the
-    experts. Merged experts (models/merge.py) are why: what they have in common is in every token's FFN and bears no
-    higher rate than a dense FFN, while what an expert differs by enters with its weight in the mixture only.
-
-    Done by one step at the higher rate, from which the excess of the mean is taken back: two sums over the experts and
-    an addition, no state, no memory but one expert's; sharded experts exchange as much a layer.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Expects the higher rate in a group's lr (`set_rate`)."""
-        apart = [
-            (parameter, group["difference_rate"])
-            for group in self.param_groups
-            if group["difference_rate"] != 1.0
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        before = [local(parameter).sum(0) for parameter, _ in apart]
-        super().step(closure)
-        for (parameter, rate), sums in zip(apart, before, strict=True):
-            value = local(parameter)
-            moved = value.sum(0).sub_(sums)
-            if isinstance(parameter, DTensor):
-                distributed.all_reduce(moved, group=parameter.device_mesh.get_group())
-            value.sub_(moved.mul_((1 - 1 / rate) / parameter.shape[0]))
-
-
 def make_optimizer(named: dict[str, nn.Parameter], plan: Plan) -> torch.optim.AdamW:
     """AdamW with weight decay on the matrices of attention and experts; `set_rate` gives it its learning rates.
 
     Norms have none, nor have embeddings, whose unseen rows it would shrink to zero, nor routers, whose certainty it would
     take away: in a review at a high rate it is what kept them from being sure of the original expert.
     """
-    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        router, expert = any(part in name for part in ROUTERS), ".mlp.experts" in name
+        router = any(part in name for part in ROUTERS)
         spared = router or parameter.ndim < 2 or any(part in name for part in EMBEDDINGS)
-        scale = plan.router_rate if router else plan.expert_rate if expert else 1.0
-        kind = 0.0 if spared else plan.weight_decay, scale, plan.difference_rate if expert else 1.0
-        groups.setdefault(kind, []).append(parameter)
-    names = "weight_decay", "scale", "difference_rate"
-    options = [{"params": each, **dict(zip(names, kind, strict=True))} for kind, each in groups.items()]
-    return ExpertAdamW(options, lr=0.0, betas=plan.betas, fused=True)
+        scale = plan.router_rate if router else plan.expert_rate if ".mlp.experts" in name else 1.0
+        groups.setdefault((0.0 if spared else plan.weight_decay, scale), []).append(parameter)
+    options = [{"params": each, "weight_decay": decay, "scale": scale} for (decay, scale), each in groups.items()]
+    return torch.optim.AdamW(options, lr=0.0, betas=plan.betas, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate, scaled for routers and experts by the plan's `router_rate`, `expert_rate` and `difference_rate`."""
+    """Sets the learning rate, which routers and experts scale by the plan's `router_rate` and `expert_rate`."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"] * group["difference_rate"]
+        group["lr"] = rate * group["scale"]
 
 
 def read_moments(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:

@@ -13,8 +13,7 @@ class Plan:
     start, stop: training steps, [start, stop). total: steps that the cosine is laid over. batch: instances a step over all
     processes. micro_batch: instances at once in one process. warmup: steps of linear warm-up from step 0. rewarm: (first
     step, steps) of a second warm-up, after a switch of the model, or None. floor: final learning rate over the peak one.
-    router_rate, expert_rate: learning rates of routers and of experts over that of the rest. difference_rate: of what the experts of a
-    layer `[E, ...]` differ by from their mean, over that of their mean (`models.optimizer`).
+    router_rate, expert_rate: learning rates of routers and of experts over that of the rest.
     sharded: several processes share out weights, gradients and moments (FSDP2) instead of each holding them (DDP).
     compiled: torch.compile of the decoder layers. recomputed: activations of a layer are computed again in the backward pass
     instead of kept (gradient checkpointing).
@@ -31,7 +30,6 @@ class Plan:
     floor: float = 0.1
     router_rate: float = 1.0
     expert_rate: float = 1.0
-    difference_rate: float = 1.0
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0

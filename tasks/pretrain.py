@@ -70,12 +70,6 @@ class LorySettings(Settings):
     lory_rewarm_steps: int = Field(
         60, ge=0, description="Steps of a second learning-rate warm-up after the switch to experts."
     )
-    lory_difference_rate: float = Field(
-        2.0,
-        gt=0,
-        description="Learning rate of what a layer's experts differ by, over that of their mean: 1 is plain AdamW; 2 suits 8 experts, 4 "
-        "suits 32.",
-    )
     lory_moments: Literal["carry", "reset"] = Field(
         "carry", description="AdamW's moments at the switch: carried over to the experts, scaled, or reset to zero."
     )
@@ -244,7 +238,6 @@ def train_stage(
         learning_rate=chosen.pretrain_learning_rate,
         warmup=chosen.pretrain_warmup_steps,
         rewarm=(switch, chosen.lory_rewarm_steps) if rewarmed else None,
-        difference_rate=chosen.lory_difference_rate if chosen.routed else 1.0,
         compiled=chosen.training_compiled,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())

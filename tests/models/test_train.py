@@ -18,7 +18,6 @@ from models.checkpoint import duplicated_moments
 from models.instances import Instances
 from models.lory import LoryForCausalLM
 from models.objectives import lory, next_token
-from models.optimizer import make_optimizer, set_rate
 from models.place import Place
 from models.train import TrainingFailed, train
 from tests.models.training import LENGTH, plan, tiny_dense, write_instances
@@ -315,26 +314,6 @@ def test_routers_and_experts_move_at_their_own_rates(data, tmp_path):
     for part, scale in ((".router.", 3.0), (".mlp.experts", 0.5), ("q_proj", 1.0), ("embed_tokens", 1.0)):
         moved = max((after[name] - start[name]).abs().max().item() for name in start if part in name)
         assert moved == pytest.approx(scale * chosen.rate(4), rel=1e-2), part
-
-
-def test_differences_of_experts_move_at_their_own_rate_and_their_mean_as_ever():
-    torch.manual_seed(0)
-    one, other = (torch.nn.Parameter(torch.randn(4, 6, 3)) for _ in range(2))
-    plain, parting = (
-        make_optimizer({"0.mlp.experts": each}, plan(difference_rate=rate)) for each, rate in ((one, 1.0), (other, 5.0))
-    )
-    for step in range(4):
-        with torch.no_grad():
-            one.copy_(other)
-        before = other.detach().clone()
-        one.grad = torch.randn_like(one)
-        other.grad = one.grad.clone()
-        for optimizer in (plain, parting):
-            set_rate(optimizer, 0.1 / (step + 1))
-            optimizer.step()
-        moved = one.detach() - before
-        expected = before + moved.mean(0) + 5 * (moved - moved.mean(0))
-        torch.testing.assert_close(other.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["dense", "lory", "expert_choice"])

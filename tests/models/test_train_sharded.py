@@ -48,8 +48,7 @@ def kill(kind, **values):
 def run(folder, place, work, tell=lambda kind, **values: None, **changes):
     """One training of a Lory model with AdamW's state, from whatever lies under `work`."""
     model = tiny_lory()
-    settings = plan(difference_rate=3.0, **changes)
-    after = train(model, Instances(folder / "instances"), lory(), settings, place, folder / work, tell)
+    after = train(model, Instances(folder / "instances"), lory(), plan(**changes), place, folder / work, tell)
     return model, after
 
 
