@@ -37,9 +37,8 @@ from lory_claims_data import GROUPINGS, prepare, unpack  # noqa: E402
 from lory_claims_tables import EVERYTHING, perplexities, report  # noqa: E402
 
 STUDY: dict[str, dict[str, Any]] = {
-    "routers plainly random": dict(router_deviation=0.0),
-    "router deviation 0.5": dict(router_deviation=0.5),
-    "router deviation 4": dict(router_deviation=4.0),
+    "router init 2.4": dict(router_init=2.4),
+    "router init 0.2": dict(router_init=0.2),
     "routers at 4 times the rate": dict(router_rate=4.0),
     "experts at twice the rate": dict(expert_rate=2.0),
     "experts at half the rate": dict(expert_rate=0.5),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from models.checkpoint import duplicated_moments
 from models.evaluate import Windows, score
 from models.instances import Instances
 from models.place import Place
-from models.router_start import start_routers
 from models.train import Plan, train
 
 MODELS = ("dense", "lory", "prefix", "expert_choice", "segment_choice", "top_k")
@@ -95,8 +93,7 @@ SIZES = {
 class Job:
     """One training. model: one of MODELS, or "warmup". variant: name of a deviation from the defaults, which are the other fields.
 
-    experts, segment: 0 takes the size's. router_deviation: as in `models.router_start`; 0 leaves the routers plainly random, with weights of standard
-    deviation 0.8 / sqrt(width).
+    experts, segment: 0 takes the size's. router_init: standard deviation of the routers' initial weights, in units of 1/sqrt(width): about that of their logits.
     """
 
     model: str
@@ -105,7 +102,7 @@ class Job:
     variant: str = ""
     experts: int = 0
     segment: int = 0
-    router_deviation: float = 2.0
+    router_init: float = 0.8
     router_rate: float = 1.0
     expert_rate: float = 1.0
     rewarm: int = 30
@@ -185,7 +182,7 @@ def build(job: Job, size: Size, dense: LlamaForCausalLM, moments: dict[str, torc
             (),
             experts,
             segment_length=segment,
-            router_initializer_range=0.8 / size.shape["hidden_size"] ** 0.5,
+            router_initializer_range=job.router_init / size.shape["hidden_size"] ** 0.5,
             seed=seed,
             routing="prefix" if job.model == "prefix" else "causal_segment",
             first_segment=job.first_segment,
@@ -206,10 +203,7 @@ def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
         moments = load_file(warm / "moments.safetensors")
     model, moments, objective = build(job, size, dense, moments)
     plan = plan_of(size, job)
-    routed = job.model in ("lory", "prefix") and job.router_deviation
-    start = dict(instances=instances, plan=plan, place=place, deviation=job.router_deviation)
-    prepared = partial(start_routers, **start) if routed else None
-    after = train(model, instances, objective, plan, place, work / "none", heard, moments, prepared=prepared)
+    after = train(model, instances, objective, plan, place, work / "none", heard, moments)
     trained = time.monotonic()
     result: dict[str, Any] = {
         "steps": plan.stop - plan.start,

@@ -47,15 +47,13 @@ def train(
     tell: Tell,
     moments: dict[str, torch.Tensor] | None = None,
     checked: Callable[[int], None] | None = None,
-    prepared: Callable[[nn.Module], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Trains `model` in place from plan.start (or its last checkpoint under `work`) to plan.stop; returns AdamW's state.
 
     A sharded plan leaves model and state sharded (`models.parallel.gather`). moments: AdamW's state to start from, as this
     function returns it ({parameter name}.exp_avg and so on), or None for zeros. tell: called on rank 0 as
     tell("metrics", ...), tell("progress", ...) and tell("damaged", ...). checked: called with the step before every checkpoint is written; what it
-    raises ends the training. prepared: called with the model where it trains, placed and sharded, unless the training goes on from a
-    checkpoint. Raises TrainingFailed on a loss or a gradient that is not finite, and ValueError when
+    raises ends the training. Raises TrainingFailed on a loss or a gradient that is not finite, and ValueError when
     the batch cannot be shared evenly or the checkpoint under `work` is of another training.
     """
     if plan.batch % place.world:
@@ -64,15 +62,19 @@ def train(
         )
     model.train()
     window = Window(model, plan.batch * instances.length, instances.length, place)
-    settle(model, plan, place)
+    if plan.recomputed:
+        recompute_blocks(model)
+    if plan.compiled:
+        compile_blocks(model)
+    if plan.sharded:
+        # Moves and cuts layer by layer: no device ever holds the whole model.
+        shard(model, place)
+    model.to(place.device)
+    part_experts(model)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(named, plan)
     load_moments(optimizer, named, moments or {})
-    begin = resume(optimizer, named, plan.start, place, work, tell)
-    if begin is None:
-        begin = plan.start
-        if prepared:
-            prepared(model)
+    begin = resume(optimizer, named, plan.start, place, work, tell) or plan.start
     wrapped, watch = replicate(model, place), Watch(instances, plan, place, work)
     for step in range(begin, plan.stop):
         set_rate(optimizer, plan.rate(step))
@@ -99,19 +101,6 @@ def train(
             save_progress(optimizer, named, ended, plan.start, place, work)
     place.barrier()
     return read_moments(optimizer, named)
-
-
-def settle(model: nn.Module, plan: Plan, place: Place) -> None:
-    """Makes the model ready to be trained where it is to be trained, in place."""
-    if plan.recomputed:
-        recompute_blocks(model)
-    if plan.compiled:
-        compile_blocks(model)
-    if plan.sharded:
-        # Moves and cuts layer by layer: no device ever holds the whole model.
-        shard(model, place)
-    model.to(place.device)
-    part_experts(model)
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -15,7 +15,6 @@ so its first moment is divided by E and its second by E squared, and its steps k
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,11 +62,10 @@ class LorySettings(Settings):
         "stop_gradient",
         description="How the first segment is routed in training: by itself, detached (the paper), or by uniform weights.",
     )
-    lory_router_deviation: float = Field(
-        2.0,
+    lory_router_init: float = Field(
+        0.1,
         gt=0,
-        description="Standard deviation between segments of the routers' random logits at the start. What all segments have in common is "
-        "taken out of the routers.",
+        description="Standard deviation of the routers' random initial weights; 0.8 over the root of the width suits other widths.",
     )
     lory_rewarm_steps: int = Field(
         60, ge=0, description="Steps of a second learning-rate warm-up after the switch to experts."
@@ -220,7 +218,6 @@ def train_stage(
     """Runs on every training worker; rank 0 writes the checkpoint into `out` and returns its statistics."""
     from models.checkpoint import load_moments_file, save_model
     from models.instances import Instances
-    from models.router_start import start_routers
     from models.routing_profiles import routing_profiles, write_profiles
     from models.stages import make_causal
     from models.train import train
@@ -244,9 +241,7 @@ def train_stage(
         compiled=chosen.training_compiled,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    start_of_routers = dict(instances=data, plan=plan, place=place, deviation=chosen.lory_router_deviation)
-    prepared = partial(start_routers, **start_of_routers) if chosen.routed else None
-    after = train(model, data, objective, plan, place, Path(work), tell, state, prepared=prepared)
+    after = train(model, data, objective, plan, place, Path(work), tell, state)
     profiles = None
     if stage == "expert_choice":
         make_causal(model, data, plan, place)
@@ -322,5 +317,6 @@ def _model_of_stage(
         segment_length=settings.lory_segment,
         routing=settings.lory_routing,
         first_segment=settings.lory_first_segment,
+        router_initializer_range=settings.lory_router_init,
         seed=settings.seed,
     )

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from models.lory import LoryForCausalLM
 from models.objectives import lory, next_token, post_pretrain, review
 from models.parallel import gather
 from models.place import Place
-from models.router_start import start_routers
 from models.routing_profiles import routing_profiles
 from models.train import train
 from models.upcycle import upcycle
@@ -49,9 +47,8 @@ def kill(kind, **values):
 
 def run(folder, place, work, tell=lambda kind, **values: None, **changes):
     """One training of a Lory model with AdamW's state, from whatever lies under `work`."""
-    model, settings, data = tiny_lory(), plan(**changes), Instances(folder / "instances")
-    start = partial(start_routers, instances=data, plan=settings, place=place, deviation=1.5)
-    after = train(model, data, lory(), settings, place, folder / work, tell, prepared=start)
+    model = tiny_lory()
+    after = train(model, Instances(folder / "instances"), lory(), plan(**changes), place, folder / work, tell)
     return model, after
 
 
