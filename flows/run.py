@@ -148,11 +148,14 @@ def served_run(flow: str, parameters: Settings, home: Home, displays: list[Displ
 
 @contextlib.contextmanager
 def interrupts_noted(run: Run) -> Iterator[None]:
-    """Keeps a Ctrl-C in mind. Prefect swallows one that comes while it closes a task; then no other step begins."""
-    if threading.current_thread() is not threading.main_thread():
+    """Keeps a Ctrl-C in mind. Prefect swallows one that comes while it closes a task; then no other step begins.
+
+    Where it is ignored, as in a job that a shell keeps in the background, it stays so.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: Any) -> None:
         run.interrupted = True

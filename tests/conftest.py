@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -67,3 +68,11 @@ def _wait_for(address):
         except OSError:
             assert time.monotonic() < end, f"nothing answers at {address}"
             time.sleep(0.2)
+
+
+@pytest.fixture
+def interrupts():
+    """Sets SIGINT's handler: what stood there differs, a shell's background jobs start with it ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda wanted: signal.signal(signal.SIGINT, wanted)
+    signal.signal(signal.SIGINT, before)

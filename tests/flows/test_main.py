@@ -139,7 +139,8 @@ def test_the_proof_of_upcycling_is_stored(finished):
     assert proof["max_abs_delta"] <= proof["tolerance"]
 
 
-def test_an_interrupt_leaves_no_process_and_the_next_run_goes_on(tmp_path, corpus):
+def test_an_interrupt_leaves_no_process_and_the_next_run_goes_on(tmp_path, corpus, interrupts):
+    interrupts(signal.default_int_handler)
     home = tmp_path / "home"
     words = ["curate", "--config", "configs/small.yaml", "--sources", str(corpus)]
     # What comes after the split takes many minutes, so that the interrupt meets it however busy the machine is.

@@ -52,16 +52,23 @@ def test_a_step_with_equal_settings_and_inputs_is_reused(run):
     assert query("select state from steps order by started", run.home)[1] == [("completed",), ("reused",)]
 
 
-def test_an_interrupt_that_somebody_swallowed_lets_no_other_step_begin(run):
-    # A job in the background of a shell starts with SIGINT ignored; whatever stood there has to stand there again.
-    before = signal.getsignal(signal.SIGINT)
+def test_an_interrupt_that_somebody_swallowed_lets_no_other_step_begin(run, interrupts):
+    interrupts(signal.default_int_handler)
     letters(settings=CountSettings())
     with interrupts_noted(run):
         with contextlib.suppress(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             letters(settings=CountSettings(letters=4))
-    assert calls == ["letters"] and signal.getsignal(signal.SIGINT) is before
+    assert calls == ["letters"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_that_was_ignored_before_the_run_is_ignored_in_it(run, interrupts):
+    interrupts(signal.SIG_IGN)
+    with interrupts_noted(run):
+        os.kill(os.getpid(), signal.SIGINT)
+        letters(settings=CountSettings())
+    assert calls == ["letters"] and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_changed_setting_runs_the_step_and_what_follows_and_says_why(run):
