@@ -179,7 +179,7 @@ class ExpertChoiceForCausalLM(LlamaForCausalLM):
         fields = {name: value for name, value in llama.config.to_dict().items() if name != "model_type"}
         fields |= {"num_experts": num_experts, "segment_length": segment_length, **config}
         model = cls(ExpertChoiceConfig(**fields))
-        state = expand_dense_tensors(llama.state_dict(), num_experts)
+        state = expand_dense_tensors(llama.state_dict(), num_experts, shared_memory=True)
         state |= _routers(model, num_experts, model.config.router_initializer_range, seed)
         _load(model, state)
         return model.train(llama.training)

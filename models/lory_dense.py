@@ -42,7 +42,7 @@ def expand_dense_tensors(
 def part_experts(module: nn.Module) -> None:
     """Gives parameters whose elements share memory, as views of one FFN do, memory of their own, in place."""
     for parameter in module.parameters():
-        if 0 in parameter.stride() and parameter.dim() > 1:
+        if 0 in parameter.stride():
             parameter.data = parameter.data.contiguous()
 
 
