@@ -8,6 +8,7 @@ COPY constraints constraints
 RUN pip install --no-cache-dir torch==2.13.0 -c constraints/constraints.txt
 COPY pyproject.toml README.md prefect.yaml ./
 COPY configs configs
+COPY eclectus eclectus
 COPY flows flows
 COPY tasks tasks
 COPY models models

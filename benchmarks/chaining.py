@@ -1,6 +1,6 @@
 """Chaining time, memory and adjacent similarity against two peers in the same run: python benchmarks/chaining.py [N ...]
 
-    eclectus    tasks.group.chain: symmetrised graph, minimum-degree starts, compiled
+    eclectus    eclectus.tasks.grouping.group.chain: symmetrised graph, minimum-degree starts, compiled
     plain       the same algorithm in plain Python; both must give the same order
     published   ICP's released sort, re-implemented plainly (papers.md 1.6): arbitrary starts, the first 9 neighbours of the
                 directed lists, chains capped at 21
@@ -97,7 +97,7 @@ def extra_memory(folder: Path) -> float:
 
 
 def measure_memory(folder: Path) -> None:
-    from tasks.group import chain
+    from eclectus.tasks.grouping.group import chain
 
     chain(np.zeros((2, 2), np.int32), np.zeros((2, 2), np.float32))
     neighbors, similarities = np.load(folder / "neighbors.npy"), np.load(folder / "similarities.npy")
@@ -114,7 +114,7 @@ def high_water_mark() -> int:
 
 
 def main(counts: list[int]) -> None:
-    from tasks.group import chain
+    from eclectus.tasks.grouping.group import chain
 
     chain(np.zeros((2, 2), np.int32), np.zeros((2, 2), np.float32))  # compiles
     print(f"{'documents':>9} {'who':>10} {'seconds':>8} {'ratio':>6} {'adjacent':>9} {'bytes/edge':>10}")

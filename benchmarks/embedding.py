@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from storage.artifact import Artifact, ArtifactStore
-from tasks.cluster import ensure_ray, shut_ray
-from tasks.documents import DocumentsWriter
-from tasks.embed import EmbedSettings, Encoder, embed
-from tasks.static_embedding import StaticEmbeddingSettings, train_embedding
+from eclectus.storage.artifact import Artifact, ArtifactStore
+from eclectus.tasks.documents.table import DocumentsWriter
+from eclectus.tasks.grouping.embed import EmbedSettings, Encoder, embed
+from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings, train_embedding
+from eclectus.tasks.ray_cluster import ensure_ray, shut_ray
 
 MINILM_DOCUMENTS = 600
 

@@ -17,20 +17,20 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from storage.artifact import Artifact
-from storage.home import Home
-from storage.journal import Journal
-from storage.known import KnownKeys
-from tasks.embed import EmbedSettings, embed
-from tasks.group import GroupSettings, group
-from tasks.ingest import IngestSettings, ingest
-from tasks.languages import LanguageSettings, languages
-from tasks.neighbors import NeighborSettings, neighbors
-from tasks.read import Position, Record, read_records
-from tasks.run import Run, activate
-from tasks.sources import find_sources
-from tasks.split import SplitSettings, split
-from tasks.static_embedding import StaticEmbeddingSettings, train_embedding
+from eclectus.storage.artifact import Artifact
+from eclectus.storage.home import Home
+from eclectus.storage.journal import Journal
+from eclectus.storage.step_keys import KnownKeys
+from eclectus.tasks.documents.ingest import IngestSettings, ingest
+from eclectus.tasks.documents.languages import LanguageSettings, languages
+from eclectus.tasks.documents.readers import Position, Record, read_records
+from eclectus.tasks.documents.sources import find_sources
+from eclectus.tasks.documents.split import SplitSettings, split
+from eclectus.tasks.grouping.embed import EmbedSettings, embed
+from eclectus.tasks.grouping.group import GroupSettings, group
+from eclectus.tasks.grouping.neighbors import NeighborSettings, neighbors
+from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings, train_embedding
+from eclectus.tasks.run import Run, activate
 
 FILES = 20
 STEPS = ("ingest", "languages", "split", "train_embedding", "embed", "neighbors", "group")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tasks.languages import LanguageSettings, detect
+from eclectus.tasks.documents.languages import LanguageSettings, detect
 
 JUNK = 200
 

@@ -25,9 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from storage.compact import compact
-from storage.home import Home
-from storage.lineage import connect, walk
+from eclectus.storage.home import Home
+from eclectus.storage.lineage.compact import compact
+from eclectus.storage.lineage.connection import connect, walk
 
 STEPS_A_RUN = 100
 RUNS_A_PROJECT = 100
@@ -143,7 +143,7 @@ def report(home: Home, steps: int) -> None:
         print(f"{title:20} {'walk, both':12} {rows:7,} {wall:8.3f} {cpu:8.3f}", flush=True)
     environment = {**os.environ, "ECLECTUS_HOME": str(home.root), "PYTHONPATH": str(Path(__file__).parent.parent)}
     wall = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "flows.cli", "lineage", name(middle + 500), "--json"], env=environment, check=True, capture_output=True)  # fmt: skip
+    subprocess.run([sys.executable, "-m", "eclectus", "lineage", name(middle + 500), "--json"], env=environment, check=True, capture_output=True)  # fmt: skip
     print(f"eclectus lineage, the whole command: {time.perf_counter() - wall:.2f} s")
 
 

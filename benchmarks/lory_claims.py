@@ -3,7 +3,7 @@
     python benchmarks/lory_claims.py --prepare .claims --corpus ../shared/corpus        once: the whole pipeline, 7 minutes on busy cores
     python benchmarks/lory_claims.py --run .claims --seeds 3 --minutes 30 --out out     again to go on after a stop
 
-All models start from the same dense warm-up and go through `models.train`. Scores are without look-ahead: windows overlap, and
+All models start from the same dense warm-up and go through `eclectus.models.training.loop`. Scores are without look-ahead: windows overlap, and
 their first tokens, at least a segment, are not scored (Expert Choice looks ahead by nature: it is marked, and scored again
 with fixed thresholds). Every second held-out document of a domain is for choosing settings; the others are reported.
 Trainings run in processes of their own, most important first (--parts). After each the tables and all numbers so far are

@@ -2,7 +2,7 @@
 
 A file `v{vocabulary}.npz` holds every training document's tokens once and, for each grouping, the spans of its instances,
 so that three orders of the same documents cost little more than one; and held-out documents as evaluation reads them.
-Unpacking needs NumPy alone: `unpack` gives a directory that `models.instances.Instances` opens.
+Unpacking needs NumPy alone: `unpack` gives a directory that `eclectus.models.training.instances.Instances` opens.
 
 Every second held-out document of a domain is for choosing settings (`validation`), the others are what is reported (`test`).
 """
@@ -31,7 +31,7 @@ def passages(documents: Any, place: Path, characters: int) -> str:
     """
     import pyarrow.compute as pc
 
-    from tasks.documents import read_batches
+    from eclectus.tasks.documents.table import read_batches
 
     path, names = place / "passages.jsonl", ["document", "language", "domain", "text"]
     with open(path, "w") as out:
@@ -67,16 +67,16 @@ def prepare(
     passages of at most so many characters, 0 for whole documents; held-out documents stay whole. seed: of what is held out and
     of the orders.
     """
-    from storage.artifact import ArtifactStore
-    from tasks.embed import EmbedSettings, embed
-    from tasks.group import GroupSettings, group
-    from tasks.ingest import IngestSettings, ingest
-    from tasks.languages import LanguageSettings, languages
-    from tasks.neighbors import NeighborSettings, neighbors
-    from tasks.pack import PackSettings, pack
-    from tasks.split import SplitSettings, split
-    from tasks.static_embedding import StaticEmbeddingSettings, train_embedding
-    from tasks.tokenizer import TokenizerSettings, tokenizer
+    from eclectus.storage.artifact import ArtifactStore
+    from eclectus.tasks.documents.ingest import IngestSettings, ingest
+    from eclectus.tasks.documents.languages import LanguageSettings, languages
+    from eclectus.tasks.documents.split import SplitSettings, split
+    from eclectus.tasks.grouping.embed import EmbedSettings, embed
+    from eclectus.tasks.grouping.group import GroupSettings, group
+    from eclectus.tasks.grouping.neighbors import NeighborSettings, neighbors
+    from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings, train_embedding
+    from eclectus.tasks.packing.pack import PackSettings, pack
+    from eclectus.tasks.packing.tokenizer import TokenizerSettings, tokenizer
 
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -120,7 +120,7 @@ def _training_arrays(packed: dict[str, Any]) -> dict[str, np.ndarray]:
     """flat: tokens of all documents; starts: where each begins; spans_{grouping} [S, 6] int32; about: names, as JSON."""
     import pyarrow.parquet as pq
 
-    from models.instances import Instances
+    from eclectus.models.training.instances import Instances
 
     opened = {name: Instances(artifact.path) for name, artifact in packed.items()}
     spans = {}
@@ -165,10 +165,10 @@ def _places(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def _held_out_arrays(documents: Any, tokenizer: Any) -> dict[str, np.ndarray]:
-    """Streams of held-out documents by domain, as `models.evaluate.Windows` takes them; long documents are cut."""
-    from models.evaluate import NO_DOCUMENT
-    from tasks.held_out import read_held_out
-    from tasks.tokenizer import load_tokenizer
+    """Streams of held-out documents by domain, as `eclectus.models.evaluation.scoring.Windows` takes them; long documents are cut."""
+    from eclectus.models.evaluation.scoring import NO_DOCUMENT
+    from eclectus.tasks.evaluation.held_out import read_held_out
+    from eclectus.tasks.packing.tokenizer import load_tokenizer
 
     words = load_tokenizer(tokenizer.path)
     held = read_held_out(documents, words, 10_000)
@@ -193,7 +193,7 @@ def _held_out_arrays(documents: Any, tokenizer: Any) -> dict[str, np.ndarray]:
 
 
 def unpack(place: Path, vocabulary: int, grouping: str, out: Path, length: int) -> None:
-    """Writes the instances of one grouping, `length` tokens each, into the directory `out`, for `models.instances.Instances`."""
+    """Writes the instances of one grouping, `length` tokens each, into the directory `out`, for `eclectus.models.training.instances.Instances`."""
     if (out / "instances.json").is_file():
         return
     path = place / f"v{vocabulary}.npz"
@@ -249,7 +249,7 @@ def held_out(place: Path, vocabulary: int, length: int, context: int) -> tuple[A
 
     The part is an index into PARTS; documents of a stream belong to the parts in turn.
     """
-    from models.evaluate import Windows, plan_windows
+    from eclectus.models.evaluation.scoring import Windows, plan_windows
 
     with np.load(place / f"v{vocabulary}.npz") as file:
         held = {name: file[name] for name in file.files if name.startswith("held_")}

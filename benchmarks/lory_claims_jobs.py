@@ -1,6 +1,6 @@
 """The trainings of `lory_claims.py`: sizes, models, one job from a dense warm-up to scores on held-out text.
 
-A job trains with the production loop (`models.train.train`), objectives and evaluation. All jobs of a seed start from the
+A job trains with the production loop (`eclectus.models.training.loop.train`), objectives and evaluation. All jobs of a seed start from the
 same dense warm-up and read the same instances in the same order. Needs torch, transformers, safetensors and NumPy.
 """
 
@@ -19,13 +19,15 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from models import LoryConfig, objectives, stages
-from models.baselines import ExpertChoiceForCausalLM
-from models.checkpoint import duplicated_moments
-from models.evaluate import Windows, score
-from models.instances import Instances
-from models.place import Place
-from models.train import Plan, train
+from eclectus.models import LoryConfig
+from eclectus.models.evaluation.scoring import Windows, score
+from eclectus.models.pretraining import stages
+from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM
+from eclectus.models.pretraining.checkpoint import duplicated_moments
+from eclectus.models.training import objectives
+from eclectus.models.training.instances import Instances
+from eclectus.models.training.loop import Plan, train
+from eclectus.models.training.process import Place
 
 MODELS = ("dense", "lory", "prefix", "expert_choice", "segment_choice", "top_k")
 NEVER = 10**9

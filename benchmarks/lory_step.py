@@ -25,8 +25,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from models import LoryConfig, LoryForCausalLM
-from models.merge import merged_ffn, reference_merged_ffn
+from eclectus.models import LoryConfig, LoryForCausalLM
+from eclectus.models.lory.merge import merged_ffn, reference_merged_ffn
 
 SIZES = {
     "tiny": dict(hidden=64, ffn=172, layers=4, heads=4, segment=64, length=512, batch=16, vocab=4096),

@@ -6,7 +6,7 @@
     review    the review on a stage-1 checkpoint
     single    the baselines and ablations of one stage
 
-All train with `models.train.train` and the objectives of `models.objectives`: what is measured is what ships. Jobs hand
+All train with `eclectus.models.training.loop.train` and the objectives of `eclectus.models.training.objectives`: what is measured is what ships. Jobs hand
 checkpoints to each other in a folder. Each is scored on both held-out parts, `valid` and `held` (lpr_data).
 """
 
@@ -27,17 +27,17 @@ from lpr_sizes import Review
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from models import objectives
-from models.dense_base import REPORT
-from models.evaluate import Windows, plan_windows, score
-from models.experts import frozen_digest, set_trainable, split_experts
-from models.export import export_checkpoint
-from models.extension_baselines import MixedInstances, one_stage, open_method, untrained_digest
-from models.instances import Instances
-from models.losses import language_prior_loss
-from models.place import Place
-from models.train import Objective, Plan, autocast, train
-from models.upcycle import upcycle
+from eclectus.models.evaluation.scoring import Windows, plan_windows, score
+from eclectus.models.extension.methods import MixedInstances, one_stage, open_method, untrained_digest
+from eclectus.models.mixture.dense_base import REPORT
+from eclectus.models.mixture.experts import frozen_digest, set_trainable, split_experts
+from eclectus.models.mixture.export import export_checkpoint
+from eclectus.models.mixture.upcycle import upcycle
+from eclectus.models.training import objectives
+from eclectus.models.training.instances import Instances
+from eclectus.models.training.loop import Objective, Plan, autocast, train
+from eclectus.models.training.process import Place
+from eclectus.models.training.router_losses import language_prior_loss
 
 logging.disable_progress_bar()
 

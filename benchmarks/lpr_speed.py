@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from models import objectives
-from models.experts import set_trainable, split_experts
-from models.instances import Batch
-from models.optimizer import make_optimizer
-from models.train import Plan, autocast
+from eclectus.models.mixture.experts import set_trainable, split_experts
+from eclectus.models.training import objectives
+from eclectus.models.training.instances import Batch
+from eclectus.models.training.loop import Plan, autocast
+from eclectus.models.training.optimizer import make_optimizer
 
 TURNS = 3
 CPU_ROUNDS = 8

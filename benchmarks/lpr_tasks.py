@@ -1,4 +1,4 @@
-"""lm-eval tasks on a model in memory, for `lpr_claims.py`: the product's tasks and questions (tasks/benchmark_tasks.py)."""
+"""lm-eval tasks on a model in memory, for `lpr_claims.py`: the product's tasks and questions (tasks/evaluation/benchmark_tasks.py)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from lm_eval import simple_evaluate
 from transformers import AutoTokenizer
 
-from models.harness import make_examinee
-from models.place import Place
-from tasks.benchmark_tasks import Harness, Wanted, language_of, local_questions
+from eclectus.models.evaluation.lm_eval import make_examinee
+from eclectus.models.training.process import Place
+from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, language_of, local_questions
 
 
 def task_scores(

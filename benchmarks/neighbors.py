@@ -11,9 +11,9 @@ import time
 
 import numpy as np
 
-from storage.home import Home
-from tasks.nearest import Lists, NeighborSettings, Partition, search
-from tasks.neighbor_update import Earlier, update
+from eclectus.storage.home import Home
+from eclectus.tasks.grouping.nearest import Lists, NeighborSettings, Partition, search
+from eclectus.tasks.grouping.neighbor_update import Earlier, update
 
 
 def vectors_of(count: int, dimension: int) -> np.ndarray:

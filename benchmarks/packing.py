@@ -17,13 +17,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
 from datasets import Dataset, disable_caching, disable_progress_bars
 
-from storage.artifact import ArtifactStore
-from tasks.documents import read_table
-from tasks.ingest import IngestSettings, ingest
-from tasks.languages import LanguageSettings, languages
-from tasks.pack import PackSettings, pack
-from tasks.split import SplitSettings, split
-from tasks.tokenizer import TokenizerSettings, load_tokenizer, tokenizer
+from eclectus.storage.artifact import ArtifactStore
+from eclectus.tasks.documents.ingest import IngestSettings, ingest
+from eclectus.tasks.documents.languages import LanguageSettings, languages
+from eclectus.tasks.documents.split import SplitSettings, split
+from eclectus.tasks.documents.table import read_table
+from eclectus.tasks.packing.pack import PackSettings, pack
+from eclectus.tasks.packing.tokenizer import TokenizerSettings, load_tokenizer, tokenizer
 
 LENGTH = 512
 

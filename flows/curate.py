@@ -6,21 +6,21 @@ from dataclasses import dataclass
 
 from prefect import flow
 
-from flows.parameters import CurateParameters, check
-from flows.run import open_run
-from storage.artifact import Artifact
-from tasks.budget import BudgetSettings, budget
-from tasks.data_report import DataReportSettings, data_report
-from tasks.embed import STATIC, EmbedSettings, embed
-from tasks.group import GroupSettings, group
-from tasks.ingest import IngestSettings, ingest
-from tasks.languages import LanguageSettings, languages
-from tasks.neighbors import NeighborSettings, neighbors
-from tasks.pack import PackSettings, pack
-from tasks.replay import ReplaySettings, replay
-from tasks.split import SplitSettings, split
-from tasks.static_embedding import StaticEmbeddingSettings, train_embedding
-from tasks.tokenizer import TokenizerSettings, tokenizer
+from eclectus.flows.parameters import CurateParameters, check
+from eclectus.flows.run import open_run
+from eclectus.storage.artifact import Artifact
+from eclectus.tasks.documents.ingest import IngestSettings, ingest
+from eclectus.tasks.documents.languages import LanguageSettings, languages
+from eclectus.tasks.documents.split import SplitSettings, split
+from eclectus.tasks.grouping.embed import STATIC, EmbedSettings, embed
+from eclectus.tasks.grouping.group import GroupSettings, group
+from eclectus.tasks.grouping.neighbors import NeighborSettings, neighbors
+from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings, train_embedding
+from eclectus.tasks.packing.budget import BudgetSettings, budget
+from eclectus.tasks.packing.pack import PackSettings, pack
+from eclectus.tasks.packing.replay import ReplaySettings, replay
+from eclectus.tasks.packing.tokenizer import TokenizerSettings, tokenizer
+from eclectus.tasks.report.data_report import DataReportSettings, data_report
 
 
 @dataclass(frozen=True)

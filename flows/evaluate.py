@@ -7,9 +7,9 @@ from typing import Any
 
 from prefect import flow
 
-from flows.curate import Curated, curate
-from flows.extend import extend
-from flows.parameters import (
+from eclectus.flows.curate import Curated, curate
+from eclectus.flows.extend import extend
+from eclectus.flows.parameters import (
     CurateParameters,
     EvaluateParameters,
     ExtendParameters,
@@ -17,18 +17,18 @@ from flows.parameters import (
     PretrainParameters,
     check,
 )
-from flows.pretrain import pretrain
-from flows.run import current_home, once, open_run
-from storage.artifact import Artifact
-from storage.champions import Decision
-from storage.errors import EclectusError
-from tasks.benchmark import BenchmarkSettings, benchmark
-from tasks.contamination import ContaminationSettings, contamination, trained_on
-from tasks.evaluate import EvaluateSettings
-from tasks.evaluate import evaluate as score
-from tasks.gate import Gate, read_gates
-from tasks.promote import Candidate, decide
-from tasks.report import ReportSettings, report
+from eclectus.flows.pretrain import pretrain
+from eclectus.flows.run import current_home, once, open_run
+from eclectus.storage.artifact import Artifact
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.lineage.champions import Decision
+from eclectus.tasks.evaluation.benchmark import BenchmarkSettings, benchmark
+from eclectus.tasks.evaluation.contamination import ContaminationSettings, contamination, trained_on
+from eclectus.tasks.evaluation.evaluate import EvaluateSettings
+from eclectus.tasks.evaluation.evaluate import evaluate as score
+from eclectus.tasks.promotion.gate import Gate, read_gates
+from eclectus.tasks.promotion.promote import Candidate, decide
+from eclectus.tasks.report import ReportSettings, report
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 from prefect import flow
 
-from flows.curate import Curated, curate
-from flows.parameters import CurateParameters, ExtendParameters, PretrainParameters, check
-from flows.pretrain import pretrain
-from flows.run import once, open_run
-from storage.artifact import Artifact
-from storage.errors import EclectusError
-from tasks.add_experts import AddExpertsSettings, add_experts, kind_of
-from tasks.extend import ExtendStageSettings, recipe_of
-from tasks.extend import extend as train
-from tasks.fetch import FetchSettings, fetch
-from tasks.layer_similarity import LayerSimilaritySettings, layer_similarity
-from tasks.upcycle import UpcycleSettings, upcycle
+from eclectus.flows.curate import Curated, curate
+from eclectus.flows.parameters import CurateParameters, ExtendParameters, PretrainParameters, check
+from eclectus.flows.pretrain import pretrain
+from eclectus.flows.run import once, open_run
+from eclectus.storage.artifact import Artifact
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.training.add_experts import AddExpertsSettings, add_experts, kind_of
+from eclectus.tasks.training.extend import ExtendStageSettings, recipe_of
+from eclectus.tasks.training.extend import extend as train
+from eclectus.tasks.training.fetch_model import FetchSettings, fetch
+from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings, layer_similarity
+from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from prefect import flow
 
-from flows.curate import curate
-from flows.evaluate import Evaluated, evaluate
-from flows.extend import extend
-from flows.parameters import (
+from eclectus.flows.curate import curate
+from eclectus.flows.evaluate import Evaluated, evaluate
+from eclectus.flows.extend import extend
+from eclectus.flows.parameters import (
     CurateParameters,
     EvaluateParameters,
     ExtendParameters,
@@ -15,8 +15,8 @@ from flows.parameters import (
     PretrainParameters,
     check,
 )
-from flows.pretrain import pretrain
-from flows.run import once, open_run
+from eclectus.flows.pretrain import pretrain
+from eclectus.flows.run import once, open_run
 
 
 @flow(name="main")

@@ -13,34 +13,34 @@ from pydantic import Field, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from storage.errors import EclectusError
-from tasks.add_experts import AddExpertsSettings
-from tasks.benchmark import BenchmarkSettings
-from tasks.budget import BudgetSettings
-from tasks.contamination import ContaminationSettings
-from tasks.data_report import DataReportSettings
-from tasks.embed import EmbedSettings
-from tasks.evaluate import EvaluateSettings
-from tasks.extend import ExtendSettings, MethodSettings
-from tasks.fetch import FetchSettings
-from tasks.group import GroupSettings
-from tasks.ingest import IngestSettings
-from tasks.languages import LanguageSettings
-from tasks.layer_similarity import LayerSimilaritySettings
-from tasks.nearest import NeighborSettings
-from tasks.news import NewsSettings, RefreshSettings
-from tasks.pack import PackSettings
-from tasks.pretrain import PretrainSettings
-from tasks.replay import ReplaySettings
-from tasks.report import ReportSettings
-from tasks.roots import check_roots
-from tasks.settings import Settings
-from tasks.split import SplitSettings
-from tasks.static_embedding import StaticEmbeddingSettings
-from tasks.tokenizer import TokenizerSettings
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.allowed_paths import check_roots
+from eclectus.tasks.documents.ingest import IngestSettings
+from eclectus.tasks.documents.languages import LanguageSettings
+from eclectus.tasks.documents.split import SplitSettings
+from eclectus.tasks.evaluation.benchmark import BenchmarkSettings
+from eclectus.tasks.evaluation.contamination import ContaminationSettings
+from eclectus.tasks.evaluation.evaluate import EvaluateSettings
+from eclectus.tasks.grouping.embed import EmbedSettings
+from eclectus.tasks.grouping.group import GroupSettings
+from eclectus.tasks.grouping.nearest import NeighborSettings
+from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings
+from eclectus.tasks.packing.budget import BudgetSettings
+from eclectus.tasks.packing.pack import PackSettings
+from eclectus.tasks.packing.replay import ReplaySettings
+from eclectus.tasks.packing.tokenizer import TokenizerSettings
+from eclectus.tasks.promotion.new_documents import NewsSettings, RefreshSettings
+from eclectus.tasks.report import ReportSettings
+from eclectus.tasks.report.data_report import DataReportSettings
+from eclectus.tasks.settings import Settings
+from eclectus.tasks.training.add_experts import AddExpertsSettings
+from eclectus.tasks.training.extend import ExtendSettings, MethodSettings
+from eclectus.tasks.training.fetch_model import FetchSettings
+from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings
+from eclectus.tasks.training.pretrain import PretrainSettings
 
 if TYPE_CHECKING:
-    from tasks.gate import Gate
+    from eclectus.tasks.promotion.gate import Gate
 
 
 # What every run has to be told.
@@ -165,7 +165,7 @@ PARAMETERS = {
 
 def check(parameters: CurateParameters | SimilarityParameters) -> None:
     """What can be known to fail before any work starts. Raises EclectusError naming the setting."""
-    from tasks.ingest import check_sources
+    from eclectus.tasks.documents.ingest import check_sources
 
     # First: what is said of a source tells what is there.
     check_roots(parameters)
@@ -210,8 +210,8 @@ def check_extension(parameters: ExtendParameters) -> None:
 
 def gate_of(parameters: RetrainParameters) -> Gate:
     """The rules of the line that is retrained. Raises EclectusError when retraining makes no model for it."""
-    from tasks.extend import recipe_of
-    from tasks.gate import read_gates
+    from eclectus.tasks.promotion.gate import read_gates
+    from eclectus.tasks.training.extend import recipe_of
 
     lines, line = read_gates(parameters.gate), parameters.retrain_line
     if line not in lines:
@@ -228,12 +228,12 @@ def gate_of(parameters: RetrainParameters) -> Gate:
 
 def _check_evaluation(parameters: JudgeParameters) -> None:
     if isinstance(parameters, EvaluateParameters) and parameters.gate:
-        from tasks.gate import read_gates
+        from eclectus.tasks.promotion.gate import read_gates
 
         read_gates(parameters.gate)
     benchmarks = BenchmarkSettings.of(parameters)
     if benchmarks.asks:
-        from tasks.benchmark_tasks import Harness
+        from eclectus.tasks.evaluation.benchmark_tasks import Harness
 
         benchmarks.wanted()
         Harness.check_installed()

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 from prefect import flow
 
-from flows.curate import Curated, curate
-from flows.parameters import CurateParameters, PretrainParameters, check
-from flows.run import once, open_run
-from storage.artifact import Artifact
-from tasks.fetch import FetchSettings, fetch
-from tasks.pretrain import PretrainStageSettings
-from tasks.pretrain import pretrain as train
+from eclectus.flows.curate import Curated, curate
+from eclectus.flows.parameters import CurateParameters, PretrainParameters, check
+from eclectus.flows.run import once, open_run
+from eclectus.storage.artifact import Artifact
+from eclectus.tasks.training.fetch_model import FetchSettings, fetch
+from eclectus.tasks.training.pretrain import PretrainStageSettings
+from eclectus.tasks.training.pretrain import pretrain as train
 
 
 @dataclass(frozen=True)

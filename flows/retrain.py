@@ -13,18 +13,18 @@ from dataclasses import dataclass, replace
 
 from prefect import flow
 
-from flows.curate import Curated, curate, gather
-from flows.evaluate import Evaluated, judged
-from flows.extend import extend, train_on
-from flows.parameters import CurateParameters, ExtendParameters, RetrainParameters, check, gate_of
-from flows.run import current_home, once, open_run
-from storage.artifact import Artifact
-from storage.champions import champion, decisions
-from tasks.contamination import packed_documents
-from tasks.news import NewsSettings, RefreshSettings, news, refresh
-from tasks.pack import PackSettings, pack
-from tasks.report.history import Made, read_history
-from tasks.run import current_run, say
+from eclectus.flows.curate import Curated, curate, gather
+from eclectus.flows.evaluate import Evaluated, judged
+from eclectus.flows.extend import extend, train_on
+from eclectus.flows.parameters import CurateParameters, ExtendParameters, RetrainParameters, check, gate_of
+from eclectus.flows.run import current_home, once, open_run
+from eclectus.storage.artifact import Artifact
+from eclectus.storage.lineage.champions import champion, decisions
+from eclectus.storage.lineage.history import Made, read_history
+from eclectus.tasks.evaluation.contamination import packed_documents
+from eclectus.tasks.packing.pack import PackSettings, pack
+from eclectus.tasks.promotion.new_documents import NewsSettings, RefreshSettings, news, refresh
+from eclectus.tasks.run import current_run, say
 
 EXTENDING = ("upcycle", "add_experts", "extend")
 

@@ -23,17 +23,17 @@ from typing import Any
 
 import duckdb
 
-from flows.server import prefect_server
-from storage.compact import compact
-from storage.errors import EclectusError
-from storage.home import Home
-from storage.journal import Journal
-from storage.known import KnownKeys
-from storage.lineage import write_database
-from tasks.cluster import shut_ray
-from tasks.roots import check_roots
-from tasks.run import Display, Run, activate, current_run
-from tasks.settings import Settings
+from eclectus.flows.services.server import prefect_server
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.home import Home
+from eclectus.storage.journal import Journal
+from eclectus.storage.lineage.compact import compact
+from eclectus.storage.lineage.connection import write_database
+from eclectus.storage.step_keys import KnownKeys
+from eclectus.tasks.allowed_paths import check_roots
+from eclectus.tasks.ray_cluster import shut_ray
+from eclectus.tasks.run import Display, Run, activate, current_run
+from eclectus.tasks.settings import Settings
 
 STARTS = 4
 PACKAGES = [
@@ -94,7 +94,7 @@ def open_run(
         )
         pages = None
         if run.in_prefect:
-            from flows.ui import PrefectPages
+            from eclectus.flows.ui import PrefectPages
 
             pages = PrefectPages()
             run.displays.append(pages)
@@ -224,10 +224,10 @@ def _prefect_flow_run() -> str | None:
 
 
 def _check_starts() -> None:
-    """Ends the round of crash and restart (flows/automations.py) by a failure, which nothing restarts."""
+    """Ends the round of crash and restart (flows/services/automations.py) by a failure, which nothing restarts."""
     from prefect.runtime import flow_run
 
-    from flows.ui import close_lost_steps
+    from eclectus.flows.ui import close_lost_steps
 
     if (flow_run.run_count or 0) > 1:
         close_lost_steps(str(flow_run.id))

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from prefect import flow
 
-from flows.parameters import SimilarityParameters, check
-from flows.run import open_run
-from storage.artifact import Artifact
-from tasks.fetch import FetchSettings, fetch
-from tasks.ingest import IngestSettings, ingest
-from tasks.languages import LanguageSettings, languages
-from tasks.layer_similarity import LayerSimilaritySettings, layer_similarity
-from tasks.split import SplitSettings, split
+from eclectus.flows.parameters import SimilarityParameters, check
+from eclectus.flows.run import open_run
+from eclectus.storage.artifact import Artifact
+from eclectus.tasks.documents.ingest import IngestSettings, ingest
+from eclectus.tasks.documents.languages import LanguageSettings, languages
+from eclectus.tasks.documents.split import SplitSettings, split
+from eclectus.tasks.training.fetch_model import FetchSettings, fetch
+from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings, layer_similarity
 
 
 @dataclass(frozen=True)

@@ -35,18 +35,18 @@ from prefect.client.schemas.objects import StateType
 from prefect.logging import get_logger
 from prefect.states import Crashed
 
-from flows.server import PAGES
-from storage.artifact import Artifact
-from storage.errors import EclectusError
-from storage.lineage import connect
-from tasks.run import Run, current_run
+from eclectus.flows.services.server import PAGES
+from eclectus.storage.artifact import Artifact
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.lineage.connection import connect
+from eclectus.tasks.run import Run, current_run
 
 SECONDS_BETWEEN_UPDATES = 3.0
 LONGEST_VALUE = 300
 
 
 class PrefectPages:
-    """A display (see `tasks.run.Display`) that writes Prefect artifacts; called inside the step's task run, which owns them."""
+    """A display (see `eclectus.tasks.run.Display`) that writes Prefect artifacts; called inside the step's task run, which owns them."""
 
     def __init__(self) -> None:
         self._bars: dict[str, tuple[UUID, float]] = {}

@@ -3,11 +3,15 @@
 Importing this package registers Lory, Expert Choice and mixtures with different experts per layer with transformers' Auto classes.
 """
 
-from .baselines import ExpertChoiceForCausalLM
-from .layered import LayeredMixtralForCausalLM, LayeredQwen2MoeForCausalLM, LayeredQwen3MoeForCausalLM
-from .lory import LoryForCausalLM
-from .lory_config import LoryConfig
-from .lory_routing import LoryCache
+from eclectus.models.lory.config import LoryConfig
+from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.lory.routing import LoryCache
+from eclectus.models.mixture.layered import (
+    LayeredMixtralForCausalLM,
+    LayeredQwen2MoeForCausalLM,
+    LayeredQwen3MoeForCausalLM,
+)
+from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM
 
 __all__ = [
     "ExpertChoiceForCausalLM",

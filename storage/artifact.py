@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from storage.errors import DamagedArtifact, EclectusError
-from storage.mirror import Mirror
-from storage.secrets import scrubbed
+from eclectus.storage.errors import DamagedArtifact, EclectusError
+from eclectus.storage.mirror import Mirror
+from eclectus.storage.secrets import scrubbed
 
 KINDS = (
     "documents",

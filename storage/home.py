@@ -13,9 +13,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.artifact import ArtifactStore
-from storage.errors import EclectusError
-from storage.mirror import SCHEME, Mirror, cache_folder
+from eclectus.storage.artifact import ArtifactStore
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.mirror import SCHEME, Mirror, cache_folder
 
 DEFAULT = "home"
 LAYOUT = 2
@@ -68,7 +68,7 @@ class Home:
                 f"home {self.root} has layout {found[:20]}, newer than this eclectus knows ({LAYOUT}); update eclectus"
             )
         if int(found) < LAYOUT and os.access(self.root, os.W_OK):
-            # Layout 2 adds Parquet parts and an index beside the journals; `storage.compact` makes them as it goes.
+            # Layout 2 adds Parquet parts and an index beside the journals; `eclectus.storage.lineage.compact` makes them as it goes.
             self._layout.write_text(f"{LAYOUT}\n")
 
     @property

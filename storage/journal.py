@@ -3,8 +3,8 @@
 Three streams of newline-delimited JSON, `events/` (runs and steps), `metrics/` and `decisions/` (champions), with one file a run
 and process. An event is one line, written with one `write` and synced: a kill loses at most the line being written. Metrics are written through
 to the operating system line by line and synced at close. A writer holds a lock on its own file, which the system drops when
-the process is gone, however it went: that is how `storage.compact` knows which journals are finished and may become Parquet.
-`storage.lineage` reads both forms.
+the process is gone, however it went: that is how `eclectus.storage.lineage.compact` knows which journals are finished and may become Parquet.
+`eclectus.storage.lineage.connection` reads both forms.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from storage.errors import EclectusError
-from storage.mirror import Mirror
-from storage.secrets import scrubber
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.mirror import Mirror
+from eclectus.storage.secrets import scrubber
 
 EVENTS = "events"
 METRICS = "metrics"
@@ -37,7 +37,7 @@ def now() -> str:
 class Journal:
     """The journal of this process for one run. Files appear with the first line written.
 
-    Secrets of the environment never get in (`storage.secrets`). Raises EclectusError when a line cannot be written.
+    Secrets of the environment never get in (`eclectus.storage.secrets`). Raises EclectusError when a line cannot be written.
     """
 
     def __init__(self, root: Path, run: str, mirror: Mirror | None = None) -> None:
@@ -73,7 +73,7 @@ class Journal:
         )
 
     def decision(self, **columns: Any) -> None:
-        """One decision on a model (storage/champions.py), on disk when this returns."""
+        """One decision on a model (storage/lineage/champions.py), on disk when this returns."""
         os.fsync(self._write(DECISIONS, {"logged": now(), "run": self.run, **columns}))
         self._push(DECISIONS)
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from storage.errors import EclectusError
+from eclectus.storage.errors import EclectusError
 
 SCHEME = "://"
 

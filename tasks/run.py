@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from storage.artifact import Artifact
-from storage.home import Home
-from storage.journal import Journal
-from storage.known import KnownKeys
+from eclectus.storage.artifact import Artifact
+from eclectus.storage.home import Home
+from eclectus.storage.journal import Journal
+from eclectus.storage.step_keys import KnownKeys
 
 T = TypeVar("T")
 C = TypeVar("C", bound=contextlib.AbstractContextManager)

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from storage.errors import EclectusError
+from eclectus.storage.errors import EclectusError
 
 
 def Place(default: Any, description: str, **rules: Any) -> Any:

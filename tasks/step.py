@@ -26,12 +26,12 @@ from typing import Any
 
 import psutil
 
-from storage.artifact import Artifact
-from storage.errors import EclectusError
-from storage.known import Record
-from storage.secrets import scrub
-from tasks.run import Run, current_run
-from tasks.settings import Settings
+from eclectus.storage.artifact import Artifact
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.secrets import scrub
+from eclectus.storage.step_keys import Record
+from eclectus.tasks.run import Run, current_run
+from eclectus.tasks.settings import Settings
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -62,7 +62,7 @@ class Step:
         run = current_run()
         if run is None:
             raise EclectusError(
-                f"step '{self.name}' was called outside a run; use flows.run.open_run, or {self.name}.function"
+                f"step '{self.name}' was called outside a run; use eclectus.flows.run.open_run, or {self.name}.function"
             )
         for name in arguments:
             if name not in self._parameters:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.home import Home
-from storage.journal import Journal
-from storage.known import KnownKeys
-from tasks.run import Run, activate
+from eclectus.storage.home import Home
+from eclectus.storage.journal import Journal
+from eclectus.storage.step_keys import KnownKeys
+from eclectus.tasks.run import Run, activate
 
 
 @pytest.fixture

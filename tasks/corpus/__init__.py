@@ -17,11 +17,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from tasks.corpus import catalogs, prose, python_library
-from tasks.corpus.packages import Package, require
-from tasks.corpus.text import Document, within_budget, without_repeats
-from tasks.languages import detect
-from tasks.settings import Settings
+from eclectus.tasks.corpus import catalogs, prose, python_library
+from eclectus.tasks.corpus.packages import Package, require
+from eclectus.tasks.corpus.text import Document, within_budget, without_repeats
+from eclectus.tasks.documents.languages import detect
+from eclectus.tasks.settings import Settings
 
 Language = Literal["en", "el", "hu", "tr", "es", "zh"]
 

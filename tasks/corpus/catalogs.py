@@ -17,10 +17,10 @@ import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from storage.errors import EclectusError
-from tasks.corpus.packages import Package
-from tasks.corpus.text import Document
-from tasks.languages import detect
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.corpus.packages import Package
+from eclectus.tasks.corpus.text import Document
+from eclectus.tasks.documents.languages import detect
 
 PACKAGES = [
     Package("gramps", "GPL-2.0-or-later"),

@@ -6,7 +6,7 @@ import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 
-from storage.errors import EclectusError
+from eclectus.storage.errors import EclectusError
 
 
 @dataclass(frozen=True)

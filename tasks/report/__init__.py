@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from storage.artifact import Artifact, Draft
-from storage.errors import EclectusError
-from tasks.report.history import History, read_history
-from tasks.run import current_run
-from tasks.settings import Settings
-from tasks.step import step
+from eclectus.storage.artifact import Artifact, Draft
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.lineage.history import History, read_history
+from eclectus.tasks.run import current_run
+from eclectus.tasks.settings import Settings
+from eclectus.tasks.step import step
 
 if TYPE_CHECKING:
-    from tasks.report.answers import Answers
-    from tasks.report.evidence import Scores
-    from tasks.report.figures import Figure
-    from tasks.report.tables import Facts, Table
-    from tasks.report.verdict import Comparer, Verdict
+    from eclectus.tasks.evaluation.scores import Scores
+    from eclectus.tasks.evaluation.task_scores import Answers
+    from eclectus.tasks.report.figures import Figure
+    from eclectus.tasks.report.tables import Facts, Table
+    from eclectus.tasks.report.verdict import Comparer, Verdict
 
 
 class ReportSettings(Settings):
@@ -128,13 +128,13 @@ def report(
 ) -> None:
     """Writes the report over these models: "dense", "lory", "stage 1", "stage 2" and any others by name.
 
-    benchmarks, contaminations: by model (tasks/benchmark.py, tasks/contamination.py). gates: decisions by line (tasks/gate.py).
+    benchmarks, contaminations: by model (tasks/evaluation/benchmark.py, tasks/evaluation/contamination.py). gates: decisions by line (tasks/promotion/gate.py).
     """
-    from tasks.report.answers import Answers
-    from tasks.report.evidence import Scores
-    from tasks.report.markdown import write_markdown
-    from tasks.report.pictures import draw_pictures
-    from tasks.report.verdict import Comparer
+    from eclectus.tasks.evaluation.scores import Scores
+    from eclectus.tasks.evaluation.task_scores import Answers
+    from eclectus.tasks.report.markdown import write_markdown
+    from eclectus.tasks.report.pictures import draw_pictures
+    from eclectus.tasks.report.verdict import Comparer
 
     if not evaluations:
         raise EclectusError("a report needs at least one evaluated model; evaluate a checkpoint first")
@@ -200,10 +200,10 @@ def _contents(
     settings: ReportSettings,
     beside: Beside,
 ) -> Contents:
-    from tasks.report import figures, tables
-    from tasks.report.forgetting import forgetting_table, tasks_table
-    from tasks.report.verdict import judge
-    from tasks.report.words import count, listed
+    from eclectus.tasks.report import figures, tables
+    from eclectus.tasks.report.forgetting import forgetting_table, tasks_table
+    from eclectus.tasks.report.verdict import judge
+    from eclectus.tasks.report.words import count, listed
 
     base = comparer.base
     digests = {name: checkpoint.digest for name, checkpoint in checkpoints.items()}
@@ -242,9 +242,9 @@ def _frozen(checkpoints: dict[str, Artifact], history: History) -> bool | None:
 
 
 def _routing(scores: dict[str, Scores]) -> list[RoutingPart]:
-    from tasks.report import figures
-    from tasks.report.tables import routing_table
-    from tasks.report.verdict import LORY
+    from eclectus.tasks.report import figures
+    from eclectus.tasks.report.tables import routing_table
+    from eclectus.tasks.report.verdict import LORY
 
     routed = {name: each for name, each in scores.items() if each.routing}
     parts = []
@@ -283,8 +283,8 @@ def _over_training(curves: list[Figure]) -> list[RoutingPart]:
 
 
 def _divergences(scores: Scores, label: str, **groups: str) -> str:
-    from tasks.report.evidence import divergence
-    from tasks.report.figures import shown_layers
+    from eclectus.tasks.evaluation.scores import divergence
+    from eclectus.tasks.report.figures import shown_layers
 
     return ", ".join(
         f"layer {layer} {divergence(scores.shares(label, layer, **groups)):.3f}"
@@ -294,7 +294,7 @@ def _divergences(scores: Scores, label: str, **groups: str) -> str:
 
 def _samples(scores: dict[str, Scores], most: int) -> list[Sample]:
     """Samples of the prompts that all models continued, side by side."""
-    from tasks.report.words import language_name
+    from eclectus.tasks.documents.language_codes import language_name
 
     first = next(iter(scores.values()))
     seen: dict[str, int] = {}
@@ -329,9 +329,9 @@ def _shown(text: str) -> str:
 
 
 def _page(contents: Contents, checkpoints: dict[str, Artifact], history: History, comparer: Comparer) -> str:
-    from tasks.report.figures import colour
-    from tasks.report.graph import draw
-    from tasks.report.page import render
+    from eclectus.tasks.report.figures import colour
+    from eclectus.tasks.report.graph import draw
+    from eclectus.tasks.report.page import render
 
     names = list(comparer.scores)
     values: dict[str, Any] = {name: getattr(contents, name) for name in contents.__dataclass_fields__}

@@ -9,10 +9,11 @@ import html
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.report.evidence import Scores
-from tasks.report.history import History
-from tasks.report.verdict import BASE, LORY, STAGE_1, STAGE_2, Comparer
-from tasks.report.words import interval, language_name, percent
+from eclectus.storage.lineage.history import History
+from eclectus.tasks.documents.language_codes import language_name
+from eclectus.tasks.evaluation.scores import Scores
+from eclectus.tasks.report.verdict import BASE, LORY, STAGE_1, STAGE_2, Comparer
+from eclectus.tasks.report.words import interval, percent
 
 COLOURS = {BASE: "#7d8ba1", LORY: "#e08a2e", STAGE_1: "#9b7fe0", STAGE_2: "#22a38b"}
 FURTHER = ("#d45c7a", "#4f9bd9", "#8fae3c", "#c98a9b")

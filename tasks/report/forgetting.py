@@ -7,10 +7,11 @@ saves.
 
 from __future__ import annotations
 
-from tasks.report.answers import Answers, compare_answers
-from tasks.report.tables import Cell, Table
-from tasks.report.verdict import RETAINED, Comparer, retention
-from tasks.report.words import count, interval, language_name, number, percent
+from eclectus.tasks.documents.language_codes import language_name
+from eclectus.tasks.evaluation.task_scores import Answers, compare_answers
+from eclectus.tasks.report.tables import Cell, Table
+from eclectus.tasks.report.verdict import RETAINED, Comparer, retention
+from eclectus.tasks.report.words import count, interval, number, percent
 
 
 def forgetting_table(comparer: Comparer, answers: dict[str, Answers]) -> Table | None:

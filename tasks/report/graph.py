@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from tasks.report.history import Made
+from eclectus.storage.lineage.history import Made
 
 WIDTH, HEIGHT, GAP_X, GAP_Y = 172, 46, 18, 36
 LINE_WIDTH = 10

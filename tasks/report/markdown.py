@@ -7,8 +7,8 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tasks.report import Contents
-    from tasks.report.tables import Cell, Facts, Table
+    from eclectus.tasks.report import Contents
+    from eclectus.tasks.report.tables import Cell, Facts, Table
 
 _ACTIVE = re.compile(r"([\\`*_\[\]|~#!])")
 

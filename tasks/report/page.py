@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tasks.report.figures import Figure
+    from eclectus.tasks.report.figures import Figure
 
 HERE = Path(__file__).parent
 

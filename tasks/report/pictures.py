@@ -7,12 +7,12 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.artifact import Artifact
-from tasks.report import figures
-from tasks.report.evidence import Scores
-from tasks.report.history import History
-from tasks.report.verdict import Comparer
-from tasks.report.words import language_name
+from eclectus.storage.artifact import Artifact
+from eclectus.storage.lineage.history import History
+from eclectus.tasks.documents.language_codes import language_name
+from eclectus.tasks.evaluation.scores import Scores
+from eclectus.tasks.report import figures
+from eclectus.tasks.report.verdict import Comparer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

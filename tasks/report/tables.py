@@ -6,12 +6,13 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from storage.artifact import Artifact
-from tasks.documents import read_batches
-from tasks.report.evidence import Scores
-from tasks.report.history import History
-from tasks.report.verdict import Comparer, tone
-from tasks.report.words import count, in_words, language_name, number, percent, size
+from eclectus.storage.artifact import Artifact
+from eclectus.storage.lineage.history import History
+from eclectus.tasks.documents.language_codes import language_name
+from eclectus.tasks.documents.table import read_batches
+from eclectus.tasks.evaluation.scores import Scores
+from eclectus.tasks.report.verdict import Comparer, tone
+from eclectus.tasks.report.words import count, in_words, number, percent, size
 
 
 @dataclass(frozen=True)

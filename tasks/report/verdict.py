@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.report.evidence import Change, Scores, compare
-from tasks.report.words import interval, language_name, listed, percent
+from eclectus.tasks.documents.language_codes import language_name
+from eclectus.tasks.evaluation.scores import Change, Scores, compare
+from eclectus.tasks.report.words import interval, listed, percent
 
 # Percent of the original languages that must be kept for the page to call it good: within 1%.
 RETAINED = 99
@@ -44,7 +45,7 @@ class Comparer:
     scores: dict[str, Scores]
     resamples: int
     seed: int
-    # By model: the share seen in training, by (kind, name) of what was scored (tasks/contamination.py).
+    # By model: the share seen in training, by (kind, name) of what was scored (tasks/evaluation/contamination.py).
     seen: dict[str, dict[tuple[str, str], float]] = field(default_factory=dict)
 
     @property
@@ -62,7 +63,7 @@ class Comparer:
 def judge(comparer: Comparer, frozen: bool | None = None, gates: list[dict[str, Any]] | None = None) -> Verdict:
     """The verdict over the models that there are. frozen: whether every original weight is as it was, None if not known.
 
-    gates: what each line's gate decided (`decision.json` of tasks/gate.py, with the model's name as `model`).
+    gates: what each line's gate decided (`decision.json` of tasks/promotion/gate.py, with the model's name as `model`).
     """
     verdict = Verdict()
     if comparer.base is None:

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from flows.curate import curate
-from flows.parameters import CurateParameters
-from models.instances import Instances
-from tasks.documents import read_table
+from eclectus.flows.curate import curate
+from eclectus.flows.parameters import CurateParameters
+from eclectus.models.training.instances import Instances
+from eclectus.tasks.documents.table import read_table
 
 SENTENCES = {
     "en": "The ship left the harbour at dawn. | The court heard the appeal of the owner. | Rain fell on the quiet village all night. | "
@@ -105,10 +105,10 @@ def test_budgets_limit_what_is_packed_and_leave_held_out_documents_alone(run, pa
 
 
 def test_twice_under_one_seed_is_bit_equal(home, tmp_path, parameters):
-    from storage.home import Home
-    from storage.journal import Journal
-    from storage.known import KnownKeys
-    from tasks.run import Run, activate
+    from eclectus.storage.home import Home
+    from eclectus.storage.journal import Journal
+    from eclectus.storage.step_keys import KnownKeys
+    from eclectus.tasks.run import Run, activate
 
     digests = []
     for number in range(2):

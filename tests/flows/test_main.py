@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from storage.home import Home
-from storage.lineage import query
-from tasks.corpus import CorpusSettings, write_corpus
+from eclectus.storage.home import Home
+from eclectus.storage.lineage.connection import query
+from eclectus.tasks.corpus import CorpusSettings, write_corpus
 
 ROOT = Path(__file__).parents[2]
 PLANTED = "planted-5ec2e7-for-main"
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 def eclectus(home, *arguments, check=True):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment["PLANTED_API_TOKEN"] = PLANTED
-    command = [sys.executable, "-m", "flows.cli", "--home", str(home), *map(str, arguments)]
+    command = [sys.executable, "-m", "eclectus", "--home", str(home), *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=500, check=False)
     if check and done.returncode:
         raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
@@ -105,7 +105,7 @@ def test_checkpoints_load_with_transformers_and_the_original_weights_are_bit_ide
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import models.lory  # noqa: F401  (registers Lory with the Auto classes)
+    import eclectus.models.lory.model  # noqa: F401  (registers Lory with the Auto classes)
 
     home, _ = finished
     paths = dict(query(
@@ -145,7 +145,7 @@ def test_an_interrupt_leaves_no_process_and_the_next_run_goes_on(tmp_path, corpu
     words = ["curate", "--config", "configs/small.yaml", "--sources", str(corpus)]
     # What comes after the split takes many minutes, so that the interrupt meets it however busy the machine is.
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "--home", str(home), *words, "--embedding-steps", "1000000"],
+        [sys.executable, "-m", "eclectus", "--home", str(home), *words, "--embedding-steps", "1000000"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
-import flows.pretrain
-from flows.curate import curate
-from flows.parameters import PretrainParameters
-from flows.run import open_run
-from storage.home import Home
-from tasks.corpus import CorpusSettings, write_corpus
-from tasks.evaluate import EvaluateSettings, evaluate
+import eclectus.flows.pretrain
+from eclectus.flows.curate import curate
+from eclectus.flows.parameters import PretrainParameters
+from eclectus.flows.run import open_run
+from eclectus.storage.home import Home
+from eclectus.tasks.corpus import CorpusSettings, write_corpus
+from eclectus.tasks.evaluation.evaluate import EvaluateSettings, evaluate
 
 pytestmark = pytest.mark.slow
 SMALL = {
@@ -53,10 +53,10 @@ def world(tmp_path_factory):
 
 def pretrained(world, monkeypatch, **changes):
     """(what the flow gave, step states by label, bits per byte by model)"""
-    monkeypatch.setattr(flows.pretrain, "curate", Unserved())
+    monkeypatch.setattr(eclectus.flows.pretrain, "curate", Unserved())
     parameters = PretrainParameters(**{**SMALL, "sources": [str(world.corpus)], **changes})
     with open_run("pretrain", parameters, world.home) as run:
-        made = flows.pretrain.pretrain.fn(parameters)
+        made = eclectus.flows.pretrain.pretrain.fn(parameters)
         scores = {}
         for name, checkpoint in {"dense": made.dense, "lory": made.lory, **made.baselines}.items():
             scores[name] = evaluate(

@@ -7,22 +7,22 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from dense_bases import write_base
 
-import flows.evaluate
-import flows.extend
-import flows.retrain
-from flows.cli import main
-from flows.curate import curate
-from flows.extend import extend
-from flows.parameters import RetrainParameters
-from flows.retrain import retrain
-from flows.run import open_run
-from storage.champions import champion
-from storage.errors import EclectusError
-from storage.home import Home
-from storage.lineage import query
-from tasks.news import NewsSettings, decide
+import eclectus.flows.evaluate
+import eclectus.flows.extend
+import eclectus.flows.retrain
+from eclectus.flows.cli.main import main
+from eclectus.flows.curate import curate
+from eclectus.flows.extend import extend
+from eclectus.flows.parameters import RetrainParameters
+from eclectus.flows.retrain import retrain
+from eclectus.flows.run import open_run
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.home import Home
+from eclectus.storage.lineage.champions import champion
+from eclectus.storage.lineage.connection import query
+from eclectus.tasks.promotion.new_documents import NewsSettings, decide
+from tests.support.dense_bases import write_base
 
 WORDS = {
     "en": "the ship left harbour court heard owner rain fell village letter engine market bread coast dawn",
@@ -65,7 +65,7 @@ def nights(tmp_path_factory):
         said = Said()
         with pytest.MonkeyPatch.context() as patch:
             # Flows called as functions: what is tested here needs no Prefect server.
-            for module in (flows.evaluate, flows.extend, flows.retrain):
+            for module in (eclectus.flows.evaluate, eclectus.flows.extend, eclectus.flows.retrain):
                 for flow in (curate, extend):
                     if hasattr(module, flow.name):
                         patch.setattr(module, flow.name, Called(flow))

@@ -3,8 +3,8 @@ import shutil
 
 import pytest
 
-from storage.artifact import MANIFEST
-from storage.errors import EclectusError
+from eclectus.storage.artifact import MANIFEST
+from eclectus.storage.errors import EclectusError
 
 
 def made(store, text="text", kind="documents"):

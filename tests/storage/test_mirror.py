@@ -5,18 +5,18 @@ import shutil
 import uuid
 
 import pytest
-from history import RUNS, everything, write_chain, write_history
 
-from storage import compact as compaction
-from storage import lineage
-from storage.artifact import MANIFEST
-from storage.collect import free, keep, plan
-from storage.compact import compact, faults
-from storage.errors import EclectusError
-from storage.home import Home
-from storage.journal import Journal
-from storage.known import KnownKeys, Record
-from storage.lineage import query
+from eclectus.storage.artifact import MANIFEST
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.home import Home
+from eclectus.storage.journal import Journal
+from eclectus.storage.lineage import compact as compaction
+from eclectus.storage.lineage import connection as lineage
+from eclectus.storage.lineage.compact import compact, faults
+from eclectus.storage.lineage.connection import query
+from eclectus.storage.lineage.garbage import free, keep, plan
+from eclectus.storage.step_keys import KnownKeys, Record
+from tests.support.history import RUNS, everything, write_chain, write_history
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import time
 import pytest
 from pydantic import Field
 
-from flows.run import interrupts_noted
-from storage.artifact import Artifact
-from storage.errors import EclectusError
-from storage.lineage import query
-from tasks.run import metric
-from tasks.settings import Place, Settings
-from tasks.step import step
+from eclectus.flows.run import interrupts_noted
+from eclectus.storage.artifact import Artifact
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.lineage.connection import query
+from eclectus.tasks.run import metric
+from eclectus.tasks.settings import Place, Settings
+from eclectus.tasks.step import step
 
 
 class CountSettings(Settings):

@@ -1,0 +1,1 @@
+"""The command line: `eclectus`, one file a group of commands."""

@@ -1,0 +1,123 @@
+"""Promote: the gate's word on a checkpoint that was evaluated before, and who is champion of which line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field
+
+from eclectus.flows.run import open_run
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.home import Home
+from eclectus.storage.lineage.champions import PROMOTED, Decision, decisions, person, record
+from eclectus.tasks.promotion.gate import Gate, read_gates
+from eclectus.tasks.promotion.promote import decide, find_base, find_candidate
+from eclectus.tasks.settings import Settings
+
+
+class PromoteParameters(Settings):
+    """What is promoted, and by which rules."""
+
+    checkpoint: str = Field(description="Artifact name or folder of the checkpoint.")
+    gate: str = Field(description="YAML file with the rules, as configs/gate.yaml.")
+    line: str | None = Field(None, description="Line of champions; that of the model's name where left out.")
+    force: str | None = Field(None, description="Reason to promote it though the gate refuses.")
+
+
+def promote(checkpoint: str, gate: str, line: str | None, force: str | None) -> Decision:
+    """Judges a checkpoint by its latest evaluations and records what came of it; no Prefect is needed.
+
+    A person's promotion against the gate (`force`) is recorded beside the gate's refusal. Raises EclectusError for a checkpoint that
+    was never evaluated, and for a line that is not in the gate's file.
+    """
+    home = Home.open()
+    gates, artifact = read_gates(gate), home.store.find(checkpoint)
+    if artifact.kind != "checkpoint":
+        raise EclectusError(f"{artifact.name} is no checkpoint, so it cannot be promoted")
+    candidate, name, run = find_candidate(home, artifact)
+    chosen = _gate(gates, gate, line, name)
+    base = find_base(home, chosen.base, run)
+    parameters = PromoteParameters(checkpoint=checkpoint, gate=str(gate), line=line, force=force)
+    with open_run("promote", parameters, home) as opened:
+        decision = decide(replace(chosen, model=name), candidate, base)
+        if force and decision.verdict != PROMOTED:
+            decision = replace(
+                decision, verdict=PROMOTED, reason=f"{force} (the gate refused: {decision.reason})", by=person()
+            )
+            record(home, decision, opened.id)
+    return decision
+
+
+def rollback(line: str | None = None) -> Decision:
+    """Makes the champion before the present one champion again, with its evaluations; again and again goes further back.
+
+    line: the only one that has a champion, where left out. Raises EclectusError when there is none before, or it is damaged.
+    """
+    home = Home.open()
+    promoted = [each for each in decisions(home) if each.verdict == PROMOTED]
+    lines = list(dict.fromkeys(each.line for each in promoted))
+    if line is None and len(lines) == 1:
+        line = lines[0]
+    if line not in lines:
+        known = (
+            f"lines with a champion are {', '.join(lines)}: choose one with --line" if lines else "no line has one yet"
+        )
+        raise EclectusError(f"line '{line}' has no champion; {known}" if line else f"which line? {known}")
+    reigns = _reigns([each for each in promoted if each.line == line])
+    if len(reigns) < 2:
+        raise EclectusError(f"line '{line}' never had another champion before checkpoint-{reigns[-1].checkpoint[:12]}")
+    before = reigns[-2]
+    if fault := home.store.faults(home.store.find(f"checkpoint-{before.checkpoint}")):
+        raise EclectusError(f"the champion before cannot take its place again: {fault}")
+    reason = f"rolled back from checkpoint-{reigns[-1].checkpoint[:12]}"
+    back = replace(before, reason=reason, by=person())
+    record(home, back)
+    return back
+
+
+def _reigns(promoted: list[Decision]) -> list[Decision]:
+    """The champions that lie under the present one, which is last: a roll-back takes the one above away."""
+    reigns: list[Decision] = []
+    for each in promoted:
+        if len(reigns) > 1 and reigns[-2].checkpoint == each.checkpoint:
+            reigns.pop()
+        elif not reigns or reigns[-1].checkpoint != each.checkpoint:
+            reigns.append(each)
+    return reigns
+
+
+def champion_rows(everything: bool) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """(column names, rows): the last decision of each line, verdict and checkpoint, or all of them."""
+    found = decisions(Home.open())
+    champions = {each.line: each for each in found if each.verdict == PROMOTED}
+    if not everything:
+        found = list({(each.line, each.checkpoint, each.verdict): each for each in found}.values())
+    rows = [
+        (
+            each.line,
+            "champion"
+            if champions.get(each.line) is each
+            else "former champion"
+            if each.verdict == PROMOTED
+            else "refused",
+            f"checkpoint-{each.checkpoint[:12]}",
+            (each.logged or "")[:19],
+            each.by,
+            each.reason,
+        )
+        for each in reversed(found)
+    ]
+    return ["line", "is", "checkpoint", "decided", "by", "reason"], rows
+
+
+def _gate(gates: dict[str, Gate], path: str, line: str | None, model: str) -> Gate:
+    if line is None:
+        line = next((each.line for each in gates.values() if each.model == model), None)
+        if line is None and len(gates) == 1:
+            line = next(iter(gates))
+    if line not in gates:
+        known = ", ".join(gates)
+        asked = f"'{line}'" if line else f"for a model evaluated as '{model}'"
+        raise EclectusError(f"gate file {path} has no line {asked}; its lines are {known}: choose one with --line")
+    return gates[line]

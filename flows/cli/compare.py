@@ -1,0 +1,60 @@
+"""What `eclectus compare` shows: tables in the terminal, and a page with the curves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from eclectus.storage.home import Home
+from eclectus.tasks.report.compare_runs import Comparison, Measure, compare_runs, measure_name
+from eclectus.tasks.report.comparison_page import write_page
+
+# Numbers of one layer and expert are for the page and for SQL, not for a table to read through.
+FINE = ("expert", "layer")
+
+
+def compare(runs: list[str], words: str, out: str | None) -> tuple[list[tuple[list[str], list[tuple[Any, ...]]]], Path]:
+    """(tables of columns and rows, the page). words: only measures whose name holds these, all where empty."""
+    home = Home.open()
+    comparison = compare_runs(home, runs)
+    chosen = [each for each in comparison.measures if words in measure_name(each) and not _is_fine(each)]
+    page = Path(out) if out else home.root / "compare.html"
+    page.write_text(write_page(comparison, chosen), "utf-8")
+    return [_runs(comparison), _settings(comparison), _values(comparison, chosen)], page
+
+
+def _is_fine(measure: Measure) -> bool:
+    return any(word in measure[2] for word in FINE)
+
+
+def _runs(comparison: Comparison) -> tuple[list[str], list[tuple[Any, ...]]]:
+    rows = [
+        (group.name, run.run, run.state, run.settings.get("seed")) for group in comparison.groups for run in group.runs
+    ]
+    return ["group", "run", "state", "seed"], rows
+
+
+def _settings(comparison: Comparison) -> tuple[list[str], list[tuple[Any, ...]]]:
+    rows = [(name, *(_short(value) for value in values)) for name, values in comparison.differing.items()]
+    return ["setting that differs", *(group.name for group in comparison.groups)], rows
+
+
+def _values(comparison: Comparison, measures: list[Measure]) -> tuple[list[str], list[tuple[Any, ...]]]:
+    rows = []
+    for measure in measures:
+        cells = [group.value(measure) for group in comparison.groups]
+        rows.append((measure_name(measure), *(_cell(each) for each in cells)))
+    return ["measure", *(group.name for group in comparison.groups)], rows
+
+
+def _cell(value: tuple[float, float | None, int] | None) -> str:
+    if value is None:
+        return ""
+    mean, spread, runs = value
+    return f"{mean:.4g}" if spread is None else f"{mean:.4g} ± {spread:.2g} ({runs})"
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

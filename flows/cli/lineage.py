@@ -1,0 +1,275 @@
+"""The commands that ask the books, and keep them: sql, runs, lineage, trace, diff, why, bundle, openlineage,
+verify, keep, gc, compact.
+
+Each prints a table, or one JSON object a row with `--json`. Nothing here writes into a home but `keep`, `gc --yes` and `compact`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from eclectus.storage.errors import EclectusError
+
+if TYPE_CHECKING:
+    from eclectus.storage.home import Home
+
+LATEST = 10
+
+
+def add_books(commands: Any) -> None:
+    """Adds the commands to the command line's sub-parsers."""
+
+    def add(name: str, act: Callable[[Any], None], help_text: str, **positional: str) -> argparse.ArgumentParser:
+        part = commands.add_parser(name, help=help_text, description=help_text)
+        for word, meaning in positional.items():
+            part.add_argument(word, help=meaning)
+        part.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
+        part.set_defaults(act=act)
+        return part
+
+    run = "run, as in `runs`, or 'last'"
+    artifact = "artifact: KIND-DIGITS as in `artifacts`, a digest or the start of one; or file-DIGITS of a source"
+    add("sql", _sql, "query the lineage with DuckDB SQL", query='as "from runs order by started desc limit 5"')
+    runs = add("runs", _runs, "the latest runs")
+    runs.add_argument("--limit", type=int, default=20, help="how many (default: 20)")
+    add("lineage", _lineage, "what an artifact was made from (up), and what was made from it (down)", artifact=artifact)
+    add(
+        "trace", _trace, "what holds a document, and what was made from that", document="document's id, or its own name"
+    )
+    add("diff", _diff, "what differs between two runs", run_a=run, run_b=run)
+    add("why", _why, "why a step ran again, or why not", run=run, step="step or label, as in `steps`")
+    verify = add("verify", _verify, "hash every artifact and journal again and name what changed")
+    verify.add_argument("names", nargs="*", help="artifacts to look at (default: all, and the journals)")
+    bundle = add("bundle", _bundle, "write one DuckDB file with a run and all that it was made from", run=run)
+    bundle.add_argument("place", nargs="?", metavar="OUT", help="the file (default: RUN.duckdb here)")
+    bundle.add_argument("-o", "--out", help="the same")
+    events = add(
+        "openlineage", _openlineage, "send runs as OpenLineage events to OPENLINEAGE_URL, or write them to a file"
+    )
+    events.add_argument("runs", nargs="+", metavar="RUN", help=run)
+    events.add_argument("-o", "--out", help="the file, one event a line (default: send them)")
+    events.add_argument("--namespace", default="eclectus", help="of jobs and data sets (default: eclectus)")
+    keep = add("keep", _keep, "keep what a run needs from `gc`, or keep it no longer", run=run)
+    keep.add_argument("--release", action="store_true", help="keep it no longer")
+    gc = add("gc", _gc, "show what no kept run and no champion needs; with --yes, free it")
+    gc.add_argument(
+        "--runs", type=_count, default=LATEST, help=f"how many of the latest runs count as kept (default: {LATEST})"
+    )
+    gc.add_argument("--yes", action="store_true", help="free what is shown")
+    add("compact", _compact, "turn finished journals into Parquet now; runs do a little of it at their end")
+
+
+def _sql(chosen: argparse.Namespace) -> None:
+    from eclectus.storage.lineage.connection import query
+
+    print_rows(*query(chosen.query, _home()), chosen.json)
+
+
+def _runs(chosen: argparse.Namespace) -> None:
+    _ask(
+        chosen,
+        "select run, flow, state, started, seconds, code_version, host, error from runs order by started desc limit ?",
+        [chosen.limit],
+    )
+
+
+def _lineage(chosen: argparse.Namespace) -> None:
+    from eclectus.storage.lineage.connection import walk
+
+    rows = walk(chosen.artifact, _home())
+    if not rows:
+        raise EclectusError(f"nothing in the lineage is called '{chosen.artifact}'; see: eclectus sql 'from artifacts'")
+    print_rows(list(rows[0]), [list(row.values()) for row in rows], chosen.json)
+
+
+def _trace(chosen: argparse.Namespace) -> None:
+    if not _ask(chosen, "from trace(?)", [chosen.document], silent=True):
+        raise EclectusError(f"no document that is kept here is called '{chosen.document}'; expected an id or a name")
+
+
+def _diff(chosen: argparse.Namespace) -> None:
+    from eclectus.storage.lineage.connection import connect
+
+    with connect(_home()) as connection:
+        runs = [_run(connection, name) for name in (chosen.run_a, chosen.run_b)]
+        answer = connection.execute("from difference(?, ?)", runs)
+        names, rows = [column[0] for column in answer.description], answer.fetchall()
+    print_rows(names, rows, chosen.json)
+
+
+def _why(chosen: argparse.Namespace) -> None:
+    from eclectus.storage.lineage.connection import connect
+
+    with connect(_home()) as connection:
+        run = _run(connection, chosen.run)
+        answer = connection.execute(
+            "select label, state, reason, key, seconds from steps where run = ? and (label = ? or name = ? or step = ?) order by started",
+            [run, chosen.step, chosen.step, chosen.step],
+        )
+        names, rows = [column[0] for column in answer.description], answer.fetchall()
+        if not rows:
+            labels = connection.execute("select label from steps where run = ? order by started", [run]).fetchall()
+            known = ", ".join(label for (label,) in labels) or "none"
+            raise EclectusError(f"run '{run}' has no step '{chosen.step}'; its steps are: {known}")
+    print_rows(names, rows, chosen.json)
+
+
+def _verify(chosen: argparse.Namespace) -> None:
+    from eclectus.storage.lineage.compact import faults
+    from eclectus.storage.lineage.connection import query
+
+    home = _home()
+    store = home.store
+    artifacts = [store.find(name) for name in chosen.names] or list(store.all())
+    found = [fault for artifact in artifacts if (fault := store.faults(artifact))]
+    count = len(artifacts)
+    if not chosen.names:
+        found += store.strays()
+        found += faults(home)
+        here = {artifact.digest for artifact in artifacts}
+        gone = [
+            row[0] for row in query("select name, artifact from artifacts order by name", home)[1] if row[1] not in here
+        ]
+        if gone and not chosen.json:
+            print(f"{len(gone)} artifacts of the lineage are not here (freed, or in another home)", file=sys.stderr)
+    if chosen.json:
+        for fault in found:
+            print(json.dumps({"fault": fault}, ensure_ascii=False))
+    else:
+        print("\n".join(found) or f"{count} artifacts and the journals are as they were written")
+    if found:
+        raise EclectusError(f"{len(found)} faults; the next run makes damaged artifacts again")
+
+
+def _bundle(chosen: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from eclectus.storage.lineage.bundle import bundle
+    from eclectus.storage.lineage.connection import connect
+
+    home = _home()
+    with connect(home) as connection:
+        run = _run(connection, chosen.run)
+    out = bundle(home, run, Path(chosen.out or chosen.place or f"{run}.duckdb"))
+    if chosen.json:
+        print(json.dumps({"run": run, "bundle": str(out), "bytes": out.stat().st_size}))
+    else:
+        print(f"{out}: run {run}, {out.stat().st_size / 1e6:.1f} MB; open it with duckdb -readonly {out}")
+
+
+def _openlineage(chosen: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from eclectus.storage.lineage.connection import connect
+    from eclectus.storage.lineage.openlineage import export
+
+    home = _home()
+    with connect(home) as connection:
+        runs = [_run(connection, name) for name in chosen.runs]
+    count = export(home, runs, Path(chosen.out) if chosen.out else None, chosen.namespace)
+    if chosen.json:
+        print(json.dumps({"runs": runs, "events": count, "out": chosen.out}))
+    else:
+        print(f"{count} events of {', '.join(runs)} {f'written to {chosen.out}' if chosen.out else 'sent'}")
+
+
+def _keep(chosen: argparse.Namespace) -> None:
+    from eclectus.storage.home import Home
+    from eclectus.storage.lineage.connection import connect
+    from eclectus.storage.lineage.garbage import keep
+
+    home = Home.open()
+    with connect(home) as connection:
+        run = _run(connection, chosen.run)
+    keep(home, run, not chosen.release)
+    if chosen.json:
+        print(json.dumps({"run": run, "kept": not chosen.release}))
+    else:
+        print(f"run {run} is {'no longer kept' if chosen.release else 'kept: gc leaves what it needs'}")
+
+
+def _gc(chosen: argparse.Namespace) -> None:
+    from eclectus.storage.home import Home
+    from eclectus.storage.lineage.garbage import free, plan
+
+    home = Home.open()
+    planned = plan(home, chosen.runs)
+    rows = [[each.what, each.name, each.bytes, each.why, str(each.place)] for each in planned.unneeded]
+    if rows or chosen.json:
+        print_rows(["what", "name", "bytes", "why", "place"], rows, chosen.json)
+    total = sum(each.bytes for each in planned.unneeded)
+    if chosen.yes:
+        free(home, planned)
+    if not chosen.json:
+        unknown = f", and {planned.unknown} that the lineage does not know" if planned.unknown else ""
+        print(f"kept: {planned.kept} artifacts of {len(planned.runs)} runs and of champions{unknown}")
+        print(f"{'freed' if chosen.yes else 'could be freed with --yes'}: {total / 1e6:.1f} MB")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is no count of runs; expected 0 or more")
+    return int(text)
+
+
+def _compact(chosen: argparse.Namespace) -> None:
+    from eclectus.storage.home import Home
+    from eclectus.storage.lineage.compact import settle
+
+    done = settle(Home.open())
+    for bad in done.rejected:
+        print(f"journal {bad['file']}, line {bad['line']} set apart: {bad['why']}", file=sys.stderr)
+    row = {"journals": done.journals, "rows": done.rows, "merged": done.merged, "rejected": len(done.rejected)}
+    print_rows(list(row), [list(row.values())], chosen.json)
+
+
+def _ask(chosen: argparse.Namespace, sql: str, values: list[Any], silent: bool = False) -> int:
+    """Prints what a query gives and returns the number of rows. silent: prints nothing where there is none."""
+    from eclectus.storage.lineage.connection import connect
+
+    with connect(_home()) as connection:
+        answer = connection.execute(sql, values)
+        names, rows = [column[0] for column in answer.description], answer.fetchall()
+    if rows or not silent:
+        print_rows(names, rows, chosen.json)
+    return len(rows)
+
+
+def _run(connection: Any, name: str) -> str:
+    """A run's id, from an id, the unmistakable start of one, or 'last'. Raises EclectusError when there is no such run."""
+    sql = "select run from runs where ? = 'last' or starts_with(run, ?) order by run = ? desc, started desc limit 2"
+    found = [run for (run,) in connection.execute(sql, [name, name, name]).fetchall()]
+    if not found:
+        raise EclectusError(f"there is no run '{name}'; see: eclectus runs")
+    if len(found) > 1 and name not in ("last", found[0]):
+        raise EclectusError(
+            f"'{name}' is the start of several runs, such as {found[0]} and {found[1]}; write more of it"
+        )
+    return found[0]
+
+
+def _home() -> Home:
+    from eclectus.storage.home import Home
+
+    return Home.open(reading=True)
+
+
+def print_rows(names: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool) -> None:
+    """Prints a table, or one JSON object a row; a pipe gets every column whole."""
+    if as_json:
+        for row in rows:
+            print(json.dumps(dict(zip(names, row, strict=True)), default=str, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*names, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row))
+    # A pipe has no width: cutting columns there would lose what a script reads.
+    width = None if sys.stdout.isatty() else 100_000
+    Console(highlight=False, markup=False, width=width).print(table)

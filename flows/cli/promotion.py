@@ -1,0 +1,70 @@
+"""The commands that judge: `promote`, `rollback`, `champions` and `compare`. Every import that takes time waits until its command is known."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+PrintRows = Callable[[list[str], list[tuple[Any, ...]], bool], None]
+
+
+def add_judging_commands(add: Callable[..., argparse.ArgumentParser], print_rows: PrintRows) -> None:
+    """Adds them to the command line. add: as in `eclectus.flows.cli.main`; print_rows: called with columns, rows and whether as JSON."""
+    promote = add(
+        "promote",
+        _promote,
+        "let the gate decide whether a checkpoint becomes champion",
+        checkpoint="artifact name or folder",
+    )
+    gate = "configs/gate.yaml"
+    promote.add_argument("--gate", default=gate, help=f"YAML file with the rules (default: {gate})")
+    promote.add_argument(
+        "--line", help="line of champions; where left out, the one of the model's name in its evaluation"
+    )
+    promote.add_argument("--force", metavar="REASON", help="promote it though the gate refuses; the reason is kept")
+
+    def show_champions(chosen: argparse.Namespace) -> None:
+        from eclectus.flows.cli.champions import champion_rows
+
+        print_rows(*champion_rows(chosen.all), chosen.json)
+
+    def show_comparison(chosen: argparse.Namespace) -> None:
+        from eclectus.flows.cli.compare import compare
+        from eclectus.flows.cli.summary import near
+
+        tables, page = compare(chosen.runs, chosen.measure, chosen.out)
+        for names, rows in tables:
+            if rows:
+                print_rows(names, rows, chosen.json)
+        if not chosen.json:
+            print(f"\ncurves: {near(page)}")
+
+    compare = add(
+        "compare", show_comparison, "runs beside each other: what differs, measures with their spread, curves"
+    )
+    compare.add_argument("runs", nargs="+", help="runs, as in `runs`, the start of a name, 'last' or 'last~1'")
+    compare.add_argument("--measure", default="", metavar="WORDS", help="only measures whose name holds these words")
+    compare.add_argument("-o", "--out", help="the page to write (default: compare.html in the home)")
+    compare.add_argument("--json", action="store_true", help="one JSON object a row instead of tables")
+    rollback = add("rollback", _rollback, "make the champion before the present one champion again")
+    rollback.add_argument("--line", help="line of champions; where left out, the only one that has a champion")
+    champions = add("champions", show_champions, "who was promoted and who was refused, by line, with the reasons")
+    champions.add_argument("--all", action="store_true", help="every decision, not the last of each line and verdict")
+    champions.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
+
+
+def _promote(chosen: argparse.Namespace) -> None:
+    from eclectus.flows.cli.champions import promote
+
+    decision = promote(chosen.checkpoint, chosen.gate, chosen.line, chosen.force)
+    for rule in decision.rules:
+        print(f"{'holds' if rule['passed'] else 'FAILS'}  {rule['rule']}: {rule['reason']}")
+    print(f"checkpoint-{decision.checkpoint[:12]} is {decision.verdict} in line '{decision.line}': {decision.reason}")
+
+
+def _rollback(chosen: argparse.Namespace) -> None:
+    from eclectus.flows.cli.champions import rollback
+
+    back = rollback(chosen.line)
+    print(f"checkpoint-{back.checkpoint[:12]} is champion of line '{back.line}' again: {back.reason}")

@@ -1,0 +1,1 @@
+"""The services that runs need: Prefect server, worker, Ray, deployments, automations."""

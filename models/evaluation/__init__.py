@@ -1,0 +1,1 @@
+"""Scores of a model: bits per byte, routing, lm-evaluation-harness."""

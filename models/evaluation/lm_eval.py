@@ -1,0 +1,206 @@
+"""Models as lm-evaluation-harness asks them: log-likelihoods of continuations, of whole texts, and greedy writing.
+
+Dense and top-k models answer through the harness's own HFLM, so that their scores are those of the `lm_eval` command on the same
+directory. A Lory model answers by prompt-only routing (papers.md 1.4): one mixture a layer from the mean of the context,
+then the merged network reads context and continuation, so that no score has seen its own continuation through the router. Whole
+texts (rolling log-likelihood, which has no prompt) are routed by segment with a uniform first one (papers.md 1.3).
+
+Answers are shared between the processes and kept in a file as they come, so that an examination that was cut off goes on. Price: a
+forward pass a request; for Lory one more over the context.
+Shapes: B requests, L tokens, C context tokens, E experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch.nn import functional as F
+
+from eclectus.models.evaluation.scoring import gather
+from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.pretraining.export_dense import prompt_routing_weights
+from eclectus.models.training.process import Place
+
+# Answers written down at once: a kill loses at most these.
+KEPT_AT_ONCE = 64
+
+Request = tuple[Any, list[int], list[int]]
+
+
+class Examinee(HFLM):
+    """HFLM over a model in memory, its requests shared between processes and its answers kept.
+
+    Args:
+        model: on its device, in evaluation mode.
+        tokenizer: of the transformers library.
+        length: tokens that the model may read at once.
+        batch: requests at once.
+        place: this process among those that share the requests.
+        kept: directory for the answers so far, or None to keep none.
+        told: called with (answers here, requests here).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        length: int,
+        batch: int,
+        place: Place,
+        kept: Path | None,
+        told: Callable[[int, int], None],
+    ) -> None:
+        mixed = "bfloat16" if place.device.type == "cuda" else None
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=batch, mixed_precision_dtype=mixed
+        )
+        self._place, self._kept, self._told = place, kept, told
+        self._known: dict[str, Any] | None = None
+        # (context, continuation) of requests that were cut on the left to fit.
+        self.cut: set[tuple[str, str]] = set()
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether greedy) for each request; NaN where the continuation alone is too long."""
+        for text, context, continuation in requests:
+            if text is not None and len(context) + len(continuation) > self.max_length + 1:
+                self.cut.add(tuple(text))
+        fitting = {
+            _name(self._routing(), context, continuation): (text, context, continuation)
+            for text, context, continuation in requests
+            if len(continuation) <= self.max_length
+        }
+        answers = self._answer(fitting, lambda some: self._score(some, override_bs))
+        missing = (math.nan, False)
+        return [
+            tuple(answers.get(_name(self._routing(), context, continuation), missing))
+            for _, context, continuation in requests
+        ]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """The text that the model writes for each request."""
+        named = {_name("generate", *each.args): each for each in requests}
+        generate = super().generate_until
+        answers = self._answer(named, lambda some: generate(some, disable_tqdm=True))
+        return [answers[_name("generate", *each.args)] for each in requests]
+
+    def _routing(self) -> str:
+        return "dense"
+
+    def _score(self, requests: list[Request], override_bs: int | None) -> list[tuple[float, bool]]:
+        return HFLM._loglikelihood_tokens(self, requests, disable_tqdm=True, override_bs=override_bs)
+
+    def _answer(self, wanted: dict[str, Any], work: Callable[[list[Any]], list[Any]]) -> dict[str, Any]:
+        """Answers by name: those kept from before, and this process's share of the others worked out now."""
+        if self._known is None:
+            self._known = self._read_kept()
+        known = self._known
+        todo = sorted((name for name in wanted if name not in known), key=lambda name: (-_size(wanted[name]), name))
+        mine = todo[self._place.rank :: self._place.world]
+        given: dict[str, Any] = {}
+        for first in range(0, len(mine), KEPT_AT_ONCE):
+            names = mine[first : first + KEPT_AT_ONCE]
+            fresh = dict(zip(names, work([wanted[name] for name in names]), strict=True))
+            self._keep(fresh)
+            given |= fresh
+            self._told(len(given), len(mine))
+        for each in gather(self._place, given):
+            known |= each
+        return known
+
+    def _read_kept(self) -> dict[str, Any]:
+        known: dict[str, Any] = {}
+        for path in sorted(self._kept.glob("*.ndjson")) if self._kept else ():
+            for line in path.read_text("utf-8").splitlines():
+                try:
+                    name, answer = json.loads(line)
+                except ValueError:
+                    continue  # the line that was being written when the process died
+                known[name] = answer
+        # What one process has read no other may miss, or they would not share the same work.
+        for each in gather(self._place, known):
+            known |= each
+        return known
+
+    def _keep(self, answers: dict[str, Any]) -> None:
+        if self._kept is None:
+            return
+        self._kept.mkdir(parents=True, exist_ok=True)
+        with open(self._kept / f"{self._place.rank}.ndjson", "a", encoding="utf-8") as handle:
+            handle.writelines(json.dumps(pair) + "\n" for pair in answers.items())
+
+
+class LoryExaminee(Examinee):
+    """A Lory model: prompt-only routing for continuations, segments with a uniform first one for whole texts."""
+
+    _whole_texts = False
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        self._whole_texts = True
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._whole_texts = False
+
+    def _routing(self) -> str:
+        return "segment" if self._whole_texts else "prompt"
+
+    def _score(self, requests: list[Request], override_bs: int | None) -> list[tuple[float, bool]]:
+        size = override_bs or self.batch_size
+        return [
+            answer
+            for first in range(0, len(requests), size)
+            for answer in self._score_batch(requests[first : first + size])
+        ]
+
+    @torch.no_grad()
+    def _score_batch(self, requests: list[Request]) -> list[tuple[float, bool]]:
+        # The last token is only predicted, and what is too long loses its beginning, as in HFLM.
+        rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
+        counts = [len(continuation) for _, _, continuation in requests]
+        tokens, mask = _padded([row[:-1] for row in rows], self.device)
+        with torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None):
+            if self._whole_texts:
+                chosen = {"first_segment": "uniform"}
+            else:
+                prompts = _padded([row[: len(row) - n] for row, n in zip(rows, counts, strict=True)], self.device)
+                chosen = {"expert_weights": prompt_routing_weights(self.model, *prompts)}
+            logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False, **chosen).logits
+        answers = []
+        for row, count, scores in zip(rows, counts, logits, strict=True):
+            begin = len(row) - 1 - count
+            wanted = torch.tensor(row[-count:], device=self.device)
+            logs = F.log_softmax(scores[begin : begin + count], dim=-1, dtype=torch.float32)
+            value = logs.gather(1, wanted.unsqueeze(1)).sum()
+            answers.append((float(value), bool((logs.argmax(-1) == wanted).all())))
+        return answers
+
+
+def make_examinee(model: Any, *args: Any) -> Examinee:
+    """The Examinee for this model; the arguments are those of Examinee."""
+    routed = isinstance(model, LoryForCausalLM) and model.config.num_experts > 1 and model.config.routing != "dense"
+    return (LoryExaminee if routed else Examinee)(model, *args)
+
+
+def _padded(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens [B, L], mask [B, L]) filled up on the right with token 0."""
+    longest = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+    return tokens, mask
+
+
+def _name(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _size(request: Any) -> int:
+    return len(request[1]) + len(request[2]) if isinstance(request, tuple) else len(request.args[0])

@@ -1,0 +1,325 @@
+"""Scoring a causal language model on held-out text: bits, by document and by position, and what its routers did.
+
+    stream     the tokens of documents of one kind, each document followed by the end-of-document token
+    windows    L tokens each, the next beginning L - C after the last; a window's first C tokens are context only
+    bits       -log2 p(token | the tokens before it in its window), summed by document in float64
+
+Every token but the first C of a stream is scored exactly once, with at least C tokens before it. With C at least Lory's
+segment T no scored token of a Lory model has seen what comes after it: the look-ahead of the paper's first segment ends with
+that segment (papers.md 1.3), and the prediction of token T is made of tokens 0 to T - 1. Windows never depend on how they are
+batched or shared between processes: short ones are filled up on the right, where a causal model cannot see.
+
+Price: one forward pass over L / (L - C) times the tokens; memory for `batch` windows of logits.
+Shapes: B windows, L tokens, N routed units (segments or tokens), E experts, S streams, D documents, P position buckets.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.pretraining.export_dense import prompt_routing_weights
+from eclectus.models.training.loop import autocast
+from eclectus.models.training.process import Place
+
+NO_DOCUMENT = -1
+LOGITS_AT_ONCE = 2**28
+MOST_BUCKETS = 32
+# Batches between two writings of the sums so far.
+KEEP_EVERY = 50
+
+
+class NotFinite(Exception):
+    """A model gave a probability that is no number, or none at all; `document` is the ordinal of where."""
+
+    def __init__(self, document: int) -> None:
+        super().__init__(f"the logits on document {document} are not finite")
+        self.document = document
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token streams and how to read them.
+
+    tokens [T] and documents [T]: the streams one after the other; documents holds ordinals, NO_DOCUMENT at end-of-document
+    tokens, which are read and never scored. table [W, 4] int64: (start, length, fresh, stream); the first `fresh` tokens of a
+    window were already in the window before. context: C. length: L. bytes_a_token [D]: float64.
+    """
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    table: np.ndarray
+    context: int
+    length: int
+    bytes_a_token: np.ndarray
+
+    @property
+    def bucket(self) -> int:
+        """Tokens in a position bucket: a multiple of C, so that one border is where scoring begins."""
+        return self.context * max(1, math.ceil(self.length / self.context / MOST_BUCKETS))
+
+    @property
+    def buckets(self) -> int:
+        return 1 + math.ceil((self.length - self.context) / self.bucket)
+
+    def bucket_of(self, position: np.ndarray) -> np.ndarray:
+        """0 for context, then buckets of equal width."""
+        return np.where(position < self.context, 0, 1 + (position - self.context) // self.bucket)
+
+
+@dataclass
+class Sums:
+    """What scoring adds up, all in float64.
+
+    bits, tokens [D]. positions [S, P, 3]: bits, bytes, tokens; bucket 0 is context, which counts in no score.
+    routed [S]: routed units. shares, chosen: by layer [S, E], summed mixture weights (or router probabilities) and counts
+    of top-k choices; `chosen` is empty for Lory, both are for dense models.
+    """
+
+    bits: np.ndarray
+    tokens: np.ndarray
+    positions: np.ndarray
+    routed: np.ndarray
+    shares: list[np.ndarray] = field(default_factory=list)
+    chosen: list[np.ndarray] = field(default_factory=list)
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.bits + other.bits,
+            self.tokens + other.tokens,
+            self.positions + other.positions,
+            self.routed + other.routed,
+            _add_layers(self.shares, other.shares),
+            _add_layers(self.chosen, other.chosen),
+        )
+
+
+def plan_windows(lengths: list[int], length: int, context: int) -> np.ndarray:
+    """The windows [W, 4] over streams of these lengths: (start, length, fresh, stream), longest first.
+
+    length: L > context: C >= 1. A stream of at most C tokens has no window: nothing in it can be scored.
+    """
+    if not 1 <= context < length:
+        raise ValueError(
+            f"a window of {length} tokens with {context} of context scores nothing; context must be 1 to {length - 1}"
+        )
+    rows, begin = [], 0
+    for stream, size in enumerate(lengths):
+        for start in range(0, max(0, size - context), length - context):
+            rows.append((begin + start, min(length, size - start), context if start else 0, stream))
+        begin += size
+    rows.sort(key=lambda row: -row[1])
+    return np.array(rows, np.int64).reshape(-1, 4)
+
+
+@torch.no_grad()
+def score(
+    model: Any,
+    windows: Windows,
+    streams: int,
+    place: Place,
+    batch: int,
+    told: Callable[[int, int], None],
+    kept: Path | None = None,
+    by_prompt: bool = False,
+) -> Sums:
+    """Scores all windows, shared between the processes; the same sums on every one of them.
+
+    batch: windows at once in a process, fewer where their logits would be more than LOGITS_AT_ONCE numbers. told: called
+    with (windows done here, windows to do here). kept: a directory where the sums so far are written every KEEP_EVERY batches, so
+    that scoring which was cut off goes on from them. by_prompt: route a Lory model once a window, by its context alone
+    (papers.md 1.4), and count no routing. Raises NotFinite.
+    """
+    model.to(place.device).eval()
+    mine = windows.table[place.rank :: place.world]
+    size = max(1, min(batch, LOGITS_AT_ONCE // (windows.length * model.config.vocab_size)))
+    documents = len(windows.bytes_a_token)
+    sums = Sums(np.zeros(documents), np.zeros(documents), np.zeros((streams, windows.buckets, 3)), np.zeros(streams))
+    path = kept / f"{'prompt-' if by_prompt else ''}{place.rank}-of-{place.world}.npz" if kept else None
+    sums, begin = _read_sums(path, sums)
+    for number, first in enumerate(range(begin, len(mine), size), 1):
+        rows = mine[first : first + size]
+        tokens, owners = read_windows(windows, rows)
+        tokens = tokens.to(place.device)
+        with autocast(place.device):
+            arguments = _fixed_weights(model, tokens[:, : windows.context]) if by_prompt else _routing_arguments(model)
+            output = model(input_ids=tokens, use_cache=False, **arguments)
+        _add_bits(sums, windows, rows, owners, next_token_bits(output.logits, tokens))
+        if not by_prompt:
+            _add_routing(sums, model, rows, output)
+        done = min(first + size, len(mine))
+        if path and number % KEEP_EVERY == 0:
+            _write_sums(path, sums, done)
+        told(done, len(mine))
+    total = None
+    for each in gather(place, sums):
+        total = each if total is None else total + each
+    return total
+
+
+def routes_by_prompt(model: Any) -> bool:
+    """Whether prompt-only routing is something else for this model than what it does anyway."""
+    return isinstance(model, LoryForCausalLM) and model.config.num_experts > 1 and model.config.routing != "dense"
+
+
+def _fixed_weights(model: Any, prompt: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"expert_weights": prompt_routing_weights(model, prompt)}
+
+
+def _write_sums(path: Path, sums: Sums, done: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    layers = {f"shares-{i}": each for i, each in enumerate(sums.shares)}
+    layers |= {f"chosen-{i}": each for i, each in enumerate(sums.chosen)}
+    with open(beside, "wb") as handle:
+        np.savez(
+            handle,
+            done=done,
+            bits=sums.bits,
+            tokens=sums.tokens,
+            positions=sums.positions,
+            routed=sums.routed,
+            **layers,
+        )
+    os.replace(beside, path)
+
+
+def _read_sums(path: Path | None, fresh: Sums) -> tuple[Sums, int]:
+    """(the sums so far, windows in them); the fresh sums where nothing was kept."""
+    if path is None or not path.is_file():
+        return fresh, 0
+    with np.load(path, allow_pickle=False) as kept:
+        layers = {
+            kind: [kept[f"{kind}-{i}"] for i in range(sum(name.startswith(kind) for name in kept.files))]
+            for kind in ("shares", "chosen")
+        }
+        return Sums(kept["bits"], kept["tokens"], kept["positions"], kept["routed"], **layers), int(kept["done"])
+
+
+def read_windows(windows: Windows, rows: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+    """(tokens [B, L] int64, documents [B, L]) of these windows, filled up on the right with token 0 and NO_DOCUMENT."""
+    longest = int(rows[:, 1].max())
+    tokens = np.zeros((len(rows), longest), np.int64)
+    owners = np.full((len(rows), longest), NO_DOCUMENT, np.int64)
+    for i, (start, length, _, _) in enumerate(rows):
+        tokens[i, :length] = windows.tokens[start : start + length]
+        owners[i, :length] = windows.documents[start : start + length]
+    return torch.from_numpy(tokens), owners
+
+
+def next_token_bits(logits: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
+    """-log2 p of every token but the first, [B, L - 1] float64; log-softmax in fp32, a window at a time to spare memory."""
+    rows = [
+        F.cross_entropy(row[:-1].float(), ids[1:], reduction="none") for row, ids in zip(logits, tokens, strict=True)
+    ]
+    return torch.stack(rows).double().cpu().numpy() / math.log(2)
+
+
+def gather(place: Place, value: Any) -> list[Any]:
+    """The values of all processes, by rank, on every process."""
+    if place.world == 1:
+        return [value]
+    values = [None] * place.world
+    dist.all_gather_object(values, value)
+    return values
+
+
+@torch.no_grad()
+def generate(
+    model: Any, prompts: list[list[int]], tokens: int, temperature: float, end: int, seed: int, place: Place
+) -> list[tuple[list[int], list[list[float]]]]:
+    """(new tokens, routing weights by layer [E] on the prompt) for each prompt, greedy at temperature 0, else seeded.
+
+    One prompt at a time, so that none is padded; the prompts are shared between the processes. Dense models have no weights.
+    """
+    from transformers import GenerationConfig
+
+    model.to(place.device).eval()
+    chosen = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    settings = GenerationConfig(max_new_tokens=tokens, eos_token_id=end, pad_token_id=end, **chosen)
+    mine: dict[int, tuple[list[int], list[list[float]]]] = {}
+    for number in range(place.rank, len(prompts), place.world):
+        prompt = torch.tensor([prompts[number]], device=place.device)
+        torch.manual_seed(seed * 1_000_003 + number)
+        with autocast(place.device):
+            output = model(input_ids=prompt, use_cache=False, **_routing_arguments(model))
+            written = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+        shares, _, _ = routing(model, output, 1)
+        weights = [[round(float(value), 3) for value in layer[0].mean(0)] for layer in shares]
+        mine[number] = (written[0, prompt.shape[1] :].tolist(), weights)
+    everyone: dict[int, Any] = {}
+    for each in gather(place, mine):
+        everyone |= each
+    return [everyone[number] for number in range(len(prompts))]
+
+
+def routing(model: Any, output: Any, batch: int) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
+    """(shares by layer [B, N, E] fp32, top-k choices by layer [B, N, E] of 0 and 1, tokens in a routed unit).
+
+    Lory: the mixture weights of each segment, and no choices. Top-k models: router probabilities of each token. Dense
+    models: nothing.
+    """
+    if isinstance(model, LoryForCausalLM):
+        length = output.logits.shape[1]
+        return [layer.float() for layer in output.router_weights or ()], [], min(model.config.segment_length, length)
+    shares, chosen = [], []
+    for layer in getattr(output, "router_logits", None) or ():
+        logits = layer.float().view(batch, -1, layer.shape[-1])
+        shares.append(logits.softmax(-1))
+        best = logits.topk(model.config.num_experts_per_tok, dim=-1).indices
+        chosen.append(torch.zeros_like(logits).scatter_(-1, best, 1.0))
+    return shares, chosen, 1
+
+
+def _routing_arguments(model: Any) -> dict[str, bool]:
+    if isinstance(model, LoryForCausalLM):
+        return {"output_router_weights": True}
+    return {"output_router_logits": True} if hasattr(model.config, "output_router_logits") else {}
+
+
+def _add_bits(sums: Sums, windows: Windows, rows: np.ndarray, owners: np.ndarray, bits: np.ndarray) -> None:
+    """bits [B, L - 1]; owners [B, L]."""
+    position = np.broadcast_to(np.arange(1, owners.shape[1]), bits.shape)
+    owners = owners[:, 1:]
+    real = owners != NO_DOCUMENT
+    wrong = real & ~np.isfinite(bits)
+    if wrong.any():
+        raise NotFinite(int(owners[wrong][0]))
+    scored = real & (position >= windows.context)
+    np.add.at(sums.bits, owners[scored], bits[scored])
+    np.add.at(sums.tokens, owners[scored], 1.0)
+    stream = np.broadcast_to(rows[:, 3:], bits.shape)
+    place = (stream[real], windows.bucket_of(position[real]))
+    values = np.stack([bits[real], windows.bytes_a_token[owners[real]], np.ones(real.sum())], axis=1)
+    np.add.at(sums.positions, place, values)
+
+
+def _add_routing(sums: Sums, model: Any, rows: np.ndarray, output: Any) -> None:
+    """Adds every routed unit that lies wholly in a window and in no window before."""
+    shares, chosen, unit = routing(model, output, len(rows))
+    if not shares:
+        return
+    begin = np.arange(shares[0].shape[1]) * unit
+    counted = (begin >= rows[:, 2:3]) & (begin + unit <= rows[:, 1:2])
+    np.add.at(sums.routed, rows[:, 3], counted.sum(1))
+    for into, layers in ((sums.shares, shares), (sums.chosen, chosen)):
+        if layers and not into:
+            into += [np.zeros((len(sums.routed), layer.shape[-1])) for layer in layers]
+        for total, layer in zip(into, layers, strict=True):
+            mask = torch.from_numpy(counted).to(layer.device).unsqueeze(-1)
+            np.add.at(total, rows[:, 3], (layer.double() * mask).sum(1).cpu().numpy())
+
+
+def _add_layers(left: list[np.ndarray], right: list[np.ndarray]) -> list[np.ndarray]:
+    """Layer by layer; a process that had nothing to do has no layers."""
+    return [a + b for a, b in zip(left, right, strict=True)] if left and right else left or right

@@ -1,0 +1,1 @@
+"""Methods that MoE-LPR is compared with, and the extension of Lory models."""

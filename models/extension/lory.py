@@ -1,0 +1,169 @@
+"""The two stages of MoE-LPR on a Lory model: new experts join the merge, the prior keeps original-language segments where they were.
+
+    experts E..2E-1 = copies of 0..E-1, router rows too:   every copy halves the weight of its original, so the merged network
+                                                           is the same for any input (papers.md 1.1)
+    stage 1   new experts and their router rows learn the expanded languages                           next-token
+    stage 2   the new router rows alone replay a little of all       next-token + gamma * mean of -log sum_{i < E} e_i
+                                                                     over segments of original languages
+
+The old experts and the old router rows are parameters of their own without gradients. Since *all* old rows stay, the old experts
+keep their proportions among each other: to the degree that the prior takes the new ones' weight away, the merged network goes back
+to the original one. That is why every expert gets a copy, and not some. A model extended before is extended again in the same
+way; all experts that it has are old ones then. Price: the experts' memory twice; the merge costs 2E/T of the FFN instead of E/T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.mixture.dense_base import copy_side_files
+from eclectus.models.mixture.upcycle import StepZeroError
+from eclectus.models.training.instances import Batch
+from eclectus.models.training.loop import Objective
+from eclectus.models.training.objectives import next_token_loss
+
+
+@dataclass(frozen=True)
+class LoryExtensionReport:
+    """What was made of a Lory model, and the proof that it starts equal."""
+
+    experts_before: int
+    experts: int
+    max_abs_delta: float
+    """Largest difference of any logit, in fp32, over the probes."""
+    max_abs_logit: float
+    tolerance: float
+
+
+@torch.no_grad()
+def extend_lory(
+    lory_dir: str | Path, out_dir: str | Path, *, tolerance: float = 1e-4, probes: Tensor | None = None
+) -> LoryExtensionReport:
+    """Writes the Lory checkpoint with a copy of every expert and router row to `out_dir`, an empty or new directory.
+
+    tolerance: largest difference of a logit as a share of the largest absolute logit (at least of 1). probes: token ids
+    `[n, length]`; seeded random ones over three segments by default. Raises ValueError for a model without a router,
+    StepZeroError above the tolerance; nothing is written then.
+    """
+    model = LoryForCausalLM.from_pretrained(lory_dir, dtype=torch.float32).eval()
+    before = model.config.num_experts
+    if before < 2:
+        raise ValueError(
+            f"{lory_dir} has one expert and no router: it is dense, extend it as such (models/lory/dense.py)"
+        )
+    if probes is None:
+        length = min(3 * model.config.segment_length, model.config.max_position_embeddings)
+        probes = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    expected = model(input_ids=probes, use_cache=False).logits
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.Parameter(torch.cat([layer.mlp.experts, layer.mlp.experts]))
+        layer.mlp.router.weight = nn.Parameter(torch.cat([layer.mlp.router.weight, layer.mlp.router.weight]))
+    model.config.num_experts, model.config.original_experts = 2 * before, before
+    model.config.extension_trained = False
+    delta = (model(input_ids=probes, use_cache=False).logits - expected).abs().max().item()
+    scale = max(1.0, expected.abs().max().item())
+    if not delta <= tolerance * scale:
+        raise StepZeroError(
+            f"with {before} more experts some logit differs by {delta:.3g}, where {tolerance * scale:.3g} is allowed; nothing was written"
+        )
+    model.save_pretrained(out_dir)
+    copy_side_files(Path(lory_dir), Path(out_dir))
+    return LoryExtensionReport(before, 2 * before, delta, scale, tolerance)
+
+
+class _Joined(nn.Module):
+    """Old and new rows as one tensor: `[E, ...]` and `[M, ...]` to `[E + M, ...]`."""
+
+    def __init__(self, old: int) -> None:
+        super().__init__()
+        self.old = old
+
+    def forward(self, old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([old, new])
+
+    def right_inverse(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        return both[: self.old].clone(), both[self.old :].clone()
+
+
+def split_lory(model: LoryForCausalLM, stage: Literal["post_pretrain", "review"]) -> LoryForCausalLM:
+    """Parts old from new experts and router rows, in place, and lets only what the stage trains have gradients.
+
+    Raises ValueError when the model is not an extended one.
+    """
+    old = getattr(model.config, "original_experts", 0)
+    if not 0 < old < model.config.num_experts:
+        raise ValueError("the Lory model has no new experts to train: extend_lory makes a checkpoint that has")
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        for module, name in ((layer.mlp, "experts"), (layer.mlp.router, "weight")):
+            parametrize.register_parametrization(module, name, _Joined(old))
+            parts = module.parametrizations[name]
+            parts.original0.requires_grad_(False)
+            parts.original1.requires_grad_(stage == "post_pretrain" or name == "weight")
+    return model
+
+
+def save_lory(model: LoryForCausalLM, out: str | Path, side_files: str | Path) -> None:
+    """Joins a split model again, in place, and writes it with the tokenizer of `side_files`."""
+    for layer in model.model.layers:
+        parametrize.remove_parametrizations(layer.mlp, "experts")
+        parametrize.remove_parametrizations(layer.mlp.router, "weight")
+    model.config.extension_trained = True
+    model.eval().save_pretrained(out)
+    copy_side_files(Path(side_files), Path(out))
+
+
+def segment_prior_loss(router_weights: Sequence[Tensor], original_mask: Tensor, segment: int, old: int) -> Tensor:
+    """Mean over layers and segments of -log of the weight that old experts have, each segment counted by its original tokens.
+
+    router_weights: over layers, `[B, N, E]`. original_mask: `[B, L]`, true on tokens of original languages. segment: T. old: how
+    many leading experts are old. 0 without an original token, and so is its gradient.
+    """
+    dtype = torch.promote_types(router_weights[0].dtype, torch.float32)
+    mask_BNT = F.pad(original_mask.to(dtype), (0, -original_mask.shape[1] % segment)).unflatten(1, (-1, segment))
+    share_BN = mask_BNT.sum(-1)
+    losses = []
+    for weights_BNE in router_weights:
+        prior_BN = -weights_BNE[..., :old].to(dtype).sum(-1).clamp_min(1e-9).log()
+        losses.append((prior_BN * share_BN).sum() / share_BN.sum().clamp(min=1))
+    return torch.stack(losses).mean()
+
+
+def post_pretrain_lory() -> Objective:
+    """The objective of stage 1 on a Lory model; logs what part of the weight the new experts have."""
+
+    def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        output = model(input_ids=batch.tokens, use_cache=False, output_router_weights=True)
+        old = _config(model).original_experts
+        new = torch.stack([layer[..., old:].sum(-1).mean() for layer in output.router_weights]).mean()
+        return next_token_loss(output.logits, batch.labels), {"new_expert_weight": new.detach()}
+
+    return objective
+
+
+def review_lory(gamma: float, original_languages: Sequence[int]) -> Objective:
+    """The objective of stage 2 on a Lory model. original_languages: numbers of these languages in the batch's labels."""
+
+    def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        output = model(input_ids=batch.tokens, use_cache=False, output_router_weights=True)
+        loss = next_token_loss(output.logits, batch.labels)
+        original = torch.isin(batch.languages, torch.tensor(original_languages, device=batch.languages.device))
+        config = _config(model)
+        segment = min(config.segment_length, batch.tokens.shape[1])
+        prior = segment_prior_loss(output.router_weights, original, segment, config.original_experts)
+        return loss + gamma * prior, {"next_token_loss": loss, "lpr_loss": prior}
+
+    return objective
+
+
+def _config(model: nn.Module) -> Any:
+    return getattr(model, "module", model).config

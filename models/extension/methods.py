@@ -1,0 +1,300 @@
+"""What MoE-LPR is measured against: other ways to teach a dense model new languages, in the same harness (papers.md 2.5).
+
+    full        every weight of the dense model trains
+    lora        low-rank adapters on every linear layer train, merged at the end (arXiv 2106.09685; peft)
+    llama_pro   copies of blocks, silenced by zero output projections, are put between the blocks; only they train
+                (arXiv 2401.02415)
+    moe_all     the upcycled model, expert 0 and all else trained too
+    no_review, no_lpr, random_experts, one_stage        MoE-LPR with one of its parts left out
+
+Each is a `Recipe`: what the model starts as, what trains on which data, whether a review follows. `open_method` gives the
+model ready for `eclectus.models.training.loop.train`, `save_method` writes what it became as a stock checkpoint. Price: `full` and `moe_all`
+hold AdamW moments for everything; `llama_pro` adds new_blocks / layers to every token's compute, `lora` nothing in the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from eclectus.models.extension.lory import save_lory, split_lory
+from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.mixture.checkpoint_io import read_config, tensor_bytes
+from eclectus.models.mixture.dense_base import REPORT, copy_side_files
+from eclectus.models.mixture.experts import Stage, set_trainable, split_experts, whole
+from eclectus.models.mixture.export import export_checkpoint
+from eclectus.models.mixture.families import family_of, with_both_generations, write_config
+from eclectus.models.training.instances import IGNORED, Batch, Instances
+from eclectus.models.training.loop import Objective
+from eclectus.models.training.objectives import next_token_loss
+from eclectus.models.training.router_losses import BalanceScaling, PriorForm, balance_loss, language_prior_loss
+
+Method = Literal[
+    "moe_lpr", "full", "lora", "llama_pro", "moe_all", "no_review", "no_lpr", "random_experts", "one_stage"
+]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method extends a dense model; the defaults are MoE-LPR's own."""
+
+    title: str
+    start: Literal["upcycled", "dense", "lora", "blocks"] = "upcycled"
+    trained: Stage = "post_pretrain"
+    """What trains in stage 1, of an upcycled model."""
+    mixed: bool = False
+    """Whether stage 1 reads the review's data too, with both losses."""
+    reviewed: bool = True
+    prior: bool = True
+    """Whether the review has the language prior loss; without it gamma is 0."""
+    random_experts: bool = False
+    """Whether new experts are random (init "drop" with drop_ratio 1) instead of copies."""
+
+
+RECIPES: dict[Method, Recipe] = {
+    "moe_lpr": Recipe("MoE-LPR"),
+    "full": Recipe("full fine-tuning", start="dense", trained="full", reviewed=False),
+    "lora": Recipe("LoRA", start="lora", reviewed=False),
+    "llama_pro": Recipe("LLaMA-Pro", start="blocks", reviewed=False),
+    "moe_all": Recipe("MoE, all trained", trained="all", reviewed=False),
+    "no_review": Recipe("MoE-LPR without review", reviewed=False),
+    "no_lpr": Recipe("MoE-LPR, review without LPR", prior=False),
+    "random_experts": Recipe("MoE-LPR, random new experts", random_experts=True),
+    "one_stage": Recipe("MoE-LPR in one stage", mixed=True, reviewed=False),
+}
+
+
+def recipe_of(method: str) -> Recipe:
+    """The recipe of that name. Raises ValueError naming those there are."""
+    if method not in RECIPES:
+        raise ValueError(f"unknown extension method {method!r}: choose {', '.join(RECIPES)}")
+    return RECIPES[method]
+
+
+def open_method(
+    method: str, checkpoint: str | Path, *, lora_rank: int = 8, new_blocks: int | None = None, seed: int = 0
+) -> nn.Module:
+    """The model of `checkpoint` in fp32 as stage 1 of a method trains it, gradients set.
+
+    checkpoint: the upcycled one for recipes that start "upcycled" (or a Lory model with new experts, for MoE-LPR), else the
+    dense base. new_blocks: blocks that llama_pro adds, by default half as many as there are. Raises ValueError for an
+    unknown method or settings that do not fit.
+    """
+    recipe = recipe_of(method)
+    if read_config(Path(checkpoint)).get("model_type") == "lory":
+        return _open_lory(checkpoint, recipe, "post_pretrain")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    if recipe.start == "lora":
+        return add_lora(model, lora_rank, seed)
+    if recipe.start == "blocks":
+        return expand_blocks(model, new_blocks or max(1, model.config.num_hidden_layers // 2))
+    if recipe.start == "upcycled":
+        split_experts(model, frozen_experts(checkpoint))
+    set_trainable(model, recipe.trained)
+    return model
+
+
+def open_review(checkpoint: str | Path) -> nn.Module:
+    """The model that stage 1 made, in fp32, as the review trains it: routers only."""
+    if read_config(Path(checkpoint)).get("model_type") == "lory":
+        return _open_lory(checkpoint, RECIPES["moe_lpr"], "review")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    split_experts(model, frozen_experts(checkpoint))
+    set_trainable(model, "review")
+    return model
+
+
+def _open_lory(checkpoint: str | Path, recipe: Recipe, stage: Literal["post_pretrain", "review"]) -> nn.Module:
+    if recipe.start != "upcycled" or recipe.trained != "post_pretrain" or recipe.mixed or recipe.random_experts:
+        raise ValueError(
+            f"{recipe.title} extends dense models, {checkpoint} is a Lory model: choose moe_lpr or no_review"
+        )
+    return split_lory(LoryForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), stage)
+
+
+def frozen_experts(checkpoint: str | Path) -> int | list[int]:
+    """How many leading experts of each layer an upcycled checkpoint's training must leave alone: more than one if it was extended again."""
+    path = Path(checkpoint) / REPORT
+    extended = json.loads(path.read_text("utf-8")).get("extended") if path.is_file() else None
+    return list(extended[-1]["experts_before"]) if extended else 1
+
+
+def save_method(model: nn.Module, out: str | Path, side_files: str | Path) -> None:
+    """Writes what training made of an opened model as a stock checkpoint; adapters are merged into the weights first."""
+    out = Path(out)
+    if isinstance(model, LoryForCausalLM):
+        save_lory(model, out, side_files)
+        return
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    if hasattr(model.config, "num_experts_per_tok"):
+        export_checkpoint(model, out, side_files=side_files)
+        return
+    model.save_pretrained(out)
+    write_config(out, with_both_generations(read_config(out)))
+    copy_side_files(Path(side_files), out)
+
+
+def add_lora(model: PreTrainedModel, rank: int, seed: int = 0) -> nn.Module:
+    """The model with adapters of this rank on every linear layer but the output, scaled by 2; only they train."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("LoRA needs peft, which is not installed: pip install 'eclectus[lora]'") from error
+    if rank < 1:
+        raise ValueError(f"the rank of LoRA is {rank}: choose 1 or more")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(model, config)
+
+
+def expand_blocks(model: PreTrainedModel, new_blocks: int) -> PreTrainedModel:
+    """LLaMA-Pro: a deeper model that computes the same, in which only the new blocks train.
+
+    Each new block is a copy of the block before it with zero output projections (`o_proj`, `down_proj`), so that it adds
+    nothing to the residual stream until it learns. They are spread evenly. Raises ValueError when there are more of them
+    than blocks to copy, UnsupportedModelError for a family that cannot be upcycled either.
+    """
+    layers = model.config.num_hidden_layers
+    if not 1 <= new_blocks <= layers:
+        raise ValueError(f"new_blocks is {new_blocks}: choose 1 to {layers}, the number of blocks that there are")
+    family_of(model.config.to_dict(), "this model")
+    origins = _block_origins(layers, new_blocks)
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = len(origins)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[origin] for origin, _ in origins]
+    with torch.device("meta"):
+        deeper = type(model)(config)
+    deeper.to_empty(device="cpu").to(model.dtype)
+    own = model.state_dict()
+    prefix = "model.layers."
+    state = {name: value for name, value in own.items() if not name.startswith(prefix)}
+    for place, (origin, new) in enumerate(origins):
+        for name in [name for name in own if name.startswith(f"{prefix}{origin}.")]:
+            silent = new and (".o_proj." in name or ".down_proj." in name)
+            value = torch.zeros_like(own[name]) if silent else own[name].clone()
+            state[f"{prefix}{place}.{name.removeprefix(f'{prefix}{origin}.')}"] = value
+    # Rotary frequencies are no parameters: they come with the original's module, not from the empty one.
+    deeper.model.rotary_emb = model.model.rotary_emb
+    deeper.load_state_dict(state, strict=True)
+    deeper.tie_weights()
+    deeper.generation_config = model.generation_config
+    for parameter in deeper.parameters():
+        parameter.requires_grad_(False)
+    for block, (_, new) in zip(deeper.model.layers, origins, strict=True):
+        block.requires_grad_(new)
+    return deeper
+
+
+def _block_origins(layers: int, new_blocks: int) -> list[tuple[int, bool]]:
+    """(block that it comes from, whether it is new) for each block of the deeper model."""
+    followed = {(i + 1) * layers // new_blocks - 1 for i in range(new_blocks)}
+    return [(layer, new) for layer in range(layers) for new in ((False, True) if layer in followed else (False,))]
+
+
+def untrained_digest(model: nn.Module) -> str:
+    """sha256 over names and values of all parameters that do not train: the same before and after, or something moved."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad:
+            digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+            digest.update(tensor_bytes(whole(parameter)))
+    return digest.hexdigest()
+
+
+def one_stage(
+    alpha: float,
+    top_k: int,
+    scaling: BalanceScaling,
+    gamma: float,
+    form: PriorForm,
+    original_languages: Sequence[int],
+) -> Objective:
+    """The objective of the ablation without stages: next-token + alpha * balance + gamma * LPR on mixed data."""
+
+    def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        output = model(input_ids=batch.tokens, use_cache=False, output_router_logits=True)
+        loss = next_token_loss(output.logits, batch.labels)
+        balance = balance_loss(output.router_logits, top_k, scaling, mask=batch.labels != IGNORED)
+        original = torch.isin(batch.languages, torch.tensor(original_languages, device=batch.languages.device))
+        prior = language_prior_loss(output.router_logits, original.flatten(), form)
+        total = loss + alpha * balance + gamma * prior
+        return total, {"next_token_loss": loss, "balance_loss": balance, "lpr_loss": prior}
+
+    return objective
+
+
+class MixedInstances(Instances):
+    """Two sets of instances read as one: of every batch, `share` comes from the second, as evenly as steps allow.
+
+    Rows are a pure function of (step, size, seed) here too, so training resumes exactly. Raises ValueError when lengths
+    or vocabularies differ or the share is not between 0 and 1.
+    """
+
+    def __init__(self, first: Instances, second: Instances, share: float) -> None:
+        for what in ("length", "vocabulary", "end_of_document"):
+            if getattr(first, what) != getattr(second, what):
+                raise ValueError(
+                    f"the two sets of instances differ in {what}: {getattr(first, what)} and {getattr(second, what)}; "
+                    "pack both with the same tokenizer and length"
+                )
+        if not 0 < share < 1:
+            raise ValueError(f"the share of the second set is {share}: choose a number between 0 and 1")
+        self._sets, self._share = (first, second), share
+        self.length, self.vocabulary, self.end_of_document = first.length, first.vocabulary, first.end_of_document
+        self.languages = list(dict.fromkeys(first.languages + second.languages))
+        self.domains = list(dict.fromkeys(first.domains + second.domains))
+
+    def __len__(self) -> int:
+        return sum(len(each) for each in self._sets)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """Rows from len(first) on are the second set's; labels are numbered by the languages and domains of both."""
+        begin = len(self._sets[0])
+        places = [np.flatnonzero(rows < begin), np.flatnonzero(rows >= begin)]
+        order = torch.from_numpy(np.argsort(np.concatenate(places)))
+        parts = [
+            self._renamed(each, each.batch(rows[place] - offset))
+            for each, place, offset in zip(self._sets, places, (0, begin), strict=True)
+        ]
+        fields = zip(*(vars(part).values() for part in parts), strict=True)
+        return Batch(*(torch.cat(pair)[order] for pair in fields))
+
+    def _renamed(self, own: Instances, batch: Batch) -> Batch:
+        languages = _renumbered(batch.languages, own.languages, self.languages)
+        domains = _renumbered(batch.domains, own.domains, self.domains)
+        return Batch(batch.tokens, batch.labels, languages, domains, batch.documents)
+
+    def rows_of_step(self, step: int, size: int, seed: int) -> np.ndarray:
+        """The instance numbers [size] of a training step, from both sets, shuffled within the batch."""
+        begin, end = (int(each * size * self._share) for each in (step, step + 1))
+        second = _rows_at(np.arange(begin, end), len(self._sets[1]), seed + 1) + len(self._sets[0])
+        first = _rows_at(np.arange(step * size - begin, (step + 1) * size - end), len(self._sets[0]), seed)
+        return np.random.default_rng([seed, step]).permutation(np.concatenate([first, second]))
+
+
+def _rows_at(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Rows at these positions of an endless reading: the stored order first, then a new permutation an epoch."""
+    epochs, rows = positions // count, positions % count
+    for epoch in np.unique(epochs[epochs > 0]):
+        here = epochs == epoch
+        rows[here] = np.random.default_rng([seed, int(epoch)]).permutation(count)[rows[here]]
+    return rows
+
+
+def _renumbered(numbers: torch.Tensor, names: Sequence[str], all_names: Sequence[str]) -> torch.Tensor:
+    """Label numbers over `names` as numbers over `all_names`; -1 stays."""
+    table: Any = torch.tensor([*(all_names.index(name) for name in names), -1])
+    return table[numbers]

@@ -1,0 +1,372 @@
+"""Lory: a fully differentiable mixture of experts for autoregressive language models (papers.md 1; arXiv 2405.03133).
+
+A LLaMA whose FFNs are merged, segment by segment, from E experts: the mean hidden state of a segment gives the weights
+with which the *next* segment's FFN is averaged. There is no top-k, no noise and no auxiliary loss. Attention, norms and
+rotary embeddings are transformers' own, so that one expert is exactly a stock LlamaForCausalLM.
+
+Price beside the dense model: E/T of the FFN's FLOPs (models/lory/merge.py) and E times its parameters.
+
+    model = LoryForCausalLM(LoryConfig.preset("laptop"))
+    model = LoryForCausalLM.from_dense(llama, num_experts=8, segment_length=256)
+    model.generate(prompt_ids)                                     experts merged once by the prompt
+    model.generate(prompt_ids, generation_routing="segment")       routed again at every segment border
+
+Shapes: B rows, L tokens, N segments of T tokens, D width, F FFN width, E experts.
+"""
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+try:
+    from transformers.modeling_utils import slice_logits_to_keep
+except ImportError:  # transformers before 5.18
+
+    def slice_logits_to_keep(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        return hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+
+
+from .config import FIRST_SEGMENTS, ROUTINGS, LoryConfig, check_choice
+from .dense import dense_ffn_names, expand_dense_tensors
+from .ffn import LoryFFN, LoryRouter
+from .routing import LoryCache, RoutingPlan, check_expert_weights
+
+
+@dataclass
+class LoryModelOutput(BaseModelOutputWithPast):
+    """The base model's output; `router_weights` is a tuple over layers of `[B, N, E]`, each segment's own weights."""
+
+    router_weights: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class LoryCausalLMOutput(CausalLMOutputWithPast):
+    """The language model's output; `router_weights` as in LoryModelOutput."""
+
+    router_weights: tuple[Tensor, ...] | None = None
+
+
+class LoryDecoderLayer(GradientCheckpointingLayer):
+    """LLaMA's decoder layer with a LoryFFN."""
+
+    def __init__(self, config: LoryConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
+        self.mlp = LoryFFN(config, layer_idx)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        plan: RoutingPlan,
+        expert_weights: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`[B, L, D]` to `[B, L, D]`."""
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden), past_key_values=past_key_values, **kwargs
+        )
+        hidden = hidden + attended
+        cache = past_key_values if isinstance(past_key_values, LoryCache) else None
+        return hidden + self.mlp(self.post_attention_layernorm(hidden), plan, expert_weights, cache)
+
+
+class LoryPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know to build, load, checkpoint and observe a Lory model."""
+
+    config_class = LoryConfig
+    config: LoryConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["LoryDecoderLayer"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs: ClassVar = {
+        "hidden_states": LoryDecoderLayer,
+        "attentions": LlamaAttention,
+        "router_weights": OutputRecorder(LoryRouter),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, LoryRouter):
+            init.normal_(module.weight, std=self.config.router_initializer_range)
+        elif isinstance(module, LoryFFN):
+            init.normal_(module.experts, std=self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+
+class LoryModel(LoryPreTrainedModel):
+    """Embeddings, decoder layers and the final norm."""
+
+    def __init__(self, config: LoryConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(LoryDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        first_segment: str | None = None,
+        expert_weights: Tensor | None = None,
+        **kwargs: Any,
+    ) -> LoryModelOutput:
+        """As LlamaModel; the further arguments are those of LoryForCausalLM."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds, not both and not neither.")
+        check_choice("routing", self.config.routing, ROUTINGS)
+        check_choice("first_segment", first_segment or self.config.first_segment, FIRST_SEGMENTS)
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if not hidden.shape[1]:
+            raise ValueError("The input has no token; Lory needs at least one to route by.")
+        past_key_values = self._check_cache(past_key_values, use_cache)
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + past_length).unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        shared = dict(
+            plan=RoutingPlan.make(self.config, first_segment, hidden, attention_mask, past_length),
+            expert_weights=check_expert_weights(self.config, expert_weights),
+            attention_mask=causal_mask,
+            position_embeddings=self.rotary_emb(hidden, position_ids=position_ids),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        for layer in self.layers:
+            hidden = layer(hidden, **shared)
+        return LoryModelOutput(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+    def _check_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache to use: a new one follows segments, as the pass without a cache does."""
+        dense = self.config.routing == "dense" or self.config.num_experts == 1
+        if cache is None and use_cache:
+            return DynamicCache(config=self.config) if dense else LoryCache(self.config, "segment")
+        if cache is not None and not dense and not isinstance(cache, LoryCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}, but Lory keeps its merged experts in the cache; pass "
+                "LoryCache(model.config) instead."
+            )
+        return cache
+
+
+class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
+    """A Lory model with a language-model head."""
+
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LoryConfig) -> None:
+        super().__init__(config)
+        self.model = LoryModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        first_segment: str | None = None,
+        expert_weights: Tensor | None = None,
+        **kwargs: Any,
+    ) -> LoryCausalLMOutput:
+        """As LlamaForCausalLM (`labels` are shifted inside), with routing.
+
+        Args:
+            attention_mask: `[B, L]`, 0 at padding on either side. Padding enters no segment's mean, and segments are
+                counted from a row's first real token. Leave it out where nothing is padded.
+            first_segment: overrides the configuration's for this call; "uniform" gives losses without look-ahead.
+            expert_weights: `[layers, E]` or `[layers, B, E]` take the routers' place for every token.
+            output_router_weights: (keyword) return `router_weights`, a tuple over layers of `[B, N, E]`: what each
+                segment's own tokens ask for, before the shift to the segment that uses it.
+        """
+        if use_cache is None and (self.training or labels is not None):
+            use_cache = False
+        outputs: LoryModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            first_segment=first_segment,
+            expert_weights=expert_weights,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return LoryCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_weights=outputs.router_weights,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, generation_routing: str | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers; `generation_routing` is named so that `generate` accepts it (it goes to the cache)."""
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        routing = model_kwargs.pop("generation_routing", None) or self.config.generation_routing
+        if self.config.routing == "dense" or self.config.num_experts == 1:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise ValueError(
+                    f"cache_implementation is {generation_config.cache_implementation!r}, but Lory keeps its merged "
+                    "experts in a dynamic cache; leave it unset."
+                )
+            positions = model_kwargs.get("position_ids")
+            prompt_length = None if positions is None else positions.shape[-1]
+            model_kwargs["past_key_values"] = LoryCache(self.config, routing, prompt_length=prompt_length)
+        if routing == "prompt" and generation_config.use_cache is False:
+            raise ValueError(
+                "Prompt routing keeps its merged experts in the cache: set use_cache=True, or "
+                "generation_routing='segment'."
+            )
+        if routing == "prompt" and generation_config.prefill_chunk_size is not None:
+            raise ValueError(
+                "Prompt routing looks at the whole prompt at once: unset prefill_chunk_size, or set "
+                "generation_routing='segment'."
+            )
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike, *args: Any, **kwargs: Any
+    ) -> "LoryForCausalLM":
+        """As in transformers, but weights that do not fit the configuration are an error, never drawn at random."""
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"A safetensors file in {pretrained_model_name_or_path} is damaged or cut short ({error}); fetch or write the "
+                "checkpoint again."
+            ) from error
+        wrong = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
+        if any(wrong.values()):
+            told = "; ".join(f"{name}: {', '.join(keys[:3])}" for name, keys in wrong.items() if keys)
+            raise ValueError(
+                f"The weights in {pretrained_model_name_or_path} do not fit its configuration ({told}); config.json "
+                "and the safetensors files must come from one save_pretrained."
+            )
+        return (model, info) if with_info else model
+
+    @classmethod
+    def from_dense(
+        cls,
+        llama: LlamaForCausalLM,
+        num_experts: int = 8,
+        segment_length: int = 256,
+        router_initializer_range: float = 0.02,
+        seed: int = 0,
+        shared_memory: bool = False,
+        **config: Any,
+    ) -> "LoryForCausalLM":
+        """Duplicate a dense model's FFNs into experts: equal logits at once, for any router (papers.md 1.5, 3).
+
+        Args:
+            llama: the dense model, SwiGLU without FFN biases. Its weights are copied.
+            num_experts, segment_length, router_initializer_range: as in LoryConfig; the routers must differ from zero,
+                or the copies never part.
+            seed: of the routers' initial weights.
+            shared_memory: leave a layer's experts views of one FFN, so that the model is no larger than the dense one. They
+                must be parted before any of them changes: `eclectus.models.training.loop` does, each process for its shard alone.
+            config: any further LoryConfig field.
+        """
+        fields = {key: value for key, value in llama.config.to_dict().items() if key not in ("model_type", "auto_map")}
+        fields |= dict(architectures=[cls.__name__], num_experts=num_experts, segment_length=segment_length)
+        lory_config = LoryConfig(**{**fields, "router_initializer_range": router_initializer_range, **config})
+        with torch.device("meta"):
+            model = cls(lory_config)
+        state = expand_dense_tensors(llama.state_dict(), num_experts, shared_memory=shared_memory)
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".mlp.router.weight"):
+                drawn = torch.randn(parameter.shape, generator=generator) * router_initializer_range
+                state[name] = drawn.to(llama.dtype).to(llama.device)
+        model.load_state_dict(state, assign=True)
+        model.model.rotary_emb = LlamaRotaryEmbedding(config=lory_config).to(llama.device)
+        model.tie_weights()
+        return model.train(llama.training)
+
+    def expert_parameter_map(self) -> dict[str, tuple[str, str, str]]:
+        """For each experts parameter the dense (gate, up, down) parameters that `from_dense` copies into every expert.
+
+        All other parameters but the routers carry their dense names.
+        """
+        return {f"model.layers.{index}.mlp.experts": dense_ffn_names(index) for index in range(len(self.model.layers))}
+
+
+LoryConfig.register_for_auto_class()
+LoryForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+if "lory" not in CONFIG_MAPPING:
+    AutoConfig.register("lory", LoryConfig)
+    AutoModel.register(LoryConfig, LoryModel)
+    AutoModelForCausalLM.register(LoryConfig, LoryForCausalLM)

@@ -1,0 +1,1 @@
+"""Dense checkpoints to mixtures of experts and back: families, upcycling, frozen experts, export."""

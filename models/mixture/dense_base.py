@@ -1,0 +1,231 @@
+"""Opening the dense checkpoint that is to be upcycled, and refusing, by name, what cannot be.
+
+A base is a directory with safetensors (one file or shards) or a GGUF file, which transformers dequantises into memory.
+A directory with code of its own is refused, unless that code is trusted: then its logits are what the upcycled model is held
+against, for which the model is in memory. Before anything is written its tensors are compared with those of its class: none missing, none unknown, shapes as the
+config says.
+"""
+
+import json
+import shutil
+import struct
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from eclectus.models.mixture.checkpoint_io import (
+    CheckpointError,
+    CheckpointReader,
+    ModuleTensors,
+    TensorSource,
+    read_config,
+    write_checkpoint,
+)
+from eclectus.models.mixture.families import (
+    Family,
+    UnsupportedModelError,
+    family_of,
+    plain_config,
+    with_both_generations,
+    write_config,
+)
+from eclectus.models.mixture.streaming import streamed_logits
+
+REPORT = "upcycle.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+class DenseBase:
+    """An opened base: its config with every default resolved, its tensors, and the files that go along."""
+
+    def __init__(self, config: PretrainedConfig, family: Family, tensors: TensorSource, side_files: Path) -> None:
+        self.config = config
+        self.family = family
+        self.tensors = tensors
+        self.config_dict = plain_config(config)
+        self.tied = bool(config.tie_word_embeddings)
+        self._side_files = side_files
+        self._gguf_tokenizer: Any = None
+        self._own_model: PreTrainedModel | None = None
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the base computes in fp32 on tokens `[n, length]`: by its own code where that is trusted, else streamed."""
+        if self._own_model is not None:
+            return self._own_model(input_ids=tokens).logits
+        return streamed_logits(self.tensors, self.config, self.family, tokens)
+
+    @classmethod
+    def from_gguf(cls, path: Path) -> "DenseBase":
+        """The base in a GGUF file, dequantised. Raises CheckpointError when transformers cannot read it."""
+        try:
+            return cls._from_gguf(path)
+        except UnsupportedModelError:
+            raise
+        except (ValueError, OSError, RuntimeError, LookupError, struct.error) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"{path} cannot be read as GGUF ({first}); fetch it again, or give the safetensors checkpoint"
+            ) from error
+
+    @classmethod
+    def _from_gguf(cls, path: Path) -> "DenseBase":
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        config = plain_config(model.config) | {"architectures": [type(model).__name__], "dtype": "float32"}
+        config.pop("quantization_config", None)
+        base = cls(model.config, family_of(config, path), ModuleTensors(model), path.parent)
+        base.config_dict = config
+        base._gguf_tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        return base
+
+    @classmethod
+    def with_own_code(cls, base_dir: Path, raw: dict[str, Any], tensors: TensorSource) -> "DenseBase":
+        """A base whose config.json names code beside it; `raw` is that config. Runs that code."""
+        stock = {key: value for key, value in raw.items() if key != "auto_map"}
+        config = AutoConfig.for_model(**stock)
+        base = cls(config, family_of(config.to_dict(), base_dir), tensors, base_dir)
+        base._own_model = AutoModelForCausalLM.from_pretrained(
+            base_dir, dtype=torch.float32, trust_remote_code=True
+        ).eval()
+        return base
+
+    def save(self, out_dir: Path) -> None:
+        """Writes the dense checkpoint itself, in safetensors, with tokenizer and generation config."""
+        write_config(out_dir, with_both_generations(self.config_dict))
+        write_checkpoint(out_dir, self.tensors.specs.values(), self.tensors.tensor)
+        self.copy_side_files(out_dir)
+
+    def copy_side_files(self, out_dir: Path) -> None:
+        """Tokenizer and generation config."""
+        if self._gguf_tokenizer is not None:
+            self._gguf_tokenizer.save_pretrained(out_dir)
+            _name_tokenizer_for_both(out_dir / TOKENIZER_CONFIG)
+            return
+        copy_side_files(self._side_files, out_dir)
+
+
+def open_base(base_dir: Path, stack: ExitStack, trust_remote_code: bool = False) -> DenseBase:
+    """Opens and checks a base; its files stay open until `stack` closes.
+
+    trust_remote_code: whether to run code that the base brings. Raises CheckpointError for missing or damaged files, UnsupportedModelError for a model that cannot be upcycled.
+    """
+    base = _open(base_dir, stack, trust_remote_code)
+    _check_tokenizer(base_dir, base.config.vocab_size)
+    _check_tensors(base, base_dir)
+    return base
+
+
+def _open(base_dir: Path, stack: ExitStack, trust_remote_code: bool) -> DenseBase:
+    if not base_dir.exists():
+        raise CheckpointError(f"{base_dir} does not exist; expected a checkpoint directory or a .gguf file")
+    if base_dir.is_file():
+        if base_dir.suffix != ".gguf":
+            raise CheckpointError(f"{base_dir} is a file; expected a checkpoint directory or a .gguf file")
+        return DenseBase.from_gguf(base_dir)
+    ggufs = sorted(base_dir.glob("*.gguf"))
+    if ggufs and not any(base_dir.glob("*.safetensors*")):
+        if len(ggufs) > 1:
+            raise CheckpointError(f"{base_dir} holds {len(ggufs)} .gguf files; name one of them, such as {ggufs[0]}")
+        return DenseBase.from_gguf(ggufs[0])
+    raw = read_config(base_dir)
+    family_of(raw, base_dir, trust_remote_code)
+    if raw.get("auto_map"):
+        return DenseBase.with_own_code(base_dir, raw, stack.enter_context(CheckpointReader(base_dir)))
+    config = AutoConfig.from_pretrained(base_dir)
+    # Once more with the defaults resolved: layer types follow from other keys.
+    family = family_of(config.to_dict(), base_dir)
+    reader = stack.enter_context(CheckpointReader(base_dir))
+    return DenseBase(config, family, reader, base_dir)
+
+
+def copy_side_files(source: Path, out_dir: Path) -> None:
+    """Copies everything small that is neither weights nor config: tokenizer, chat template, generation config.
+
+    An artifact's manifest and a Lory model's routing profiles are of the source alone and stay behind.
+    """
+    skipped = {"config.json", REPORT, "manifest.json", "routing_weights.json"}
+    for path in sorted(source.iterdir()):
+        is_side = path.suffix in (".json", ".model", ".txt", ".jinja", ".tiktoken") and ".safetensors" not in path.name
+        if path.is_file() and is_side and path.name not in skipped and not path.name.endswith(".bin.index.json"):
+            shutil.copyfile(path, out_dir / path.name)
+    _name_tokenizer_for_both(out_dir / TOKENIZER_CONFIG)
+
+
+def _name_tokenizer_for_both(path: Path) -> None:
+    """Replaces names that only transformers 5 knows in a tokenizer_config.json by those that 4.57 reads and 5 still does."""
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    config = dict(before)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # 4.57 takes extra_special_tokens for a mapping of names, and fails on a list.
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    if config != before:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_tokenizer(base_dir: Path, vocabulary: int) -> None:
+    if not base_dir.is_dir():
+        return
+    path = base_dir / "tokenizer.json"
+    if path.is_file():
+        largest = _largest_id(json.loads(path.read_text(encoding="utf-8")))
+    else:
+        path = next(
+            (base_dir / name for name in ("tokenizer.model", "vocab.json") if (base_dir / name).is_file()), None
+        )
+        if path is None:
+            return
+        try:
+            largest = max(AutoTokenizer.from_pretrained(base_dir).get_vocab().values())
+        except (OSError, ValueError, RuntimeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"{path} cannot be read as a tokenizer ({first}); mend it, or move it away"
+            ) from error
+    if largest >= vocabulary:
+        raise UnsupportedModelError(
+            f"{path} gives token id {largest}, but the model's vocabulary has {vocabulary}: "
+            "this tokenizer is not the model's"
+        )
+
+
+def _largest_id(tokenizer: dict[str, Any]) -> int:
+    """The largest token id of a tokenizer.json, -1 when it has none."""
+    vocab = tokenizer.get("model", {}).get("vocab", {})
+    ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
+    return max([-1, *ids, *(token["id"] for token in tokenizer.get("added_tokens", []))])
+
+
+def _check_tensors(base: DenseBase, where: Path) -> None:
+    """The base's tensors must be exactly those of its class; refuses the first that is missing, odd or misshapen."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base.config)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if base.tied:
+        expected.pop("lm_head.weight", None)
+    present = base.tensors.specs
+    for name in [name for name in present if name.endswith("rotary_emb.inv_freq")]:
+        del present[name]
+    if base.tied and "lm_head.weight" in present:
+        if not torch.equal(base.tensors.tensor("lm_head.weight"), base.tensors.tensor("model.embed_tokens.weight")):
+            raise UnsupportedModelError(
+                f"{where} says tie_word_embeddings: true, yet holds a lm_head.weight that differs from its embeddings: "
+                "correct config.json or the weights"
+            )
+        del present["lm_head.weight"]
+    if missing := sorted(set(expected) - set(present)):
+        raise CheckpointError(f"{where} lacks {len(missing)} tensors that its class has, first {missing[0]}")
+    if extra := sorted(set(present) - set(expected)):
+        raise CheckpointError(f"{where} holds {len(extra)} tensors that its class does not know, first {extra[0]}")
+    for name, shape in expected.items():
+        if present[name].shape != shape:
+            raise CheckpointError(f"{where}: {name} has shape {present[name].shape}, its config says {shape}")
+        if not present[name].dtype.is_floating_point:
+            kind = present[name].dtype
+            raise UnsupportedModelError(f"{where}: {name} is {kind}, quantised: upcycle the float checkpoint")

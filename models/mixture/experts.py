@@ -1,0 +1,262 @@
+"""The training form of an upcycled model: original experts frozen as parameters of their own, new ones beside them.
+
+transformers 5 holds a layer's experts in one `[experts, ...]` parameter. A slice of a parameter cannot be frozen, and
+a masked gradient still drifts under AdamW's weight decay. So while training, `SplitExperts` replaces that module: the
+original experts are one frozen parameter, which no optimizer ever moves, and the new ones another. `join_experts` puts
+the stock module back, bit for bit.
+
+A step costs what the stock grouped GEMM costs, less the weight gradients of the frozen experts; when only routers
+train, no expert weight gradient is computed and the expert inputs are not kept. Tokens are sorted by expert, new first:
+
+    rows of new experts | rows of frozen experts          forward and input gradient: one grouped GEMM over all
+    \\___ weight gradient ___/                             a second one that ends where the frozen rows begin
+
+The new and the frozen parameter lie side by side in one allocation, so that the one GEMM over both reads them in
+place; where something has moved them apart (FSDP gathers each on its own, autocast casts them) they are concatenated
+for the call and not kept. No loop over experts and no wait for the device on CUDA, where sizes are multiples of 8.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eclectus.models.mixture.checkpoint_io import TensorSource, TensorSpec, tensor_bytes
+from eclectus.models.mixture.families import MATRICES, Family, dense_ffn, moe_family_of
+from eclectus.models.mixture.grouped_gemm import combine_tokens, dispatch_tokens, expert_linear
+
+Stage = Literal["post_pretrain", "review", "all", "full"]
+
+
+class SplitExperts(nn.Module):
+    """The experts of one layer, `frozen` original ones and the rest new; a drop-in for transformers' experts module.
+
+    Parameters: `frozen_gate_up [F, 2I, H]`, `frozen_down [F, H, I]` and `new_gate_up [N, 2I, H]`, `new_down [N, H, I]`.
+    Expert i of the router is frozen expert i for i < F, new expert i - F otherwise.
+    """
+
+    def __init__(self, stock: nn.Module, frozen: int) -> None:
+        super().__init__()
+        self.stock_class = type(stock)
+        self.config = stock.config
+        self.act_fn = stock.act_fn
+        self.num_frozen = frozen
+        self.num_experts = stock.num_experts
+        self.frozen_gate_up = nn.Parameter(stock.gate_up_proj.detach()[:frozen].clone(), requires_grad=False)
+        self.frozen_down = nn.Parameter(stock.down_proj.detach()[:frozen].clone(), requires_grad=False)
+        self.new_gate_up = nn.Parameter(stock.gate_up_proj.detach()[frozen:].clone())
+        self.new_down = nn.Parameter(stock.down_proj.detach()[frozen:].clone())
+        self.share_storage()
+        self.register_load_state_dict_post_hook(lambda module, _: module.share_storage())
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states `[T, H]`, top_k_index and top_k_weights `[T, K]`; returns `[T, H]`."""
+        x_TH, top_k = hidden_states, top_k_index.shape[-1]
+        # New experts first: the weight gradient then covers a prefix of the sorted rows.
+        order_S = (top_k_index.reshape(-1) - self.num_frozen) % self.num_experts
+        sorted_S, permutation_S = torch.sort(order_S, stable=True)
+        boundaries = torch.arange(self.num_experts, device=sorted_S.device)
+        ends_E = torch.searchsorted(sorted_S, boundaries, right=True, out_int32=True)
+        x_SH = dispatch_tokens(x_TH.to(self._compute_dtype(x_TH)), permutation_S, top_k)
+        gate_SI, up_SI = expert_linear(x_SH, self.new_gate_up, self.frozen_gate_up, ends_E).chunk(2, dim=-1)
+        y_SH = expert_linear(self.act_fn(gate_SI) * up_SI, self.new_down, self.frozen_down, ends_E)
+        return combine_tokens(y_SH, top_k_weights, permutation_S).to(hidden_states.dtype)
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return self.new_gate_up.dtype
+
+    def share_storage(self) -> None:
+        """Lays each pair of parameters side by side in memory, so that one GEMM reads both in place.
+
+        Only a matter of speed, and left alone where the parameters are not plain tensors of one kind (FSDP, meta).
+        """
+        for new, frozen in ((self.new_gate_up, self.frozen_gate_up), (self.new_down, self.frozen_down)):
+            plain = type(new.data) is Tensor and type(frozen.data) is Tensor and not new.is_meta
+            if plain and new.device == frozen.device and new.dtype == frozen.dtype:
+                both = torch.cat([new.data, frozen.data])
+                new.data, frozen.data = both[: len(new)], both[len(new) :]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SplitExperts":
+        super()._apply(fn, recurse)
+        self.share_storage()
+        return self
+
+    def fused(self, matrix: Literal["gate_up", "down"]) -> Tensor:
+        """Frozen and new experts in the router's order, as transformers stacks them; a copy."""
+        frozen, new = getattr(self, f"frozen_{matrix}"), getattr(self, f"new_{matrix}")
+        return torch.cat([whole(frozen), whole(new)])
+
+
+def split_experts(model: PreTrainedModel, frozen: int | Sequence[int] = 1) -> PreTrainedModel:
+    """Replaces every layer's experts by SplitExperts with `frozen` original experts, in place; same function as before.
+
+    frozen: how many leading experts are original, of every layer or one number a layer; more than 1 when an extended model
+        is extended again.
+    Raises ValueError when the model is not an upcycled one, is split already, or holds no more than `frozen` experts.
+    """
+    moe_family_of(model.config.to_dict(), "this model")
+    for layer, block in moe_blocks(model):
+        experts, kept = block.experts, frozen if isinstance(frozen, int) else frozen[layer]
+        if isinstance(experts, SplitExperts):
+            raise ValueError("the model's experts are split already; join_experts(model) first to split otherwise")
+        if not 1 <= kept < experts.num_experts:
+            raise ValueError(
+                f"frozen is {kept}, layer {layer} has {experts.num_experts} experts: "
+                f"choose 1 to {experts.num_experts - 1}"
+            )
+        block.experts = SplitExperts(experts, kept)
+    return model
+
+
+def join_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """Puts the stock experts back, in place, with bit-identical weights; the opposite of split_experts."""
+    for _, block in moe_blocks(model):
+        split = block.experts
+        if not isinstance(split, SplitExperts):
+            raise ValueError("the model's experts are not split; nothing to join")
+        with torch.device("meta"):
+            stock = split.stock_class(split.config)
+        stock.gate_up_proj = nn.Parameter(split.fused("gate_up"))
+        stock.down_proj = nn.Parameter(split.fused("down"))
+        block.experts = stock.train(split.training)
+    return model
+
+
+def moe_blocks(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """(layer, MoE block with `.gate` and `.experts`) over the layers. Raises ValueError when there is none."""
+    layers = getattr(getattr(model, "model", None), "layers", [])
+    blocks = [(i, layer.mlp) for i, layer in enumerate(layers) if hasattr(getattr(layer, "mlp", None), "experts")]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no MoE layer; expected an upcycled model")
+    yield from blocks
+
+
+def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
+    """Sets which parameters train and returns their names, in order.
+
+    `post_pretrain`: new experts and routers (papers.md 2.2).  `review`: routers only (2.3).
+    `all`: everything in an upcycled model, the original experts too (the baseline "MoE, all trained").
+    `full`: everything in a dense model (the baseline "full fine-tuning").
+    The shared expert of zeros that Qwen2Moe asks for is never trained.
+    Raises ValueError for an unknown stage, or for post_pretrain on a model that is not split.
+    """
+    if stage not in ("post_pretrain", "review", "all", "full"):
+        raise ValueError(f"unknown stage {stage!r}: choose post_pretrain, review, all or full")
+    blocks = [] if stage == "full" else list(moe_blocks(model))
+    for parameter in model.parameters():
+        parameter.requires_grad_(stage in ("all", "full"))
+    for layer, block in blocks:
+        block.gate.weight.requires_grad_(True)
+        if stage == "post_pretrain":
+            if not isinstance(block.experts, SplitExperts):
+                raise ValueError(f"the experts of layer {layer} are not split: call split_experts(model) first")
+            block.experts.new_gate_up.requires_grad_(True)
+            block.experts.new_down.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if ".shared_expert" in name:
+            parameter.requires_grad_(False)
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+class MoeTensors:
+    """The tensors of a live upcycled model, split or stock, under their names in checkpoint files (a TensorSource)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.family = moe_family_of(model.config.to_dict(), "this model")
+        self._experts = {layer: block.experts for layer, block in moe_blocks(model)}
+        self._others: dict[str, Tensor] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        for module_name, parameter in model.named_parameters():
+            if ".mlp.experts." in module_name:
+                continue
+            name = self.family.stored_name(module_name)
+            self._others[name] = parameter
+            self.specs[name] = TensorSpec(name, parameter.dtype, tuple(parameter.shape))
+        for layer, experts in self._experts.items():
+            for expert in range(experts.num_experts):
+                for matrix in MATRICES:
+                    name = self.family.expert_name(layer, expert, matrix)
+                    parameter, _ = self._stacked(layer, expert, matrix)
+                    _, rows, columns = parameter.shape
+                    shape = (rows if matrix == "down_proj" else rows // 2, columns)
+                    self.specs[name] = TensorSpec(name, parameter.dtype, shape)
+
+    def _stacked(self, layer: int, expert: int, matrix: str) -> tuple[Tensor, int]:
+        """The parameter that holds a matrix of an expert, and the expert's place in it."""
+        experts = self._experts[layer]
+        stacked = "down" if matrix == "down_proj" else "gate_up"
+        if not isinstance(experts, SplitExperts):
+            return getattr(experts, f"{stacked}_proj"), expert
+        if expert < experts.num_frozen:
+            return getattr(experts, f"frozen_{stacked}"), expert
+        return getattr(experts, f"new_{stacked}"), expert - experts.num_frozen
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of that checkpoint name, on the CPU."""
+        if name in self._others:
+            return whole(self._others[name]).cpu()
+        parsed = self.family.parse_expert(name)
+        if parsed is None or name not in self.specs:
+            raise KeyError(f"no tensor {name} in this model")
+        parameter, place = self._stacked(*parsed)
+        rows = whole(parameter)[place]
+        if parsed[2] != "down_proj":
+            rows = rows.chunk(2)[MATRICES.index(parsed[2])]
+        return rows.cpu()
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The full value of a parameter, detached; gathers a sharded one (every rank must call)."""
+    value = parameter.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def frozen_digest(model: PreTrainedModel) -> str:
+    """sha256 over the names and values of the original parameters, those that training must never change.
+
+    The same digest comes from the dense base it was upcycled from (`base_digest`): both hash the base's names, shapes
+    and values, the values widened to fp32 (exactly), so that a bf16 base and its fp32 training copy agree.
+    A model that is split with several frozen experts includes them all.
+    """
+    frozen = [getattr(block.experts, "num_frozen", 1) for _, block in moe_blocks(model)]
+    tensors = MoeTensors(model)
+    return original_digest(tensors, tensors.family, bool(model.config.tie_word_embeddings), frozen)
+
+
+def original_digest(source: TensorSource, family: Family, tied: bool, frozen: int | Sequence[int] = 1) -> str:
+    """frozen_digest of any source of tensors: a dense base, an upcycled checkpoint directory, a live model."""
+    originals = original_tensors(source, family, tied, frozen)
+    digest = hashlib.sha256()
+    for name in sorted(originals):
+        value = source.tensor(originals[name])
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(tensor_bytes(value.float()))
+    return digest.hexdigest()
+
+
+def original_tensors(
+    source: TensorSource, family: Family, tied: bool, frozen: int | Sequence[int] = 1
+) -> dict[str, str]:
+    """Dense name to stored name, over the original tensors of a dense or an upcycled source.
+
+    Original experts after the first have no dense name; they appear as `model.layers.L.mlp.experts.E.MATRIX.weight`.
+    """
+    originals = {}
+    for name in source.specs:
+        computed = name.endswith("rotary_emb.inv_freq")
+        if computed or family.is_routing(name) or (tied and name == "lm_head.weight"):
+            continue
+        if parsed := family.parse_expert(name):
+            layer, expert, matrix = parsed
+            if expert >= (frozen if isinstance(frozen, int) else frozen[layer]):
+                continue
+            dense = dense_ffn(layer, matrix)
+            originals[dense if expert == 0 else dense.replace(".mlp.", f".mlp.experts.{expert}.")] = name
+        else:
+            originals[name] = name
+    return originals

@@ -1,0 +1,144 @@
+"""Export: a stock checkpoint that transformers 4.57 and 5 and vLLM load, and the way back to the base.
+
+The files hold one tensor per expert and matrix in the names of the original Mixtral and Qwen releases, the config the
+keys of both transformers generations (models/mixture/families.py). Streamed: memory is one expert matrix above the model.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eclectus.models.mixture.checkpoint_io import (
+    CheckpointReader,
+    TensorSource,
+    TensorSpec,
+    read_config,
+    write_checkpoint,
+)
+from eclectus.models.mixture.dense_base import REPORT, copy_side_files
+from eclectus.models.mixture.experts import MoeTensors, original_digest, original_tensors
+from eclectus.models.mixture.families import moe_family_of, plain_config, with_both_generations, write_config
+
+
+class NotTheBaseError(ValueError):
+    """The original weights are not in the checkpoint any more, or it does not say what they were."""
+
+
+def export_checkpoint(
+    model_or_dir: PreTrainedModel | str | Path,
+    out_dir: str | Path,
+    *,
+    side_files: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Writes an upcycled model, live (split or stock) or from a directory, as a stock checkpoint; returns `out_dir`.
+
+    side_files: a checkpoint directory to take tokenizer, generation config and upcycle.json from; by default the
+        directory itself, or where the live model was loaded from.
+    dtype: type of the stored floats; by default as they are. Going from an fp32 copy of a bf16 base back to bf16 gives
+        the base's own bits.
+    Raises UnsupportedModelError for a model that is not an upcycled one, ValueError when `out_dir` is not empty.
+    """
+    out_dir = Path(out_dir)
+    with ExitStack() as stack:
+        if isinstance(model_or_dir, PreTrainedModel):
+            config = plain_config(model_or_dir.config)
+            source: TensorSource = MoeTensors(model_or_dir)
+            loaded_from = model_or_dir.config.name_or_path
+            from_dir = Path(loaded_from) if loaded_from and Path(loaded_from).is_dir() else None
+        else:
+            from_dir = Path(model_or_dir)
+            config = read_config(from_dir)
+            source = stack.enter_context(CheckpointReader(from_dir))
+        side_dir = Path(side_files) if side_files is not None else from_dir
+        family = moe_family_of(config, from_dir or "this model")
+        config |= {"architectures": [family.architecture], "router_aux_loss_coef": 0.0, "output_router_logits": False}
+        if dtype is not None:
+            config["dtype"] = str(dtype).removeprefix("torch.")
+        partial = _begin(out_dir, stack)
+        write_config(partial, with_both_generations(config))
+        specs = [TensorSpec(s.name, _stored_type(s.dtype, dtype), s.shape) for s in source.specs.values()]
+        write_checkpoint(partial, specs, _reader(source, dtype), max_shard_bytes)
+        if side_dir is not None:
+            copy_side_files(side_dir, partial)
+            if (side_dir / REPORT).is_file():
+                shutil.copyfile(side_dir / REPORT, partial / REPORT)
+        _finish(partial, out_dir)
+    return out_dir
+
+
+def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
+    """Writes the dense base back out of an upcycled checkpoint, every tensor bit-identical; returns `out_dir`.
+
+    Raises NotTheBaseError when the original weights were trained (digest of upcycle.json) or the checkpoint does not
+    record what it was made from.
+    """
+    moe_dir, out_dir = Path(moe_dir), Path(out_dir)
+    config = read_config(moe_dir)
+    family = moe_family_of(config, moe_dir)
+    base_config = config.get("upcycled_from")
+    if not base_config:
+        raise NotTheBaseError(f"{moe_dir}/config.json has no upcycled_from: neither upcycle nor export made it")
+    tied = bool(base_config.get("tie_word_embeddings"))
+    with ExitStack() as stack:
+        source = stack.enter_context(CheckpointReader(moe_dir))
+        made = json.loads((moe_dir / REPORT).read_text("utf-8")) if (moe_dir / REPORT).is_file() else {}
+        if made:
+            found = original_digest(source, family, tied)
+            if found != made["base_digest"]:
+                raise NotTheBaseError(
+                    f"expert 0 and the shared weights of {moe_dir} are not the base's any more (digest {found[:12]}, "
+                    f"base {made['base_digest'][:12]}): it was trained with all weights free, or stored in another type"
+                )
+        originals = original_tensors(source, family, tied)
+        partial = _begin(out_dir, stack)
+        write_config(partial, with_both_generations(base_config))
+        usual, odd = base_config.get("dtype"), made.get("base_types", {})
+        types = {name: _narrowed(source.tensor(o), odd.get(name, usual)) for name, o in originals.items()}
+        specs = [TensorSpec(name, types[name], source.specs[o].shape) for name, o in originals.items()]
+        write_checkpoint(partial, specs, lambda name: source.tensor(originals[name]).to(types[name]))
+        copy_side_files(moe_dir, partial)
+        _finish(partial, out_dir)
+    return out_dir
+
+
+def _narrowed(value: Tensor, base_type: str | None) -> torch.dtype:
+    """The base's type where it holds the values exactly: a bf16 base that was trained in fp32 goes back to bf16, and a norm to fp32."""
+    narrow = getattr(torch, base_type) if base_type else value.dtype
+    exact = torch.equal(value.to(narrow).to(value.dtype), value)
+    return narrow if exact else value.dtype
+
+
+def _stored_type(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    return asked if asked is not None and own.is_floating_point else own
+
+
+def _reader(source: TensorSource, dtype: torch.dtype | None) -> Callable[[str], Tensor]:
+    def read(name: str) -> Tensor:
+        value = source.tensor(name)
+        return value.to(_stored_type(value.dtype, dtype))
+
+    return read
+
+
+def _begin(out_dir: Path, stack: ExitStack) -> Path:
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ValueError(f"{out_dir} exists already: remove it or choose another place")
+    partial = out_dir.with_name(out_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    stack.callback(shutil.rmtree, partial, ignore_errors=True)
+    return partial
+
+
+def _finish(partial: Path, out_dir: Path) -> None:
+    if out_dir.exists():
+        out_dir.rmdir()
+    partial.rename(out_dir)

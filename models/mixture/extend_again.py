@@ -1,0 +1,274 @@
+"""Extending an extended model again: more experts beside the ones it has, all of which are frozen from then on.
+
+    experts 0..N-1 stay;  experts N..N+M-1 = copies of expert 0;  a router row for each, `[N + M, hidden]`
+    each layer:  minimise |r|^2 + big * sum over tokens of max(0, r.x - (t - margin))^2        t = K-th largest logit
+
+The first upcycling equals its base for any router, since all its experts are copies of one. Here experts differ, and
+no row r keeps a new expert out of the top K for *every* input: without a bias, r.x would have to stay below the K-th
+largest w_i.x for all x, so r would lie in the convex hull of the rows {w_j : j != i} for each i (K >= 2); these hulls
+are faces of one simplex when the N rows are linearly independent, and such faces have no point in common. So the
+rows are made for the tokens that matter: on `calibration`, text of the languages that the model knows, they keep new
+experts out of the top K by `margin`, or as nearly as such rows can. Two proofs, then: over the old experts alone the
+logits are equal (within rounding, on all of the text), and as routed, the share of places where a new expert is chosen
+and what that costs in nats are measured on a part that the rows have not seen; above `largest_share` nothing is written.
+Rows stay as short as that allows: text unlike the calibration text, the new languages', may reach the new experts from
+the first step, and the balance loss draws it there. The review then pulls known text back to the experts before them.
+
+To train: `split_experts(model, frozen=N)`, then the two stages as before, the prior loss with `original_experts=N`.
+Price: the model in memory, a forward pass over the calibration text, and some solves of a hidden x hidden system a layer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from eclectus.models.mixture.checkpoint_io import CheckpointReader, TensorSpec, read_config, write_checkpoint
+from eclectus.models.mixture.dense_base import REPORT, copy_side_files
+from eclectus.models.mixture.experts import moe_blocks
+from eclectus.models.mixture.families import MATRICES, Family, moe_family_of, with_both_generations, write_config
+from eclectus.models.mixture.upcycle import StepZeroError
+from eclectus.models.training.objectives import next_token_loss
+
+KEPT_BACK = 4
+NEWTON_STEPS = 50
+
+
+@dataclass(frozen=True)
+class ExtendAgainReport:
+    """How the model with more experts compares to the one before it; appended to upcycle.json as `extended`."""
+
+    experts_before: tuple[int, ...]
+    """Experts of each layer before, all of which are frozen from then on."""
+    experts: int
+    margin: float
+    tolerance: float
+    max_abs_delta: float
+    """Largest difference of any logit to the model before, with the router kept to the old experts, over all the text."""
+    new_chosen_share: float
+    """Share of (token, layer) places where a new expert is among the top K, on the text that the rows were made with."""
+    kept_back_chosen_share: float
+    """The same on the quarter of the text that they were not made with."""
+    kept_back_loss: tuple[float, float]
+    """Next-token loss on that quarter in nats, of the model before and of this one, as routed."""
+
+
+@torch.no_grad()
+def extend_again(
+    moe_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    new_experts: int,
+    calibration: Tensor,
+    margin: float = 0.5,
+    tolerance: float = 1e-4,
+    largest_share: float = 0.05,
+    seed: int = 0,
+) -> ExtendAgainReport:
+    """Writes the upcycled checkpoint `moe_dir` with `new_experts` more experts in every layer to `out_dir`.
+
+    calibration: token ids `[n >= 4, length]` of text in the languages that the model knows; a quarter is kept back to
+    measure on. margin: by how much a new expert's logit stays below the K-th largest, in nats. tolerance: largest
+    difference of a logit over the old experts, as a share of the largest absolute logit (at least of 1). largest_share:
+    largest share of kept-back places where a new expert may be chosen.
+    Raises ValueError for the settings, StepZeroError above the tolerance or the share.
+    """
+    moe_dir, out_dir = Path(moe_dir), Path(out_dir)
+    config = read_config(moe_dir)
+    family = moe_family_of(config, moe_dir)
+    if new_experts < 1:
+        raise ValueError(f"new_experts is {new_experts}: choose 1 or more")
+    if calibration.dim() != 2 or len(calibration) < KEPT_BACK:
+        raise ValueError(f"calibration has shape {tuple(calibration.shape)}, expected [{KEPT_BACK} or more, length]")
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ValueError(f"{out_dir} exists already: remove it or choose another place")
+    before = config.get("experts_per_layer") or [int(config["num_local_experts"])] * config["num_hidden_layers"]
+    kept_back, fitted = calibration[::KEPT_BACK], calibration[_rest(len(calibration))]
+    model = AutoModelForCausalLM.from_pretrained(moe_dir, dtype=torch.float32).eval()
+    rows = _calibrated_rows(model, fitted, new_experts, margin, seed)
+    wider = config | {"num_local_experts": max(before) + new_experts}
+    if "experts_per_layer" in config:
+        wider["experts_per_layer"] = [count + new_experts for count in before]
+    with ExitStack() as stack:
+        partial = out_dir.with_name(out_dir.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
+        write_config(partial, with_both_generations(wider))
+        _write_tensors(moe_dir, partial, family, before, rows)
+        copy_side_files(moe_dir, partial)
+        result = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32).eval()
+        fit, kept = _compare(model, result, fitted, before), _compare(model, result, kept_back, before)
+        delta = _proved(fit, kept, new_experts, tolerance, largest_share)
+        report = ExtendAgainReport(
+            tuple(before),
+            max(before) + new_experts,
+            margin,
+            tolerance,
+            delta,
+            fit.chosen,
+            kept.chosen,
+            (kept.old_loss, kept.loss),
+        )
+        _write_report(moe_dir, partial, report)
+        if out_dir.exists():
+            out_dir.rmdir()
+        partial.rename(out_dir)
+    return report
+
+
+def _rest(count: int) -> Tensor:
+    return torch.tensor([row for row in range(count) if row % KEPT_BACK])
+
+
+def _calibrated_rows(model: PreTrainedModel, tokens: Tensor, count: int, margin: float, seed: int) -> list[Tensor]:
+    """By layer, router rows `[count, hidden]` that stay below the K-th largest logit on these tokens."""
+    inputs: dict[int, Tensor] = {}
+    hooks = [
+        block.gate.register_forward_pre_hook(
+            lambda _, args, layer=layer: inputs.__setitem__(layer, args[0].detach().flatten(0, -2).double())
+        )
+        for layer, block in moe_blocks(model)
+    ]
+    seen: dict[int, list[Tensor]] = {}
+    for row in tokens:
+        model(input_ids=row[None], use_cache=False)
+        for layer, x in inputs.items():
+            seen.setdefault(layer, []).append(x)
+    for hook in hooks:
+        hook.remove()
+    generator = torch.Generator().manual_seed(seed)
+    top_k = model.config.num_experts_per_tok
+    rows = []
+    for layer, block in moe_blocks(model):
+        x_TH = torch.cat(seen[layer])
+        limit_T = (x_TH @ block.gate.weight.double().T).topk(top_k, dim=-1).values[:, -1]
+        row_H = shortest_row_below(x_TH, limit_T - margin)
+        # Rows that differ a little: equal ones would learn the same for ever.
+        noise = torch.randn(count, x_TH.shape[1], generator=generator, dtype=torch.float64)
+        noise *= margin / 4 / (x_TH @ noise.T).abs().amax(0).clamp_min(1e-9).unsqueeze(-1)
+        rows.append((row_H + noise).float())
+    return rows
+
+
+def shortest_row_below(x_TH: Tensor, limit_T: Tensor) -> Tensor:
+    """The shortest r with r.x <= limit for all tokens, up to a penalty; where there is none, the least violation.
+
+    x_TH `[T, H]` and limit_T `[T]` in float64. Newton's method on the squared excess: a step is exact for the tokens that
+    are above their limit now, and is shortened where that would let others rise above theirs.
+    """
+    hidden = x_TH.shape[1]
+    weight = 1e-6 * x_TH.square().sum() / hidden
+
+    def excess(row: Tensor) -> Tensor:
+        return (x_TH @ row - limit_T).clamp_min(0).square().sum() + weight * row.square().sum()
+
+    row_H = x_TH.new_zeros(hidden)
+    now = excess(row_H)
+    for _ in range(NEWTON_STEPS):
+        over = x_TH @ row_H > limit_T
+        x, limit = x_TH[over], limit_T[over]
+        system = x.T @ x + weight * torch.eye(hidden, dtype=x_TH.dtype)
+        step_H = torch.linalg.solve(system, x.T @ limit) - row_H
+        tries = [row_H + step_H / 2**power for power in range(12)]
+        best, value = min(((each, excess(each)) for each in tries), key=lambda pair: pair[1].item())
+        if not value < now * (1 - 1e-9):
+            break
+        row_H, now = best, value
+    return row_H
+
+
+def _write_tensors(moe_dir: Path, out_dir: Path, family: Family, before: list[int], rows: list[Tensor]) -> None:
+    """All tensors as they are, the new experts as expert 0, the routers longer."""
+    count = len(rows[0])
+    with CheckpointReader(moe_dir) as source:
+        specs, made = list(source.specs.values()), {}
+        for layer, new_rows in enumerate(rows):
+            router = family.router_name(layer)
+            own = source.specs[router]
+            place = next(i for i, spec in enumerate(specs) if spec.name == router)
+            specs[place] = TensorSpec(router, own.dtype, (own.shape[0] + count, own.shape[1]))
+            made[router] = torch.cat([source.tensor(router), new_rows.to(own.dtype)])
+            for expert in range(before[layer], before[layer] + count):
+                for matrix in MATRICES:
+                    first = family.expert_name(layer, 0, matrix)
+                    name = family.expert_name(layer, expert, matrix)
+                    specs.append(TensorSpec(name, source.specs[first].dtype, source.specs[first].shape))
+                    made[name] = first
+
+        def read(name: str) -> Tensor:
+            value = made.get(name, name)
+            return source.tensor(value) if isinstance(value, str) else value
+
+        write_checkpoint(out_dir, specs, read)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    delta: float
+    scale: float
+    chosen: float
+    old_loss: float
+    loss: float
+
+
+def _compare(model: PreTrainedModel, result: PreTrainedModel, tokens: Tensor, before: list[int]) -> _Comparison:
+    """Logits over the old experts alone, and what happens as routed, row by row."""
+    rows = []
+    for row in tokens[:, None]:
+        expected = model(input_ids=row, use_cache=False).logits
+        routed = result(input_ids=row, use_cache=False, output_router_logits=True)
+        hooks = [block.gate.register_forward_hook(_old_only(before[layer])) for layer, block in moe_blocks(result)]
+        old = result(input_ids=row, use_cache=False).logits
+        for hook in hooks:
+            hook.remove()
+        best = [logits.topk(model.config.num_experts_per_tok).indices for logits in routed.router_logits]
+        new = [chosen >= old for chosen, old in zip(best, before, strict=True)]
+        chosen = torch.stack(new).any(-1).float().mean()
+        losses = [next_token_loss(logits, row) for logits in (expected, routed.logits)]
+        rows.append(torch.stack([(old - expected).abs().max(), expected.abs().max(), chosen, *losses]))
+    rows_RV = torch.stack(rows)
+    delta, scale = rows_RV[:, :2].amax(0).tolist()
+    return _Comparison(delta, scale, *rows_RV[:, 2:].mean(0).tolist())
+
+
+def _proved(fit: _Comparison, kept: _Comparison, new_experts: int, tolerance: float, largest_share: float) -> float:
+    """The largest difference of a logit over old experts. Raises StepZeroError where it, or the new experts' share, is too large."""
+    delta, scale = max(fit.delta, kept.delta), max(1.0, fit.scale, kept.scale)
+    if not delta <= tolerance * scale:
+        raise StepZeroError(
+            f"with {new_experts} more experts some logit differs by {delta:.3g} though only old ones are used, where "
+            f"{tolerance * scale:.3g} is allowed; nothing was written"
+        )
+    if not kept.chosen <= largest_share:
+        raise StepZeroError(
+            f"on {kept.chosen:.1%} of kept-back places a new expert would be chosen before training, where "
+            f"{largest_share:.1%} is allowed; nothing was written. Give more calibration text, of the known languages "
+            "only, or raise largest_share and rely on the review"
+        )
+    return delta
+
+
+def _old_only(before: int):  # noqa: ANN202
+    def route(_: nn.Module, __: tuple, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, indices = output
+        best = logits[..., :before].softmax(-1).topk(indices.shape[-1], dim=-1)
+        return logits, (best.values / best.values.sum(-1, keepdim=True)).to(weights.dtype), best.indices
+
+    return route
+
+
+def _write_report(moe_dir: Path, out_dir: Path, report: ExtendAgainReport) -> None:
+    path = moe_dir / REPORT
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    per_layer = [count + report.experts - max(report.experts_before) for count in report.experts_before]
+    known |= {"experts": report.experts, "experts_per_layer": per_layer if len(set(per_layer)) > 1 else None}
+    known |= {"extended": [*known.get("extended", []), asdict(report)], "trained": []}
+    (out_dir / REPORT).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,85 @@
+"""Logits of a checkpoint too large to load: the stock model, with one layer's weights in memory at a time.
+
+The model is built without weights; before a layer runs its weights are read and stacked as transformers 5 stacks them,
+and after it they are dropped. Memory is one layer in fp32, time is one pass over the files.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from eclectus.models.mixture.checkpoint_io import TensorSource
+from eclectus.models.mixture.families import Family
+
+
+@torch.no_grad()
+def streamed_logits(
+    source: TensorSource, config: PretrainedConfig, family: Family, tokens: Tensor, only_expert: int | None = None
+) -> Tensor:
+    """Logits `[n, length, vocabulary]` in fp32 of a dense or an upcycled checkpoint on tokens `[n, length]`.
+
+    only_expert: sends every token to that expert with weight 1, whatever the router says.
+    """
+    with torch.device("meta"):
+        how = {"experts_implementation": "eager"} if misaligned(config) else {}
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **how).eval()
+    # Rotary frequencies are computed, not stored: they need a real device.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    tied = bool(config.tie_word_embeddings)
+    body = model.model
+    parts = {"model.embed_tokens.": body.embed_tokens, "model.norm.": body.norm, "lm_head.": model.lm_head}
+    parts |= {f"model.layers.{i}.": layer for i, layer in enumerate(body.layers)}
+    for prefix, part in parts.items():
+        stored_prefix = "model.embed_tokens." if tied and prefix == "lm_head." else prefix
+        part.register_forward_pre_hook(_loader(source, family, stored_prefix))
+        part.register_forward_hook(_drop_weights)
+    if only_expert is not None:
+        for layer in model.model.layers:
+            layer.mlp.gate.register_forward_hook(_forced(only_expert))
+    return model(input_ids=tokens, use_cache=False).logits
+
+
+def misaligned(config: PretrainedConfig) -> bool:
+    """Whether rows of this model's matrices start off the 16 bytes that grouped matrix products ask for, in bf16."""
+    return any(width % 8 for width in (config.hidden_size, config.intermediate_size))
+
+
+def _loader(source: TensorSource, family: Family, prefix: str):  # noqa: ANN202
+    def load(module: nn.Module, _: tuple) -> None:
+        for name in [name for name, _ in module.named_parameters()]:
+            owner, _, leaf = name.rpartition(".")
+            value = read_parameter(source, family, prefix + name, module.get_parameter(name).shape[0])
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+    return load
+
+
+def _drop_weights(module: nn.Module, _: tuple, __: object) -> None:
+    module.to("meta")
+
+
+def read_parameter(source: TensorSource, family: Family, name: str, rows: int) -> Tensor:
+    """A module's parameter in fp32, read from checkpoint files; experts are stacked to `[experts, ...]`."""
+    owner, _, leaf = name.rpartition(".")
+    if not owner.endswith(".mlp.experts"):
+        stored = name if name in source.specs else family.stored_name(name)
+        return source.tensor(stored).float()
+    layer = int(name.split(".")[2])
+    matrices = ("down_proj",) if leaf == "down_proj" else ("gate_proj", "up_proj")
+    stacked = [
+        torch.cat([source.tensor(family.expert_name(layer, expert, matrix)) for matrix in matrices]).float()
+        for expert in range(rows)
+    ]
+    return torch.stack(stacked)
+
+
+def _forced(expert: int):  # noqa: ANN202
+    def force(_: nn.Module, __: tuple, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, indices = output
+        only = torch.zeros_like(weights)
+        only[:, 0] = 1.0
+        # The other choices carry weight 0; they must still differ for servers that ask for distinct experts.
+        order = (torch.arange(indices.shape[1]) + expert) % logits.shape[1]
+        return logits, only, order.expand_as(indices).contiguous()
+
+    return force

@@ -1,0 +1,1 @@
+"""Lory's baselines, its pre-training stages and their checkpoints."""

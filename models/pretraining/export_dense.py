@@ -1,0 +1,188 @@
+"""Write a Lory model as a stock dense LLaMA for one prompt, domain or language (papers.md 1.4).
+
+With the weights fixed, every layer's experts are one merged FFN, which is an ordinary LlamaMLP: any server can run it, at
+the dense model's cost. Its logits are those of prompt-only routing with the same weights.
+
+    model = LoryForCausalLM.from_pretrained("home/artifacts/checkpoint/...")
+    export_dense(model, "legal-dense", domain="legal")                 as `eclectus pretrain` measured it (or language=)
+    export_dense(model, "mine-dense", prompt="What the text begins with")
+    export_dense(model, "arxiv-dense", weights=mean_routing_weights(model, batches_of_one_domain))
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from eclectus.models.lory.config import LoryConfig
+from eclectus.models.lory.dense import dense_ffn_names, split_expert
+from eclectus.models.lory.merge import merge_experts
+from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.lory.routing import LoryCache, RoutingPlan, check_expert_weights
+from eclectus.models.pretraining.routing_profiles import read_profile
+
+
+@torch.no_grad()
+def prompt_routing_weights(model: LoryForCausalLM, prompt_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Prompt-only routing's weights `[layers, B, E]` for prompts `[B, L]`; padding on either side is masked."""
+    _check_routed(model)
+    outputs = model.model(
+        prompt_ids.to(model.device),
+        attention_mask=None if attention_mask is None else attention_mask.to(model.device),
+        past_key_values=LoryCache(model.config, "prompt"),
+        output_router_weights=True,
+    )
+    return torch.stack(outputs.router_weights)
+
+
+@torch.no_grad()
+def mean_routing_weights(model: LoryForCausalLM, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> Tensor:
+    """Mean routing weights `[layers, E]` over token batches, say of one domain or language.
+
+    Args:
+        model: with a router, that is E > 1.
+        batches: `[B, L]` token ids, or mappings with `input_ids` and possibly `attention_mask`. Each segment counts by
+            its real tokens.
+
+    Raises ValueError when there is no token at all.
+    """
+    _check_routed(model)
+    total = torch.zeros(model.config.num_hidden_layers, model.config.num_experts, dtype=torch.float64)
+    tokens = 0.0
+    for batch in batches:
+        inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+        ids, mask = inputs["input_ids"].to(model.device), inputs.get("attention_mask")
+        mask = None if mask is None else mask.to(model.device)
+        outputs = model.model(ids, attention_mask=mask, use_cache=False, output_router_weights=True)
+        plan = RoutingPlan.make(model.config, None, outputs.last_hidden_state, mask, 0)
+        real = plan.segment_sizes(outputs.router_weights[0])
+        total += torch.stack([(weights * real).sum(dim=(0, 1)) for weights in outputs.router_weights]).double().cpu()
+        tokens += real.sum().item()
+    if not tokens:
+        raise ValueError("mean_routing_weights got no tokens to average over; give it at least one non-empty batch.")
+    return (total / tokens).float()
+
+
+@torch.no_grad()
+def export_dense(
+    model: LoryForCausalLM,
+    out_dir: str | Path,
+    *,
+    domain: str | None = None,
+    language: str | None = None,
+    prompt: str | None = None,
+    prompt_ids: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> LlamaForCausalLM:
+    """Write a stock LlamaForCausalLM with every layer's experts merged, and return it.
+
+    Args:
+        model: the Lory model; left as it is.
+        out_dir: directory to write, in safetensors, with the model's tokenizer where its folder has one.
+        domain, language: merge by the mean routing of this part of the training data, read from the folder that the model
+            was loaded from (models/pretraining/routing_profiles.py).
+        prompt: merge by this text, in the tokens of the tokenizer in that folder.
+        prompt_ids: `[1, L]`: merge by these tokens.
+        weights: `[layers, E]` (or `[layers, 1, E]`): merge by these.
+
+    Exactly one of the five is given, unless the model is dense already; ValueError otherwise, or when the folder lacks
+    what is asked for. The directory loads in transformers 4 and 5: its config.json carries the rotary settings under both
+    names.
+    """
+    weights = _choose_weights(
+        model, domain=domain, language=language, prompt=prompt, prompt_ids=prompt_ids, weights=weights
+    )
+    fields = model.config.to_dict()
+    own = set(LoryConfig().to_dict()) - set(LlamaConfig().to_dict())
+    fields = {key: value for key, value in fields.items() if key not in own | {"model_type", "auto_map"}}
+    config = LlamaConfig(**{**fields, "architectures": ["LlamaForCausalLM"]})
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}
+    for index, layer in enumerate(model.model.layers):
+        merged = merge_experts(weights[index].to(layer.mlp.experts.device), layer.mlp.experts.float())
+        parts = split_expert(merged.to(layer.mlp.experts.dtype))
+        state.update(zip(dense_ffn_names(index), parts, strict=True))
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(config)
+    llama.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    llama.model.rotary_emb = type(llama.model.rotary_emb)(config=config).to(model.device)
+    llama.tie_weights()
+    llama.generation_config = model.generation_config
+    llama.eval().save_pretrained(out_dir)
+    _write_both_rope_forms(Path(out_dir) / "config.json", config)
+    for path in _tokenizer_files(Path(model.name_or_path)) if model.name_or_path else []:
+        shutil.copyfile(path, Path(out_dir) / path.name)
+    return llama
+
+
+def _choose_weights(model: LoryForCausalLM, **given: str | Tensor | None) -> Tensor:
+    """The weights `[layers, E]` to merge by."""
+    config = model.config
+    if config.num_experts == 1 or config.routing == "dense":
+        first = torch.zeros(config.num_hidden_layers, config.num_experts)
+        first[:, 0] = 1
+        return first
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if len(chosen) != 1:
+        raise ValueError(
+            f"export_dense needs one of {', '.join(given)} to merge the experts by, but got "
+            f"{' and '.join(chosen) or 'none'}; give exactly one."
+        )
+    ((by, value),) = chosen.items()
+    if by == "prompt":
+        by, value = "prompt_ids", _tokens_of(model, value)
+    if by == "prompt_ids":
+        weights = prompt_routing_weights(model, value)
+    else:
+        weights = value if by == "weights" else read_profile(_folder_of(model), by, value)
+    rows = check_expert_weights(config, weights)
+    if rows.shape[1] != 1:
+        raise ValueError(
+            f"export_dense merges by one set of weights a layer, but got {rows.shape[1]}; give one prompt, or one of "
+            "them."
+        )
+    return rows[:, 0]
+
+
+def _folder_of(model: LoryForCausalLM) -> Path:
+    if not model.name_or_path:
+        raise ValueError(
+            "This model was not loaded from a folder, so nothing is known of its data or its tokenizer; load it with "
+            "from_pretrained, or give prompt_ids or weights."
+        )
+    return Path(model.name_or_path)
+
+
+def _tokens_of(model: LoryForCausalLM, prompt: str) -> Tensor:
+    folder = _folder_of(model)
+    if not _tokenizer_files(folder):
+        raise ValueError(f"{folder} has no tokenizer to read the prompt with; give prompt_ids.")
+    ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise ValueError("The prompt has no token; give a text to merge the experts by.")
+    return ids
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    patterns = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")
+    return sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+
+
+def _check_routed(model: LoryForCausalLM) -> None:
+    if model.config.num_experts == 1 or model.config.routing == "dense":
+        raise ValueError(
+            f"This model has no routing to look at: num_experts is {model.config.num_experts}, routing is "
+            f"{model.config.routing!r}."
+        )
+
+
+def _write_both_rope_forms(path: Path, config: LlamaConfig) -> None:
+    """transformers 4 reads `rope_theta` and `rope_scaling` where 5 writes `rope_parameters`."""
+    rope = dict(config.rope_parameters)
+    written = json.loads(path.read_text())
+    written["rope_theta"] = rope.pop("rope_theta")
+    written["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")

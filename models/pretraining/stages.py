@@ -1,0 +1,77 @@
+"""The models of pre-training, made out of a dense one: Lory and what it is measured against, each with its objective.
+
+    dense            the twin, as it is
+    lory             LoryForCausalLM, FFNs duplicated into E experts, routing as configured         (papers.md 1.2)
+    expert_choice    token-level Expert Choice of E experts, capacity 1                              (papers.md 1.7)
+    top_k            transformers' Mixtral of E K experts, each 1/K of the dense FFN wide            (models/pretraining/baselines.py)
+
+All have the dense model's active size, so that stages of equal steps see equal tokens and FLOPs. AdamW's moments go with the
+weights: an expert that sees 1/E of the dense gradient gets 1/E of the first moment and 1/E^2 of the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM, calibrate, top_k_from_dense, top_k_moments
+from eclectus.models.pretraining.checkpoint import duplicated_moments
+from eclectus.models.training import objectives
+from eclectus.models.training.instances import Instances
+from eclectus.models.training.loop import Objective, Plan
+from eclectus.models.training.process import Place
+
+CALIBRATION_STEPS = 20
+
+
+def lory_from_dense(
+    dense: LlamaForCausalLM, moments: dict[str, torch.Tensor], domains: Sequence[str], experts: int, **config: Any
+) -> tuple[LoryForCausalLM, dict[str, torch.Tensor], Objective]:
+    """(model, moments, objective). config: further arguments of `LoryForCausalLM.from_dense`."""
+    model = LoryForCausalLM.from_dense(dense, num_experts=experts, shared_memory=True, **config)
+    share = None
+    if model.config.routing == "dense":
+        # Expert 0 sees the whole gradient. Nothing asks the routers, and DDP would wait for their gradients.
+        share = 1.0
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = ".router." not in name
+    return model, duplicated_moments(moments, experts, share), objectives.lory(domains)
+
+
+def expert_choice_from_dense(
+    dense: LlamaForCausalLM, moments: dict[str, torch.Tensor], domains: Sequence[str], experts: int, seed: int
+) -> tuple[ExpertChoiceForCausalLM, dict[str, torch.Tensor], Objective]:
+    """(model, moments, objective); after training, `make_causal` replaces the choice within a batch by thresholds."""
+    model = ExpertChoiceForCausalLM.from_dense(dense, experts, seed=seed)
+    return model, duplicated_moments(moments, experts), objectives.next_token(domains)
+
+
+def top_k_of_dense(
+    dense: LlamaForCausalLM,
+    moments: dict[str, torch.Tensor],
+    domains: Sequence[str],
+    experts: int,
+    top_k: int,
+    seed: int,
+) -> tuple[Any, dict[str, torch.Tensor], Objective]:
+    """(model, moments, objective). Raises ValueError when the FFN's width cannot be cut into top_k parts."""
+    model = top_k_from_dense(dense, copies=experts, top_k=top_k, seed=seed)
+    # A loop over experts is the fastest on CPU; on CUDA it would wait for the device at every expert.
+    model.set_experts_implementation("masked" if torch.cuda.is_available() else "eager")
+    return model, top_k_moments(moments, experts, top_k), objectives.balanced(domains)
+
+
+def make_causal(model: ExpertChoiceForCausalLM, instances: Instances, plan: Plan, place: Place) -> None:
+    """Gives a trained Expert Choice model the thresholds at which training drew the line, so that it can be scored honestly.
+
+    The batches are of the size that the experts chose from in training, and the same on every process.
+    """
+    size = min(plan.micro_batch, plan.batch // place.world)
+    steps = range(max(0, plan.stop - CALIBRATION_STEPS), plan.stop)
+    rows = [instances.rows_of_step(step, plan.batch, plan.seed)[:size] for step in steps]
+    model.eval()
+    calibrate(model, (instances.batch(each).tokens.to(place.device) for each in rows))

@@ -1,0 +1,79 @@
+"""Training instances as a trainer reads them: memory-mapped, with document, language and domain of every token.
+
+Files (written by `eclectus.tasks.packing.pack`): tokens [M, L] uint16 or uint32, inside an Arrow file at an offset that `instances.json` tells;
+`spans.npy` [S, 5] int64, one row per stretch of one document inside one instance: (start in the flat token stream, length,
+document ordinal, language, domain), sorted by start; `instances.json` with the names. Labels of tokens are expanded from the
+spans only for the batch that is read, so they cost 40 bytes a stretch on disk instead of 4 a token.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens [B, L] int64; labels [B, L] int64, IGNORED at padding; languages, domains, documents [B, L] int64, -1 at padding."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    languages: torch.Tensor
+    domains: torch.Tensor
+    documents: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+
+
+class Instances:
+    """The instances in a directory: `len`, `batch(rows)`, `order(epoch, seed)`."""
+
+    def __init__(self, place: Path | str) -> None:
+        place = Path(place)
+        about = json.loads((place / "instances.json").read_text())
+        at = about["matrices"]["input_ids"]
+        self.tokens = np.memmap(place / at["file"], at["dtype"], "r", at["offset"], (at["rows"], at["columns"]))
+        self.spans = np.load(place / "spans.npy", mmap_mode="r")
+        self.length: int = about["length"]
+        self.vocabulary: int = about["vocabulary"]
+        self.end_of_document: int = about["end_of_document"]
+        self.languages: list[str] = about["languages"]
+        self.domains: list[str] = about["domains"]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The instances with these numbers, [B] ints, in that order."""
+        tokens = torch.from_numpy(self.tokens[rows].astype(np.int64))
+        documents, languages, domains = (np.full((len(rows), self.length), -1, np.int64) for _ in range(3))
+        starts = self.spans[:, 0]
+        for i, row in enumerate(rows):
+            first, last = np.searchsorted(starts, (row * self.length, (row + 1) * self.length))
+            for start, length, document, language, domain in self.spans[first:last]:
+                here = slice(start - row * self.length, start - row * self.length + length)
+                documents[i, here], languages[i, here], domains[i, here] = document, language, domain
+        labels = tokens.masked_fill(torch.from_numpy(documents < 0), IGNORED)
+        return Batch(tokens, labels, *(torch.from_numpy(array) for array in (languages, domains, documents)))
+
+    def rows_of_step(self, step: int, size: int, seed: int) -> np.ndarray:
+        """The instance numbers [size] of training step `step`, a pure function of its arguments: what makes resume exact.
+
+        The first epoch reads the (already shuffled) stored order; every later one a new permutation. An epoch's last
+        batch runs on into the next epoch.
+        """
+        positions = np.arange(step * size, (step + 1) * size)
+        epochs, places = positions // len(self), positions % len(self)
+        rows = places.copy()
+        for epoch in np.unique(epochs):
+            if epoch > 0:
+                order = np.random.default_rng([seed, int(epoch)]).permutation(len(self))
+                rows[epochs == epoch] = order[places[epochs == epoch]]
+        return rows

@@ -1,0 +1,164 @@
+"""The training loop: one page, the same in a plain process, under torchrun and under Ray Train.
+
+    for step in range(start, stop):
+        rows = a pure function of (step, seed)             every process takes its share of them
+        loss = objective(model, batch), backward           accumulated over micro-batches, averaged over processes
+        clip, AdamW, schedule
+        every so often: metrics; a checkpoint of weights, AdamW moments and step
+
+Because the data order is a function of the step and there is no other randomness, a run that was killed and goes on from its
+last checkpoint ends with bit-identical weights on CPU. fp32 on CPU; bf16 autocast on CUDA. Several processes hold the
+model each (DDP) or share it out (FSDP2). Price: forward + backward, and 8 bytes a trained parameter for AdamW; parameters
+without gradients cost nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from eclectus.models.training.instances import IGNORED, Batch, Instances
+from eclectus.models.training.metrics import Window
+from eclectus.models.training.optimizer import load_moments, make_optimizer, read_moments, set_rate
+from eclectus.models.training.parallel import (
+    compile_blocks,
+    part_experts,
+    recompute_blocks,
+    replicate,
+    shard,
+    synced,
+    whole,
+)
+from eclectus.models.training.plan import Plan
+from eclectus.models.training.process import Place
+from eclectus.models.training.resume import resume, save_progress
+
+Objective = Callable[[nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+Tell = Callable[..., None]
+
+
+class TrainingFailed(Exception):
+    """Training cannot go on; the message names the step and the batch, and the last good checkpoint is kept."""
+
+
+def train(
+    model: nn.Module,
+    instances: Instances,
+    objective: Objective,
+    plan: Plan,
+    place: Place,
+    work: Path,
+    tell: Tell,
+    moments: dict[str, torch.Tensor] | None = None,
+    checked: Callable[[int], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Trains `model` in place from plan.start (or its last checkpoint under `work`) to plan.stop; returns AdamW's state.
+
+    A sharded plan leaves model and state sharded (`eclectus.models.training.parallel.gather`). moments: AdamW's state to start from, as this
+    function returns it ({parameter name}.exp_avg and so on), or None for zeros. tell: called on rank 0 as
+    tell("metrics", ...), tell("progress", ...) and tell("damaged", ...). checked: called with the step before every checkpoint is written; what it
+    raises ends the training. Raises TrainingFailed on a loss or a gradient that is not finite, and ValueError when
+    the batch cannot be shared evenly or the checkpoint under `work` is of another training.
+    """
+    if plan.batch % place.world:
+        raise ValueError(
+            f"batch of {plan.batch} instances cannot be shared by {place.world} processes; make it a multiple"
+        )
+    model.train()
+    window = Window(model, plan.batch * instances.length, instances.length, place)
+    if plan.recomputed:
+        recompute_blocks(model)
+    if plan.compiled:
+        compile_blocks(model)
+    if plan.sharded:
+        # Moves and cuts layer by layer: no device ever holds the whole model.
+        shard(model, place)
+    model.to(place.device)
+    part_experts(model)
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = make_optimizer(named, plan)
+    load_moments(optimizer, named, moments or {})
+    begin = resume(optimizer, named, plan.start, place, work, tell) or plan.start
+    wrapped, watch = replicate(model, place), Watch(instances, plan, place, work)
+    for step in range(begin, plan.stop):
+        set_rate(optimizer, plan.rate(step))
+        for last, batch, weight in micro_batches(instances, step, plan, place):
+            with synced(wrapped, last), autocast(place.device):
+                loss, extra = objective(wrapped, batch)
+            (loss * weight).backward()
+            window.add(loss, extra, weight)
+        norm = whole(nn.utils.clip_grad_norm_(named.values(), plan.clip))
+        window.end_step(norm)
+        watch.look(step, norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ended = step + 1
+        keeps = ended % plan.checkpoint_every == 0 and ended < plan.stop
+        if ended % plan.log_every == 0 or ended == plan.stop or keeps:
+            watch.stop_if_bad()
+        if ended % plan.log_every == 0 or ended == plan.stop:
+            tell("metrics", step=ended, values=window.read(place, plan.rate(step)))
+        tell("progress", done=ended - plan.start, total=plan.stop - plan.start)
+        if keeps:
+            if checked:
+                checked(ended)
+            save_progress(optimizer, named, ended, plan.start, place, work)
+    place.barrier()
+    return read_moments(optimizer, named)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 on CUDA; on CPU plain fp32, which is hundreds of times faster there than bf16 without matrix units."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def micro_batches(
+    instances: Instances, step: int, plan: Plan, place: Place
+) -> Iterator[tuple[bool, Batch, torch.Tensor]]:
+    """(is it the last, batch, weight) for each micro-batch of this process's share of a step.
+
+    A micro-batch weighs as much as it has tokens to predict, so that the step's gradient is the mean over all of them
+    whatever the padding, the micro-batches and the processes. Padding alone weighs 0.
+    """
+    share = plan.batch // place.world
+    rows = instances.rows_of_step(step, plan.batch, plan.seed)[place.rank * share : (place.rank + 1) * share]
+    batches = [instances.batch(rows[first : first + plan.micro_batch]) for first in range(0, share, plan.micro_batch)]
+    targets = torch.stack([(batch.labels[:, 1:] != IGNORED).sum() for batch in batches]).to(place.device).float()
+    weights = targets / place.mean(targets.sum()).clamp(min=1)
+    for number, batch in enumerate(batches):
+        yield number + 1 == len(batches), batch.to(place.device), weights[number]
+
+
+class Watch:
+    """Looks out for a gradient that is not finite, without waiting for the device at every step.
+
+    On CPU it stops before the weights are touched; on CUDA at the next row of metrics or checkpoint, whichever comes first, so that
+    no bad weight is ever kept. The gradient is that of all processes, so all of them stop.
+    """
+
+    def __init__(self, instances: Instances, plan: Plan, place: Place, work: Path) -> None:
+        self._instances, self._plan, self._place, self._work = instances, plan, place, work
+        self._first_bad = torch.full((), -1, device=place.device)
+
+    def look(self, step: int, norm: torch.Tensor) -> None:
+        """norm: of the gradient of this step."""
+        bad = ~torch.isfinite(norm.detach()) & (self._first_bad < 0)
+        self._first_bad = torch.where(bad, step, self._first_bad)
+        if self._place.device.type == "cpu":
+            self.stop_if_bad()
+
+    def stop_if_bad(self) -> None:
+        """Raises TrainingFailed when a step so far was bad, naming it and its instances."""
+        step = int(self._first_bad)
+        if step < 0:
+            return
+        rows = self._instances.rows_of_step(step, self._plan.batch, self._plan.seed).tolist()
+        latest = self._work / "latest"
+        kept = f"the last good checkpoint is kept in {latest}; " if latest.exists() else ""
+        raise TrainingFailed(
+            f"the loss or its gradient is not finite at training step {step} (instances {rows}); {kept}"
+            "lower the learning rate or lengthen the warm-up"
+        )

@@ -1,0 +1,186 @@
+"""Checkpoints to go on from: what a killed training needs to end as if nothing had happened.
+
+    work/step-400/trained-00001-of-00002.safetensors     rows of every trained parameter that process 1 holds
+                  moments-00001-of-00002.safetensors     AdamW's state of them
+                  progress.json                          step, and the SHA-256 of every file
+    work/latest -> step-400                              set when all of it is on the disk
+
+A file says in its metadata where its rows lie in the whole tensors, so that any number of processes can read what any
+other number has written, sharded or not. A damaged checkpoint is never read: training begins again at its first step, and
+says so. Price: a copy of parameters and moments, 12 bytes a trained parameter, hashed once on each side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from eclectus.models.training.optimizer import STATE, load_moments, read_moments
+from eclectus.models.training.parallel import first_row, local, whole
+from eclectus.models.training.process import Place
+
+
+def save_progress(
+    optimizer: torch.optim.Optimizer,
+    named: dict[str, nn.Parameter],
+    step: int,
+    start: int,
+    place: Place,
+    work: Path,
+) -> None:
+    """Writes a checkpoint to go on from: beside the last one, put in its place when whole. All processes must call it."""
+    beside = work / f"step-{step}"
+    if place.leads:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    place.barrier()
+    sharded = any(local(parameter) is not parameter for parameter in named.values())
+    digests: dict[str, str] = {}
+    if sharded or place.leads:
+        part = f"{place.rank + 1:05d}-of-{place.world if sharded else 1:05d}"
+        for kind, tensors in (("trained", named), ("moments", read_moments(optimizer, named))):
+            digests[f"{kind}-{part}.safetensors"] = _write(beside / f"{kind}-{part}.safetensors", tensors)
+    everyone = place.gather(digests)
+    if place.leads:
+        files = {name: digest for each in everyone for name, digest in each.items()}
+        _write_json(beside / "progress.json", {"step": step, "start": start, "files": files})
+        pointer = work / ".latest"
+        pointer.unlink(missing_ok=True)
+        pointer.symlink_to(beside.name)
+        os.replace(pointer, work / "latest")
+        for old in work.glob("step-*"):
+            if old != beside:
+                shutil.rmtree(old)
+    place.barrier()
+
+
+def resume(
+    optimizer: torch.optim.Optimizer,
+    named: dict[str, nn.Parameter],
+    start: int,
+    place: Place,
+    work: Path,
+    tell: Callable[..., None],
+) -> int | None:
+    """Loads the last checkpoint under `work`, if there is a whole one, and returns the step to go on with.
+
+    start: the first step of this training. tell: called as tell("damaged", step=start, text=...) where there is one that is
+    not whole. Raises ValueError when the checkpoint is of another model or another stage.
+    """
+    latest = work / "latest"
+    fault, about = _faults(latest, place) if latest.exists() else (None, None)
+    faults = [each for each in place.gather(fault) if each]
+    if faults:
+        if place.leads:
+            tell("damaged", step=start, text=f"{faults[0]}; training begins again at step {start}")
+        return None
+    if about is None:
+        return None
+    if about["start"] != start:
+        raise ValueError(
+            f"{latest} is of a training that began at step {about['start']}, not {start}; give each its own folder"
+        )
+    with ExitStack() as stack:
+        pieces = _Pieces([stack.enter_context(safe_open(latest / name, framework="pt")) for name in about["files"]])
+        with torch.no_grad():
+            for name, parameter in named.items():
+                local(parameter).copy_(pieces.read(name, parameter, latest))
+        state = {f"{name}.{what}" for name in named for what in STATE} & pieces.names
+        moments = {key: pieces.moment(key, named[key.rpartition(".")[0]], latest) for key in sorted(state)}
+    load_moments(optimizer, named, moments)
+    return about["step"]
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
+    """This process's part of the tensors; returns the file's SHA-256."""
+    parts = {name: local(tensor.detach()).contiguous() for name, tensor in tensors.items()}
+    rows = {name: [first_row(tensor), *tensor.shape] for name, tensor in tensors.items() if tensor.ndim}
+    save_file({name: part for name, part in parts.items() if part.numel()}, path, metadata={"rows": json.dumps(rows)})
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
+    return _digest(path)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with open(path, "w") as handle:
+        json.dump(value, handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _faults(latest: Path, place: Place) -> tuple[str | None, dict[str, Any] | None]:
+    """(why the checkpoint cannot be trusted, what progress.json says); the files are shared out between the processes."""
+    try:
+        about = json.loads((latest / "progress.json").read_text())
+        names = sorted(about["files"])
+        for name in names[place.rank :: place.world]:
+            if _digest(latest / name) != about["files"][name]:
+                return f"the checkpoint {latest} is damaged: {name} is not what was written", None
+        return None, {"step": int(about["step"]), "start": int(about["start"]), "files": names}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"the checkpoint {latest} is damaged: {error}", None
+
+
+class _Pieces:
+    """Tensors that lie in several files, by rows."""
+
+    def __init__(self, files: list[Any]) -> None:
+        self._where: dict[str, list[tuple[Any, int]]] = {}
+        self._shapes: dict[str, list[int]] = {}
+        for file in files:
+            rows = json.loads(file.metadata()["rows"])
+            for name in file.keys():  # noqa: SIM118 (a safe_open is no mapping)
+                first, *shape = rows.get(name, [0])
+                self._where.setdefault(name, []).append((file, first))
+                self._shapes[name] = shape
+        self.names = set(self._where)
+
+    def read(self, name: str, parameter: torch.Tensor, latest: Path) -> torch.Tensor:
+        """The rows of the stored tensor that this process holds of `parameter`."""
+        if self._shapes.get(name) != list(parameter.shape):
+            raise ValueError(
+                f"the checkpoint {latest} is of another model: it has {name} as {self._shapes.get(name)}, expected "
+                f"{list(parameter.shape)}; remove it, or train with the settings that made it"
+            )
+        part = local(parameter)
+        begin, found = first_row(parameter), torch.empty(part.shape, dtype=parameter.dtype)
+        for file, first in self._where[name]:
+            stored = file.get_slice(name)
+            low, high = max(begin, first), min(begin + len(part), first + stored.get_shape()[0])
+            if low < high:
+                found[low - begin : high - begin] = stored[low - first : high - first]
+        return found
+
+    def moment(self, key: str, parameter: torch.Tensor, latest: Path) -> torch.Tensor:
+        """One part of AdamW's state, sharded as its parameter is."""
+        if key.endswith(".step"):
+            return self._where[key][0][0].get_tensor(key)
+        moment = torch.empty_like(parameter)
+        local(moment).copy_(self.read(key, parameter, latest))
+        return moment
+
+
+def whole_tensors(tensors: dict[str, torch.Tensor], place: Place) -> dict[str, torch.Tensor]:
+    """Sharded tensors made whole on the CPU of the leading process, one at a time; empty elsewhere. All processes call it."""
+    full = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor)
+        if place.leads:
+            full[name] = value.detach().cpu().contiguous()
+    return full

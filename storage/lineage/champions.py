@@ -1,0 +1,76 @@
+"""Champions and challengers: who was promoted, who was refused, and why; by line of models ("extended", "lory").
+
+Every decision is one line in the journal's stream `decisions`, so that any number of processes may decide and nothing is ever
+overwritten: the champion of a line is the last that was promoted. DuckDB shows them as `decisions` and `champions`.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import uuid
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from eclectus.storage.home import Home
+from eclectus.storage.journal import Journal
+from eclectus.storage.lineage.connection import connect
+
+PROMOTED, REFUSED = "promoted", "refused"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision on one checkpoint.
+
+    line: of champions. verdict: PROMOTED or REFUSED. checkpoint: digest. evaluations: digests by kind (`text`, `tasks`,
+    `contamination`). gate: digest of the artifact that holds rules and numbers, or None where a person decided. rules: the outcome of
+    each (tasks/promotion/gate_rules.py). by: who decided, `gate` or a person's name.
+    """
+
+    line: str
+    verdict: str
+    checkpoint: str
+    reason: str
+    evaluations: dict[str, str] = field(default_factory=dict)
+    gate: str | None = None
+    rules: list[dict[str, Any]] = field(default_factory=list)
+    by: str = "gate"
+    run: str | None = None
+    logged: str | None = None
+
+
+def record(home: Home, decision: Decision, run: str | None = None) -> None:
+    """Writes a decision into the journal; on disk when this returns. run: the run that it belongs to, if any."""
+    with Journal(home.journal, run or f"decision-{uuid.uuid4().hex[:8]}", home.mirror) as journal:
+        row = asdict(decision)
+        journal.decision(**{name: value for name, value in row.items() if name not in ("run", "logged")})
+
+
+def champion(home: Home, line: str) -> Decision | None:
+    """The last one promoted in a line; None while there is none."""
+    found = [each for each in decisions(home, line) if each.verdict == PROMOTED]
+    return found[-1] if found else None
+
+
+def decisions(home: Home, line: str | None = None) -> list[Decision]:
+    """All decisions, first to last; of one line where it is given."""
+    with connect(home) as connection:
+        rows = connection.execute(
+            """
+            select line, verdict, checkpoint, reason, evaluations, gate, rules, "by", run, logged::varchar
+            from decisions where ? is null or line = ? order by logged
+            """,
+            [line, line],
+        ).fetchall()
+    return [
+        Decision(*row[:4], json.loads(row[4] or "{}"), row[5], json.loads(row[6] or "[]"), *row[7:]) for row in rows
+    ]
+
+
+def person() -> str:
+    """Who is deciding, where it is no gate."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "a person"

@@ -1,0 +1,376 @@
+"""Compaction: the journals of finished processes become Parquet, in levels, while everyone goes on reading and writing.
+
+A journal is finished when the lock that its writer held is free (the process ended, or died); where another machine wrote it or
+locks are not to be had, when its run has ended and it has not grown for a day. Finished journals become one Parquet part of level 1; when there
+are MANY parts of a level, they become one of the next. A part is written beside and renamed into place, and named
+`LEVEL-TIME-DIGEST.parquet` after its own bytes, so that `verify` needs nothing else. What it replaces stays for GRACE seconds;
+connections of ours do not list it from half of them on (`replaced`), so none has listed a file that goes before it opens it. Views take each
+journal from the highest part only, so nothing is counted twice. Lines that cannot be read are set apart under `journal/rejected/`, with their number and why.
+On an object store journals stay as they are; each machine compacts its own copy of them, and keeps it.
+Price: 1,000,000 steps of 50,000 runs took 10 minutes on a busy machine, once; a run's own journal well under a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import duckdb
+
+from eclectus.storage.artifact import EMPTY, hash_file
+from eclectus.storage.home import Home
+from eclectus.storage.journal import EVENTS
+from eclectus.storage.lineage import graph
+from eclectus.storage.lineage.macros import EDGES, NODES, edges, nodes
+from eclectus.storage.lineage.tables import COLUMNS, NEEDED, folded, plant, raw, text, write_contents
+
+INDEXES = ("edges", "nodes", "contents")
+DAMAGED = "damaged"
+REPLACED = "replaced"
+ROWS_A_GROUP = 20_000
+MANY = 32
+HIGHEST = 4
+GRACE = 20.0
+QUIET = 86_400.0
+LAST_BYTES = 10_000
+BYTES_AT_ONCE = 2**28
+JOURNALS_AT_ONCE = 2_000
+
+
+@dataclass
+class Compacted:
+    """What a compaction did: journals and rows that became Parquet, parts merged, and lines set apart (file, number, why)."""
+
+    journals: int = 0
+    rows: int = 0
+    merged: int = 0
+    rejected: list[dict[str, object]] = field(default_factory=list)
+
+
+def compact(home: Home, journals: int = JOURNALS_AT_ONCE) -> Compacted:
+    """Compacts what is finished; at most so many journals a stream. Does nothing when another process is at it.
+
+    Raises OSError when the disk is full: everything is then still where it was.
+    """
+    done = Compacted()
+    if not plant(home):
+        return done
+    with _alone(home) as mine:
+        if not mine:
+            return done
+        _sweep(home)
+        mend_index(home)
+        with duckdb.connect() as connection:
+            connection.execute("set enable_progress_bar = false")
+            connection.execute("set preserve_insertion_order = false")
+            for stream in COLUMNS:
+                _compact_stream(connection, home, stream, journals, done)
+        graph.renew(home, GRACE)
+    return done
+
+
+def settle(home: Home) -> Compacted:
+    """Compacts everything that is finished, waits for readers of the old files, and removes these. For `eclectus compact`."""
+    done = compact(home, sys.maxsize)
+    if done.journals or done.merged:
+        time.sleep(GRACE + 1)
+        compact(home, 0)
+    return done
+
+
+def mend_index(home: Home) -> None:
+    """Makes the index of a part anew where it is gone, or of other columns than today's."""
+    stale = set()
+    with duckdb.connect() as connection:
+        for name, columns in {"edges": EDGES, "nodes": NODES}.items():
+            made = connection.execute(
+                f"select file_name, list(name) from parquet_schema({text(home.journal / name / '*.parquet')}) "
+                "where type is not null group by file_name"
+            ).fetchall()
+            whole = {Path(file).stem.rpartition("-")[0] for file, found in made if found == [*columns]}
+            for part in _parts(home, EVENTS):
+                if part.stem not in whole:
+                    for old in (home.journal / name).glob(f"{part.stem}-*.parquet"):
+                        old.unlink()
+                    stale.add(part)
+        for part in sorted(stale):
+            columns = ", ".join(f'"{name}"' for name in COLUMNS[EVENTS])
+            connection.execute(
+                f"create or replace temp table part as select {columns} from read_parquet([{text(part)}, {text(_empty_part(home))}], "
+                "union_by_name = true)"
+            )
+            _write_index(connection, home, part.stem)
+
+
+def _empty_part(home: Home) -> Path:
+    """The empty part that has all of today's columns."""
+    return max((home.journal / EVENTS).glob(f"{EMPTY}-*.parquet"), key=lambda path: path.stat().st_mtime)
+
+
+def faults(home: Home) -> list[str]:
+    """What is wrong with the journals, in words: changed parts, and lines that cannot be read."""
+    found = []
+    for folder in (*COLUMNS, *INDEXES):
+        for part in _parts(home, folder):
+            if hash_file(part)[:16] != part.stem.rpartition("-")[2]:
+                found.append(
+                    f"journal part {part} changed; put it back from a copy, or remove it to go on without what it says"
+                )
+    found += graph.faults(home)
+    for stream in COLUMNS:
+        for path in journals(home, stream):
+            found += [f"journal {path}, line {bad['line']}: {bad['why']}" for bad in bad_lines(path, stream)]
+    for path in sorted((home.journal / DAMAGED).glob("*")):
+        found.append(f"journal part {path} was damaged and set aside; put it back from a copy, or remove it")
+    for path in sorted((home.journal / "rejected").glob("*.ndjson")):
+        count = len(path.read_text().splitlines())
+        found.append(f"journal {path}: {count} lines that could not be read were set apart")
+    return found
+
+
+def bad_lines(path: Path, stream: str) -> Iterator[dict[str, object]]:
+    """Lines of a journal that are no rows of its stream: {file, line, why, text}. A line still being written is not one."""
+    needed = NEEDED[stream]
+    with open(path, "rb") as handle:
+        for number, line in enumerate(handle, 1):
+            why = None if line.strip() else "empty"
+            try:
+                row = json.loads(line) if why is None else {}
+                if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in needed):
+                    why = why or f"no {' and '.join(needed)}"
+            except ValueError as error:
+                if not line.endswith(b"\n") and not finished(path):
+                    continue
+                why = f"not JSON ({error})"
+            if why and line.strip():
+                yield {
+                    "file": path.name,
+                    "line": number,
+                    "why": why,
+                    "text": line.decode(errors="replace").rstrip("\n"),
+                }
+
+
+@contextlib.contextmanager
+def _alone(home: Home) -> Iterator[bool]:
+    with open(home.journal / "compacting", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def _compact_stream(
+    connection: duckdb.DuckDBPyConnection, home: Home, stream: str, limit: int, done: Compacted
+) -> None:
+    highest = _highest_parts(connection, home, stream)
+    _remove_replaced(home, stream, highest)
+    new = [path for path in journals(home, stream) if path.name not in highest and finished(path)]
+    for batch in _batches(new[:limit]):
+        for path in batch:
+            if bad := list(bad_lines(path, stream)):
+                _set_apart(home, path, bad)
+                done.rejected += bad
+        files = "[" + ", ".join(text(path) for path in batch) + "]"
+        source = raw(files, stream)
+        rows = folded(source) if stream == EVENTS else source
+        done.rows += _write_part(connection, home, stream, 1, rows, [path.name for path in batch])
+        done.journals += len(batch)
+    for level in range(1, HIGHEST):
+        highest = _highest_parts(connection, home, stream)
+        full = [part for part in _parts(home, stream) if part.name in set(highest.values()) and _level(part) == level]
+        if len(full) < MANY:
+            break
+        files = "[" + ", ".join(text(part) for part in full) + "]"
+        rows = f"from read_parquet({files}, union_by_name = true)"
+        _write_part(connection, home, stream, level + 1, rows, [part.name for part in full])
+        done.merged += len(full)
+
+
+def _write_part(
+    connection: duckdb.DuckDBPyConnection, home: Home, stream: str, level: int, source: str, stands_for: list[str]
+) -> int:
+    """Writes one part, and the index of its edges and nodes first: an edge too many is harmless, one too few is not.
+
+    stands_for: names of the journals or parts whose rows these are.
+    """
+    columns = ", ".join(f'"{name}"' for name in COLUMNS[stream])
+    connection.execute(f"create or replace temp table part as select {columns}, journal from ({source})")
+    beside, digest = _write_beside(connection, home, stream, "select * from part order by logged")
+    stem = f"{level}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}-{digest}"
+    try:
+        if stream == EVENTS:
+            _write_index(connection, home, stem)
+        os.rename(beside, home.journal / stream / f"{stem}.parquet")
+    finally:
+        beside.unlink(missing_ok=True)
+    write_contents(home, stream, home.journal / stream / f"{stem}.parquet")
+    _replaces(home, stream, f"{stem}.parquet", stands_for)
+    (count,) = connection.execute("select count(*) from part").fetchone()
+    connection.execute("drop table part")
+    return count
+
+
+def _write_index(connection: duckdb.DuckDBPyConnection, home: Home, stem: str) -> None:
+    """Writes the edges and nodes of the table `part`, beside the part of this name."""
+    tables = {
+        "edges": f"select * from ({edges('part')}) order by output",
+        "nodes": f"select * from ({nodes('part')}) order by placed",
+    }
+    for name, sql in tables.items():
+        beside, digest = _write_beside(connection, home, name, sql)
+        os.rename(beside, home.journal / name / f"{stem}-{digest}.parquet")
+
+
+def _write_beside(connection: duckdb.DuckDBPyConnection, home: Home, folder: str, sql: str) -> tuple[Path, str]:
+    """(a file with these rows under a name that nobody reads, the first digits of its digest); synced."""
+    beside = home.journal / folder / f".{uuid.uuid4().hex}.writing"
+    compression = "snappy" if folder in INDEXES else "zstd"
+    try:
+        connection.execute(
+            f"copy ({sql}) to {text(beside)} (format parquet, compression {compression}, row_group_size {ROWS_A_GROUP})"
+        )
+        with open(beside, "rb") as handle:
+            os.fsync(handle.fileno())
+        return beside, hash_file(beside)[:16]
+    except (OSError, duckdb.Error):
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def replaced(home: Home, seconds: float) -> set[str]:
+    """Journals and parts, as `events/NAME`, that a part which is still there has stood for at least so long."""
+    names: set[str] = set()
+    for path in (home.journal / REPLACED).glob("[!.]*"):
+        with contextlib.suppress(FileNotFoundError):
+            part, *stood_for = path.read_text().splitlines()
+            if time.time() - path.stat().st_mtime >= seconds and (home.journal / part).exists():
+                names.update(stood_for)
+    return names
+
+
+def _replaces(home: Home, stream: str, part: str, names: list[str]) -> None:
+    """Tells that this part stands for these journals or parts from now on."""
+    folder = home.journal / REPLACED
+    folder.mkdir(exist_ok=True)
+    beside = folder / f".{uuid.uuid4().hex}"
+    beside.write_text("".join(f"{stream}/{name}\n" for name in (part, *names)))
+    os.replace(beside, folder / beside.name[1:])
+
+
+def _remove_replaced(home: Home, stream: str, highest: dict[str, str]) -> None:
+    """Removes journals and parts whose rows all stand in a higher part, GRACE seconds after that was told."""
+    needed = set(highest.values())
+    stood_for = {path: highest[path.name] for path in journals(home, stream) if path.name in highest}
+    stood_for |= {part: max(needed) for part in _parts(home, stream) if needed and part.name not in needed}
+    known, settled = replaced(home, 0), replaced(home, GRACE)
+    untold: dict[str, list[str]] = defaultdict(list)
+    for path, part in stood_for.items():
+        name = f"{stream}/{path.name}"
+        if name in settled:
+            if home.mirror and path.suffix != ".parquet":
+                # The store's own copy, which the next query would bring again.
+                continue
+            for folder in INDEXES if path.suffix == ".parquet" else ():
+                for index in (home.journal / folder).glob(f"{path.stem}-*.parquet"):
+                    index.unlink()
+            path.unlink()
+        elif name not in known:
+            untold[part].append(path.name)
+    for part, names in untold.items():
+        # A compaction was killed before it could tell.
+        _replaces(home, stream, part, names)
+    for path in (home.journal / REPLACED).glob("[!.]*"):
+        part, *names = path.read_text().splitlines()
+        if not (home.journal / part).exists() or not any((home.journal / name).exists() for name in names):
+            path.unlink()
+
+
+def _sweep(home: Home) -> None:
+    """Removes what a compaction that was killed left behind: half-written files, and an index without its part."""
+    parts = {part.stem for stream in COLUMNS for part in _parts(home, stream)}
+    left = [path for folder in (*COLUMNS, *INDEXES, REPLACED) for path in (home.journal / folder).glob(".*")]
+    left += [path for name in INDEXES for path in _parts(home, name) if path.stem.rpartition("-")[0] not in parts]
+    for path in left:
+        if time.time() - path.stat().st_mtime > GRACE:
+            path.unlink()
+
+
+def _highest_parts(connection: duckdb.DuckDBPyConnection, home: Home, stream: str) -> dict[str, str]:
+    """Journal -> name of the highest part that has it."""
+    contents = text(f"{home.journal / 'contents'}/*.parquet")
+    return dict(
+        connection.execute(
+            f"select journal, max(part) from read_parquet({contents}) where stream = ? group by journal", [stream]
+        ).fetchall()
+    )
+
+
+def journals(home: Home, stream: str) -> list[Path]:
+    """Journals in the order of their age, the empty one that only keeps the glob from failing left out."""
+    return sorted(path for path in (home.journal / stream).glob("*.ndjson") if not path.stem.startswith(EMPTY))
+
+
+def _parts(home: Home, stream: str) -> list[Path]:
+    return sorted(path for path in (home.journal / stream).glob("*.parquet") if not path.stem.startswith(EMPTY))
+
+
+def _level(part: Path) -> int:
+    return int(part.name.split("-")[0])
+
+
+def _batches(paths: list[Path]) -> Iterator[list[Path]]:
+    batch: list[Path] = []
+    size = 0
+    for path in paths:
+        batch.append(path)
+        size += path.stat().st_size
+        if size > BYTES_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def finished(path: Path) -> bool:
+    """Whether nobody will write to this journal any more."""
+    with open(path, "rb") as handle:
+        if f".{socket.gethostname()}-" in path.name:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:
+                return _has_ended(path)
+            return True
+    return _has_ended(path)
+
+
+def _has_ended(path: Path) -> bool:
+    """Whether a journal whose lock cannot tell is quiet for a day, and its run said that it ended."""
+    events = path.parent.parent / EVENTS / path.name
+    if not events.exists():
+        return path.parent.name != EVENTS and time.time() - path.stat().st_mtime > QUIET
+    if time.time() - max(path.stat().st_mtime, events.stat().st_mtime) < QUIET:
+        return False
+    with open(events, "rb") as handle:
+        handle.seek(-min(events.stat().st_size, LAST_BYTES), os.SEEK_END)
+        return b'"run_ended"' in handle.read()
+
+
+def _set_apart(home: Home, path: Path, bad: list[dict[str, object]]) -> None:
+    folder = home.journal / "rejected"
+    folder.mkdir(exist_ok=True)
+    (folder / path.name).write_text("".join(json.dumps(each) + "\n" for each in bad))

@@ -1,0 +1,370 @@
+"""The tables that people query, as SQL: views over the journals, live and compacted (the macros are in storage/lineage/macros.py).
+
+    runs          one row a run                      step_inputs   which artifacts and sources a step read
+    steps         one row a step of a run            step_outputs  which artifact a step made or reused
+    artifacts     one row an artifact                settings      one row a setting of a step
+    metrics       one row a number                   documents     which document is in which instance, at which offset
+    decisions     one row a promotion or refusal     champions     the last one promoted of each line
+    routing       one row a layer, expert, language and domain of an evaluated model
+
+Columns are documented in docs/lineage.md and frozen by a test. Everything is read through globs that always find at least an
+empty file (`plant`), so a view that was opened before the first row sees every later one.
+Every journal is read once, from the highest form of it that is seen: newline-delimited JSON, then Parquet parts, whose names
+begin with their level; `contents` says which. So compaction can write the next form beside the last one and needs nobody's permission.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import duckdb
+
+from eclectus.storage.artifact import EMPTY, hash_file
+from eclectus.storage.home import Home
+from eclectus.storage.journal import DECISIONS, EVENTS, METRICS
+from eclectus.storage.lineage.macros import EDGES, NODES, OURS, PARTS, SHELL, edges, macros, nodes
+
+OUTPUT = "STRUCT(kind VARCHAR, artifact VARCHAR, rows BIGINT, bytes BIGINT, created TIMESTAMP, path VARCHAR, statistics JSON)"
+COLUMNS = {
+    EVENTS: {
+        "event": "VARCHAR",
+        "logged": "TIMESTAMP",
+        "started": "TIMESTAMP",
+        "run": "VARCHAR",
+        "flow": "VARCHAR",
+        "state": "VARCHAR",
+        "parameters": "JSON",
+        "code_version": "VARCHAR",
+        "host": "VARCHAR",
+        "python": "VARCHAR",
+        "packages": "JSON",
+        "prefect_flow_run": "VARCHAR",
+        "error": "VARCHAR",
+        "step": "VARCHAR",
+        "name": "VARCHAR",
+        "label": "VARCHAR",
+        "key": "VARCHAR",
+        "version": "INTEGER",
+        "reason": "VARCHAR",
+        "seconds": "DOUBLE",
+        "peak_memory": "BIGINT",
+        "seed": "BIGINT",
+        "prefect_task_run": "VARCHAR",
+        "settings": "MAP(VARCHAR, JSON)",
+        "inputs": "MAP(VARCHAR, VARCHAR)",
+        "output": OUTPUT,
+    },
+    METRICS: {
+        "logged": "TIMESTAMP",
+        "run": "VARCHAR",
+        "step": "VARCHAR",
+        "name": "VARCHAR",
+        "value": "DOUBLE",
+        "at_step": "BIGINT",
+        "tags": "MAP(VARCHAR, VARCHAR)",
+    },
+    DECISIONS: {
+        "logged": "TIMESTAMP",
+        "run": "VARCHAR",
+        "line": "VARCHAR",
+        "verdict": "VARCHAR",
+        "checkpoint": "VARCHAR",
+        "reason": "VARCHAR",
+        "evaluations": "JSON",
+        "gate": "VARCHAR",
+        "rules": "JSON",
+        "by": "VARCHAR",
+    },
+}
+# Text columns without which a line is no row of its stream.
+NEEDED = {EVENTS: ("run", "event"), METRICS: ("run", "name"), DECISIONS: ("line", "verdict", "checkpoint")}
+DOCUMENTS = {
+    "document": "VARCHAR",
+    "name": "VARCHAR",
+    "language": "VARCHAR",
+    "domain": "VARCHAR",
+    "source": "VARCHAR",
+    "instance": "BIGINT",
+    "instance_offset": "INTEGER",
+    "tokens": "INTEGER",
+    "document_offset": "INTEGER",
+}
+# Which journals are in which part; a part counts once it is here.
+CONTENTS = {"stream": "VARCHAR", "part": "VARCHAR", "journal": "VARCHAR"}
+ROUTING = {
+    "layer": "INTEGER",
+    "expert": "INTEGER",
+    "language": "VARCHAR",
+    "domain": "VARCHAR",
+    "share": "DOUBLE",
+    "top_k_share": "DOUBLE",
+    "routed": "BIGINT",
+}
+HELD = {"document": "VARCHAR", "name": "VARCHAR"}
+
+VIEWS = {
+    "kept_runs": """
+        select run, arg_max(event = 'run_kept', logged) as kept from events where event in ('run_kept', 'run_released') group by run""",
+    "runs": """
+        select run, flow, coalesce(state, 'unfinished') as state, started, case when event = 'run_ended' then logged end as ended, seconds,
+               parameters, code_version, host, python, packages, prefect_flow_run, error, coalesce(kept, false) as kept
+        from events left join kept_runs using (run) where event in ('run_started', 'run_ended')""",
+    "steps": """
+        select step, run, name, label, flow, key, version, coalesce(state, 'unfinished') as state, reason, started,
+               case when event = 'step_ended' then logged end as ended, seconds, peak_memory, seed, prefect_task_run
+        from events where event in ('step_started', 'step_ended')""",
+    "artifacts": """
+        select kind || '-' || artifact[1:12] as name, artifact, kind, arg_min("rows", logged) as "rows",
+               arg_min("bytes", logged) as "bytes", min(created) as created, arg_max(path, logged) as path,
+               arg_min(statistics, logged) as statistics, arg_min(step, logged) filter (state = 'completed') as made_by
+        from (select output.artifact as artifact, output.kind as kind, output."rows" as "rows", output."bytes" as "bytes",
+                     output.created as created, output.path as path, output.statistics as statistics, step, state, logged
+              from events where event = 'step_ended' and output is not null)
+        group by artifact, kind""",
+    "step_inputs": f"""
+        select step, run, entry.key as name, {PARTS}
+        from (select step, run, unnest(map_entries(inputs)) as entry from events where event = 'step_ended')""",
+    "step_outputs": """
+        select step, run, 'out' as name, output.artifact as artifact, output.kind as kind, state = 'reused' as reused
+        from events where event = 'step_ended' and output is not null""",
+    "champions": """
+        select line, arg_max(checkpoint, logged) as checkpoint, max(logged) as since, arg_max(reason, logged) as reason,
+               arg_max("by", logged) as "by", arg_max(run, logged) as run
+        from decisions where verdict = 'promoted' group by line""",
+    "settings": """
+        select step, run, entry.key as name, entry.value as value
+        from (select step, run, unnest(map_entries(settings)) as entry from events where event = 'step_ended')""",
+}
+
+
+def create_views(connection: duckdb.DuckDBPyConnection, home: Home, prefix: str = "") -> None:
+    """Creates every view and macro in the connection's database. prefix: of the file system through which files are read."""
+    for name, body in definitions(home, prefix):
+        connection.execute(f"create {name} as {body}")
+
+
+def definitions(home: Home, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(`view NAME` or `macro NAME(x)`, SQL) of all that `create_views` makes, in order."""
+    yield "view contents", _parquet(prefix, home.journal / "contents", CONTENTS)
+    for stream in COLUMNS:
+        yield f"view {stream}", _stream(prefix, home, stream, COLUMNS[stream])
+    live = f"with highest as materialized ({_highest(EVENTS)}) select * from ({_live(prefix, home, EVENTS)})"
+    yield "view live_events", live
+    yield "view compacted_edges", _parquet(prefix, home.journal / "edges", EDGES)
+    yield "view compacted_nodes", _parquet(prefix, home.journal / "nodes", NODES)
+    for name, body in VIEWS.items():
+        # DuckDB reads every column behind a materialised CTE, so a view names those that it needs.
+        needed = [column for column in COLUMNS[EVENTS] if re.search(rf"\b{column}\b", body)]
+        source = f" from ({_stream(prefix, home, EVENTS, needed)}) events"
+        yield f"view {name}", re.sub(r" from events\b", lambda _: source, body)  # noqa: B023
+    yield "view documents", _documents(prefix, home)
+    yield "view edges", f"select output, input from compacted_edges union all {edges('live_events')}"
+    yield "view nodes", f"from compacted_nodes union all {nodes('live_events')}"
+    yield "view held_documents", _held_documents(prefix, home)
+    yield "view routing", _routing(prefix, home)
+    # With a prefix the files are read through our own connection, which has the function that `OURS` asks (storage/lineage/connection.py).
+    for name, body in macros(OURS if prefix else SHELL):
+        yield f"macro {name}", body
+
+
+def folded(source: str) -> str:
+    """SQL: one event a run or step instead of two. What has ended keeps its end's event and time, and gains `started`."""
+    pair = "left(event, 3) || run || coalesce(step, '') as pair"
+    columns = ", ".join(
+        "coalesce(s.logged, e.logged - to_microseconds(cast(coalesce(e.seconds, 0) * 1000000 as bigint))) as started"
+        if name == "started"
+        else f'coalesce(e."{name}", s."{name}") as "{name}"'
+        for name in COLUMNS[EVENTS]
+    )
+    return (
+        f"with source as materialized ({source}), "
+        f"s as (select *, {pair} from source where event in ('run_started', 'step_started')), "
+        f"e as (select *, {pair} from source where event in ('run_ended', 'step_ended')) "
+        f"select {columns}, coalesce(e.journal, s.journal) as journal from s full join e using (pair) "
+        f"union all select {_names(COLUMNS[EVENTS])}, journal from source "
+        "where event not in ('run_started', 'run_ended', 'step_started', 'step_ended')"
+    )
+
+
+def plant(home: Home) -> bool:
+    """Puts an empty file where a glob of the views might find none. False where the home cannot be written."""
+    wanted: list[tuple[Path, dict[str, str] | None]] = []
+    for stream, columns in COLUMNS.items():
+        wanted.append((home.journal / stream / f"{EMPTY}.ndjson", None))
+        wanted.append(_empty(home.journal / stream, {**columns, "journal": "VARCHAR"}))
+    for name, columns in {
+        "contents": CONTENTS,
+        "edges": EDGES,
+        "nodes": NODES,
+        "documents": DOCUMENTS,
+        "held": HELD,
+    }.items():
+        wanted.append(_empty(home.journal / name, columns))
+    wanted.append(_empty(home.store.root / "instances", DOCUMENTS, "/documents"))
+    wanted.append(_empty(home.store.root / "documents", HELD, "/documents/none"))
+    wanted.append(_empty(home.store.root / "evaluation", ROUTING, "/routing"))
+    missing = [(path, columns) for path, columns in wanted if not path.exists()]
+    try:
+        for path, columns in missing:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if columns is None:
+                path.touch()
+                continue
+            beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:6]}")
+            with duckdb.connect() as connection:
+                connection.execute(f"copy ({_nothing(columns)}) to {text(beside)} (format parquet)")
+            os.replace(beside, path)
+        for stream in COLUMNS:
+            listed = {path.stem.rpartition("-")[0] for path in (home.journal / "contents").glob("*.parquet")}
+            for part in (home.journal / stream).glob("[0-9]*.parquet"):
+                if part.stem not in listed:
+                    write_contents(home, stream, part)
+    except (OSError, duckdb.IOException):
+        return False
+    return True
+
+
+def _empty(folder: Path, columns: dict[str, str], below: str = "") -> tuple[Path, dict[str, str]]:
+    """(where, columns) of an empty table. Its name says which columns: older files lack some, and views need each in one file."""
+    schema = hashlib.sha256(repr(columns).encode()).hexdigest()[:8]
+    return folder / f"{EMPTY}-{schema}{below}.parquet", columns
+
+
+def write_contents(home: Home, stream: str, part: Path) -> None:
+    """Says which journals are in a part, which makes it count. Like the index, it is named after the part and its own bytes."""
+    beside = home.journal / "contents" / f".{part.name}.{uuid.uuid4().hex[:6]}"
+    beside.parent.mkdir(exist_ok=True)
+    with duckdb.connect() as connection:
+        journals = (
+            f"select distinct '{stream}' as stream, {text(part.name)} as part, journal from read_parquet({text(part)})"
+        )
+        connection.execute(f"copy ({journals} order by journal) to {text(beside)} (format parquet)")
+    os.replace(beside, beside.with_name(f"{part.stem}-{hash_file(beside)[:16]}.parquet"))
+
+
+def text(path: Path | str) -> str:
+    """A path of our own as an SQL literal."""
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+def _names(columns: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in columns)
+
+
+def _cast(columns: dict[str, str]) -> str:
+    return ", ".join(f'"{name}"::{kind} as "{name}"' for name, kind in columns.items())
+
+
+def _nothing(columns: dict[str, str]) -> str:
+    return "select " + ", ".join(f'null::{kind} as "{name}"' for name, kind in columns.items()) + " where false"
+
+
+def _parquet(prefix: str, folder: Path, columns: dict[str, str], part: bool = False) -> str:
+    """SQL over the Parquet files of a folder; a column that an older file lacks is null. part: adds the file's name."""
+    if not any(folder.glob("*.parquet")):
+        return _nothing({**columns, "part": "VARCHAR"} if part else columns)
+    chosen = _cast(columns)
+    added = ", parse_filename(filename) as part" if part else ""
+    glob = text(f"{prefix}{folder}/*.parquet")
+    return f"select {chosen}{added} from read_parquet({glob}, union_by_name = true, filename = true)"
+
+
+def _stream(prefix: str, home: Home, stream: str, chosen: Iterable[str]) -> str:
+    """SQL: the chosen columns of a stream's compacted rows, of each journal those of the highest part only, and its live rows.
+
+    One look at the contents decides both, and it comes first: a part that appears after it is not read, its journals still are.
+    """
+    columns = {**COLUMNS[stream], "journal": "VARCHAR"}
+    parts = _parquet(prefix, home.journal / stream, columns, part=True)
+    names = _names(chosen)
+    return (
+        f"with highest as materialized ({_highest(stream)}) "
+        f"select {names} from ({parts}) semi join highest using (journal, part) "
+        f"union all select {names} from ({_live(prefix, home, stream)})"
+    )
+
+
+def _highest(stream: str) -> str:
+    return f"select journal, max(part) as part from contents where stream = '{stream}' group by journal"
+
+
+def _live(prefix: str, home: Home, stream: str) -> str:
+    """SQL over the journals that are not in `highest`. Lines that are not whole come back as nulls and are left out."""
+    folder, columns = home.journal / stream, COLUMNS[stream]
+    if not any(folder.glob("*.ndjson")):
+        return _nothing({**columns, "journal": "VARCHAR"})
+    rows = raw(text(f"{prefix}{folder}/*.ndjson"), stream)
+    new = f"select * from ({rows}) anti join highest using (journal)"
+    return folded(new) if stream == EVENTS else new
+
+
+def raw(files: str, stream: str) -> str:
+    """SQL over journals as they were written, with the name of the journal. files: an SQL literal, path or list of paths."""
+    types = ", ".join(f"'{name}': '{kind}'" for name, kind in COLUMNS[stream].items())
+    needed = " and ".join(f"{name} is not null" for name in NEEDED[stream])
+    return (
+        f"select {_names(COLUMNS[stream])}, parse_filename(filename) as journal from read_json({files}, "
+        f"format = 'newline_delimited', columns = {{{types}}}, ignore_errors = true, filename = true) where {needed}"
+    )
+
+
+def _documents(prefix: str, home: Home) -> str:
+    """Of instances that are here, and of those whose table of documents alone was kept with the journal."""
+    globs = [
+        (home.store.root / "instances", "*/documents.parquet", "split_part(filename, '/', -2)"),
+        (home.journal / "documents", "*.parquet", "split_part(parse_filename(filename), '.', 1)"),
+    ]
+    return _of_artifacts(prefix, globs, DOCUMENTS, "instances", "instances")
+
+
+def _held_documents(prefix: str, home: Home) -> str:
+    """Which documents are in artifacts of kind `documents`: those that are here, and freed ones whose list was kept."""
+    globs = [
+        (home.store.root / "documents", "*/documents/*.parquet", "split_part(filename, '/', -3)"),
+        (home.journal / "held", "*.parquet", "split_part(parse_filename(filename), '.', 1)"),
+    ]
+    return _of_artifacts(prefix, globs, HELD, "documents", "artifact")
+
+
+def _of_artifacts(
+    prefix: str, globs: list[tuple[Path, str, str]], columns: dict[str, str], kind: str, column: str
+) -> str:
+    """SQL over files of artifacts of a kind, with the artifact's whole digest as `column`.
+
+    globs: (folder, pattern, SQL of the artifact's first 32 digits in `filename`).
+    """
+    chosen = _cast(columns)
+    tables = [
+        f"select {chosen}, {digits} as digits from read_parquet({text(f'{prefix}{folder}/{pattern}')}, "
+        "union_by_name = true, filename = true)"
+        for folder, pattern, digits in globs
+        if any(folder.glob(pattern))
+    ]
+    rows = " union all ".join(tables) or _nothing({**columns, "digits": "VARCHAR"})
+    whole = f"select distinct artifact as {column} from step_outputs where kind = '{kind}'"
+    return (
+        f"select {_names(columns)}, coalesce({column}, digits) as {column} from ({rows}) d "
+        f"left join ({whole}) a on d.digits = a.{column}[1:32]"
+    )
+
+
+def _routing(prefix: str, home: Home) -> str:
+    """What the routers of evaluated models did (tasks/evaluation/evaluate.py)."""
+    folder, pattern = home.store.root / "evaluation", "*/routing.parquet"
+    if not any(folder.glob(pattern)):
+        return _nothing({**ROUTING, "evaluation": "VARCHAR"})
+    chosen = _cast(ROUTING)
+    rows = (
+        f"select {chosen}, split_part(filename, '/', -2) as digits from "
+        f"read_parquet({text(f'{prefix}{folder}/{pattern}')}, union_by_name = true, filename = true)"
+    )
+    whole = "select distinct artifact as evaluation from step_outputs where kind = 'evaluation'"
+    return (
+        f"select {_names(ROUTING)}, coalesce(evaluation, digits) as evaluation from ({rows}) r "
+        f"left join ({whole}) a on r.digits = a.evaluation[1:32]"
+    )

@@ -1,0 +1,150 @@
+"""Known keys: which step, settings and inputs made which artifacts, and why a step has to run again.
+
+A key is a SHA-256 over (step, version, settings, digests of the inputs). Its record is one small JSON file, so that a
+look-up costs one read, needs no database and works for any number of processes. A second file per label remembers the last
+key, which is what a new key is compared with to say in words what changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eclectus.storage.artifact import Artifact, ArtifactStore, write_json
+from eclectus.storage.secrets import scrubbed
+
+SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a step is asked to do, and, once done, what it gave.
+
+    settings: the settings that can change the output, JSON-ready. inputs: name -> `kind-digest` (whole digest).
+    outputs: name -> `kind-digest`; empty before the step ran.
+    """
+
+    step: str
+    version: int
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    outputs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        content = [self.step, self.version, self.settings, self.inputs]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class KnownKeys:
+    """The records under one directory."""
+
+    def __init__(self, root: Path, store: ArtifactStore) -> None:
+        self.root = root
+        self.store = store
+
+    def find(self, wanted: Record, label: str) -> tuple[dict[str, Artifact] | None, str]:
+        """(outputs, why they can be reused) if the key is known and its artifacts are whole, else (None, why it must run)."""
+        record = self._read(self._record_path(wanted.key))
+        if record is None:
+            return None, self._reason(wanted, label)
+        outputs = {name: self._artifact(value) for name, value in record.outputs.items()}
+        for artifact in outputs.values():
+            fault = self.store.faults(artifact)
+            if fault:
+                return None, fault
+        return outputs, "same settings and inputs; every file is as it was written"
+
+    def remember(self, done: Record, label: str) -> None:
+        """Records what a step gave, and that it is the last thing this label did."""
+        self._write(self._record_path(done.key), asdict(done))
+        self.note(done, label)
+
+    def note(self, done: Record, label: str) -> None:
+        """Records that `label` last used this key (after a reuse too)."""
+        self._write(self._label_path(label), {"key": done.key})
+
+    @contextlib.contextmanager
+    def hold(self, key: str, when_waiting: Callable[[], None]) -> Iterator[None]:
+        """Holds the key, so that two runs never make the same thing at once; released by the system if we die."""
+        path = self.root / "held" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                when_waiting()
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def _artifact(self, name: str) -> Artifact:
+        kind, _, digest = name.partition("-")
+        return Artifact(kind, digest, str(self.store.root / kind / digest[:32]))
+
+    def _reason(self, wanted: Record, label: str) -> str:
+        last = self._read(self._label_path(label))
+        before = self._read(self._record_path(last["key"])) if last else None
+        if before is None:
+            return "first time"
+        # The record before was written without its secrets; so is what it is compared with.
+        wanted = Record(wanted.step, wanted.version, scrubbed(wanted.settings), scrubbed(wanted.inputs))
+        return "; ".join(differences(before, wanted)) or "the record of it is gone"
+
+    def _write(self, path: Path, value: Any) -> None:
+        write_json(path, scrubbed(value))
+        if self.store.mirror:
+            self.store.mirror.push(path)
+
+    def _read(self, path: Path) -> Any:
+        # A label's last key may be newer on the object store; a record never changes.
+        if self.store.mirror and (path.parent.name == "labels" or not path.exists()):
+            self.store.mirror.pull(path)
+        try:
+            value = json.loads(path.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        return value if path.parent.name == "labels" else Record(**value)
+
+    def _record_path(self, key: str) -> Path:
+        path = self.root / "records" / f"{key}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _label_path(self, label: str) -> Path:
+        path = self.root / "labels" / f"{hashlib.sha256(label.encode()).hexdigest()[:32]}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def differences(before: Record, after: Record) -> list[str]:
+    """In words, what differs: `settings.neighbors 20 -> 32`, `input documents 1a2b -> 3c4d`, `version 1 -> 2`."""
+    words = []
+    if before.version != after.version:
+        words.append(f"version {before.version} -> {after.version}")
+    for name in sorted(before.settings.keys() | after.settings.keys()):
+        old, new = before.settings.get(name), after.settings.get(name)
+        if old != new:
+            words.append(f"settings.{name} {_brief(old)} -> {_brief(new)}")
+    for name in sorted(before.inputs.keys() | after.inputs.keys()):
+        old, new = before.inputs.get(name), after.inputs.get(name)
+        if old != new:
+            words.append(f"input {name} {_brief_digest(old)} -> {_brief_digest(new)}")
+    return words if len(words) <= SHOWN else [*words[:SHOWN], f"and {len(words) - SHOWN} more"]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _brief_digest(name: str | None) -> str:
+    if name is None:
+        return "none"
+    kind, _, digest = name.partition("-")
+    return f"{kind}-{digest[:12]}" if digest else name[:60]

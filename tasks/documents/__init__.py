@@ -1,0 +1,1 @@
+"""From sources to a table of documents: readers, ingest, languages, split."""

@@ -1,0 +1,313 @@
+"""Ingest: any sources in, one `documents` artifact out; every document is kept, rejected or a duplicate, and counted.
+
+A document's id is the first 32 hex digits of the SHA-256 of its text, exactly as it stands: equal id, equal text. So an exact
+duplicate is dropped the second time, whatever file it is in. What is bad goes to `rejected.parquet` with file, line, reason
+and first characters; `duplicates.parquet` names the document that each duplicate equals. Nothing bad is fatal, but to keep
+nothing at all is an error. Memory: one row group of text, and 16 bytes a document (tasks/documents/digest_set.py).
+
+A document's domain is its record's field; else what its file's name says (`en.code.jsonl.gz` -> code, shard numbers and
+words like `train` say nothing), for text files the folder's name; else "unknown".
+Price: one core reads, hashes and writes 60 to 120 MB of JSON lines a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from eclectus.storage.artifact import Artifact, Draft
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents.digest_set import DigestSet
+from eclectus.tasks.documents.readers import Fault, Position, Record, read_records, start_of
+from eclectus.tasks.documents.sources import Found, Source, find_sources, fingerprints
+from eclectus.tasks.documents.table import ROWS_A_GROUP, DocumentsWriter
+from eclectus.tasks.run import metric, progress
+from eclectus.tasks.settings import Place, Settings
+from eclectus.tasks.step import step
+
+FLUSH_BYTES = 32 * 2**20
+UNKNOWN = "unknown"
+MOST_DOMAINS = 100
+
+REJECTED = pa.schema(
+    [
+        ("file", pa.string()),
+        ("line", pa.int64()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("start", pa.string()),
+    ]
+)
+DUPLICATES = pa.schema([("file", pa.string()), ("line", pa.int64()), ("name", pa.string()), ("document", pa.string())])
+
+
+class IngestSettings(Settings):
+    """Which documents are read, and from which fields."""
+
+    sources: list[str] = Place(
+        [],
+        "Files, folders (read recursively), globs, or dataset:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]; JSON lines, "
+        "Parquet or text, also .gz and .zst.",
+    )
+    text_field: str = Field("text", description="Field or column that holds a document's text.")
+    id_field: str = Field("id", description="Field that holds a document's own name, kept for tracing; may be absent.")
+    language_field: str = Field("language", description="Field that holds a document's language; may be absent.")
+    domain_field: str = Field("domain", description="Field that holds a document's domain; may be absent.")
+    source_field: str = Field("source", description="Field that says where a document is from; else the file's name.")
+    text_suffixes: list[str] = Field(
+        [".txt", ".md", ".rst"], description="Suffixes of files that are one document each, as plain text."
+    )
+    minimum_characters: int = Field(1, ge=1, description="Shorter documents are rejected (characters, ends stripped).")
+    maximum_characters: int = Field(5_000_000, ge=1, description="Longer documents are rejected (characters).")
+    documents_limit: int = Field(0, ge=0, description="At most this many documents of each source; 0 takes all.")
+
+
+def check_sources(settings: IngestSettings) -> Found:
+    """The files and data sets that the settings name. Raises EclectusError with the fix, before any long work."""
+    return find_sources(settings.sources, settings.text_suffixes)
+
+
+def fingerprint(settings: IngestSettings) -> dict[str, str]:
+    """Digests of everything that is read, so that changed files change the key."""
+    return fingerprints(check_sources(settings).sources)
+
+
+@step(makes="documents", version=1, fingerprint=fingerprint)
+def ingest(settings: IngestSettings, out: Draft) -> None:
+    """Reads the sources into documents. Raises EclectusError when not one document is left."""
+    found = check_sources(settings)
+    with _Intake(settings, out) as intake:
+        _read_all(found.sources, settings, intake)
+    if not intake.documents:
+        raise EclectusError(_nothing_kept(settings, found, intake))
+    out.statistics = {
+        "documents": intake.documents,
+        "rejected": intake.rejected.count,
+        "duplicates": intake.duplicates.count,
+        "bytes": intake.bytes,
+        "sources": len(found.sources),
+        "ignored_files": found.ignored,
+        "rejected_by_reason": dict(intake.reasons.most_common()),
+        "domains": dict(intake.domains.most_common(MOST_DOMAINS)),
+        "lengths": histogram(intake.lengths),
+    }
+    for name in ("documents", "rejected", "duplicates", "bytes"):
+        metric(f"ingest_{name}", out.statistics[name])
+
+
+def read_rejected(documents: Artifact) -> pa.Table:
+    """What `ingest` could not take: file, line, reason, detail, start."""
+    return pq.read_table(documents.file("rejected.parquet"))
+
+
+def read_duplicates(documents: Artifact) -> pa.Table:
+    """What `ingest` dropped as equal to another: file, line, name, document (the one that was kept)."""
+    return pq.read_table(documents.file("duplicates.parquet"))
+
+
+def histogram(lengths: Counter[int]) -> list[list[int]]:
+    """[shortest length in bytes, documents] by power of two: [[256, 12], [512, 30], ...]. lengths: by bit length."""
+    return [[2**bits >> 1, lengths[bits]] for bits in sorted(lengths)]
+
+
+def _read_all(sources: list[Source], settings: IngestSettings, intake: _Intake) -> None:
+    columns = [
+        settings.text_field,
+        settings.id_field,
+        settings.language_field,
+        settings.domain_field,
+        settings.source_field,
+    ]
+    tell, done = progress(sum(source.size for source in sources) or None, "reading", "bytes"), 0
+    for source in sources:
+        position = Position()
+        before = intake.of_origin[source.origin]
+        records = read_records(source, settings.text_field, columns, settings.maximum_characters, position)
+        for number, (line, record) in enumerate(records, before + 1):
+            if settings.documents_limit and number > settings.documents_limit:
+                break
+            intake.of_origin[source.origin] = number
+            intake.take(source, line, record)
+            if intake.pending == 0:
+                tell(done + position.bytes)
+        done += source.size
+        tell(done)
+
+
+@dataclass
+class _Candidate:
+    file: str
+    line: int | None
+    digest: bytes
+    row: Record
+
+
+class _Table:
+    """A Parquet file of small rows, written a few thousand at a time."""
+
+    def __init__(self, out: Draft, name: str, schema: pa.Schema) -> None:
+        self._writer = pq.ParquetWriter(out.file(name), schema, compression="zstd")
+        self._schema = schema
+        self._rows: list[Record] = []
+        self.count = 0
+        self.first: Record | None = None
+
+    def add(self, row: Record) -> None:
+        self.first = self.first or row
+        self.count += 1
+        self._rows.append(row)
+        if len(self._rows) >= 5_000:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+            self._rows = []
+
+
+class _Intake:
+    """Takes records one by one, and writes them away as documents, rejected or duplicates."""
+
+    def __init__(self, settings: IngestSettings, out: Draft) -> None:
+        self._settings = settings
+        self._documents = DocumentsWriter(out)
+        self.rejected = _Table(out, "rejected.parquet", REJECTED)
+        self.duplicates = _Table(out, "duplicates.parquet", DUPLICATES)
+        self._seen = DigestSet()
+        self._waiting: list[_Candidate] = []
+        self._waiting_bytes = 0
+        self.bytes = 0
+        self.of_origin: Counter[int] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.domains: Counter[str] = Counter()
+        self.lengths: Counter[int] = Counter()
+
+    @property
+    def documents(self) -> int:
+        return self._documents.rows
+
+    @property
+    def pending(self) -> int:
+        return len(self._waiting)
+
+    def take(self, source: Source, line: int | None, record: Record | Fault) -> None:
+        content = record if isinstance(record, Fault) else self._text(record)
+        if isinstance(content, Fault):
+            self._reject(source, line, content)
+            return
+        settings = self._settings
+        self._waiting.append(
+            _Candidate(
+                source.name,
+                line,
+                hashlib.sha256(content).digest()[:16],
+                {
+                    "name": _word(record.get(settings.id_field)),
+                    "text": record[settings.text_field],
+                    "language": _word(record.get(settings.language_field)),
+                    "domain": _word(record.get(settings.domain_field)) or source.domain or UNKNOWN,
+                    "source": _word(record.get(settings.source_field)) or source.name,
+                    "bytes": len(content),
+                },
+            )
+        )
+        self._waiting_bytes += len(content)
+        if len(self._waiting) >= ROWS_A_GROUP or self._waiting_bytes >= FLUSH_BYTES:
+            self._flush()
+
+    def _text(self, record: Record) -> bytes | Fault:
+        """The record's text as UTF-8, or why it is none."""
+        field = self._settings.text_field
+        text = record.get(field)
+        if not isinstance(text, str):
+            if field not in record:
+                there = ", ".join(list(map(str, record))[:20]) or "nothing"
+                return Fault("no text", f"there is no field '{field}'; the record has {there}", start_of(str(record)))
+            kind = type(text).__name__
+            return Fault("wrong type", f"field '{field}' is of type {kind}; expected a string", start_of(str(text)))
+        characters = len(text)
+        if characters > self._settings.maximum_characters:
+            limit = f"{characters:,} characters; at most {self._settings.maximum_characters:,} are taken"
+            return Fault("too long", limit, start_of(text))
+        stripped = len(text.strip())
+        if not stripped:
+            return Fault("empty", f"field '{field}' holds no text", start_of(text))
+        if stripped < self._settings.minimum_characters:
+            limit = f"{stripped:,} characters; at least {self._settings.minimum_characters:,} are wanted"
+            return Fault("too short", limit, start_of(text))
+        try:
+            return text.encode()
+        except UnicodeEncodeError:
+            return Fault("not UTF-8", "the text holds half of a surrogate pair", start_of(text))
+
+    def _reject(self, source: Source, line: int | None, fault: Fault) -> None:
+        self.reasons[fault.reason] += 1
+        self.rejected.add(
+            {
+                "file": source.name,
+                "line": line,
+                "reason": fault.reason,
+                "detail": start_of(fault.detail),
+                "start": fault.start,
+            }
+        )
+
+    def _flush(self) -> None:
+        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        columns: dict[str, list[Any]] = {"document": []}
+        for each, new in zip(waiting, self._seen.add([each.digest for each in waiting]), strict=True):
+            identity = each.digest.hex()
+            if not new:
+                name = each.row["name"]
+                self.duplicates.add({"file": each.file, "line": each.line, "name": name, "document": identity})
+                continue
+            columns["document"].append(identity)
+            for key, value in each.row.items():
+                columns.setdefault(key, []).append(value)
+        if columns["document"]:
+            self.bytes += sum(columns["bytes"])
+            self.domains.update(columns["domain"])
+            self.lengths.update(size.bit_length() for size in columns["bytes"])
+            self._documents.write(pa.table(columns))
+
+    def __enter__(self) -> _Intake:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._flush()
+        for table in (self.rejected, self.duplicates, self._documents):
+            # After an error, on a full disk above all, closing fails as well and would hide the first reason.
+            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+                table.close()
+
+
+def _word(value: Any) -> str | None:
+    """A field that names something, as text; numbers are taken, anything else is as good as absent."""
+    if isinstance(value, str):
+        return value.strip().encode("utf-8", "replace").decode() or None
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _nothing_kept(settings: IngestSettings, found: Found, intake: _Intake) -> str:
+    where = ", ".join(settings.sources[:3]) + (" ..." if len(settings.sources) > 3 else "")
+    first = intake.rejected.first
+    if first is None:
+        return f"no document could be read from {where}: {len(found.sources)} files hold no record"
+    line = f", line {first['line']}" if first["line"] else ""
+    hint = "; set 'text_field'" if first["reason"] == "no text" else ""
+    return (
+        f"no document could be read from {where}; {intake.rejected.count} rejected, the first because "
+        f"{first['detail']} ({first['file']}{line}){hint}"
+    )

@@ -1,0 +1,130 @@
+"""What lm-evaluation-harness's samples become: one row an item and metric, one row a task and metric, one row a group.
+
+An item that the model could not answer (a logit that is no number, an answer longer than its context) has no value, and its task's
+score is made without it; a group whose task has no score has none either. Aggregation is the task's own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from eclectus.tasks.evaluation.benchmark_tasks import language_of
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+# Log-likelihoods differ in their last digits with the batch they were computed in; rounded, other batches give the same bytes.
+DIGITS = 4
+LONGEST_ANSWERS = 8
+FIELDS = {
+    "task": pa.string(), "language": pa.string(), "item": pa.int32(), "metric": pa.string(), "value": pa.float64(),
+    "question": pa.string(), "answers": pa.list_(pa.string()), "target": pa.string(), "responses": pa.string(),
+    "cut": pa.bool_(), "missing": pa.string(),
+}  # fmt: skip
+SCORE_FIELDS = {
+    "task": pa.string(), "language": pa.string(), "metric": pa.string(), "score": pa.float64(), "standard_error": pa.float64(),
+    "items": pa.int32(), "missing": pa.int32(), "cut": pa.int32(), "shots": pa.int32(), "higher_is_better": pa.bool_(),
+    "version": pa.string(), "group": pa.bool_(),
+}  # fmt: skip
+
+
+def item_rows(name: str, task: Task, sample: dict[str, Any], cut: set[tuple[str, str]]) -> list[dict[str, Any]]:
+    """One row a metric of one item."""
+    responses = [response for each in sample["resps"] for response in each]
+    numbers = [each[0] if isinstance(each, tuple | list) else each for each in responses]
+    wrong = any(isinstance(each, float) and not math.isfinite(each) for each in numbers)
+    choices = task.doc_to_choice(sample["doc"]) if task.OUTPUT_TYPE == "multiple_choice" else []
+    question, target = task.doc_to_text(sample["doc"]), sample["target"]
+    if isinstance(target, int) and target < len(choices):
+        target = choices[target]
+    shown = [round(each, DIGITS) if isinstance(each, float) else each for each in numbers]
+    common = {
+        "task": name,
+        "language": language_of(name),
+        "item": int(sample["doc_id"]),
+        "question": question if isinstance(question, str) else json.dumps(question, default=str),
+        "answers": [str(each) for each in choices],
+        "target": str(target),
+        "responses": json.dumps(
+            [None if wrong and isinstance(each, float) else each for each in shown[:LONGEST_ANSWERS]]
+        ),
+        "cut": any(tuple(map(str, arguments[:2])) in cut for arguments in sample["arguments"]),
+        "missing": "the model's logits are not finite, or the answer alone is longer than its context"
+        if wrong
+        else None,
+    }
+    return [
+        common | {"metric": metric_name, "value": None if wrong else _number(sample[metric_name])}
+        for metric_name in sample["metrics"]
+    ]
+
+
+def _number(value: Any) -> float | None:
+    """What a paired comparison can use: a number of its own for each item."""
+    if isinstance(value, bool | int | float | np.number) and math.isfinite(value):
+        return round(float(value), DIGITS)
+    return None
+
+
+def score_rows(
+    name: str, task: Task, samples: list[dict[str, Any]], rows: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """One row a metric, over the items that the model could answer, by the task's own aggregation."""
+    missing = {row["item"] for row in rows if row["missing"]}
+    valid = [sample for sample in samples if sample["doc_id"] not in missing]
+    scored = []
+    for metric_name in dict.fromkeys(row["metric"] for row in rows):
+        values = [sample[metric_name] for sample in valid]
+        numbers = [row["value"] for row in rows if row["metric"] == metric_name and row["value"] is not None]
+        score = float(task.aggregation()[metric_name](values)) if values else None
+        spread = float(np.std(numbers, ddof=1) / math.sqrt(len(numbers))) if len(numbers) == len(values) > 1 else None
+        scored.append(
+            {
+                "task": name,
+                "language": language_of(name),
+                "metric": metric_name,
+                "score": None if score is None or not math.isfinite(score) else round(score, 6),
+                "standard_error": None if spread is None else round(spread, 6),
+                "items": len(valid),
+                "missing": len(missing),
+                "cut": len({row["item"] for row in rows if row["cut"]}),
+                "shots": int(task.get_config("num_fewshot") or 0),
+                "higher_is_better": bool(task.higher_is_better().get(metric_name, True)),
+                "version": str(task.VERSION),
+                "group": False,
+            }
+        )
+    return scored
+
+
+def group_rows(name: str, members: list[str], scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The group's mean over its items, for every metric that all its tasks have; none where a task is missing."""
+    by_metric: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in scores:
+        if row["task"] in members and not row["group"]:
+            by_metric[row["metric"]].append(row)
+    rows = []
+    for metric_name, parts in by_metric.items():
+        if len(parts) < len(members) or any(part["score"] is None for part in parts):
+            continue
+        weights = np.array([part["items"] for part in parts], float)
+        score = float(np.average([part["score"] for part in parts], weights=weights))
+        rows.append(
+            parts[0]
+            | {
+                "task": name,
+                "score": round(score, 6),
+                "standard_error": None,
+                "items": int(weights.sum()),
+                "group": True,
+            }
+            | {"language": language_of(name), "metric": metric_name}
+            | {field: sum(part[field] for part in parts) for field in ("missing", "cut")}
+        )
+    return rows

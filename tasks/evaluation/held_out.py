@@ -1,0 +1,103 @@
+"""Held-out documents as evaluation reads them: chosen by id, tokenised, in streams of one language and domain.
+
+Ids are hashes of texts, so the lowest of them are a random choice that more documents hardly change, and the same for every
+model. Price: two passes over the documents, and the tokens of those chosen in memory.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.compute as pc
+
+from eclectus.storage.artifact import Artifact
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents.table import read_batches
+
+TEXTS_AT_ONCE = 512
+UNKNOWN = "unknown"
+
+
+@dataclass
+class HeldOut:
+    """What is scored: documents in the order of their streams.
+
+    Each list is by document but for streams (language, domain) and lengths (tokens), which are by stream. known: all
+    languages of the corpus, with held-out documents or not.
+    """
+
+    documents: list[str] = field(default_factory=list)
+    languages: list[str] = field(default_factory=list)
+    domains: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+    known: set[str] = field(default_factory=set)
+    streams: list[tuple[str, str]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+
+def read_held_out(documents: Artifact, tokenizer: Any, most: int) -> HeldOut:
+    """Reads and tokenises at most `most` held-out documents of each language and domain. Raises EclectusError without any."""
+    chosen, held = _choose(documents, most), HeldOut()
+    rows: list[tuple[str, str, str, str, int, list[int]]] = []
+    names = ["document", "language", "domain", "group", "split", "bytes", "text"]
+    for batch in read_batches(documents, ["language", "group"], pc.field("group") != "other"):
+        held.known |= set(batch["language"].unique().to_pylist())
+    wanted = pc.field("document").isin(sorted(chosen)) & (pc.field("split") == "heldout")
+    for batch in read_batches(documents, names, wanted, TEXTS_AT_ONCE):
+        if not len(batch):
+            continue
+        columns = {name: batch[name].to_pylist() for name in names}
+        ids = tokenizer(columns["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+        domains = [domain or UNKNOWN for domain in columns["domain"]]
+        rows += zip(
+            columns["language"], domains, columns["document"], columns["group"], columns["bytes"], ids, strict=True
+        )
+    for language, domain, document, group, size, ids in sorted(rows, key=lambda row: row[:3]):
+        if not ids:
+            continue
+        held.documents.append(document)
+        held.languages.append(language)
+        held.domains.append(domain)
+        held.groups.append(group)
+        held.bytes.append(size)
+        held.tokens.append(ids)
+        if not held.streams or held.streams[-1] != (language, domain):
+            held.streams.append((language, domain))
+            held.lengths.append(0)
+        held.lengths[-1] += len(ids) + 1
+    return held
+
+
+def choose_prompts(held: HeldOut, tokens: int, samples: int) -> list[int]:
+    """Ordinals of the `samples` documents of each language whose first `tokens` are continued, one domain after the other.
+
+    The choice depends on documents and tokenizer alone, so all models continue the same prompts.
+    """
+    by_language: dict[str, list[tuple[int, str, int]]] = defaultdict(list)
+    seen: dict[tuple[str, str], int] = defaultdict(int)
+    for number, (language, domain, ids) in enumerate(zip(held.languages, held.domains, held.tokens, strict=True)):
+        if len(ids) > tokens:
+            by_language[language].append((seen[language, domain], domain, number))
+            seen[language, domain] += 1
+    return [number for language in sorted(by_language) for _, _, number in sorted(by_language[language])[:samples]]
+
+
+def _choose(documents: Artifact, most: int) -> set[str]:
+    """Ids of the documents to score: ids are hashes, so the lowest are a random and stable choice."""
+    ids: dict[tuple[str, str], list[str]] = defaultdict(list)
+    wanted = (pc.field("split") == "heldout") & (pc.field("group") != "other")
+    for batch in read_batches(documents, ["document", "language", "domain"], wanted):
+        for document, language, domain in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            ids[language, domain or UNKNOWN].append(document)
+    if not ids:
+        raise EclectusError(
+            f"{documents.name} has no held-out documents in a wanted language, so no model can be evaluated; hold some out "
+            "when splitting, or add documents"
+        )
+    return {document for each in ids.values() for document in sorted(each)[:most]}

@@ -1,0 +1,92 @@
+"""What the benchmarks say: a model's score on each task, and paired comparisons with a bootstrap over items.
+
+Two models are compared on the items that both could answer, with the same items drawn with replacement for both.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from eclectus.storage.artifact import Artifact
+
+# The metric that stands for a task: the first of these that it has, else its own first.
+PREFERRED = ("acc", "exact_match", "em", "f1")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The benchmarks of one model."""
+
+    name: str
+    artifact: Artifact
+
+    @cached_property
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """By task (and group): the row of its leading metric."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for row in pq.read_table(self.artifact.file("scores.parquet")).to_pylist():
+            rows.setdefault(row["task"], []).append(row)
+        return {task: min(each, key=_preference) for task, each in rows.items()}
+
+    @cached_property
+    def values(self) -> dict[tuple[str, str], dict[int, float]]:
+        """By (task, metric): each answered item's own value."""
+        values: dict[tuple[str, str], dict[int, float]] = {}
+        table = pq.read_table(self.artifact.file("items.parquet"), columns=["task", "metric", "item", "value"])
+        for row in table.to_pylist():
+            if row["value"] is not None:
+                values.setdefault((row["task"], row["metric"]), {})[row["item"]] = row["value"]
+        return values
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        return json.loads(self.artifact.file("about.json").read_text("utf-8"))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """From one model to another on the same items: scores, their difference with its 95% interval, and what is kept of the first."""
+
+    before: float
+    after: float
+    interval: tuple[float, float]
+    items: int
+
+    @property
+    def change(self) -> float:
+        return self.after - self.before
+
+    @property
+    def kept(self) -> float | None:
+        """Percent; None where there was nothing to keep."""
+        return 100 * self.after / self.before if self.before > 0 else None
+
+    @property
+    def clear(self) -> bool:
+        return self.interval[0] > 0 or self.interval[1] < 0
+
+
+def compare_answers(before: Answers, after: Answers, task: str, resamples: int, seed: int) -> Difference | None:
+    """The difference on a task's leading metric over the items that both answered; None where there are none."""
+    row = before.scores.get(task)
+    if row is None or task not in after.scores:
+        return None
+    one, two = (each.values.get((task, row["metric"]), {}) for each in (before, after))
+    items = sorted(one.keys() & two.keys())
+    if not items:
+        return None
+    pairs = np.array([(one[item], two[item]) for item in items])
+    draws = np.random.default_rng(seed).multinomial(len(items), np.full(len(items), 1 / len(items)), size=resamples)
+    differences = draws @ (pairs[:, 1] - pairs[:, 0]) / len(items)
+    low, high = np.quantile(differences, [0.025, 0.975])
+    return Difference(float(pairs[:, 0].mean()), float(pairs[:, 1].mean()), (float(low), float(high)), len(items))
+
+
+def _preference(row: dict[str, Any]) -> int:
+    return PREFERRED.index(row["metric"]) if row["metric"] in PREFERRED else len(PREFERRED)

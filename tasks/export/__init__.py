@@ -1,0 +1,1 @@
+"""Checkpoints in stock formats, with a model card from the lineage."""

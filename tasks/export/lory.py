@@ -1,0 +1,48 @@
+"""Export: a Lory checkpoint as a stock dense LLaMA that any server can run (models/pretraining/export_dense.py)."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+
+from eclectus.storage.artifact import ArtifactStore
+from eclectus.storage.errors import EclectusError
+
+
+def export(
+    store: ArtifactStore, checkpoint: str, out: Path, domain: str | None, language: str | None, prompt: str | None
+) -> str:
+    """Writes the dense model into `out`, whole or not at all, and says what it wrote.
+
+    checkpoint: an artifact's name, or any folder with a Lory model. Exactly one of the three decides how experts are
+    merged, unless there is one expert. Raises EclectusError naming the checkpoint that is damaged or no Lory model, or
+    what of the three is missing.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise EclectusError(f"{out} is there already and not an empty folder; name another one")
+    folder = _folder(store, checkpoint)
+    from eclectus.models.lory.model import LoryForCausalLM
+    from eclectus.models.pretraining.export_dense import export_dense
+
+    beside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:6]}")
+    try:
+        model = LoryForCausalLM.from_pretrained(folder)
+        dense = export_dense(model, beside, domain=domain, language=language, prompt=prompt)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside.replace(out)
+    except (OSError, ValueError) as error:
+        raise EclectusError(f"{checkpoint} was not exported: {error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return f"{out}: a LlamaForCausalLM of {sum(p.numel() for p in dense.parameters()):,} parameters"
+
+
+def _folder(store: ArtifactStore, checkpoint: str) -> Path:
+    if (Path(checkpoint) / "config.json").is_file() and not (Path(checkpoint) / "manifest.json").is_file():
+        return Path(checkpoint)
+    artifact = store.find(checkpoint)
+    fault = store.faults(artifact)
+    if fault:
+        raise EclectusError(f"{fault}; run the flow that made it again")
+    return Path(artifact.path)

@@ -1,0 +1,77 @@
+"""Export of an upcycled mixture: stock files that transformers 4.57 and 5 and vLLM load, with a model card."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from eclectus.storage.artifact import MANIFEST, Artifact
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.export.model_card import CARD, Origin, model_card, origin_of
+
+if TYPE_CHECKING:
+    from eclectus.storage.home import Home
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def checkpoint_folder(home: Home, checkpoint: str) -> tuple[Path, Artifact | None]:
+    """The folder of a checkpoint, and the artifact where it is one. checkpoint: an artifact's name, or any folder.
+
+    Raises EclectusError for one that is not there or damaged.
+    """
+    place = Path(checkpoint)
+    if (place / "config.json").is_file() and not (place / MANIFEST).is_file():
+        return place, None
+    if place.is_dir() and not (place / MANIFEST).is_file():
+        raise EclectusError(f"{checkpoint} has no config.json; expected a checkpoint's folder or an artifact's name")
+    artifact = home.store.find(checkpoint)
+    if fault := home.store.faults(artifact):
+        raise EclectusError(f"{fault}; run the flow that made it again")
+    if not artifact.file("config.json").is_file():
+        raise EclectusError(f"{artifact.name} is no model: it has no config.json")
+    return Path(artifact.path), artifact
+
+
+def model_type(folder: Path) -> str:
+    """What config.json says. Raises EclectusError when it cannot be read."""
+    return str(_read(folder / "config.json").get("model_type"))
+
+
+def export_mixture(
+    home: Home, checkpoint: str, out: Path, dtype: Dtype | None = None, extract_base: bool = False
+) -> str:
+    """Writes the stock checkpoint, or the dense original inside it, into `out`, whole or not at all; says what it wrote.
+
+    checkpoint: an artifact's name, or any folder with an upcycled model. dtype: type of the stored floats, as they are when
+    None. Raises EclectusError naming the checkpoint and what is wrong with it.
+    """
+    import torch
+
+    from eclectus.models.mixture.export import export_checkpoint
+    from eclectus.models.mixture.export import extract_base as write_base
+
+    folder, artifact = checkpoint_folder(home, checkpoint)
+    try:
+        if extract_base:
+            write_base(folder, out)
+        else:
+            export_checkpoint(folder, out, dtype=getattr(torch, dtype) if dtype else None)
+    except (ValueError, OSError) as error:
+        raise EclectusError(f"{checkpoint} was not exported: {error}") from error
+    config = _read(out / "config.json")
+    if extract_base:
+        return f"{out}: the dense {config['architectures'][0]} that it was made of, every tensor as it was"
+    made = _read(out / "upcycle.json") if (out / "upcycle.json").is_file() else {}
+    origin = origin_of(home, artifact.digest) if artifact else Origin()
+    (out / CARD).write_text(model_card(out.name, config, made, origin), encoding="utf-8")
+    size = sum(path.stat().st_size for path in out.iterdir())
+    return f"{out}: a {config['architectures'][0]}, {size / 1e6:,.1f} MB, with its model card in {CARD}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EclectusError(f"{path} cannot be read as JSON ({error})") from error

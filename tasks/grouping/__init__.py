@@ -1,0 +1,1 @@
+"""Similarity: embeddings, nearest neighbours, near-duplicates, chains of documents."""

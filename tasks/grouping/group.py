@@ -1,0 +1,276 @@
+"""Grouping: an order of the training documents in which neighbours in the order are alike (papers.md 1.6).
+
+    1. near-duplicates are dropped (`eclectus.tasks.grouping.duplicates`), train copies of held-out documents among them
+    2. each partition's neighbour graph is chained (`eclectus.tasks.grouping.chain`), partitions in parallel
+    3. the partitions are stitched at their ends: the next one is that whose first document is most like the last one
+    4. the order is measured (`eclectus.tasks.grouping.quality`), and so are the instances that it will give
+
+`random` and `domain` are the baselines: the same documents without the neighbours. Held-out documents are never in the
+order. Price: linear in the edges of the graph.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from eclectus.storage.artifact import Artifact, Draft
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents.table import read_table
+from eclectus.tasks.grouping.duplicates import MEASURE, Overlaps, as_columns, near_duplicates
+from eclectus.tasks.grouping.instance_layout import plan
+from eclectus.tasks.grouping.nearest import exact_neighbors
+from eclectus.tasks.grouping.quality import draw, instance_quality, mean, order_quality, pair_similarities
+from eclectus.tasks.run import metric
+from eclectus.tasks.settings import Place, Settings
+from eclectus.tasks.step import step
+
+
+class GroupSettings(Settings):
+    """How documents are brought into an order."""
+
+    grouping: Literal["similarity", "random", "domain"] = Field(
+        "similarity",
+        description="Order of the documents: chains of similar ones, at random, or domain by domain at random.",
+    )
+    duplicate_drop: bool = Field(
+        True, description="Drop near-duplicates before grouping; they are listed with their original."
+    )
+    duplicate_similarity: float = Field(
+        0.9, ge=-1, le=1, description="Cosine similarity from which two documents may be near-duplicates."
+    )
+    duplicate_overlap: float = Field(
+        0.7,
+        ge=0,
+        le=1,
+        description="Overlap of the texts (Jaccard of 5-character shingles) that confirms a near-duplicate.",
+    )
+    group_instance_bytes: int = Field(
+        2048,
+        ge=64,
+        description="Bytes of text that an instance is taken to hold in the quality numbers of the grouping, which come before "
+        "any token is counted.",
+    )
+    group_threads: int = Place(0, "Partitions chained at the same time; 0 takes all CPUs.", ge=0)
+    seed: int = Field(0, description="Seed of everything random")
+
+
+@step(makes="grouping", version=2)
+def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settings: GroupSettings, out: Draft) -> None:
+    """Writes order.parquet (row, document, chain, partition, similarity to the document before), duplicates.parquet,
+    overlaps.parquet (what was measured to find them) and quality.png; rows of the artifact: documents in the order.
+    """
+    corpus = _Corpus.read(documents, embeddings, neighbors)
+    overlaps, dropped = Overlaps(documents, corpus.ids), []
+    if settings.duplicate_drop:
+        dropped = near_duplicates(
+            overlaps,
+            corpus.vectors,
+            corpus.neighbors,
+            corpus.similarities,
+            corpus.split == "train",
+            corpus.split == "heldout",
+            corpus.sizes,
+            settings.duplicate_similarity,
+            settings.duplicate_overlap,
+        )
+    kept = corpus.split == "train"
+    kept[[each.row for each in dropped]] = False
+    partitions = _chain_partitions(corpus, kept, settings)
+    order, restarts = _lay_out(corpus, partitions, kept, settings)
+    numbers, behind = _measure(corpus, order, restarts, partitions, settings)
+    numbers |= _planned_instances(corpus, order, settings)
+    numbers |= _counts(corpus, order, restarts, dropped)
+    columns = {
+        "row": order,
+        "document": corpus.ids[order].astype(str),
+        "chain": np.cumsum(restarts) - 1,
+        "partition": np.array(corpus.names, object)[corpus.labels[order]] if corpus.names else np.empty(0, object),
+        "similarity": np.concatenate([[np.nan], pair_similarities(corpus.vectors, order[:-1], order[1:])])[
+            : len(order)
+        ],
+    }
+    types = [pa.int64(), pa.string(), pa.int64(), pa.string(), pa.float32()]
+    _write(out, "order.parquet", columns, types)
+    types = [pa.int64(), pa.string(), pa.int64(), pa.string(), pa.float32(), pa.float32()]
+    _write(out, "duplicates.parquet", as_columns(dropped, corpus.ids), types)
+    overlaps.write(out)
+    draw(out.file("quality.png"), behind, numbers)
+    out.rows = len(order)
+    out.statistics = {"grouping": settings.grouping, "overlaps": MEASURE, **numbers}
+    for name, value in numbers.items():
+        if isinstance(value, int | float):
+            metric(f"grouping_{name}", value)
+
+
+def chain(neighbors: np.ndarray, similarities: np.ndarray) -> np.ndarray:
+    """The order of all documents, int64 [N]: greedy similarity chains with minimum-degree starts (papers.md 1.6).
+
+    neighbors: int [N, k] row numbers, below 0 is padding. similarities: float [N, k]. Linear in N k; 8 bytes of extra
+    memory an edge for float32 similarities, 12 for float64. Raises EclectusError when the two do not fit each other.
+    """
+    from eclectus.tasks.grouping.chain import chain_with_restarts
+
+    return chain_with_restarts(neighbors, similarities)[0]
+
+
+@dataclass
+class _Corpus:
+    """What grouping looks at, [N] each: ids, split, bytes, domains, partition labels; vectors and lists on disk."""
+
+    ids: np.ndarray
+    split: np.ndarray
+    sizes: np.ndarray
+    domains: np.ndarray
+    labels: np.ndarray
+    names: list[str]
+    vectors: np.ndarray
+    neighbors: np.ndarray
+    similarities: np.ndarray
+
+    @classmethod
+    def read(cls, documents: Artifact, embeddings: Artifact, neighbors: Artifact) -> _Corpus:
+        table = read_table(documents, ["document", "split", "bytes", "domain"])
+        corpus = cls(
+            ids=np.array(table["document"].to_pylist(), dtype="S32"),
+            split=table["split"].fill_null("train").to_numpy(zero_copy_only=False).astype(str),
+            sizes=table["bytes"].fill_null(0).to_numpy(),
+            domains=table["domain"].fill_null("unknown").to_numpy(zero_copy_only=False).astype(str),
+            labels=np.load(neighbors.file("partition.npy")),
+            names=json.loads(neighbors.file("partitions.json").read_text()),
+            vectors=np.load(embeddings.file("embeddings.npy"), mmap_mode="r"),
+            neighbors=np.load(neighbors.file("neighbors.npy"), mmap_mode="r"),
+            similarities=np.load(neighbors.file("similarities.npy"), mmap_mode="r"),
+        )
+        for name, rows in ((embeddings.name, len(corpus.vectors)), (neighbors.name, len(corpus.neighbors))):
+            if rows != len(corpus.ids):
+                raise EclectusError(
+                    f"{name} has {rows} rows and {documents.name} {len(corpus.ids)}; make it of these documents"
+                )
+        return corpus
+
+
+@dataclass
+class _Chained:
+    """One partition: its rows in the order of its chains, where chains begin, and each row's best similarity."""
+
+    rows: np.ndarray
+    restarts: np.ndarray
+    best: np.ndarray
+
+
+def _chain_partitions(corpus: _Corpus, kept: np.ndarray, settings: GroupSettings) -> list[_Chained]:
+    local = np.full(len(corpus.ids), -1, np.int64)
+    members = [np.flatnonzero((corpus.labels == number) & kept) for number in range(len(corpus.names))]
+    for rows in members:
+        local[rows] = np.arange(len(rows))
+    with ThreadPoolExecutor(settings.group_threads or os.cpu_count() or 1) as pool:
+        return list(pool.map(lambda rows: _chain_partition(corpus, rows, local), members))
+
+
+def _chain_partition(corpus: _Corpus, rows: np.ndarray, local: np.ndarray) -> _Chained:
+    """Chains the documents `rows`. local: int64 [N], their numbers within the partition, -1 for what is not in the order."""
+    from eclectus.tasks.grouping.chain import chain_with_restarts
+
+    lists, similarities = np.asarray(corpus.neighbors[rows]), np.asarray(corpus.similarities[rows])
+    near = np.where(lists < 0, -1, local[lists])
+    had, left = (lists >= 0).sum(axis=1), (near >= 0).sum(axis=1)
+    # A document whose list was mostly duplicates and held-out ones would be alone: it is given those that come next.
+    poor = np.flatnonzero((left < had / 4) & (left < len(rows) - 1))
+    if len(poor):
+        found, cosines = exact_neighbors(corpus.vectors, rows[poor], rows, near.shape[1])
+        near[poor] = np.where(found < 0, -1, local[found])
+        similarities[poor] = cosines
+    similarities = np.where(near < 0, np.nan, similarities).astype(np.float32)
+    order, restarts = chain_with_restarts(near, similarities)
+    best = np.where(near < 0, -np.inf, similarities).max(axis=1, initial=-np.inf)
+    return _Chained(rows[order], restarts, np.where(np.isfinite(best), best, np.nan)[order])
+
+
+def _lay_out(
+    corpus: _Corpus, partitions: list[_Chained], kept: np.ndarray, settings: GroupSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    """The order of the kept rows, int64 [M], and where chains begin, bool [M]; without similarity, one chain a block."""
+    if settings.grouping == "similarity":
+        stitched = _stitched(corpus.vectors, [each for each in partitions if len(each.rows)])
+        rows = [each.rows for each in stitched] or [np.empty(0, np.int64)]
+        return np.concatenate(rows), np.concatenate([each.restarts for each in stitched] or [np.empty(0, bool)])
+    order = np.flatnonzero(kept)[np.random.default_rng(settings.seed).permutation(int(kept.sum()))]
+    restarts = np.zeros(len(order), bool)
+    if settings.grouping == "domain":
+        block = np.unique(corpus.domains, return_inverse=True)[1]
+        order = order[np.lexsort((block[order], corpus.labels[order]))]
+        restarts[1:] = (np.diff(block[order]) != 0) | (np.diff(corpus.labels[order]) != 0)
+    restarts[:1] = True
+    return order, restarts
+
+
+def _stitched(vectors: np.ndarray, partitions: list[_Chained]) -> list[_Chained]:
+    """The partitions in an order: from the first, always the one whose first document is most like the last one so far."""
+    if len(partitions) < 3:
+        return partitions
+    heads = np.array([each.rows[0] for each in partitions])
+    order, left = [0], np.arange(1, len(partitions))
+    while len(left):
+        last = np.full(len(left), partitions[order[-1]].rows[-1])
+        near = np.nan_to_num(pair_similarities(vectors, last, heads[left]), nan=-2.0)
+        order.append(int(left[np.argmax(near)]))
+        left = left[left != order[-1]]
+    return [partitions[number] for number in order]
+
+
+def _planned_instances(corpus: _Corpus, order: np.ndarray, settings: GroupSettings) -> dict[str, float | None]:
+    """How alike the documents of an instance will be, and those on either side of its border after the shuffle."""
+    spans = plan(corpus.sizes[order], settings.group_instance_bytes, True, settings.seed)
+    return instance_quality(
+        corpus.vectors, order[spans.position], spans.firsts, spans.size, corpus.domains, settings.seed
+    )
+
+
+def _measure(
+    corpus: _Corpus, order: np.ndarray, restarts: np.ndarray, partitions: list[_Chained], settings: GroupSettings
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    best = np.full(len(corpus.ids), np.nan, np.float32)
+    for each in partitions:
+        best[each.rows] = each.best
+    blocks = corpus.labels[order] if settings.grouping != "random" else np.zeros(len(order), np.int64)
+    numbers, behind = order_quality(
+        corpus.vectors, order, blocks, restarts, best[order], corpus.domains[order], settings.seed
+    )
+    if settings.grouping == "similarity":
+        numbers["partitions"] = [
+            {
+                "partition": name,
+                "grouped": len(each.rows),
+                "chains": int(each.restarts.sum()),
+                "adjacent_similarity": mean(pair_similarities(corpus.vectors, each.rows[:-1], each.rows[1:])),
+                "best_neighbor_similarity": mean(each.best),
+            }
+            for name, each in zip(corpus.names, partitions, strict=True)
+        ]
+    return numbers, behind
+
+
+def _counts(corpus: _Corpus, order: np.ndarray, restarts: np.ndarray, dropped: list[Any]) -> dict[str, int]:
+    return {
+        "documents": len(corpus.ids),
+        "heldout": int((corpus.split == "heldout").sum()),
+        "apart": int((~np.isin(corpus.split, ("train", "heldout"))).sum()),
+        "duplicates": len(dropped),
+        "duplicates_of_heldout": sum(corpus.split[each.duplicate_of] == "heldout" for each in dropped),
+        "grouped": len(order),
+        "chains": int(restarts.sum()),
+    }
+
+
+def _write(out: Draft, name: str, columns: dict[str, np.ndarray], types: list[pa.DataType]) -> None:
+    arrays = [pa.array(values, kind) for values, kind in zip(columns.values(), types, strict=True)]
+    pq.write_table(pa.table(arrays, names=list(columns)), out.file(name), compression="zstd")

@@ -1,0 +1,157 @@
+"""How good a grouping is, in numbers and in a picture, before a single step is trained (papers.md 1.6).
+
+    adjacent similarity     mean cosine of documents that follow each other in the order
+    random                  the same after a shuffle within each partition: the floor
+    best neighbour          mean cosine with the nearest document of the graph: the ceiling
+    restarts                share of documents at which a new chain begins
+
+and, once instances are packed, the domain purity of an instance and the similarity across adjacent instances, which the
+shuffle of instances should have brought down to that of random ones. Price: one gather of the embeddings a number.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eclectus.tasks.grouping.nearest import unit
+
+PAIRS = 200_000
+BLOCK = 16_384
+BINS = 48
+EDGES = (-0.2, 1.0)
+
+
+def pair_similarities(vectors: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosines float32 [P] of the rows a [P] with the rows b [P]; NaN where one has no embedding."""
+    cosines = np.empty(len(a), np.float32)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for begin in range(0, len(a), BLOCK):
+            part = slice(begin, begin + BLOCK)
+            cosines[part] = np.einsum("nd,nd->n", unit(vectors, a[part]), unit(vectors, b[part]))
+    return cosines
+
+
+def mean(values: np.ndarray) -> float | None:
+    """The mean of the numbers that are finite, rounded; None if there are none."""
+    values = values[np.isfinite(values)]
+    return round(float(values.mean(dtype=np.float64)), 4) if len(values) else None
+
+
+def order_quality(
+    vectors: np.ndarray,
+    order: np.ndarray,
+    partitions: np.ndarray,
+    restarts: np.ndarray,
+    best: np.ndarray,
+    domains: np.ndarray,
+    seed: int,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The numbers of an order, and the similarities behind them (adjacent, random, best) for the picture.
+
+    vectors: [N, D]. order: rows int64 [M]. partitions: int [M], restarts: bool [M], in that order.
+    best: float [M], similarity to the nearest document that is in the order. domains: str [M].
+    At most PAIRS pairs are looked at, drawn under the seed.
+    """
+    random = np.random.default_rng([seed, 1])
+    inside = np.flatnonzero(partitions[1:] == partitions[:-1])
+    chosen = inside if len(inside) <= PAIRS else np.sort(random.choice(inside, PAIRS, replace=False))
+    adjacent = pair_similarities(vectors, order[chosen], order[chosen + 1])
+    shuffled = _shuffled_within(partitions, random)
+    strangers = pair_similarities(vectors, order[shuffled[chosen]], order[shuffled[chosen + 1]])
+    restart = restarts[chosen + 1]
+    numbers = {
+        "adjacent_similarity": mean(adjacent),
+        "random_similarity": mean(strangers),
+        "best_neighbor_similarity": mean(best),
+        "similarity_inside_chains": mean(adjacent[~restart]),
+        "similarity_at_restarts": mean(adjacent[restart]),
+        "restart_share": round(float(restarts.mean()), 4) if len(restarts) else None,
+        "adjacent_same_domain": _share(domains[chosen] == domains[chosen + 1]),
+        "random_same_domain": _share(domains[shuffled[chosen]] == domains[shuffled[chosen + 1]]),
+    }
+    return numbers, {"adjacent": adjacent, "random": strangers, "best neighbour": best}
+
+
+def instance_quality(
+    vectors: np.ndarray,
+    rows: np.ndarray,
+    offsets: np.ndarray,
+    tokens: np.ndarray,
+    domains: np.ndarray,
+    seed: int = 0,
+) -> dict[str, float | None]:
+    """The numbers of packed instances.
+
+    vectors: [N, D], of all documents. rows: int64 [P], the documents (rows of `vectors`) that the instances hold, instance
+    after instance in training order. offsets: int64 [I + 1], where each instance begins in `rows`. tokens: int [P], tokens
+    of that document in that instance. domains: [N], one label a document. Price: PAIRS gathers at most.
+    """
+    random = np.random.default_rng([seed, 2])
+    instance = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    inside = np.flatnonzero((instance[1:] == instance[:-1]) & (rows[1:] != rows[:-1]))
+    across = np.flatnonzero(instance[1:] != instance[:-1])
+    inside, across = (
+        x if len(x) <= PAIRS else np.sort(random.choice(x, PAIRS, replace=False)) for x in (inside, across)
+    )
+    # Long documents stand at more borders than short ones, so the floor is taken at the borders of random instances.
+    count = len(offsets) - 1
+    a = random.integers(0, max(1, count), min(PAIRS, count) if count > 1 else 0)
+    b = (a + random.integers(1, max(2, count), len(a))) % max(1, count)
+    ends, heads = rows[offsets[a + 1] - 1], rows[offsets[b]]
+    labels = np.unique(domains, return_inverse=True)[1]
+    return {
+        "instance_domain_purity": _purity(instance, labels[rows], tokens),
+        "random_domain_purity": _purity(instance, labels[rows][random.permutation(len(rows))], tokens),
+        "similarity_within_instances": mean(pair_similarities(vectors, rows[inside], rows[inside + 1])),
+        "similarity_across_instances": mean(pair_similarities(vectors, rows[across], rows[across + 1])),
+        "similarity_across_random_instances": mean(pair_similarities(vectors, ends, heads)),
+    }
+
+
+def draw(path: Path, similarities: dict[str, np.ndarray], numbers: dict[str, Any]) -> None:
+    """Writes the picture: how similar adjacent, random and nearest documents are. Equal input gives equal bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for (name, values), color in zip(similarities.items(), ("#1f77b4", "#999999", "#2ca02c"), strict=True):
+        values = values[np.isfinite(values)]
+        if len(values):
+            heights, edges = np.histogram(np.clip(values, *EDGES), BINS, EDGES)
+            label = f"{name} (mean {values.mean(dtype=np.float64):.2f})"
+            axes.stairs(heights / len(values), edges, label=label, color=color, fill=name == "adjacent", alpha=0.8)
+    axes.set_xlabel("cosine similarity of two documents")
+    axes.set_ylabel("share of pairs")
+    restarts = numbers["restart_share"]
+    axes.set_title(f"{numbers['grouped']} documents in order, {100 * (restarts or 0):.1f}% restarts", fontsize=10)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _shuffled_within(partitions: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """A permutation [M] that leaves every position in its partition."""
+    shuffled = np.empty(len(partitions), np.int64)
+    shuffled[np.argsort(partitions, kind="stable")] = np.lexsort((random.random(len(partitions)), partitions))
+    return shuffled
+
+
+def _purity(instance: np.ndarray, labels: np.ndarray, tokens: np.ndarray) -> float | None:
+    """Mean over instances of the share of tokens that are of the instance's commonest label."""
+    if len(instance) == 0:
+        return None
+    pairs, place = np.unique(np.stack([instance, labels], axis=1), axis=0, return_inverse=True)
+    counts = np.bincount(place.ravel(), weights=tokens)
+    largest, total = np.zeros(instance[-1] + 1), np.zeros(instance[-1] + 1)
+    np.maximum.at(largest, pairs[:, 0], counts)
+    np.add.at(total, pairs[:, 0], counts)
+    return round(float((largest[total > 0] / total[total > 0]).mean()), 4)
+
+
+def _share(values: np.ndarray) -> float | None:
+    return round(float(values.mean()), 4) if len(values) else None

@@ -1,0 +1,1 @@
+"""From documents to training instances: tokenizer, budgets, replay, packing."""

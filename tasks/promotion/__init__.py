@@ -1,0 +1,1 @@
+"""Which model is champion: new documents, gate, promotion."""

@@ -1,0 +1,140 @@
+"""The gate: decides by a small file of rules whether a model may take the champion's place. A model that fails is a result, not a crash.
+
+    lines:
+      extended:                 champions are kept by line
+        model: stage 2          the model that the flow judges for this line
+        base: dense             what retention and `base` refer to
+        rules:
+          - retention.original >= 0.99
+          - bits_per_byte.expanded <= champion
+
+The step below is pure: rules and evaluations in, `decision.json` out (which rules held, with numbers and reasons). Who is champion
+stands in the journal (storage/lineage/champions.py); `tasks/promotion/promote.py` puts the two together. Price: a bootstrap a rule, milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+from pydantic import Field
+
+from eclectus.storage.artifact import Artifact, Draft
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.evaluation.routing_statistics import collapsed_layers
+from eclectus.tasks.evaluation.scores import Scores
+from eclectus.tasks.promotion.gate_rules import Judged, Rule, check
+from eclectus.tasks.report import ReportSettings
+from eclectus.tasks.settings import Settings
+from eclectus.tasks.step import step
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One line of champions: which model is judged, against which base, by which rules."""
+
+    line: str
+    model: str
+    base: str
+    rules: list[str]
+
+
+class GateSettings(Settings):
+    """What a model has to keep to."""
+
+    gate_line: str = Field("default", description="The line of champions that the model would join.")
+    gate_model: str = Field("", description="What the model is called in its run, for people.")
+    gate_rules: list[str] = Field([], description="Rules, as in configs/gate.yaml; all must hold.")
+    report_resamples: int = Field(1000, ge=100, description=ReportSettings.model_fields["report_resamples"].description)
+    seed: int = Field(0, description="Seed of everything random.")
+
+
+def read_gates(path: str | Path) -> dict[str, Gate]:
+    """The gates of a file by line. Raises EclectusError naming file, line and rule."""
+    try:
+        content = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise EclectusError(f"gate file {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise EclectusError(f"gate file {path} is not YAML: {' '.join(str(error).split())}") from error
+    lines = content.get("lines") if isinstance(content, dict) else None
+    if not isinstance(lines, dict) or not lines:
+        raise EclectusError(f"gate file {path} has no 'lines'; see configs/gate.yaml for what one looks like")
+    return {str(line): _read_gate(path, str(line), each) for line, each in lines.items()}
+
+
+def _read_gate(path: str | Path, line: str, content: Any) -> Gate:
+    known = {"model", "base", "rules"}
+    if not isinstance(content, dict) or set(content) - known:
+        wrong = ", ".join(map(str, sorted(set(content) - known))) if isinstance(content, dict) else str(content)
+        raise EclectusError(
+            f"gate file {path}, line '{line}': '{wrong}' is unknown; expected {', '.join(sorted(known))}"
+        )
+    rules = content.get("rules")
+    if not isinstance(rules, list) or not rules or not all(isinstance(rule, str) for rule in rules):
+        raise EclectusError(
+            f"gate file {path}, line '{line}': 'rules' must be a list of rules, as in 'retention.en >= 0.99'"
+        )
+    for rule in rules:
+        try:
+            Rule.read(rule)
+        except EclectusError as error:
+            raise EclectusError(f"gate file {path}, line '{line}': {error}") from error
+    return Gate(line, str(content.get("model", "stage 2")), str(content.get("base", "dense")), rules)
+
+
+@step(makes="evaluation", version=1)
+def gate(
+    candidate: dict[str, Artifact],
+    settings: GateSettings,
+    out: Draft,
+    base: dict[str, Artifact] | None = None,
+    champion: dict[str, Artifact] | None = None,
+) -> None:
+    """Checks every rule on a model's evaluations.
+
+    candidate, base, champion: by kind, `text` (tasks/evaluation/evaluate.py), and where there are, `tasks` (tasks/evaluation/benchmark.py) and
+    `contamination` (tasks/evaluation/contamination.py).
+    """
+    model = read_judged("the candidate", candidate)
+    start = read_judged("the base", base) if base else None
+    best = read_judged("the champion", champion) if champion else None
+    outcomes = [
+        check(Rule.read(rule), model, start, best, settings.report_resamples, settings.seed)
+        for rule in settings.gate_rules
+    ]
+    failed = [each for each in outcomes if not each.passed]
+    reason = (
+        "; ".join(f"{each.reason} (rule '{each.rule}')" for each in failed)
+        if failed
+        else f"all {len(outcomes)} rules hold"
+    )
+    out.rows = len(outcomes)
+    out.statistics = {
+        "line": settings.gate_line,
+        "model": settings.gate_model,
+        "passed": not failed,
+        "reason": reason,
+        "rules": [each.row() for each in outcomes],
+    }
+    out.file("decision.json").write_text(json.dumps(out.statistics, indent=1, ensure_ascii=False), "utf-8")
+
+
+def read_judged(name: str, evaluations: dict[str, Artifact]) -> Judged:
+    """A model's evaluations as the rules read them. Raises EclectusError when the one of held-out text is missing."""
+    if "text" not in evaluations:
+        raise EclectusError(f"{name} has no evaluation on held-out text; evaluate it first")
+    tasks: dict[tuple[str, str], float] = {}
+    if evaluations.get("tasks"):
+        for row in pq.read_table(evaluations["tasks"].file("scores.parquet")).to_pylist():
+            if row["score"] is not None:
+                tasks[row["task"], row["metric"]] = row["score"]
+    scores = Scores.read(name, evaluations["text"])
+    numbers = {"collapsed_layers": float(len(collapsed_layers(scores.routing)))}
+    if evaluations.get("contamination"):
+        numbers["contamination"] = evaluations["contamination"].statistics["share"]
+    return Judged(name, scores, tasks, numbers)

@@ -1,0 +1,231 @@
+"""The rules of a gate: what each says, and whether it holds. One rule is one line, as in configs/gate.yaml:
+
+    retention.en >= 0.99                 English bits per byte of the base over the model's; 1 is nothing forgotten
+    retention.original.low >= 0.98       the lower end of its 95% interval (paired bootstrap over documents)
+    bits_per_byte.el <= champion         on the documents that both scored; `champion * 1.01` gives room
+    acc.arc_easy >= base - 0.02          a metric of a task, against the model that training began from
+    contamination <= 0.01                share of items and documents that were seen in training
+    collapsed_layers <= 0                layers whose router has collapsed
+
+A name is a measure and, after dots, of what: a language, `original` or `expanded`, a domain, a task. A measure that is not there
+fails its rule and says so; a comparison with a champion holds as long as there is no other.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents.language_codes import language_name
+from eclectus.tasks.evaluation.scores import Change, Scores, compare
+
+OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq
+}  # fmt: skip
+TEXT_MEASURES = ("bits_per_byte", "perplexity", "retention", "gain")
+BOUNDS = ("low", "high")
+_RULE = re.compile(r"^\s*([\w.\- ]+?)\s*(>=|<=|==|>|<)\s*(.+?)\s*$")
+_LIMIT = re.compile(r"^(champion|base)(?:\s*([*+-])\s*(\d+(?:\.\d+)?))?$")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """text: as written. measure, of: what is measured. limit: a number, or `champion` or `base` changed by (sign, number)."""
+
+    text: str
+    measure: str
+    of: tuple[str, ...]
+    sign: str
+    limit: float | str
+    change: tuple[str, float] | None = None
+
+    @classmethod
+    def read(cls, text: str) -> Rule:
+        """Raises EclectusError with the rule and what would be one."""
+        found = _RULE.match(text)
+        if not found:
+            raise EclectusError(
+                f"rule '{text}' is not understood; expected 'MEASURE OPERATOR LIMIT', as in 'retention.en >= 0.99'"
+            )
+        name, sign, limit = found.groups()
+        measure, *of = name.split(".")
+        against = _LIMIT.match(limit)
+        if against:
+            change = (against[2], float(against[3])) if against[2] else None
+            return cls(text, measure, tuple(of), sign, against[1], change)
+        try:
+            value = float(limit)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise EclectusError(
+                f"rule '{text}' has the limit '{limit}'; expected a number, 'champion' or 'base', perhaps with '* 1.01' or '- 0.02' behind it"
+            )
+        return cls(text, measure, tuple(of), sign, value)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a rule. value, limit: None where they are not known."""
+
+    rule: str
+    passed: bool
+    value: float | None
+    limit: float | None
+    reason: str
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """All that is known of one model: its scores on held-out text, on tasks {(task, metric): score}, and single numbers."""
+
+    name: str
+    scores: Scores
+    tasks: dict[tuple[str, str], float]
+    numbers: dict[str, float]
+
+
+class Missing(Exception):
+    """A measure that is not there; the message says which and why."""
+
+
+def check(
+    rule: Rule, model: Judged, base: Judged | None, champion: Judged | None, resamples: int, seed: int
+) -> Outcome:
+    """Whether a rule holds for a model."""
+    try:
+        if rule.limit == "champion" and champion is None:
+            return Outcome(
+                rule.text, True, _maybe(rule, model, base, resamples, seed), None, "there is no other champion"
+            )
+        other = {"champion": champion, "base": base}.get(rule.limit) if isinstance(rule.limit, str) else None
+        if isinstance(rule.limit, str) and other is None:
+            raise Missing(f"the {rule.limit} was not evaluated")
+        value, limit, on = _both(rule, model, base, other, resamples, seed)
+    except Missing as error:
+        return Outcome(rule.text, False, None, None, str(error))
+    if rule.change:
+        sign, number = rule.change
+        limit = {"*": limit * number, "+": limit + number, "-": limit - number}[sign]
+    holds = math.isfinite(value) and OPERATORS[rule.sign](value, limit)
+    against = f" ({rule.limit}{_changed(rule)}{on})" if other else on
+    return Outcome(rule.text, holds, value, limit, _told(rule, value, limit) + against)
+
+
+def _changed(rule: Rule) -> str:
+    return f" {rule.change[0]} {rule.change[1]:g}" if rule.change else ""
+
+
+def _told(rule: Rule, value: float, limit: float) -> str:
+    """The outcome in words for a reader who does not know the rule."""
+    if rule.measure == "collapsed_layers":
+        layers = f"{value:.0f} layer{'' if value == 1 else 's'}"
+        return f"the router sends nearly everything to one expert in {layers}, {_asked(rule.sign, _show(limit))}"
+    groups = {"original": "the original languages", "expanded": "the new languages"}
+    ends = {bound: f"({bound} end of the interval)" for bound in BOUNDS}
+    of = " ".join(groups.get(word) or ends.get(word) or language_name(word) for word in rule.of)
+    if rule.measure in ("retention", "gain"):
+        what = f"kept of {of or 'all text'}" if rule.measure == "retention" else f"gained on {of or 'all text'}"
+        return f"{100 * value:.1f}% {what}, {_asked(rule.sign, f'{100 * limit:.4g}%')}"
+    if rule.measure == "contamination":
+        return f"{100 * value:.1f}% of items and documents were seen in training, {_asked(rule.sign, f'{100 * limit:.4g}%')}"
+    name = rule.measure.replace("_", " ") if rule.measure in TEXT_MEASURES else rule.measure
+    where = f" {'in' if rule.measure in TEXT_MEASURES else 'on'} {of}" if of else ""
+    return f"{_show(value)} {name}{where}, {_asked(rule.sign, _show(limit))}"
+
+
+def _asked(sign: str, limit: str) -> str:
+    words = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than", "==": "exactly"}
+    return f"{words[sign]} {limit} asked"
+
+
+def _maybe(rule: Rule, model: Judged, base: Judged | None, resamples: int, seed: int) -> float | None:
+    try:
+        return _measure(rule, model, base, resamples, seed)
+    except Missing:
+        return None
+
+
+def _both(
+    rule: Rule, model: Judged, base: Judged | None, other: Judged | None, resamples: int, seed: int
+) -> tuple[float, float, str]:
+    """(the model's value, the limit, on what they were taken): on the same documents for text, and the same items for tasks."""
+    if other is None:
+        return _measure(rule, model, base, resamples, seed), float(rule.limit), ""
+    if rule.measure in ("bits_per_byte", "perplexity"):
+        change = _change(other.scores, model.scores, rule, resamples, seed)
+        if rule.measure == "bits_per_byte":
+            return change.after, change.before, f", {change.documents} documents"
+        if change.perplexity is None:
+            raise Missing("perplexities of different tokenizers cannot be compared; use bits_per_byte")
+        value = _measure(rule, model, base, resamples, seed)
+        return value, value / (1 + change.perplexity), f", {change.documents} documents"
+    return _measure(rule, model, base, resamples, seed), _measure(rule, other, base, resamples, seed), ""
+
+
+def _measure(rule: Rule, model: Judged, base: Judged | None, resamples: int, seed: int) -> float:
+    of, bound = rule.of, ""
+    if of and of[-1] in BOUNDS:
+        of, bound = of[:-1], of[-1]
+    if bound and rule.measure not in ("retention", "gain"):
+        raise Missing(f"'{rule.measure}' has no '{bound}' end; retention and gain have")
+    if rule.measure in ("retention", "gain"):
+        if base is None:
+            raise Missing("the base was not evaluated, so nothing can be said of what was kept or gained")
+        if base.scores.artifact == model.scores.artifact:
+            return 1.0 if rule.measure == "retention" else 0.0
+        return _kept_or_gained(rule.measure, bound, _change(base.scores, model.scores, rule, resamples, seed))
+    if rule.measure in TEXT_MEASURES:
+        value = getattr(model.scores, rule.measure)(**_labels(model.scores, of))
+        if value is None:
+            raise Missing(f"no held-out text of '{'.'.join(of) or 'any language'}' was scored")
+        return value
+    if not of and rule.measure in model.numbers:
+        return model.numbers[rule.measure]
+    task = ".".join(of)
+    if (task, rule.measure) in model.tasks:
+        return model.tasks[task, rule.measure]
+    known = ", ".join([*TEXT_MEASURES, *sorted(model.numbers), *sorted(f"{each}.{name}" for name, each in model.tasks)])
+    raise Missing(f"there is no measure '{'.'.join([rule.measure, *rule.of])}' of {model.name}; there are {known}")
+
+
+def _kept_or_gained(measure: str, bound: str, change: Change) -> float:
+    """Retention is base over model, gain is 1 less model over base; the ends of an interval change places with the sign."""
+    low, high = change.bits_interval
+    bits = {"": change.bits, "low": high, "high": low}[bound]
+    return 1 / (1 + bits) if measure == "retention" else -bits
+
+
+def _change(before: Scores, after: Scores, rule: Rule, resamples: int, seed: int) -> Change:
+    of = rule.of[:-1] if rule.of and rule.of[-1] in BOUNDS else rule.of
+    change = compare(before, after, resamples, seed, **_labels(before, of))
+    if change is None:
+        raise Missing(f"no held-out text of '{'.'.join(of) or 'any language'}' was scored for both models")
+    return change
+
+
+def _labels(scores: Scores, of: tuple[str, ...]) -> dict[str, str]:
+    """{"language": "el", "domain": "code"} for ("el", "code"): each word is a group, a language or a domain that there is."""
+    labels: dict[str, str] = {}
+    for word in of:
+        if word == "all":
+            continue
+        label = next((each for each in ("group", "language", "domain") if np.any(getattr(scores, each) == word)), None)
+        if label is None:
+            raise Missing(f"no held-out text of '{word}' was scored")
+        labels[label] = word
+    return labels
+
+
+def _show(value: float) -> str:
+    return f"{value:.4g}"

@@ -1,0 +1,135 @@
+"""Comparison of any runs: metrics with their spread over seeds, settings that differ, curves over each other.
+
+Runs whose settings are equal but for the seed form one group; a group's value is the mean over its runs, its spread their sample
+standard deviation (none for one run). A step that was reused tells the numbers of the step that made its artifact, so runs that share
+work can be compared. Price: three queries over the journals.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.home import Home
+from eclectus.storage.lineage.connection import connect
+
+if TYPE_CHECKING:
+    import duckdb
+
+# Settings that name a run's seed, its place or its source of questions, not what it does.
+SEEDS = ("seed",)
+CURVES = ("loss", "next_token_loss")
+Measure = tuple[str, str, str]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """settings: the flow's parameters and the code's version. values: by (step's label, metric, of what) the last value.
+
+    curves: by (step's label, metric): [(training step, value)].
+    """
+
+    run: str
+    state: str
+    settings: dict[str, Any]
+    values: dict[Measure, float]
+    curves: dict[tuple[str, str], list[tuple[int, float]]]
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but the seed."""
+
+    name: str
+    runs: list[ComparedRun] = field(default_factory=list)
+
+    def value(self, measure: Measure) -> tuple[float, float | None, int] | None:
+        """(mean, standard deviation, runs) of a measure; None where no run has it."""
+        found = [run.values[measure] for run in self.runs if measure in run.values]
+        if not found:
+            return None
+        return statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None, len(found)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """groups in the order of their first run. differing: by setting, its value in each group."""
+
+    groups: list[Group]
+    differing: dict[str, list[Any]]
+
+    @property
+    def measures(self) -> list[Measure]:
+        """Every measure that a run has, in the order of their steps."""
+        return list(dict.fromkeys(measure for group in self.groups for run in group.runs for measure in run.values))
+
+
+def compare_runs(home: Home, names: list[str]) -> Comparison:
+    """Compares runs, given as in `runs`, by the start of a name, or as `last`, `last~1`. Raises EclectusError for an unknown one."""
+    with connect(home) as connection:
+        chosen = list(dict.fromkeys(_find(connection, name) for name in names))
+        runs = [_read(connection, run) for run in chosen]
+    groups: dict[str, Group] = {}
+    for run in runs:
+        same = json.dumps({key: value for key, value in run.settings.items() if key not in SEEDS}, sort_keys=True)
+        groups.setdefault(same, Group(LETTERS[len(groups) % len(LETTERS)])).runs.append(run)
+    listed = list(groups.values())
+    keys = dict.fromkeys(key for group in listed for key in group.runs[0].settings)
+    settings = {key: [group.runs[0].settings.get(key) for group in listed] for key in keys if key not in SEEDS}
+    differing = {key: values for key, values in settings.items() if any(value != values[0] for value in values)}
+    return Comparison(listed, differing)
+
+
+def measure_name(measure: Measure) -> str:
+    """'evaluate lory: bits_per_byte, language el'."""
+    label, name, of = measure
+    return f"{label}: {name}{f', {of}' if of else ''}"
+
+
+def _find(connection: duckdb.DuckDBPyConnection, name: str) -> str:
+    if name == "last" or name.startswith("last~"):
+        back = name.removeprefix("last").removeprefix("~") or "0"
+        rows = connection.execute("select run from runs order by started desc").fetchall()
+        if not back.isdigit() or int(back) >= len(rows):
+            raise EclectusError(f"there is no run '{name}'; there are {len(rows)} runs: eclectus sql 'from runs'")
+        return rows[int(back)][0]
+    rows = connection.execute("select run from runs where starts_with(run, ?) order by run", [name]).fetchall()
+    exact = [run for (run,) in rows if run == name]
+    if len(rows) != 1 and not exact:
+        told = "no run is" if not rows else f"{len(rows)} runs are"
+        raise EclectusError(f"{told} called '{name}'; see: eclectus sql 'from runs'")
+    return (exact or [rows[0][0]])[0]
+
+
+def _read(connection: duckdb.DuckDBPyConnection, run: str) -> ComparedRun:
+    state, parameters, code = connection.execute(
+        "select state, parameters, code_version from runs where run = ?", [run]
+    ).fetchone()
+    # Of each step the one that made what this run used: itself, or an earlier one that was reused.
+    rows = connection.execute(
+        """
+        with used as (
+            select s.label, coalesce(a.made_by, s.step) as maker, s.started
+            from steps s join step_outputs o using (step) join artifacts a on a.artifact = o.artifact
+            where s.run = ? and s.state in ('completed', 'reused'))
+        select u.label, m.name, m.at_step, m.tags, arg_max(m.value, m.logged), min(u.started) as started
+        from used u join metrics m on m.step = u.maker
+        where m.value is not null
+        group by u.label, m.name, m.at_step, m.tags order by started, u.label, m.name, m.at_step
+        """,
+        [run],
+    ).fetchall()
+    values: dict[Measure, float] = {}
+    curves: dict[tuple[str, str], list[tuple[int, float]]] = defaultdict(list)
+    for label, name, at_step, tags, value, _ in rows:
+        of = ", ".join(f"{key} {tag}" for key, tag in sorted((tags or {}).items()))
+        values[label, name, of] = value
+        if at_step is not None and name in CURVES and not of:
+            curves[label, name].append((at_step, value))
+    settings = json.loads(parameters or "{}") | {"code version": code}
+    return ComparedRun(run, state, settings, values, dict(curves))

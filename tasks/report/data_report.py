@@ -1,0 +1,266 @@
+"""The data report: what came in, where every record went, and chains to read, before a single step is trained.
+
+    accounting   records = kept + rejected + exact duplicates; kept = grouped + near-duplicates + held out + set apart
+    contents     languages, domains, lengths; what was rejected and why, with the first few; near-duplicates side by side
+    grouping     its numbers and picture, the purity of instances, and some chains as they stand
+
+Files: `data.html` (one page, offline, no script) and `data.md`. People's texts are escaped in both. Price: a second; text is
+read of the shown documents only.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from eclectus.storage.artifact import Artifact, Draft
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents.table import read_table
+from eclectus.tasks.documents.text_reader import TextReader
+from eclectus.tasks.settings import Settings
+from eclectus.tasks.step import step
+
+if TYPE_CHECKING:
+    from eclectus.tasks.report.tables import Facts, Table
+
+TEMPLATES = Path(__file__).parent
+QUANTILES = [0.1, 0.5, 0.9, 1.0]
+SHOWN_CHARACTERS = 400
+SHOWN_REJECTED = 8
+SHOWN_DUPLICATES = 3
+
+
+class DataReportSettings(Settings):
+    """What the data report shows."""
+
+    data_report_chains: int = Field(4, ge=0, description="Chains of documents that the data report shows.")
+    data_report_documents: int = Field(5, ge=1, description="Documents of each chain that the data report shows.")
+    seed: int = Field(0, description="Seed of everything random.")
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """The beginning of a document. about: what stands over it."""
+
+    about: str
+    text: str
+
+
+@dataclass
+class DataContents:
+    """Everything that the page and its Markdown twin say."""
+
+    subtitle: str
+    tables: list[Table]
+    facts: list[Facts]
+    chains: dict[str, list[Excerpt]] = field(default_factory=dict)
+    duplicates: dict[str, list[Excerpt]] = field(default_factory=dict)
+    picture: str = ""
+
+
+@step(makes="report", version=1)
+def data_report(
+    ingested: Artifact,
+    documents: Artifact,
+    grouping: Artifact,
+    instances: dict[str, Artifact | None],
+    settings: DataReportSettings,
+    out: Draft,
+) -> None:
+    """Writes the report. ingested: as read; documents: the same with languages and split; instances: by what they are for."""
+    from eclectus.tasks.report.tables import documents_table, instances_table
+
+    given = {name: each for name, each in instances.items() if each is not None}
+    accounts = account(ingested, documents, grouping)
+    contents = DataContents(
+        subtitle=_subtitle(accounts),
+        tables=[_accounts_table(accounts), documents_table(documents), _lengths_table(documents)],
+        facts=facts_markdown(grouping, given),
+        chains=_chains(documents, grouping, settings),
+        duplicates=_duplicates(documents, grouping),
+        picture=base64.b64encode(grouping.file("quality.png").read_bytes()).decode(),
+    )
+    contents.tables += [table for table in (_rejected_table(ingested), instances_table(given)) if table]
+    out.file("data.html").write_text(_page(contents), "utf-8")
+    out.file("data.md").write_text(_markdown(contents), "utf-8")
+    out.rows = accounts["records"]
+    out.statistics = {"accounts": accounts}
+
+
+def account(ingested: Artifact, documents: Artifact, grouping: Artifact) -> dict[str, int]:
+    """Where every record went: `records` is the sum of all other counts. Raises EclectusError when it is not.
+
+    Apart are documents of no wanted language, of uncertain language, or over their language's budget.
+    """
+    told = ingested.statistics
+    splits = read_table(documents, ["split"])["split"]
+    split = {each["values"]: each["counts"] for each in pc.value_counts(splits).to_pylist()}
+    train = splits.to_numpy() == "train"
+    order = pq.read_table(grouping.file("order.parquet"), columns=["row"])["row"].to_numpy()
+    near = pq.read_table(grouping.file("duplicates.parquet"), columns=["row"])["row"].to_numpy()
+    accounts = {
+        "records": told["documents"] + told["rejected"] + told["duplicates"],
+        "rejected": told["rejected"],
+        "exact duplicates": told["duplicates"],
+        "near-duplicates": int(train[near].sum()),
+        "grouped for training": int(train[order].sum()),
+        "held out": split.get("heldout", 0),
+        "set apart": split.get("apart", 0),
+    }
+    if sum(accounts.values()) != 2 * accounts["records"]:
+        raise EclectusError(f"the counts of {documents.name} and {grouping.name} do not add up: {accounts}")
+    return accounts
+
+
+def _subtitle(accounts: dict[str, int]) -> str:
+    from eclectus.tasks.report.words import count
+
+    kept, total = accounts["grouped for training"], accounts["records"]
+    return f"{count(total)} records read, {count(kept)} grouped for training ({100 * kept / max(1, total):.1f}%)."
+
+
+def _accounts_table(accounts: dict[str, int]) -> Table:
+    from eclectus.tasks.report.tables import Cell, Table
+    from eclectus.tasks.report.words import count
+
+    total = max(1, accounts["records"])
+    rows = [
+        [Cell(name), Cell(count(number)), Cell(f"{100 * number / total:.1f}%")]
+        for name, number in [*list(accounts.items())[1:], ("all records", accounts["records"])]
+    ]
+    note = "Set apart: of no wanted language, of uncertain language, or over a language's budget."
+    return Table("Where every record went", ["", "records", "share"], rows, last=True, note=note)
+
+
+def _lengths_table(documents: Artifact) -> Table:
+    from eclectus.tasks.documents.language_codes import language_name
+    from eclectus.tasks.report.tables import Cell, Table
+    from eclectus.tasks.report.words import count, size
+
+    table = read_table(documents, ["language", "bytes", "group"], pc.field("group") != "other")
+    languages, sizes = table["language"].to_numpy(), table["bytes"].to_numpy()
+    rows = []
+    for language in sorted(set(languages.tolist())):
+        here = sizes[languages == language]
+        spread = np.quantile(here, QUANTILES, method="lower")
+        rows.append([Cell(language_name(language)), Cell(count(len(here))), *(Cell(size(each)) for each in spread)])
+    head = ["language", "documents", "shortest tenth", "median", "longest tenth", "longest"]
+    return Table("Lengths", head, rows, note="Of documents in the wanted languages, held-out ones among them.")
+
+
+def _rejected_table(ingested: Artifact) -> Table | None:
+    from eclectus.tasks.report.tables import Cell, Table
+    from eclectus.tasks.report.words import count
+
+    rejected = pq.read_table(ingested.file("rejected.parquet"))
+    if len(rejected) == 0:
+        return None
+    rows = [
+        [
+            Cell(f"{each['file']}, line {each['line']}" if each["line"] else each["file"]),
+            Cell(each["reason"], each["detail"]),
+        ]
+        for each in rejected.slice(0, SHOWN_REJECTED).to_pylist()
+    ]
+    reasons = ", ".join(f"{reason} {count(n)}" for reason, n in ingested.statistics["rejected_by_reason"].items())
+    return Table("Rejected", ["where", "why"], rows, note=f"The first of {count(len(rejected))}: {reasons}.")
+
+
+def facts_markdown(grouping: Artifact, instances: dict[str, Artifact]) -> list[Facts]:
+    from eclectus.tasks.report.tables import Facts
+    from eclectus.tasks.report.words import in_words
+
+    def numbers(title: str, statistics: dict[str, Any]) -> Facts:
+        shown = {name: value for name, value in statistics.items() if isinstance(value, int | float | str)}
+        return Facts(title, [(in_words(name), f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in shown.items()])  # fmt: skip
+
+    facts = [numbers("Grouping", grouping.statistics)]
+    facts += [numbers(f"Partition {each['partition']}", each) for each in grouping.statistics.get("partitions", [])]
+    for name, each in instances.items():
+        quality = {key: value for key, value in each.statistics.items() if "similarity" in key or "purity" in key}
+        facts.append(numbers(f"Instances, {name}", quality))
+    return [each for each in facts if each.pairs]
+
+
+def _chains(documents: Artifact, grouping: Artifact, settings: DataReportSettings) -> dict[str, list[Excerpt]]:
+    """The beginnings of some chains of two documents or more, drawn under the seed, as evenly by partition as can be."""
+    order = pq.read_table(grouping.file("order.parquet"))
+    chain = order["chain"].to_numpy()
+    if len(chain) == 0:
+        return {}
+    starts = np.flatnonzero(np.diff(chain, prepend=-1))
+    starts = starts[np.diff(np.append(starts, len(chain))) > 1]
+    partitions = order["partition"].to_numpy()[starts]
+    draw = np.random.default_rng([settings.seed, 4]).permutation(len(starts))
+    turn = np.zeros(len(starts), np.int64)
+    for partition in set(partitions.tolist()):
+        here = draw[partitions[draw] == partition]
+        turn[here] = np.arange(len(here))
+    chosen = sorted(draw[np.argsort(turn[draw], kind="stable")][: settings.data_report_chains])
+    shown = {}
+    for start in starts[chosen]:
+        part = order.slice(start, settings.data_report_documents)
+        part = part.filter(pc.equal(part["chain"], part["chain"][0]))
+        title = f"Chain {part['chain'][0]}, {part['partition'][0]}, {int((chain == chain[start]).sum())} documents"
+        similarities = [None, *part["similarity"].to_pylist()[1:]]
+        shown[title] = _excerpts(documents, part["row"].to_numpy(), similarities)
+    return shown
+
+
+def _duplicates(documents: Artifact, grouping: Artifact) -> dict[str, list[Excerpt]]:
+    """The near-duplicates that overlap least: the ones to doubt."""
+    table = pq.read_table(grouping.file("duplicates.parquet")).sort_by([("overlap", "ascending"), ("row", "ascending")])
+    return {
+        f"cosine {each['similarity']:.3f}, overlap {each['overlap']:.3f}": _excerpts(
+            documents, np.array([each["duplicate_of_row"], each["row"]]), [None, None], ["kept: ", "dropped: "]
+        )
+        for each in table.slice(0, SHOWN_DUPLICATES).to_pylist()
+    }
+
+
+def _excerpts(
+    documents: Artifact, rows: np.ndarray, similarities: list[float | None], prefixes: list[str] | None = None
+) -> list[Excerpt]:
+    names = read_table(documents, ["document", "name", "domain"]).take(pa.array(rows)).to_pylist()
+    excerpts = []
+    for number, (about, text) in enumerate(zip(names, TextReader(documents).read(rows), strict=True)):
+        title = (prefixes[number] if prefixes else "") + f"{about['name'] or about['document']}, {about['domain']}"
+        if similarities[number] is not None:
+            title += f", similarity to the one before {similarities[number]:.3f}"
+        excerpts.append(Excerpt(title, text.strip()[:SHOWN_CHARACTERS] + ("…" if len(text) > SHOWN_CHARACTERS else "")))
+    return excerpts
+
+
+def _page(contents: DataContents) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    style = Markup((TEMPLATES / "page.css").read_text("utf-8"))
+    return environment.get_template("data.html.j2").render(contents=contents, css=style)
+
+
+def _markdown(contents: DataContents) -> str:
+    from eclectus.tasks.report.markdown import facts_markdown, safe, table_markdown
+
+    parts = [
+        "# Data report",
+        safe(contents.subtitle),
+        *map(table_markdown, contents.tables),
+        *map(facts_markdown, contents.facts),
+    ]
+    for title, groups in (("Chains to read", contents.chains), ("Near-duplicates to doubt", contents.duplicates)):
+        if groups:
+            parts.append(f"## {title}")
+        for name, excerpts in groups.items():
+            lines = [f"1. {safe(each.about)}: {safe(each.text)}" for each in excerpts]
+            parts.append("\n".join([f"**{safe(name)}**", "", *lines]))
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,1 @@
+"""Training stages on Ray workers: pre-training, upcycling, post-pretraining, review."""

@@ -1,0 +1,87 @@
+"""More experts for a model that has experts already: one that was extended before (lifelong extension), or a Lory model.
+
+All experts that it has are frozen from then on. An extended model gets router rows that keep the new experts out of the way on
+text of the languages that it knows (models/mixture/extend_again.py); a Lory model gets a copy of each expert, which leaves the merge as it
+is (models/extension/lory.py). Both are proved before anything is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from eclectus.storage.artifact import Artifact, Draft
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.settings import Settings
+from eclectus.tasks.step import step
+from eclectus.tasks.training.upcycle import UpcycleSettings
+
+Kind = Literal["dense", "upcycled", "extended", "lory", "lory upcycled"]
+
+
+class AddExpertsSettings(Settings):
+    extension_experts: int = Field(4, ge=2, description=UpcycleSettings.model_fields["extension_experts"].description)
+    extension_calibration_tokens: int = Field(
+        16_384,
+        ge=1,
+        description="Tokens of the known languages that the routers of an already extended model are fitted on when it is extended again.",
+    )
+    extension_largest_share: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="Extending again: largest part of known text, kept back from the fit, that may reach a new expert before training.",
+    )
+    upcycle_tolerance: float = Field(
+        1e-4, gt=0, description=UpcycleSettings.model_fields["upcycle_tolerance"].description
+    )
+    seed: int = Field(0, description="Seed of everything random.")
+
+
+def kind_of(checkpoint: Artifact) -> Kind:
+    """What an extension starts from: a dense model, an upcycled one that was not trained yet, one that was, or Lory likewise."""
+    config = json.loads(checkpoint.file("config.json").read_text())
+    if config.get("model_type") == "lory":
+        return "lory upcycled" if config.get("original_experts") and not config.get("extension_trained") else "lory"
+    if not config.get("upcycled_from"):
+        return "dense"
+    made = checkpoint.file("upcycle.json")
+    trained = json.loads(made.read_text()).get("trained") if made.is_file() else None
+    return "extended" if trained or not made.is_file() else "upcycled"
+
+
+@step(makes="checkpoint", version=1)
+def add_experts(instances: Artifact, checkpoint: Artifact, settings: AddExpertsSettings, out: Draft) -> None:
+    """Adds experts to an extended or a Lory checkpoint. instances: of the languages that it knows."""
+    from eclectus.models.extension.lory import extend_lory
+    from eclectus.models.mixture.extend_again import extend_again
+    from eclectus.models.mixture.upcycle import StepZeroError
+
+    try:
+        if kind_of(checkpoint).startswith("lory"):
+            report = extend_lory(checkpoint.path, out.path, tolerance=settings.upcycle_tolerance)
+        else:
+            report = extend_again(
+                checkpoint.path,
+                out.path,
+                new_experts=settings.extension_experts - 1,
+                calibration=_calibration(instances, settings),
+                tolerance=settings.upcycle_tolerance,
+                largest_share=settings.extension_largest_share,
+                seed=settings.seed,
+            )
+    except (ValueError, StepZeroError) as error:
+        raise EclectusError(str(error)) from error
+    out.statistics = asdict(report)
+
+
+def _calibration(instances: Artifact, settings: AddExpertsSettings):  # noqa: ANN202
+    from eclectus.models.training.instances import Instances
+
+    data = Instances(Path(instances.path))
+    rows = min(len(data), max(4, settings.extension_calibration_tokens // data.length))
+    return data.batch(data.rows_of_step(0, rows, settings.seed)).tokens

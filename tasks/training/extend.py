@@ -1,0 +1,277 @@
+"""Extension to new languages: MoE-LPR's two training stages, and what it is measured against (papers.md 2.2, 2.3, 2.5).
+
+    post_pretrain   new experts and routers learn the expanded languages     next-token + alpha * balance
+    review          the routers alone replay a little of all languages       next-token + gamma * LPR
+
+The original weights are parameters without gradients, so they cannot move; the hash of all that does not train is checked at
+every checkpoint all the same, and a change ends the training. A Lory model goes through the same two stages with its own
+losses (models/extension/lory.py). Other values of `extension_method` are the baselines and ablations of
+models/extension/methods.py, which share data, steps and everything else.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from eclectus.storage.artifact import Artifact, Draft
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.settings import Settings
+from eclectus.tasks.step import step
+from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings
+from eclectus.tasks.training.run_training import TrainingSettings, run_training, workplace
+from eclectus.tasks.training.upcycle import UpcycleSettings
+
+if TYPE_CHECKING:
+    from eclectus.models.extension.methods import Recipe
+
+Stage = Literal["post_pretrain", "review"]
+Method = Literal[
+    "moe_lpr", "full", "lora", "llama_pro", "moe_all", "no_review", "no_lpr", "random_experts", "one_stage"
+]
+
+
+class MethodSettings(Settings):
+    """How the new languages are taught."""
+
+    extension_method: Method = Field(
+        "moe_lpr",
+        description="moe_lpr, or what it is measured against, on the same data and steps. Baselines: full (fine-tuning), lora, llama_pro "
+        "(new blocks), moe_all (every weight of the mixture). Ablations: no_review, no_lpr (review without the prior), "
+        "random_experts, one_stage (both losses on mixed data).",
+    )
+    lora_rank: int = Field(8, ge=1, description="Rank of the adapters of extension_method lora.")
+    llama_pro_blocks: int = Field(
+        0, ge=0, description="New blocks of extension_method llama_pro; 0: half as many as the model has."
+    )
+
+
+class PostPretrainSettings(Settings):
+    post_pretrain_steps: int = Field(300, ge=1, description="Training steps of stage 1, on the expanded languages.")
+    post_pretrain_batch: int = Field(4, ge=1, description="Instances in a batch of stage 1, over all workers.")
+    post_pretrain_learning_rate: float = Field(
+        1.5e-4, gt=0, description="Peak learning rate of stage 1 (cosine schedule)."
+    )
+    post_pretrain_warmup_steps: int = Field(30, ge=0, description="Steps of linear learning-rate warm-up in stage 1.")
+    balance_weight: float = Field(0.01, ge=0, description="Weight alpha of the load-balance loss in stage 1.")
+    balance_scaling: Literal["paper", "released"] = Field(
+        "paper", description="The balance loss as in the paper (uniform routing gives 1) or as released (gives top-k)."
+    )
+
+
+class ReviewSettings(Settings):
+    review_steps: int = Field(250, ge=1, description="Training steps of stage 2, the review of all languages.")
+    review_batch: int = Field(4, ge=1, description="Instances in a batch of stage 2, over all workers.")
+    review_learning_rate: float = Field(
+        2e-2, gt=0, description="Peak learning rate of stage 2, which trains routers only."
+    )
+    review_warmup_steps: int = Field(20, ge=0, description="Steps of linear learning-rate warm-up in stage 2.")
+    lpr_weight: float = Field(1.0, ge=0, description="Weight gamma of the language priors routing loss in stage 2.")
+    lpr_loss: Literal["paper", "released"] = Field(
+        "paper", description="The language priors loss on logits (the paper) or on probabilities (the released code)."
+    )
+
+
+class ExtendSettings(
+    UpcycleSettings,
+    LayerSimilaritySettings,
+    MethodSettings,
+    PostPretrainSettings,
+    ReviewSettings,
+    TrainingSettings,
+):
+    """Settings of extending a dense checkpoint to new languages."""
+
+
+class ExtendStageSettings(MethodSettings, PostPretrainSettings, ReviewSettings, TrainingSettings):
+    """One stage of extension, as a step sees it."""
+
+    extend_stage: Stage = Field(description="Which stage: post_pretrain or review.")
+    original_languages: list[str] = Field(description="The languages that the dense model knows, as ISO 639-1 codes.")
+
+    def key_values(self) -> dict[str, Any]:
+        """A stage does not depend on the other stage's settings, nor on those of methods that are not its own."""
+        unused = set(
+            ReviewSettings.model_fields if self.extend_stage == "post_pretrain" else PostPretrainSettings.model_fields
+        )
+        if self.extension_method == "one_stage":
+            unused = {"review_learning_rate", "review_warmup_steps"}
+        unused |= {"lora_rank"} if self.extension_method != "lora" else set()
+        unused |= {"llama_pro_blocks"} if self.extension_method != "llama_pro" else set()
+        return {name: value for name, value in super().key_values().items() if name not in unused}
+
+    def stage_value(self, name: str) -> Any:
+        return getattr(self, f"{self.extend_stage}_{name}")
+
+
+def recipe_of(method: Method) -> Recipe:
+    """What a method does: from where it starts, what trains, whether a review follows."""
+    from eclectus.models.extension.methods import recipe_of as recipe
+
+    return recipe(method)
+
+
+@step(makes="checkpoint", version=2)
+def extend(
+    instances: Artifact, checkpoint: Artifact, settings: ExtendStageSettings, out: Draft, review: Artifact | None = None
+) -> None:
+    """Trains one stage on the checkpoint that it starts from; gives a stock checkpoint.
+
+    review: the instances of the review, for the method that reads them in its only stage.
+    """
+    if recipe_of(settings.extension_method).mixed and review is None:
+        raise EclectusError(
+            f"extension_method {settings.extension_method} needs the review's instances beside the others"
+        )
+    with workplace("extend", instances, checkpoint, review, settings.key_values()) as work:
+        out.statistics = run_training(
+            settings,
+            train_stage,
+            {
+                "instances": instances.path,
+                "review": review.path if review else None,
+                "checkpoint": checkpoint.path,
+                "settings": settings.model_dump(),
+                "work": str(work),
+                "out": str(out.path),
+            },
+            what=f"training {settings.extend_stage.replace('_', '-')}",
+        )
+
+
+def train_stage(
+    place: Any,
+    tell: Any,
+    instances: str,
+    checkpoint: str,
+    settings: dict[str, Any],
+    work: str,
+    out: str,
+    review: str | None = None,
+) -> dict[str, Any]:
+    """Runs on every training worker; rank 0 writes the checkpoint into `out` and returns its statistics."""
+    from eclectus.models.extension.methods import save_method, untrained_digest
+    from eclectus.models.training.loop import train
+    from eclectus.models.training.parallel import gather
+
+    chosen = ExtendStageSettings(**settings)
+    data, steps = _data(chosen, instances, review)
+    model = _open(chosen, checkpoint)
+    _check_tokens(data, model, checkpoint)
+    still, original = untrained_digest(model), _original_digest(model)
+
+    def check_frozen(step: int) -> None:
+        if untrained_digest(model) != still:
+            raise EclectusError(f"a weight that does not train changed before training step {step}; nothing was kept")
+
+    plan = chosen.plan(
+        start=0,
+        stop=steps,
+        total=steps,
+        batch=chosen.stage_value("batch"),
+        learning_rate=chosen.stage_value("learning_rate"),
+        warmup=chosen.stage_value("warmup_steps"),
+    )
+    train(model, data, _objective(chosen, data, checkpoint), plan, place, Path(work), tell, checked=check_frozen)
+    check_frozen(plan.stop)
+    parameters = [parameter.numel() for parameter in model.parameters()]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    statistics = {
+        "model": type(model).__name__,
+        "method": chosen.extension_method,
+        "parameters": sum(parameters),
+        "parameters_trained": trained,
+        "steps": plan.stop,
+        "tokens": plan.stop * plan.batch * data.length,
+        "epochs": round(plan.stop * plan.batch / len(data), 3),
+    }
+    if original is not None:
+        if chosen.extension_method != "moe_all" and _original_digest(model) != original:
+            raise EclectusError(f"an original weight changed before training step {plan.stop}; nothing was kept")
+        statistics["frozen_sha256"] = original
+    gather(model, place)
+    if place.leads:
+        save_method(model, Path(out), side_files=Path(checkpoint))
+        _note_training(Path(out), chosen, data)
+    return statistics
+
+
+def _data(settings: ExtendStageSettings, instances: str, review: str | None) -> tuple[Any, int]:
+    """What to read, and for how many steps: both stages' tokens where one stage does the work of two."""
+    from eclectus.models.extension.methods import MixedInstances
+    from eclectus.models.training.instances import Instances
+
+    data, steps = Instances(instances), settings.stage_value("steps")
+    if review is None:
+        return data, steps
+    replayed = settings.review_steps * settings.review_batch
+    steps += replayed // settings.post_pretrain_batch
+    share = replayed / (replayed + settings.post_pretrain_steps * settings.post_pretrain_batch)
+    return MixedInstances(data, Instances(review), share), steps
+
+
+def _open(settings: ExtendStageSettings, checkpoint: str) -> Any:
+    from eclectus.models.extension.methods import open_method, open_review
+
+    try:
+        if settings.extend_stage == "review":
+            return open_review(checkpoint)
+        return open_method(
+            settings.extension_method,
+            checkpoint,
+            lora_rank=settings.lora_rank,
+            new_blocks=settings.llama_pro_blocks or None,
+            seed=settings.seed,
+        )
+    except ValueError as error:
+        raise EclectusError(str(error)) from error
+
+
+def _original_digest(model: Any) -> str | None:
+    """frozen_digest of a mixture, which is its base's own; None for models that hold no base apart."""
+    from eclectus.models.mixture.experts import frozen_digest
+
+    return frozen_digest(model) if hasattr(model.config, "num_experts_per_tok") else None
+
+
+def _check_tokens(data: Any, model: Any, checkpoint: str) -> None:
+    if data.vocabulary > model.config.vocab_size:
+        raise EclectusError(
+            f"the instances were packed with a tokenizer of {data.vocabulary} tokens, but the model in {checkpoint} knows "
+            f"{model.config.vocab_size}: pack them with the model's own tokenizer"
+        )
+
+
+def _note_training(out: Path, settings: ExtendStageSettings, data: Any) -> None:
+    """Adds the stage to upcycle.json, where there is one: what a later extension and the model card ask for."""
+    path = out / "upcycle.json"
+    if path.is_file():
+        made = json.loads(path.read_text())
+        stage = {"stage": settings.extend_stage, "method": settings.extension_method, "languages": list(data.languages)}
+        made["trained"] = [*made.get("trained", []), stage]
+        path.write_text(json.dumps(made, indent=2) + "\n")
+
+
+def _objective(settings: ExtendStageSettings, data: Any, checkpoint: str) -> Any:
+    from eclectus.models.extension import lory as lory_extension
+    from eclectus.models.extension.methods import frozen_experts, one_stage
+    from eclectus.models.mixture.checkpoint_io import read_config
+    from eclectus.models.training import objectives
+
+    config = read_config(Path(checkpoint))
+    lory, top_k = config.get("model_type") == "lory", config.get("num_experts_per_tok")
+    known = [number for number, language in enumerate(data.languages) if language in settings.original_languages]
+    recipe, alpha, scaling = recipe_of(settings.extension_method), settings.balance_weight, settings.balance_scaling
+    if settings.extend_stage == "review":
+        gamma = settings.lpr_weight if recipe.prior else 0.0
+        if lory:
+            return lory_extension.review_lory(gamma, known)
+        return objectives.review(gamma, settings.lpr_loss, known, frozen_experts(checkpoint))
+    if lory:
+        return lory_extension.post_pretrain_lory()
+    if recipe.mixed:
+        return one_stage(alpha, top_k, scaling, settings.lpr_weight, settings.lpr_loss, known)
+    return objectives.post_pretrain(alpha, top_k, scaling) if top_k else objectives.next_token()

@@ -1,0 +1,100 @@
+"""How alike the languages look to each layer of a dense model, and how many new experts each layer needs (LayerMoE, papers.md 2.7).
+
+A sample of each language's documents goes through the dense model; layers that treat known and new languages alike get few
+new experts, the others many, `extension_expert_budget` in all. File: `similarity.json`. Price: one forward pass over
+`similarity_tokens` a language, in this process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from eclectus.storage.artifact import Artifact, Draft
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents.table import read_batches
+from eclectus.tasks.packing.tokenizer import load_tokenizer
+from eclectus.tasks.run import metric
+from eclectus.tasks.settings import Settings
+from eclectus.tasks.step import step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RESULT = "similarity.json"
+LENGTH = 128
+
+
+class LayerSimilaritySettings(Settings):
+    """Settings of measuring similarity and sharing out new experts."""
+
+    extension_expert_budget: int = Field(
+        0,
+        ge=0,
+        description="New experts over all layers together, shared out by how unlike the new languages look to each layer (LayerMoE). "
+        "0: as extension_experts says.",
+    )
+    similarity_tokens: int = Field(
+        16_384,
+        ge=LENGTH,
+        description="Tokens of each language that the similarity of languages by layer is measured on.",
+    )
+
+
+@step(makes="report", version=1)
+def layer_similarity(documents: Artifact, checkpoint: Artifact, settings: LayerSimilaritySettings, out: Draft) -> None:
+    """Measures the similarity of known and new languages in each layer, and shares out the budget of new experts.
+
+    documents: with language, group and split. Raises EclectusError for a budget below one expert a layer, a language without text.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from eclectus.models.mixture.layer_similarity import ffn_input_means, propose_experts
+    from eclectus.models.mixture.layer_similarity import layer_similarity as similarity_by_layer
+
+    samples, groups = _samples(documents, load_tokenizer(checkpoint.path), settings.similarity_tokens)
+    known = sorted(language for language in samples if groups[language] == "original")
+    new = sorted(language for language in samples if groups[language] == "expanded")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, trust_remote_code=False)
+    try:
+        similarity = similarity_by_layer(ffn_input_means(model, samples), known, new)
+        # Without a budget: three a layer, as the usual four experts have.
+        proposal = propose_experts(similarity, settings.extension_expert_budget or 3 * len(similarity))
+    except ValueError as error:
+        raise EclectusError(str(error)) from error
+    result = {
+        "known": known,
+        "new": new,
+        "tokens": {language: rows.numel() for language, rows in sorted(samples.items())},
+        "similarity": [round(value, 6) for value in similarity],
+        "new_experts": proposal,
+    }
+    for layer, value in enumerate(similarity):
+        metric("layer_similarity", value, layer=str(layer))
+    out.file(RESULT).write_text(json.dumps(result, indent=1) + "\n")
+    out.statistics = result
+
+
+def _samples(documents: Artifact, tokenizer: Any, tokens: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """By language, token ids `[n, LENGTH]` of the first training documents, and the language's group."""
+    import torch
+
+    ids: dict[str, list[int]] = defaultdict(list)
+    groups: dict[str, str] = {}
+    for batch in read_batches(documents, ["text", "language", "group", "split"]):
+        for text, language, group, split in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            if split == "train" and group != "other" and len(ids[language]) < tokens:
+                groups[language] = group
+                ids[language] += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = {language: min(len(each), tokens) // LENGTH for language, each in ids.items() if language in groups}
+    if short := sorted(language for language, count in rows.items() if count == 0):
+        raise EclectusError(
+            f"language '{short[0]}' has less than {LENGTH} tokens of training text to measure; add documents"
+        )
+    return {
+        language: torch.tensor(ids[language][: count * LENGTH]).view(count, LENGTH) for language, count in rows.items()
+    }, groups

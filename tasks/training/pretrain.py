@@ -1,0 +1,323 @@
+"""Pre-training on the original languages: a dense LLaMA-shaped model, and Lory out of its first steps.
+
+    dense warm-up   steps [0, w)       one dense model, w = the first 5% by default
+    dense           steps [w, total)   the twin goes on as it is
+    lory            steps [w, total)   every FFN duplicated into E experts, random routers, a second warm-up of the rate
+    expert_choice   steps [w, total)   baseline: experts choose their tokens                        (models/pretraining/stages.py)
+    top_k           steps [w, total)   baseline: tokens choose their experts, transformers' Mixtral
+
+A LLaMA checkpoint can take the warm-up's place (`dense_start`); then w = 0.
+All go on from the same weights and AdamW moments and read the same instances in the same order, so what differs is the model
+(papers.md 1.5). AdamW's moments are carried over the switch: an expert that was weighted 1/E sees 1/E of the dense gradient,
+so its first moment is divided by E and its second by E squared, and its steps keep their size from the first one on.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from eclectus.storage.artifact import Artifact, Draft
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.settings import Settings
+from eclectus.tasks.step import step
+from eclectus.tasks.training.run_training import MOMENTS, TrainingSettings, initial_moments, run_training, workplace
+
+
+class ArchitectureSettings(Settings):
+    """The shape of a dense model trained from scratch."""
+
+    model_preset: Literal["custom", "laptop", "30m", "100m", "0.3b", "1.5b"] = Field(
+        "custom",
+        description="A named shape instead of the other model settings: 0.3b and 1.5b are the Lory paper's, 30m and 100m suit one "
+        "GPU. custom: as the other model settings say.",
+    )
+    model_width: int = Field(64, ge=8, description="Width of the model (d).")
+    model_layers: int = Field(4, ge=1, description="Transformer layers.")
+    model_heads: int = Field(4, ge=1, description="Attention heads; must divide the width.")
+    model_key_value_heads: int = Field(4, ge=1, description="Key-value heads (GQA); must divide the heads.")
+    model_tied_embeddings: bool = Field(
+        False,
+        description="One matrix for input and output embeddings. Tokens that training never saw then share a direction, by which "
+        "routers tell new languages apart; a small model trained for minutes is worse for it.",
+    )
+    model_feed_forward: int = Field(172, ge=8, description="Width of the feed-forward network (SwiGLU).")
+
+
+class LorySettings(Settings):
+    """Lory's own settings (papers.md 1)."""
+
+    lory_experts: int = Field(
+        8, ge=1, description="Experts E of every layer, merged into one network for each segment."
+    )
+    lory_segment: int = Field(64, ge=1, description="Tokens T of a routing segment.")
+    lory_routing: Literal["causal_segment", "prefix", "dense"] = Field(
+        "causal_segment",
+        description="What routes a segment: the one before it (the paper), the first one of the instance, or nothing (expert 0 alone).",
+    )
+    lory_first_segment: Literal["stop_gradient", "uniform"] = Field(
+        "stop_gradient",
+        description="How the first segment is routed in training: by itself, detached (the paper), or by uniform weights.",
+    )
+    lory_router_init: float = Field(
+        0.1,
+        gt=0,
+        description="Standard deviation of the routers' random initial weights; 0.8 over the root of the width suits other widths.",
+    )
+    lory_rewarm_steps: int = Field(
+        60, ge=0, description="Steps of a second learning-rate warm-up after the switch to experts."
+    )
+    lory_moments: Literal["carry", "reset"] = Field(
+        "carry", description="AdamW's moments at the switch: carried over to the experts, scaled, or reset to zero."
+    )
+
+
+class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
+    """Settings of pre-training."""
+
+    dense_start: str = Field(
+        "",
+        description="Dense LLaMA checkpoint to start from instead of a warm-up from scratch: a folder, a .gguf file or a name on the "
+        "hub. Its tokenizer is used; model settings have no effect. Empty: train one.",
+    )
+    pretrain_baselines: list[Literal["prefix", "expert_choice", "top_k", "random"]] = Field(
+        [],
+        description="Models to train beside Lory and its dense twin, in the same steps: prefix (Lory routed once, by the first "
+        "segment), expert_choice and top_k (token-level mixtures of equal active size), random (Lory and twin on "
+        "instances of documents in random order).",
+    )
+    baseline_top_k: int = Field(
+        2, ge=1, description="Experts of a token in the top_k baseline, each 1/k of a network wide."
+    )
+    training_compiled: bool = Field(
+        False,
+        description="Compile the layers with torch.compile: minutes at the start, the same results; only for long trainings on GPUs.",
+    )
+    pretrain_steps: int = Field(
+        700, ge=2, description="Training steps of the dense and of the Lory model, warm-up included."
+    )
+    pretrain_batch: int = Field(4, ge=1, description="Instances in a batch, over all workers.")
+    pretrain_learning_rate: float = Field(
+        4e-3, gt=0, description="Peak learning rate of pre-training (cosine schedule)."
+    )
+    pretrain_warmup_steps: int = Field(40, ge=0, description="Steps of linear learning-rate warm-up.")
+    dense_warmup: float = Field(
+        0.05, gt=0, lt=1, description="Part of the steps that train the dense model before its networks become experts."
+    )
+
+    def check_shape(self) -> None:
+        """Raises EclectusError when width, heads and workers do not fit each other."""
+        fixed = self.dense_start or self.model_preset != "custom"
+        if not fixed and (self.model_width % self.model_heads or self.model_heads % self.model_key_value_heads):
+            raise EclectusError(
+                f"model_width {self.model_width}, model_heads {self.model_heads} and model_key_value_heads "
+                f"{self.model_key_value_heads} do not fit: each must be a multiple of the next"
+            )
+        if self.training_workers and self.pretrain_batch % self.training_workers:
+            raise EclectusError(
+                f"pretrain_batch {self.pretrain_batch} cannot be shared by training_workers {self.training_workers}; make it a multiple"
+            )
+
+    @property
+    def switch_step(self) -> int:
+        """The step at which the dense warm-up ends; 0 where a checkpoint takes its place."""
+        return (
+            0
+            if self.dense_start
+            else min(self.pretrain_steps - 1, max(1, round(self.dense_warmup * self.pretrain_steps)))
+        )
+
+
+class PretrainStageSettings(PretrainSettings):
+    """One stage of pre-training, as a step sees it."""
+
+    pretrain_stage: Literal["warmup", "dense", "lory", "expert_choice", "top_k"] = Field(
+        description="Which stage: dense warm-up, dense twin, Lory or a baseline."
+    )
+
+    @property
+    def routed(self) -> bool:
+        """Whether the stage trains routers over merged experts."""
+        return self.pretrain_stage == "lory" and self.lory_experts > 1 and self.lory_routing != "dense"
+
+    def key_values(self) -> dict[str, Any]:
+        """Dense stages do not depend on Lory's settings: a change of those leaves the twin as it is."""
+        # Which baselines there are changes no stage; which checkpoint it starts from is an input.
+        values = {k: v for k, v in super().key_values().items() if k != "pretrain_baselines"}
+        values["dense_start"] = bool(self.dense_start)
+        if self.pretrain_stage in ("warmup", "dense"):
+            values = {k: v for k, v in values.items() if k not in LorySettings.model_fields}
+        if self.pretrain_stage != "top_k":
+            values.pop("baseline_top_k")
+        return values
+
+
+@step(makes="checkpoint", version=2)
+def pretrain(
+    instances: Artifact, tokenizer: Artifact, settings: PretrainStageSettings, out: Draft, start: Artifact | None = None
+) -> None:
+    """Trains one stage. start: the dense checkpoint that all stages but `warmup` start from."""
+    if (settings.pretrain_stage == "warmup") != (start is None):
+        raise EclectusError(
+            f"stage '{settings.pretrain_stage}' of pre-training starts from the dense warm-up, and only that from nothing"
+        )
+    settings.check_shape()
+    length = json.loads(instances.file("instances.json").read_text())["length"]
+    if settings.routed and settings.lory_segment >= length:
+        raise EclectusError(
+            f"lory_segment {settings.lory_segment} leaves no second segment in instances of {length} tokens, so no router would "
+            "ever learn; lower it, or raise instance_tokens"
+        )
+    if settings.dense_start:
+        _check_dense_start(start, length)
+    with workplace("pretrain", instances, tokenizer, start, settings.key_values()) as work:
+        out.statistics = run_training(
+            settings,
+            train_stage,
+            {
+                "instances": instances.path,
+                "tokenizer": tokenizer.path,
+                "settings": settings.model_dump(),
+                "start": start.path if start else None,
+                "moments": None if settings.dense_start else initial_moments(start),
+                "work": str(work),
+                "out": str(out.path),
+            },
+            what=f"training {settings.pretrain_stage.replace('_', '-')}",
+        )
+
+
+def _check_dense_start(start: Artifact, length: int) -> None:
+    """Raises EclectusError for a checkpoint whose networks cannot become experts, or whose positions do not suffice."""
+    config = json.loads(start.file("config.json").read_text())
+    if config.get("model_type") != "llama" or config.get("mlp_bias") or config.get("hidden_act", "silu") != "silu":
+        raise EclectusError(
+            f"dense_start is a {config.get('model_type')} with hidden_act {config.get('hidden_act')}; Lory starts from LLaMA-shaped "
+            "checkpoints (model_type llama, silu, no mlp_bias)"
+        )
+    if length > config.get("max_position_embeddings", length):
+        raise EclectusError(
+            f"instance_tokens {length} is more than dense_start's {config['max_position_embeddings']} positions; lower it"
+        )
+
+
+def train_stage(
+    place: Any,
+    tell: Any,
+    instances: str,
+    tokenizer: str,
+    settings: dict[str, Any],
+    start: str | None,
+    moments: str | None,
+    work: str,
+    out: str,
+) -> dict[str, Any]:
+    """Runs on every training worker; rank 0 writes the checkpoint into `out` and returns its statistics."""
+    from eclectus.models.pretraining.checkpoint import load_moments_file, save_model
+    from eclectus.models.pretraining.routing_profiles import routing_profiles, write_profiles
+    from eclectus.models.pretraining.stages import make_causal
+    from eclectus.models.training.instances import Instances
+    from eclectus.models.training.loop import train
+    from eclectus.tasks.packing.tokenizer import load_tokenizer
+
+    chosen = PretrainStageSettings(**settings)
+    data, tokens = Instances(instances), load_tokenizer(tokenizer)
+    stage, switch = chosen.pretrain_stage, chosen.switch_step
+    dense, before = _dense(start, chosen, data, tokens), load_moments_file(moments)
+    model, state, objective = _model_of_stage(chosen, dense, before, data.domains)
+    del dense, before
+    rewarmed = stage not in ("warmup", "dense") and switch and chosen.lory_rewarm_steps
+    plan = chosen.plan(
+        start=0 if stage == "warmup" else switch,
+        stop=switch if stage == "warmup" else chosen.pretrain_steps,
+        total=chosen.pretrain_steps,
+        batch=chosen.pretrain_batch,
+        learning_rate=chosen.pretrain_learning_rate,
+        warmup=chosen.pretrain_warmup_steps,
+        rewarm=(switch, chosen.lory_rewarm_steps) if rewarmed else None,
+        compiled=chosen.training_compiled,
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    after = train(model, data, objective, plan, place, Path(work), tell, state)
+    profiles = None
+    if stage == "expert_choice":
+        make_causal(model, data, plan, place)
+    elif chosen.routed:
+        profiles = routing_profiles(model, data, chosen.micro_batch, place)
+    save_model(model, tokens, Path(out), after if stage == "warmup" else None, MOMENTS, place)
+    if profiles and place.leads:
+        write_profiles(Path(out), profiles)
+    return {
+        "model": type(model).__name__,
+        "parameters": parameters,
+        "steps": plan.stop,
+        "tokens": plan.stop * plan.batch * data.length,
+        "epochs": round(plan.stop * plan.batch / len(data), 3),
+    }
+
+
+def _dense(start: str | None, settings: PretrainStageSettings, data: Any, tokenizer: Any) -> Any:
+    """The dense model that the stage starts from."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from eclectus.models.lory.config import PRESETS
+
+    if start is not None:
+        return LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+    shape = {
+        "hidden_size": settings.model_width,
+        "intermediate_size": settings.model_feed_forward,
+        "num_hidden_layers": settings.model_layers,
+        "num_attention_heads": settings.model_heads,
+        "num_key_value_heads": settings.model_key_value_heads,
+        "tie_word_embeddings": settings.model_tied_embeddings,
+    }
+    if settings.model_preset != "custom":
+        preset = PRESETS[settings.model_preset]
+        shape = {name: preset[name] for name in shape if name in preset}
+    torch.manual_seed(settings.seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=data.length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **shape,
+        )
+    )
+
+
+def _model_of_stage(
+    settings: PretrainStageSettings, dense: Any, moments: dict[str, Any], domains: list[str]
+) -> tuple[Any, dict[str, Any], Any]:
+    """(model, AdamW's moments for it, objective) out of the dense model and its moments."""
+    from eclectus.models.pretraining import stages
+    from eclectus.models.training import objectives
+
+    stage = settings.pretrain_stage
+    if stage in ("warmup", "dense"):
+        return dense, moments, objectives.next_token(domains)
+    moments = moments if settings.lory_moments == "carry" else {}
+    experts = settings.lory_experts
+    if stage == "expert_choice":
+        return stages.expert_choice_from_dense(dense, moments, domains, experts, settings.seed)
+    if stage == "top_k":
+        try:
+            return stages.top_k_of_dense(dense, moments, domains, experts, settings.baseline_top_k, settings.seed)
+        except ValueError as error:
+            raise EclectusError(f"baseline_top_k: {error}") from error
+    return stages.lory_from_dense(
+        dense,
+        moments,
+        domains,
+        experts,
+        segment_length=settings.lory_segment,
+        routing=settings.lory_routing,
+        first_segment=settings.lory_first_segment,
+        router_initializer_range=settings.lory_router_init,
+        seed=settings.seed,
+    )

@@ -1,0 +1,167 @@
+"""What all training steps share: the plan's settings, where training runs, and how it speaks while it runs.
+
+Training runs on the run's Ray Train workers (`eclectus.tasks.training.workers`) or, with `training_workers = 0`, in this process. Both call
+the same function with a `Place`. Unfinished training lies under the home's `work/`, named by the step's key, so that the
+next run of the same step goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from eclectus.storage.artifact import Artifact
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.run import current_run, metric, progress, say
+from eclectus.tasks.settings import Place, Settings
+from eclectus.tasks.training.workers import TrainWorkers
+
+if TYPE_CHECKING:
+    from eclectus.models.training.loop import Plan
+
+MOMENTS = "moments.safetensors"
+
+
+class WorkerSettings(Settings):
+    """Where a run trains and evaluates: how many workers, on what, placed how, and what becomes of those that die."""
+
+    training_workers: int = Field(
+        2,
+        ge=0,
+        description="Ray Train workers that share each batch; 0 trains in the calling process, without Ray.",
+    )
+    training_gpus: bool = Place(
+        False, description="Give every training worker a GPU (bf16, NCCL) instead of computing on CPU cores."
+    )
+    training_worker_cpus: float = Place(
+        1.0, gt=0, description="CPU cores that Ray sets aside for each training worker; no node gets more than it has."
+    )
+    training_placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Place(
+        "PACK",
+        description="Training workers on as few Ray nodes as possible (PACK) or on as many (SPREAD); STRICT waits until it can be kept.",
+    )
+    training_restarts: int = Place(
+        3,
+        ge=0,
+        description="How often the training workers of a run are started again, from their last checkpoint, when one dies.",
+    )
+
+
+class TrainingSettings(WorkerSettings):
+    """Settings that every training stage of a run shares."""
+
+    training_sharded: bool = Field(
+        False,
+        description="Share out weights and optimizer state over the training workers (FSDP2) instead of copying them to each (DDP).",
+    )
+    training_recompute: bool = Place(
+        False,
+        description="Compute a layer's activations again in the backward pass instead of keeping them (gradient checkpointing): "
+        "less memory, about a third more time, the same results.",
+    )
+    micro_batch: int = Field(4, ge=1, description="Instances that a worker computes at once; more cost memory.")
+    weight_decay: float = Field(
+        0.1, ge=0, description="AdamW's weight decay, on matrices only (not embeddings, not norms)."
+    )
+    gradient_clip: float = Field(
+        1.0, gt=0, description="Largest norm of the gradient; a larger one is scaled down to it."
+    )
+    learning_rate_floor: float = Field(0.1, ge=0, le=1, description="Final learning rate, as a part of the peak one.")
+    checkpoint_every: int = Place(
+        100, ge=1, description="Training steps between checkpoints to go on from after a crash."
+    )
+    log_every: int = Place(10, ge=1, description="Training steps between rows in the metrics.")
+    seed: int = Field(0, description="Seed of everything random.")
+
+    def plan(self, **stage: Any) -> Plan:
+        """The plan of one stage: these settings and what is the stage's own (start, stop, total, batch, learning_rate, warmup)."""
+        from eclectus.models.training.loop import Plan
+
+        return Plan(
+            micro_batch=self.micro_batch,
+            sharded=self.training_sharded,
+            recomputed=self.training_recompute,
+            weight_decay=self.weight_decay,
+            clip=self.gradient_clip,
+            floor=self.learning_rate_floor,
+            checkpoint_every=self.checkpoint_every,
+            log_every=self.log_every,
+            seed=self.seed,
+            **stage,
+        )
+
+
+def run_training(settings: WorkerSettings, call: Callable[..., Any], arguments: dict[str, Any], what: str) -> Any:
+    """Calls f(place, tell, **arguments) on every worker and returns what rank 0 returned.
+
+    call: a function at the top level of a module. what: the words that progress is shown under.
+    """
+    tell_progress = None
+
+    def heard(kind: str, values: dict[str, Any]) -> None:
+        nonlocal tell_progress
+        if kind == "metrics":
+            for name, value in values["values"].items():
+                measure, _, domain = name.partition("/")
+                metric(measure, value, values["step"], **({"domain": domain} if domain else {}))
+        elif kind == "progress":
+            tell_progress = tell_progress or progress(values["total"], what, "steps")
+            tell_progress(values["done"])
+        elif kind == "damaged":
+            metric("damaged_checkpoints", 1, values["step"])
+            say("warning", values["text"])
+
+    if settings.training_workers == 0:
+        from eclectus.models.training.loop import TrainingFailed
+        from eclectus.models.training.process import Place as ProcessPlace
+
+        try:
+            return call(ProcessPlace.current(), lambda kind, **values: heard(kind, values), **arguments)
+        except TrainingFailed as error:
+            raise EclectusError(str(error)) from error
+    return _workers(settings).do(call, arguments, heard)
+
+
+def _workers(settings: WorkerSettings) -> TrainWorkers:
+    """The run's group of workers, started by its first training step and closed with the run."""
+    run, chosen = current_run(), WorkerSettings.of(settings)
+    return run.keep(
+        f"train workers {chosen.model_dump_json()}",
+        lambda: TrainWorkers(
+            chosen.training_workers,
+            chosen.training_gpus,
+            run.home.work / "ray",
+            restarts=chosen.training_restarts,
+            cpus=chosen.training_worker_cpus,
+            placement=chosen.training_placement,
+        ),
+    )
+
+
+@contextmanager
+def workplace(*parts: Any) -> Iterator[Path]:
+    """A directory for unfinished training that is named by what decides its result; removed when the block ends well."""
+    run = current_run()
+    if run is None:
+        with tempfile.TemporaryDirectory(prefix="training-") as place:
+            yield Path(place)
+        return
+    content = [part.digest if isinstance(part, Artifact) else part for part in parts]
+    name = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    place = run.home.work / name
+    place.mkdir(parents=True, exist_ok=True)
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def initial_moments(start: Artifact | None) -> str | None:
+    """The path of a checkpoint's AdamW moments, if it kept them."""
+    return str(start.file(MOMENTS)) if start is not None and start.file(MOMENTS).is_file() else None

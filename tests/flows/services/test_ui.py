@@ -1,0 +1,358 @@
+"""The factory as a person uses it: `eclectus up`, the deployment's form, a run that is watched and cancelled, one that ends, `down`.
+
+A real server, worker and Ray, and real mouse and keys in headless Chromium; 7 minutes on two cores at load 7. Every page that a person
+would look at is kept as a picture, 1440 and here and there 390 pixels wide: in $ECLECTUS_SCREENSHOTS if that names a folder, else under
+pytest's temporary folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from eclectus.flows.parameters import PARAMETERS
+from eclectus.flows.services.background import free_port
+from eclectus.storage.home import Home
+from eclectus.storage.lineage.connection import query
+from tests.support.browser import BROWSER, Browser
+from tests.support.small_world import LENGTH, make_world, texts
+
+ROOT = Path(__file__).parents[3]
+# A busy machine may take long; a broken page is known by the picture that is taken then.
+PATIENCE = 300
+CANCELLED_WITHIN = 30
+# Ray Train's coordinator is one for the whole cluster and outlives runs by design; it ends with `down`.
+OF_THE_CLUSTER = ("ray::_AutoscalingCoordinatorActor",)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(BROWSER is None, reason="there is no Chromium"),
+]
+
+# The form's fields: label, help, and what is in the field as a list of words.
+FIELDS = """[...document.querySelectorAll('label')].map(label => {
+  let box = label;
+  while (box && !box.querySelector('fieldset')) box = box.parentElement;
+  if (!box || [...box.querySelectorAll('label')].filter(each => each.innerText.trim()).length != 1) return null;
+  const toggle = box.querySelector('[role=switch]'), choice = box.querySelector('select');
+  const values = toggle ? [toggle.getAttribute('aria-checked')]
+    : choice ? [...choice.selectedOptions].map(each => each.value)
+    : [...box.querySelectorAll('textarea, input')].map(each => each.value);
+  return {label: label.innerText.trim().replace(' (Optional)', ''), box, values, help: box.querySelector('article')?.innerText.trim()};
+}).filter(Boolean)"""
+SHOWN = f"{FIELDS}.map(field => [field.label, field.help, field.values])"
+
+PROGRESS = "document.body.innerText.match(/Progress: ([0-9.]+)/)?.[1]"
+TWO_FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
+
+def elements(kinds: str, text: str) -> str:
+    """Those of these kinds that have a line which is just this text."""
+    return (
+        f"[...document.querySelectorAll({json.dumps(kinds)})].filter(each => "
+        f"each.innerText.split('\\n').some(line => line.trim() == {json.dumps(text)}))"
+    )
+
+
+@dataclass
+class Person:
+    """Someone at a browser."""
+
+    browser: Browser
+    ui: str
+    pictures: Path
+
+    def goes_to(self, address: str, width: int = 1440) -> None:
+        self.browser.open(self.ui + address, width)
+
+    def clicks(self, kinds: str, text: str) -> None:
+        self._clicks(f"{elements(kinds, text)}[0]")
+
+    def opens_run(self, name: str) -> None:
+        """A list that is being filled may move under the mouse; the page that comes then lists the run too."""
+        there, end = "location.pathname.includes('/flow-run/')", time.monotonic() + PATIENCE
+        while not self.browser.evaluate(there):
+            assert time.monotonic() < end, f"the page of the run {name} never came"
+            self.clicks("a", name)
+            with contextlib.suppress(AssertionError):
+                self.browser.wait(there, 10)
+
+    def sees(self, *texts: str) -> None:
+        for text in texts:
+            self.waits(f"document.body.innerText.includes({json.dumps(text)})")
+
+    def waits(self, expression: str):
+        with self._picture_when_lost():
+            return self.browser.wait(expression, PATIENCE)
+
+    def chooses_tab(self, name: str, until: str) -> None:
+        """until: true when the tab shows what it should. A page that is still loading goes back to its first tab."""
+        chosen = "document.querySelector('[role=tabpanel]')?.getAttribute('aria-labelledby')"
+        end = time.monotonic() + PATIENCE
+        while not self.browser.evaluate(until):
+            if self.browser.evaluate(chosen) != name.lower().replace(" ", "-"):
+                self.clicks("[role=tablist] li", name)
+            with self._picture_when_lost():
+                assert time.monotonic() < end, f"the page never came to: {until}"
+            time.sleep(0.1)
+
+    def opens_artifact(self, name: str) -> None:
+        """The list draws only what is in view, so its end is brought there until the artifact is drawn."""
+        card = elements(".flow-run-artifacts a", name)
+        bottom = "document.querySelector('.flow-run-artifacts')?.lastElementChild"
+        self.chooses_tab("Artifacts", f"{card}.length || ({bottom}?.scrollIntoView({{block: 'end'}}), false)")
+        self.clicks(".flow-run-artifacts a", name)
+
+    def names_the_run(self, name: str) -> None:
+        self._types(f"{elements('label', 'Run Name')}[0]?.parentElement.parentElement.querySelector('input')", name)
+
+    def fills(self, label: str, value: str) -> None:
+        field = f"{FIELDS}.find(field => field.label == {json.dumps(label)})"
+        self._types(f"{field}?.box.querySelector('textarea, input')", value)
+
+    def _types(self, element: str, value: str) -> None:
+        """Replaces what is in a field."""
+        self._clicks(element)
+        self.browser.press("a", 65, modifiers=2, commands=["selectAll"])
+        self.browser.type(value)
+        self.waits(f"{element}.value == {json.dumps(value)}")
+
+    def strikes_out(self, label: str, value: str) -> None:
+        """Removes one item of a list."""
+        field = f"{FIELDS}.find(field => field.label == {json.dumps(label)})"
+        item = f"[...{field}.box.querySelectorAll('textarea')].find(each => each.value == {json.dumps(value)})"
+        self._clicks(f"{item}.parentElement.parentElement.querySelector('button')")
+        self.waits(f"!{field}.values.includes({json.dumps(value)})")
+
+    def keeps_picture(self, name: str) -> None:
+        """Of what is in view, when it has been drawn."""
+        self.browser.call("Runtime.evaluate", expression=TWO_FRAMES, awaitPromise=True)
+        self.browser.screenshot(self.pictures / f"{name}.png")
+
+    def _clicks(self, element: str) -> None:
+        with self._picture_when_lost():
+            self.browser.click(element, PATIENCE)
+
+    @contextlib.contextmanager
+    def _picture_when_lost(self):
+        try:
+            yield
+        except AssertionError:
+            self.keeps_picture("lost")
+            raise
+
+
+@dataclass
+class Factory:
+    home: Path
+    printed: str
+    notes: dict
+    sources: Path
+    base: str
+
+    def processes(self) -> dict[int, str]:
+        """Command lines of all processes that have this home in their environment, whoever their parents are."""
+        found = {}
+        for each in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if each.environ().get("ECLECTUS_HOME") == str(self.home) and each.status() != psutil.STATUS_ZOMBIE:
+                    found[each.pid] = " ".join(each.cmdline())
+        return found
+
+    def runs(self) -> list[tuple[str, str]]:
+        """(flow, state) of the runs in the books, oldest first."""
+        return query("select flow, state from runs order by started", Home.open(self.home))[1]
+
+
+def eclectus(home: Path, *words: str) -> str:
+    foreign = ("PREFECT_", "RAY_", "ECLECTUS_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    # Beside other work, workers that are as nice as Ray makes them (15) would hardly ever come up.
+    environment |= {"ECLECTUS_HOME": str(home), "RAY_worker_niceness": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "eclectus", *words], cwd=ROOT, env=environment,
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{words} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def factory(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("factory")
+    world = make_world(folder / "world")
+    sources = folder / "documents.jsonl"
+    sources.write_text("\n".join(json.dumps(row) for row in texts()))
+    home = folder / "home"
+    try:
+        printed = eclectus(home, "up")
+        notes = json.loads((home / "prefect" / "services.json").read_text())
+        yield Factory(home, printed, notes, sources, world.models["dense"].path)
+    finally:
+        eclectus(home, "down")
+
+
+@pytest.fixture(scope="module")
+def person(factory, tmp_path_factory):
+    kept = os.environ.get("ECLECTUS_SCREENSHOTS")
+    pictures = Path(kept) if kept else tmp_path_factory.mktemp("screenshots")
+    pictures.mkdir(parents=True, exist_ok=True)
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield Person(browser, factory.notes["ui"], pictures)
+    browser.close()
+
+
+def test_up_prints_one_line_with_the_address_where_all_deployments_are(factory, person):
+    (line,) = factory.printed.splitlines()
+    assert f"{person.ui} " in line
+    person.goes_to("/deployments")
+    person.sees("6 Deployments")
+    for name in ("main", "curate", "pretrain", "extend", "evaluate", "retrain"):
+        person.waits(f"{elements('a', name)}.length >= 1")
+    person.keeps_picture("1-deployments")
+    person.goes_to("/deployments", width=390)
+    person.sees("6 Deployments")
+    person.keeps_picture("1-deployments-390")
+
+
+def test_every_field_of_the_form_explains_itself_and_has_a_working_default(person):
+    model = PARAMETERS["extend"]
+    opens_the_form(person)
+    shown = person.browser.evaluate(SHOWN)
+    assert [label for label, _, _ in shown] == [name.replace("_", " ").title() for name in model.in_order()]
+    assert [label for label, _, _ in shown][:2] == ["Sources", "Base Model"]
+    for name, (_, explained, values) in zip(model.in_order(), shown, strict=True):
+        field = model.model_fields[name]
+        assert explained == field.description
+        default = ["data/corpus"] if name == "sources" else field.default
+        if isinstance(default, bool):
+            assert values == [str(default).lower()], name
+        elif isinstance(default, int | float):
+            assert [float(value) for value in values] == [default], name
+        else:
+            assert values == (default if isinstance(default, list) else [default]), name
+    person.keeps_picture("2-form")
+
+
+def test_a_run_is_watched_and_cancelled_with_all_its_processes_within_30_seconds(factory, person):
+    before = factory.processes()
+    opens_the_form(person)
+    person.names_the_run("Long")
+    person.fills("Sources", str(factory.sources))
+    person.fills("Base Model", factory.base)
+    for language in ("hu", "tr"):
+        person.strikes_out("Expanded Languages", language)
+    person.fills("Post Pretrain Steps", "60000")
+    person.fills("Review Steps", "20")
+    person.fills("Log Every", "2")
+    person.fills("Instance Tokens", str(LENGTH))
+    person.keeps_picture("3-filled-in")
+    person.clicks("button", "Submit")
+    person.opens_run("Long")
+    person.chooses_tab("Task Runs", f"{elements('a', 'train stage 1')}.length")
+    person.sees("fetch", "upcycle")
+    person.keeps_picture("4-steps")
+    page = person.browser.evaluate("location.pathname")
+    person.opens_artifact("train-stage-1-progress")
+    first = float(person.waits(PROGRESS))
+    # Prefect's page of an artifact does not renew itself; the ring in the run's graph does.
+    end = time.monotonic() + PATIENCE
+    while (later := float(person.waits(PROGRESS))) <= first:
+        assert time.monotonic() < end, f"the progress stays at {first}"
+        person.browser.call("Page.reload")
+    assert later < 100
+    person.keeps_picture("5-progress")
+
+    person.goes_to(page, width=390)
+    person.waits(f"{elements('header', 'Running')}.length && {elements('header a', 'extend')}.length")
+    person.keeps_picture("4-steps-390")
+    person.goes_to(page)
+    person.waits(f"{elements('header', 'Running')}.length")
+    assert any("ray::" in words for words in orphans(factory, before).values())
+    person.clicks("header button", "Cancel")
+    person.keeps_picture("6-cancel")
+    person.clicks(".p-modal button", "Confirm")
+    clicked = time.monotonic()
+    while left := orphans(factory, before):
+        assert time.monotonic() < clicked + CANCELLED_WITHIN, left
+        time.sleep(0.1)
+    print(f"nothing of the run lives {time.monotonic() - clicked:.1f} s after the click")
+    person.waits(f"{elements('header', 'Cancelled')}.length")
+    person.keeps_picture("7-cancelled")
+    assert factory.runs() == [("extend", "cancelled")]
+
+
+def test_a_copy_of_it_with_fewer_steps_goes_on_and_ends_with_tables_pictures_and_a_report_that_opens(factory, person):
+    person.goes_to("/runs")
+    person.opens_run("Long")
+    person.waits(f"{elements('header', 'Cancelled')}.length")
+    person.clicks("header .p-icon-button-menu button", "")
+    person.clicks("button, a", "Copy to new run")
+    waits_for_the_form(person)
+    person.waits(f"{FIELDS}[1].values[0] == {json.dumps(factory.base)}")
+    person.names_the_run("Short")
+    person.fills("Post Pretrain Steps", "30")
+    person.clicks("button", "Submit")
+    person.opens_run("Short")
+    person.waits(f"{elements('header', 'Completed')}.length")
+    page = person.browser.evaluate("location.pathname")
+
+    person.chooses_tab("Artifacts", f"{elements('a', 'ray-dashboard')}.length")
+    person.keeps_picture("8-artifacts")
+    person.opens_artifact("steps")
+    person.sees("17 Items", "reused", "train stage 1")
+    person.keeps_picture("9-table")
+    person.goes_to(page)
+    person.opens_artifact("train-stage-1-loss")
+    person.waits("document.querySelector('main img, .artifact-data-image img')?.naturalWidth > 300")
+    person.keeps_picture("10-picture")
+    person.goes_to(page)
+    person.opens_artifact("open-data-report")
+    person.waits(f"{elements('a', 'open data_report')}.length")
+    # The browser would open another tab, which this one does not see.
+    person.browser.evaluate(f"{elements('a', 'open data_report')}[0].removeAttribute('target')")
+    person.clicks("a", "open data_report")
+    person.sees(f"{len(texts())} records read")
+    assert person.browser.evaluate("location.pathname").endswith("/data.html")
+    person.keeps_picture("11-report")
+    assert factory.runs() == [("extend", "cancelled"), ("extend", "completed")]
+
+
+def test_down_leaves_no_process_and_frees_the_port(factory, person):
+    assert factory.processes()
+    assert "the Prefect server" in eclectus(factory.home, "down")
+    assert factory.processes() == {}
+    port = int(person.ui.rpartition(":")[2])
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+    assert free_port(port) == port
+    assert not Path(factory.notes["ray"]).exists()
+
+
+def orphans(factory, before):
+    """What runs now and did not run before, but for what belongs to the cluster."""
+    now = factory.processes()
+    return {pid: words for pid, words in now.items() if pid not in before and not words.startswith(OF_THE_CLUSTER)}
+
+
+def opens_the_form(person):
+    person.goes_to("/deployments")
+    person.clicks("a", "extend")
+    person.clicks("button", "Run")
+    person.clicks("a, button", "Custom run")
+    waits_for_the_form(person)
+
+
+def waits_for_the_form(person):
+    """It is drawn piece by piece."""
+    person.waits(f"{FIELDS}.length >= {len(PARAMETERS['extend'].model_fields)}")

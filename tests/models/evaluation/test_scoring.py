@@ -1,0 +1,169 @@
+"""Scoring: every token once, no look-ahead in what counts, the same sums in one process and in two."""
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from eclectus.models import LoryConfig, LoryForCausalLM
+from eclectus.models.evaluation import scoring as evaluation
+from eclectus.models.evaluation.scoring import NO_DOCUMENT, NotFinite, Windows, generate, plan_windows, score
+from eclectus.models.training.process import Place
+
+LENGTH, CONTEXT, VOCABULARY = 32, 8, 61
+PROMPTS = [[1, 2, 3], [4], [5, 6]]
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LENGTH,
+    "initializer_range": 0.3,
+}
+
+
+def make_model(kind):
+    torch.manual_seed(1)
+    if kind == "dense":
+        return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    if kind == "lory":
+        config = LoryConfig(**SHAPE, num_experts=3, segment_length=CONTEXT, router_initializer_range=1.0)
+        return LoryForCausalLM(config).eval()
+    return MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)).eval()
+
+
+def make_windows(lengths=(100, 5, 41), seed=0):
+    """Streams of random tokens; every stream is one document, with an end-of-document token at its end."""
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(0, VOCABULARY, sum(lengths)).astype(np.uint32)
+    owners = np.repeat(np.arange(len(lengths)), lengths)
+    owners[np.cumsum(lengths) - 1] = NO_DOCUMENT
+    table = plan_windows(list(lengths), LENGTH, CONTEXT)
+    return Windows(tokens, owners, table, CONTEXT, LENGTH, np.full(len(lengths), 2.0))
+
+
+def add_up(model, windows, place=None, batch=4):
+    return score(model, windows, len(windows.bytes_a_token), place or Place(), batch, lambda done, total: None)
+
+
+@pytest.mark.parametrize("lengths", [[0], [8], [9], [32], [33], [100, 5, 41], [31, 57, 1000]])
+def test_every_token_past_the_context_of_its_stream_is_scored_in_exactly_one_window(lengths):
+    counts = np.zeros(sum(lengths), int)
+    for start, length, fresh, stream in plan_windows(lengths, LENGTH, CONTEXT):
+        begin = sum(lengths[:stream])
+        assert begin <= start and start + length <= begin + lengths[stream]
+        assert CONTEXT < length <= LENGTH
+        assert fresh == (0 if start == begin else CONTEXT)
+        counts[start + CONTEXT : start + length] += 1
+    expected = np.concatenate([np.arange(length) >= CONTEXT for length in lengths]).astype(int)
+    assert (counts == expected).all()
+
+
+def test_a_context_that_leaves_nothing_to_score_is_refused():
+    with pytest.raises(ValueError, match="context must be 1 to 7"):
+        plan_windows([100], 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["dense", "lory", "moe"])
+def test_no_scored_token_depends_on_what_comes_after_it(kind):
+    """The tokens before a place score the same however the stream goes on, and if it ends there."""
+    model, tokens = make_model(kind), make_windows((60,)).tokens
+    other = (tokens + np.where(np.arange(60) < 45, 0, 1)) % VOCABULARY
+    owners = np.where(np.arange(60) < 45, 0, NO_DOCUMENT)
+    bits = [
+        add_up(
+            model,
+            Windows(each, owners, plan_windows([len(each)], LENGTH, CONTEXT), CONTEXT, LENGTH, np.ones(1)),
+        ).bits[0]
+        for each in (tokens, other, tokens[:45])
+    ]
+    assert bits[1] == pytest.approx(bits[0], rel=1e-6)
+    assert bits[2] == pytest.approx(bits[0], rel=1e-6)
+
+
+def test_the_first_segment_of_lory_does_look_ahead_and_therefore_counts_in_no_score():
+    model, windows = make_model("lory"), make_windows((60,))
+    changed = Windows(
+        np.where(np.arange(60) == CONTEXT - 1, 0, windows.tokens), *[getattr(windows, n) for n in
+        ("documents", "table", "context", "length", "bytes_a_token")]
+    )  # fmt: skip
+    first = [add_up(model, each).positions[0, 0, 0] for each in (windows, changed)]
+    assert first[0] != pytest.approx(first[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["dense", "lory", "moe"])
+def test_batches_of_any_size_give_the_same_sums(kind):
+    model, windows = make_model(kind), make_windows()
+    one, many = (add_up(model, windows, batch=batch) for batch in (1, 16))
+    np.testing.assert_allclose(many.bits, one.bits, rtol=1e-6)
+    np.testing.assert_allclose(many.positions, one.positions, rtol=1e-5)
+    for left, right in zip(one.shares + one.chosen, many.shares + many.chosen, strict=True):
+        np.testing.assert_allclose(right, left, rtol=1e-5)
+
+
+def test_routing_is_counted_once_for_each_token_and_once_for_each_whole_segment():
+    windows = make_windows((100, 5, 41))
+    assert add_up(make_model("moe"), windows).routed.tolist() == [100, 0, 41]
+    assert add_up(make_model("lory"), windows).routed.tolist() == [100 // CONTEXT, 0, 41 // CONTEXT]
+    assert add_up(make_model("dense"), windows).routed.tolist() == [0, 0, 0]
+
+
+def work(rank, world, init, out):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
+    place, model = Place(rank, world), make_model("moe")
+    # The second stream is one window, so that the second process has nothing to do and must still end with the sums.
+    sums = [add_up(model, make_windows(lengths), place, 2) for lengths in ((70, 3), (30,))]
+    written = generate(model, PROMPTS, 4, 0.0, 0, 0, place)
+    if rank == 1:
+        for number, each in enumerate(sums):
+            np.savez(f"{out}/{number}.npz", bits=each.bits, tokens=each.tokens, shares=each.shares)
+        np.save(f"{out}/written.npy", np.array([len(ids) for ids, _ in written]))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_sums_of_one_on_both_of_them(tmp_path):
+    mp.spawn(work, (2, tmp_path / "init", str(tmp_path)), nprocs=2)
+    model = make_model("moe")
+    for number, lengths in enumerate(((70, 3), (30,))):
+        one, two = add_up(model, make_windows(lengths)), np.load(tmp_path / f"{number}.npz")
+        for name in ("bits", "tokens", "shares"):
+            np.testing.assert_allclose(two[name], getattr(one, name), rtol=1e-6)
+    alone = generate(model, PROMPTS, 4, 0.0, 0, 0, Place())
+    assert np.load(tmp_path / "written.npy").tolist() == [len(ids) for ids, _ in alone]
+
+
+@pytest.mark.parametrize("kind", ["dense", "lory", "moe"])
+def test_scoring_that_was_cut_off_goes_on_to_the_same_sums(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "KEEP_EVERY", 1)
+    model, windows = make_model(kind), make_windows()
+    whole = add_up(model, windows, batch=1)
+    told = []
+
+    def die(done, total):
+        told.append(done)
+        if len(told) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(model, windows, len(windows.bytes_a_token), Place(), 1, die, tmp_path)
+    again = score(
+        model, windows, len(windows.bytes_a_token), Place(), 1, lambda done, total: told.append(done), tmp_path
+    )
+    assert told[3] == 4  # three windows were not scored again
+    for name in ("bits", "tokens", "positions", "routed"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
+    for left, right in zip(again.shares + again.chosen, whole.shares + whole.chosen, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_a_probability_that_is_no_number_is_an_error_with_the_document():
+    model = make_model("dense")
+    with torch.no_grad():
+        model.lm_head.weight[:] = float("nan")
+    with pytest.raises(NotFinite) as error:
+        add_up(model, make_windows())
+    assert error.value.document == 0

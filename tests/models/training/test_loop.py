@@ -1,0 +1,329 @@
+"""The training loop: resuming is exact, what is not finite stops it, and shared or accumulated batches are the same batch."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM
+from eclectus.models.pretraining.checkpoint import duplicated_moments
+from eclectus.models.training.instances import Instances
+from eclectus.models.training.loop import TrainingFailed, train
+from eclectus.models.training.objectives import lory, next_token
+from eclectus.models.training.process import Place
+from tests.support.tiny_training import LENGTH, plan, tiny_dense, write_instances
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return Instances(write_instances(tmp_path / "instances"))
+
+
+def silent(kind, **values):
+    pass
+
+
+def trained(data, work, chosen=None, model=None, objective=None, tell=silent, moments=None):
+    model = model or tiny_dense()
+    after = train(model, data, objective or next_token(), chosen or plan(), Place(), work, tell, moments)
+    return model.state_dict(), after
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(step):
+    def tell(kind, **values):
+        if kind == "progress" and values["done"] == step:
+            raise Killed
+
+    return tell
+
+
+@pytest.mark.parametrize("step", range(1, 12))
+def test_a_run_stopped_at_any_step_ends_with_bit_identical_weights_and_moments(data, tmp_path, step):
+    weights, moments = trained(data, tmp_path / "undisturbed")
+    with pytest.raises(Killed):
+        trained(data, tmp_path / "work", tell=killed_at(step))
+    # Other initial weights: all that counts comes from the checkpoint, where there is one.
+    again, moments_again = trained(data, tmp_path / "work", model=tiny_dense(seed=0 if step <= 5 else 9))
+    assert same(weights, again)
+    assert same(moments, moments_again)
+
+
+def test_a_process_killed_without_warning_goes_on_bit_identically(data, tmp_path):
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from safetensors.torch import save_file
+        from tests.models.test_train import trained
+        from eclectus.models.training.instances import Instances
+        place, kill = Path(sys.argv[1]), int(sys.argv[2])
+        def tell(kind, **values):
+            if kind == "progress" and values["done"] == kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+        weights, _ = trained(Instances(place / "instances"), place / "work", tell=tell)
+        save_file(weights, place / "end.safetensors")
+        """
+    )
+    from safetensors.torch import load_file
+
+    def process(kill):
+        command = [sys.executable, "-c", script, str(tmp_path), str(kill)]
+        return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
+
+    assert process(8) == -signal.SIGKILL
+    assert json.loads((tmp_path / "work/latest/progress.json").read_text())["step"] == 5
+    assert process(0) == 0
+    weights, _ = trained(data, tmp_path / "undisturbed")
+    ended = load_file(tmp_path / "end.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in ended.items())
+
+
+def test_a_half_written_checkpoint_is_never_taken_for_whole(data, tmp_path):
+    weights, _ = trained(data, tmp_path / "undisturbed")
+    with pytest.raises(Killed):
+        trained(data, tmp_path / "work", tell=killed_at(7))
+    beside = tmp_path / "work/step-10"
+    beside.mkdir()
+    (beside / "trained.safetensors").write_bytes(b"half")
+    again, _ = trained(data, tmp_path / "work")
+    assert same(weights, again)
+
+
+@pytest.mark.parametrize("damage", ["cut", "turned", "gone", "not json"])
+def test_a_damaged_checkpoint_is_not_read_and_training_begins_again(data, tmp_path, damage):
+    weights, _ = trained(data, tmp_path / "undisturbed")
+    with pytest.raises(Killed):
+        trained(data, tmp_path / "work", tell=killed_at(7))
+    file = tmp_path / "work/latest/trained-00001-of-00001.safetensors"
+    content = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(content[:-10])
+    elif damage == "turned":
+        file.write_bytes(content[:-10] + bytes([content[-10] ^ 1]) + content[-9:])
+    elif damage == "gone":
+        file.unlink()
+    else:
+        (tmp_path / "work/latest/progress.json").write_text("{")
+    told = []
+    again, _ = trained(data, tmp_path / "work", tell=lambda kind, **values: told.append((kind, values)))
+    assert same(weights, again)
+    ((step, text),) = [(values["step"], values["text"]) for kind, values in told if kind == "damaged"]
+    assert step == 0 and re.search("is damaged.*begins again at step 0", text)
+
+
+def test_a_checkpoint_of_another_model_or_stage_is_refused(data, tmp_path):
+    with pytest.raises(Killed):
+        trained(data, tmp_path / "work", tell=killed_at(7))
+    other = LoryForCausalLM.from_dense(tiny_dense(), 2, LENGTH // 3)
+    with pytest.raises(ValueError, match=r"is of another model: it has .*mlp\.experts"):
+        trained(data, tmp_path / "work", model=other, objective=lory())
+    with pytest.raises(ValueError, match="is of a training that began at step 0, not 6"):
+        trained(data, tmp_path / "work", plan(start=6))
+
+
+class Spoiled:
+    """The objective, until `step` objectives have been computed; then NaN."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def __call__(self, model, batch):
+        loss, extra = next_token()(model, batch)
+        self.left -= 1
+        return loss * (float("nan") if self.left < 0 else 1.0), extra
+
+
+def test_a_loss_that_is_not_finite_names_step_and_batch_and_keeps_the_last_checkpoint(data, tmp_path):
+    rows = data.rows_of_step(7, 4, 0).tolist()
+    with pytest.raises(TrainingFailed) as failed:
+        trained(data, tmp_path / "work", objective=Spoiled(after=7 * 2))
+    assert f"not finite at training step 7 (instances {rows})" in str(failed.value)
+    assert "last good checkpoint is kept" in str(failed.value)
+    weights, _ = trained(data, tmp_path / "undisturbed")
+    again, _ = trained(data, tmp_path / "work")
+    assert same(weights, again)
+
+
+def test_accumulated_micro_batches_equal_one_large_batch_with_padding_and_all(data, tmp_path):
+    # Step 9 reads the last instance, which is half padding, and nine steps before it are whole.
+    chosen = dict(start=7, stop=11, checkpoint_every=99, batch=4)
+    assert data.batch(data.rows_of_step(9, 4, 0)).labels.min() < 0
+    whole, _ = trained(data, tmp_path / "a", plan(**chosen, micro_batch=4))
+    for size in (1, 2, 3):
+        parts, _ = trained(data, tmp_path / str(size), plan(**chosen, micro_batch=size))
+        for name in whole:
+            torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5, msg=f"{name} at {size}")
+
+
+def test_a_micro_batch_of_padding_alone_counts_for_nothing(tmp_path):
+    data = Instances(write_instances(tmp_path / "instances"))
+    data.spans = data.spans[:-1]
+    assert (data.batch(np.array([39])).labels == -100).all()
+    chosen = dict(start=9, stop=10, checkpoint_every=99)
+    parts, _ = trained(data, tmp_path / "a", plan(**chosen, micro_batch=1), objective=next_token(("a", "b")))
+    whole, _ = trained(data, tmp_path / "b", plan(**chosen, micro_batch=4))
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+DDP = """
+import sys
+from pathlib import Path
+from safetensors.torch import save_file
+from eclectus.models.training.instances import Instances
+from eclectus.models.training.process import Place
+from eclectus.models.training.objectives import next_token
+from eclectus.models.training.loop import train
+from tests.models.training import plan, tiny_dense
+place = Path(sys.argv[1])
+model, here, told = tiny_dense(), Place.current(), []
+train(model, Instances(place / "instances"), next_token(("a", "b")), plan(stop=6, micro_batch=1), here, place / "work",
+      lambda kind, **values: told.append((kind, values)))
+if here.leads:
+    import json
+    save_file(model.state_dict(), place / "ddp.safetensors")
+    (place / "told.json").write_text(json.dumps([v["values"] for k, v in told if k == "metrics"]))
+"""
+
+
+def test_two_processes_equal_one(data, tmp_path):
+    from safetensors.torch import load_file
+
+    told = []
+    weights, _ = trained(
+        data,
+        tmp_path / "one",
+        plan(stop=6, micro_batch=2),
+        objective=next_token(("a", "b")),
+        tell=lambda kind, **values: told.append(values["values"]) if kind == "metrics" else None,
+    )
+    script = tmp_path / "ddp.py"
+    script.write_text(DDP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path)], cwd=ROOT, env=environment, check=True, capture_output=True)
+    shared = load_file(tmp_path / "ddp.safetensors")
+    for name, value in shared.items():
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6, msg=name)
+    for ours, theirs in zip(json.loads((tmp_path / "told.json").read_text()), told, strict=True):
+        for name in ("loss", "loss/a", "loss/b", "gradient_norm"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), name
+
+
+def test_moments_go_from_one_stage_to_the_next(data, tmp_path):
+    """Two stages that hand over weights and moments are one run."""
+    whole, moments = trained(data, tmp_path / "whole", plan(checkpoint_every=99))
+    model = tiny_dense()
+    _, half = trained(data, tmp_path / "first", plan(stop=6, checkpoint_every=99), model)
+    both, moments_of_both = trained(data, tmp_path / "second", plan(start=6, checkpoint_every=99), model, moments=half)
+    assert same(whole, both)
+    assert same(moments, moments_of_both)
+
+
+def test_the_first_step_after_duplication_is_the_dense_models(data, tmp_path):
+    """Carried-over moments: with experts weighted alike, Lory's next step moves every copy as the dense FFN is moved."""
+    dense = tiny_dense()
+    _, moments = trained(data, tmp_path / "warm", plan(stop=4, checkpoint_every=99), dense)
+    model = LoryForCausalLM.from_dense(dense, 4, LENGTH // 3, router_initializer_range=1e-6)
+    chosen = plan(start=4, stop=5, checkpoint_every=99)
+    trained(data, tmp_path / "lory", chosen, model, lory(), moments=duplicated_moments(moments, 4))
+    trained(data, tmp_path / "dense", chosen, dense, moments=moments)
+    gate = dense.model.layers[0].mlp.gate_proj.weight
+    for expert in model.model.layers[0].mlp.experts:
+        # The gradient's share differs a little by segment, and AdamW's epsilon counts for more in a quarter of it.
+        torch.testing.assert_close(expert[: len(gate)], gate, rtol=0, atol=2e-4)
+
+
+def test_losses_by_domain_leave_the_loss_as_it_is_and_average_to_it(data):
+    model = tiny_dense().eval()
+    batch = data.batch(np.array([0, 39]))
+    plain, nothing = next_token()(model, batch)
+    loss, extra = next_token(("a", "b"))(model, batch)
+    assert not nothing
+    torch.testing.assert_close(loss, plain)
+    total = extra["loss/a"] + extra["loss/b"]
+    torch.testing.assert_close(total[0] / total[1], plain.detach())
+    assert total[1] == (batch.labels[:, 1:] >= 0).sum()
+    assert not extra["loss/a"].requires_grad
+
+
+def test_a_domain_without_tokens_is_not_logged(data, tmp_path):
+    told = []
+
+    def tell(kind, **values):
+        if kind == "metrics":
+            told.append(values["values"])
+
+    trained(data, tmp_path / "work", plan(stop=3), objective=next_token(("a", "b", "absent")), tell=tell)
+    assert {"loss", "loss/a", "loss/b"} <= told[0].keys()
+    assert 0 < told[0]["mfu"] < 1
+    assert "loss/absent" not in told[0]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(data, tmp_path):
+    with pytest.raises(ValueError, match="batch of 4 instances cannot be shared by 3 processes"):
+        train(tiny_dense(), data, next_token(), plan(), Place(world=3), tmp_path, silent)
+
+
+def test_weight_decay_spares_norms_and_embeddings(data, tmp_path):
+    model = tiny_dense()
+    unseen = model.model.embed_tokens.weight[0].clone()
+    trained(data, tmp_path / "work", plan(weight_decay=1.0), model)
+    assert torch.equal(model.model.embed_tokens.weight[0], unseen), "token 0 occurs nowhere but in padding"
+
+
+def test_only_what_requires_gradients_has_moments_and_moves(data, tmp_path):
+    model = tiny_dense()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "mlp" in name
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights, moments = trained(data, tmp_path / "work", model=model)
+    moved = {name for name in weights if not torch.equal(weights[name], before[name])}
+    assert moved == {name for name in before if "mlp" in name}
+    assert all("mlp" in name for name in moments)
+
+
+def test_routers_and_experts_move_at_their_own_rates(data, tmp_path):
+    """From zero moments AdamW's first step is its rate in size, whatever the gradient; without weight decay nothing else adds."""
+    before = LoryForCausalLM.from_dense(tiny_dense(), 4, LENGTH // 3, router_initializer_range=0.1)
+    with torch.no_grad():  # equal experts give the routers no gradient
+        for layer in before.model.layers:
+            layer.mlp.experts += torch.randn_like(layer.mlp.experts) / 10
+    start = {name: value.clone() for name, value in before.state_dict().items()}
+    chosen = plan(start=4, stop=5, weight_decay=0.0, router_rate=3.0, expert_rate=0.5)
+    after, _ = trained(data, tmp_path / "rates", chosen, before, lory())
+    for part, scale in ((".router.", 3.0), (".mlp.experts", 0.5), ("q_proj", 1.0), ("embed_tokens", 1.0)):
+        moved = max((after[name] - start[name]).abs().max().item() for name in start if part in name)
+        assert moved == pytest.approx(scale * chosen.rate(4), rel=1e-2), part
+
+
+@pytest.mark.parametrize("kind", ["dense", "lory", "expert_choice"])
+def test_recomputed_activations_give_the_same_weights_to_the_bit(data, tmp_path, kind):
+    def made():
+        dense = tiny_dense()
+        if kind == "expert_choice":
+            return ExpertChoiceForCausalLM.from_dense(dense, 3)
+        return LoryForCausalLM.from_dense(dense, 3, segment_length=8) if kind == "lory" else dense
+
+    kept, _ = trained(data, tmp_path / "kept", plan(stop=3), made())
+    again, _ = trained(data, tmp_path / "again", plan(stop=3, recomputed=True), made())
+    assert same(kept, again)

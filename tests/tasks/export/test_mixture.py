@@ -1,0 +1,112 @@
+"""Exports of mixtures: what the card says is what the books say, and what is asked for wrongly is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eclectus.flows.cli.main import main
+from eclectus.models.mixture.upcycle import upcycle
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.export.mixture import export_mixture
+from eclectus.tasks.export.model_card import origin_of
+from eclectus.tasks.step import step
+from tests.support.dense_bases import logits, tokens, write_base
+
+
+def eclectus(capsys, *words):
+    code, _ = 0, capsys.readouterr()
+    try:
+        main([str(word) for word in words])
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_upcycle_and_export_from_the_command_line(capsys, tmp_path):
+    base = write_base(tmp_path / "base", "qwen2", torch.bfloat16)
+    home = ("--home", tmp_path / "home")
+    code, said, _ = eclectus(capsys, *home, "upcycle", base, tmp_path / "moe", "--experts", 3, "--top-k", 2)
+    assert (
+        code == 0 and "qwen2 to qwen2_moe, 3 experts a layer, top 2" in said and "no logit differs by more than" in said
+    )
+    code, said, _ = eclectus(capsys, *home, "export", tmp_path / "moe", tmp_path / "out", "--dtype", "float32")
+    assert code == 0 and "Qwen2MoeForCausalLM" in said
+    torch.testing.assert_close(logits(tmp_path / "out", tokens()), logits(base, tokens()), rtol=0, atol=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers") and "was not evaluated" in card
+    assert json.loads((tmp_path / "out" / "upcycle.json").read_text())["base_digest"] in card
+    code, said, _ = eclectus(capsys, *home, "export", tmp_path / "out", tmp_path / "back", "--extract-base")
+    assert code == 0 and "Qwen2ForCausalLM" in said
+    before, after = (load_file(place / "model.safetensors") for place in (base, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["upcycle", "BASE", "OUT", "--experts", "many"], "--experts is 'many'"),
+        (["upcycle", "BASE", "OUT", "--experts", "1"], "extension_experts"),
+        (["upcycle", "BASE", "OUT", "--top-k", "9"], "top_k is 9: choose 1 to 6"),
+        (["upcycle", "BASE", "OUT", "--experts", "4,4,4"], "names 3 layers, the base has 2"),
+        (["upcycle", "/nowhere/at/all", "OUT"], "does not exist"),
+        (["export", "BASE", "OUT"], "expected an upcycled one"),
+        (["export", "BASE", "OUT", "--language", "el"], "no Lory model"),
+        (["export", "nothing-123", "OUT"], "match 'nothing-123'"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_writes_nothing(capsys, tmp_path, words, complaint):
+    base = write_base(tmp_path / "base", "llama")
+    words = [{"BASE": base, "OUT": tmp_path / "out"}.get(word, word) for word in words]
+    code, _, said = eclectus(capsys, "--home", tmp_path / "home", *words)
+    assert code == 2 and complaint in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@step(makes="checkpoint", version=1)
+def base_model(settings, out) -> None:
+    write_base(out.path, "mistral")
+
+
+def test_the_card_is_written_from_the_books(run, tmp_path):
+    from eclectus.storage.artifact import Artifact, Draft
+    from eclectus.tasks.training.upcycle import UpcycleSettings
+    from eclectus.tasks.training.upcycle import upcycle as upcycle_step
+
+    @step(makes="evaluation", version=1)
+    def evaluate(checkpoint: Artifact, settings: UpcycleSettings, out: Draft) -> None:
+        out.file("score").write_text(str(settings.seed))
+        out.statistics = {"bits_per_byte": {"language": {"en": 1.0 + settings.seed, "el": 2.0}}}
+
+    dense = base_model(settings=UpcycleSettings())
+    moe = upcycle_step(checkpoint=dense, settings=UpcycleSettings(extension_experts=3))
+    evaluate(checkpoint=dense, settings=UpcycleSettings(seed=0))
+    evaluate(checkpoint=moe, settings=UpcycleSettings(seed=1))
+    origin = origin_of(run.home, moe.digest)
+    assert [each["name"] for each in origin.steps] == ["base_model", "upcycle"]
+    told = export_mixture(run.home, moe.name, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "MixtralForCausalLM" in told
+    assert "| en | new | 2.000 | 1.000 | 50.0% |" in card and "extension_experts 3" in card and "test-run" in card
+    assert str(tmp_path) not in card
+
+
+def test_a_base_that_was_trained_over_is_not_called_the_bases_own(home, tmp_path):
+    base = write_base(tmp_path / "base", "llama")
+    upcycle(base, tmp_path / "moe", experts=3)
+    path = tmp_path / "moe" / "upcycle.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"trained": [{"stage": "post_pretrain", "method": "moe_all"}]})
+    )
+    export_mixture(home, str(tmp_path / "moe"), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "dense model's own" not in card and "SHA-256" not in card
+
+
+def test_a_folder_without_a_model_is_named(home, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EclectusError, match="has no config"):
+        export_mixture(home, str(tmp_path / "empty"), tmp_path / "out")

@@ -1,0 +1,250 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+
+from eclectus.storage.artifact import ArtifactStore
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.home import Home
+from eclectus.storage.journal import Journal
+from eclectus.storage.step_keys import KnownKeys
+from eclectus.tasks.grouping.embed import EmbedSettings, Encoder, embed, model_fingerprint
+from eclectus.tasks.grouping.embedding_log import Log, read_logs
+from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings, train_embedding
+from eclectus.tasks.ray_cluster import shut_ray
+from eclectus.tasks.run import Run, activate
+from tests.support.topics import TOPICS, make, topical, write_documents
+
+SMALL = StaticEmbeddingSettings(embedding_dimension=16, embedding_vocabulary=600, embedding_steps=5)
+ROWS = topical(dict.fromkeys(TOPICS, 40))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray():
+    yield
+    shut_ray()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    store = ArtifactStore(tmp_path_factory.mktemp("model"))
+    return make(store, train_embedding, documents=write_documents(store, ROWS), settings=SMALL)
+
+
+@pytest.fixture
+def run(tmp_path):
+    home = Home.open(tmp_path / "home")
+    with activate(Run("r", home, Journal(home.journal, "r"), KnownKeys(home.keys, home.store))) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory):
+    """A tiny BERT with mean pooling, as a sentence-transformers folder."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    words = sorted({word for row in ROWS for word in row["text"].split()})
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizerFast(str(folder / "vocab.txt"), model_max_length=64).save_pretrained(folder)
+    shape = BertConfig(
+        vocab_size=len(words) + 5, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    BertModel(shape).save_pretrained(folder)
+    inner = Transformer(str(folder))
+    SentenceTransformer(modules=[inner, Pooling(32)], device="cpu").save(str(folder / "model"), create_model_card=False)
+    return folder / "model"
+
+
+def vectors(artifact):
+    return np.load(artifact.file("embeddings.npy"))
+
+
+def test_row_i_is_document_i_of_length_one(run, model):
+    from sentence_transformers import SentenceTransformer
+
+    artifact = embed(documents=write_documents(run.home.store, ROWS), model=model, settings=EmbedSettings())
+    expected = SentenceTransformer(model.path, device="cpu").encode([row["text"] for row in ROWS])
+    assert np.allclose(vectors(artifact), expected, atol=1e-6)
+    assert np.allclose(np.linalg.norm(vectors(artifact), axis=1), 1, atol=1e-6)
+    assert artifact.statistics["documents"] == len(ROWS)
+    assert artifact.statistics["reused"] == 0
+
+
+def test_only_new_documents_are_computed_and_the_bits_are_the_same(run, model, tmp_path):
+    store = run.home.store
+    embed(documents=write_documents(store, ROWS[:150]), model=model, settings=EmbedSettings())
+    grown = embed(documents=write_documents(store, ROWS[::-1]), model=model, settings=EmbedSettings())
+    assert grown.statistics["reused"] == 150
+    fresh = make(
+        ArtifactStore(tmp_path / "fresh"),
+        embed,
+        documents=write_documents(store, ROWS[::-1]),
+        model=model,
+        settings=EmbedSettings(),
+    )
+    assert grown.digest == fresh.digest
+
+
+def test_a_killed_run_goes_on_from_its_finished_batches(run, model):
+    documents = write_documents(run.home.store, ROWS)
+    whole = embed(documents=documents, model=model, settings=EmbedSettings())
+    key = whole.statistics["embedding_key"]
+    ids, values = np.load(whole.file("ids.npy")), vectors(whole)
+    shutil.rmtree(whole.path)
+    work = run.home.work / "embedding" / key[:32]
+    shutil.rmtree(work)
+    work.mkdir()
+    log = Log(work)
+    for begin in range(0, 70, 35):
+        log.append(ids[begin : begin + 35], values[begin : begin + 35])
+    torn = Log(work)
+    torn.append(ids[70:72], values[70:72])
+    for file, left in (("ids", 40), (f"{values.shape[1]}.float32.vectors", 4 * values.shape[1] + 3)):
+        os.truncate(work / f"{torn._name}.{file}", left)
+    again = embed(documents=documents, model=model, settings=EmbedSettings())
+    assert again.digest == whole.digest
+    assert again.statistics["reused"] == 71
+    for file in work.iterdir():
+        os.utime(file, (0, 0))
+    embed(documents=write_documents(run.home.store, ROWS[:10]), model=model, settings=EmbedSettings())
+    assert list(work.iterdir()) == []
+
+
+def test_other_limits_or_a_damaged_artifact_are_not_reused(run, model):
+    documents = write_documents(run.home.store, ROWS[:50])
+    first = embed(documents=documents, model=model, settings=EmbedSettings())
+    short = embed(documents=documents, model=model, settings=EmbedSettings(embedding_maximum_characters=40))
+    assert short.statistics["reused"] == 0
+    assert not np.array_equal(vectors(first), vectors(short))
+    first.file("embeddings.npy").write_bytes(b"gone")
+    for chunk in (run.home.work / "embedding").glob("*/*"):
+        chunk.unlink()
+    again = embed(documents=documents, model=model, settings=EmbedSettings())
+    assert again.statistics["reused"] == 0
+    assert again.digest == first.digest
+
+
+def test_half_precision_and_documents_without_a_word(run, model):
+    rows = [*ROWS[:20], {"text": "", "language": "en"}, {"text": "   ", "language": "en"}]
+    settings = EmbedSettings(embedding_precision="float16")
+    artifact = embed(documents=write_documents(run.home.store, rows), model=model, settings=settings)
+    assert vectors(artifact).dtype == np.float16
+    assert (vectors(artifact)[20:] == 0).all()
+    assert artifact.statistics["without_embedding"] == 2
+
+
+def test_what_is_not_finite_becomes_zero(model):
+    encoder = Encoder(model.path, EmbedSettings(), threads=1)
+    encoder.model.weights[:] = np.nan
+    assert (encoder.encode(["harbour sail"]) == 0).all()
+
+
+def test_a_transformer_on_two_actors_in_several_chunks(run, transformer):
+    documents = write_documents(run.home.store, ROWS)
+    settings = EmbedSettings(embedding_model=str(transformer), embedding_batch=8, embedding_workers=2)
+    artifact = embed(documents=documents, settings=settings)
+    expected = Encoder(str(transformer), settings, threads=1).encode([row["text"] for row in ROWS])
+    assert np.allclose(vectors(artifact), expected, atol=1e-5)
+    work = run.home.work / "embedding" / artifact.statistics["embedding_key"][:32]
+    assert sorted(id for log in read_logs(work) for id in log.ids) == sorted(np.load(artifact.file("ids.npy")))
+    assert len(read_logs(work)) == 2
+
+
+def test_a_changed_model_folder_is_a_changed_input(transformer):
+    settings = EmbedSettings(embedding_model=str(transformer))
+    before = model_fingerprint(settings)
+    (transformer / "note.txt").write_text("changed")
+    assert model_fingerprint(settings) != before
+    assert model_fingerprint(EmbedSettings()) == {}
+
+
+def test_a_model_that_cannot_be_loaded_is_one_clear_line(run, tmp_path):
+    (tmp_path / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "no.such.Module"}]')
+    with pytest.raises(EclectusError, match="cannot be loaded as a sentence-transformers model") as raised:
+        embed(
+            documents=write_documents(run.home.store, ROWS[:5]), settings=EmbedSettings(embedding_model=str(tmp_path))
+        )
+    assert "\n" not in str(raised.value)
+
+
+def test_actors_and_this_process_give_a_static_model_the_same_bits(run, model, tmp_path):
+    documents = write_documents(run.home.store, ROWS)
+    here = make(ArtifactStore(tmp_path / "here"), embed, documents=documents, model=model, settings=EmbedSettings())
+    actors = embed(documents=documents, model=model, settings=EmbedSettings(embedding_workers=2))
+    assert actors.digest == here.digest
+
+
+def test_no_document_gives_an_empty_matrix(run, model):
+    artifact = embed(documents=write_documents(run.home.store, []), model=model, settings=EmbedSettings())
+    assert len(vectors(artifact)) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (EmbedSettings(), "pass model=train_embedding"),
+        (EmbedSettings(embedding_model="./no/such-model"), "is no folder"),
+        (EmbedSettings(embedding_model="tests"), "no modules.json"),
+    ],
+)
+def test_a_missing_model_is_one_clear_line(run, settings, words):
+    documents = write_documents(run.home.store, ROWS[:5])
+    with pytest.raises(EclectusError, match=words) as raised:
+        embed(documents=documents, settings=settings)
+    assert "\n" not in str(raised.value)
+
+
+KILLED = """
+import sys
+from eclectus.storage.artifact import Artifact
+from eclectus.storage.home import Home
+from eclectus.storage.journal import Journal
+from eclectus.storage.step_keys import KnownKeys
+from eclectus.tasks.grouping.embed import EmbedSettings, embed
+from eclectus.tasks.run import Run, activate
+
+place, name, model = sys.argv[1:]
+home = Home.open(place)
+with activate(Run("killed", home, Journal(home.journal, "killed"), KnownKeys(home.keys, home.store))):
+    settings = EmbedSettings(embedding_model=model, embedding_batch=1, embedding_workers=1)
+    print(embed(documents=home.store.find(name), settings=settings).statistics["reused"], flush=True)
+"""
+
+
+def _finished(home):
+    return sum(len(log.ids) for work in home.work.glob("embedding/*") for log in read_logs(work))
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_ray_embeds_loses_at_most_the_batch_it_was_at(tmp_path, transformer):
+    home = Home.open(tmp_path / "home")
+    documents = write_documents(home.store, topical(dict.fromkeys(TOPICS, 400)))
+    command = [sys.executable, "-c", KILLED, str(home.root), documents.name, str(transformer)]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    children = []
+    while _finished(home) < 12:
+        assert killed.poll() is None, "the run ended before it could be killed"
+        children = psutil.Process(killed.pid).children(recursive=True)
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    # Ray's agents take minutes to notice; what embeds must be gone before the batches are counted.
+    _, left = psutil.wait_procs(children, timeout=5)
+    for each in left:
+        each.kill()
+    psutil.wait_procs(left)
+    finished = _finished(home)
+    assert not list(home.store.root.glob("embeddings/*"))
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(again.stdout) == finished
+    (whole,) = home.store.root.glob("embeddings/*/embeddings.npy")
+    assert np.allclose(np.linalg.norm(np.load(whole), axis=1), 1, atol=1e-6)

@@ -1,0 +1,239 @@
+"""The gate: a damaged model fails it and a good one passes, with reasons; decisions are kept."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from eclectus.flows.cli.champions import champion_rows, promote
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.home import Home
+from eclectus.storage.lineage.champions import PROMOTED, REFUSED, champion, decisions
+from eclectus.storage.lineage.connection import query
+from eclectus.tasks.evaluation.evaluate import EvaluateSettings, evaluate
+from eclectus.tasks.packing.tokenizer import load_tokenizer
+from eclectus.tasks.promotion.gate import Gate, read_gates
+from eclectus.tasks.promotion.gate_rules import Judged, Rule, check
+from eclectus.tasks.promotion.promote import Candidate, decide
+from tests.support.small_world import SEGMENT, make_world, write_model
+
+ROOT = Path(__file__).parents[3]
+RULES = ["retention.original >= 0.98", "bits_per_byte.el <= champion * 1.01", "collapsed_layers <= 0"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    torch.set_num_threads(1)
+    return make_world(tmp_path_factory.mktemp("home") / "artifacts")
+
+
+@pytest.fixture
+def base(world, run):
+    return scored(world, world.models["dense"], "dense")
+
+
+@pytest.fixture
+def run(world):
+    """An active run in the world's home."""
+    from eclectus.storage.journal import Journal
+    from eclectus.storage.step_keys import KnownKeys
+    from eclectus.tasks.run import Run, activate
+
+    home = Home.open(world.store.root.parent)
+    with Journal(home.journal, "test-run") as journal:
+        journal.event("run_started", flow="test", parameters={}, packages={})
+        opened = Run(id="test-run", home=home, journal=journal, known=KnownKeys(home.keys, home.store), flow="test")
+        with activate(opened):
+            yield opened
+
+
+def scored(world, checkpoint, name):
+    settings = EvaluateSettings(evaluation_context=SEGMENT, evaluation_samples=0, training_workers=0)
+    given = {"documents": world.documents, "tokenizer": world.tokenizer, "checkpoint": checkpoint, "settings": settings}
+    return Candidate(checkpoint, {"text": evaluate(label=f"evaluate {name}", **given)})
+
+
+def changed(world, change):
+    """The dense model with its weights changed in place."""
+    model = LlamaForCausalLM.from_pretrained(world.models["dense"].path)
+    with torch.no_grad():
+        change(model)
+    return write_model(world.store, model, load_tokenizer(world.tokenizer.path))
+
+
+def damage(model):
+    model.model.layers[0].mlp.down_proj.weight.mul_(8)
+    model.lm_head.weight.mul_(3)
+
+
+def soothe(model):
+    """Surer of nothing, an untrained model is less wrong."""
+    model.lm_head.weight.mul_(0.5)
+
+
+def test_a_damaged_model_fails_the_gate_and_a_good_one_passes_and_both_are_in_the_books(world, base, run):
+    rules = Gate("extended", "stage 2", "dense", RULES)
+    good = decide(rules, scored(world, changed(world, soothe), "stage 2"), base)
+    assert good.verdict == PROMOTED and good.reason == "all 3 rules hold"
+    assert good.rules[1]["reason"] == "there is no other champion"
+    bad = decide(rules, scored(world, changed(world, damage), "stage 2"), base)
+    assert bad.verdict == REFUSED
+    assert [rule["passed"] for rule in bad.rules] == [False, False, True]
+    assert "% kept of the original languages, at least 98% asked (rule 'retention.original >= 0.98')" in bad.reason
+    assert (
+        "bits per byte in Greek, at most" in bad.reason and "(rule 'bits_per_byte.el <= champion * 1.01')" in bad.reason
+    )
+    assert champion(run.home, "extended").checkpoint == good.checkpoint
+    assert [each.verdict for each in decisions(run.home, "extended")] == [PROMOTED, REFUSED]
+    _columns, rows = query("select line, checkpoint, reason from champions", run.home)
+    assert rows == [("extended", good.checkpoint, "all 3 rules hold")]
+    inputs = query("select i.name from step_inputs i join steps using (step) where label = 'gate extended'", run.home)[
+        1
+    ]
+    assert {("candidate.text",), ("base.text",), ("champion.text",)} <= set(inputs)
+
+
+def test_the_champion_judged_again_stays_champion_without_a_second_entry(world, base, run):
+    rules = Gate("again", "stage 2", "dense", ["retention.all >= 0.5"])
+    model = scored(world, changed(world, soothe), "stage 2")
+    first, second = decide(rules, model, base), decide(rules, model, base)
+    assert first.verdict == second.verdict == PROMOTED
+    assert len(decisions(run.home, "again")) == 1
+
+
+def test_the_command_judges_what_was_evaluated_and_a_person_may_overrule_it(world, base, run, tmp_path, monkeypatch):
+    bad = changed(world, damage)
+    scored(world, bad, "stage 2")
+    (tmp_path / "gate.yaml").write_text(
+        "lines: {shop: {model: stage 2, base: dense, rules: ['retention.original >= 0.98']}}"
+    )
+    monkeypatch.setenv("ECLECTUS_HOME", str(run.home.root))
+    from eclectus.tasks import run as running
+
+    monkeypatch.setattr(running, "_current", None)
+    decision = promote(bad.name, str(tmp_path / "gate.yaml"), None, None)
+    assert decision.verdict == REFUSED and champion(run.home, "shop") is None
+    forced = promote(bad.name, str(tmp_path / "gate.yaml"), "shop", "we know better")
+    assert forced.verdict == PROMOTED and forced.reason.startswith("we know better (the gate refused:")
+    assert champion(run.home, "shop").by != "gate"
+    columns, rows = champion_rows(everything=False)
+    assert columns[:3] == ["line", "is", "checkpoint"]
+    assert next(row[1] for row in rows if row[0] == "shop") == "champion"
+    with pytest.raises(EclectusError, match="was never evaluated here"):
+        promote(world.models["lory"].name, str(tmp_path / "gate.yaml"), None, None)
+    with pytest.raises(EclectusError, match="has no line 'other'; its lines are shop"):
+        promote(bad.name, str(tmp_path / "gate.yaml"), "other", None)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A model with made-up scores, better than its base in Greek and 2% worse in English."""
+    from test_report_verdict import made_up
+
+    place = tmp_path_factory.mktemp("judged")
+    group = ["original"] * 20 + ["expanded"] * 20
+
+    def model(name, english, greek):
+        scores = made_up(place, name, [english] * 20 + [greek] * 20, group)
+        scores = replace(scores, artifact=replace(scores.artifact, digest=name))
+        return Judged(name, scores, {("arc_easy", "acc"): english / 10}, {"collapsed_layers": 0.0})
+
+    return {
+        "base": model("base", 4.0, 8.0),
+        "model": model("model", 4.08, 6.0),
+        "champion": model("champion", 4.1, 5.9),
+    }
+
+
+@pytest.mark.parametrize(
+    ("rule", "passed", "value"),
+    [
+        ("retention.en >= 0.98", True, 4 / 4.08),
+        ("retention.en >= 0.99", False, 4 / 4.08),
+        ("retention.original.low >= 0.98", True, 4 / 4.08),
+        ("gain.el > 0.2", True, 0.25),
+        ("gain.expanded.high < 0.3", True, 0.25),
+        ("bits_per_byte.el <= champion", False, 1.5),
+        ("bits_per_byte.el <= champion * 1.02", True, 1.5),
+        ("bits_per_byte.en.code <= champion", True, 1.02),
+        ("perplexity.en > 1", True, 2**4.08),
+        ("acc.arc_easy >= base + 0.001", True, 0.408),
+        ("acc.arc_easy <= champion - 0.001", True, 0.408),
+        ("collapsed_layers <= 0", True, 0.0),
+    ],
+)
+def test_a_rule_holds_or_not_with_its_number(judged, rule, passed, value):
+    outcome = check(Rule.read(rule), judged["model"], judged["base"], judged["champion"], 200, 0)
+    assert outcome.passed is passed
+    assert outcome.value == pytest.approx(value, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ("retention.hu >= 0.98", "no held-out text of 'hu' was scored"),
+        ("acc.piqa >= 0.5", "there is no measure 'acc.piqa' of model; there are"),
+        ("bits_per_byte.en.low <= 2", "has no 'low' end"),
+        ("contamination <= 0.05", "there is no measure 'contamination'"),
+    ],
+)
+def test_a_measure_that_is_not_there_fails_its_rule_and_says_so(judged, rule, told):
+    outcome = check(Rule.read(rule), judged["model"], judged["base"], None, 200, 0)
+    assert not outcome.passed and told in outcome.reason
+
+
+def test_without_a_champion_its_rules_hold_and_without_a_base_nothing_is_known_of_what_was_kept(judged):
+    outcome = check(Rule.read("bits_per_byte.el <= champion"), judged["model"], None, None, 200, 0)
+    assert outcome.passed and outcome.reason == "there is no other champion"
+    outcome = check(Rule.read("retention.en >= 0.9"), judged["model"], None, None, 200, 0)
+    assert not outcome.passed and "the base was not evaluated" in outcome.reason
+
+
+def test_numbers_that_are_none_never_pass(judged):
+    broken = replace(judged["model"], numbers={"collapsed_layers": math.nan})
+    assert not check(Rule.read("collapsed_layers <= 0"), broken, None, None, 200, 0).passed
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[]", "has no 'lines'"),
+        ("lines: {a: {rules: []}}", "line 'a': 'rules' must be a list of rules"),
+        ("lines: {a: {rules: ['retention.en']}}", "line 'a': rule 'retention.en' is not understood"),
+        ("lines: {a: {rules: ['retention.en >= high']}}", "has the limit 'high'; expected a number"),
+        ("lines: {a: {rulez: ['retention.en >= 1']}}", "line 'a': 'rulez' is unknown"),
+        ("lines: [", "is not YAML"),
+    ],
+)
+def test_a_gate_file_that_is_wrong_is_an_error_that_names_line_and_rule(tmp_path, content, told):
+    path = tmp_path / "gate.yaml"
+    path.write_text(content)
+    with pytest.raises(EclectusError, match=told):
+        read_gates(path)
+
+
+def test_the_shipped_gate_can_be_read():
+    gates = read_gates(ROOT / "configs" / "gate.yaml")
+    assert {line: each.model for line, each in gates.items()} == {"extended": "stage 2", "lory": "lory"}
+
+
+def test_a_collapsed_router_is_told_from_a_live_one():
+    from eclectus.tasks.evaluation.routing_statistics import describe_layers
+
+    def rows(shares):
+        return [
+            {"layer": 0, "language": language, "domain": "d", "expert": expert, "share": share, "routed": 10}
+            for language, each in shares.items()
+            for expert, share in enumerate(each)
+        ]
+
+    (split,) = describe_layers(rows({"en": [1.0, 0, 0, 0], "el": [0, 0.4, 0.3, 0.3]}))
+    assert not split.collapsed and split.specialisation_language == pytest.approx(1.0)
+    assert split.utilisation == 1.0
+    (dead,) = describe_layers(rows({"en": [0.97, 0.01, 0.01, 0.01], "el": [0.95, 0.03, 0.01, 0.01]}))
+    assert dead.collapsed and dead.largest_share == pytest.approx(0.96)
+    (flat,) = describe_layers(rows({"en": [0.25] * 4, "el": [0.25] * 4}))
+    assert not flat.collapsed and flat.entropy == pytest.approx(1.0) and flat.specialisation_language == 0

@@ -1,0 +1,124 @@
+"""What the report says of scores made up for the purpose: changes, their intervals, the verdict, the lineage's graph."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from eclectus.storage.artifact import Artifact
+from eclectus.storage.lineage.history import Made
+from eclectus.tasks.evaluation.scores import Scores, compare, divergence
+from eclectus.tasks.report.graph import draw
+from eclectus.tasks.report.verdict import Comparer, judge
+
+
+def made_up(tmp_path, name, nats, group="original", missing=()):
+    """Scores of a model whose documents cost `nats` [D] a token, of 100 tokens and 400 bytes each."""
+    place = tmp_path / name.replace(" ", "-")
+    place.mkdir()
+    (place / "about.json").write_text(
+        json.dumps(
+            {"window": 64, "model": "X", "languages_without_held_out_text": list(missing), "too_short_to_score": []}
+        )
+    )
+    pq.write_table(
+        pa.table({"layer": pa.array([], pa.int32()), "expert": pa.array([], pa.int32())}), place / "routing.parquet"
+    )
+    count = len(nats)
+    groups = np.full(count, group, object) if isinstance(group, str) else np.array(group, object)
+    return Scores(
+        name,
+        Artifact("evaluation", "0" * 64, str(place)),
+        np.array([f"d{i:03}" for i in range(count)], object),
+        np.where(groups == "original", "en", "el").astype(object),
+        np.array(["code" if i % 2 else "law" for i in range(count)], object),
+        groups,
+        np.asarray(nats) * 100,
+        np.full(count, 400.0),
+        np.full(count, 100),
+    )
+
+
+def test_a_change_is_relative_and_its_interval_is_that_of_the_difference(tmp_path):
+    hard = np.linspace(2, 8, 60)
+    before, after = made_up(tmp_path, "dense", hard), made_up(tmp_path, "lory", hard * 0.9)
+    change = compare(before, after, 500, 0)
+    assert change.bits == pytest.approx(-0.1)
+    assert change.bits_interval == pytest.approx((-0.1, -0.1))  # paired: documents differ, the difference does not
+    assert change.perplexity == pytest.approx(2 ** (-0.1 * hard.mean()) - 1)
+    assert change == compare(before, after, 500, 0)
+
+
+def test_an_interval_holds_the_truth_about_as_often_as_it_says(tmp_path):
+    generator, hits = np.random.default_rng(0), 0
+    for number in range(100):
+        noise = generator.normal(0, 0.3, 80)
+        place = tmp_path / str(number)
+        place.mkdir()
+        before = made_up(place, "dense", np.full(80, 4.0))
+        low, high = compare(before, made_up(place, "lory", 4.0 + noise), 200, number).bits_interval
+        hits += low <= 0 <= high
+    assert 88 <= hits <= 100
+
+
+@pytest.mark.parametrize(
+    ("factor", "word", "tone"),
+    [(0.9, "better than", "good"), (1.1, "worse than", "bad"), (1.0, "about level with", "even")],
+)
+def test_the_verdict_on_lory_follows_the_numbers(tmp_path, factor, word, tone):
+    nats = np.linspace(3, 5, 40)
+    scores = {"dense": made_up(tmp_path, "dense", nats), "lory": made_up(tmp_path, "lory", nats * factor)}
+    verdict = judge(Comparer(scores, 200, 0))
+    assert f"Lory is {word} its dense twin on held-out English text" in verdict.sentences[0]
+    assert [tile.tone for tile in verdict.tiles] == [tone]
+
+
+def test_the_verdict_on_an_extension_says_what_was_learned_and_what_was_kept(tmp_path):
+    group = ["original"] * 20 + ["expanded"] * 20
+    nats = {"dense": [4.0] * 20 + [8.0] * 20, "stage 1": [5.0] * 20 + [4.0] * 20, "stage 2": [4.1] * 20 + [4.2] * 20}
+    scores = {name: made_up(tmp_path, name, values, group, ["hu"]) for name, values in nats.items()}
+    verdict = judge(Comparer(scores, 200, 0), frozen=False)
+    assert (
+        "The extension learned Greek: bits per byte went 2.000 (dense base) → 1.000 (stage 1) → 1.050 (stage 2)"
+        in verdict.sentences[0]
+    )
+    assert "Of English, 97.6% is kept after stage 2" in verdict.sentences[1]
+    assert "after stage 1 it was 80.0%, so the review won back 17.6 points" in verdict.sentences[1]
+    assert "NOT those of the dense base" in verdict.sentences[2]
+    assert [tile.tone for tile in verdict.tiles] == ["good", "bad"]
+    assert verdict.notes == ["There is no held-out text long enough to score in Hungarian: nothing is said about it."]
+
+
+def test_divergence_is_zero_for_equal_routing_and_one_for_disjoint():
+    assert divergence({"a": [0.5, 0.5], "b": [0.5, 0.5]}) == 0
+    assert divergence({"a": [1.0, 0.0], "b": [0.0, 1.0]}) == pytest.approx(1)
+    assert divergence({"a": [1.0, 0.0]}) == 0
+
+
+def test_the_graph_leaves_out_lines_that_others_imply_and_escapes_labels():
+    def make(name, inputs):
+        return Made(name, "checkpoint", "s", f"<{name}>", {}, {i: i for i in inputs}, {})
+
+    made = {"a": make("a", []), "b": make("b", ["a"]), "c": make("c", ["a", "b"])}
+    drawn = str(draw(made, {"c": "the model"}))
+    assert drawn.count("<path") == 2
+    assert drawn.count("<rect") == 3
+    assert "&lt;a&gt;" in drawn and "<a>" not in drawn
+    assert 'class="checkpoint model"' in drawn
+    assert str(draw({}, {})) == ""
+
+
+def test_a_collapsed_router_raises_an_alarm(tmp_path):
+    scores = made_up(tmp_path, "stage 2", [3.0] * 8)
+    dead = [
+        {"layer": 1, "language": "en", "domain": domain, "expert": e, "share": 0.97 if e == 2 else 0.01, "routed": 5}
+        for domain in ("code", "law")
+        for e in range(4)
+    ]
+    scores.__dict__["routing"] = dead
+    verdict = judge(Comparer({"stage 2": scores}, 200, 0))
+    assert verdict.notes[0].startswith(
+        "Collapse alarm: the router of stage 2 sends nearly everything to one expert in layer 1"
+    )

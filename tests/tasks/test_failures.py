@@ -1,0 +1,173 @@
+"""What steps do in trouble: a secret in what they are told, a full disk, two at once, one killed while the other waits."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from eclectus.flows.cli.main import main
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.lineage.connection import query
+from eclectus.tasks.settings import Settings
+from eclectus.tasks.step import step
+
+ROOT = Path(__file__).parents[2]
+SECRET = "planted-c0ffee-secret"
+
+
+class PlaceSettings(Settings):
+    sources: list[str] = Field([], description="Where to read.")
+    fails: bool = Field(False, description="Whether it fails.")
+
+
+@step(makes="report", version=1)
+def look(settings: PlaceSettings, out):
+    """Looks."""
+    if settings.fails:
+        raise EclectusError(f"cannot read {settings.sources} with {os.environ['MY_API_TOKEN']}")
+    out.statistics = {"read": settings.sources, "with": os.environ["MY_API_TOKEN"]}
+    out.file("page").write_text("a page")
+
+
+class Shown:
+    def __init__(self):
+        self.text = ""
+
+    def step_began(self, label):
+        self.text += label
+
+    def step_progressed(self, *told):
+        self.text += str(told)
+
+    step_ended = said = linked = step_progressed
+
+
+def test_a_planted_secret_is_in_no_file_of_the_home_and_on_no_screen(run, monkeypatch, capsys):
+    monkeypatch.setenv("MY_API_TOKEN", SECRET)
+    address = f"https://me:{SECRET[::-1]}@host/x?token={SECRET}"
+    run.displays.append(Shown())
+    run.journal.event("run_started", flow="main", parameters={"sources": [address]}, packages={}, error=SECRET)
+    artifact = look(settings=PlaceSettings(sources=[address]))
+    look(settings=PlaceSettings(sources=[address, "another"]))
+    with pytest.raises(EclectusError):
+        look(settings=PlaceSettings(sources=[address], fails=True))
+    monkeypatch.setenv("ECLECTUS_HOME", str(run.home.root))
+    monkeypatch.setattr("eclectus.storage.lineage.connection.query", lambda *_: {}[f"a fault with {SECRET} in it"])
+    with pytest.raises(SystemExit):
+        main(["sql", "from runs"])
+    told = capsys.readouterr().err
+    assert "fault.log" in told and "***" in told
+    files = [path for path in run.home.root.rglob("*") if path.is_file()]
+    assert {"manifest.json", "fault.log"} <= {path.name for path in files}
+    assert any(path.suffix == ".ndjson" for path in files) and any("records" in path.parts for path in files)
+    for shown in [told, run.displays[0].text, *(path.read_bytes().decode(errors="replace") for path in files)]:
+        assert SECRET not in shown and SECRET[::-1] not in shown
+    assert artifact.statistics["with"] == "***"
+
+
+def test_a_changed_setting_beside_a_secret_is_still_named(run, monkeypatch):
+    monkeypatch.setenv("MY_API_TOKEN", SECRET)
+    for more in ("one", "two"):
+        look(settings=PlaceSettings(sources=[SECRET, more]))
+    reasons = [reason for (reason,) in query("select reason from steps order by started", run.home)[1]]
+    assert reasons[1] == 'settings.sources ["***", "one"] -> ["***", "two"]'
+
+
+@pytest.mark.parametrize("name", ["../out", "/etc/out", "a/../../out"])
+def test_a_name_cannot_lead_out_of_an_artifact(home, name):
+    with home.store.draft("report") as draft, pytest.raises(EclectusError, match="leads out of its artifact"):
+        draft.file(name)
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from pydantic import Field
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.home import Home
+from eclectus.storage.journal import Journal
+from eclectus.storage.step_keys import KnownKeys
+from eclectus.tasks.run import Run, activate
+from eclectus.tasks.settings import Settings
+from eclectus.tasks.step import step
+
+class HowSettings(Settings):
+    size: int = Field(1, description="Bytes to write.")
+
+class Says:
+    def step_began(self, label): pass
+    def step_progressed(self, label, what, *_): print(what, flush=True)
+    def step_ended(self, label, state, reason, *_): print(state, reason, flush=True)
+
+@step(makes="report", version=1)
+def work(settings: HowSettings, out):
+    print("working", flush=True)
+    while len(sys.argv) > 3 and not Path(sys.argv[3]).exists():
+        time.sleep(0.02)
+    with open(out.file("page"), "wb") as page:
+        page.write(b"x" * settings.size)
+
+home = Home.open(sys.argv[1])
+with Journal(home.journal, f"run-{time.time_ns()}") as journal:
+    journal.event("run_started", flow="main", parameters={}, packages={})
+    run = Run(id=journal.run, home=home, journal=journal, known=KnownKeys(home.keys, home.store), flow="main", displays=[Says()])
+    with activate(run):
+        for size in map(int, sys.argv[2].split(",")):
+            try:
+                work(settings=HowSettings(size=size))
+            except EclectusError as error:
+                print(error, flush=True)
+    journal.event("run_ended", state="completed", seconds=1.0)
+"""
+
+
+def start(*words):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([*words], stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def test_of_two_processes_with_the_same_job_one_works_and_the_other_waits_and_reuses(home, tmp_path):
+    job = (sys.executable, "-c", PROGRAM, str(home.root), "10", str(tmp_path / "go"))
+    first = start(*job)
+    assert first.stdout.readline() == "working\n"
+    second = start(*job)
+    assert second.stdout.readline().startswith("waiting: another run is making the same thing")
+    (tmp_path / "go").touch()
+    assert first.communicate()[0].startswith("completed") and second.communicate()[0].startswith("reused")
+    states = query("select state, count(*) from steps group by state order by state", home)[1]
+    assert states == [("completed", 1), ("reused", 1)] and len(list(home.store.all())) == 1
+
+
+def test_one_that_waits_takes_over_when_the_other_is_killed(home, tmp_path):
+    job = (sys.executable, "-c", PROGRAM, str(home.root), "10", str(tmp_path / "go"))
+    first = start(*job)
+    assert first.stdout.readline() == "working\n"
+    second = start(*job)
+    assert second.stdout.readline().startswith("waiting")
+    os.kill(first.pid, signal.SIGKILL)
+    assert second.stdout.readline() == "working\n"
+    (tmp_path / "go").touch()
+    assert second.communicate()[0].startswith("completed")
+    first.communicate()
+    assert query("select state from runs order by run", home)[1] == [("unfinished",), ("completed",)]
+
+
+def test_a_full_disk_is_named_keeps_what_was_done_and_hurts_nothing_else(tmp_path):
+    """A real file system of 3 MB, in a mount namespace of its own."""
+    place = tmp_path / "small"
+    place.mkdir()
+    script = (
+        'mount -t tmpfs -o size=3m tmpfs "$0" && "$1" -c "$2" "$0/home" 100000,9000000,200000 && '
+        '"$1" -m eclectus --home "$0/home" sql "select state, count(*) as n from steps group by state order by state" --json && '
+        '"$1" -m eclectus --home "$0/home" verify'
+    )
+    process = start("unshare", "--map-root-user", "--mount", "sh", "-c", script, str(place), sys.executable, PROGRAM)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert "cannot write to" in said and "no space left on device; make room" in said
+    assert '{"state": "completed", "n": 2}\n{"state": "failed", "n": 1}' in said
+    assert "2 artifacts and the journals are as they were written" in said

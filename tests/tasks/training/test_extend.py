@@ -1,0 +1,195 @@
+"""Every way to extend a model, as steps in this process, on real documents and tiny models."""
+
+import json
+from typing import get_args
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from eclectus.models.extension.methods import RECIPES
+from eclectus.models.mixture.export import extract_base
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.packing.pack import PackSettings, pack
+from eclectus.tasks.training.add_experts import AddExpertsSettings, add_experts, kind_of
+from eclectus.tasks.training.extend import ExtendStageSettings, Method, extend
+from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings, layer_similarity
+from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
+from tests.support.small_world import make_world
+
+STAGE = {
+    "post_pretrain_steps": 4,
+    "post_pretrain_warmup_steps": 1,
+    "post_pretrain_learning_rate": 1e-2,
+    "review_steps": 3,
+    "review_warmup_steps": 1,
+    "original_languages": ["en"],
+    "training_workers": 0,
+    "weight_decay": 0.3,
+    "lora_rank": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def made(world, kind, step, **arguments):
+    with world.store.draft(kind) as draft:
+        step.function(**arguments, out=draft)
+        return world.store.commit(draft)
+
+
+@pytest.fixture(scope="module")
+def instances(world):
+    def packed(group):
+        settings = PackSettings(instance_tokens=64, pack_group=group)
+        return made(world, "instances", pack, documents=world.documents, tokenizer=world.tokenizer, settings=settings)
+
+    return {group: packed(group) for group in ("original", "expanded", "all")}
+
+
+@pytest.fixture(scope="module")
+def upcycled(world):
+    settings = UpcycleSettings(extension_experts=3, extension_init="noise", extension_noise_scale=0.5)
+    return made(world, "checkpoint", upcycle, checkpoint=world.models["dense"], settings=settings)
+
+
+def stage(world, start, data, name="post_pretrain", review=None, **changes):
+    settings = ExtendStageSettings(extend_stage=name, **{**STAGE, **changes})
+    return made(world, "checkpoint", extend, instances=data, checkpoint=start, settings=settings, review=review)
+
+
+def weights(artifact):
+    return AutoModelForCausalLM.from_pretrained(artifact.path).state_dict()
+
+
+def test_the_methods_of_the_setting_are_those_that_there_are():
+    assert get_args(Method) == tuple(RECIPES)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "llama_pro", "moe_all", "one_stage"])
+def test_every_method_trains_and_gives_a_stock_checkpoint(world, instances, upcycled, method):
+    recipe = RECIPES[method]
+    start = upcycled if recipe.start == "upcycled" else world.models["dense"]
+    review = instances["all"] if recipe.mixed else None
+    result = stage(world, start, instances["expanded"], review=review, extension_method=method)
+    statistics = result.statistics
+    assert statistics["method"] == method and 0 < statistics["parameters_trained"] <= statistics["parameters"]
+    assert statistics["steps"] == (7 if method == "one_stage" else 4)
+    before, after = weights(start), weights(result)
+    assert (set(before) == set(after)) == (method != "llama_pro")
+    embeddings = "model.embed_tokens.weight"
+    assert torch.equal(before[embeddings], after[embeddings]) == (method not in ("full", "moe_all"))
+    assert result.file("tokenizer.json").is_file()
+    config = json.loads(result.file("config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    if method == "one_stage":
+        extract_base(result.path, world.store.root / "back")
+        assert torch.equal(
+            load_file(world.store.root / "back" / "model.safetensors")["model.norm.weight"],
+            load_file(world.models["dense"].file("model.safetensors"))["model.norm.weight"],
+        )
+
+
+def test_the_method_without_stages_asks_for_the_reviews_data(world, instances, upcycled):
+    with pytest.raises(EclectusError, match="one_stage needs the review's instances"):
+        stage(world, upcycled, instances["expanded"], extension_method="one_stage")
+
+
+def test_settings_of_other_methods_and_stages_do_not_touch_the_key():
+    def key(name, **changes):
+        return ExtendStageSettings(extend_stage=name, **{**STAGE, **changes}).key_values()
+
+    assert key("post_pretrain", lora_rank=4, review_steps=9, llama_pro_blocks=1) == key("post_pretrain")
+    assert key("review", balance_weight=1.0) == key("review")
+    lora = {"extension_method": "lora"}
+    assert key("post_pretrain", lora_rank=4, **lora) != key("post_pretrain", **lora)
+    mixed = {"extension_method": "one_stage"}
+    assert key("post_pretrain", lpr_weight=9.0, **mixed) != key("post_pretrain", **mixed)
+
+
+def test_an_extended_model_is_extended_again_with_all_earlier_experts_frozen(world, instances, upcycled):
+    assert kind_of(world.models["dense"]) == "dense" and kind_of(upcycled) == "upcycled"
+    first = stage(world, stage(world, upcycled, instances["expanded"]), instances["all"], "review")
+    assert kind_of(first) == "extended"
+    settings = AddExpertsSettings(extension_experts=3, extension_largest_share=1.0)
+    wider = made(world, "checkpoint", add_experts, instances=instances["all"], checkpoint=first, settings=settings)
+    assert kind_of(wider) == "upcycled" and wider.statistics["experts"] == 5
+    learned = stage(world, wider, instances["expanded"])
+    second = stage(world, learned, instances["all"], "review")
+    before, learned, after = weights(first), weights(learned), weights(second)
+    for name, tensor in before.items():
+        if name.endswith("gate.weight"):
+            assert not torch.equal(after[name], learned[name])
+        else:
+            old = after[name][:3] if ".experts." in name else after[name]
+            assert torch.equal(old, tensor), name
+    experts = "model.layers.0.mlp.experts.down_proj"
+    assert not torch.equal(learned[experts][3], learned[experts][4])
+    stages = json.loads(second.file("upcycle.json").read_text())["trained"]
+    assert [each["stage"] for each in stages] == ["post_pretrain", "review"]
+
+
+def test_a_lory_model_goes_through_both_stages_and_its_old_weights_stay(world, instances):
+    lory = world.models["lory"]
+    wider = made(
+        world,
+        "checkpoint",
+        add_experts,
+        instances=instances["original"],
+        checkpoint=lory,
+        settings=AddExpertsSettings(),
+    )
+    assert wider.statistics["max_abs_delta"] < 1e-5 and kind_of(wider) == "lory upcycled"
+    learned = stage(world, wider, instances["expanded"])
+    reviewed = stage(world, learned, instances["all"], "review", review_learning_rate=0.05)
+    assert kind_of(reviewed) == "lory"
+    start, one, two = weights(lory), weights(learned), weights(reviewed)
+    for name, tensor in start.items():
+        assert torch.equal(two[name][: len(tensor)], tensor), name
+    experts, router = "model.layers.0.mlp.experts", "model.layers.1.mlp.router.weight"
+    assert not torch.equal(one[experts][4:], start[experts]) and torch.equal(one[experts], two[experts])
+    assert not torch.equal(one[router][4:], two[router][4:])
+    with pytest.raises(EclectusError, match="is a Lory model: choose moe_lpr or no_review"):
+        stage(world, wider, instances["expanded"], extension_method="moe_all")
+
+
+def test_layers_that_part_languages_more_get_more_experts_of_the_budget(world, instances):
+    settings = LayerSimilaritySettings(extension_expert_budget=5, similarity_tokens=256)
+    dense = world.models["dense"]
+    alike = made(world, "report", layer_similarity, documents=world.documents, checkpoint=dense, settings=settings)
+    found = alike.statistics
+    assert found["known"] == ["en"] and found["new"] == ["el"] and found["tokens"] == {"el": 256, "en": 256}
+    assert sum(found["new_experts"]) == 5
+    order = sorted(range(2), key=lambda layer: found["similarity"][layer])
+    assert found["new_experts"][order[0]] >= found["new_experts"][order[1]]
+    moe = made(world, "checkpoint", upcycle, checkpoint=dense, similarity=alike, settings=UpcycleSettings())
+    assert list(moe.statistics["experts_per_layer"]) == [new + 1 for new in found["new_experts"]]
+    reviewed = stage(world, stage(world, moe, instances["expanded"]), instances["all"], "review")
+    assert reviewed.statistics["model"] == "LayeredMixtralForCausalLM"
+    assert reviewed.statistics["frozen_sha256"] == moe.statistics["base_digest"]
+
+
+def test_a_budget_below_one_expert_a_layer_is_refused(world):
+    settings = LayerSimilaritySettings(extension_expert_budget=1)
+    with pytest.raises(EclectusError, match="less than one for each of 2 layers"):
+        made(
+            world,
+            "report",
+            layer_similarity,
+            documents=world.documents,
+            checkpoint=world.models["dense"],
+            settings=settings,
+        )
+
+
+def test_instances_of_another_tokenizer_are_refused(world, instances):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with world.store.draft("checkpoint") as draft:
+        LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).save_pretrained(draft.path)
+        small = world.store.commit(draft)
+    with pytest.raises(EclectusError, match="pack them with the model's own tokenizer"):
+        stage(world, small, instances["expanded"], extension_method="full")

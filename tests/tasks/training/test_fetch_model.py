@@ -1,0 +1,42 @@
+"""Bases come into the home whole, whatever form they have, and what cannot be read is named."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eclectus.models.mixture.upcycle import upcycle
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.training.fetch_model import FetchSettings, fetch, find_checkpoint
+from tests.support.dense_bases import logits, tokens, write_base, write_gguf
+
+
+def fetched(home, place):
+    with home.store.draft("checkpoint") as draft:
+        fetch.function(settings=FetchSettings(base_model=str(place)), out=draft)
+        return home.store.commit(draft)
+
+
+def test_a_gguf_file_becomes_a_stock_checkpoint_of_the_same_function(home, tmp_path):
+    write_gguf(tmp_path / "tiny.gguf")
+    artifact = fetched(home, tmp_path / "tiny.gguf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(artifact.path, tokens()), model(tokens()).logits, rtol=0, atol=1e-6)
+    assert AutoTokenizer.from_pretrained(artifact.path).vocab_size == 96
+    assert artifact.statistics["base_model"] == "tiny.gguf"
+
+
+def test_an_upcycled_folder_brings_its_proof_along(home, tmp_path):
+    upcycle(write_base(tmp_path / "base", "llama"), tmp_path / "moe", experts=3)
+    assert fetched(home, tmp_path / "moe").file("upcycle.json").is_file()
+
+
+def test_what_is_no_model_is_named(home, tmp_path):
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(EclectusError, match=r"broken\.gguf cannot be read as GGUF"):
+        fetched(home, tmp_path / "broken.gguf")
+    with pytest.raises(EclectusError, match=r"does not exist"):
+        find_checkpoint(home.store, str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EclectusError, match=r"holds no \.safetensors"):
+        fetched(home, tmp_path / "empty")
