@@ -53,9 +53,18 @@ services:
 	  DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $$need > /dev/null; \
 	elif [ -n "$$need" ]; then echo "missing for the tests:$$need (as root: apt-get install$$need)"; fi
 
+# mypy looks for eclectus.flows in a folder eclectus/flows: links show it the four folders under that name.
+define types
+mkdir -p $(VENV)/types/eclectus; \
+	for part in flows tasks models storage eclectus/__init__.py eclectus/__main__.py; do \
+	  ln -sfn $(CURDIR)/$$part $(VENV)/types/eclectus/$$(basename $$part); done; \
+	MYPYPATH=$(VENV)/types $(BIN)/mypy -p eclectus
+endef
+
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(call types)
 
 bench: setup corpus
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -2,7 +2,7 @@
 
     eclectus    eclectus.tasks.grouping.group.chain: symmetrised graph, minimum-degree starts, compiled
     plain       the same algorithm in plain Python; both must give the same order
-    published   ICP's released sort, re-implemented plainly (papers.md 1.6): arbitrary starts, the first 9 neighbours of the
+    published   ICP's released sort, re-implemented plainly (docs/methods.md 1.6): arbitrary starts, the first 9 neighbours of the
                 directed lists, chains capped at 21
 
 Points lie on a sphere in 5 dimensions around some centres; their exact neighbours (k = 20) come from a k-d tree.

@@ -208,7 +208,7 @@ class _Draw:
         return self._mixed(chosen)
 
     def review(self) -> list[dict[str, Any]]:
-        """papers.md 2.4: twice as much of each expanded language; here by tokens, of documents cut so that few tokens are many documents."""
+        """docs/methods.md 2.4: twice as much of each expanded language; here by tokens, of documents cut so that few tokens are many documents."""
         mixture, longest = self._mixture, self._mixture.length // 2
         each = mixture.expanded_tokens * mixture.review_original_share / len(mixture.original)
         parts = [self._take(name, each, longest) for name in mixture.original]

@@ -1,4 +1,4 @@
-"""Tables of `lpr_claims.py`, as papers.md 2.5 has them, in bits per byte."""
+"""Tables of `lpr_claims.py`, as docs/methods.md 2.5 has them, in bits per byte."""
 
 from __future__ import annotations
 

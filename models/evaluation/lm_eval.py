@@ -1,9 +1,9 @@
 """Models as lm-evaluation-harness asks them: log-likelihoods of continuations, of whole texts, and greedy writing.
 
 Dense and top-k models answer through the harness's own HFLM, so that their scores are those of the `lm_eval` command on the same
-directory. A Lory model answers by prompt-only routing (papers.md 1.4): one mixture a layer from the mean of the context,
+directory. A Lory model answers by prompt-only routing (docs/methods.md 1.4): one mixture a layer from the mean of the context,
 then the merged network reads context and continuation, so that no score has seen its own continuation through the router. Whole
-texts (rolling log-likelihood, which has no prompt) are routed by segment with a uniform first one (papers.md 1.3).
+texts (rolling log-likelihood, which has no prompt) are routed by segment with a uniform first one (docs/methods.md 1.3).
 
 Answers are shared between the processes and kept in a file as they come, so that an examination that was cut off goes on. Price: a
 forward pass a request; for Lory one more over the context.

@@ -6,7 +6,7 @@
 
 Every token but the first C of a stream is scored exactly once, with at least C tokens before it. With C at least Lory's
 segment T no scored token of a Lory model has seen what comes after it: the look-ahead of the paper's first segment ends with
-that segment (papers.md 1.3), and the prediction of token T is made of tokens 0 to T - 1. Windows never depend on how they are
+that segment (docs/methods.md 1.3), and the prediction of token T is made of tokens 0 to T - 1. Windows never depend on how they are
 batched or shared between processes: short ones are filled up on the right, where a causal model cannot see.
 
 Price: one forward pass over L / (L - C) times the tokens; memory for `batch` windows of logits.
@@ -138,7 +138,7 @@ def score(
     batch: windows at once in a process, fewer where their logits would be more than LOGITS_AT_ONCE numbers. told: called
     with (windows done here, windows to do here). kept: a directory where the sums so far are written every KEEP_EVERY batches, so
     that scoring which was cut off goes on from them. by_prompt: route a Lory model once a window, by its context alone
-    (papers.md 1.4), and count no routing. Raises NotFinite.
+    (docs/methods.md 1.4), and count no routing. Raises NotFinite.
     """
     model.to(place.device).eval()
     mine = windows.table[place.rank :: place.world]

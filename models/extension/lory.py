@@ -1,7 +1,7 @@
 """The two stages of MoE-LPR on a Lory model: new experts join the merge, the prior keeps original-language segments where they were.
 
     experts E..2E-1 = copies of 0..E-1, router rows too:   every copy halves the weight of its original, so the merged network
-                                                           is the same for any input (papers.md 1.1)
+                                                           is the same for any input (docs/methods.md 1.1)
     stage 1   new experts and their router rows learn the expanded languages                           next-token
     stage 2   the new router rows alone replay a little of all       next-token + gamma * mean of -log sum_{i < E} e_i
                                                                      over segments of original languages

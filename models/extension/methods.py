@@ -1,4 +1,4 @@
-"""What MoE-LPR is measured against: other ways to teach a dense model new languages, in the same harness (papers.md 2.5).
+"""What MoE-LPR is measured against: other ways to teach a dense model new languages, in the same harness (docs/methods.md 2.5).
 
     full        every weight of the dense model trains
     lora        low-rank adapters on every linear layer train, merged at the end (arXiv 2106.09685; peft)

@@ -1,4 +1,4 @@
-"""Configuration of a Lory model: LLaMA's, plus experts, segments and routing (papers.md 1)."""
+"""Configuration of a Lory model: LLaMA's, plus experts, segments and routing (docs/methods.md 1)."""
 
 from typing import Any, ClassVar
 
@@ -8,7 +8,7 @@ ROUTINGS = ("causal_segment", "prefix", "dense")
 FIRST_SEGMENTS = ("stop_gradient", "uniform")
 GENERATION_ROUTINGS = ("prompt", "segment")
 
-# 0.3b and 1.5b are the paper's (papers.md 1.5); the others are named by the parameters active for a token.
+# 0.3b and 1.5b are the paper's (docs/methods.md 1.5); the others are named by the parameters active for a token.
 PRESETS: dict[str, dict[str, Any]] = {
     "1.5b": dict(hidden_size=1536, intermediate_size=4096, num_hidden_layers=48, num_attention_heads=24,
                  max_position_embeddings=4096),
@@ -36,14 +36,14 @@ class LoryConfig(LlamaConfig):
     Args:
         num_experts: E, expert FFNs in a layer. With 1 the model is dense and has no router.
         segment_length: T, tokens that share one routing decision.
-        routing: "causal_segment" routes a segment by the one before it (papers.md 1.2); "prefix" routes everything by
+        routing: "causal_segment" routes a segment by the one before it (docs/methods.md 1.2); "prefix" routes everything by
             the first segment (the paper's ablation); "dense" uses expert 0 alone.
         first_segment: what the first segment is routed by. "stop_gradient": its own tokens, detached (the paper; looks
             ahead inside the segment). "uniform": equal weights, which is strictly causal.
-        generation_routing: what `generate` does. "prompt" merges the experts once by the whole prompt (papers.md 1.4);
+        generation_routing: what `generate` does. "prompt" merges the experts once by the whole prompt (docs/methods.md 1.4);
             "segment" routes again at every segment border, as in training.
         router_initializer_range: standard deviation of the routers' initial weights. Not zero: a constant router never
-            separates experts that start as copies (papers.md 1.3).
+            separates experts that start as copies (docs/methods.md 1.3).
         output_router_weights: return every layer's routing weights from the forward pass.
         merge_block_bytes: memory for merged weights in a layer's pass; chosen for the device when None.
     """

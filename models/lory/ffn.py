@@ -1,4 +1,4 @@
-"""The mixture of merged experts that takes the place of a LLaMA layer's FFN (papers.md 1.1, 1.2, 1.4).
+"""The mixture of merged experts that takes the place of a LLaMA layer's FFN (docs/methods.md 1.1, 1.2, 1.4).
 
 Three ways through a layer: all segments at once (training and prefill), a cached generation that goes on inside a
 segment or over its border, and one merged FFN for everything (prompt routing, or weights given from outside).

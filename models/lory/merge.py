@@ -1,4 +1,4 @@
-"""Merge the experts of every segment into one SwiGLU FFN and apply it (Lory, papers.md 1.1).
+"""Merge the experts of every segment into one SwiGLU FFN and apply it (Lory, docs/methods.md 1.1).
 
     theta_bar(s) = sum_i e[s, i] * theta_i            one GEMM  [S, E] x [E, P]
     y(s)         = (silu(x G^T) * (x U^T)) V          G, U, V are cut out of theta_bar(s)
@@ -61,7 +61,7 @@ def apply_merged(x: Tensor, merged: Tensor) -> Tensor:
 
 
 def reference_merged_ffn(x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    """`merged_ffn` written down as papers.md 1.1 says it: slow, large, and what the fast one is held against."""
+    """`merged_ffn` written down as docs/methods.md 1.1 says it: slow, large, and what the fast one is held against."""
     gate, up, down = torch.einsum("...e,efd->...fd", weights, experts).chunk(3, dim=-2)
     hidden = F.silu(torch.einsum("...td,...fd->...tf", x, gate)) * torch.einsum("...td,...fd->...tf", x, up)
     return torch.einsum("...tf,...fd->...td", hidden, down)

@@ -1,4 +1,4 @@
-"""Lory: a fully differentiable mixture of experts for autoregressive language models (papers.md 1; arXiv 2405.03133).
+"""Lory: a fully differentiable mixture of experts for autoregressive language models (docs/methods.md 1; arXiv 2405.03133).
 
 A LLaMA whose FFNs are merged, segment by segment, from E experts: the mean hidden state of a segment gives the weights
 with which the *next* segment's FFN is averaged. There is no top-k, no noise and no auxiliary loss. Attention, norms and
@@ -329,7 +329,7 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
         shared_memory: bool = False,
         **config: Any,
     ) -> "LoryForCausalLM":
-        """Duplicate a dense model's FFNs into experts: equal logits at once, for any router (papers.md 1.5, 3).
+        """Duplicate a dense model's FFNs into experts: equal logits at once, for any router (docs/methods.md 1.5, 3).
 
         Args:
             llama: the dense model, SwiGLU without FFN biases. Its weights are copied.

@@ -1,4 +1,4 @@
-"""Which tokens form a segment, and what generation remembers of them (papers.md 1.2 and 1.4).
+"""Which tokens form a segment, and what generation remembers of them (docs/methods.md 1.2 and 1.4).
 
 A `RoutingPlan` is made once a forward pass and shared by all layers: it cuts rows into segments that start at the row's
 first real token, so that left padding moves no border, and averages over real tokens only.
@@ -108,7 +108,7 @@ class RoutingPlan:
         return (x * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
     def shift(self, weights: Tensor) -> Tensor:
-        """Weights `[B, N, E]` that each segment uses, from those of its own tokens: papers.md 1.2, per instance."""
+        """Weights `[B, N, E]` that each segment uses, from those of its own tokens: docs/methods.md 1.2, per instance."""
         if self.first_segment == "uniform":
             first = torch.full_like(weights[:, :1], 1 / weights.shape[-1])
         else:

@@ -139,7 +139,7 @@ def moe_blocks(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
 def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
     """Sets which parameters train and returns their names, in order.
 
-    `post_pretrain`: new experts and routers (papers.md 2.2).  `review`: routers only (2.3).
+    `post_pretrain`: new experts and routers (docs/methods.md 2.2).  `review`: routers only (2.3).
     `all`: everything in an upcycled model, the original experts too (the baseline "MoE, all trained").
     `full`: everything in a dense model (the baseline "full fine-tuning").
     The shared expert of zeros that Qwen2Moe asks for is never trained.

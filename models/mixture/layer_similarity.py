@@ -1,7 +1,7 @@
 """How alike languages look to each layer of a dense model, and how many new experts each layer needs (LayerMoE).
 
     S_l = mean over pairs (known language, new language) of the cosine between their mean FFN inputs in layer l
-    N_l proportional to 1 / S_l, sum N_l = budget                              (papers.md 2.7; arXiv 2505.22582)
+    N_l proportional to 1 / S_l, sum N_l = budget                              (docs/methods.md 2.7; arXiv 2505.22582)
 
 Where languages look alike a layer treats them alike, and few new experts do. LayerMoE rounds every N_l up, which exceeds
 the budget by up to one expert a layer; here the largest remainders get what rounding down left, so that the sum is the

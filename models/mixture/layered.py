@@ -2,7 +2,7 @@
 
 Mixtral, Qwen2Moe and Qwen3Moe have one `num_local_experts` for all layers, and no exact way to leave places of a layer
 empty: a router row without a bias cannot keep an expert out of the top K for every input (models/mixture/extend_again.py says why). So
-LayerMoE's lists (papers.md 2.7) train in these classes of ours. Everything but the counts is stock, and so are the tensor names
+LayerMoE's lists (docs/methods.md 2.7) train in these classes of ours. Everything but the counts is stock, and so are the tensor names
 in the files. Price: only this package opens the checkpoints (`import eclectus.models` registers the classes); no server does.
 """
 

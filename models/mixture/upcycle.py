@@ -1,4 +1,4 @@
-"""Upcycling: a dense checkpoint becomes a mixture of experts that computes the same function (papers.md 2.1, 2.7).
+"""Upcycling: a dense checkpoint becomes a mixture of experts that computes the same function (docs/methods.md 2.1, 2.7).
 
     expert 0 = the base's FFN;  experts 1..E-1 = copies of it;  a router, hidden x E, Xavier normal
     y = sum over the top K of  G_i / (sum of the top K's G) * E_i(x)

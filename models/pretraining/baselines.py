@@ -1,4 +1,4 @@
-"""What Lory is measured against: Expert Choice, and a top-k mixture out of transformers (papers.md 1.7).
+"""What Lory is measured against: Expert Choice, and a top-k mixture out of transformers (docs/methods.md 1.7).
 
 Expert Choice (Zhou et al., arXiv 2202.09368): an expert takes the tokens that suit it best, so that all are equally loaded.
 

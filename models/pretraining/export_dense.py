@@ -1,4 +1,4 @@
-"""Write a Lory model as a stock dense LLaMA for one prompt, domain or language (papers.md 1.4).
+"""Write a Lory model as a stock dense LLaMA for one prompt, domain or language (docs/methods.md 1.4).
 
 With the weights fixed, every layer's experts are one merged FFN, which is an ordinary LlamaMLP: any server can run it, at
 the dense model's cost. Its logits are those of prompt-only routing with the same weights.

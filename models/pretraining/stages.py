@@ -1,8 +1,8 @@
 """The models of pre-training, made out of a dense one: Lory and what it is measured against, each with its objective.
 
     dense            the twin, as it is
-    lory             LoryForCausalLM, FFNs duplicated into E experts, routing as configured         (papers.md 1.2)
-    expert_choice    token-level Expert Choice of E experts, capacity 1                              (papers.md 1.7)
+    lory             LoryForCausalLM, FFNs duplicated into E experts, routing as configured         (docs/methods.md 1.2)
+    expert_choice    token-level Expert Choice of E experts, capacity 1                              (docs/methods.md 1.7)
     top_k            transformers' Mixtral of E K experts, each 1/K of the dense FFN wide            (models/pretraining/baselines.py)
 
 All have the dense model's active size, so that stages of equal steps see equal tokens and FLOPs. AdamW's moments go with the

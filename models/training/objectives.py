@@ -1,9 +1,9 @@
 """What each training stage minimises, as `objective(model, batch) -> (loss, what else to log)`.
 
-next-token:       mean cross-entropy of the next token                                   (dense, Lory: papers.md 1.1)
+next-token:       mean cross-entropy of the next token                                   (dense, Lory: docs/methods.md 1.1)
 balanced:         next-token + transformers' own load-balancing loss                     (top-k baseline: models/pretraining/baselines.py)
-post-pretrain:    next-token + alpha * balance over all tokens                           (MoE-LPR stage 1: papers.md 2.2)
-review:           next-token + gamma * LPR over tokens of the original languages         (MoE-LPR stage 2: papers.md 2.3)
+post-pretrain:    next-token + alpha * balance over all tokens                           (MoE-LPR stage 1: docs/methods.md 2.2)
+review:           next-token + gamma * LPR over tokens of the original languages         (MoE-LPR stage 2: docs/methods.md 2.3)
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def lory(domains: Sequence[str] = ()) -> Objective:
 
 
 def routing_metrics(router_weights: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Entropy of routing in nats, and the share of experts whose weight is over 2/E (papers.md 1.7), means over all segments.
+    """Entropy of routing in nats, and the share of experts whose weight is over 2/E (docs/methods.md 1.7), means over all segments.
 
     router_weights: by layer [B, N, E]; without any (one expert, or dense routing) there is nothing to say.
     """

@@ -1,4 +1,4 @@
-"""The two router losses of MoE-LPR, on raw router logits (papers.md 2.2, 2.3; arXiv 2408.11396).
+"""The two router losses of MoE-LPR, on raw router logits (docs/methods.md 2.2, 2.3; arXiv 2408.11396).
 
     balance  = sum_i f_i * P_i         f_i: share of the top-K choices that fell on expert i,  P_i: mean probability
     LPR      = mean of -log G_0        over the tokens of original languages
@@ -24,7 +24,7 @@ PriorForm = Literal["paper", "released"]
 def balance_loss(
     router_logits: Sequence[Tensor], top_k: int, scaling: BalanceScaling = "paper", mask: Tensor | None = None
 ) -> Tensor:
-    """Load balance over experts, computed for each layer and averaged over layers (papers.md 2.2).
+    """Load balance over experts, computed for each layer and averaged over layers (docs/methods.md 2.2).
 
     router_logits: over layers, `[tokens, experts]` raw logits.  top_k: experts a token is sent to.
     scaling: `paper` gives 1 under uniform routing, `released` gives top_k.
@@ -57,7 +57,7 @@ def language_prior_loss(
     form: PriorForm = "paper",
     original_experts: int | Sequence[int] = 1,
 ) -> Tensor:
-    """Language priors routing: pulls tokens of original languages to the original expert (papers.md 2.3).
+    """Language priors routing: pulls tokens of original languages to the original expert (docs/methods.md 2.3).
 
     router_logits: over layers, `[tokens, experts]` raw logits.
     original_mask: `[tokens]` (any shape with that many elements), true on tokens of an original language.

@@ -46,7 +46,7 @@ TRANSLATION = "translation_choice"
 HERE = Path(__file__).parent / "questions"
 HUB_SECONDS = 3.0
 
-# papers.md 2.5: ARC-C (25 shots), MMLU (5), HellaSwag (10), Belebele (5), FLORES (8). By language, the harness's task of that
+# docs/methods.md 2.5: ARC-C (25 shots), MMLU (5), HellaSwag (10), Belebele (5), FLORES (8). By language, the harness's task of that
 # benchmark; it has no FLORES translation to these languages, and no HellaSwag in Greek or Turkish.
 MOE_LPR = {
     "en": {"arc_challenge": 25, "mmlu": 5, "hellaswag": 10, "belebele_eng_Latn": 5},
@@ -61,7 +61,7 @@ MOE_LPR = {
     "fr": {"arc_fr": 25, "m_mmlu_fr": 5, "hellaswag_fr": 10, "belebele_fra_Latn": 5},
     "pt": {"arc_pt": 25, "m_mmlu_pt": 5, "hellaswag_pt": 10, "belebele_por_Latn": 5},
 }  # fmt: skip
-# papers.md 1.7 gives perplexities (Wiki, C4 and others) and 1.4 an average over tasks that it does not name: these are the
+# docs/methods.md 1.7 gives perplexities (Wiki, C4 and others) and 1.4 an average over tasks that it does not name: these are the
 # harness's zero-shot tasks of commonsense and reading, and the two texts of 1.7 that it has.
 LORY = dict.fromkeys(
     "piqa social_iqa boolq hellaswag winogrande race arc_easy arc_challenge sciq openbookqa wikitext c4".split(), 0

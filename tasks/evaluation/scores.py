@@ -60,7 +60,7 @@ class Scores:
         return float(self.bits[chosen].sum() / self.bytes[chosen].sum()) if chosen.any() else None
 
     def bits_per_byte_by_prompt(self, **labels: str) -> float | None:
-        """As `bits_per_byte`, routed once a window by its context alone (papers.md 1.4); None where that is no other."""
+        """As `bits_per_byte`, routed once a window by its context alone (docs/methods.md 1.4); None where that is no other."""
         chosen = self.where(**labels)
         if self.bits_by_prompt is None or not chosen.any():
             return None

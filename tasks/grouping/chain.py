@@ -1,4 +1,4 @@
-"""Similarity chains through a k-nearest-neighbour graph, compiled (papers.md 1.6: Lory's batching, with ICP's starts).
+"""Similarity chains through a k-nearest-neighbour graph, compiled (docs/methods.md 1.6: Lory's batching, with ICP's starts).
 
     symmetrise: i and j are joined if either lists the other          (the larger similarity counts)
     start at the unused document of the smallest degree               (ties: the lowest row)

@@ -1,4 +1,4 @@
-"""Grouping: an order of the training documents in which neighbours in the order are alike (papers.md 1.6).
+"""Grouping: an order of the training documents in which neighbours in the order are alike (docs/methods.md 1.6).
 
     1. near-duplicates are dropped (`eclectus.tasks.grouping.duplicates`), train copies of held-out documents among them
     2. each partition's neighbour graph is chained (`eclectus.tasks.grouping.chain`), partitions in parallel
@@ -112,7 +112,7 @@ def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settin
 
 
 def chain(neighbors: np.ndarray, similarities: np.ndarray) -> np.ndarray:
-    """The order of all documents, int64 [N]: greedy similarity chains with minimum-degree starts (papers.md 1.6).
+    """The order of all documents, int64 [N]: greedy similarity chains with minimum-degree starts (docs/methods.md 1.6).
 
     neighbors: int [N, k] row numbers, below 0 is padding. similarities: float [N, k]. Linear in N k; 8 bytes of extra
     memory an edge for float32 similarities, 12 for float64. Raises EclectusError when the two do not fit each other.

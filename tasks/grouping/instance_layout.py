@@ -1,4 +1,4 @@
-"""Where documents lie in instances: laid end to end, cut at every L, the instances shuffled (papers.md 1.6)."""
+"""Where documents lie in instances: laid end to end, cut at every L, the instances shuffled (docs/methods.md 1.6)."""
 
 from __future__ import annotations
 

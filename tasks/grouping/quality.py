@@ -1,4 +1,4 @@
-"""How good a grouping is, in numbers and in a picture, before a single step is trained (papers.md 1.6).
+"""How good a grouping is, in numbers and in a picture, before a single step is trained (docs/methods.md 1.6).
 
     adjacent similarity     mean cosine of documents that follow each other in the order
     random                  the same after a shuffle within each partition: the floor

@@ -3,7 +3,7 @@
     tokenizer       byte-level BPE over lower-cased words (every script; nothing is unknown)
     start           latent semantic analysis: the right singular vectors of the TF-IDF matrix, times idf
     training        two random spans of one document attract each other, those of other documents repel: InfoNCE with
-                    in-batch negatives, which is what Contriever does (papers.md 1.6 embeds with Contriever)
+                    in-batch negatives, which is what Contriever does (docs/methods.md 1.6 embeds with Contriever)
     result          a sentence-transformers `StaticEmbedding` directory: the mean of the token vectors
 
 A step touches the few thousand tokens of its spans and nothing else, so gradients are written out by hand and Adam is the

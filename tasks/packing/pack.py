@@ -3,7 +3,7 @@
     tokens of the documents, each followed by the end-of-document token, concatenated in the grouping's order,
     cut every L tokens (a document may go on in the next instance), then the instances are permuted under a seed.
 
-The shuffle matters: documents shall be similar within an instance, not across adjacent ones (papers.md 1.6); where the
+The shuffle matters: documents shall be similar within an instance, not across adjacent ones (docs/methods.md 1.6); where the
 embeddings are given, both are measured. Remainder policy: the last, incomplete stretch is dropped, or padded. Texts are
 tokenised once, by all cores, in the order in which they are stored, into a scratch file; instances then gather from it, a
 million tokens at a time, so memory stays bounded by 100 bytes a document. Price: tokenising, 0.5 to 1M tokens/s on 2 cores;

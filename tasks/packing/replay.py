@@ -1,4 +1,4 @@
-"""Replay: the documents of the review stage, some of every language, at random (papers.md 2.4).
+"""Replay: the documents of the review stage, some of every language, at random (docs/methods.md 2.4).
 
 The paper reviews 50,000 documents of each of three original languages and 100,000 of each of three expanded ones: one
 original document to two expanded. Counts that are left automatic keep that ratio over all languages together, at the largest

@@ -1,4 +1,4 @@
-"""Extension to new languages: MoE-LPR's two training stages, and what it is measured against (papers.md 2.2, 2.3, 2.5).
+"""Extension to new languages: MoE-LPR's two training stages, and what it is measured against (docs/methods.md 2.2, 2.3, 2.5).
 
     post_pretrain   new experts and routers learn the expanded languages     next-token + alpha * balance
     review          the routers alone replay a little of all languages       next-token + gamma * LPR

@@ -1,4 +1,4 @@
-"""How alike the languages look to each layer of a dense model, and how many new experts each layer needs (LayerMoE, papers.md 2.7).
+"""How alike the languages look to each layer of a dense model, and how many new experts each layer needs (LayerMoE, docs/methods.md 2.7).
 
 A sample of each language's documents goes through the dense model; layers that treat known and new languages alike get few
 new experts, the others many, `extension_expert_budget` in all. File: `similarity.json`. Price: one forward pass over

@@ -8,7 +8,7 @@
 
 A LLaMA checkpoint can take the warm-up's place (`dense_start`); then w = 0.
 All go on from the same weights and AdamW moments and read the same instances in the same order, so what differs is the model
-(papers.md 1.5). AdamW's moments are carried over the switch: an expert that was weighted 1/E sees 1/E of the dense gradient,
+(docs/methods.md 1.5). AdamW's moments are carried over the switch: an expert that was weighted 1/E sees 1/E of the dense gradient,
 so its first moment is divided by E and its second by E squared, and its steps keep their size from the first one on.
 """
 
@@ -48,7 +48,7 @@ class ArchitectureSettings(Settings):
 
 
 class LorySettings(Settings):
-    """Lory's own settings (papers.md 1)."""
+    """Lory's own settings (docs/methods.md 1)."""
 
     lory_experts: int = Field(
         8, ge=1, description="Experts E of every layer, merged into one network for each segment."

@@ -1,4 +1,4 @@
-"""Upcycling: a dense checkpoint becomes a mixture of experts that computes exactly the same (papers.md 2.1).
+"""Upcycling: a dense checkpoint becomes a mixture of experts that computes exactly the same (docs/methods.md 2.1).
 
 Expert 0 is the original feed-forward network, the others are copies. The proof, the largest difference of any logit on
 fixed probes, is stored with the artifact; above the tolerance nothing is written.

@@ -1,4 +1,4 @@
-"""What must hold when a Lory model generates: papers.md 1.4 and property 7 of its section 3."""
+"""What must hold when a Lory model generates: docs/methods.md 1.4 and property 7 of its section 3."""
 
 from concurrent.futures import ThreadPoolExecutor
 

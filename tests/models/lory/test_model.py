@@ -1,4 +1,4 @@
-"""What must hold of the Lory model: papers.md 1.2, 1.3 and the properties 1, 2 and 3 of its section 3."""
+"""What must hold of the Lory model: docs/methods.md 1.2, 1.3 and the properties 1, 2 and 3 of its section 3."""
 
 import copy
 import json
@@ -70,7 +70,7 @@ def test_duplication_copies_and_the_seed_decides_the_routers():
 
 
 def straightforward_logits(model, ids):
-    """The model written down again from papers.md 1.1 and 1.2, one segment at a time, with stock attention."""
+    """The model written down again from docs/methods.md 1.1 and 1.2, one segment at a time, with stock attention."""
     twin = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval().to(model.dtype)
     twin.load_state_dict({k: v for k, v in model.state_dict().items() if ".mlp." not in k}, strict=False)
 

@@ -1,4 +1,4 @@
-"""The router losses against float64 references written from the formulas of papers.md 2.2 and 2.3."""
+"""The router losses against float64 references written from the formulas of docs/methods.md 2.2 and 2.3."""
 
 import math
 

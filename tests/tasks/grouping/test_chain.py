@@ -19,7 +19,7 @@ def nearest(vectors, k):
 
 
 def plain_chain(neighbors, similarities):
-    """papers.md 1.6 in plain Python: symmetrised graph, minimum-degree starts, greedy best unused neighbour."""
+    """docs/methods.md 1.6 in plain Python: symmetrised graph, minimum-degree starts, greedy best unused neighbour."""
     count = len(neighbors)
     graph = [{} for _ in range(count)]
     for i in range(count):
