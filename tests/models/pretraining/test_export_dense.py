@@ -125,7 +125,10 @@ print(model(torch.arange(2, 30)[None]).logits.double().sum().item())
 
 @pytest.mark.parametrize(
     ("setup", "arguments", "module"),
-    [("import eclectus.models", "", "eclectus.models.lory.model"), ("", "trust_remote_code=True", "transformers_modules")],
+    [
+        ("import eclectus.models", "", "eclectus.models.lory.model"),
+        ("", "trust_remote_code=True", "transformers_modules"),
+    ],
 )
 def test_a_clean_process_loads_and_generates(tmp_path, setup, arguments, module):
     model = lory()
