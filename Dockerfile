@@ -3,7 +3,7 @@ FROM python:3.11.13-slim-bookworm
 ENV PYTHONUNBUFFERED=1
 RUN useradd --create-home --uid 1000 eclectus
 WORKDIR /opt/eclectus
-# PyTorch first, alone: it is large and changes seldom.
+# PyTorch in a layer of its own: it is large and rarely changes.
 COPY constraints constraints
 RUN pip install --no-cache-dir torch==2.13.0 -c constraints/constraints.txt
 COPY pyproject.toml README.md prefect.yaml ./
