@@ -67,6 +67,11 @@ LORY = dict.fromkeys(
     "piqa social_iqa boolq hellaswag winogrande race arc_easy arc_challenge sciq openbookqa wikitext c4".split(), 0
 )
 PRESETS = ("moe-lpr", "lory")
+# Not every ISO 639-1 code: `to`, `is`, `be`, `or` and `as` are words in the names of tasks.
+LANGUAGES = set(
+    "ar bg bn cs da de el en es fa fi fr he hi hr hu id it ja ko ne nl no pl pt ro ru sk sl sr sv sw ta te th tr uk ur "
+    "vi zh".split()
+)
 SCRIPTS = {
     "eng": "en", "zho": "zh", "spa": "es", "ell": "el", "hun": "hu", "tur": "tr", "ben": "bn", "hin": "hi", "npi": "ne",
     "fra": "fr", "por": "pt", "deu": "de", "ita": "it", "rus": "ru", "jpn": "ja",
@@ -130,8 +135,6 @@ def local_questions(files: list[str]) -> dict[str, Path]:
 
 def language_of(task: str) -> str:
     """The language of a task by its name: `arc_hu`, `belebele_ell_Grek`, `translation_choice_tr`; English without one."""
-    from eclectus.tasks.documents.language_codes import LANGUAGES
-
     for part in reversed(re.split(r"[_-]", task)):
         if part in LANGUAGES:
             return part

@@ -12,7 +12,6 @@ from eclectus.storage.artifact import ArtifactStore
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents import languages as module
 from eclectus.tasks.documents.ingest import IngestSettings, ingest
-from eclectus.tasks.documents.language_codes import is_language, normalise
 from eclectus.tasks.documents.languages import LanguageSettings, detect, languages
 from eclectus.tasks.documents.table import read_table
 
@@ -134,16 +133,6 @@ def test_wrong_languages_are_refused_when_the_settings_are_read(values, message)
         LanguageSettings.read(values, "configs/x.yaml")
     with pytest.raises(ValidationError):
         LanguageSettings(**values)
-
-
-def test_language_codes_of_all_kinds_mean_one_language():
-    for code in ("el", "EL", "ell", "gre", "el-GR", "ell_Grek", "Greek"):
-        assert normalise(code) == "el"
-    assert [normalise(each) for each in ("zh-cn", "cmn_Hans", "iw", "ceb", "", None, "12")] == [
-        *("zh", "zh", "he", "ceb"),
-        *(None, None, None),
-    ]
-    assert is_language("el") and is_language("ell_Grek") and not is_language("fin") and not is_language("code")
 
 
 def test_a_document_that_was_judged_before_is_not_judged_again(run, tmp_path, monkeypatch):
