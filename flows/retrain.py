@@ -24,7 +24,7 @@ from eclectus.storage.lineage.history import Made, read_history
 from eclectus.tasks.evaluation.contamination import packed_documents
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.promotion.new_documents import NewsSettings, RefreshSettings, news, refresh
-from eclectus.tasks.run import current_run, say
+from eclectus.tasks.run import require_run, say
 
 EXTENDING = ("upcycle", "add_experts", "extend")
 
@@ -95,7 +95,7 @@ def _train_on(reigning: Artifact, parameters: RetrainParameters) -> tuple[Curate
 
 def _history(checkpoints: list[str]) -> dict[str, Made]:
     """Everything upstream of these, first things first. checkpoints: digests."""
-    run = current_run()
+    run = require_run("retrain")
     return read_history(
         run.home, run.id, [Artifact("checkpoint", each, "") for each in dict.fromkeys(checkpoints)]
     ).made

@@ -32,7 +32,7 @@ from eclectus.storage.lineage.connection import write_database
 from eclectus.storage.step_keys import KnownKeys
 from eclectus.tasks.allowed_paths import check_roots
 from eclectus.tasks.ray_cluster import shut_ray
-from eclectus.tasks.run import Display, Run, activate, current_run
+from eclectus.tasks.run import Display, Run, activate, current_run, require_run
 from eclectus.tasks.settings import Settings
 
 STARTS = 4
@@ -172,7 +172,7 @@ def interrupts_noted(run: Run) -> Iterator[None]:
 
 def once(flow: Any, parameters: Settings) -> Any:
     """What a flow gives for these parameters, called at most once in a run: flows call the flows that they build on."""
-    results = current_run().results
+    results = require_run(f"flow '{flow.name}'").results
     key = f"{flow.name} {parameters.model_dump_json()}"
     if key not in results:
         results[key] = flow(parameters)
@@ -180,7 +180,7 @@ def once(flow: Any, parameters: Settings) -> Any:
 
 
 def current_home() -> Home:
-    return current_run().home
+    return require_run("current_home").home
 
 
 def code_version() -> str:

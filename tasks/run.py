@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from eclectus.storage.artifact import Artifact
+from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.journal import Journal
 from eclectus.storage.step_keys import KnownKeys
@@ -71,6 +72,16 @@ _current: Run | None = None
 
 
 def current_run() -> Run | None:
+    return _current
+
+
+def require_run(what: str, instead: str = "") -> Run:
+    """The run under way. Raises EclectusError where there is none.
+
+    what: the call that needs it, for the message. instead: what else would do, as ", or ...".
+    """
+    if _current is None:
+        raise EclectusError(f"{what} was called outside a run; use eclectus.flows.run.open_run{instead}")
     return _current
 
 

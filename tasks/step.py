@@ -30,7 +30,7 @@ from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.secrets import scrub
 from eclectus.storage.step_keys import Record
-from eclectus.tasks.run import Run, current_run
+from eclectus.tasks.run import Run, require_run
 from eclectus.tasks.settings import Settings
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -59,11 +59,7 @@ class Step:
 
         Raises EclectusError when no run is active, or an argument is not one of the step's.
         """
-        run = current_run()
-        if run is None:
-            raise EclectusError(
-                f"step '{self.name}' was called outside a run; use eclectus.flows.run.open_run, or {self.name}.function"
-            )
+        run = require_run(f"step '{self.name}'", f", or {self.name}.function")
         for name in arguments:
             if name not in self._parameters:
                 raise EclectusError(

@@ -15,11 +15,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.evaluation.routing_statistics import LayerRouting, describe_layers
+from eclectus.tasks.settings import Settings
 
 DRAWS_AT_ONCE = 4_000_000
+
+
+class BootstrapSettings(Settings):
+    """How sure a comparison of two models is."""
+
+    report_resamples: int = Field(
+        1000, ge=100, description="Draws of the bootstrap over documents that gives the 95% intervals."
+    )
+    seed: int = Field(0, description="Seed of everything random.")
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,26 @@ class Change:
         """Whether the interval leaves out no change at all."""
         low, high = self.bits_interval
         return low > 0 or high < 0
+
+    @property
+    def retention(self) -> float:
+        """Bits per byte of the first model over the second's; 1 is nothing forgotten (docs/methods.md 2.5)."""
+        return 1 / (1 + self.bits)
+
+    @property
+    def retention_interval(self) -> tuple[float, float]:
+        low, high = self.bits_interval
+        return 1 / (1 + high), 1 / (1 + low)
+
+    @property
+    def gain(self) -> float:
+        """Part of the first model's bits that the second saves."""
+        return -self.bits
+
+    @property
+    def gain_interval(self) -> tuple[float, float]:
+        low, high = self.bits_interval
+        return -high, -low
 
 
 def compare(before: Scores, after: Scores, resamples: int, seed: int, **labels: str) -> Change | None:

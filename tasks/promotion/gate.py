@@ -26,10 +26,8 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.evaluation.routing_statistics import collapsed_layers
-from eclectus.tasks.evaluation.scores import Scores
+from eclectus.tasks.evaluation.scores import BootstrapSettings, Scores
 from eclectus.tasks.promotion.gate_rules import Judged, Rule, check
-from eclectus.tasks.report import ReportSettings
-from eclectus.tasks.settings import Settings
 from eclectus.tasks.step import step
 
 
@@ -43,14 +41,12 @@ class Gate:
     rules: list[str]
 
 
-class GateSettings(Settings):
+class GateSettings(BootstrapSettings):
     """What a model has to keep to."""
 
     gate_line: str = Field("default", description="The line of champions that the model would join.")
     gate_model: str = Field("", description="What the model is called in its run, for people.")
     gate_rules: list[str] = Field([], description="Rules, as in configs/gate.yaml; all must hold.")
-    report_resamples: int = Field(1000, ge=100, description=ReportSettings.model_fields["report_resamples"].description)
-    seed: int = Field(0, description="Seed of everything random.")
 
 
 def read_gates(path: str | Path) -> dict[str, Gate]:

@@ -200,10 +200,11 @@ def _measure(rule: Rule, model: Judged, base: Judged | None, resamples: int, see
 
 
 def _kept_or_gained(measure: str, bound: str, change: Change) -> float:
-    """Retention is base over model, gain is 1 less model over base; the ends of an interval change places with the sign."""
-    low, high = change.bits_interval
-    bits = {"": change.bits, "low": high, "high": low}[bound]
-    return 1 / (1 + bits) if measure == "retention" else -bits
+    """The measure itself, or the bound ("low" or "high") of its 95% interval."""
+    value, interval = change.gain, change.gain_interval
+    if measure == "retention":
+        value, interval = change.retention, change.retention_interval
+    return interval[BOUNDS.index(bound)] if bound else value
 
 
 def _change(before: Scores, after: Scores, rule: Rule, resamples: int, seed: int) -> Change:

@@ -18,7 +18,7 @@ from eclectus.storage.home import Home
 from eclectus.storage.lineage.champions import PROMOTED, REFUSED, Decision, champion, record
 from eclectus.storage.lineage.connection import connect
 from eclectus.tasks.promotion.gate import Gate, GateSettings, gate
-from eclectus.tasks.run import current_run
+from eclectus.tasks.run import require_run
 
 STEPS = {"text": "evaluate", "tasks": "benchmark", "contamination": "contamination"}
 
@@ -43,7 +43,7 @@ def decide(
 
     others: evaluated in the same run. If the champion is among them, it is judged by that; else by what it was promoted with.
     """
-    run = current_run()
+    run = require_run("promote.decide")
     holder = champion(run.home, gate_file.line)
     reigning = None
     if holder and holder.checkpoint != candidate.checkpoint.digest:

@@ -20,8 +20,8 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.history import History, read_history
+from eclectus.tasks.evaluation.scores import BootstrapSettings
 from eclectus.tasks.run import current_run
-from eclectus.tasks.settings import Settings
 from eclectus.tasks.step import step
 
 if TYPE_CHECKING:
@@ -32,18 +32,14 @@ if TYPE_CHECKING:
     from eclectus.tasks.report.verdict import Comparer, Verdict
 
 
-class ReportSettings(Settings):
+class ReportSettings(BootstrapSettings):
     """How the report is written."""
 
     report_title: str = Field("Eclectus report", description="Title of the report.")
     report_samples: int = Field(2, ge=0, description="Samples of each language that the report shows.")
-    report_resamples: int = Field(
-        1000, ge=100, description="Draws of the bootstrap over documents that gives the 95% intervals."
-    )
     report_left_out: list[str] = Field(
         [], description="Models that could not be evaluated, with the reason; the flow fills this in."
     )
-    seed: int = Field(0, description="Seed of everything random.")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from __future__ import annotations
 from eclectus.tasks.documents.language_codes import language_name
 from eclectus.tasks.evaluation.task_scores import Answers, compare_answers
 from eclectus.tasks.report.tables import Cell, Table
-from eclectus.tasks.report.verdict import RETAINED, Comparer, retention
+from eclectus.tasks.report.verdict import RETAINED, Comparer
 from eclectus.tasks.report.words import count, interval, number, percent
 
 
@@ -84,9 +84,8 @@ def _language_row(comparer: Comparer, others: list[str], group: str, code: str) 
         if change is None:
             cells.append(Cell("no text"))
             continue
-        low, high = change.bits_interval
         if group == "original":
-            kept, ends = retention(change), sorted(100 / (1 + end) for end in (low, high))
+            kept, ends = 100 * change.retention, [100 * end for end in change.retention_interval]
             tint = "even" if not change.clear else "good" if kept >= RETAINED else "bad"
             cells.append(Cell(f"{kept:.1f}% kept", f"{ends[0]:.1f}% to {ends[1]:.1f}%", number(change.after), tint))
         else:

@@ -193,9 +193,9 @@ def _judge_retention(comparer: Comparer, last: str, verdict: Verdict) -> None:
     change = comparer.change(last, group="original")
     if change is None:
         return
-    kept = retention(change)
+    kept = 100 * change.retention
     original = _languages(comparer, "original")
-    low, high = (100 / (1 + part) for part in reversed(change.bits_interval))
+    low, high = (100 * end for end in change.retention_interval)
     verdict.tiles.append(
         Tile(
             f"{kept:.1f}%",
@@ -210,8 +210,8 @@ def _judge_retention(comparer: Comparer, last: str, verdict: Verdict) -> None:
     )
     first = comparer.change(STAGE_1, group="original") if last == STAGE_2 else None
     if first is not None:
-        moved = kept - retention(first)
-        text += f"; after stage 1 it was {retention(first):.1f}%, so the review {'won back' if moved >= 0 else 'lost'} {abs(moved):.1f} points"
+        moved = kept - 100 * first.retention
+        text += f"; after stage 1 it was {100 * first.retention:.1f}%, so the review {'won back' if moved >= 0 else 'lost'} {abs(moved):.1f} points"
     verdict.sentences.append(text + ".")
 
 
@@ -254,11 +254,6 @@ def _note(comparer: Comparer, verdict: Verdict) -> None:
         verdict.notes.append(
             "The models were not scored on the same tokens; they are compared on the documents that both scored, in bits per byte."
         )
-
-
-def retention(change: Change) -> float:
-    """Percent: the base's bits per byte over the model's."""
-    return 100 * change.before / change.after
 
 
 def _languages(comparer: Comparer, group: str) -> str:

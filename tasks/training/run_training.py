@@ -20,7 +20,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.run import current_run, metric, progress, say
+from eclectus.tasks.run import current_run, metric, progress, require_run, say
 from eclectus.tasks.settings import Place, Settings
 from eclectus.tasks.training.workers import TrainWorkers
 
@@ -132,7 +132,10 @@ def run_training(settings: WorkerSettings, call: Callable[..., Any], arguments: 
 
 def _workers(settings: WorkerSettings) -> TrainWorkers:
     """The run's group of workers, started by its first training step and closed with the run."""
-    run, chosen = current_run(), WorkerSettings.of(settings)
+    chosen = WorkerSettings.of(settings)
+    run = require_run(
+        f"training on {chosen.training_workers} workers", ", or training_workers 0, which trains in this process"
+    )
     return run.keep(
         f"train workers {chosen.model_dump_json()}",
         lambda: TrainWorkers(

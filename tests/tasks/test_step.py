@@ -3,14 +3,17 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from pydantic import Field
 
-from eclectus.flows.run import interrupts_noted
+from eclectus.flows.run import current_home, interrupts_noted, once
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.connection import query
+from eclectus.tasks.promotion.gate import Gate
+from eclectus.tasks.promotion.promote import Candidate, decide
 from eclectus.tasks.run import metric
 from eclectus.tasks.settings import Place, Settings
 from eclectus.tasks.step import step
@@ -150,3 +153,19 @@ def test_settings_name_the_wrong_one_and_the_nearest_right_one():
         CountSettings.read({"letters": "many"}, "my.yaml")
     with pytest.raises(EclectusError, match="greater than or equal to 1"):
         CountSettings.read({"letters": 0}, "my.yaml")
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: once(SimpleNamespace(name="curate"), CountSettings()), "flow 'curate'"),
+        (current_home, "current_home"),
+        (
+            lambda: decide(Gate("default", "stage 2", "dense", []), Candidate(Artifact("checkpoint", "0", "")), None),
+            "promote.decide",
+        ),
+    ],
+)
+def test_what_needs_a_run_names_itself_outside_one(call, named):
+    with pytest.raises(EclectusError, match=f"{named} was called outside a run; use eclectus.flows.run.open_run"):
+        call()

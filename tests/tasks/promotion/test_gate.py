@@ -18,6 +18,7 @@ from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.promotion.gate import Gate, read_gates
 from eclectus.tasks.promotion.gate_rules import Judged, Rule, check
 from eclectus.tasks.promotion.promote import Candidate, decide
+from tests.support.made_up_scores import made_up
 from tests.support.small_world import SEGMENT, make_world, write_model
 
 ROOT = Path(__file__).parents[3]
@@ -131,8 +132,6 @@ def test_the_command_judges_what_was_evaluated_and_a_person_may_overrule_it(worl
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory):
     """A model with made-up scores, better than its base in Greek and 2% worse in English."""
-    from test_report_verdict import made_up
-
     place = tmp_path_factory.mktemp("judged")
     group = ["original"] * 20 + ["expanded"] * 20
 

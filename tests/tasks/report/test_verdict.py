@@ -1,44 +1,13 @@
 """What the report says of scores made up for the purpose: changes, their intervals, the verdict, the lineage's graph."""
 
-import json
-
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from eclectus.storage.artifact import Artifact
 from eclectus.storage.lineage.history import Made
-from eclectus.tasks.evaluation.scores import Scores, compare, divergence
+from eclectus.tasks.evaluation.scores import compare, divergence
 from eclectus.tasks.report.graph import draw
 from eclectus.tasks.report.verdict import Comparer, judge
-
-
-def made_up(tmp_path, name, nats, group="original", missing=()):
-    """Scores of a model whose documents cost `nats` [D] a token, of 100 tokens and 400 bytes each."""
-    place = tmp_path / name.replace(" ", "-")
-    place.mkdir()
-    (place / "about.json").write_text(
-        json.dumps(
-            {"window": 64, "model": "X", "languages_without_held_out_text": list(missing), "too_short_to_score": []}
-        )
-    )
-    pq.write_table(
-        pa.table({"layer": pa.array([], pa.int32()), "expert": pa.array([], pa.int32())}), place / "routing.parquet"
-    )
-    count = len(nats)
-    groups = np.full(count, group, object) if isinstance(group, str) else np.array(group, object)
-    return Scores(
-        name,
-        Artifact("evaluation", "0" * 64, str(place)),
-        np.array([f"d{i:03}" for i in range(count)], object),
-        np.where(groups == "original", "en", "el").astype(object),
-        np.array(["code" if i % 2 else "law" for i in range(count)], object),
-        groups,
-        np.asarray(nats) * 100,
-        np.full(count, 400.0),
-        np.full(count, 100),
-    )
+from tests.support.made_up_scores import made_up
 
 
 def test_a_change_is_relative_and_its_interval_is_that_of_the_difference(tmp_path):

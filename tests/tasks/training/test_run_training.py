@@ -17,7 +17,7 @@ from eclectus.tasks.training.pretrain import PretrainStageSettings, pretrain
 from eclectus.tasks.training.run_training import WorkerSettings, run_training
 from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
 from tests.support.small_world import make_world
-from tests.support.worker_jobs import find_damage
+from tests.support.worker_jobs import find_damage, total
 
 SMALL = {
     "model_width": 32,
@@ -309,3 +309,9 @@ def test_a_damaged_checkpoint_stands_in_the_books_and_is_told(run):
     assert query("select step, name, value, at_step from metrics", run.home)[1] == [
         ("s1", "damaged_checkpoints", 1.0, 0)
     ]
+
+
+def test_workers_outside_a_run_are_refused_and_this_process_needs_none():
+    with pytest.raises(EclectusError, match=r"training on 2 workers was called outside a run.*training_workers 0"):
+        run_training(WorkerSettings(training_workers=2), total, {"value": 1}, "training")
+    assert run_training(WorkerSettings(training_workers=0), total, {"value": 1}, "training")[0] == 1.0
