@@ -43,7 +43,11 @@ IN_CACHE = 128
 WEIGHTS = "model.safetensors"
 DETAILS = "training.json"
 SEEN = "trained_on.npy"
-IN_TRAIN = (pc.field("split") == "train") | pc.field("split").is_null()
+
+
+def _in_train() -> pc.Expression:
+    """Rows for training. Not a constant: pyarrow imports pandas for the first comparison, which `--help` must not wait for."""
+    return (pc.field("split") == "train") | pc.field("split").is_null()
 
 
 class EmbeddingText(Settings):
@@ -122,7 +126,7 @@ def train_embedding(documents: Artifact, settings: StaticEmbeddingSettings, out:
 
 def train_ids(documents: Artifact) -> np.ndarray:
     """Ids of the documents of the train split (all of them before there is one), ascending, as bytes [N]."""
-    kept = read_table(documents, ["document"], IN_TRAIN)["document"]
+    kept = read_table(documents, ["document"], _in_train())["document"]
     return np.sort(np.array(kept.to_pylist(), dtype="S32"))
 
 
@@ -377,7 +381,7 @@ def _earlier_model(seen: np.ndarray, settings: StaticEmbeddingSettings) -> Artif
 
 
 def _train_batches(documents: Artifact, columns: list[str]) -> Iterator[Any]:
-    return read_batches(documents, columns, IN_TRAIN)
+    return read_batches(documents, columns, _in_train())
 
 
 def is_static_model(place: Path) -> bool:

@@ -17,14 +17,13 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft, write_json
-from eclectus.tasks.documents.split import draws
+from eclectus.tasks.documents.split import draws, training_rows
 from eclectus.tasks.documents.table import read_batches, read_table, relabel
 from eclectus.tasks.packing.tokenizer import load_tokenizer, token_ids
 from eclectus.tasks.settings import Settings
 from eclectus.tasks.step import step
 
 TEXTS_AT_ONCE = 512
-TRAINED = (pc.field("split") == "train") & (pc.field("group") != "other")
 
 
 class NewsSettings(Settings):
@@ -69,13 +68,13 @@ def news(
     languages = {
         language
         for artifact in seen or ()
-        for batch in read_batches(artifact, ["language"], TRAINED)
+        for batch in read_batches(artifact, ["language"], training_rows())
         for language in batch["language"].unique().to_pylist()
     }
     tokens = load_tokenizer(model.path) if model else None
     counts: Counter[str] = Counter()
     new_tokens = 0
-    for batch in read_batches(documents, ["document", "language", "text"], TRAINED, TEXTS_AT_ONCE):
+    for batch in read_batches(documents, ["document", "language", "text"], training_rows(), TEXTS_AT_ONCE):
         fresh = [row for row in batch.to_pylist() if row["document"] not in known]
         counts.update(row["language"] for row in fresh)
         if tokens and fresh:
