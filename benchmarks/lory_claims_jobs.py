@@ -27,7 +27,7 @@ from eclectus.models.pretraining.checkpoint import duplicated_moments
 from eclectus.models.training import objectives
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import Plan, train
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 
 MODELS = ("dense", "lory", "prefix", "expert_choice", "segment_choice", "top_k")
 NEVER = 10**9
@@ -194,7 +194,7 @@ def build(job: Job, size: Size, dense: LlamaForCausalLM, moments: dict[str, torc
 
 def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
     """Trains and scores; a warm-up leaves its model under `work` instead. data: what `--prepare` wrote."""
-    place, heard, begun = Place.current(), Heard(), time.monotonic()
+    process, heard, begun = Process.current(), Heard(), time.monotonic()
     instances = Shuffled(work / job.grouping, job.seed)
     warm = work / "warm" / job.warm
     torch.manual_seed(job.seed)
@@ -205,7 +205,7 @@ def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
         moments = load_file(warm / "moments.safetensors")
     model, moments, objective = build(job, size, dense, moments)
     plan = plan_of(size, job)
-    after = train(model, instances, objective, plan, place, work / "none", heard, moments)
+    after = train(model, instances, objective, plan, process, work / "none", heard, moments)
     trained = time.monotonic()
     result: dict[str, Any] = {
         "steps": plan.stop - plan.start,
@@ -223,10 +223,10 @@ def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
     else:
         windows, *about = held_out(data, size.vocabulary, size.length, size.read_only)
         windows = replace(windows, table=windows.table[: size.windows])
-        result["scores"] = scored(model, windows, *about, place)
+        result["scores"] = scored(model, windows, *about, process)
         if job.model == "expert_choice":
-            stages.make_causal(model, instances, plan, place)
-            result["scores_by_threshold"] = scored(model, windows, *about, place)
+            stages.make_causal(model, instances, plan, process)
+            result["scores_by_threshold"] = scored(model, windows, *about, process)
     result |= {"seconds": round(trained - begun, 1), "scoring_seconds": round(time.monotonic() - trained, 1)}
     return result
 
@@ -251,11 +251,11 @@ def scored(
     domains: list[str],
     domain_of: np.ndarray,
     part_of: np.ndarray,
-    place: Place,
+    process: Process,
     batch: int = 16,
 ) -> dict[str, Any]:
     """Bits, bytes and tokens by part and domain, and the mean routing weights by layer and domain, on held-out text."""
-    sums = score(model, windows, len(domains), place, batch, lambda done, total: None)
+    sums = score(model, windows, len(domains), process, batch, lambda done, total: None)
     size = sums.tokens * windows.bytes_a_token
     columns = {"bits": sums.bits, "bytes": size, "tokens": sums.tokens}
     parts = {
@@ -290,7 +290,7 @@ def divergence(rows: np.ndarray) -> float:
 
 def step_times(size: Size, work: Path, models: list[str], compiled: bool) -> list[dict[str, Any]]:
     """Seconds of a training step and peak memory of each model, alone on the device, in the production loop."""
-    place, rows = Place.current(), []
+    process, rows = Process.current(), []
     instances = Instances(work / "similarity")
     plan = Plan(0, 50, NEVER, size.batch, size.micro, 1e-5, 1, checkpoint_every=NEVER, log_every=10)
     for name in models:
@@ -300,12 +300,12 @@ def step_times(size: Size, work: Path, models: list[str], compiled: bool) -> lis
             model, _, objective = build(Job(name), size, dense, {})
             if compile_it:
                 model.compile()
-            if place.device.type == "cuda":
+            if process.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             heard = Heard()
-            train(model, instances, objective, plan, place, work / "none", heard)
+            train(model, instances, objective, plan, process, work / "none", heard)
             best = max(row["tokens_per_second"] for row in heard.rows[1:])
-            peak = torch.cuda.max_memory_allocated() if place.device.type == "cuda" else 0
+            peak = torch.cuda.max_memory_allocated() if process.device.type == "cuda" else 0
             rows.append(
                 {
                     "model": name,
@@ -316,6 +316,6 @@ def step_times(size: Size, work: Path, models: list[str], compiled: bool) -> lis
                 }
             )
             del model, dense
-            if place.device.type == "cuda":
+            if process.device.type == "cuda":
                 torch.cuda.empty_cache()
     return rows

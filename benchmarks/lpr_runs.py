@@ -36,7 +36,7 @@ from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.training import objectives
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import Objective, Plan, autocast, train
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 from eclectus.models.training.router_losses import language_prior_loss
 
 logging.disable_progress_bar()
@@ -176,7 +176,7 @@ def fit(model: torch.nn.Module, data: Instances, objective: Objective, plan: Pla
     with tempfile.TemporaryDirectory() as work:
         started = time.monotonic()
         plan = dataclasses.replace(plan, checkpoint_every=plan.stop + 1)
-        train(model, data, objective, plan, Place.current(), Path(work), lambda *_, **__: None)
+        train(model, data, objective, plan, Process.current(), Path(work), lambda *_, **__: None)
         return {"seconds_a_step": round((time.monotonic() - started) / plan.stop, 4)}
 
 
@@ -207,7 +207,7 @@ def held_out(job: dict[str, Any], part: str) -> tuple[Any, Windows]:
 def bits_per_byte(model: torch.nn.Module, job: dict[str, Any], part: str) -> dict[str, float]:
     """By language, on the documents of one part."""
     held, windows = held_out(job, part)
-    sums = score(model, windows, len(held["streams"]), Place.current(), 16, lambda *_: None)
+    sums = score(model, windows, len(held["streams"]), Process.current(), 16, lambda *_: None)
     scored = sums.tokens * held["bytes_a_token"]
     by_language = {}
     for number, language in enumerate(held["streams"].tolist()):
@@ -220,8 +220,8 @@ def bits_per_byte(model: torch.nn.Module, job: dict[str, Any], part: str) -> dic
 def routing_share(model: torch.nn.Module, job: dict[str, Any]) -> dict[str, Any]:
     """Weight that expert 0 has after the top K's renormalisation, by language and layer: what the prior is about."""
     held, windows = held_out(job, "held")
-    place, top_k = Place.current(), model.config.num_experts_per_tok
-    model.to(place.device).eval()
+    process, top_k = Process.current(), model.config.num_experts_per_tok
+    model.to(process.device).eval()
     shares = {}
     starts = np.concatenate([[0], np.cumsum(held["lengths"])])
     for number, language in enumerate(held["streams"].tolist()):
@@ -229,8 +229,8 @@ def routing_share(model: torch.nn.Module, job: dict[str, Any]) -> dict[str, Any]
         tokens = torch.from_numpy(rows[: len(rows) // windows.length * windows.length]).view(-1, windows.length)
         if not len(tokens):
             continue
-        with autocast(place.device):
-            output = model(input_ids=tokens.to(place.device), use_cache=False, output_router_logits=True)
+        with autocast(process.device):
+            output = model(input_ids=tokens.to(process.device), use_cache=False, output_router_logits=True)
         by_layer = []
         for logits in output.router_logits:
             best = logits.float().softmax(-1).topk(top_k, dim=-1)

@@ -10,7 +10,7 @@ from lm_eval import simple_evaluate
 from transformers import AutoTokenizer
 
 from eclectus.models.evaluation.lm_eval import make_examinee
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, language_of, local_questions
 
 
@@ -25,7 +25,7 @@ def task_scores(
     harness = Harness([folder])
     words = AutoTokenizer.from_pretrained(tokenizer)
     length = model.config.max_position_embeddings
-    examinee = make_examinee(model.eval(), words, length, batch, Place.current(), None, lambda *_: None)
+    examinee = make_examinee(model.eval(), words, length, batch, Process.current(), None, lambda *_: None)
     scores = {}
     for name in sorted(local_questions([folder])):
         if language_of(name) not in languages:

@@ -103,14 +103,18 @@ def metric(name: str, value: float, at_step: int | None = None, **tags: str) -> 
 
 
 def progress(total: float | None, what: str, unit: str) -> Callable[[float], None]:
-    """A function to call with how much is done so far: `tell = progress(len(docs), "embedding", "documents"); tell(64)`."""
+    """A function to call with the amount done so far:
+
+    report_progress = progress(len(docs), "embedding", "documents")
+    report_progress(64)
+    """
     run, label = _current, _current.label if _current else ""
 
-    def tell(done: float) -> None:
+    def report_progress(done: float) -> None:
         for display in run.displays if run else ():
             display.step_progressed(label, what, done, total, unit)
 
-    return tell
+    return report_progress
 
 
 def say(name: str, text: str) -> None:
@@ -121,10 +125,10 @@ def say(name: str, text: str) -> None:
 
 def track(items: Iterable[T], total: int | None, what: str, unit: str) -> Iterator[T]:
     """Yields the items, counting them on the display."""
-    tell = progress(total, what, unit)
+    report_progress = progress(total, what, unit)
     for done, item in enumerate(items, 1):
         yield item
-        tell(done)
+        report_progress(done)
 
 
 def describe(value: Any) -> str:

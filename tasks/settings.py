@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from eclectus.storage.errors import EclectusError
 
 
-def Place(default: Any, description: str, **rules: Any) -> Any:
-    """A field that says where or how fast something runs, but cannot change what comes out: it stays outside the key."""
+def RuntimeSetting(default: Any, description: str, **rules: Any) -> Any:
+    """A field that says where or how fast a step runs. It does not change the result and is not in the artifact's key."""
     return Field(default, description=description, json_schema_extra={"affects_output": False}, **rules)
 
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from eclectus.models.evaluation.scoring import gather
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.pretraining.export_dense import prompt_routing_weights
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 
 # Answers written down at once: a kill loses at most these.
 KEPT_AT_ONCE = 64
@@ -42,9 +42,9 @@ class Examinee(HFLM):
         tokenizer: of the transformers library.
         length: tokens that the model may read at once.
         batch: requests at once.
-        place: this process among those that share the requests.
+        process: this process among those that share the requests.
         kept: directory for the answers so far, or None to keep none.
-        told: called with (answers here, requests here).
+        report_progress: called with (answers here, requests here).
     """
 
     def __init__(
@@ -53,15 +53,15 @@ class Examinee(HFLM):
         tokenizer: Any,
         length: int,
         batch: int,
-        place: Place,
+        process: Process,
         kept: Path | None,
-        told: Callable[[int, int], None],
+        report_progress: Callable[[int, int], None],
     ) -> None:
-        mixed = "bfloat16" if place.device.type == "cuda" else None
+        mixed = "bfloat16" if process.device.type == "cuda" else None
         super().__init__(
             pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=batch, mixed_precision_dtype=mixed
         )
-        self._place, self._kept, self._told = place, kept, told
+        self._process, self._kept, self._report_progress = process, kept, report_progress
         self._known: dict[str, Any] | None = None
         # (context, continuation) of requests that were cut on the left to fit.
         self.cut: set[tuple[str, str]] = set()
@@ -104,15 +104,15 @@ class Examinee(HFLM):
             self._known = self._read_kept()
         known = self._known
         todo = sorted((name for name in wanted if name not in known), key=lambda name: (-_size(wanted[name]), name))
-        mine = todo[self._place.rank :: self._place.world]
+        mine = todo[self._process.rank :: self._process.world]
         given: dict[str, Any] = {}
         for first in range(0, len(mine), KEPT_AT_ONCE):
             names = mine[first : first + KEPT_AT_ONCE]
             fresh = dict(zip(names, work([wanted[name] for name in names]), strict=True))
             self._keep(fresh)
             given |= fresh
-            self._told(len(given), len(mine))
-        for each in gather(self._place, given):
+            self._report_progress(len(given), len(mine))
+        for each in gather(self._process, given):
             known |= each
         return known
 
@@ -126,7 +126,7 @@ class Examinee(HFLM):
                     continue  # the line that was being written when the process died
                 known[name] = answer
         # What one process has read no other may miss, or they would not share the same work.
-        for each in gather(self._place, known):
+        for each in gather(self._process, known):
             known |= each
         return known
 
@@ -134,7 +134,7 @@ class Examinee(HFLM):
         if self._kept is None:
             return
         self._kept.mkdir(parents=True, exist_ok=True)
-        with open(self._kept / f"{self._place.rank}.ndjson", "a", encoding="utf-8") as handle:
+        with open(self._kept / f"{self._process.rank}.ndjson", "a", encoding="utf-8") as handle:
             handle.writelines(json.dumps(pair) + "\n" for pair in answers.items())
 
 

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.pretraining.export_dense import prompt_routing_weights
 from eclectus.models.training.loop import autocast
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 
 NO_DOCUMENT = -1
 LOGITS_AT_ONCE = 2**28
@@ -127,31 +127,31 @@ def score(
     model: Any,
     windows: Windows,
     streams: int,
-    place: Place,
+    process: Process,
     batch: int,
-    told: Callable[[int, int], None],
+    report_progress: Callable[[int, int], None],
     kept: Path | None = None,
     by_prompt: bool = False,
 ) -> Sums:
     """Scores all windows, shared between the processes; the same sums on every one of them.
 
-    batch: windows at once in a process, fewer where their logits would be more than LOGITS_AT_ONCE numbers. told: called
+    batch: windows at once in a process, fewer where their logits would be more than LOGITS_AT_ONCE numbers. report_progress: called
     with (windows done here, windows to do here). kept: a directory where the sums so far are written every KEEP_EVERY batches, so
     that scoring which was cut off goes on from them. by_prompt: route a Lory model once a window, by its context alone
     (docs/methods.md 1.4), and count no routing. Raises NotFinite.
     """
-    model.to(place.device).eval()
-    mine = windows.table[place.rank :: place.world]
+    model.to(process.device).eval()
+    mine = windows.table[process.rank :: process.world]
     size = max(1, min(batch, LOGITS_AT_ONCE // (windows.length * model.config.vocab_size)))
     documents = len(windows.bytes_a_token)
     sums = Sums(np.zeros(documents), np.zeros(documents), np.zeros((streams, windows.buckets, 3)), np.zeros(streams))
-    path = kept / f"{'prompt-' if by_prompt else ''}{place.rank}-of-{place.world}.npz" if kept else None
+    path = kept / f"{'prompt-' if by_prompt else ''}{process.rank}-of-{process.world}.npz" if kept else None
     sums, begin = _read_sums(path, sums)
     for number, first in enumerate(range(begin, len(mine), size), 1):
         rows = mine[first : first + size]
         tokens, owners = read_windows(windows, rows)
-        tokens = tokens.to(place.device)
-        with autocast(place.device):
+        tokens = tokens.to(process.device)
+        with autocast(process.device):
             arguments = _fixed_weights(model, tokens[:, : windows.context]) if by_prompt else _routing_arguments(model)
             output = model(input_ids=tokens, use_cache=False, **arguments)
         _add_bits(sums, windows, rows, owners, next_token_bits(output.logits, tokens))
@@ -160,9 +160,9 @@ def score(
         done = min(first + size, len(mine))
         if path and number % KEEP_EVERY == 0:
             _write_sums(path, sums, done)
-        told(done, len(mine))
+        report_progress(done, len(mine))
     total = None
-    for each in gather(place, sums):
+    for each in gather(process, sums):
         total = each if total is None else total + each
     return total
 
@@ -225,18 +225,18 @@ def next_token_bits(logits: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
     return torch.stack(rows).double().cpu().numpy() / math.log(2)
 
 
-def gather(place: Place, value: Any) -> list[Any]:
+def gather(process: Process, value: Any) -> list[Any]:
     """The values of all processes, by rank, on every process."""
-    if place.world == 1:
+    if process.world == 1:
         return [value]
-    values = [None] * place.world
+    values = [None] * process.world
     dist.all_gather_object(values, value)
     return values
 
 
 @torch.no_grad()
 def generate(
-    model: Any, prompts: list[list[int]], tokens: int, temperature: float, end: int, seed: int, place: Place
+    model: Any, prompts: list[list[int]], tokens: int, temperature: float, end: int, seed: int, process: Process
 ) -> list[tuple[list[int], list[list[float]]]]:
     """(new tokens, routing weights by layer [E] on the prompt) for each prompt, greedy at temperature 0, else seeded.
 
@@ -244,21 +244,21 @@ def generate(
     """
     from transformers import GenerationConfig
 
-    model.to(place.device).eval()
+    model.to(process.device).eval()
     chosen = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     settings = GenerationConfig(max_new_tokens=tokens, eos_token_id=end, pad_token_id=end, **chosen)
     mine: dict[int, tuple[list[int], list[list[float]]]] = {}
-    for number in range(place.rank, len(prompts), place.world):
-        prompt = torch.tensor([prompts[number]], device=place.device)
+    for number in range(process.rank, len(prompts), process.world):
+        prompt = torch.tensor([prompts[number]], device=process.device)
         torch.manual_seed(seed * 1_000_003 + number)
-        with autocast(place.device):
+        with autocast(process.device):
             output = model(input_ids=prompt, use_cache=False, **_routing_arguments(model))
             written = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
         shares, _, _ = routing(model, output, 1)
         weights = [[round(float(value), 3) for value in layer[0].mean(0)] for layer in shares]
         mine[number] = (written[0, prompt.shape[1] :].tolist(), weights)
     everyone: dict[int, Any] = {}
-    for each in gather(place, mine):
+    for each in gather(process, mine):
         everyone |= each
     return [everyone[number] for number in range(len(prompts))]
 

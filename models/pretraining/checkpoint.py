@@ -10,25 +10,25 @@ from safetensors.torch import load_file, save_file
 
 from eclectus.models.lory.model import expand_dense_tensors
 from eclectus.models.training.parallel import gather
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 from eclectus.models.training.resume import whole_tensors
 
 
 def save_model(
-    model: Any, tokenizer: Any, out: Path, moments: dict[str, torch.Tensor] | None, moments_name: str, place: Place
+    model: Any, tokenizer: Any, out: Path, moments: dict[str, torch.Tensor] | None, moments_name: str, process: Process
 ) -> None:
     """Writes model (safetensors), config, tokenizer and, if given, AdamW's moments into `out`. All processes must call it.
 
     A sharded model is made whole on the leading process, which writes; it can train no more.
     """
-    full = whole_tensors(moments or {}, place)
-    gather(model, place)
-    if place.leads:
+    full = whole_tensors(moments or {}, process)
+    gather(model, process)
+    if process.is_main:
         model.eval().save_pretrained(out)
         tokenizer.save_pretrained(out)
         if moments is not None:
             save_file(full, out / moments_name)
-    place.barrier()
+    process.barrier()
 
 
 def duplicated_moments(

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.training.instances import Batch, Instances
 from eclectus.models.training.loop import autocast
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 
 ROUTING_FILE = "routing_weights.json"
 INSTANCES_EACH = 16
@@ -28,23 +28,23 @@ Profiles = dict[str, dict[str, list[list[float]]]]
 
 
 @torch.no_grad()
-def routing_profiles(model: LoryForCausalLM, instances: Instances, micro_batch: int, place: Place) -> Profiles:
+def routing_profiles(model: LoryForCausalLM, instances: Instances, micro_batch: int, process: Process) -> Profiles:
     """Mean routing weights by domain and by language; all processes must call it, and all get the same."""
     model.eval()
     names = {"domain": instances.domains, "language": instances.languages}
     chosen = _spread(instances)
     # Sharded models work in step: every process reads equally many, the last ones again for no weight.
-    each_reads = -(-len(chosen) // place.world)
-    rows = np.resize(chosen, each_reads * place.world)[place.rank :: place.world]
-    counted = torch.arange(place.rank, each_reads * place.world, place.world) < len(chosen)
+    each_reads = -(-len(chosen) // process.world)
+    rows = np.resize(chosen, each_reads * process.world)[process.rank :: process.world]
+    counted = torch.arange(process.rank, each_reads * process.world, process.world) < len(chosen)
     layers, experts = model.config.num_hidden_layers, model.config.num_experts
     sums = {kind: torch.zeros(layers, len(each), experts, dtype=torch.float64) for kind, each in names.items()}
     tokens = {kind: torch.zeros(len(each), dtype=torch.float64) for kind, each in names.items()}
     for first in range(0, len(rows), micro_batch):
         batch = instances.batch(rows[first : first + micro_batch])
-        with autocast(place.device):
+        with autocast(process.device):
             output = model(
-                input_ids=batch.tokens.to(place.device), use_cache=False, output_router_weights=True, logits_to_keep=1
+                input_ids=batch.tokens.to(process.device), use_cache=False, output_router_weights=True, logits_to_keep=1
             )
         weights = torch.stack(output.router_weights).double().cpu()
         for kind, counts in _counts(batch, names, min(model.config.segment_length, instances.length)).items():
@@ -53,8 +53,8 @@ def routing_profiles(model: LoryForCausalLM, instances: Instances, micro_batch: 
             tokens[kind] += counts.sum((0, 1))
     profiles: Profiles = {}
     for kind, each in names.items():
-        total = place.sum(sums[kind].to(place.device)).cpu()
-        count = place.sum(tokens[kind].to(place.device)).cpu()
+        total = process.sum(sums[kind].to(process.device)).cpu()
+        count = process.sum(tokens[kind].to(process.device)).cpu()
         profiles[kind] = {
             name: (total[:, i] / count[i]).float().tolist() for i, name in enumerate(each) if count[i] > 0
         }

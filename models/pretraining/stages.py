@@ -23,7 +23,7 @@ from eclectus.models.pretraining.checkpoint import duplicated_moments
 from eclectus.models.training import objectives
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import Objective, Plan
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 
 CALIBRATION_STEPS = 20
 
@@ -65,13 +65,13 @@ def top_k_of_dense(
     return model, top_k_moments(moments, experts, top_k), objectives.balanced(domains)
 
 
-def make_causal(model: ExpertChoiceForCausalLM, instances: Instances, plan: Plan, place: Place) -> None:
+def make_causal(model: ExpertChoiceForCausalLM, instances: Instances, plan: Plan, process: Process) -> None:
     """Gives a trained Expert Choice model the thresholds at which training drew the line, so that it can be scored honestly.
 
     The batches are of the size that the experts chose from in training, and the same on every process.
     """
-    size = min(plan.micro_batch, plan.batch // place.world)
+    size = min(plan.micro_batch, plan.batch // process.world)
     steps = range(max(0, plan.stop - CALIBRATION_STEPS), plan.stop)
     rows = [instances.rows_of_step(step, plan.batch, plan.seed)[:size] for step in steps]
     model.eval()
-    calibrate(model, (instances.batch(each).tokens.to(place.device) for each in rows))
+    calibrate(model, (instances.batch(each).tokens.to(process.device) for each in rows))

@@ -33,11 +33,11 @@ from eclectus.models.training.parallel import (
     whole,
 )
 from eclectus.models.training.plan import Plan
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 from eclectus.models.training.resume import resume, save_progress
 
 Objective = Callable[[nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-Tell = Callable[..., None]
+Report = Callable[..., None]
 
 
 class TrainingFailed(Exception):
@@ -49,44 +49,44 @@ def train(
     instances: Instances,
     objective: Objective,
     plan: Plan,
-    place: Place,
+    process: Process,
     work: Path,
-    tell: Tell,
+    report: Report,
     moments: dict[str, torch.Tensor] | None = None,
     checked: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Trains `model` in place from plan.start (or its last checkpoint under `work`) to plan.stop; returns AdamW's state.
 
     A sharded plan leaves model and state sharded (`eclectus.models.training.parallel.gather`). moments: AdamW's state to start from, as this
-    function returns it ({parameter name}.exp_avg and so on), or None for zeros. tell: called on rank 0 as
-    tell("metrics", ...), tell("progress", ...) and tell("damaged", ...). checked: called with the step before every checkpoint is written; what it
+    function returns it ({parameter name}.exp_avg and so on), or None for zeros. report: called on rank 0 as
+    report("metrics", ...), report("progress", ...) and report("damaged", ...). checked: called with the step before every checkpoint is written; what it
     raises ends the training. Raises TrainingFailed on a loss or a gradient that is not finite, and ValueError when
     the batch cannot be shared evenly or the checkpoint under `work` is of another training.
     """
-    if plan.batch % place.world:
+    if plan.batch % process.world:
         raise ValueError(
-            f"batch of {plan.batch} instances cannot be shared by {place.world} processes; make it a multiple"
+            f"batch of {plan.batch} instances cannot be shared by {process.world} processes; make it a multiple"
         )
     model.train()
-    window = Window(model, plan.batch * instances.length, instances.length, place)
+    window = Window(model, plan.batch * instances.length, instances.length, process)
     if plan.recomputed:
         recompute_blocks(model)
     if plan.compiled:
         compile_blocks(model)
     if plan.sharded:
         # Moves and cuts layer by layer: no device ever holds the whole model.
-        shard(model, place)
-    model.to(place.device)
+        shard(model, process)
+    model.to(process.device)
     part_experts(model)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(named, plan)
     load_moments(optimizer, named, moments or {})
-    begin = resume(optimizer, named, plan.start, place, work, tell) or plan.start
-    wrapped, watch = replicate(model, place), Watch(instances, plan, place, work)
+    begin = resume(optimizer, named, plan.start, process, work, report) or plan.start
+    wrapped, watch = replicate(model, process), Watch(instances, plan, process, work)
     for step in range(begin, plan.stop):
         set_rate(optimizer, plan.rate(step))
-        for last, batch, weight in micro_batches(instances, step, plan, place):
-            with synced(wrapped, last), autocast(place.device):
+        for last, batch, weight in micro_batches(instances, step, plan, process):
+            with synced(wrapped, last), autocast(process.device):
                 loss, extra = objective(wrapped, batch)
             (loss * weight).backward()
             window.add(loss, extra, weight)
@@ -100,13 +100,13 @@ def train(
         if ended % plan.log_every == 0 or ended == plan.stop or keeps:
             watch.stop_if_bad()
         if ended % plan.log_every == 0 or ended == plan.stop:
-            tell("metrics", step=ended, values=window.read(place, plan.rate(step)))
-        tell("progress", done=ended - plan.start, total=plan.stop - plan.start)
+            report("metrics", step=ended, values=window.read(process, plan.rate(step)))
+        report("progress", done=ended - plan.start, total=plan.stop - plan.start)
         if keeps:
             if checked:
                 checked(ended)
-            save_progress(optimizer, named, ended, plan.start, place, work)
-    place.barrier()
+            save_progress(optimizer, named, ended, plan.start, process, work)
+    process.barrier()
     return read_moments(optimizer, named)
 
 
@@ -116,20 +116,20 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def micro_batches(
-    instances: Instances, step: int, plan: Plan, place: Place
+    instances: Instances, step: int, plan: Plan, process: Process
 ) -> Iterator[tuple[bool, Batch, torch.Tensor]]:
     """(is it the last, batch, weight) for each micro-batch of this process's share of a step.
 
     A micro-batch weighs as much as it has tokens to predict, so that the step's gradient is the mean over all of them
     whatever the padding, the micro-batches and the processes. Padding alone weighs 0.
     """
-    share = plan.batch // place.world
-    rows = instances.rows_of_step(step, plan.batch, plan.seed)[place.rank * share : (place.rank + 1) * share]
+    share = plan.batch // process.world
+    rows = instances.rows_of_step(step, plan.batch, plan.seed)[process.rank * share : (process.rank + 1) * share]
     batches = [instances.batch(rows[first : first + plan.micro_batch]) for first in range(0, share, plan.micro_batch)]
-    targets = torch.stack([(batch.labels[:, 1:] != IGNORED).sum() for batch in batches]).to(place.device).float()
-    weights = targets / place.mean(targets.sum()).clamp(min=1)
+    targets = torch.stack([(batch.labels[:, 1:] != IGNORED).sum() for batch in batches]).to(process.device).float()
+    weights = targets / process.mean(targets.sum()).clamp(min=1)
     for number, batch in enumerate(batches):
-        yield number + 1 == len(batches), batch.to(place.device), weights[number]
+        yield number + 1 == len(batches), batch.to(process.device), weights[number]
 
 
 class Watch:
@@ -139,15 +139,15 @@ class Watch:
     no bad weight is ever kept. The gradient is that of all processes, so all of them stop.
     """
 
-    def __init__(self, instances: Instances, plan: Plan, place: Place, work: Path) -> None:
-        self._instances, self._plan, self._place, self._work = instances, plan, place, work
-        self._first_bad = torch.full((), -1, device=place.device)
+    def __init__(self, instances: Instances, plan: Plan, process: Process, work: Path) -> None:
+        self._instances, self._plan, self._process, self._work = instances, plan, process, work
+        self._first_bad = torch.full((), -1, device=process.device)
 
     def look(self, step: int, norm: torch.Tensor) -> None:
         """norm: of the gradient of this step."""
         bad = ~torch.isfinite(norm.detach()) & (self._first_bad < 0)
         self._first_bad = torch.where(bad, step, self._first_bad)
-        if self._place.device.type == "cpu":
+        if self._process.device.type == "cpu":
             self.stop_if_bad()
 
     def stop_if_bad(self) -> None:

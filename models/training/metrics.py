@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 from eclectus.models.training.throughput import flops_per_token, peak_flops
 
 
@@ -18,10 +18,10 @@ class Window:
     A number is averaged over the window; a pair [2] is a sum and a count, and is logged as their ratio where there is any count.
     """
 
-    def __init__(self, model: nn.Module, tokens_a_step: int, length: int, place: Place) -> None:
+    def __init__(self, model: nn.Module, tokens_a_step: int, length: int, process: Process) -> None:
         """tokens_a_step: of all processes together. length: of an instance."""
         self._tokens_a_step = tokens_a_step
-        self._utilisation = flops_per_token(model, length) / (peak_flops(place.device) * place.world)
+        self._utilisation = flops_per_token(model, length) / (peak_flops(process.device) * process.world)
         self._sums: dict[str, torch.Tensor] = {}
         self._steps = 0
         self._since = time.monotonic()
@@ -39,10 +39,10 @@ class Window:
         self.norm = norm
         self._steps += 1
 
-    def read(self, place: Place, rate: float) -> dict[str, float]:
+    def read(self, process: Process, rate: float) -> dict[str, float]:
         """Means over the window and all processes, and the rates; starts a new window."""
         pairs = torch.stack([F.pad(total.view(-1), (0, 2 - total.numel())) for total in self._sums.values()])
-        means = place.mean(pairs / self._steps).tolist()
+        means = process.mean(pairs / self._steps).tolist()
         seconds = time.monotonic() - self._since
         values = {}
         for (name, total), (mean, count) in zip(self._sums.items(), means, strict=True):

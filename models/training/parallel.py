@@ -17,32 +17,32 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 
 
-def shard(model: nn.Module, place: Place) -> None:
+def shard(model: nn.Module, process: Process) -> None:
     """Shards `model` in place over all processes, layer by layer; in one process it stays whole.
 
     Every process must hold the same weights; experts that are still views of one FFN are parted a layer at a time, so that
     no process ever holds E copies of more than one. Raises ValueError for a model that does not say what its layers are.
     """
-    if place.world == 1:
+    if process.world == 1:
         return
     layers = list(blocks(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no _no_split_modules, so it cannot be sharded; train it with DDP")
-    mesh = init_device_mesh(place.device.type, (place.world,))
+    mesh = init_device_mesh(process.device.type, (process.world,))
     for layer in layers:
         part_experts(layer)
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
-def replicate(model: nn.Module, place: Place) -> nn.Module:
+def replicate(model: nn.Module, process: Process) -> nn.Module:
     """DistributedDataParallel over several processes; the model itself in one, or where it is sharded already."""
-    if place.world == 1 or isinstance(model, FSDPModule):
+    if process.world == 1 or isinstance(model, FSDPModule):
         return model
-    devices = [place.device] if place.device.type == "cuda" else None
+    devices = [process.device] if process.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
@@ -103,7 +103,7 @@ def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def gather(model: nn.Module, place: Place) -> None:
+def gather(model: nn.Module, process: Process) -> None:
     """Makes a sharded model whole on the CPU of the leading process, ready to be saved; elsewhere its weights are given up.
 
     All processes must call it. What was whole stays as it is.
@@ -118,7 +118,7 @@ def gather(model: nn.Module, place: Place) -> None:
             if isinstance(parameter, DTensor):
                 if id(parameter) not in made:
                     full = parameter.full_tensor()
-                    made[id(parameter)] = nn.Parameter(full.cpu() if place.leads else full.new_empty(0))
+                    made[id(parameter)] = nn.Parameter(full.cpu() if process.is_main else full.new_empty(0))
                 module._parameters[name] = made[id(parameter)]
         if isinstance(module, FSDPModule):
             # fully_shard put its own class in front of the module's.

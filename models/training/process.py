@@ -1,6 +1,6 @@
-"""Where a training process stands: its rank, the number of processes and its device.
+"""A process of a training group: its rank, the number of processes, its device, and their collectives.
 
-Works the same in a plain process, under torchrun and under Ray Train: all three leave their mark in `torch.distributed`.
+Works the same in a plain process, under torchrun and under Ray Train: `torch.distributed` knows the group in all three.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True)
-class Place:
-    """rank of world processes; device: where this process computes."""
+class Process:
+    """rank: from 0 to world - 1. world: number of processes. device: the one that this process computes on."""
 
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
-    def current(cls) -> Place:
-        """The place of this process; under torchrun it joins the process group first."""
+    def current(cls) -> Process:
+        """This process; under torchrun it joins the process group first."""
         if not dist.is_initialized() and "TORCHELASTIC_RUN_ID" in os.environ:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         device = torch.device("cpu")
@@ -35,8 +35,8 @@ class Place:
         return cls(device=device)
 
     @property
-    def leads(self) -> bool:
-        """Whether this process speaks and writes for all."""
+    def is_main(self) -> bool:
+        """True on rank 0, which reports and writes files for all."""
         return self.rank == 0
 
     def barrier(self) -> None:

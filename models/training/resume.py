@@ -28,7 +28,7 @@ from torch import nn
 
 from eclectus.models.training.optimizer import STATE, load_moments, read_moments
 from eclectus.models.training.parallel import first_row, local, whole
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 
 
 def save_progress(
@@ -36,23 +36,23 @@ def save_progress(
     named: dict[str, nn.Parameter],
     step: int,
     start: int,
-    place: Place,
+    process: Process,
     work: Path,
 ) -> None:
     """Writes a checkpoint to go on from: beside the last one, put in its place when whole. All processes must call it."""
     beside = work / f"step-{step}"
-    if place.leads:
+    if process.is_main:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-    place.barrier()
+    process.barrier()
     sharded = any(local(parameter) is not parameter for parameter in named.values())
     digests: dict[str, str] = {}
-    if sharded or place.leads:
-        part = f"{place.rank + 1:05d}-of-{place.world if sharded else 1:05d}"
+    if sharded or process.is_main:
+        part = f"{process.rank + 1:05d}-of-{process.world if sharded else 1:05d}"
         for kind, tensors in (("trained", named), ("moments", read_moments(optimizer, named))):
             digests[f"{kind}-{part}.safetensors"] = _write(beside / f"{kind}-{part}.safetensors", tensors)
-    everyone = place.gather(digests)
-    if place.leads:
+    everyone = process.gather(digests)
+    if process.is_main:
         files = {name: digest for each in everyone for name, digest in each.items()}
         _write_json(beside / "progress.json", {"step": step, "start": start, "files": files})
         pointer = work / ".latest"
@@ -62,28 +62,28 @@ def save_progress(
         for old in work.glob("step-*"):
             if old != beside:
                 shutil.rmtree(old)
-    place.barrier()
+    process.barrier()
 
 
 def resume(
     optimizer: torch.optim.Optimizer,
     named: dict[str, nn.Parameter],
     start: int,
-    place: Place,
+    process: Process,
     work: Path,
-    tell: Callable[..., None],
+    report: Callable[..., None],
 ) -> int | None:
     """Loads the last checkpoint under `work`, if there is a whole one, and returns the step to go on with.
 
-    start: the first step of this training. tell: called as tell("damaged", step=start, text=...) where there is one that is
+    start: the first step of this training. report: called as report("damaged", step=start, text=...) where there is one that is
     not whole. Raises ValueError when the checkpoint is of another model or another stage.
     """
     latest = work / "latest"
-    fault, about = _faults(latest, place) if latest.exists() else (None, None)
-    faults = [each for each in place.gather(fault) if each]
+    fault, about = _faults(latest, process) if latest.exists() else (None, None)
+    faults = [each for each in process.gather(fault) if each]
     if faults:
-        if place.leads:
-            tell("damaged", step=start, text=f"{faults[0]}; training begins again at step {start}")
+        if process.is_main:
+            report("damaged", step=start, text=f"{faults[0]}; training begins again at step {start}")
         return None
     if about is None:
         return None
@@ -124,12 +124,12 @@ def _write_json(path: Path, value: Any) -> None:
         os.fsync(handle.fileno())
 
 
-def _faults(latest: Path, place: Place) -> tuple[str | None, dict[str, Any] | None]:
+def _faults(latest: Path, process: Process) -> tuple[str | None, dict[str, Any] | None]:
     """(why the checkpoint cannot be trusted, what progress.json says); the files are shared out between the processes."""
     try:
         about = json.loads((latest / "progress.json").read_text())
         names = sorted(about["files"])
-        for name in names[place.rank :: place.world]:
+        for name in names[process.rank :: process.world]:
             if _digest(latest / name) != about["files"][name]:
                 return f"the checkpoint {latest} is damaged: {name} is not what was written", None
         return None, {"step": int(about["step"]), "start": int(about["start"]), "files": names}
@@ -176,11 +176,11 @@ class _Pieces:
         return moment
 
 
-def whole_tensors(tensors: dict[str, torch.Tensor], place: Place) -> dict[str, torch.Tensor]:
+def whole_tensors(tensors: dict[str, torch.Tensor], process: Process) -> dict[str, torch.Tensor]:
     """Sharded tensors made whole on the CPU of the leading process, one at a time; empty elsewhere. All processes call it."""
     full = {}
     for name, tensor in tensors.items():
         value = whole(tensor)
-        if place.leads:
+        if process.is_main:
             full[name] = value.detach().cpu().contiguous()
     return full

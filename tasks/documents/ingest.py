@@ -29,7 +29,7 @@ from eclectus.tasks.documents.readers import Fault, Position, Record, read_recor
 from eclectus.tasks.documents.sources import Found, Source, find_sources, fingerprints
 from eclectus.tasks.documents.table import ROWS_A_GROUP, DocumentsWriter
 from eclectus.tasks.run import metric, progress
-from eclectus.tasks.settings import Place, Settings
+from eclectus.tasks.settings import RuntimeSetting, Settings
 from eclectus.tasks.step import step
 
 FLUSH_BYTES = 32 * 2**20
@@ -51,7 +51,7 @@ DUPLICATES = pa.schema([("file", pa.string()), ("line", pa.int64()), ("name", pa
 class IngestSettings(Settings):
     """Which documents are read, and from which fields."""
 
-    sources: list[str] = Place(
+    sources: list[str] = RuntimeSetting(
         [],
         "Files, folders (read recursively), globs, or dataset:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]; JSON lines, "
         "Parquet or text, also .gz and .zst.",
@@ -125,7 +125,7 @@ def _read_all(sources: list[Source], settings: IngestSettings, intake: _Intake) 
         settings.domain_field,
         settings.source_field,
     ]
-    tell, done = progress(sum(source.size for source in sources) or None, "reading", "bytes"), 0
+    report_progress, done = progress(sum(source.size for source in sources) or None, "reading", "bytes"), 0
     for source in sources:
         position = Position()
         before = intake.of_origin[source.origin]
@@ -136,9 +136,9 @@ def _read_all(sources: list[Source], settings: IngestSettings, intake: _Intake) 
             intake.of_origin[source.origin] = number
             intake.take(source, line, record)
             if intake.pending == 0:
-                tell(done + position.bytes)
+                report_progress(done + position.bytes)
         done += source.size
-        tell(done)
+        report_progress(done)
 
 
 @dataclass

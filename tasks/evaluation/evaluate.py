@@ -35,7 +35,7 @@ from eclectus.tasks.evaluation.result_files import (
     write_scores,
 )
 from eclectus.tasks.packing.tokenizer import load_tokenizer
-from eclectus.tasks.settings import Place
+from eclectus.tasks.settings import RuntimeSetting
 from eclectus.tasks.step import step
 from eclectus.tasks.training.run_training import WorkerSettings, run_training, workplace
 
@@ -69,8 +69,12 @@ class EvaluateSettings(WorkerSettings):
     evaluation_temperature: float = Field(
         0.0, ge=0, description="Temperature of sampling; 0 takes the most likely token each time."
     )
-    evaluation_batch: int = Place(8, ge=1, description="Windows that a worker scores at once; more cost memory.")
-    training_workers: int = Place(2, ge=0, description=WorkerSettings.model_fields["training_workers"].description)
+    evaluation_batch: int = RuntimeSetting(
+        8, ge=1, description="Windows that a worker scores at once; more cost memory."
+    )
+    training_workers: int = RuntimeSetting(
+        2, ge=0, description=WorkerSettings.model_fields["training_workers"].description
+    )
     seed: int = Field(0, description="Seed of everything random.")
 
 
@@ -124,8 +128,8 @@ def evaluate(
 
 
 def evaluate_here(
-    place: Any,
-    tell: Any,
+    process: Any,
+    report: Any,
     checkpoint: str,
     name: str,
     streams: str,
@@ -146,10 +150,10 @@ def evaluate_here(
     )
     windows = Windows(tokens, owners, table, chosen.evaluation_context, length, ratio)
 
-    def told(done: int, total: int) -> None:
-        tell("progress", done=done, total=total)
+    def report_progress(done: int, total: int) -> None:
+        report("progress", done=done, total=total)
 
-    given = (model, windows, len(lengths), place, chosen.evaluation_batch, told, Path(kept))
+    given = (model, windows, len(lengths), process, chosen.evaluation_batch, report_progress, Path(kept))
     try:
         sums = score(*given)
         by_prompt = score(*given, by_prompt=True).bits if routes_by_prompt(model) else None
@@ -159,7 +163,7 @@ def evaluate_here(
             "train it again with a lower learning rate, or leave it out"
         ) from error
     written = generate(
-        model, prompts, chosen.evaluation_sample_tokens, chosen.evaluation_temperature, end, chosen.seed, place
+        model, prompts, chosen.evaluation_sample_tokens, chosen.evaluation_temperature, end, chosen.seed, process
     )
     return {
         "sums": sums,

@@ -35,7 +35,7 @@ from eclectus.tasks.grouping.embedding_log import Known, Log, locate, read_logs,
 from eclectus.tasks.grouping.static_embedding import EmbeddingText, StaticModel, is_static_model
 from eclectus.tasks.reuse import earlier, is_whole
 from eclectus.tasks.run import current_run, metric, progress
-from eclectus.tasks.settings import Place
+from eclectus.tasks.settings import RuntimeSetting
 from eclectus.tasks.step import step
 
 STATIC = "static"
@@ -58,11 +58,11 @@ class EmbedSettings(EmbeddingText):
     embedding_precision: Literal["float32", "float16"] = Field(
         "float32", description="Number format in which embeddings are stored."
     )
-    embedding_batch: int = Place(32, "Documents in a forward pass of a transformer model.", ge=1)
-    embedding_workers: int = Place(
+    embedding_batch: int = RuntimeSetting(32, "Documents in a forward pass of a transformer model.", ge=1)
+    embedding_workers: int = RuntimeSetting(
         0, "Ray actors that embed, at most one a CPU; 0 decides by the amount of work.", ge=0
     )
-    embedding_device: Literal["cpu", "cuda"] = Place(
+    embedding_device: Literal["cpu", "cuda"] = RuntimeSetting(
         "cpu", "Where transformer models run; cuda takes one GPU an actor."
     )
 
@@ -187,13 +187,13 @@ class _Pool:
         if len(rows) == 0:
             return
         chunks = self._cut(rows)
-        tell, done = progress(len(rows), "embedding", "documents"), 0
+        report_progress, done = progress(len(rows), "embedding", "documents"), 0
         if self.static and len(rows) <= STATIC_IN_PROCESS and not self.settings.embedding_workers:
             # Ray and an actor would start for 8 seconds to work for less.
             encoder = Encoder(str(self.source), self.settings)
             for chunk in chunks:
                 done += encoder.embed(self.documents, chunk, ids[chunk], str(work), STATIC_CHUNK)
-                tell(done)
+                report_progress(done)
             return
         import ray
 
@@ -207,7 +207,7 @@ class _Pool:
             ready, _ = ray.wait(list(running), num_returns=1)
             free.append(running.pop(ready[0]))
             done += ray.get(ready[0])
-            tell(done)
+            report_progress(done)
 
     def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
         if self.static:

@@ -30,7 +30,7 @@ from eclectus.tasks.grouping.instance_layout import plan
 from eclectus.tasks.grouping.nearest import exact_neighbors
 from eclectus.tasks.grouping.quality import draw, instance_quality, mean, order_quality, pair_similarities
 from eclectus.tasks.run import metric
-from eclectus.tasks.settings import Place, Settings
+from eclectus.tasks.settings import RuntimeSetting, Settings
 from eclectus.tasks.step import step
 
 
@@ -59,7 +59,7 @@ class GroupSettings(Settings):
         description="Bytes of text that an instance is taken to hold in the quality numbers of the grouping, which come before "
         "any token is counted.",
     )
-    group_threads: int = Place(0, "Partitions chained at the same time; 0 takes all CPUs.", ge=0)
+    group_threads: int = RuntimeSetting(0, "Partitions chained at the same time; 0 takes all CPUs.", ge=0)
     seed: int = Field(0, description="Seed of everything random")
 
 

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Draft
 from eclectus.tasks.grouping.disk_matrix import create_matrix
-from eclectus.tasks.settings import Place, Settings
+from eclectus.tasks.settings import RuntimeSetting, Settings
 
 SLACK = 4
 BLOCK = 4_096
@@ -58,7 +58,7 @@ class NeighborSettings(Settings):
         lt=1,
         description="Lists found before are updated while at most this share of a partition is new; 0 always searches anew.",
     )
-    neighbors_threads: int = Place(0, "CPU threads for the search; 0 takes all.", ge=0)
+    neighbors_threads: int = RuntimeSetting(0, "CPU threads for the search; 0 takes all.", ge=0)
     seed: int = Field(0, description="Seed of everything random")
 
 

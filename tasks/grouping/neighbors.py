@@ -44,14 +44,14 @@ def neighbors(documents: Artifact, embeddings: Artifact, settings: NeighborSetti
     lists = Lists.create(out, len(labels), settings.neighbors_k)
     earlier = find_earlier(embeddings, settings, names, labels)
     carried = carry_over(earlier, lists) if earlier else np.zeros(len(labels), bool)
-    tell, done, searched = progress(int(usable.sum()), "searching neighbours", "documents"), 0, []
+    report_progress, done, searched = progress(int(usable.sum()), "searching neighbours", "documents"), 0, []
     for number, name in enumerate(names):
         partition = Partition(name, np.flatnonzero((labels == number) & usable))
         how = update(vectors, partition, earlier, carried, lists, settings) if earlier else None
         how = how or search(vectors, partition, lists, settings)
         searched.append({"partition": name, "documents": int((labels == number).sum()), **how})
         done += len(partition.rows)
-        tell(done)
+        report_progress(done)
         metric("neighbors_recall", how["recall"], partition=name)
     lists.flush()
     np.save(out.file("partition.npy"), labels)

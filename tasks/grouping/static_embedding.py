@@ -297,7 +297,7 @@ def contrast(
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     random = np.random.default_rng(settings.seed)
     table, adam, losses = weights.copy(), _LazyAdam(weights.shape), []
-    tell = progress(settings.embedding_steps, "training the embedding", "steps")
+    report_progress = progress(settings.embedding_steps, "training the embedding", "steps")
     for number in range(settings.embedding_steps):
         rows = random.choice(usable, pairs, replace=False)
         spans, sizes = _two_spans(random, starts[rows], lengths[rows], settings.embedding_span)
@@ -308,7 +308,7 @@ def contrast(
         adam.step(table, touched, average.T @ slope, rate)
         losses.append(loss)
         metric("embedding_loss", loss, at_step=number)
-        tell(number + 1)
+        report_progress(number + 1)
     return table, losses
 
 

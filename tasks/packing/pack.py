@@ -121,7 +121,7 @@ def _rows_to_pack(documents: Artifact, settings: PackSettings) -> np.ndarray:
 def _tokenize(documents: Artifact, tokenizer: Any, rows: np.ndarray, scratch: Path) -> tuple[np.ndarray, np.ndarray]:
     """(flat tokens of the chosen rows in row order, starts [len(rows) + 1]); the tokens live in a scratch file."""
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    lengths, tell, seen, done = [np.zeros(1, np.int64)], progress(len(rows), "tokenising", "documents"), 0, 0
+    lengths, report_progress, seen, done = [np.zeros(1, np.int64)], progress(len(rows), "tokenising", "documents"), 0, 0
     wanted = np.zeros(documents.manifest()["rows"], bool)
     wanted[rows] = True
     with open(scratch, "wb") as handle:
@@ -138,7 +138,7 @@ def _tokenize(documents: Artifact, tokenizer: Any, rows: np.ndarray, scratch: Pa
             tokens.tofile(handle)
             lengths.append(sizes + 1)
             done += len(texts)
-            tell(done)
+            report_progress(done)
     return np.memmap(scratch, kind, mode="r"), np.cumsum(np.concatenate(lengths))
 
 
@@ -162,7 +162,7 @@ def _write_instances(
     tokens = open_matrix(out, matrices[TOKENS])
     positions = open_matrix(out, matrices[POSITIONS]) if with_positions else None
     at_once, digest = max(1, TOKENS_AT_ONCE // spans.length), hashlib.sha256()
-    tell = progress(spans.count, "packing", "instances")
+    report_progress = progress(spans.count, "packing", "instances")
     for first in range(0, spans.count, at_once):
         last = min(first + at_once, spans.count)
         a, b = np.searchsorted(spans.to, (first * spans.length, last * spans.length))
@@ -178,7 +178,7 @@ def _write_instances(
             block = np.zeros(len(block), positions.dtype)
             block[target] = inside
             positions[first:last] = block.reshape(-1, spans.length)
-        tell(last)
+        report_progress(last)
     tokens.flush()
     if positions is not None:
         positions.flush()

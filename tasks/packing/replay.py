@@ -112,11 +112,11 @@ def _stratum(strata: dict[tuple[str, str], int], group: str, language: str, spli
 
 
 def _write(documents: Artifact, chosen: np.ndarray, out: Draft) -> None:
-    tell, row = progress(len(chosen), "drawing the review", "documents"), 0
+    report_progress, row = progress(len(chosen), "drawing the review", "documents"), 0
     with DocumentsWriter(out) as writer:
         for batch in read_batches(documents):
             kept = pa.table(batch.columns, batch.schema.names).filter(pa.array(chosen[row : row + len(batch)]))
             row += len(batch)
             if len(kept):
                 writer.write(kept)
-            tell(row)
+            report_progress(row)

@@ -143,8 +143,8 @@ def extend(
 
 
 def train_stage(
-    place: Any,
-    tell: Any,
+    process: Any,
+    report: Any,
     instances: str,
     checkpoint: str,
     settings: dict[str, Any],
@@ -175,7 +175,7 @@ def train_stage(
         learning_rate=chosen.stage_value("learning_rate"),
         warmup=chosen.stage_value("warmup_steps"),
     )
-    train(model, data, _objective(chosen, data, checkpoint), plan, place, Path(work), tell, checked=check_frozen)
+    train(model, data, _objective(chosen, data, checkpoint), plan, process, Path(work), report, checked=check_frozen)
     check_frozen(plan.stop)
     parameters = [parameter.numel() for parameter in model.parameters()]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -192,8 +192,8 @@ def train_stage(
         if chosen.extension_method != "moe_all" and _original_digest(model) != original:
             raise EclectusError(f"an original weight changed before training step {plan.stop}; nothing was kept")
         statistics["frozen_sha256"] = original
-    gather(model, place)
-    if place.leads:
+    gather(model, process)
+    if process.is_main:
         save_method(model, Path(out), side_files=Path(checkpoint))
         _note_training(Path(out), chosen, data)
     return statistics

@@ -205,8 +205,8 @@ def _check_dense_start(start: Artifact, length: int) -> None:
 
 
 def train_stage(
-    place: Any,
-    tell: Any,
+    process: Any,
+    report: Any,
     instances: str,
     tokenizer: str,
     settings: dict[str, Any],
@@ -241,14 +241,14 @@ def train_stage(
         compiled=chosen.training_compiled,
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    after = train(model, data, objective, plan, place, Path(work), tell, state)
+    after = train(model, data, objective, plan, process, Path(work), report, state)
     profiles = None
     if stage == "expert_choice":
-        make_causal(model, data, plan, place)
+        make_causal(model, data, plan, process)
     elif chosen.routed:
-        profiles = routing_profiles(model, data, chosen.micro_batch, place)
-    save_model(model, tokens, Path(out), after if stage == "warmup" else None, MOMENTS, place)
-    if profiles and place.leads:
+        profiles = routing_profiles(model, data, chosen.micro_batch, process)
+    save_model(model, tokens, Path(out), after if stage == "warmup" else None, MOMENTS, process)
+    if profiles and process.is_main:
         write_profiles(Path(out), profiles)
     return {
         "model": type(model).__name__,

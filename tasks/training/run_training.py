@@ -1,7 +1,7 @@
 """What all training steps share: the plan's settings, where training runs, and how it speaks while it runs.
 
 Training runs on the run's Ray Train workers (`eclectus.tasks.training.workers`) or, with `training_workers = 0`, in this process. Both call
-the same function with a `Place`. Unfinished training lies under the home's `work/`, named by the step's key, so that the
+the same function with a `Process`. Unfinished training lies under the home's `work/`, named by the step's key, so that the
 next run of the same step goes on from its last checkpoint.
 """
 
@@ -21,7 +21,7 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.run import current_run, metric, progress, require_run, say
-from eclectus.tasks.settings import Place, Settings
+from eclectus.tasks.settings import RuntimeSetting, Settings
 from eclectus.tasks.training.workers import TrainWorkers
 
 if TYPE_CHECKING:
@@ -38,17 +38,17 @@ class WorkerSettings(Settings):
         ge=0,
         description="Ray Train workers that share each batch; 0 trains in the calling process, without Ray.",
     )
-    training_gpus: bool = Place(
+    training_gpus: bool = RuntimeSetting(
         False, description="Give every training worker a GPU (bf16, NCCL) instead of computing on CPU cores."
     )
-    training_worker_cpus: float = Place(
+    training_worker_cpus: float = RuntimeSetting(
         1.0, gt=0, description="CPU cores that Ray sets aside for each training worker; no node gets more than it has."
     )
-    training_placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Place(
+    training_placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = RuntimeSetting(
         "PACK",
         description="Training workers on as few Ray nodes as possible (PACK) or on as many (SPREAD); STRICT waits until it can be kept.",
     )
-    training_restarts: int = Place(
+    training_restarts: int = RuntimeSetting(
         3,
         ge=0,
         description="How often the training workers of a run are started again, from their last checkpoint, when one dies.",
@@ -62,7 +62,7 @@ class TrainingSettings(WorkerSettings):
         False,
         description="Share out weights and optimizer state over the training workers (FSDP2) instead of copying them to each (DDP).",
     )
-    training_recompute: bool = Place(
+    training_recompute: bool = RuntimeSetting(
         False,
         description="Compute a layer's activations again in the backward pass instead of keeping them (gradient checkpointing): "
         "less memory, about a third more time, the same results.",
@@ -75,10 +75,10 @@ class TrainingSettings(WorkerSettings):
         1.0, gt=0, description="Largest norm of the gradient; a larger one is scaled down to it."
     )
     learning_rate_floor: float = Field(0.1, ge=0, le=1, description="Final learning rate, as a part of the peak one.")
-    checkpoint_every: int = Place(
+    checkpoint_every: int = RuntimeSetting(
         100, ge=1, description="Training steps between checkpoints to go on from after a crash."
     )
-    log_every: int = Place(10, ge=1, description="Training steps between rows in the metrics.")
+    log_every: int = RuntimeSetting(10, ge=1, description="Training steps between rows in the metrics.")
     seed: int = Field(0, description="Seed of everything random.")
 
     def plan(self, **stage: Any) -> Plan:
@@ -100,34 +100,34 @@ class TrainingSettings(WorkerSettings):
 
 
 def run_training(settings: WorkerSettings, call: Callable[..., Any], arguments: dict[str, Any], what: str) -> Any:
-    """Calls f(place, tell, **arguments) on every worker and returns what rank 0 returned.
+    """Calls f(process, report, **arguments) on every worker and returns what rank 0 returned.
 
     call: a function at the top level of a module. what: the words that progress is shown under.
     """
-    tell_progress = None
+    report_progress = None
 
-    def heard(kind: str, values: dict[str, Any]) -> None:
-        nonlocal tell_progress
+    def on_report(kind: str, values: dict[str, Any]) -> None:
+        nonlocal report_progress
         if kind == "metrics":
             for name, value in values["values"].items():
                 measure, _, domain = name.partition("/")
                 metric(measure, value, values["step"], **({"domain": domain} if domain else {}))
         elif kind == "progress":
-            tell_progress = tell_progress or progress(values["total"], what, "steps")
-            tell_progress(values["done"])
+            report_progress = report_progress or progress(values["total"], what, "steps")
+            report_progress(values["done"])
         elif kind == "damaged":
             metric("damaged_checkpoints", 1, values["step"])
             say("warning", values["text"])
 
     if settings.training_workers == 0:
         from eclectus.models.training.loop import TrainingFailed
-        from eclectus.models.training.process import Place as ProcessPlace
+        from eclectus.models.training.process import Process
 
         try:
-            return call(ProcessPlace.current(), lambda kind, **values: heard(kind, values), **arguments)
+            return call(Process.current(), lambda kind, **values: on_report(kind, values), **arguments)
         except TrainingFailed as error:
             raise EclectusError(str(error)) from error
-    return _workers(settings).do(call, arguments, heard)
+    return _workers(settings).do(call, arguments, on_report)
 
 
 def _workers(settings: WorkerSettings) -> TrainWorkers:

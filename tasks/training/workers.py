@@ -1,14 +1,15 @@
 """A group of Ray Train workers that outlives one stage.
 
 A Ray Train `fit` costs half a minute beyond its steps (processes, imports, process group), so one fit serves all training
-and evaluation stages of a run: its workers fetch jobs from a desk (an actor), do them, and wait for the next. Ray Train
-places the workers, sets up `torch.distributed`, and starts the group again when a worker dies; the workers then take up
-the job that was under way, which goes on from its own last checkpoint. A job is a function of a module and its arguments:
+and evaluation stages of a run: its workers take jobs from a queue (an actor), run them, and wait for the next. Ray Train
+places the workers, sets up `torch.distributed`, and restarts the group when a worker dies; the workers then take the
+unfinished job again, which resumes from its own last checkpoint. A job is a function of a module and its arguments:
 
     with TrainWorkers(workers=2, use_gpu=False, storage=home.work / "ray") as group:
-        result = group.do(train_stage, {...})                  # called on every worker as f(place, tell, **arguments)
+        result = group.do(train_stage, {...}, on_report)       # called on every worker as f(process, report, **arguments)
 
-`place` is a `eclectus.models.training.process.Place`; `tell(kind, **values)` sends progress and metrics back to the driver.
+`process` is an `eclectus.models.training.process.Process`; `report(kind, **values)` sends progress and metrics to the driver,
+which calls `on_report(kind, values)`.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from eclectus.tasks.ray_cluster import ensure_ray
 
 RESTARTS = 3
 POLL_SECONDS = 0.25
-# Exceptions of jobs whose message is all that a person needs; others come with their traceback.
-FOR_PEOPLE = {"EclectusError", "TrainingFailed"}
+# Exceptions of jobs that are shown by their message alone; others are raised with their traceback.
+EXPECTED_ERRORS = {"EclectusError", "TrainingFailed"}
 
 
-class Desk:
-    """The actor between driver and workers: one job at a time, its results by rank, and news from the workers."""
+class JobQueue:
+    """The actor between driver and workers: one job at a time, its results by rank, and reports from the workers."""
 
     def __init__(self) -> None:
         import asyncio
@@ -44,7 +45,7 @@ class Desk:
         self._results: dict[int, Any] = {}
         self._error: tuple[str, str, str] | None = None
         self._seen: set[tuple[str, str]] = set()
-        self._news: list[tuple[str, dict[str, Any]]] = []
+        self._reports: list[tuple[str, dict[str, Any]]] = []
 
     async def post(self, call: str, arguments: dict[str, Any], workers: int) -> int:
         async with self._changed:
@@ -69,23 +70,23 @@ class Desk:
                 self._job = None
 
     async def fail(self, number: int, error: tuple[str, str, str]) -> None:
-        """A job's exception ends the job if its message is for people, or if it comes again after a restart of the workers.
+        """A job's exception ends the job if it is an expected error, or if it was raised again after a restart of the workers.
 
-        Anything else may be the echo of a worker that died (a broken connection, say), and is worth another try.
+        Any other may follow from a worker that died (a broken connection, for example), so the job is tried again.
         """
         if number != self._number or self._error is not None:
             return
-        if error[0] in FOR_PEOPLE or error[:2] in self._seen:
+        if error[0] in EXPECTED_ERRORS or error[:2] in self._seen:
             self._error, self._job = error, None
         self._seen.add(error[:2])
 
-    async def tell(self, kind: str, values: dict[str, Any]) -> None:
-        self._news.append((kind, values))
+    async def report(self, kind: str, values: dict[str, Any]) -> None:
+        self._reports.append((kind, values))
 
-    async def look(self) -> tuple[list[tuple[str, dict[str, Any]]], dict[int, Any] | None, tuple[str, str, str] | None]:
-        """(news since the last look, results by rank when all are done, the first error)."""
-        news, self._news = self._news, []
-        return news, self._results if len(self._results) == self._workers else None, self._error
+    async def poll(self) -> tuple[list[tuple[str, dict[str, Any]]], dict[int, Any] | None, tuple[str, str, str] | None]:
+        """(reports since the last poll, results by rank when all are done, the first error)."""
+        reports, self._reports = self._reports, []
+        return reports, self._results if len(self._results) == self._workers else None, self._error
 
     async def close(self) -> None:
         async with self._changed:
@@ -105,38 +106,39 @@ class TrainWorkers:
         cpus: float = 1.0,
         placement: str = "PACK",
     ) -> None:
-        """storage: a directory for Ray Train's own notes, on storage that all nodes share. cpus: of each worker."""
+        """storage: a directory for Ray Train's own files, on storage that all nodes share. cpus: CPUs per worker."""
         self.workers = workers
         self.use_gpu = use_gpu
         self.storage = storage
         self.restarts = restarts
         self.resources = {"CPU": cpus, **({"GPU": 1.0} if use_gpu else {})}
         self.placement = placement
-        self._desk: Any = None
+        self._queue: Any = None
         self._thread: threading.Thread | None = None
         self._fit_error: BaseException | None = None
 
     def do(
-        self, call: Callable[..., Any], arguments: dict[str, Any], heard: Callable[[str, dict[str, Any]], None]
+        self, call: Callable[..., Any], arguments: dict[str, Any], on_report: Callable[[str, dict[str, Any]], None]
     ) -> Any:
-        """Does one job on all workers and returns rank 0's result.
+        """Runs one job on all workers and returns rank 0's result.
 
-        call: a function at the top level of a module that the workers can import. heard: called in this thread with every piece of news.
-        Raises EclectusError when the job raised it; RuntimeError when the workers are lost for good.
+        call: a function at the top level of a module that the workers can import. on_report: called in this thread for
+        every report of the workers.
+        Raises EclectusError when the job raised it; RuntimeError when the workers died too often.
         """
         import ray
 
         self._ensure_started()
-        ray.get(self._desk.post.remote(address_of(call), arguments, self.workers))
+        ray.get(self._queue.post.remote(address_of(call), arguments, self.workers))
         while True:
             self._thread.join(timeout=POLL_SECONDS)
-            news, results, error = ray.get(self._desk.look.remote())
-            for kind, values in news:
-                heard(kind, values)
+            reports, results, error = ray.get(self._queue.poll.remote())
+            for kind, values in reports:
+                on_report(kind, values)
             if error is not None:
                 name, message, trace = error
                 self._abandon()
-                if name in FOR_PEOPLE:
+                if name in EXPECTED_ERRORS:
                     raise EclectusError(message)
                 raise RuntimeError(f"{name}: {message}\n{trace}")
             if results is not None:
@@ -151,13 +153,13 @@ class TrainWorkers:
         import ray
 
         if ray.is_initialized():
-            ray.get(self._desk.close.remote())
+            ray.get(self._queue.close.remote())
             self._thread.join(timeout=20)
         self._thread = None
 
     def _abandon(self) -> None:
-        """Lets the workers go without waiting: one of them may hang in a collective until Ray has torn the group down."""
-        self._desk.close.remote()
+        """Closes the queue without waiting: a worker may hang in a collective until Ray has ended the group."""
+        self._queue.close.remote()
         self._thread = None
 
     def __enter__(self) -> Self:
@@ -166,7 +168,7 @@ class TrainWorkers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error the owner of Ray shuts it down, workers and all; waiting here would only delay that.
+        # After an error whoever started Ray shuts it down with its workers; waiting here would only delay that.
         if kind is None:
             self.close()
 
@@ -176,7 +178,7 @@ class TrainWorkers:
         ensure_ray()
         import ray
 
-        self._desk = ray.remote(num_cpus=0)(Desk).remote()
+        self._queue = ray.remote(num_cpus=0)(JobQueue).remote()
         self._thread = threading.Thread(target=self._fit, daemon=True, name="ray-train-fit")
         self._thread.start()
 
@@ -185,8 +187,8 @@ class TrainWorkers:
         from ray.train.torch import TorchConfig, TorchTrainer
 
         trainer = TorchTrainer(
-            work_at_desk,
-            train_loop_config={"desk": self._desk},
+            work_through_queue,
+            train_loop_config={"queue": self._queue},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=self.workers,
                 use_gpu=self.use_gpu,
@@ -204,30 +206,30 @@ class TrainWorkers:
             self._fit_error = error
 
 
-def work_at_desk(config: dict[str, Any]) -> None:
-    """What every Ray Train worker runs: take a job, do it, take the next."""
+def work_through_queue(config: dict[str, Any]) -> None:
+    """The loop of every Ray Train worker: take a job, run it, take the next."""
     import ray
 
-    from eclectus.models.training.process import Place
+    from eclectus.models.training.process import Process
 
-    place, desk, done = Place.current(), config["desk"], 0
+    process, queue, done = Process.current(), config["queue"], 0
 
-    def tell(kind: str, **values: Any) -> None:
-        if place.rank == 0:
-            desk.tell.remote(kind, values)
+    def report(kind: str, **values: Any) -> None:
+        if process.is_main:
+            queue.report.remote(kind, values)
 
-    while (job := ray.get(desk.take.remote(done))) is not None:
+    while (job := ray.get(queue.take.remote(done))) is not None:
         try:
-            result = function_at(job["call"])(place, tell, **job["arguments"])
+            result = function_at(job["call"])(process, report, **job["arguments"])
         except Exception as error:
-            ray.get(desk.fail.remote(job["number"], (type(error).__name__, str(error), traceback.format_exc())))
+            ray.get(queue.fail.remote(job["number"], (type(error).__name__, str(error), traceback.format_exc())))
             raise
         done = job["number"]
-        ray.get(desk.finish.remote(done, place.rank, result if place.rank == 0 else None))
+        ray.get(queue.finish.remote(done, process.rank, result if process.is_main else None))
 
 
 def address_of(call: Callable[..., Any]) -> str:
-    """`package.module:function`, under which another process finds the function. Raises ValueError where it cannot."""
+    """`package.module:function`, by which another process finds the function. Raises ValueError if it is not importable."""
     module, name = call.__module__, call.__qualname__
     if module == "__main__" or not name.isidentifier():
         raise ValueError(f"{module}.{name} is not at the top level of a module, so no worker can import it")

@@ -35,18 +35,18 @@ def by_ray(home, instances, tokenizer, settings):
 
 def by_torchrun(home, instances, tokenizer, settings):
     """Writes the same checkpoints, undisturbed, into folders named by their stage."""
-    from eclectus.models.training.process import Place
+    from eclectus.models.training.process import Process
 
-    place, start, moments = Place.current(), None, None
+    process, start, moments = Process.current(), None, None
     for stage, sharded in STAGES:
         chosen = PretrainStageSettings(**settings, pretrain_stage=stage, training_sharded=sharded)
         out, work = Path(home) / stage, Path(home) / "work" / stage
-        if place.leads:
+        if process.is_main:
             out.mkdir(parents=True)
             work.mkdir(parents=True)
-        place.barrier()
+        process.barrier()
         train_stage(
-            place,
+            process,
             lambda kind, **values: None,
             instances,
             tokenizer,

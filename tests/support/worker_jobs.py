@@ -9,28 +9,28 @@ import torch
 from eclectus.storage.errors import EclectusError
 
 
-def total(place, tell, value):
-    tell("progress", done=1, total=1)
-    return place.sum(torch.tensor(float(value + place.rank))).item(), os.getpid()
+def total(process, report, value):
+    report("progress", done=1, total=1)
+    return process.sum(torch.tensor(float(value + process.rank))).item(), os.getpid()
 
 
-def complain(place, tell):
-    if place.rank == 1:
+def complain(process, report):
+    if process.rank == 1:
         raise EclectusError("instances 3 and 4 are damaged; pack them again")
-    place.barrier()
+    process.barrier()
 
 
-def die_once(place, tell, folder):
+def die_once(process, report, folder):
     """Rank 1 is killed the first time; what was reached before is on disk, and the second try goes on from there."""
-    begun = Path(folder) / f"begun-{place.rank}"
+    begun = Path(folder) / f"begun-{process.rank}"
     again = begun.exists()
     begun.touch()
-    place.barrier()
-    if not again and place.rank == 1:
+    process.barrier()
+    if not again and process.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return place.sum(torch.tensor(1.0)).item(), again
+    return process.sum(torch.tensor(1.0)).item(), again
 
 
-def find_damage(place, tell):
-    tell("damaged", step=0, text="latest is damaged; training begins again at step 0")
-    place.barrier()
+def find_damage(process, report):
+    report("damaged", step=0, text="latest is damaged; training begins again at step 0")
+    process.barrier()

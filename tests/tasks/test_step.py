@@ -15,13 +15,13 @@ from eclectus.storage.lineage.connection import query
 from eclectus.tasks.promotion.gate import Gate
 from eclectus.tasks.promotion.promote import Candidate, decide
 from eclectus.tasks.run import metric
-from eclectus.tasks.settings import Place, Settings
+from eclectus.tasks.settings import RuntimeSetting, Settings
 from eclectus.tasks.step import step
 
 
 class CountSettings(Settings):
     letters: int = Field(3, ge=1, description="How many letters.")
-    workers: int = Place(1, "How many workers.")
+    workers: int = RuntimeSetting(1, "How many workers.")
     seed: int = Field(0, description="Seed of everything random.")
 
 

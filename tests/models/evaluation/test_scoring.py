@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from eclectus.models import LoryConfig, LoryForCausalLM
 from eclectus.models.evaluation import scoring as evaluation
 from eclectus.models.evaluation.scoring import NO_DOCUMENT, NotFinite, Windows, generate, plan_windows, score
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 
 LENGTH, CONTEXT, VOCABULARY = 32, 8, 61
 PROMPTS = [[1, 2, 3], [4], [5, 6]]
@@ -45,8 +45,8 @@ def make_windows(lengths=(100, 5, 41), seed=0):
     return Windows(tokens, owners, table, CONTEXT, LENGTH, np.full(len(lengths), 2.0))
 
 
-def add_up(model, windows, place=None, batch=4):
-    return score(model, windows, len(windows.bytes_a_token), place or Place(), batch, lambda done, total: None)
+def add_up(model, windows, process=None, batch=4):
+    return score(model, windows, len(windows.bytes_a_token), process or Process(), batch, lambda done, total: None)
 
 
 @pytest.mark.parametrize("lengths", [[0], [8], [9], [32], [33], [100, 5, 41], [31, 57, 1000]])
@@ -114,10 +114,10 @@ def test_routing_is_counted_once_for_each_token_and_once_for_each_whole_segment(
 def work(rank, world, init, out):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
-    place, model = Place(rank, world), make_model("moe")
+    process, model = Process(rank, world), make_model("moe")
     # The second stream is one window, so that the second process has nothing to do and must still end with the sums.
-    sums = [add_up(model, make_windows(lengths), place, 2) for lengths in ((70, 3), (30,))]
-    written = generate(model, PROMPTS, 4, 0.0, 0, 0, place)
+    sums = [add_up(model, make_windows(lengths), process, 2) for lengths in ((70, 3), (30,))]
+    written = generate(model, PROMPTS, 4, 0.0, 0, 0, process)
     if rank == 1:
         for number, each in enumerate(sums):
             np.savez(f"{out}/{number}.npz", bits=each.bits, tokens=each.tokens, shares=each.shares)
@@ -132,7 +132,7 @@ def test_two_processes_give_the_sums_of_one_on_both_of_them(tmp_path):
         one, two = add_up(model, make_windows(lengths)), np.load(tmp_path / f"{number}.npz")
         for name in ("bits", "tokens", "shares"):
             np.testing.assert_allclose(two[name], getattr(one, name), rtol=1e-6)
-    alone = generate(model, PROMPTS, 4, 0.0, 0, 0, Place())
+    alone = generate(model, PROMPTS, 4, 0.0, 0, 0, Process())
     assert np.load(tmp_path / "written.npy").tolist() == [len(ids) for ids, _ in alone]
 
 
@@ -149,9 +149,9 @@ def test_scoring_that_was_cut_off_goes_on_to_the_same_sums(kind, tmp_path, monke
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score(model, windows, len(windows.bytes_a_token), Place(), 1, die, tmp_path)
+        score(model, windows, len(windows.bytes_a_token), Process(), 1, die, tmp_path)
     again = score(
-        model, windows, len(windows.bytes_a_token), Place(), 1, lambda done, total: told.append(done), tmp_path
+        model, windows, len(windows.bytes_a_token), Process(), 1, lambda done, total: told.append(done), tmp_path
     )
     assert told[3] == 4  # three windows were not scored again
     for name in ("bits", "tokens", "positions", "routed"):

@@ -22,7 +22,7 @@ from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.training.instances import Batch, Instances
 from eclectus.models.training.loop import Plan, train
 from eclectus.models.training.objectives import next_token, next_token_loss, post_pretrain
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 from eclectus.models.training.router_losses import balance_loss, language_prior_loss
 from tests.support.dense_bases import logits, tokens, write_base
 
@@ -93,7 +93,7 @@ def test_each_method_trains_its_part_alone_and_writes_a_stock_checkpoint(bases, 
     data = write_instances(tmp_path / "data", 8, ["el", "tr"])
     plan = Plan(0, 3, 3, batch=4, micro_batch=2, learning_rate=1e-2, warmup=0, weight_decay=0.5)
     objective = post_pretrain(0.01, 2, "paper") if start == moe else next_token()
-    train(model, data, objective, plan, Place(), tmp_path / "work", lambda *_, **__: None)
+    train(model, data, objective, plan, Process(), tmp_path / "work", lambda *_, **__: None)
     assert untrained_digest(model) == still
     moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert moved == {name for name, value in model.named_parameters() if value.requires_grad}

@@ -19,7 +19,7 @@ from eclectus.models.pretraining.checkpoint import duplicated_moments
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import TrainingFailed, train
 from eclectus.models.training.objectives import lory, next_token
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 from tests.support.tiny_training import LENGTH, plan, tiny_dense, write_instances
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -34,9 +34,9 @@ def silent(kind, **values):
     pass
 
 
-def trained(data, work, chosen=None, model=None, objective=None, tell=silent, moments=None):
+def trained(data, work, chosen=None, model=None, objective=None, report=silent, moments=None):
     model = model or tiny_dense()
-    after = train(model, data, objective or next_token(), chosen or plan(), Place(), work, tell, moments)
+    after = train(model, data, objective or next_token(), chosen or plan(), Process(), work, report, moments)
     return model.state_dict(), after
 
 
@@ -49,18 +49,18 @@ class Killed(Exception):
 
 
 def killed_at(step):
-    def tell(kind, **values):
+    def report(kind, **values):
         if kind == "progress" and values["done"] == step:
             raise Killed
 
-    return tell
+    return report
 
 
 @pytest.mark.parametrize("step", range(1, 12))
 def test_a_run_stopped_at_any_step_ends_with_bit_identical_weights_and_moments(data, tmp_path, step):
     weights, moments = trained(data, tmp_path / "undisturbed")
     with pytest.raises(Killed):
-        trained(data, tmp_path / "work", tell=killed_at(step))
+        trained(data, tmp_path / "work", report=killed_at(step))
     # Other initial weights: all that counts comes from the checkpoint, where there is one.
     again, moments_again = trained(data, tmp_path / "work", model=tiny_dense(seed=0 if step <= 5 else 9))
     assert same(weights, again)
@@ -76,10 +76,10 @@ def test_a_process_killed_without_warning_goes_on_bit_identically(data, tmp_path
         from tests.models.test_train import trained
         from eclectus.models.training.instances import Instances
         place, kill = Path(sys.argv[1]), int(sys.argv[2])
-        def tell(kind, **values):
+        def report(kind, **values):
             if kind == "progress" and values["done"] == kill:
                 os.kill(os.getpid(), signal.SIGKILL)
-        weights, _ = trained(Instances(place / "instances"), place / "work", tell=tell)
+        weights, _ = trained(Instances(place / "instances"), place / "work", report=report)
         save_file(weights, place / "end.safetensors")
         """
     )
@@ -100,7 +100,7 @@ def test_a_process_killed_without_warning_goes_on_bit_identically(data, tmp_path
 def test_a_half_written_checkpoint_is_never_taken_for_whole(data, tmp_path):
     weights, _ = trained(data, tmp_path / "undisturbed")
     with pytest.raises(Killed):
-        trained(data, tmp_path / "work", tell=killed_at(7))
+        trained(data, tmp_path / "work", report=killed_at(7))
     beside = tmp_path / "work/step-10"
     beside.mkdir()
     (beside / "trained.safetensors").write_bytes(b"half")
@@ -112,7 +112,7 @@ def test_a_half_written_checkpoint_is_never_taken_for_whole(data, tmp_path):
 def test_a_damaged_checkpoint_is_not_read_and_training_begins_again(data, tmp_path, damage):
     weights, _ = trained(data, tmp_path / "undisturbed")
     with pytest.raises(Killed):
-        trained(data, tmp_path / "work", tell=killed_at(7))
+        trained(data, tmp_path / "work", report=killed_at(7))
     file = tmp_path / "work/latest/trained-00001-of-00001.safetensors"
     content = file.read_bytes()
     if damage == "cut":
@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_is_not_read_and_training_begins_again(data, tmp_pa
     else:
         (tmp_path / "work/latest/progress.json").write_text("{")
     told = []
-    again, _ = trained(data, tmp_path / "work", tell=lambda kind, **values: told.append((kind, values)))
+    again, _ = trained(data, tmp_path / "work", report=lambda kind, **values: told.append((kind, values)))
     assert same(weights, again)
     ((step, text),) = [(values["step"], values["text"]) for kind, values in told if kind == "damaged"]
     assert step == 0 and re.search("is damaged.*begins again at step 0", text)
@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_not_read_and_training_begins_again(data, tmp_pa
 
 def test_a_checkpoint_of_another_model_or_stage_is_refused(data, tmp_path):
     with pytest.raises(Killed):
-        trained(data, tmp_path / "work", tell=killed_at(7))
+        trained(data, tmp_path / "work", report=killed_at(7))
     other = LoryForCausalLM.from_dense(tiny_dense(), 2, LENGTH // 3)
     with pytest.raises(ValueError, match=r"is of another model: it has .*mlp\.experts"):
         trained(data, tmp_path / "work", model=other, objective=lory())
@@ -190,15 +190,15 @@ import sys
 from pathlib import Path
 from safetensors.torch import save_file
 from eclectus.models.training.instances import Instances
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 from eclectus.models.training.objectives import next_token
 from eclectus.models.training.loop import train
 from tests.models.training import plan, tiny_dense
 place = Path(sys.argv[1])
-model, here, told = tiny_dense(), Place.current(), []
+model, here, told = tiny_dense(), Process.current(), []
 train(model, Instances(place / "instances"), next_token(("a", "b")), plan(stop=6, micro_batch=1), here, place / "work",
       lambda kind, **values: told.append((kind, values)))
-if here.leads:
+if here.is_main:
     import json
     save_file(model.state_dict(), place / "ddp.safetensors")
     (place / "told.json").write_text(json.dumps([v["values"] for k, v in told if k == "metrics"]))
@@ -214,7 +214,7 @@ def test_two_processes_equal_one(data, tmp_path):
         tmp_path / "one",
         plan(stop=6, micro_batch=2),
         objective=next_token(("a", "b")),
-        tell=lambda kind, **values: told.append(values["values"]) if kind == "metrics" else None,
+        report=lambda kind, **values: told.append(values["values"]) if kind == "metrics" else None,
     )
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
@@ -269,11 +269,11 @@ def test_losses_by_domain_leave_the_loss_as_it_is_and_average_to_it(data):
 def test_a_domain_without_tokens_is_not_logged(data, tmp_path):
     told = []
 
-    def tell(kind, **values):
+    def report(kind, **values):
         if kind == "metrics":
             told.append(values["values"])
 
-    trained(data, tmp_path / "work", plan(stop=3), objective=next_token(("a", "b", "absent")), tell=tell)
+    trained(data, tmp_path / "work", plan(stop=3), objective=next_token(("a", "b", "absent")), report=report)
     assert {"loss", "loss/a", "loss/b"} <= told[0].keys()
     assert 0 < told[0]["mfu"] < 1
     assert "loss/absent" not in told[0]
@@ -281,7 +281,7 @@ def test_a_domain_without_tokens_is_not_logged(data, tmp_path):
 
 def test_a_batch_that_cannot_be_shared_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match="batch of 4 instances cannot be shared by 3 processes"):
-        train(tiny_dense(), data, next_token(), plan(), Place(world=3), tmp_path, silent)
+        train(tiny_dense(), data, next_token(), plan(), Process(world=3), tmp_path, silent)
 
 
 def test_weight_decay_spares_norms_and_embeddings(data, tmp_path):

@@ -22,7 +22,7 @@ from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import train
 from eclectus.models.training.objectives import lory, next_token, post_pretrain, review
 from eclectus.models.training.parallel import gather
-from eclectus.models.training.process import Place
+from eclectus.models.training.process import Process
 from tests.support.tiny_training import LENGTH, plan, tiny_dense, write_instances
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -45,26 +45,26 @@ def kill(kind, **values):
         raise Killed
 
 
-def run(folder, place, work, tell=lambda kind, **values: None, **changes):
+def run(folder, process, work, report=lambda kind, **values: None, **changes):
     """One training of a Lory model with AdamW's state, from whatever lies under `work`."""
     model = tiny_lory()
-    after = train(model, Instances(folder / "instances"), lory(), plan(**changes), place, folder / work, tell)
+    after = train(model, Instances(folder / "instances"), lory(), plan(**changes), process, folder / work, report)
     return model, after
 
 
-def extend(folder, name, place, sharded):
+def extend(folder, name, process, sharded):
     """Both stages of an extension and a baseline; the frozen hashes are asked for while the model is sharded."""
 
     def stage(model, objective, out, start):
         before = untrained_digest(model)
         data, settings = Instances(folder / "instances"), plan(learning_rate=1e-3, sharded=sharded)
-        train(model, data, objective, settings, place, folder / f"{name} {out} work", lambda kind, **values: None)
+        train(model, data, objective, settings, process, folder / f"{name} {out} work", lambda kind, **values: None)
         assert untrained_digest(model) == before
         original = frozen_digest(model) if hasattr(model.config, "num_experts_per_tok") else None
-        gather(model, place)
-        if place.leads:
+        gather(model, process)
+        if process.is_main:
             save_method(model, folder / f"{name} {out}", folder / start)
-        place.barrier()
+        process.barrier()
         return original
 
     first = stage(open_method("moe_lpr", folder / "moe"), post_pretrain(0.01, 2, "paper"), "stage 1", "moe")
@@ -83,26 +83,26 @@ def in_both_processes(folder):
         def save_pretrained(self, out):
             pass
 
-    place, told, profiles = Place.current(), [], {}
+    process, told, profiles = Process.current(), [], {}
 
     def finish(name, work, **changes):
-        def tell(kind, **values):
+        def report(kind, **values):
             told.append(values["values"]) if kind == "metrics" and name == "sharded" else None
 
-        model, after = run(folder, place, work, tell, **changes)
-        profiles[name] = routing_profiles(model, Instances(folder / "instances"), 2, place)
-        save_model(model, Nothing(), folder / name, after, "moments.safetensors", place)
+        model, after = run(folder, process, work, report, **changes)
+        profiles[name] = routing_profiles(model, Instances(folder / "instances"), 2, process)
+        save_model(model, Nothing(), folder / name, after, "moments.safetensors", process)
 
     finish("sharded", "a", sharded=True)
     finish("copied", "b", sharded=False)
     for work in ("c", "d"):
         # The news goes to every process here, so all of them stop.
         with contextlib.suppress(Killed):
-            run(folder, place, work, kill, sharded=True)
+            run(folder, process, work, kill, sharded=True)
     finish("sharded again", "c", sharded=True)
     finish("from one process", "one", sharded=True)
-    extend(folder, "both", place, sharded=True)
-    if place.leads:
+    extend(folder, "both", process, sharded=True)
+    if process.is_main:
         (folder / "told.json").write_text(json.dumps(told))
         (folder / "profiles.json").write_text(json.dumps(profiles))
 
@@ -112,7 +112,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     write_instances(folder / "instances")
     with pytest.raises(Killed):
-        run(folder, Place(), "one", kill)
+        run(folder, Process(), "one", kill)
     tiny_dense().save_pretrained(folder / "dense")
     upcycle(folder / "dense", folder / "moe", experts=3)
     script = "import sys, pathlib\nfrom tests.models.test_train_sharded import in_both_processes\n"
@@ -126,7 +126,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    model, after = run(folder, Place(), "alone")
+    model, after = run(folder, Process(), "alone")
     return {**model.state_dict(), **after}
 
 
@@ -152,7 +152,7 @@ def test_every_process_writes_its_own_part_and_one_process_goes_on_from_both(fol
     assert files == ["trained-00001-of-00002.safetensors", "trained-00002-of-00002.safetensors"]
     sizes = [(folder / "d/latest" / name).stat().st_size for name in files]
     assert min(sizes) > 0.2 * max(sizes)
-    model, after = run(folder, Place(), "d")
+    model, after = run(folder, Process(), "d")
     for key, value in {**model.state_dict(), **after}.items():
         torch.testing.assert_close(value, alone[key], rtol=1e-3, atol=1e-5, msg=key)
 
@@ -166,7 +166,7 @@ def test_what_was_sharded_is_saved_as_the_plain_class(folder):
 
 def test_routing_by_domain_is_the_same_however_many_processes_look(folder):
     model = LoryForCausalLM.from_pretrained(folder / "sharded")
-    expected = routing_profiles(model, Instances(folder / "instances"), 3, Place())
+    expected = routing_profiles(model, Instances(folder / "instances"), 3, Process())
     assert expected["domain"].keys() == {"a", "b"}
     for name in ("sharded", "copied"):
         found = json.loads((folder / "profiles.json").read_text())[name]
@@ -178,14 +178,14 @@ def test_routing_by_domain_is_the_same_however_many_processes_look(folder):
 
 def test_sharded_metrics_are_those_of_one_process(folder):
     told = []
-    run(folder, Place(), "metrics", lambda kind, **values: told.append(values) if kind == "metrics" else None)
+    run(folder, Process(), "metrics", lambda kind, **values: told.append(values) if kind == "metrics" else None)
     for ours, theirs in zip(json.loads((folder / "told.json").read_text()), told, strict=True):
         for name in ("loss", "router_entropy", "expert_utilisation", "gradient_norm"):
             assert ours[name] == pytest.approx(theirs["values"][name], abs=1e-4), name
 
 
 def test_a_sharded_extension_is_that_of_one_process_and_leaves_the_base_as_it_was(folder):
-    extend(folder, "alone", Place(), sharded=False)
+    extend(folder, "alone", Process(), sharded=False)
     for name in ("stage 1", "stage 2", "lora"):
         both, alone = (load_file(folder / f"{who} {name}" / "model.safetensors") for who in ("both", "alone"))
         assert both.keys() == alone.keys()

@@ -30,27 +30,27 @@ def monkeypatch_module():
         yield patch
 
 
-def heard(news):
-    return lambda kind, values: news.append((kind, values))
+def append_to(reports):
+    return lambda kind, values: reports.append((kind, values))
 
 
 def test_one_group_does_several_jobs_in_the_same_processes(group):
-    news = []
-    first = group.do(total, {"value": 1}, heard(news))
-    second = group.do(total, {"value": 2}, heard(news))
+    reports = []
+    first = group.do(total, {"value": 1}, append_to(reports))
+    second = group.do(total, {"value": 2}, append_to(reports))
     assert (first[0], second[0]) == (3.0, 5.0)
     assert first[1] == second[1]
-    assert ("progress", {"done": 1, "total": 1}) in news
+    assert ("progress", {"done": 1, "total": 1}) in reports
 
 
 def test_a_killed_worker_comes_back_and_takes_up_the_job_that_was_under_way(group, tmp_path):
-    assert group.do(die_once, {"folder": str(tmp_path)}, heard([])) == (2.0, True)
-    assert group.do(total, {"value": 0}, heard([]))[0] == 1.0
+    assert group.do(die_once, {"folder": str(tmp_path)}, append_to([])) == (2.0, True)
+    assert group.do(total, {"value": 0}, append_to([]))[0] == 1.0
 
 
 def test_a_job_that_fails_says_why_in_the_words_of_the_error(group):
     with pytest.raises(EclectusError, match="instances 3 and 4 are damaged; pack them again"):
-        group.do(complain, {}, heard([]))
+        group.do(complain, {}, append_to([]))
 
 
 def test_a_stop_that_comes_while_ray_starts_reaches_who_listened_before(monkeypatch):
