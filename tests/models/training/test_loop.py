@@ -73,7 +73,7 @@ def test_a_process_killed_without_warning_goes_on_bit_identically(data, tmp_path
         import os, signal, sys
         from pathlib import Path
         from safetensors.torch import save_file
-        from tests.models.test_train import trained
+        from tests.models.training.test_loop import trained
         from eclectus.models.training.instances import Instances
         place, kill = Path(sys.argv[1]), int(sys.argv[2])
         def report(kind, **values):
@@ -193,7 +193,7 @@ from eclectus.models.training.instances import Instances
 from eclectus.models.training.process import Process
 from eclectus.models.training.objectives import next_token
 from eclectus.models.training.loop import train
-from tests.models.training import plan, tiny_dense
+from tests.support.tiny_training import plan, tiny_dense
 place = Path(sys.argv[1])
 model, here, told = tiny_dense(), Process.current(), []
 train(model, Instances(place / "instances"), next_token(("a", "b")), plan(stop=6, micro_batch=1), here, place / "work",

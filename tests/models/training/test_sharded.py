@@ -115,7 +115,7 @@ def folder(tmp_path_factory):
         run(folder, Process(), "one", kill)
     tiny_dense().save_pretrained(folder / "dense")
     upcycle(folder / "dense", folder / "moe", experts=3)
-    script = "import sys, pathlib\nfrom tests.models.test_train_sharded import in_both_processes\n"
+    script = "import sys, pathlib\nfrom tests.models.training.test_sharded import in_both_processes\n"
     (folder / "both.py").write_text(script + "in_both_processes(pathlib.Path(sys.argv[1]))\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "both.py", "."]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
