@@ -32,7 +32,7 @@ from eclectus.tasks.packing.tokenizer import TokenizerSettings
 from eclectus.tasks.promotion.new_documents import NewsSettings, RefreshSettings
 from eclectus.tasks.report import ReportSettings
 from eclectus.tasks.report.data_report import DataReportSettings
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.training.add_experts import AddExpertsSettings
 from eclectus.tasks.training.extend import ExtendSettings, MethodSettings
 from eclectus.tasks.training.fetch_model import FetchSettings
@@ -103,6 +103,7 @@ class ExtendParameters(ExtendSettings, AddExpertsSettings, PretrainParameters):
         "",
         description="Model to extend: a folder, a .gguf file or a name on the hub. A dense one (Llama, Mistral, Qwen2, Qwen3), one that "
         "was extended before, or a Lory model. Empty: pre-train one.",
+        json_schema_extra=BASIC,
     )
     extension_base: Literal["dense", "lory"] = Field(
         "dense", description="Which of the pre-trained models is extended where base_model is empty."
@@ -127,9 +128,12 @@ class EvaluateParameters(JudgeParameters):
     evaluate_checkpoints: list[str] = Field(
         [],
         description="Checkpoints to evaluate, as artifact names or folders. Empty: all that the other settings make.",
+        json_schema_extra=BASIC,
     )
     gate: str = Field(
-        "", description="YAML file with the rules that decide who is promoted, as configs/gate.yaml. Empty: nobody is."
+        "",
+        description="YAML file with the rules that decide who is promoted, as configs/gate.yaml. Empty: nobody is.",
+        json_schema_extra=BASIC,
     )
 
 
@@ -143,9 +147,15 @@ class RetrainParameters(NewsSettings, RefreshSettings, JudgeParameters):
     """The nightly retraining: looks at its sources, trains on from the champion, promotes what passes the gate."""
 
     retrain_line: str = Field(
-        "extended", description="Line of champions, of those in the gate's file, that is trained on."
+        "extended",
+        description="Line of champions, of those in the gate's file, that is trained on.",
+        json_schema_extra=BASIC,
     )
-    gate: str = Field("configs/gate.yaml", description="YAML file with the rules that decide who is promoted.")
+    gate: str = Field(
+        "configs/gate.yaml",
+        description="YAML file with the rules that decide who is promoted.",
+        json_schema_extra=BASIC,
+    )
 
 
 class FileParameters(MainParameters, RetrainParameters):

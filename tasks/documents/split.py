@@ -24,7 +24,7 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.table import read_batches, relabel
 from eclectus.tasks.run import metric
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import SEED, Settings
 from eclectus.tasks.step import step
 
 SPLITS = np.array(["train", "heldout", "apart"])
@@ -45,7 +45,7 @@ class SplitSettings(Settings):
     heldout_maximum: int = Field(
         1000, ge=1, description="At most this many documents of each language and domain.", validate_default=True
     )
-    seed: int = Field(0, description="Seed of everything random.")
+    seed: int = SEED
 
     @field_validator("heldout_maximum")
     @classmethod

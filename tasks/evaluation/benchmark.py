@@ -29,7 +29,7 @@ from eclectus.tasks.evaluation.benchmark_rows import FIELDS, SCORE_FIELDS, group
 from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, local_questions, version, wanted_tasks
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.run import metric
-from eclectus.tasks.settings import RuntimeSetting
+from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting
 from eclectus.tasks.step import step
 from eclectus.tasks.training.run_training import WorkerSettings, run_training, workplace
 
@@ -43,6 +43,7 @@ class BenchmarkSettings(WorkerSettings):
     benchmark_tasks: list[str] = Field(
         [],
         description="Tasks of lm-evaluation-harness by name (groups and tags too) or as YAML files; ':5' behind one asks for 5 solved examples.",
+        json_schema_extra=BASIC,
     )
     benchmark_preset: Literal["", "moe-lpr", "lory"] = Field(
         "",
@@ -60,9 +61,9 @@ class BenchmarkSettings(WorkerSettings):
         [], description="Languages of the preset 'moe-lpr', as ISO 639-1 codes; empty: all languages of the run."
     )
     training_workers: int = RuntimeSetting(
-        2, ge=0, description=WorkerSettings.model_fields["training_workers"].description
+        2, ge=0, description=WorkerSettings.model_fields["training_workers"].description, basic=True
     )
-    seed: int = Field(0, description="Seed of everything random.")
+    seed: int = SEED
 
     @property
     def asks(self) -> bool:

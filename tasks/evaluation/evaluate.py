@@ -35,7 +35,7 @@ from eclectus.tasks.evaluation.result_files import (
     write_scores,
 )
 from eclectus.tasks.packing.tokenizer import load_tokenizer
-from eclectus.tasks.settings import RuntimeSetting
+from eclectus.tasks.settings import SEED, RuntimeSetting
 from eclectus.tasks.step import step
 from eclectus.tasks.training.run_training import WorkerSettings, run_training, workplace
 
@@ -73,9 +73,9 @@ class EvaluateSettings(WorkerSettings):
         8, ge=1, description="Windows that a worker scores at once; more cost memory."
     )
     training_workers: int = RuntimeSetting(
-        2, ge=0, description=WorkerSettings.model_fields["training_workers"].description
+        2, ge=0, description=WorkerSettings.model_fields["training_workers"].description, basic=True
     )
-    seed: int = Field(0, description="Seed of everything random.")
+    seed: int = SEED
 
 
 @step(makes="evaluation", version=2)

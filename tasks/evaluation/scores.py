@@ -19,7 +19,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.evaluation.routing_statistics import LayerRouting, describe_layers
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import SEED, Settings
 
 DRAWS_AT_ONCE = 4_000_000
 
@@ -30,7 +30,7 @@ class BootstrapSettings(Settings):
     report_resamples: int = Field(
         1000, ge=100, description="Draws of the bootstrap over documents that gives the 95% intervals."
     )
-    seed: int = Field(0, description="Seed of everything random.")
+    seed: int = SEED
 
 
 @dataclass(frozen=True)

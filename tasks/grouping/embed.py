@@ -35,7 +35,7 @@ from eclectus.tasks.grouping.embedding_log import Known, Log, locate, read_logs,
 from eclectus.tasks.grouping.static_embedding import EmbeddingText, StaticModel, is_static_model
 from eclectus.tasks.reuse import earlier, is_whole
 from eclectus.tasks.run import current_run, metric, progress
-from eclectus.tasks.settings import RuntimeSetting
+from eclectus.tasks.settings import BASIC, RuntimeSetting
 from eclectus.tasks.step import step
 
 STATIC = "static"
@@ -54,6 +54,7 @@ class EmbedSettings(EmbeddingText):
     embedding_model: str = Field(
         STATIC,
         description="'static' (trained on the corpus itself) or a sentence-transformers model: a hub name or a folder.",
+        json_schema_extra=BASIC,
     )
     embedding_precision: Literal["float32", "float16"] = Field(
         "float32", description="Number format in which embeddings are stored."

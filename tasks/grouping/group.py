@@ -30,7 +30,7 @@ from eclectus.tasks.grouping.instance_layout import plan
 from eclectus.tasks.grouping.nearest import exact_neighbors
 from eclectus.tasks.grouping.quality import draw, instance_quality, mean, order_quality, pair_similarities
 from eclectus.tasks.run import metric
-from eclectus.tasks.settings import RuntimeSetting, Settings
+from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting, Settings
 from eclectus.tasks.step import step
 
 
@@ -40,6 +40,7 @@ class GroupSettings(Settings):
     grouping: Literal["similarity", "random", "domain"] = Field(
         "similarity",
         description="Order of the documents: chains of similar ones, at random, or domain by domain at random.",
+        json_schema_extra=BASIC,
     )
     duplicate_drop: bool = Field(
         True, description="Drop near-duplicates before grouping; they are listed with their original."
@@ -60,7 +61,7 @@ class GroupSettings(Settings):
         "any token is counted.",
     )
     group_threads: int = RuntimeSetting(0, "Partitions chained at the same time; 0 takes all CPUs.", ge=0)
-    seed: int = Field(0, description="Seed of everything random")
+    seed: int = SEED
 
 
 @step(makes="grouping", version=2)

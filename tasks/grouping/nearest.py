@@ -20,7 +20,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Draft
 from eclectus.tasks.grouping.disk_matrix import create_matrix
-from eclectus.tasks.settings import RuntimeSetting, Settings
+from eclectus.tasks.settings import SEED, RuntimeSetting, Settings
 
 SLACK = 4
 BLOCK = 4_096
@@ -59,7 +59,7 @@ class NeighborSettings(Settings):
         description="Lists found before are updated while at most this share of a partition is new; 0 always searches anew.",
     )
     neighbors_threads: int = RuntimeSetting(0, "CPU threads for the search; 0 takes all.", ge=0)
-    seed: int = Field(0, description="Seed of everything random")
+    seed: int = SEED
 
 
 @dataclass(frozen=True)

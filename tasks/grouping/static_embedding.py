@@ -31,7 +31,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.table import read_batches, read_table
 from eclectus.tasks.reuse import earlier, is_whole
 from eclectus.tasks.run import metric, progress
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import SEED, Settings
 from eclectus.tasks.step import step
 
 WORDS = r"[\p{L}\p{M}]+|\p{N}+|[^\s\p{L}\p{M}\p{N}]+"
@@ -93,7 +93,7 @@ class StaticEmbeddingSettings(EmbeddingText):
         lt=1,
         description="An earlier embedding model of this corpus is kept while at most this share of the documents is new to it.",
     )
-    seed: int = Field(0, description="Seed of everything random")
+    seed: int = SEED
 
 
 @step(makes="checkpoint", version=2)

@@ -28,7 +28,7 @@ from eclectus.tasks.documents.split import draws, training_rows
 from eclectus.tasks.documents.table import read_batches, read_table, relabel
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.run import metric
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import SEED, Settings
 from eclectus.tasks.step import step
 
 SAMPLE_DOCUMENTS = 300
@@ -45,7 +45,7 @@ class BudgetSettings(Settings):
         [],
         description="Shares of the training tokens, as LANGUAGE=WEIGHT, such as en=1 and el=2; others have no limit.",
     )
-    seed: int = Field(0, description="Seed of everything random.")
+    seed: int = SEED
 
     @field_validator("language_budgets", "language_weights")
     @classmethod

@@ -33,7 +33,7 @@ from eclectus.tasks.grouping.quality import instance_quality
 from eclectus.tasks.packing.instance_file import POSITIONS, TOKENS, Matrix, as_json, describe, lay_out, open_matrix
 from eclectus.tasks.packing.tokenizer import load_tokenizer, token_ids
 from eclectus.tasks.run import metric, progress
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import BASIC, SEED, Settings
 from eclectus.tasks.step import step
 
 TEXTS_AT_ONCE = 512
@@ -42,7 +42,9 @@ ABOUT = ["document", "name", "language", "domain", "source"]
 
 
 class PackSettings(Settings):
-    instance_tokens: int = Field(512, ge=16, description="Length L of a training instance, in tokens.")
+    instance_tokens: int = Field(
+        512, ge=16, description="Length L of a training instance, in tokens.", json_schema_extra=BASIC
+    )
     pack_remainder: Literal["drop", "pad"] = Field(
         "drop",
         description="What becomes of the last stretch shorter than an instance: dropped, or padded and not trained on.",
@@ -55,7 +57,7 @@ class PackSettings(Settings):
         False,
         description="Also store position_ids, which begin at 0 with every document, for trainers whose attention shall not cross documents.",
     )
-    seed: int = Field(0, description="Seed of everything random.")
+    seed: int = SEED
 
 
 @step(makes="instances", version=2)

@@ -20,7 +20,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.split import draws
 from eclectus.tasks.documents.table import DocumentsWriter, read_batches
 from eclectus.tasks.run import metric, progress
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import SEED, Settings
 from eclectus.tasks.step import step
 
 PAPER_EXPANDED = 100_000
@@ -38,7 +38,7 @@ class ReplaySettings(Settings):
         ge=0,
         description="Documents of each expanded language in the review; 0 takes as many as there are, up to 100,000.",
     )
-    seed: int = Field(0, description="Seed of everything random.")
+    seed: int = SEED
 
 
 @step(makes="documents", version=1)

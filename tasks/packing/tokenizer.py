@@ -18,7 +18,7 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.table import read_batches
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -29,9 +29,14 @@ class TokenizerSettings(Settings):
     tokenizer: str = Field(
         TRAINED_HERE,
         description="'train' trains a byte-level BPE on the corpus; anything else is the name or path of a Hugging Face tokenizer.",
+        json_schema_extra=BASIC,
     )
     tokenizer_vocabulary: int = Field(
-        4096, ge=300, le=1_000_000, description="Tokens in the vocabulary of a tokenizer that is trained here."
+        4096,
+        ge=300,
+        le=1_000_000,
+        description="Tokens in the vocabulary of a tokenizer that is trained here.",
+        json_schema_extra=BASIC,
     )
     tokenizer_sample_megabytes: float = Field(
         8.0, gt=0, description="Text to train the tokenizer on, in MB over all languages, each language an equal part."

@@ -20,7 +20,7 @@ from eclectus.storage.artifact import Artifact, Draft, write_json
 from eclectus.tasks.documents.split import draws, training_rows
 from eclectus.tasks.documents.table import read_batches, read_table, relabel
 from eclectus.tasks.packing.tokenizer import load_tokenizer, token_ids
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import BASIC, SEED, Settings
 from eclectus.tasks.step import step
 
 TEXTS_AT_ONCE = 512
@@ -33,9 +33,13 @@ class NewsSettings(Settings):
         200,
         ge=0,
         description="Training runs again from this many new training documents on; 'retrain_tokens' must be met too.",
+        json_schema_extra=BASIC,
     )
     retrain_tokens: int = Field(
-        50_000, ge=0, description="... and from this many new tokens on, as the champion's tokenizer counts."
+        50_000,
+        ge=0,
+        description="... and from this many new tokens on, as the champion's tokenizer counts.",
+        json_schema_extra=BASIC,
     )
     retrain_languages: int = Field(
         1,
@@ -52,7 +56,7 @@ class RefreshSettings(Settings):
         ge=0,
         description="Documents of expanded languages that the champion knows already and reads again, for each one that is new.",
     )
-    seed: int = Field(0, description="Seed of everything random.")
+    seed: int = SEED
 
 
 @step(makes="report", version=1)

@@ -25,7 +25,7 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.documents.text_reader import TextReader
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import SEED, Settings
 from eclectus.tasks.step import step
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class DataReportSettings(Settings):
 
     data_report_chains: int = Field(4, ge=0, description="Chains of documents that the data report shows.")
     data_report_documents: int = Field(5, ge=1, description="Documents of each chain that the data report shows.")
-    seed: int = Field(0, description="Seed of everything random.")
+    seed: int = SEED
 
 
 @dataclass(frozen=True)

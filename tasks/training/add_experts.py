@@ -16,7 +16,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import BASIC, SEED, Settings
 from eclectus.tasks.step import step
 from eclectus.tasks.training.upcycle import UpcycleSettings
 
@@ -24,7 +24,9 @@ Kind = Literal["dense", "upcycled", "extended", "lory", "lory upcycled"]
 
 
 class AddExpertsSettings(Settings):
-    extension_experts: int = Field(4, ge=2, description=UpcycleSettings.model_fields["extension_experts"].description)
+    extension_experts: int = Field(
+        4, ge=2, description=UpcycleSettings.model_fields["extension_experts"].description, json_schema_extra=BASIC
+    )
     extension_calibration_tokens: int = Field(
         16_384,
         ge=1,
@@ -39,7 +41,7 @@ class AddExpertsSettings(Settings):
     upcycle_tolerance: float = Field(
         1e-4, gt=0, description=UpcycleSettings.model_fields["upcycle_tolerance"].description
     )
-    seed: int = Field(0, description="Seed of everything random.")
+    seed: int = SEED
 
 
 def kind_of(checkpoint: Artifact) -> Kind:

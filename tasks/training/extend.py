@@ -19,7 +19,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings
 from eclectus.tasks.training.run_training import TrainingSettings, run_training, workplace
@@ -42,6 +42,7 @@ class MethodSettings(Settings):
         description="moe_lpr, or what it is measured against, on the same data and steps. Baselines: full (fine-tuning), lora, llama_pro "
         "(new blocks), moe_all (every weight of the mixture). Ablations: no_review, no_lpr (review without the prior), "
         "random_experts, one_stage (both losses on mixed data).",
+        json_schema_extra=BASIC,
     )
     lora_rank: int = Field(8, ge=1, description="Rank of the adapters of extension_method lora.")
     llama_pro_blocks: int = Field(
@@ -50,7 +51,9 @@ class MethodSettings(Settings):
 
 
 class PostPretrainSettings(Settings):
-    post_pretrain_steps: int = Field(300, ge=1, description="Training steps of stage 1, on the expanded languages.")
+    post_pretrain_steps: int = Field(
+        300, ge=1, description="Training steps of stage 1, on the expanded languages.", json_schema_extra=BASIC
+    )
     post_pretrain_batch: int = Field(4, ge=1, description="Instances in a batch of stage 1, over all workers.")
     post_pretrain_learning_rate: float = Field(
         1.5e-4, gt=0, description="Peak learning rate of stage 1 (cosine schedule)."
@@ -63,7 +66,9 @@ class PostPretrainSettings(Settings):
 
 
 class ReviewSettings(Settings):
-    review_steps: int = Field(250, ge=1, description="Training steps of stage 2, the review of all languages.")
+    review_steps: int = Field(
+        250, ge=1, description="Training steps of stage 2, the review of all languages.", json_schema_extra=BASIC
+    )
     review_batch: int = Field(4, ge=1, description="Instances in a batch of stage 2, over all workers.")
     review_learning_rate: float = Field(
         2e-2, gt=0, description="Peak learning rate of stage 2, which trains routers only."

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import ArtifactStore, Draft, hash_file
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
 
 WANTED = (
@@ -29,7 +29,9 @@ WANTED = (
 
 
 class FetchSettings(Settings):
-    base_model: str = Field("", description="Checkpoint: a folder, a .gguf file, or a model's name on the hub.")
+    base_model: str = Field(
+        "", description="Checkpoint: a folder, a .gguf file, or a model's name on the hub.", json_schema_extra=BASIC
+    )
 
 
 def fingerprint(settings: FetchSettings) -> dict[str, str]:

@@ -18,7 +18,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.table import read_batches
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.run import metric
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class LayerSimilaritySettings(Settings):
         ge=0,
         description="New experts over all layers together, shared out by how unlike the new languages look to each layer (LayerMoE). "
         "0: as extension_experts says.",
+        json_schema_extra=BASIC,
     )
     similarity_tokens: int = Field(
         16_384,

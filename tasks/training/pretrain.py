@@ -22,7 +22,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
 from eclectus.tasks.training.run_training import MOMENTS, TrainingSettings, initial_moments, run_training, workplace
 
@@ -34,6 +34,7 @@ class ArchitectureSettings(Settings):
         "custom",
         description="A named shape instead of the other model settings: 0.3b and 1.5b are the Lory paper's, 30m and 100m suit one "
         "GPU. custom: as the other model settings say.",
+        json_schema_extra=BASIC,
     )
     model_width: int = Field(64, ge=8, description="Width of the model (d).")
     model_layers: int = Field(4, ge=1, description="Transformer layers.")
@@ -51,7 +52,10 @@ class LorySettings(Settings):
     """Lory's own settings (docs/methods.md 1)."""
 
     lory_experts: int = Field(
-        8, ge=1, description="Experts E of every layer, merged into one network for each segment."
+        8,
+        ge=1,
+        description="Experts E of every layer, merged into one network for each segment.",
+        json_schema_extra=BASIC,
     )
     lory_segment: int = Field(64, ge=1, description="Tokens T of a routing segment.")
     lory_routing: Literal["causal_segment", "prefix", "dense"] = Field(
@@ -97,11 +101,14 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
         description="Compile the layers with torch.compile: minutes at the start, the same results; only for long trainings on GPUs.",
     )
     pretrain_steps: int = Field(
-        700, ge=2, description="Training steps of the dense and of the Lory model, warm-up included."
+        700,
+        ge=2,
+        description="Training steps of the dense and of the Lory model, warm-up included.",
+        json_schema_extra=BASIC,
     )
     pretrain_batch: int = Field(4, ge=1, description="Instances in a batch, over all workers.")
     pretrain_learning_rate: float = Field(
-        4e-3, gt=0, description="Peak learning rate of pre-training (cosine schedule)."
+        4e-3, gt=0, description="Peak learning rate of pre-training (cosine schedule).", json_schema_extra=BASIC
     )
     pretrain_warmup_steps: int = Field(40, ge=0, description="Steps of linear learning-rate warm-up.")
     dense_warmup: float = Field(

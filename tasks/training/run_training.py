@@ -21,7 +21,7 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.run import current_run, metric, progress, require_run, say
-from eclectus.tasks.settings import RuntimeSetting, Settings
+from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting, Settings
 from eclectus.tasks.training.workers import TrainWorkers
 
 if TYPE_CHECKING:
@@ -37,9 +37,12 @@ class WorkerSettings(Settings):
         2,
         ge=0,
         description="Ray Train workers that share each batch; 0 trains in the calling process, without Ray.",
+        json_schema_extra=BASIC,
     )
     training_gpus: bool = RuntimeSetting(
-        False, description="Give every training worker a GPU (bf16, NCCL) instead of computing on CPU cores."
+        False,
+        description="Give every training worker a GPU (bf16, NCCL) instead of computing on CPU cores.",
+        basic=True,
     )
     training_worker_cpus: float = RuntimeSetting(
         1.0, gt=0, description="CPU cores that Ray sets aside for each training worker; no node gets more than it has."
@@ -79,7 +82,7 @@ class TrainingSettings(WorkerSettings):
         100, ge=1, description="Training steps between checkpoints to go on from after a crash."
     )
     log_every: int = RuntimeSetting(10, ge=1, description="Training steps between rows in the metrics.")
-    seed: int = Field(0, description="Seed of everything random.")
+    seed: int = SEED
 
     def plan(self, **stage: Any) -> Plan:
         """The plan of one stage: these settings and what is the stage's own (start, stop, total, batch, learning_rate, warmup)."""

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import BASIC, SEED, Settings
 from eclectus.tasks.step import step
 from eclectus.tasks.training.layer_similarity import RESULT
 
@@ -29,6 +29,7 @@ class UpcycleSettings(Settings):
         ge=2,
         description="Experts in every layer after upcycling, the original one included. A model that was extended before gets this "
         "many less one beside those it has; a Lory model gets a copy of each of its experts.",
+        json_schema_extra=BASIC,
     )
     extension_experts_per_layer: list[int] = Field(
         [],
@@ -53,7 +54,7 @@ class UpcycleSettings(Settings):
         description="Largest difference of any logit to the dense model at step 0, as a part of the largest logit (at least of 1); "
         "above it nothing is written.",
     )
-    seed: int = Field(0, description="Seed of everything random.")
+    seed: int = SEED
 
 
 @step(makes="checkpoint", version=2)
