@@ -1,5 +1,6 @@
 # make run    set up and run the whole job on the shipped corpus      make up     a Prefect server with UI, worker and deployments
-# make test   set up, run all tests                                   make bench  all benchmarks
+# make test   set up, run the fast tests (minutes)                    make bench  all benchmarks
+# make test-all  the slow ones too (browser, clusters, kills)
 # make lint   linters                                                 make clean  remove what the job made
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -10,7 +11,7 @@ CONFIG ?= configs/default.yaml
 SOURCES ?= $(CORPUS)
 comma := ,
 
-.PHONY: run test lint bench up clean setup corpus services
+.PHONY: run test test-slow test-all lint bench up clean setup corpus services
 
 setup: $(VENV)/.installed
 
@@ -40,10 +41,18 @@ $(CORPUS)/SOURCES: | setup
 run: setup $(if $(filter $(CORPUS),$(SOURCES)),corpus)
 	@$(BIN)/eclectus run --config $(CONFIG) --sources $(SOURCES)
 
-test: setup services
-	@$(BIN)/python -m pytest
+# Two processes, each with whole files. Slow ones need more: a browser, a cluster, a kill of a real training, a package index.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# What tests of the factory start: a browser, PostgreSQL, Redis, network namespaces. Installed where we may and Debian's tools are there.
+test: setup
+	@$(PYTEST) -m "not slow"
+
+test-slow: setup services
+	@$(PYTEST) -m slow
+
+test-all: test test-slow
+
+# What slow tests start: a browser, PostgreSQL, Redis, network namespaces. Installed where we may and Debian's tools are there.
 services:
 	@need=""; for pair in chromium:chromium redis-server:redis-server ip:iproute2 nsenter:util-linux; do \
 	  command -v $${pair%%:*} > /dev/null || need="$$need $${pair##*:}"; done; \

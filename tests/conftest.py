@@ -1,7 +1,8 @@
-"""Fixtures that all tests share: a home of their own, and a run in it."""
+"""What all tests share: time limits by speed, the session's folder, a home of their own, and a run in it."""
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -16,6 +17,39 @@ from eclectus.storage.home import Home
 from eclectus.storage.journal import Journal
 from eclectus.storage.step_keys import KnownKeys
 from eclectus.tasks.run import Run, activate
+from tests.support import session
+
+SLOW_TIMEOUT = 300
+# Worker processes of pytest-xdist take whole files, in this order: the longest begin first, so that none is left alone at the end.
+LONGEST_FIRST = (
+    "flows/services/test_chaos.py",
+    "flows/test_main.py",
+    "flows/services/test_ui.py",
+    "flows/services/test_cluster.py",
+    "models/mixture/test_export.py",
+    "models/training/test_loop.py",
+    "tasks/training/test_run_training.py",
+)  # fmt: skip
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores; threads that spin while they wait take them from each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    rank = {here / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_folder(tmp_path_factory):
+    """Sets the folder that worker processes of this session share (tests/support/session.py)."""
+    own = tmp_path_factory.getbasetemp()
+    session.FOLDER = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    session.FOLDER.mkdir(exist_ok=True)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from eclectus.storage.lineage.champions import champion
 from eclectus.storage.lineage.connection import query
 from eclectus.tasks.promotion.new_documents import NewsSettings, decide
 from tests.support.dense_bases import write_base
+from tests.support.displays import NullDisplay
 
 WORDS = {
     "en": "the ship left harbour court heard owner rain fell village letter engine market bread coast dawn",
@@ -62,16 +63,18 @@ def nights(tmp_path_factory):
         gate = folder / f"{name}.yaml"
         gate.write_text(json.dumps({"lines": {"extended": {"model": "stage 2", "base": "dense", "rules": rules}}}))
         given = {**SMALL, "sources": [str(sources)], "base_model": str(folder / "base"), "gate": str(gate), **changes}
-        said = Said()
+        display = NullDisplay()
         with pytest.MonkeyPatch.context() as patch:
             # Flows called as functions: what is tested here needs no Prefect server.
             for module in (eclectus.flows.evaluate, eclectus.flows.extend, eclectus.flows.retrain):
                 for flow in (curate, extend):
                     if hasattr(module, flow.name):
                         patch.setattr(module, flow.name, Called(flow))
-            with open_run("retrain", RetrainParameters(**given), home, [said]) as run:
+            with open_run("retrain", RetrainParameters(**given), home, [display]) as run:
                 given = retrain.fn(RetrainParameters(**given))
-        night = SimpleNamespace(result=given, states=run.states, said=said.told, champion=champion(home, "extended"))
+        night = SimpleNamespace(
+            result=given, states=run.states, said=display.texts, champion=champion(home, "extended")
+        )
         setattr(found, name, night)
 
     written(sources, "first", {"en": 60, "tr": 60}, 1)
@@ -93,19 +96,6 @@ class Called:
 
     def __call__(self, parameters):
         return self.flow.fn(parameters)
-
-
-class Said:
-    def __init__(self):
-        self.told = []
-
-    def said(self, name, text):
-        self.told.append(text)
-
-    def step_began(self, *_):
-        pass
-
-    step_progressed = step_ended = linked = step_began
 
 
 def test_the_first_night_trains_and_its_model_becomes_champion(nights):

@@ -2,23 +2,24 @@
 
 import hashlib
 import importlib.util
+import json
 import pydoc_data.topics
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from eclectus.models import LoryForCausalLM
 from eclectus.storage.artifact import Artifact, ArtifactStore
 from eclectus.tasks.corpus.catalogs import read_catalog
 from eclectus.tasks.corpus.packages import Package
 from eclectus.tasks.documents.table import DocumentsWriter
 from eclectus.tasks.packing.tokenizer import TokenizerSettings, load_tokenizer, tokenizer
+from tests.support.session import make_once
 
 LENGTH = 64
 SEGMENT = 16
+NAMES = "world.json"
 
 
 @dataclass
@@ -30,13 +31,25 @@ class World:
 
 
 def make_world(root: Path) -> World:
-    """Everything, in a few seconds. Models are not trained; their weights are large enough to tell them apart."""
+    """A world of its own under `root`: a copy of the one that this test session makes first, in a few seconds.
+
+    Models are not trained; their weights are large enough to tell them apart.
+    """
+    shutil.copytree(make_once("world", _write_world), root, dirs_exist_ok=True)
+    store, names = ArtifactStore(root), json.loads((root / NAMES).read_text())
+    documents, tokens = store.find(names["documents"]), store.find(names["tokenizer"])
+    return World(store, documents, tokens, {model: store.find(name) for model, name in names["models"].items()})
+
+
+def _write_world(root: Path) -> None:
     store = ArtifactStore(root)
     documents = write_documents(store, texts())
     with store.draft("tokenizer") as draft:
         tokenizer.function(documents, TokenizerSettings(tokenizer_vocabulary=500), draft)
         tokens = store.commit(draft)
-    return World(store, documents, tokens, write_models(store, tokens))
+    models = {model: made.name for model, made in write_models(store, tokens).items()}
+    names = {"documents": documents.name, "tokenizer": tokens.name, "models": models}
+    (root / NAMES).write_text(json.dumps(names))
 
 
 def texts() -> list[dict[str, str]]:
@@ -77,6 +90,11 @@ def write_documents(store: ArtifactStore, rows: list[dict[str, str]]) -> Artifac
 
 
 def write_models(store: ArtifactStore, tokens: Artifact) -> dict[str, Artifact]:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    from eclectus.models import LoryForCausalLM
+
     words = load_tokenizer(tokens.path)
     shape = {
         "vocab_size": len(words),
@@ -107,19 +125,3 @@ def write_model(store: ArtifactStore, model, words) -> Artifact:
         words.save_pretrained(draft.path)
         draft.statistics = {"model": type(model).__name__}
         return store.commit(draft)
-
-
-class Watcher:
-    """Remembers what became of each step."""
-
-    def __init__(self):
-        self.states = {}
-
-    def step_began(self, label):
-        pass
-
-    def step_progressed(self, label, what, done, total, unit):
-        pass
-
-    def step_ended(self, label, state, reason, seconds, output=None):
-        self.states[label] = state

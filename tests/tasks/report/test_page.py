@@ -28,7 +28,7 @@ from eclectus.tasks.training.extend import ExtendStageSettings, extend
 from eclectus.tasks.training.pretrain import PretrainStageSettings, pretrain
 from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
 from tests.support.browser import BROWSER, Browser
-from tests.support.small_world import LENGTH, SEGMENT, Watcher, texts
+from tests.support.small_world import LENGTH, SEGMENT, texts
 
 HOSTILE = "<script>alert(1)</script>|<b>docs</b>"
 HOSTILE_TEXT = "{{ 7 * 7 }} <img src=x onerror=alert(2)> [a](javascript:alert(3)) </script>"
@@ -36,14 +36,13 @@ HOSTILE_TEXT = "{{ 7 * 7 }} <img src=x onerror=alert(2)> [a](javascript:alert(3)
 
 def in_run(home, name, work):
     """Calls `work` in a run of its own; (what it gave, what became of each step)."""
-    watcher = Watcher()
     with Journal(home.journal, name) as journal:
         journal.event(
             "run_started", flow="main", code_version="abc", python="3.11", packages={"torch": "2"}, parameters={}
         )
-        run = Run(name, home, journal, KnownKeys(home.keys, home.store), [watcher], "main")
+        run = Run(name, home, journal, KnownKeys(home.keys, home.store), flow="main")
         with activate(run):
-            return work(), watcher.states
+            return work(), run.states
 
 
 def whole_job(sources):

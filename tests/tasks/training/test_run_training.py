@@ -16,6 +16,7 @@ from eclectus.tasks.training.extend import ExtendStageSettings, extend
 from eclectus.tasks.training.pretrain import PretrainStageSettings, pretrain
 from eclectus.tasks.training.run_training import WorkerSettings, run_training
 from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
+from tests.support.displays import NullDisplay
 from tests.support.small_world import make_world
 from tests.support.worker_jobs import find_damage, total
 
@@ -296,16 +297,11 @@ def test_the_hash_of_the_original_weights_never_changes(extended):
 
 
 def test_a_damaged_checkpoint_stands_in_the_books_and_is_told(run):
-    said = []
-
-    class Display:
-        def said(self, name, text):
-            said.append(text)
-
-    run.displays.append(Display())
+    display = NullDisplay()
+    run.displays.append(display)
     run.step = "s1"
     run_training(WorkerSettings(training_workers=0), find_damage, {}, "training")
-    assert said == ["latest is damaged; training begins again at step 0"]
+    assert display.texts == ["latest is damaged; training begins again at step 0"]
     assert query("select step, name, value, at_step from metrics", run.home)[1] == [
         ("s1", "damaged_checkpoints", 1.0, 0)
     ]
