@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from prefect import flow
 
-from eclectus.flows.parameters import CurateParameters, check
+from eclectus.flows.parameters import CurateParameters
 from eclectus.flows.run import open_run
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.documents.ingest import IngestSettings, ingest
@@ -49,7 +49,7 @@ def gather(parameters: CurateParameters) -> tuple[Artifact, Artifact]:
 @flow(name="curate")
 def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
     """From sources to training instances: languages, held-out split, embeddings, similarity grouping, packing."""
-    check(parameters)
+    parameters.check_together()
     with open_run("curate", parameters):
         ingested, documents = gather(parameters)
         model = None

@@ -15,7 +15,6 @@ from eclectus.flows.parameters import (
     ExtendParameters,
     JudgeParameters,
     PretrainParameters,
-    check,
 )
 from eclectus.flows.pretrain import pretrain
 from eclectus.flows.run import current_home, once, open_run
@@ -51,7 +50,7 @@ class Evaluated:
 @flow(name="evaluate")
 def evaluate(parameters: EvaluateParameters = EvaluateParameters()) -> Evaluated:
     """Scores models on held-out documents and tasks, decides by the gate who is promoted, and writes the report."""
-    check(parameters)
+    parameters.check_together()
     with open_run("evaluate", parameters):
         return judged(*_checkpoints(parameters), parameters, read_gates(parameters.gate) if parameters.gate else {})
 

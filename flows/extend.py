@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from prefect import flow
 
 from eclectus.flows.curate import Curated, curate
-from eclectus.flows.parameters import CurateParameters, ExtendParameters, PretrainParameters, check
+from eclectus.flows.parameters import CurateParameters, ExtendParameters, PretrainParameters
 from eclectus.flows.pretrain import pretrain
 from eclectus.flows.run import once, open_run
 from eclectus.storage.artifact import Artifact
@@ -33,7 +33,7 @@ class Extended:
 @flow(name="extend")
 def extend(parameters: ExtendParameters = ExtendParameters()) -> Extended:
     """Upcycles a model and trains it on new languages (stage 1), then reviews the old ones (stage 2)."""
-    check(parameters)
+    parameters.check_together()
     with open_run("extend", parameters):
         base, curated = _base(parameters)
         start = recipe_of(parameters.extension_method).start
@@ -71,7 +71,7 @@ def _base(parameters: ExtendParameters) -> tuple[Artifact, Curated]:
     """The checkpoint to extend, and instances in its own tokens."""
     if not parameters.base_model:
         pretrained = once(pretrain, PretrainParameters.of(parameters))
-        return getattr(pretrained, parameters.extension_base), pretrained.curated
+        return pretrained.lory if parameters.extension_base == "lory" else pretrained.dense, pretrained.curated
     base = fetch(settings=FetchSettings.of(parameters))
     return base, once(curate, CurateParameters.of(parameters, tokenizer=base.path))
 

@@ -13,7 +13,6 @@ from eclectus.flows.parameters import (
     ExtendParameters,
     MainParameters,
     PretrainParameters,
-    check,
 )
 from eclectus.flows.pretrain import pretrain
 from eclectus.flows.run import once, open_run
@@ -22,7 +21,7 @@ from eclectus.flows.run import once, open_run
 @flow(name="main")
 def main(parameters: MainParameters = MainParameters()) -> Evaluated:
     """Curates the sources, pre-trains Lory beside its dense twin, extends the twin to new languages, evaluates and reports."""
-    check(parameters)
+    parameters.check_together()
     with open_run("main", parameters):
         if not parameters.base_model:
             if not parameters.dense_start:

@@ -55,6 +55,11 @@ class FlowParameters(Settings):
 
     leading: ClassVar[tuple[type[Settings], ...]] = ()
 
+    def check_together(self) -> None:
+        # First: what is said of a source tells what is there.
+        check_roots(self)
+        super().check_together()
+
     @classmethod
     def in_order(cls) -> list[str]:
         """Names of all fields."""
@@ -98,6 +103,8 @@ class ExtendParameters(ExtendSettings, AddExpertsSettings, PretrainParameters):
     """From a dense checkpoint to one that knows new languages too."""
 
     leading = (MethodSettings, ExtendSettings)
+    # Whether a run without expanded languages is an error; evaluation takes the same settings and can do without.
+    must_extend: ClassVar[bool] = True
 
     base_model: str = Field(
         "",
@@ -109,11 +116,32 @@ class ExtendParameters(ExtendSettings, AddExpertsSettings, PretrainParameters):
         "dense", description="Which of the pre-trained models is extended where base_model is empty."
     )
 
+    def check_together(self) -> None:
+        super().check_together()
+        if self.must_extend and not self.expanded_languages:
+            raise EclectusError(
+                "expanded_languages is empty, so there is nothing to extend to; name at least one language"
+            )
+        stages = ("moe_lpr", "no_review", "no_lpr")
+        if self.extension_base == "lory" and not self.base_model and self.extension_method not in stages:
+            raise EclectusError(
+                f"extension_method {self.extension_method} extends dense models, and extension_base is lory; choose "
+                f"{', '.join(stages)}, or extension_base dense"
+            )
+
 
 class SimilarityParameters(
     FlowParameters, LayerSimilaritySettings, FetchSettings, IngestSettings, LanguageSettings, SplitSettings
 ):
     """From sources and a dense checkpoint to experts for each layer."""
+
+    def check_together(self) -> None:
+        super().check_together()
+        for name, value in (("base_model", self.base_model), ("expanded_languages", self.expanded_languages)):
+            if not value:
+                raise EclectusError(
+                    f"{name} is empty; similarity is that of a model's layers between known and new languages"
+                )
 
 
 class JudgeParameters(EvaluateSettings, BenchmarkSettings, ContaminationSettings, ReportSettings, ExtendParameters):
@@ -125,6 +153,8 @@ class JudgeParameters(EvaluateSettings, BenchmarkSettings, ContaminationSettings
 class EvaluateParameters(JudgeParameters):
     """Evaluation and report of the models of pre-training and extension."""
 
+    must_extend = False
+
     evaluate_checkpoints: list[str] = Field(
         [],
         description="Checkpoints to evaluate, as artifact names or folders. Empty: all that the other settings make.",
@@ -135,6 +165,13 @@ class EvaluateParameters(JudgeParameters):
         description="YAML file with the rules that decide who is promoted, as configs/gate.yaml. Empty: nobody is.",
         json_schema_extra=BASIC,
     )
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.gate:
+            from eclectus.tasks.promotion.gate import read_gates
+
+            read_gates(self.gate)
 
 
 class MainParameters(EvaluateParameters):
@@ -157,6 +194,10 @@ class RetrainParameters(NewsSettings, RefreshSettings, JudgeParameters):
         json_schema_extra=BASIC,
     )
 
+    def check_together(self) -> None:
+        super().check_together()
+        gate_of(self)
+
 
 class FileParameters(MainParameters, RetrainParameters):
     """Every setting that a file may hold: one file serves all flows."""
@@ -171,51 +212,6 @@ PARAMETERS = {
     "evaluate": EvaluateParameters,
     "retrain": RetrainParameters,
 }
-
-
-def check(parameters: CurateParameters | SimilarityParameters) -> None:
-    """What can be known to fail before any work starts. Raises EclectusError naming the setting."""
-    from eclectus.tasks.documents.ingest import check_sources
-
-    # First: what is said of a source tells what is there.
-    check_roots(parameters)
-    check_sources(parameters)
-    if isinstance(parameters, SimilarityParameters):
-        for name in ("base_model", "expanded_languages"):
-            if not getattr(parameters, name):
-                raise EclectusError(
-                    f"{name} is empty; similarity is that of a model's layers between known and new languages"
-                )
-    if type(parameters) in (ExtendParameters, RetrainParameters) and not parameters.expanded_languages:
-        raise EclectusError("expanded_languages is empty, so there is nothing to extend to; name at least one language")
-    if isinstance(parameters, PretrainParameters):
-        parameters.check_shape()
-    if isinstance(parameters, JudgeParameters):
-        _check_evaluation(parameters)
-    if isinstance(parameters, RetrainParameters):
-        gate_of(parameters)
-    if isinstance(parameters, ExtendParameters):
-        check_extension(parameters)
-
-
-def check_extension(parameters: ExtendParameters) -> None:
-    """Raises EclectusError for settings of the extension that cannot go together."""
-    source = "extension_experts_per_layer" if parameters.extension_experts_per_layer else "extension_experts"
-    least = min(parameters.extension_experts_per_layer or [parameters.extension_experts])
-    if least < 2:
-        raise EclectusError(f"{source} holds {least}; every layer needs the original expert and a new one")
-    if parameters.extension_top_k > least:
-        raise EclectusError(f"extension_top_k {parameters.extension_top_k} is more than {source} {least}; lower it")
-    stages = ("moe_lpr", "no_review", "no_lpr")
-    if parameters.extension_base == "lory" and not parameters.base_model and parameters.extension_method not in stages:
-        raise EclectusError(
-            f"extension_method {parameters.extension_method} extends dense models, and extension_base is lory; choose "
-            f"{', '.join(stages)}, or extension_base dense"
-        )
-    if parameters.extension_expert_budget and parameters.extension_experts_per_layer:
-        raise EclectusError(
-            "extension_experts_per_layer and extension_expert_budget both say how many experts a layer gets; leave one out"
-        )
 
 
 def gate_of(parameters: RetrainParameters) -> Gate:
@@ -234,16 +230,3 @@ def gate_of(parameters: RetrainParameters) -> Gate:
             f"{parameters.extension_method} makes {' and '.join(made)}; choose another retrain_line or method"
         )
     return lines[line]
-
-
-def _check_evaluation(parameters: JudgeParameters) -> None:
-    if isinstance(parameters, EvaluateParameters) and parameters.gate:
-        from eclectus.tasks.promotion.gate import read_gates
-
-        read_gates(parameters.gate)
-    benchmarks = BenchmarkSettings.of(parameters)
-    if benchmarks.asks:
-        from eclectus.tasks.evaluation.benchmark_tasks import Harness
-
-        benchmarks.wanted()
-        Harness.check_installed()

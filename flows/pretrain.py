@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from prefect import flow
 
 from eclectus.flows.curate import Curated, curate
-from eclectus.flows.parameters import CurateParameters, PretrainParameters, check
+from eclectus.flows.parameters import CurateParameters, PretrainParameters
 from eclectus.flows.run import once, open_run
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.training.fetch_model import FetchSettings, fetch
@@ -28,7 +28,7 @@ class Pretrained:
 @flow(name="pretrain")
 def pretrain(parameters: PretrainParameters = PretrainParameters()) -> Pretrained:
     """Pre-trains a Lory model, its dense twin and the baselines that are asked for on the original languages."""
-    check(parameters)
+    parameters.check_together()
     with open_run("pretrain", parameters):
         given = None
         tokens = CurateParameters.of(parameters)

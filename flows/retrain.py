@@ -16,7 +16,7 @@ from prefect import flow
 from eclectus.flows.curate import Curated, curate, gather
 from eclectus.flows.evaluate import Evaluated, judged
 from eclectus.flows.extend import extend, train_on
-from eclectus.flows.parameters import CurateParameters, ExtendParameters, RetrainParameters, check, gate_of
+from eclectus.flows.parameters import CurateParameters, ExtendParameters, RetrainParameters, gate_of
 from eclectus.flows.run import current_home, once, open_run
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.lineage.champions import champion, decisions
@@ -40,7 +40,7 @@ class Retrained:
 @flow(name="retrain")
 def retrain(parameters: RetrainParameters = RetrainParameters()) -> Retrained:
     """Looks at the sources; trains on from the champion when enough is new; promotes what passes the gate."""
-    check(parameters)
+    parameters.check_together()
     with open_run("retrain", parameters):
         gate, find = gate_of(parameters), current_home().store.find
         before = decisions(current_home(), gate.line)

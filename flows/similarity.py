@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from prefect import flow
 
-from eclectus.flows.parameters import SimilarityParameters, check
+from eclectus.flows.parameters import SimilarityParameters
 from eclectus.flows.run import open_run
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.documents.ingest import IngestSettings, ingest
@@ -25,7 +25,7 @@ class Measured:
 @flow(name="similarity")
 def similarity(parameters: SimilarityParameters) -> Measured:
     """Measures the cosine between languages in every layer, and shares out a budget of new experts (LayerMoE)."""
-    check(parameters)
+    parameters.check_together()
     with open_run("similarity", parameters):
         documents = ingest(settings=IngestSettings.of(parameters))
         documents = languages(documents=documents, settings=LanguageSettings.of(parameters))

@@ -55,6 +55,12 @@ class Settings(BaseModel):
             what = first["msg"].removeprefix("Value error, ")
             raise EclectusError(f"setting '{name}' in {origin} is {first['input']!r}: {what}") from error
 
+    def check_together(self) -> None:
+        """Raises EclectusError for settings that are valid alone but cannot work together; called before any work.
+
+        Each class checks its own settings after `super().check_together()`, so a flow's parameters inherit all checks.
+        """
+
     def key_values(self) -> dict[str, Any]:
         """JSON-ready values of the settings that can change the output."""
         return self.model_dump(

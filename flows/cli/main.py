@@ -140,10 +140,9 @@ def _add_settings(parser: argparse.ArgumentParser, flow: str) -> None:
 
 def _run_flow(chosen: argparse.Namespace) -> None:
     parameters = read_parameters(chosen)
-    from eclectus.flows.parameters import check
     from eclectus.storage.home import Home
 
-    check(parameters)
+    parameters.check_together()
     from eclectus.flows.cli.summary import near, summarize
     from eclectus.flows.cli.terminal import Terminal
     from eclectus.flows.run import served_run

@@ -73,6 +73,10 @@ class IngestSettings(Settings):
         0, ge=0, description="At most this many documents of each source; 0 takes all.", json_schema_extra=BASIC
     )
 
+    def check_together(self) -> None:
+        super().check_together()
+        check_sources(self)
+
 
 def check_sources(settings: IngestSettings) -> Found:
     """The files and data sets that the settings name. Raises EclectusError with the fix, before any long work."""

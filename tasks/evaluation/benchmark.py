@@ -65,6 +65,12 @@ class BenchmarkSettings(WorkerSettings):
     )
     seed: int = SEED
 
+    def check_together(self) -> None:
+        super().check_together()
+        if self.asks:
+            self.wanted()
+            Harness.check_installed()
+
     @property
     def asks(self) -> bool:
         """Whether there is anything to be examined on."""

@@ -12,6 +12,7 @@ models/extension/methods.py, which share data, steps and everything else.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,6 +91,24 @@ class ExtendSettings(
 ):
     """Settings of extending a dense checkpoint to new languages."""
 
+    def check_together(self) -> None:
+        super().check_together()
+        if self.extension_expert_budget and self.extension_experts_per_layer:
+            raise EclectusError(
+                "extension_experts_per_layer and extension_expert_budget both say how many experts a layer gets; "
+                "leave one out"
+            )
+
+
+@dataclass(frozen=True)
+class StageBudget:
+    """Length and learning rate of one stage. batch: instances over all workers."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup_steps: int
+
 
 class ExtendStageSettings(MethodSettings, PostPretrainSettings, ReviewSettings, TrainingSettings):
     """One stage of extension, as a step sees it."""
@@ -108,8 +127,18 @@ class ExtendStageSettings(MethodSettings, PostPretrainSettings, ReviewSettings, 
         unused |= {"llama_pro_blocks"} if self.extension_method != "llama_pro" else set()
         return {name: value for name, value in super().key_values().items() if name not in unused}
 
-    def stage_value(self, name: str) -> Any:
-        return getattr(self, f"{self.extend_stage}_{name}")
+    @property
+    def budget(self) -> StageBudget:
+        if self.extend_stage == "review":
+            return StageBudget(
+                self.review_steps, self.review_batch, self.review_learning_rate, self.review_warmup_steps
+            )
+        return StageBudget(
+            self.post_pretrain_steps,
+            self.post_pretrain_batch,
+            self.post_pretrain_learning_rate,
+            self.post_pretrain_warmup_steps,
+        )
 
 
 def recipe_of(method: Method) -> Recipe:
@@ -176,9 +205,9 @@ def train_stage(
         start=0,
         stop=steps,
         total=steps,
-        batch=chosen.stage_value("batch"),
-        learning_rate=chosen.stage_value("learning_rate"),
-        warmup=chosen.stage_value("warmup_steps"),
+        batch=chosen.budget.batch,
+        learning_rate=chosen.budget.learning_rate,
+        warmup=chosen.budget.warmup_steps,
     )
     train(model, data, _objective(chosen, data, checkpoint), plan, process, Path(work), report, checked=check_frozen)
     check_frozen(plan.stop)
@@ -209,7 +238,7 @@ def _data(settings: ExtendStageSettings, instances: str, review: str | None) -> 
     from eclectus.models.extension.methods import MixedInstances
     from eclectus.models.training.instances import Instances
 
-    data, steps = Instances(instances), settings.stage_value("steps")
+    data, steps = Instances(instances), settings.budget.steps
     if review is None:
         return data, steps
     replayed = settings.review_steps * settings.review_batch

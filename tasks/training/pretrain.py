@@ -115,8 +115,8 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
         0.05, gt=0, lt=1, description="Part of the steps that train the dense model before its networks become experts."
     )
 
-    def check_shape(self) -> None:
-        """Raises EclectusError when width, heads and workers do not fit each other."""
+    def check_together(self) -> None:
+        super().check_together()
         fixed = self.dense_start or self.model_preset != "custom"
         if not fixed and (self.model_width % self.model_heads or self.model_heads % self.model_key_value_heads):
             raise EclectusError(
@@ -171,7 +171,7 @@ def pretrain(
         raise EclectusError(
             f"stage '{settings.pretrain_stage}' of pre-training starts from the dense warm-up, and only that from nothing"
         )
-    settings.check_shape()
+    settings.check_together()
     length = json.loads(instances.file("instances.json").read_text())["length"]
     if settings.routed and settings.lory_segment >= length:
         raise EclectusError(

@@ -56,6 +56,15 @@ class UpcycleSettings(Settings):
     )
     seed: int = SEED
 
+    def check_together(self) -> None:
+        super().check_together()
+        source = "extension_experts_per_layer" if self.extension_experts_per_layer else "extension_experts"
+        fewest = min(self.extension_experts_per_layer or [self.extension_experts])
+        if fewest < 2:
+            raise EclectusError(f"{source} holds {fewest}; every layer needs the original expert and a new one")
+        if self.extension_top_k > fewest:
+            raise EclectusError(f"extension_top_k {self.extension_top_k} is more than {source} {fewest}; lower it")
+
 
 @step(makes="checkpoint", version=2)
 def upcycle(checkpoint: Artifact, settings: UpcycleSettings, out: Draft, similarity: Artifact | None = None) -> None:

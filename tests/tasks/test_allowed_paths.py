@@ -2,7 +2,7 @@
 
 import pytest
 
-from eclectus.flows.parameters import CurateParameters, check
+from eclectus.flows.parameters import CurateParameters
 from eclectus.flows.run import open_run
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.allowed_paths import check_roots
@@ -43,7 +43,7 @@ def test_a_path_that_leads_out_is_refused_before_any_work(places, home, source):
 @pytest.mark.parametrize("source", ["{0}/absent.jsonl", "{0}/secret.jsonl", "{0}/root-beside", "/etc/passwd"])
 def test_what_is_said_of_a_path_outside_does_not_tell_whether_it_is_there(places, source):
     with pytest.raises(EclectusError, match=r"leads to .* outside"):
-        check(CurateParameters(sources=[source.format(places)], original_languages=["en"]))
+        CurateParameters(sources=[source.format(places)], original_languages=["en"]).check_together()
 
 
 def test_a_link_in_a_folder_that_leads_out_is_refused(places):
