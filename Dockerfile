@@ -6,7 +6,7 @@ WORKDIR /opt/eclectus
 # PyTorch in a layer of its own: it is large and rarely changes.
 COPY constraints constraints
 RUN pip install --no-cache-dir torch==2.13.0 -c constraints/constraints.txt
-COPY pyproject.toml README.md prefect.yaml ./
+COPY pyproject.toml README.md LICENSE prefect.yaml ./
 COPY configs configs
 COPY eclectus eclectus
 COPY flows flows
