@@ -7,9 +7,9 @@ that the command line can read them quickly.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, GetJsonSchemaHandler
+from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -21,10 +21,11 @@ from eclectus.tasks.documents.split import SplitSettings
 from eclectus.tasks.evaluation.benchmark import BenchmarkSettings
 from eclectus.tasks.evaluation.contamination import ContaminationSettings
 from eclectus.tasks.evaluation.evaluate import EvaluateSettings
+from eclectus.tasks.evaluation.scores import BootstrapSettings
 from eclectus.tasks.grouping.embed import EmbedSettings
 from eclectus.tasks.grouping.group import GroupSettings
 from eclectus.tasks.grouping.nearest import NeighborSettings
-from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings
+from eclectus.tasks.grouping.static_embedding import EmbeddingText, StaticEmbeddingSettings
 from eclectus.tasks.packing.budget import BudgetSettings
 from eclectus.tasks.packing.pack import PackSettings
 from eclectus.tasks.packing.replay import ReplaySettings
@@ -32,28 +33,38 @@ from eclectus.tasks.packing.tokenizer import TokenizerSettings
 from eclectus.tasks.promotion.new_documents import NewsSettings, RefreshSettings
 from eclectus.tasks.report import ReportSettings
 from eclectus.tasks.report.data_report import DataReportSettings
-from eclectus.tasks.settings import BASIC, Settings
+from eclectus.tasks.settings import BASIC, Settings, parse_settings
 from eclectus.tasks.training.add_experts import AddExpertsSettings
-from eclectus.tasks.training.extend import ExtendSettings, MethodSettings
+from eclectus.tasks.training.extend import ExtendSettings, MethodSettings, PostPretrainSettings, ReviewSettings
 from eclectus.tasks.training.fetch_model import FetchSettings
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings
-from eclectus.tasks.training.pretrain import PretrainSettings
+from eclectus.tasks.training.pretrain import ArchitectureSettings, LorySettings, PretrainSettings
+from eclectus.tasks.training.run_training import TrainingSettings, WorkerSettings
+from eclectus.tasks.training.upcycle import UpcycleSettings
 
 if TYPE_CHECKING:
     from eclectus.tasks.promotion.gate import Gate
 
-
-# What every run has to be told.
+# What every run needs.
 FIRST = ("sources", "base_model", "original_languages", "expanded_languages")
+MORE = "more_settings"
+MORE_FIELD = {
+    "title": "More Settings",
+    "description": "Any other settings, one 'setting: value' per line, as in a config file; `eclectus COMMAND --help-all` "
+    "describes them.",
+    "type": "string",
+    "default": "",
+}
 
 
 class FlowParameters(Settings):
-    """Parameters of a flow, in the order in which people meet them in the form and in `--help`.
+    """Parameters of a flow: every setting of its steps, by name.
 
-    What every run has to be told comes first, then `leading`, then what is the flow's own before what it builds on.
+    Settings are shown in the groups of `GROUPS`, those that every run needs first, then the groups named by `leading`.
+    The form of the Prefect UI has a field for each basic setting and one text field, `more_settings`, for the rest.
     """
 
-    leading: ClassVar[tuple[type[Settings], ...]] = ()
+    leading: ClassVar[tuple[str, ...]] = ()
 
     def check_together(self) -> None:
         # First: what is said of a source tells what is there.
@@ -61,19 +72,56 @@ class FlowParameters(Settings):
         super().check_together()
 
     @classmethod
-    def in_order(cls) -> list[str]:
-        """Names of all fields."""
-        classes = [part for lead in cls.leading for part in lead.__mro__] + list(cls.__mro__)
-        own = [name for each in classes for name in inspect.get_annotations(each)]
-        return [name for name in dict.fromkeys([*FIRST, *own]) if name in cls.model_fields]
+    def grouped(cls) -> dict[str, list[str]]:
+        """Names of all settings by group, both in the order in which help and forms show them."""
+        group_of: dict[str, str] = {}
+        for group, parts in GROUPS.items():
+            for part in parts:
+                names = inspect.get_annotations(part) if issubclass(cls, part) else ()
+                group_of.update((name, group) for name in names if name in cls.model_fields)
+        group_of.update((name, "input") for name in FIRST if name in cls.model_fields)
+        group_of["seed"] = "all steps"
+        found: dict[str, list[str]] = {group: [] for group in ("input", *cls.leading, *GROUPS, "all steps")}
+        for name in (*FIRST, *group_of):
+            if name in group_of:
+                found[group_of.pop(name)].append(name)
+        return {group: names for group, names in found.items() if names}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_more_settings(cls, values: Any) -> Any:
+        """Replaces the text `more_settings` of the form by the settings that it holds.
+
+        Raises EclectusError for a setting that is unknown, wrong or given by name as well.
+        """
+        if not isinstance(values, dict) or MORE not in values:
+            return values
+        by_name = {name: value for name, value in values.items() if name != MORE}
+        more = parse_settings(str(values[MORE] or ""), MORE)
+        cls.read(more, MORE)
+        for name in more:
+            if name in by_name:
+                raise EclectusError(
+                    f"setting '{name}' is given twice: {by_name[name]!r} in its own field and {more[name]!r} in {MORE}; "
+                    f"take it out of {MORE}"
+                )
+        return {**by_name, **more}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Prefect's form sorts by `position`."""
+        """The schema of Prefect's form, which draws `properties` by `position`.
+
+        The other settings stand under `patternProperties`: no form draws those, and the server still accepts and checks
+        them by name, from the API and from deployments.
+        """
         schema = handler(core)
-        fields = handler.resolve_ref_schema(schema)["properties"]
-        for position, name in enumerate(cls.in_order()):
-            fields[name] = {**fields.pop(name), "position": position}
+        form = handler.resolve_ref_schema(schema)
+        fields = form["properties"]
+        names = [name for group in cls.grouped().values() for name in group]
+        basic = [name for name in names if cls.is_basic(name)]
+        form["properties"] = {name: {**fields[name], "position": position} for position, name in enumerate(basic)}
+        form["properties"][MORE] = {**MORE_FIELD, "position": len(basic)}
+        form["patternProperties"] = {f"^{name}$": fields[name] for name in names if name not in basic}
         return schema
 
 
@@ -102,7 +150,7 @@ class PretrainParameters(PretrainSettings, CurateParameters):
 class ExtendParameters(ExtendSettings, AddExpertsSettings, PretrainParameters):
     """From a dense checkpoint to one that knows new languages too."""
 
-    leading = (MethodSettings, ExtendSettings)
+    leading = ("extension",)
     # Whether a run without expanded languages is an error; evaluation takes the same settings and can do without.
     must_extend: ClassVar[bool] = True
 
@@ -135,6 +183,8 @@ class SimilarityParameters(
 ):
     """From sources and a dense checkpoint to experts for each layer."""
 
+    leading = ("extension",)
+
     def check_together(self) -> None:
         super().check_together()
         for name, value in (("base_model", self.base_model), ("expanded_languages", self.expanded_languages)):
@@ -147,12 +197,11 @@ class SimilarityParameters(
 class JudgeParameters(EvaluateSettings, BenchmarkSettings, ContaminationSettings, ReportSettings, ExtendParameters):
     """What evaluation, gate and report take, whatever they judge."""
 
-    leading = ()
-
 
 class EvaluateParameters(JudgeParameters):
     """Evaluation and report of the models of pre-training and extension."""
 
+    leading = ("evaluation",)
     must_extend = False
 
     evaluate_checkpoints: list[str] = Field(
@@ -177,11 +226,13 @@ class EvaluateParameters(JudgeParameters):
 class MainParameters(EvaluateParameters):
     """The whole job: curate, pre-train, extend, evaluate, report."""
 
-    leading = (PretrainSettings, ExtendSettings)
+    leading = ()
 
 
 class RetrainParameters(NewsSettings, RefreshSettings, JudgeParameters):
-    """The nightly retraining: looks at its sources, trains on from the champion, promotes what passes the gate."""
+    """Scheduled retraining: lists its sources, trains on from the champion, promotes what passes the gate."""
+
+    leading = ("retraining",)
 
     retrain_line: str = Field(
         "extended",
@@ -202,6 +253,29 @@ class RetrainParameters(NewsSettings, RefreshSettings, JudgeParameters):
 class FileParameters(MainParameters, RetrainParameters):
     """Every setting that a file may hold: one file serves all flows."""
 
+
+# Groups of settings in `--help` and forms, by the classes that define them. Of two classes that define a setting, the last counts.
+GROUPS: dict[str, tuple[type[Settings], ...]] = {
+    "documents": (IngestSettings, LanguageSettings, SplitSettings),
+    "grouping": (EmbeddingText, EmbedSettings, StaticEmbeddingSettings, NeighborSettings, GroupSettings),
+    "packing": (TokenizerSettings, PackSettings, BudgetSettings, ReplaySettings),
+    "model": (ArchitectureSettings, LorySettings),
+    "pre-training": (PretrainSettings,),
+    "extension": (
+        MethodSettings,
+        UpcycleSettings,
+        AddExpertsSettings,
+        LayerSimilaritySettings,
+        PostPretrainSettings,
+        ReviewSettings,
+        ExtendParameters,
+    ),
+    "all training": (TrainingSettings,),
+    "evaluation": (EvaluateSettings, BenchmarkSettings, ContaminationSettings, EvaluateParameters),
+    "retraining": (NewsSettings, RefreshSettings, RetrainParameters),
+    "reports": (DataReportSettings, BootstrapSettings, ReportSettings),
+    "where it runs": (WorkerSettings,),
+}
 
 PARAMETERS = {
     "main": MainParameters,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from typing import Any, Self
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from eclectus.storage.errors import EclectusError
@@ -77,3 +78,14 @@ class Settings(BaseModel):
     def _matters(cls, name: str) -> bool:
         extra = cls.model_fields[name].json_schema_extra
         return not (isinstance(extra, dict) and extra.get("affects_output") is False)
+
+
+def parse_settings(text: str, origin: str) -> dict[str, Any]:
+    """Settings from YAML text of 'setting: value' lines; not checked yet. Raises EclectusError naming `origin` for other text."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise EclectusError(f"{origin} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict | None):
+        raise EclectusError(f"{origin} holds a {type(values).__name__}; expected 'setting: value' lines")
+    return {str(name): value for name, value in (values or {}).items()}

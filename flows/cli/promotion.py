@@ -9,7 +9,7 @@ from typing import Any
 PrintRows = Callable[[list[str], list[tuple[Any, ...]], bool], None]
 
 
-def add_judging_commands(add: Callable[..., argparse.ArgumentParser], print_rows: PrintRows) -> None:
+def add_promotion_commands(add: Callable[..., argparse.ArgumentParser], print_rows: PrintRows) -> None:
     """Adds them to the command line. add: as in `eclectus.flows.cli.main`; print_rows: called with columns, rows and whether as JSON."""
     promote = add(
         "promote",

@@ -1,12 +1,18 @@
+import importlib.metadata
 import json
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
-from eclectus.flows.cli.main import main
+from eclectus.flows.cli.main import GROUPS, main
 from eclectus.flows.parameters import PARAMETERS
 from eclectus.storage.journal import Journal
+
+ROOT = Path(__file__).parents[3]
 
 
 def run(capsys, *words):
@@ -57,46 +63,91 @@ def test_an_unknown_setting_in_a_file_is_named_with_the_nearest_one(capsys, tmp_
     assert code == 2 and "unknown setting 'neighbours_k'" in said and "did you mean 'neighbors_k'" in said
 
 
-def test_every_setting_of_every_flow_has_a_description_and_an_option(capsys):
-    for command, flow in (("run", "main"), ("curate", "curate"), ("extend", "extend")):
-        code, said, _ = run(capsys, command, "--help")
+@pytest.mark.parametrize(
+    ("command", "flow"), [("run", "main"), *((name, name) for name in PARAMETERS if name != "main")]
+)
+def test_help_describes_the_basic_settings_and_help_all_every_setting_by_group(capsys, command, flow):
+    model = PARAMETERS[flow]
+    helps = {}
+    for option in ("--help", "--help-all"):
+        code, helps[option], _ = run(capsys, command, option)
         assert code == 0
-        for name, field in PARAMETERS[flow].model_fields.items():
-            assert field.description, name
-            assert f"--{name.replace('_', '-')}" in said
-
-
-def test_forms_and_help_begin_with_what_every_run_must_be_told_and_go_on_with_the_flows_own(capsys):
-    begins = {
-        "extend": "base_model original_languages expanded_languages extension_method",
-        "main": "base_model",
+    options = {option: re.findall(r"^  --([a-z-]+) ", text, re.MULTILINE) for option, text in helps.items()}
+    basic = [name for name in model.model_fields if model.is_basic(name)]
+    assert {name.replace("_", "-") for name in basic} | {"config"} == set(options["--help"]) - {"help-all"}
+    assert {name.replace("_", "-") for name in model.model_fields} | {"config"} == set(options["--help-all"]) - {
+        "help-all"
     }
-    begins |= {"curate": "original_languages expanded_languages", "retrain": "base_model original_languages"}
-    for flow, names in begins.items():
-        fields = PARAMETERS[flow].model_json_schema()["properties"]
-        shown = sorted(fields, key=lambda name: fields[name]["position"])
-        assert shown[: len(names.split()) + 1] == ["sources", *names.split()]
-        assert set(shown) == set(PARAMETERS[flow].model_fields)
-    _, said, _ = run(capsys, "extend", "--help")
-    places = [
-        said.index(f"  --{name} ") for name in ("sources", "extension-method", "training-workers", "pretrain-steps")
-    ]
-    assert places == sorted(places)
+    assert len(basic) <= 28
+    assert f"{len(model.model_fields) - len(basic)} more settings" in helps["--help"]
+    groups = [group for group, names in model.grouped().items() if any(map(model.is_basic, names))]
+    assert [
+        title for title in re.findall(r"^([a-z -]+):$", helps["--help"], re.MULTILINE) if title != "options"
+    ] == groups
+    assert all(field.description for field in model.model_fields.values())
 
 
-def test_help_and_sql_load_nothing_heavy(tmp_path):
+def test_every_setting_is_in_one_group_and_every_flow_begins_with_its_input_and_its_own_settings():
+    begins = {
+        "main": ["sources", "base_model"],
+        "curate": ["sources", "original_languages", "expanded_languages"],
+        "extend": ["sources", "base_model", "original_languages", "expanded_languages", "extension_method"],
+        "retrain": ["sources", "base_model", "original_languages", "expanded_languages", "retrain_documents"],
+    }
+    for flow, model in PARAMETERS.items():
+        names = [name for group in model.grouped().values() for name in group]
+        assert sorted(names) == sorted(model.model_fields)
+        wanted = begins.get(flow, ["sources"])
+        assert names[: len(wanted)] == wanted
+
+
+def test_an_option_that_help_does_not_show_works(capsys, tmp_path, source):
+    code, _, message = run(
+        capsys, "--home", tmp_path / "home", "run", "--sources", source, "--duplicate-overlap", "lots"
+    )
+    assert code == 2 and "setting 'duplicate_overlap' in the command line is 'lots'" in message
+
+
+def test_help_lists_every_command_in_one_of_four_groups(capsys):
+    code, said, _ = run(capsys, "--help")
+    assert code == 0
+    titles = [line for line in said.splitlines() if line in ("run:", "models:", "lineage:", "operate:")]
+    assert titles == ["run:", "models:", "lineage:", "operate:"]
+    listed = [name for names in GROUPS.values() for name in names]
+    assert len(listed) == len(set(listed)) == 30
+    for name in listed:
+        assert re.search(rf"^  {name} +\w", said, re.MULTILINE)
+        assert run(capsys, name, "--help")[0] == 0
+
+
+def test_the_version_is_that_of_the_package_and_of_the_image(capsys):
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert run(capsys, "--version") == (0, f"eclectus {version}\n", "")
+    assert importlib.metadata.version("eclectus") == version
+    assert f"image: eclectus:{version}\n" in (ROOT / "docker-compose.yml").read_text()
+
+
+def test_an_internal_error_is_one_line_that_names_the_file_with_the_traceback(capsys, home, monkeypatch):
+    monkeypatch.setattr("eclectus.flows.services.up.down", lambda _: 1 / 0)
+    code, _, message = run(capsys, "--home", home.root, "down")
+    assert code == 1
+    log = home.root / "fault.log"
+    assert message == f"eclectus: internal error: ZeroDivisionError: division by zero; traceback in {log}\n"
+    assert "Traceback" in log.read_text()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["sql", "from runs"], ["--version"]])
+def test_help_and_sql_import_nothing_that_takes_long(tmp_path, words):
     program = (
-        "import sys; sys.argv = ['eclectus', *{words}]\n"
+        f"import sys; sys.argv = ['eclectus', '--home', {str(tmp_path / 'home')!r}, *{words}]\n"
         "from eclectus.flows.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "print(sorted({{'torch', 'ray', 'prefect', 'sentence_transformers'}} & set(sys.modules)), file=sys.stderr)\n"
+        "slow = {'torch', 'ray', 'prefect', 'sentence_transformers', 'transformers', 'pandas', 'numba', 'scipy', 'datasets'}\n"
+        "print(sorted(slow & set(sys.modules)), file=sys.stderr)\n"
     )
-    for words in (["--help"], ["--home", str(tmp_path / "home"), "sql", "from runs"]):
-        done = subprocess.run(
-            [sys.executable, "-c", program.format(words=words)], capture_output=True, text=True, check=True
-        )
-        assert done.stderr.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
 
 
 def test_sql_answers_as_table_and_as_json(capsys, home):
