@@ -1,4 +1,4 @@
-"""Draws the two figures of docs/results.md from the tables of docs/benchmarks.md, which stay the only copy of the numbers.
+"""Draws the two figures of docs/results.md from the tables of docs/benchmarks.md, the only copy of the numbers.
 
 python benchmarks/figures.py [FOLDER]          writes lory.svg and moe-lpr.svg (default: docs/figures); takes 2 seconds
 """
@@ -26,7 +26,7 @@ STYLE = {
 
 
 def read_table(page: str, heading: str, first: str) -> dict[str, dict[str, str]]:
-    """Rows by first cell of the table under a heading whose first column is called `first`; raises ValueError without it."""
+    """Rows by first cell, of the table under a heading whose first column is called `first`. Raises ValueError."""
     section = page.split(f"\n{heading}\n", 1)[-1] if f"\n{heading}\n" in page else ""
     for block in re.findall(r"(?:^\|.*\n)+", re.split(r"\n## ", section)[0], re.MULTILINE):
         lines = [[cell.strip(" *`") for cell in line.split("|")[1:-1]] for line in block.splitlines()]
