@@ -22,7 +22,8 @@ import pyarrow as pa
 
 from eclectus.storage.artifact import Artifact, ArtifactStore
 from eclectus.tasks.documents.table import DocumentsWriter
-from eclectus.tasks.grouping.embed import EmbedSettings, Encoder, embed
+from eclectus.tasks.grouping.embed import EmbedSettings, embed
+from eclectus.tasks.grouping.encoder import Encoder
 from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings, train_embedding
 from eclectus.tasks.ray_cluster import ensure_ray, shut_ray
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eclectus.tasks.documents.languages import LanguageSettings, detect
+from eclectus.tasks.documents.language_detection import detect
+from eclectus.tasks.documents.languages import LanguageSettings
 
 JUNK = 200
 

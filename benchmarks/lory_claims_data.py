@@ -29,13 +29,12 @@ def passages(documents: Any, place: Path, characters: int) -> str:
     Where documents are longer than instances, a segment's predecessor is of the same document however they are grouped;
     passages put several into an instance, as web pages do at the paper's length.
     """
-    import pyarrow.compute as pc
 
     from eclectus.tasks.documents.table import read_batches
 
     path, names = place / "passages.jsonl", ["document", "language", "domain", "text"]
     with open(path, "w") as out:
-        for batch in read_batches(documents, names, pc.field("split") == "train", 512):
+        for batch in read_batches(documents, names, [("split", "==", "train")], 512):
             for document, language, domain, text in zip(*(batch[name].to_pylist() for name in names), strict=True):
                 for i, passage in enumerate(_cut(text, characters)):
                     row = {"id": f"{document}:{i}", "language": language, "domain": domain, "text": passage}

@@ -20,7 +20,7 @@ from pydantic import Field
 from eclectus.tasks.corpus import catalogs, prose, python_library
 from eclectus.tasks.corpus.packages import Package, require
 from eclectus.tasks.corpus.text import Document, within_budget, without_repeats
-from eclectus.tasks.documents.languages import detect
+from eclectus.tasks.documents.language_detection import detect
 from eclectus.tasks.settings import Settings
 
 Language = Literal["en", "el", "hu", "tr", "es", "zh"]

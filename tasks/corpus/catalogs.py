@@ -20,7 +20,7 @@ from pathlib import Path
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.corpus.packages import Package
 from eclectus.tasks.corpus.text import Document
-from eclectus.tasks.documents.languages import detect
+from eclectus.tasks.documents.language_detection import detect
 
 PACKAGES = [
     Package("gramps", "GPL-2.0-or-later"),

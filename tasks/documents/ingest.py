@@ -27,7 +27,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.digest_set import DigestSet
 from eclectus.tasks.documents.readers import Fault, Position, Record, read_records, start_of
 from eclectus.tasks.documents.sources import Found, Source, find_sources, fingerprints
-from eclectus.tasks.documents.table import ROWS_A_GROUP, DocumentsWriter
+from eclectus.tasks.documents.table import ROWS_PER_GROUP, DocumentsWriter
 from eclectus.tasks.run import metric, progress
 from eclectus.tasks.settings import BASIC, RuntimeSetting, Settings
 from eclectus.tasks.step import step
@@ -232,7 +232,7 @@ class _Intake:
             )
         )
         self._waiting_bytes += len(content)
-        if len(self._waiting) >= ROWS_A_GROUP or self._waiting_bytes >= FLUSH_BYTES:
+        if len(self._waiting) >= ROWS_PER_GROUP or self._waiting_bytes >= FLUSH_BYTES:
             self._flush()
 
     def _text(self, record: Record) -> bytes | Fault:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import Field, ValidationInfo, field_validator
 
 from eclectus.storage.artifact import Artifact, Draft
@@ -96,14 +95,6 @@ def assign(draw: np.ndarray, stratum: np.ndarray, strata: list[tuple[str, str]],
         if len(rows) >= 2 and not (choice[rows] == HELDOUT).any():
             choice[rows[np.argmin(draw[rows])]] = HELDOUT
     return choice
-
-
-def training_rows() -> pc.Expression:
-    """Filter for the rows of documents that are trained on.
-
-    A function, not a constant: pyarrow imports pandas for the first comparison, which `eclectus run --help` must not wait for.
-    """
-    return (pc.field("split") == "train") & (pc.field("group") != "other")
 
 
 def draws(documents: list[str], purpose: str, seed: int) -> np.ndarray:

@@ -1,25 +1,23 @@
-"""The `documents` artifact: a folder of Parquet parts, one row a document, written and read in bounded memory.
+"""The `documents` artifact: a folder of Parquet parts, one row per document, written and read in bounded memory.
 
-Columns: document (id: the first 32 hex digits of the SHA-256 of the text's UTF-8 bytes), name (what its owner calls it: the
-record's own id, or null), text, language, language_confidence, domain, source, bytes
-(UTF-8 length), group (original, expanded, other), split (train, heldout, apart: in neither). Row order is the order of
-ingestion throughout.
+Columns: document (id: the first 32 hex digits of the SHA-256 of the text's UTF-8 bytes), name (the record's own id, or
+null), text, language, language_confidence, domain, source, bytes (UTF-8 length), group (original, expanded, other), split
+(train, heldout, or apart: in neither). Row order is the order of ingestion.
 
-    documents/part-*.parquet    everything, as written first
-    labels/part-*.parquet       row by row beside it, the columns in LABELS as a later step judged them; they win
+    documents/part-*.parquet    all columns, as ingested
+    labels/part-*.parquet       the columns in LABELS, row by row, as a later step set them; they override the former
 
-A step that only labels documents links the parts instead of writing text again, so that it costs 20 bytes a document.
+A step that only sets labels hard-links the document parts instead of writing the text again: 20 bytes per document.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +26,8 @@ import pyarrow.parquet as pq
 
 from eclectus.storage.artifact import Artifact, Draft
 
-ROWS_A_PART = 200_000
-ROWS_A_GROUP = 2_000
+ROWS_PER_PART = 200_000
+ROWS_PER_GROUP = 2_000
 SCHEMA = pa.schema(
     [
         ("document", pa.string()),
@@ -46,9 +44,14 @@ SCHEMA = pa.schema(
 )
 LABELS = ("language", "language_confidence", "group", "split")
 
+Where = Sequence[tuple[str, str, Any]]
+"""Conditions that all hold, as in `pyarrow.parquet.read_table(filters=...)`: (column, "==", value), (column, "in", list)."""
+
+TRAINING: Where = (("split", "==", "train"), ("group", "!=", "other"))
+
 
 class DocumentsWriter:
-    """Writes tables of documents into a draft, part by part; `close` leaves at least one (perhaps empty) part."""
+    """Writes tables of documents into a draft, part by part; after `close` there is at least one part, if only an empty one."""
 
     def __init__(self, out: Draft) -> None:
         self._out = out
@@ -59,20 +62,20 @@ class DocumentsWriter:
 
     def write(self, table: pa.Table) -> None:
         """table: any subset of the columns of SCHEMA; the missing ones become null."""
-        if self._writer is None or self._rows_in_part >= ROWS_A_PART:
-            self._next_part()
+        writer = self._writer
+        if writer is None or self._rows_in_part >= ROWS_PER_PART:
+            writer = self._next_part()
         columns = [
             table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
             for field in SCHEMA
         ]
-        self._writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=ROWS_A_GROUP)
+        writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=ROWS_PER_GROUP)
         self._rows_in_part += len(table)
         self.rows += len(table)
 
     def close(self) -> None:
-        if self._writer is None:
-            self._next_part()
-        self._writer.close()
+        writer = self._writer or self._next_part()
+        writer.close()
         self._out.rows = self.rows
 
     def __enter__(self) -> Self:
@@ -83,13 +86,14 @@ class DocumentsWriter:
     ) -> None:
         self.close()
 
-    def _next_part(self) -> None:
+    def _next_part(self) -> pq.ParquetWriter:
         if self._writer is not None:
             self._writer.close()
         path = self._out.file(f"documents/part-{self.parts:05d}.parquet")
         self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
         self.parts += 1
         self._rows_in_part = 0
+        return self._writer
 
 
 def parts(documents: Artifact) -> list[Path]:
@@ -97,7 +101,7 @@ def parts(documents: Artifact) -> list[Path]:
 
 
 def relabel(documents: Artifact, labels: dict[str, pa.Array | pa.ChunkedArray], out: Draft) -> None:
-    """Writes the same documents with other labels: {column of LABELS: values [N]}; the columns not named stay as they are."""
+    """Writes the same documents with other labels: {column of LABELS: values [N]}; other columns keep their values."""
     unchanged = [name for name in LABELS if name not in labels]
     table = read_table(documents, unchanged) if unchanged else pa.table({})
     row = 0
@@ -117,16 +121,16 @@ def relabel(documents: Artifact, labels: dict[str, pa.Array | pa.ChunkedArray], 
 
 
 def read_batches(
-    documents: Artifact, columns: list[str] | None = None, where: pc.Expression | None = None, rows: int = ROWS_A_GROUP
+    documents: Artifact, columns: list[str] | None = None, where: Where = (), rows: int = ROWS_PER_GROUP
 ) -> Iterator[pa.RecordBatch]:
-    """The documents in order, a batch at a time. where: for example `pc.field("split") == "train"`.
+    """The documents in order, at most `rows` per batch. where: which documents; all by default.
 
-    Row groups without a document that is wanted are not read. Memory: a row group's text, and a part's other columns.
+    Row groups without a matching document are not read. Memory: the text of one row group, the other columns of a part.
     """
     names = columns or SCHEMA.names
     for path in parts(documents):
         with pq.ParquetFile(path) as file:
-            short = _short_columns(file, path, names, where)
+            short = _matching_rows(file, path, names, where)
             if "text" not in names:
                 yield from short.select(names).combine_chunks().to_batches(rows)
                 continue
@@ -143,40 +147,34 @@ def read_batches(
                 begin = end
 
 
-def read_table(documents: Artifact, columns: list[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
-    """The documents in order as one table: choose columns, text is large."""
+def read_table(documents: Artifact, columns: list[str] | None = None, where: Where = ()) -> pa.Table:
+    """The documents in order as one table. Choose the columns: text is large."""
     names = columns or SCHEMA.names
     schema = pa.schema([SCHEMA.field(name) for name in names])
-    return pa.Table.from_batches(read_batches(documents, names, where, ROWS_A_PART), schema)
+    return pa.Table.from_batches(read_batches(documents, names, where, ROWS_PER_PART), schema)
 
 
 def read_ids(documents: Artifact) -> np.ndarray:
-    """Ids of all documents in their order, bytes [N]."""
+    """Ids of all documents in order, bytes [N]."""
     return np.array(read_table(documents, ["document"])["document"].to_pylist(), dtype="S32")
 
 
-def places_of(wanted: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Where each of the ids `wanted` [n] stands in `among` [m], int64 [n]; -1 where it does not. Price: a sort of `among`."""
-    if not len(among):
-        return np.full(len(wanted), -1)
-    order = np.argsort(among, kind="stable")
-    place = order[np.minimum(np.searchsorted(among, wanted, sorter=order), len(among) - 1)]
-    return np.where(among[place] == wanted, place, -1)
-
-
-def _short_columns(file: pq.ParquetFile, path: Path, names: list[str], where: pc.Expression | None) -> pa.Table:
-    """The columns of one part that are wanted or asked about, but for the text, with `row`, of the documents that are wanted."""
-    asked = (
-        names if where is None else {*names, *(name for name in SCHEMA.names if re.search(rf"\b{name}\b", str(where)))}
-    )
-    asked = [name for name in SCHEMA.names if name in asked and name != "text"]
+def _matching_rows(file: pq.ParquetFile, path: Path, names: list[str], where: Where) -> pa.Table:
+    """`row`, and the columns of one part that are read or tested, without text, of the documents that match."""
+    tested = {column for column, _, _ in where}
+    columns = [name for name in SCHEMA.names if name in {*names, *tested} and name != "text"]
     labels = path.parent.parent / "labels" / path.name
-    judged = [name for name in asked if name in LABELS] if labels.is_file() else []
-    own = [name for name in asked if name not in judged]
+    labelled = [name for name in columns if name in LABELS] if labels.is_file() else []
+    original = [name for name in columns if name not in labelled]
     table = pa.table({"row": np.arange(file.metadata.num_rows)})
-    for source, chosen in ((file, own), (labels, judged)):
-        if chosen:
-            read = source.read(chosen) if source is file else pq.read_table(source, columns=chosen)
-            for name in chosen:
-                table = table.append_column(SCHEMA.field(name), read[name])
-    return table if where is None else table.filter(where)
+    if original:
+        table = _with_columns(table, file.read(original))
+    if labelled:
+        table = _with_columns(table, pq.read_table(labels, columns=labelled))
+    return table.filter(pq.filters_to_expression(list(where))) if where else table
+
+
+def _with_columns(table: pa.Table, more: pa.Table) -> pa.Table:
+    for name in more.column_names:
+        table = table.append_column(SCHEMA.field(name), more[name])
+    return table

@@ -1,7 +1,7 @@
 """Texts of documents by row number, reading only the row groups that hold them.
 
 `pyarrow.dataset.take` scans the whole data set for any ten rows (1.0 s of 25,000 documents); the row groups' sizes stand in
-the footers, so that the ones needed can be read alone (0.03 s each). Price: one row group, ROWS_A_GROUP texts, in memory.
+the footers, so that the ones needed can be read alone (0.03 s each). Price: one row group, ROWS_PER_GROUP texts, in memory.
 """
 
 from __future__ import annotations

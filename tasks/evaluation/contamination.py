@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.history import Made, read_history
+from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.documents.table import read_batches
 from eclectus.tasks.run import current_run, metric, progress
 from eclectus.tasks.settings import Settings
@@ -82,7 +82,7 @@ def contamination(
     names = {row["document"] for row in scored}
     held = {
         document: text
-        for batch in read_batches(documents, ["document", "text"], pc.field("document").isin(sorted(names)))
+        for batch in read_batches(documents, ["document", "text"], [("document", "in", sorted(names))])
         for document, text in zip(batch["document"].to_pylist(), batch["text"].to_pylist(), strict=True)
     }
     if len(held) < len(names):
@@ -233,10 +233,7 @@ def _search(sources: list[Artifact], trained: set[str], items: _Items) -> int:
 
 def _found(grams: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """Which of the candidates are among the sorted n-grams."""
-    if not len(grams) or not len(candidates):
-        return np.zeros(0, np.uint64)
-    place = np.minimum(np.searchsorted(grams, candidates), len(grams) - 1)
-    return candidates[grams[place] == candidates]
+    return candidates[positions_of(candidates, grams, ascending=True) >= 0]
 
 
 def _write(

@@ -10,8 +10,6 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow.compute as pc
-
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.table import read_batches
@@ -44,9 +42,9 @@ def read_held_out(documents: Artifact, tokenizer: Any, most: int) -> HeldOut:
     chosen, held = _choose(documents, most), HeldOut()
     rows: list[tuple[str, str, str, str, int, list[int]]] = []
     names = ["document", "language", "domain", "group", "split", "bytes", "text"]
-    for batch in read_batches(documents, ["language", "group"], pc.field("group") != "other"):
+    for batch in read_batches(documents, ["language", "group"], [("group", "!=", "other")]):
         held.known |= set(batch["language"].unique().to_pylist())
-    wanted = pc.field("document").isin(sorted(chosen)) & (pc.field("split") == "heldout")
+    wanted = [("document", "in", sorted(chosen)), ("split", "==", "heldout")]
     for batch in read_batches(documents, names, wanted, TEXTS_AT_ONCE):
         if not len(batch):
             continue
@@ -91,7 +89,7 @@ def choose_prompts(held: HeldOut, tokens: int, samples: int) -> list[int]:
 def _choose(documents: Artifact, most: int) -> set[str]:
     """Ids of the documents to score: ids are hashes, so the lowest are a random and stable choice."""
     ids: dict[tuple[str, str], list[str]] = defaultdict(list)
-    wanted = (pc.field("split") == "heldout") & (pc.field("group") != "other")
+    wanted = [("split", "==", "heldout"), ("group", "!=", "other")]
     for batch in read_batches(documents, ["document", "language", "domain"], wanted):
         for document, language, domain in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             ids[language, domain or UNKNOWN].append(document)

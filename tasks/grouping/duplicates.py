@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eclectus.storage.artifact import Artifact, Draft
-from eclectus.tasks.documents.table import places_of
+from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.documents.text_reader import TextReader
 from eclectus.tasks.grouping.compiled import compiled
 from eclectus.tasks.grouping.nearest import similarities_of, unit
@@ -113,7 +113,7 @@ class Overlaps:
                 table = pq.read_table(artifact.file(OVERLAPS))
                 first, second = (table[name].to_numpy().astype("S32") for name in ("document", "other"))
                 before = np.char.add(first, second)
-                place = places_of(keys, before)
+                place = positions_of(keys, before)
                 hit = np.flatnonzero((place >= 0) & missing)
                 if len(hit) and is_whole(artifact):
                     found = table["overlap"].to_numpy()[place[hit]].tolist()

@@ -1,4 +1,4 @@
-"""Finished embeddings on disk: logs that a killed run leaves behind, and how vectors are found by document id."""
+"""Finished embeddings on disk: logs that survive a killed run, and lookup of vectors by document id."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eclectus.tasks.documents.table import places_of
+from eclectus.tasks.documents.digest_set import positions_of
 
 STALE_SECONDS = 3_600
 
@@ -17,7 +17,7 @@ STALE_SECONDS = 3_600
 class Log:
     """The finished work of one process: two files of raw numbers, `NAME.ids` and `NAME.DIMENSION.PRECISION.vectors`.
 
-    A row counts once its id is there, which is written after its vector; what a kill has torn is left out by readers.
+    A row is complete once its id is written, after its vector; readers ignore a row that a kill cut short.
     """
 
     def __init__(self, work: Path) -> None:
@@ -32,15 +32,15 @@ class Log:
 
 
 @dataclass(frozen=True)
-class Known:
+class StoredVectors:
     """Vectors on disk [n, D] with the ids of their documents [n]: an earlier artifact, or a log of unfinished work."""
 
     ids: np.ndarray
     vectors: np.ndarray
 
 
-def read_logs(work: Path) -> list[Known]:
-    """What is finished in the logs under a work folder."""
+def read_logs(work: Path) -> list[StoredVectors]:
+    """The complete rows of the logs in a work folder."""
     found = []
     for path in sorted(work.glob("*.vectors")):
         name, dimension, precision, _ = path.name.rsplit(".", 3)
@@ -49,25 +49,25 @@ def read_logs(work: Path) -> list[Known]:
         count = min(path.stat().st_size // width, ids.stat().st_size // 32) if ids.is_file() else 0
         if count:
             vectors = np.memmap(path, precision, "r", shape=(count, int(dimension)))
-            found.append(Known(np.fromfile(ids, "S32", count), vectors))
+            found.append(StoredVectors(np.fromfile(ids, "S32", count), vectors))
     return found
 
 
-def locate(ids: np.ndarray, known: list[Known]) -> np.ndarray:
-    """For each document where its vector is: int64 [N, 2] of (which of `known`, row there), or -1."""
+def locate(ids: np.ndarray, known: list[StoredVectors]) -> np.ndarray:
+    """Where the vector of each document is: int64 [N, 2] of (index into `known`, row there), or -1."""
     where, missing = np.full((len(ids), 2), -1, np.int64), np.arange(len(ids))
     for number, each in enumerate(known):
         if not len(missing):
             break
-        place = places_of(ids[missing], each.ids)
-        hit = place >= 0
-        where[missing[hit]] = np.stack([np.full(hit.sum(), number), place[hit]], axis=1)
+        position = positions_of(ids[missing], each.ids)
+        hit = position >= 0
+        where[missing[hit]] = np.stack([np.full(hit.sum(), number), position[hit]], axis=1)
         missing = missing[~hit]
     return where
 
 
-def sweep(work: Path, known: list[Known]) -> None:
-    """Removes the logs, untouched for an hour, of which every document is in an artifact by now."""
+def remove_stale_logs(work: Path, known: list[StoredVectors]) -> None:
+    """Removes logs that were not written for an hour and whose documents are all in `known`."""
     for path in sorted(work.glob("*.ids")):
         if path.stat().st_mtime > time.time() - STALE_SECONDS:
             continue

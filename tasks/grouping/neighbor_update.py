@@ -20,6 +20,7 @@ import numpy as np
 
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.grouping.nearest import (
     SLACK,
     Lists,
@@ -90,13 +91,12 @@ def _rows_now(
     old = np.load(before.file("ids.npy"), mmap_mode="r")
     if len(ids) == 0:
         return np.full(len(old), -1)
-    order = np.argsort(ids, kind="stable")
-    rows = order[np.minimum(np.searchsorted(ids, old, sorter=order), len(ids) - 1)]
-    number = {name: place for place, name in enumerate(names)}
+    rows = positions_of(old, ids)
+    number = {name: position for position, name in enumerate(names)}
     then = json.loads(artifact.file("partitions.json").read_text())
     partition_now = np.array([number.get(name, -1) for name in then] or [-1])
     same = partition_now[np.load(artifact.file("partition.npy"))] == labels[rows]
-    return np.where((ids[rows] == old) & same, rows, -1)
+    return np.where((rows >= 0) & same, rows, -1)
 
 
 def carry_over(earlier: Earlier, lists: Lists) -> np.ndarray:

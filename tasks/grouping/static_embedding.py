@@ -19,16 +19,15 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.table import read_batches, read_table
+from eclectus.tasks.grouping.static_model import StaticModel, averaging_matrix, flat_tokens
 from eclectus.tasks.reuse import earlier, is_whole
 from eclectus.tasks.run import metric, progress
 from eclectus.tasks.settings import SEED, Settings
@@ -40,14 +39,10 @@ SHORTEST = 8
 OVERSAMPLED, POWER_ITERATIONS = 10, 2
 BETAS = np.float32(0.9), np.float32(0.999)
 IN_CACHE = 128
-WEIGHTS = "model.safetensors"
 DETAILS = "training.json"
 SEEN = "trained_on.npy"
-
-
-def _in_train() -> pc.Expression:
-    """Rows for training. Not a constant: pyarrow imports pandas for the first comparison, which `--help` must not wait for."""
-    return (pc.field("split") == "train") | pc.field("split").is_null()
+IN_TRAIN = [("split", "not in", ["heldout", "apart"])]
+"""Documents without a split count as training documents."""
 
 
 class EmbeddingText(Settings):
@@ -126,7 +121,7 @@ def train_embedding(documents: Artifact, settings: StaticEmbeddingSettings, out:
 
 def train_ids(documents: Artifact) -> np.ndarray:
     """Ids of the documents of the train split (all of them before there is one), ascending, as bytes [N]."""
-    kept = read_table(documents, ["document"], _in_train())["document"]
+    kept = read_table(documents, ["document"], IN_TRAIN)["document"]
     return np.sort(np.array(kept.to_pylist(), dtype="S32"))
 
 
@@ -161,63 +156,6 @@ def fit(texts: list[str], settings: StaticEmbeddingSettings) -> tuple[StaticMode
     if losses:
         details |= {"first_loss": round(losses[0], 4), "last_loss": round(losses[-1], 4)}
     return StaticModel(tokenizer, weights), details
-
-
-class StaticModel:
-    """A tokenizer and a vector for each of its tokens [V, D]; a text's embedding is the mean of its tokens' vectors."""
-
-    def __init__(self, tokenizer: Any, weights: np.ndarray) -> None:
-        self.tokenizer, self.weights = tokenizer, weights
-
-    @classmethod
-    def load(cls, place: Path) -> Self:
-        """Reads a sentence-transformers directory of which `is_static_model` is true."""
-        from safetensors.numpy import load_file
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
-        tokenizer.no_padding()
-        return cls(tokenizer, np.asarray(load_file(place / WEIGHTS)["embedding.weight"], np.float32))
-
-    def save(self, out: Draft) -> None:
-        """Writes the directory that `SentenceTransformer(path)` opens."""
-        from safetensors.numpy import save_file
-
-        save_file({"embedding.weight": self.weights}, out.file(WEIGHTS))
-        self.tokenizer.save(str(out.file("tokenizer.json")))
-        out.file("1_Normalize/config.json").write_text("{}")
-        modules = [
-            {"idx": number, "name": str(number), "path": place, "type": f"sentence_transformers.models.{name}"}
-            for number, (name, place) in enumerate((("StaticEmbedding", ""), ("Normalize", "1_Normalize")))
-        ]
-        out.file("modules.json").write_text(json.dumps(modules, indent=1))
-        out.file("config_sentence_transformers.json").write_text(json.dumps({"similarity_fn_name": "cosine"}))
-
-    def encode(self, texts: list[str]) -> np.ndarray:
-        """Means float32 [N, D], not normalised; zeros for a text without any token. Every text by itself, bit by bit."""
-        tokens, lengths = flat_tokens(self.tokenizer, texts)
-        return _means(tokens, lengths, self.weights)
-
-
-def flat_tokens(tokenizer: Any, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of all texts end to end, int32, and how many each text has, int64 [N]."""
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    parts = [np.array(encoding.ids, np.int32) for encoding in encodings]
-    return np.concatenate([np.empty(0, np.int32), *parts]), np.array([len(part) for part in parts], np.int64)
-
-
-def _means(tokens: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean vectors float32 [N, D] of consecutive stretches of tokens."""
-    return _averaging(tokens, lengths, len(weights)) @ weights
-
-
-def _averaging(tokens: np.ndarray, lengths: np.ndarray, vocabulary: int) -> Any:
-    """The sparse matrix float32 [N, V] that averages token vectors over stretches of these lengths [N]."""
-    import scipy.sparse
-
-    shares = np.repeat((1 / np.maximum(lengths, 1)).astype(np.float32), lengths)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return scipy.sparse.csr_matrix((shares, tokens, offsets), shape=(len(lengths), vocabulary))
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
@@ -302,7 +240,7 @@ def contrast(
         rows = random.choice(usable, pairs, replace=False)
         spans, sizes = _two_spans(random, starts[rows], lengths[rows], settings.embedding_span)
         touched, places = np.unique(tokens[spans], return_inverse=True)
-        average = _averaging(places.astype(np.int32), sizes, len(touched))
+        average = averaging_matrix(places.astype(np.int32), sizes, len(touched))
         loss, slope = _info_nce(average @ table[touched], settings.embedding_temperature)
         rate = settings.embedding_learning_rate * (1 - number / settings.embedding_steps)
         adam.step(table, touched, average.T @ slope, rate)
@@ -381,16 +319,4 @@ def _earlier_model(seen: np.ndarray, settings: StaticEmbeddingSettings) -> Artif
 
 
 def _train_batches(documents: Artifact, columns: list[str]) -> Iterator[Any]:
-    return read_batches(documents, columns, _in_train())
-
-
-def is_static_model(place: Path) -> bool:
-    """Whether a sentence-transformers directory holds a static model and nothing else, so that `StaticModel` reads it."""
-    if not all((place / name).is_file() for name in ("modules.json", "tokenizer.json", WEIGHTS)):
-        return False
-    modules = json.loads((place / "modules.json").read_text())
-    names = [module["type"].rpartition(".")[2] for module in modules]
-    plain = names[:1] == ["StaticEmbedding"] and set(names[1:]) <= {"Normalize"} and not modules[0]["path"]
-    # Other libraries keep their vectors under other names, which sentence-transformers knows how to read.
-    with open(place / WEIGHTS, "rb") as file:
-        return plain and b'"embedding.weight"' in file.read(4096)
+    return read_batches(documents, columns, IN_TRAIN)

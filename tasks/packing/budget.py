@@ -24,8 +24,8 @@ from pydantic import Field, field_validator
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.language_codes import normalise
-from eclectus.tasks.documents.split import draws, training_rows
-from eclectus.tasks.documents.table import read_batches, read_table, relabel
+from eclectus.tasks.documents.split import draws
+from eclectus.tasks.documents.table import TRAINING, read_batches, read_table, relabel
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.run import metric
 from eclectus.tasks.settings import SEED, Settings
@@ -74,7 +74,7 @@ def budget(documents: Artifact, tokenizer: Artifact, settings: BudgetSettings, o
     ratio = _bytes_per_token(documents, load_tokenizer(tokenizer.path))
     names = sorted(ratio)
     draw, language, tokens = [], [], []
-    for batch in read_batches(documents, ["document", "language", "bytes"], training_rows()):
+    for batch in read_batches(documents, ["document", "language", "bytes"], TRAINING):
         numbers = np.array([names.index(each) for each in batch["language"].to_pylist()], np.int16)
         draw.append(draws(batch["document"].to_pylist(), "budget", settings.seed))
         language.append(numbers)
@@ -127,7 +127,7 @@ def limits_of(there: dict[str, float], settings: BudgetSettings) -> dict[str, fl
 def _bytes_per_token(documents: Artifact, tokenizer: Any) -> dict[str, float]:
     """Language -> UTF-8 bytes a token, from the first documents of each; every document ends with one more token."""
     texts: dict[str, list[str]] = defaultdict(list)
-    for batch in read_batches(documents, ["text", "language"], training_rows()):
+    for batch in read_batches(documents, ["text", "language"], TRAINING):
         for text, language in zip(batch["text"].to_pylist(), batch["language"].to_pylist(), strict=True):
             if len(texts[language]) < SAMPLE_DOCUMENTS:
                 texts[language].append(text[:SAMPLE_CHARACTERS])

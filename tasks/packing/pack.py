@@ -27,6 +27,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.documents.table import read_batches, read_table
 from eclectus.tasks.grouping.instance_layout import Spans, plan
 from eclectus.tasks.grouping.quality import instance_quality
@@ -234,9 +235,8 @@ def _quality(about: pa.Table, spans: Spans, embeddings: Artifact, seed: int) -> 
     """How alike the documents of an instance are, and those on either side of its border (`eclectus.tasks.grouping.quality`)."""
     ids = np.load(embeddings.file("ids.npy"))
     wanted = np.array(about["document"].to_pylist(), ids.dtype)
-    order = np.argsort(ids, kind="stable")
-    rows = order[np.minimum(np.searchsorted(ids, wanted, sorter=order), len(ids) - 1)] if len(ids) else order
-    if len(rows) != len(wanted) or (ids[rows] != wanted).any():
+    rows = positions_of(wanted, ids)
+    if (rows < 0).any():
         raise EclectusError(f"{embeddings.name} lacks documents that are to be packed; embed these documents first")
     domains = np.full(len(ids), "unknown", object)
     domains[rows] = about["domain"].fill_null("unknown").to_numpy()

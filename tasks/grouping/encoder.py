@@ -1,0 +1,235 @@
+"""Encoders: an embedding model in this process or in a pool of Ray actors, which log every finished batch.
+
+Each actor loads the model once. Documents are sorted by length within windows and cut into chunks; an actor appends every
+finished batch to its own log in the home's `work` folder, so that a killed run loses at most one batch per worker. A static
+model embeds up to 50,000 documents in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from eclectus.storage.artifact import Artifact, hash_file
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents.table import read_table
+from eclectus.tasks.documents.text_reader import TextReader
+from eclectus.tasks.grouping.embedding_log import Log
+from eclectus.tasks.grouping.static_embedding import EmbeddingText
+from eclectus.tasks.grouping.static_model import StaticModel, is_static_model
+from eclectus.tasks.run import progress
+from eclectus.tasks.settings import BASIC, RuntimeSetting
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+STATIC = "static"
+STATIC_CHUNK = 2_048
+STATIC_IN_PROCESS = 50_000
+STATIC_DOCUMENTS_PER_ACTOR = 200_000
+BATCHES_PER_CHUNK = 4
+WINDOW = 8_192
+
+
+class EmbedSettings(EmbeddingText):
+    """Which model embeds, and how the embeddings are stored."""
+
+    embedding_model: str = Field(
+        STATIC,
+        description="'static' (trained on the corpus itself) or a sentence-transformers model: a hub name or a folder.",
+        json_schema_extra=BASIC,
+    )
+    embedding_precision: Literal["float32", "float16"] = Field(
+        "float32", description="Number format of the stored embeddings."
+    )
+    embedding_batch: int = RuntimeSetting(32, "Documents per forward pass of a transformer model.", ge=1)
+    embedding_workers: int = RuntimeSetting(
+        0, "Ray actors that embed, at most one per CPU; 0 decides by the amount of work.", ge=0
+    )
+    embedding_device: Literal["cpu", "cuda"] = RuntimeSetting(
+        "cpu", "Where transformer models run; cuda takes one GPU per actor."
+    )
+
+
+class Encoder:
+    """A loaded model: texts in, normalised vectors out. Runs in a Ray actor or in this process."""
+
+    def __init__(self, source: str, settings: EmbedSettings, threads: int = 0) -> None:
+        """threads: sets how many CPU threads this process computes with; 0 leaves the number unchanged."""
+        if threads:
+            os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+        self.settings = settings
+        self._log: Log | None = None
+        self.model: StaticModel | SentenceTransformer
+        self._encode: Callable[[list[str]], Any]
+        if is_static_model(Path(source)):
+            static = StaticModel.load(Path(source))
+            self.model, self._encode = static, static.encode
+            return
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        if threads:
+            torch.set_num_threads(threads)
+        model = SentenceTransformer(source, device=settings.embedding_device)
+        model.eval()
+        self.model = model
+        self._encode = functools.partial(model.encode, batch_size=settings.embedding_batch, show_progress_bar=False)
+
+    def digest(self) -> str:
+        """SHA-256 over the names and bytes of the weights, for models that are given by name only."""
+        import torch
+
+        if isinstance(self.model, StaticModel):
+            raise TypeError("a static model is a folder: use digest_folder")
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Unit vectors [N, D] in the stored precision; zeros if the model gives zeros or a number that is not finite."""
+        cut = [text[: self.settings.embedding_maximum_characters] for text in texts]
+        vectors = np.asarray(self._encode(cut), np.float64).reshape(len(texts), -1)
+        vectors[~np.isfinite(vectors).all(axis=1)] = 0
+        norms = np.sqrt((vectors * vectors).sum(axis=1, keepdims=True))
+        return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0).astype(
+            self.settings.embedding_precision
+        )
+
+    def embed(self, documents: Artifact, rows: np.ndarray, ids: np.ndarray, work: str, batch: int) -> int:
+        """Embeds rows [n] of the documents, appends them to a log in `work` batch by batch, and returns n.
+
+        ids: bytes [n], of these rows.
+        """
+        self._log = self._log or Log(Path(work))
+        reader = TextReader(documents)
+        for begin in range(0, len(rows), batch):
+            part = slice(begin, begin + batch)
+            self._log.append(ids[part], self.encode(reader.read(rows[part])))
+        return len(rows)
+
+
+class EncoderPool:
+    """Ray actors that embed: started when first needed, killed at the end of the `with` block."""
+
+    def __init__(self, documents: Artifact, settings: EmbedSettings, source: Path | str) -> None:
+        self.documents, self.settings, self.source = documents, settings, source
+        self.static = isinstance(source, Path) and is_static_model(source)
+        self.actors: list[Any] = []
+        self._digest = digest_folder(source) if isinstance(source, Path) else None
+
+    @property
+    def model_digest(self) -> str:
+        """Digest of the model's folder, or of its weights if it is given by name."""
+        if self._digest is None:
+            import ray
+
+            self._start(1)
+            self._digest = ray.get(self.actors[0].digest.remote())
+        return self._digest
+
+    def embed(self, rows: np.ndarray, ids: np.ndarray, work: Path) -> None:
+        """Embeds these rows [n] of the documents and appends them to logs in `work`. ids: of all documents, bytes [N]."""
+        if len(rows) == 0:
+            return
+        chunks = self._cut(rows)
+        report_progress, done = progress(len(rows), "embedding", "documents"), 0
+        if self.static and len(rows) <= STATIC_IN_PROCESS and not self.settings.embedding_workers:
+            # Starting Ray and an actor takes 8 seconds, more than the work itself.
+            encoder = Encoder(str(self.source), self.settings)
+            for chunk in chunks:
+                done += encoder.embed(self.documents, chunk, ids[chunk], str(work), STATIC_CHUNK)
+                report_progress(done)
+            return
+        import ray
+
+        self._start(self._size(len(rows), len(chunks)))
+        free = list(self.actors)
+        running: dict[Any, Any] = {}
+        batch = STATIC_CHUNK if self.static else self.settings.embedding_batch
+        while chunks or running:
+            while chunks and free:
+                actor, chunk = free.pop(), chunks.pop()
+                running[actor.embed.remote(self.documents, chunk, ids[chunk], str(work), batch)] = actor
+            ready, _ = ray.wait(list(running), num_returns=1)
+            free.append(running.pop(ready[0]))
+            done += ray.get(ready[0])
+            report_progress(done)
+
+    def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
+        if self.static:
+            return [rows[begin : begin + STATIC_CHUNK] for begin in range(0, len(rows), STATIC_CHUNK)]
+        # Documents of similar length share a batch, so that little of it is padding; windows keep reads local.
+        sizes = read_table(self.documents, ["bytes"])["bytes"].to_numpy()[rows]
+        size, chunks = BATCHES_PER_CHUNK * self.settings.embedding_batch, []
+        for begin in range(0, len(rows), WINDOW):
+            window = rows[begin : begin + WINDOW][np.argsort(sizes[begin : begin + WINDOW], kind="stable")]
+            chunks += [window[first : first + size] for first in range(0, len(window), size)]
+        return chunks
+
+    def _size(self, rows: int, chunks: int) -> int:
+        import ray
+
+        from eclectus.tasks.ray_cluster import ensure_ray
+
+        ensure_ray()
+        most = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        if self.settings.embedding_device == "cuda":
+            most = min(most, int(ray.cluster_resources().get("GPU", 0)))
+            if most == 0:
+                raise EclectusError(
+                    "embedding_device is 'cuda', but Ray has no GPU; set it to 'cpu' or add a node with one"
+                )
+        wanted = 1 + rows // STATIC_DOCUMENTS_PER_ACTOR if self.static else chunks
+        return min(self.settings.embedding_workers or wanted, most)
+
+    def _start(self, count: int) -> None:
+        from eclectus.tasks.ray_cluster import ensure_ray
+
+        ensure_ray()
+        import ray
+
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        threads = max(1, min(cpus, os.cpu_count() or 1) // max(count, 1))
+        gpus = 1 if self.settings.embedding_device == "cuda" else 0
+        actor_class = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=1, max_task_retries=1)(Encoder)
+        self.actors += [
+            actor_class.remote(str(self.source), self.settings, threads) for _ in range(count - len(self.actors))
+        ]
+        try:
+            ray.get([actor.__ray_ready__.remote() for actor in self.actors])
+        except ray.exceptions.RayActorError as error:
+            cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+            raise EclectusError(
+                f"embedding_model '{self.settings.embedding_model}' cannot be loaded as a sentence-transformers model: "
+                f"{cause}"
+            ) from error
+
+    def __enter__(self) -> EncoderPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for actor in self.actors:
+            import ray
+
+            with contextlib.suppress(Exception):
+                ray.kill(actor)
+
+
+def digest_folder(folder: Path) -> str:
+    """SHA-256 over the names and contents of all files in a folder, manifests excepted."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return hashlib.sha256(
+        json.dumps([[path.relative_to(folder).as_posix(), hash_file(path)] for path in files]).encode()
+    ).hexdigest()
