@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from eclectus.models import LoryConfig, LoryForCausalLM
 from eclectus.models.evaluation import scoring as evaluation
 from eclectus.models.evaluation.scoring import NO_DOCUMENT, NotFinite, Windows, generate, plan_windows, score
 from eclectus.models.training.process import Process
+from tests.support.processes import run_group
 
 LENGTH, CONTEXT, VOCABULARY = 32, 8, 61
 PROMPTS = [[1, 2, 3], [4], [5, 6]]
@@ -111,22 +111,19 @@ def test_routing_is_counted_once_for_each_token_and_once_for_each_whole_segment(
     assert add_up(make_model("dense"), windows).routed.tolist() == [0, 0, 0]
 
 
-def work(rank, world, init, out):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
-    process, model = Process(rank, world), make_model("moe")
+def score_in_a_group(out):
+    process, model = Process.current(), make_model("moe")
     # The second stream is one window, so that the second process has nothing to do and must still end with the sums.
     sums = [add_up(model, make_windows(lengths), process, 2) for lengths in ((70, 3), (30,))]
     written = generate(model, PROMPTS, 4, 0.0, 0, 0, process)
-    if rank == 1:
+    if process.rank == 1:
         for number, each in enumerate(sums):
             np.savez(f"{out}/{number}.npz", bits=each.bits, tokens=each.tokens, shares=each.shares)
         np.save(f"{out}/written.npy", np.array([len(ids) for ids, _ in written]))
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_give_the_sums_of_one_on_both_of_them(tmp_path):
-    mp.spawn(work, (2, tmp_path / "init", str(tmp_path)), nprocs=2)
+    run_group(2, score_in_a_group, tmp_path)
     model = make_model("moe")
     for number, lengths in enumerate(((70, 3), (30,))):
         one, two = add_up(model, make_windows(lengths)), np.load(tmp_path / f"{number}.npz")

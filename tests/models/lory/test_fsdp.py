@@ -1,18 +1,16 @@
 """Lory under FSDP2: sharded over two processes, it has the gradients of the whole model in one."""
 
-import tempfile
-
 import torch
-from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from eclectus.models.training.process import Process
 from tests.models.lory.test_model import T, lory, tokens
+from tests.support.processes import run_group
 
 
-def compare_with_the_whole_model(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def compare_with_the_whole_model() -> None:
+    rank = Process.current().rank
     mesh, ids = init_device_mesh("cpu", (2,)), tokens(4, 3 * T)
     whole, sharded = lory().train(), lory().train()
     sharded.activation_checkpointing_enable()
@@ -24,9 +22,7 @@ def compare_with_the_whole_model(rank: int, folder: str) -> None:
     whole(ids, labels=ids).loss.backward()
     for (name, parameter), expected in zip(sharded.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad.full_tensor(), expected.grad, rtol=1e-4, atol=1e-5, msg=name)
-    distributed.destroy_process_group()
 
 
 def test_gradients_sharded_and_checkpointed_equal_the_whole_models():
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(compare_with_the_whole_model, (folder,), nprocs=2)
+    run_group(2, compare_with_the_whole_model)

@@ -1,5 +1,6 @@
 """Exports load in stock transformers of both generations, with equal logits, and give the base back bit by bit."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -145,9 +147,9 @@ def test_misuse_is_refused_with_the_remedy(tmp_path):
         extract_base(moe, tmp_path / "out")
 
 
-# The stock libraries of both generations, each with what pip chooses beside it.
-GENERATIONS = {"4.57": "transformers==4.57.*", "5": f"transformers=={transformers.__version__}"}
-# Linked from here instead of downloaded: 700 MB of PyTorch, which is no part of what is tested.
+# The stock libraries of both generations: 4.57 with the dependencies that pip chooses, 5 with those installed here.
+GENERATIONS = {"4.57": ["transformers==4.57.*", "sympy", "networkx", "jinja2"], "5": []}
+# Linked instead of downloaded: 700 MB of PyTorch, which is not what is tested.
 LINKED = ("torch", "torch-*.dist-info", "torchgen", "functorch", "nvidia", "triton")
 SCRIPT = """
 import importlib.util, sys, torch, transformers
@@ -168,6 +170,22 @@ for name in sys.argv[3:]:
 """
 
 
+def installed_with(name):
+    """Paths in site-packages of an installed package and of everything that it requires."""
+    seen, left, paths = set(), [name], set()
+    while left:
+        package = canonicalize_name(left.pop())
+        if package in seen:
+            continue
+        seen.add(package)
+        found = importlib.metadata.distribution(package)
+        root = found.locate_file("")
+        paths |= {root / file.parts[0] for file in found.files if file.parts[0] not in ("..", "__pycache__")}
+        needed = [Requirement(text) for text in found.requires or ()]
+        left += [each.name for each in needed if not each.marker or each.marker.evaluate({"extra": ""})]
+    return paths
+
+
 @pytest.fixture(scope="session")
 def clean_python(pytestconfig):
     """Generation to the Python of a virtual environment that holds that transformers, its dependencies and torch alone."""
@@ -177,11 +195,15 @@ def clean_python(pytestconfig):
         python = folder / "bin" / "python"
         if not (folder / "complete").exists():
             venv.create(folder, with_pip=False, clear=True)
-            pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", GENERATIONS[generation]]
-            subprocess.run([*pip, "sympy", "networkx", "jinja2"], check=True, timeout=500)
             ours, own = Path(torch.__file__).parents[1], next(folder.glob("lib/python*/site-packages"))
-            for place in [place for pattern in LINKED for place in ours.glob(pattern)]:
-                (own / place.name).symlink_to(place)
+            if wanted := GENERATIONS[generation]:
+                pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+                subprocess.run([*pip, *wanted], check=True, timeout=250)
+                paths = {path for pattern in LINKED for path in ours.glob(pattern)}
+            else:
+                paths = installed_with("transformers") | installed_with("torch")
+            for path in paths:
+                (own / path.name).symlink_to(path)
             (folder / "complete").touch()
         return python
 

@@ -272,6 +272,7 @@ def test_a_base_of_several_types_comes_back_with_each(tmp_path):
         assert before.specs == after.specs
 
 
+@pytest.mark.slow
 def test_peak_memory_is_a_layer_above_the_base_file(tmp_path):
     """A base of 166 MB in 12 layers becomes 0.7 GB, in a process that grows by far less."""
     layers, width, inner = 12, 512, 1536

@@ -123,6 +123,7 @@ print(model(torch.arange(2, 30)[None]).logits.double().sum().item())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setup", "arguments", "module"),
     [

@@ -4,14 +4,11 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM
@@ -20,9 +17,8 @@ from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import TrainingFailed, train
 from eclectus.models.training.objectives import lory, next_token
 from eclectus.models.training.process import Process
+from tests.support.processes import run_group, run_process
 from tests.support.tiny_training import LENGTH, plan, tiny_dense, write_instances
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -67,31 +63,21 @@ def test_a_run_stopped_at_any_step_ends_with_bit_identical_weights_and_moments(d
     assert same(moments, moments_again)
 
 
+def killed_without_warning(folder, step):
+    """Trains in a process of its own, which kills itself after `step` (0: never)."""
+
+    def report(kind, **values):
+        if kind == "progress" and values["done"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    weights, _ = trained(Instances(folder / "instances"), folder / "work", report=report)
+    save_file(weights, folder / "end.safetensors")
+
+
 def test_a_process_killed_without_warning_goes_on_bit_identically(data, tmp_path):
-    script = textwrap.dedent(
-        """
-        import os, signal, sys
-        from pathlib import Path
-        from safetensors.torch import save_file
-        from tests.models.training.test_loop import trained
-        from eclectus.models.training.instances import Instances
-        place, kill = Path(sys.argv[1]), int(sys.argv[2])
-        def report(kind, **values):
-            if kind == "progress" and values["done"] == kill:
-                os.kill(os.getpid(), signal.SIGKILL)
-        weights, _ = trained(Instances(place / "instances"), place / "work", report=report)
-        save_file(weights, place / "end.safetensors")
-        """
-    )
-    from safetensors.torch import load_file
-
-    def process(kill):
-        command = [sys.executable, "-c", script, str(tmp_path), str(kill)]
-        return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
-
-    assert process(8) == -signal.SIGKILL
+    assert run_process(killed_without_warning, tmp_path, 8) == -signal.SIGKILL
     assert json.loads((tmp_path / "work/latest/progress.json").read_text())["step"] == 5
-    assert process(0) == 0
+    assert run_process(killed_without_warning, tmp_path, 0) == 0
     weights, _ = trained(data, tmp_path / "undisturbed")
     ended = load_file(tmp_path / "end.safetensors")
     assert all(torch.equal(weights[name], value) for name, value in ended.items())
@@ -185,29 +171,22 @@ def test_a_micro_batch_of_padding_alone_counts_for_nothing(tmp_path):
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-DDP = """
-import sys
-from pathlib import Path
-from safetensors.torch import save_file
-from eclectus.models.training.instances import Instances
-from eclectus.models.training.process import Process
-from eclectus.models.training.objectives import next_token
-from eclectus.models.training.loop import train
-from tests.support.tiny_training import plan, tiny_dense
-place = Path(sys.argv[1])
-model, here, told = tiny_dense(), Process.current(), []
-train(model, Instances(place / "instances"), next_token(("a", "b")), plan(stop=6, micro_batch=1), here, place / "work",
-      lambda kind, **values: told.append((kind, values)))
-if here.is_main:
-    import json
-    save_file(model.state_dict(), place / "ddp.safetensors")
-    (place / "told.json").write_text(json.dumps([v["values"] for k, v in told if k == "metrics"]))
-"""
+def train_in_a_group(folder):
+    """What each of two processes does; rank 0 writes the weights and the metrics."""
+    model, process, reported = tiny_dense(), Process.current(), []
+
+    def report(kind, **values):
+        if kind == "metrics":
+            reported.append(values["values"])
+
+    data, chosen = Instances(folder / "instances"), plan(stop=6, micro_batch=1)
+    train(model, data, next_token(("a", "b")), chosen, process, folder / "work", report)
+    if process.is_main:
+        save_file(model.state_dict(), folder / "ddp.safetensors")
+        (folder / "told.json").write_text(json.dumps(reported))
 
 
 def test_two_processes_equal_one(data, tmp_path):
-    from safetensors.torch import load_file
-
     told = []
     weights, _ = trained(
         data,
@@ -216,11 +195,7 @@ def test_two_processes_equal_one(data, tmp_path):
         objective=next_token(("a", "b")),
         report=lambda kind, **values: told.append(values["values"]) if kind == "metrics" else None,
     )
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path)], cwd=ROOT, env=environment, check=True, capture_output=True)
+    run_group(2, train_in_a_group, tmp_path)
     shared = load_file(tmp_path / "ddp.safetensors")
     for name, value in shared.items():
         torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6, msg=name)

@@ -26,6 +26,7 @@ from eclectus.models.training.process import Process
 from tests.support.tiny_training import LENGTH, plan, tiny_dense, write_instances
 
 ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.slow
 KILLED_AT = 7
 
 
