@@ -104,6 +104,22 @@ def _wait_for(address):
             time.sleep(0.2)
 
 
+@pytest.fixture(scope="session")
+def ray_head():
+    """One Ray for all tests of this process that need one; its workers find the tests' modules."""
+    from eclectus.tasks import ray_cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        root = str(Path(__file__).parents[1])
+        patch.setattr(ray_cluster, "WORKER_ENVIRONMENT", {**ray_cluster.WORKER_ENVIRONMENT, "PYTHONPATH": root})
+        # Ray makes its workers nice: beside other tests they would get next to nothing.
+        patch.setenv("RAY_worker_niceness", "0")
+        ray_cluster.shut_ray()
+        ray_cluster.ensure_ray()
+        yield
+        ray_cluster.shut_ray()
+
+
 @pytest.fixture
 def interrupts():
     """Sets SIGINT's handler: what stood there differs, a shell's background jobs start with it ignored."""

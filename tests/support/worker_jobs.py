@@ -5,8 +5,17 @@ import signal
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
+from eclectus.models.training.instances import Instances
+from eclectus.models.training.loop import train
+from eclectus.models.training.objectives import next_token
+from eclectus.models.training.parallel import gather
+from eclectus.models.training.process import Process
 from eclectus.storage.errors import EclectusError
+from tests.support.tiny_training import plan, tiny_dense
+
+KILLED_AT = 7
 
 
 def total(process, report, value):
@@ -20,15 +29,35 @@ def complain(process, report):
     process.barrier()
 
 
-def die_once(process, report, folder):
-    """Rank 1 is killed the first time; what was reached before is on disk, and the second try goes on from there."""
-    begun = Path(folder) / f"begun-{process.rank}"
+def train_killed_once(process, report, folder, sharded, kill):
+    """Trains a tiny model, whose weights rank 0 saves. kill: rank 1 ends itself in the middle the first time; the group goes on from a checkpoint.
+
+    Returns the steps that were trained in this attempt.
+    """
+    folder, steps = Path(folder), []
+    begun = folder / f"begun-{process.rank}"
     again = begun.exists()
     begun.touch()
     process.barrier()
-    if not again and process.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return process.sum(torch.tensor(1.0)).item(), again
+
+    def reported(kind, **values):
+        if kind == "progress":
+            steps.append(values["done"])
+            if kill and not again and process.rank == 1 and values["done"] == KILLED_AT:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    model, chosen = tiny_dense(), plan(sharded=sharded)
+    train(model, Instances(folder.parent / "instances"), next_token(), chosen, process, folder / "work", reported)
+    gather(model, process)
+    if process.is_main:
+        save_file(model.state_dict(), folder / "end.safetensors")
+    process.barrier()
+    return steps
+
+
+def train_in_a_group(folder, sharded):
+    """The same training, undisturbed and without Ray."""
+    train_killed_once(Process.current(), None, folder, sharded, kill=False)
 
 
 def find_damage(process, report):

@@ -1,39 +1,32 @@
+"""A group of Ray Train workers: one group does several jobs, and survives the death of a worker."""
+
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.ray_cluster import ensure_ray, shut_ray
+from eclectus.tasks.ray_cluster import ensure_ray
 from eclectus.tasks.training.workers import TrainWorkers
-from tests.support.worker_jobs import complain, die_once, total
-
-ROOT = Path(__file__).parents[3]
-
-pytestmark = pytest.mark.slow
+from tests.support.processes import run_group
+from tests.support.tiny_training import write_instances
+from tests.support.worker_jobs import KILLED_AT, complain, total, train_in_a_group, train_killed_once
 
 
 @pytest.fixture(scope="module")
-def group(tmp_path_factory, monkeypatch_module):
-    shut_ray()  # one that an earlier test started does not know this folder
+def group(ray_head, tmp_path_factory):
     with TrainWorkers(2, False, tmp_path_factory.mktemp("ray")) as workers:
         yield workers
-    shut_ray()
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eclectus.tasks.ray_cluster.WORKER_ENVIRONMENT", {"PYTHONPATH": str(ROOT)})
-        yield patch
 
 
 def append_to(reports):
     return lambda kind, values: reports.append((kind, values))
 
 
+@pytest.mark.slow
 def test_one_group_does_several_jobs_in_the_same_processes(group):
     reports = []
     first = group.do(total, {"value": 1}, append_to(reports))
@@ -43,11 +36,23 @@ def test_one_group_does_several_jobs_in_the_same_processes(group):
     assert ("progress", {"done": 1, "total": 1}) in reports
 
 
-def test_a_killed_worker_comes_back_and_takes_up_the_job_that_was_under_way(group, tmp_path):
-    assert group.do(die_once, {"folder": str(tmp_path)}, append_to([])) == (2.0, True)
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["copied", "sharded"])
+def test_a_killed_worker_comes_back_and_training_goes_on_to_the_bits_of_an_undisturbed_group(group, tmp_path, sharded):
+    write_instances(tmp_path / "instances")
+    for name in ("killed", "undisturbed"):
+        (tmp_path / name).mkdir()
+    steps = group.do(
+        train_killed_once, {"folder": str(tmp_path / "killed"), "sharded": sharded, "kill": True}, append_to([])
+    )
+    assert 1 < steps[0] <= KILLED_AT, "it went on from its last checkpoint"
+    run_group(2, train_in_a_group, str(tmp_path / "undisturbed"), sharded)
+    ended, expected = (load_file(tmp_path / name / "end.safetensors") for name in ("killed", "undisturbed"))
+    assert ended.keys() == expected.keys() and all(torch.equal(ended[name], expected[name]) for name in expected)
     assert group.do(total, {"value": 0}, append_to([]))[0] == 1.0
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_says_why_in_the_words_of_the_error(group):
     with pytest.raises(EclectusError, match="instances 3 and 4 are damaged; pack them again"):
         group.do(complain, {}, append_to([]))
