@@ -134,6 +134,24 @@ def test_options_of_other_commands_are_known(words, desk, monkeypatch):
         main(words)
 
 
+def test_commands_named_in_text_exist_with_their_options(capsys):
+    """`eclectus COMMAND --option ...` between backticks; capitals stand for anything."""
+    named = {}
+    for page in PAGES:
+        for text in re.findall(r"`eclectus ([a-z][^`]*)`", page.read_text("utf-8")):
+            command, *rest = text.replace("\n", " ").split()
+            options = {word for word in rest if word.startswith("--")} - {"--help", "--help-all"}
+            named.setdefault(command, set()).update(options)
+    missing = []
+    for command, options in named.items():
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help-all" if command in FLOWS else "--help"])
+        shown = capsys.readouterr().out
+        missing += [command] if end.value.code else []
+        missing += [f"{command} {option}" for option in options if option not in shown]
+    assert named and not missing
+
+
 def test_every_other_command_names_files_targets_and_options_that_exist():
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     wrong = []
