@@ -37,6 +37,7 @@ def documents(corpus: CorpusSummary) -> list[dict[str, str]]:
     return [json.loads(line) for file in corpus.files for line in file.path.read_text("utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_every_language_and_domain_has_its_file(corpus):
     assert {file.domain for file in corpus.files if file.language == "en"} == ENGLISH_DOMAINS
     assert {file.language for file in corpus.files} == set(SETTINGS.corpus_languages)
@@ -45,6 +46,7 @@ def test_every_language_and_domain_has_its_file(corpus):
     }
 
 
+@pytest.mark.slow
 def test_every_line_has_exactly_the_five_fields_and_agrees_with_its_file(corpus):
     for file in corpus.files:
         rows = [json.loads(line) for line in file.path.read_text("utf-8").splitlines()]
@@ -55,11 +57,13 @@ def test_every_line_has_exactly_the_five_fields_and_agrees_with_its_file(corpus)
             assert (row["language"], row["domain"]) == (file.language, file.domain)
 
 
+@pytest.mark.slow
 def test_ids_and_texts_are_unique(documents):
     assert len({document["id"] for document in documents}) == len(documents)
     assert len({document["text"] for document in documents}) == len(documents)
 
 
+@pytest.mark.slow
 def test_documents_are_of_natural_size(documents):
     for document in documents:
         if document["domain"] != "interface":
@@ -68,6 +72,7 @@ def test_documents_are_of_natural_size(documents):
             assert 300 <= len(document["text"].encode()) <= 16_000, document["id"]
 
 
+@pytest.mark.slow
 def test_every_document_but_code_is_identified_as_its_language(documents):
     wrong = [
         document["id"]
@@ -77,6 +82,7 @@ def test_every_document_but_code_is_identified_as_its_language(documents):
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_lines_of_translated_interface_text_are_hardly_ever_english(documents):
     lines = [
         (document["language"], line)
@@ -89,6 +95,7 @@ def test_lines_of_translated_interface_text_are_hardly_ever_english(documents):
     assert len(english) < 0.01 * len(lines), english[:5]
 
 
+@pytest.mark.slow
 def test_sizes_are_bounded_and_english_domains_balanced(corpus):
     english = [file.bytes for file in corpus.files if file.language == "en"]
     assert 5_500_000 < sum(english) < 7_500_000
@@ -103,6 +110,7 @@ def test_sizes_are_bounded_and_english_domains_balanced(corpus):
     assert by_language["tr"] > 1_400_000
 
 
+@pytest.mark.slow
 def test_sources_are_listed_with_version_licence_and_counts(corpus):
     table = (corpus.files[0].path.parent / "SOURCES").read_text("utf-8")
     for source in corpus.sources:
@@ -115,12 +123,14 @@ def test_sources_are_listed_with_version_licence_and_counts(corpus):
     assert sum(source.documents for source in corpus.sources) == corpus.documents
 
 
+@pytest.mark.slow
 def test_the_pinned_packages_are_those_that_are_read(corpus):
     pins = (Path(__file__).parents[3] / "constraints" / "corpus.txt").read_text("utf-8").splitlines()
     pinned = {tuple(line.split("==")) for line in pins if line and not line.startswith("#")}
     assert pinned == {(source.package, source.version) for source in corpus.sources if source.package != "python"}
 
 
+@pytest.mark.slow
 def test_same_packages_give_the_same_bytes_in_another_process_and_nothing_half_written(small, tmp_path):
     script = (
         "from pathlib import Path; from eclectus.tasks.corpus import CorpusSettings, write_corpus; "

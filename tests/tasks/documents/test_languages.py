@@ -165,10 +165,8 @@ def test_an_earlier_label_is_reused_for_the_same_document(run, tmp_path, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_head")
 def test_ray_workers_give_the_same_as_one_process(store, tmp_path):
-    from eclectus.tasks.ray_cluster import ensure_ray
-
-    ensure_ray()
     records = [{"text": f"{text} {i}"} for i in range(100) for text in TEXTS.values()]
     alone = label(store, tmp_path, records, language_workers=1)
     assert label(store, tmp_path, records, language_workers=2).digest == alone.digest

@@ -18,18 +18,11 @@ from eclectus.tasks.grouping.embed import EmbedSettings, embed, model_fingerprin
 from eclectus.tasks.grouping.embedding_log import Log, read_logs
 from eclectus.tasks.grouping.encoder import Encoder
 from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings, train_embedding
-from eclectus.tasks.ray_cluster import shut_ray
 from eclectus.tasks.run import Run, activate
 from tests.support.topics import TOPICS, make, topical, write_documents
 
 SMALL = StaticEmbeddingSettings(embedding_dimension=16, embedding_vocabulary=600, embedding_steps=5)
 ROWS = topical(dict.fromkeys(TOPICS, 40))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray():
-    yield
-    shut_ray()
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +142,8 @@ def test_what_is_not_finite_becomes_zero(model):
     assert (encoder.encode(["harbour sail"]) == 0).all()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_head")
 def test_a_transformer_on_two_actors_in_several_chunks(run, transformer):
     documents = write_documents(run.home.store, ROWS)
     settings = EmbedSettings(embedding_model=str(transformer), embedding_batch=8, embedding_workers=2)
@@ -168,6 +163,8 @@ def test_a_changed_model_folder_is_a_changed_input(transformer):
     assert model_fingerprint(EmbedSettings()) == {}
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_head")
 def test_a_model_that_cannot_be_loaded_is_one_clear_line(run, tmp_path):
     (tmp_path / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "no.such.Module"}]')
     with pytest.raises(EclectusError, match="cannot be loaded as a sentence-transformers model") as raised:
@@ -177,6 +174,8 @@ def test_a_model_that_cannot_be_loaded_is_one_clear_line(run, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_head")
 def test_actors_and_this_process_give_a_static_model_the_same_bits(run, model, tmp_path):
     documents = write_documents(run.home.store, ROWS)
     here = make(ArtifactStore(tmp_path / "here"), embed, documents=documents, model=model, settings=EmbedSettings())
@@ -228,7 +227,7 @@ def _finished(home):
 @pytest.mark.slow
 def test_a_run_killed_while_ray_embeds_loses_at_most_the_batch_it_was_at(tmp_path, transformer):
     home = Home.open(tmp_path / "home")
-    documents = write_documents(home.store, topical(dict.fromkeys(TOPICS, 400)))
+    documents = write_documents(home.store, topical(dict.fromkeys(TOPICS, 100)))
     command = [sys.executable, "-c", KILLED, str(home.root), documents.name, str(transformer)]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     children = []
