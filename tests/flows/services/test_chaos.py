@@ -25,7 +25,7 @@ LABELS = ["train dense warm-up", "train dense", "train lory"]
 SETTINGS = {
     "language_detector": "field", "expanded_languages": [], "embedding_steps": 2, "embedding_dimension": 16,
     "tokenizer_vocabulary": 300, "instance_tokens": 32, "lory_segment": 16, "model_width": 16, "model_layers": 1, "model_heads": 2,
-    "model_key_value_heads": 2, "model_feed_forward": 16, "lory_experts": 2, "pretrain_steps": 160, "dense_warmup": 0.3,
+    "model_key_value_heads": 2, "model_feed_forward": 16, "lory_experts": 2, "pretrain_steps": 200, "dense_warmup": 0.3,
     "pretrain_warmup_steps": 4, "lory_rewarm_steps": 4, "training_workers": 2, "training_sharded": True,
     "log_every": 2,
 }  # fmt: skip
