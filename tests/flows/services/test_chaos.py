@@ -39,12 +39,14 @@ def test_a_plan_is_the_same_for_a_seed_and_kills_everyone_before_anyone_twice():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 def test_a_sharded_job_killed_four_ways_ends_with_the_bits_of_one_left_alone_and_leaves_no_process(tmp_path):
     rows = ({"text": f"Document {n} tells of ship {n % 7} on day {n}.", "language": "en"} for n in range(120))
     (tmp_path / "documents.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "tiny.yaml").write_text(json.dumps(SETTINGS))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
+    # Beside other tests, workers that are as nice as Ray makes them (15) would hardly ever come up.
+    environment["RAY_worker_niceness"] = "0"
     done = subprocess.run(
         [sys.executable, "-m", "eclectus", "--home", tmp_path / "home", "chaos", "--flow", "pretrain", "--seed", SEED,
          "--config", tmp_path / "tiny.yaml", "--sources", tmp_path / "documents.jsonl"],
