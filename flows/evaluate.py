@@ -27,7 +27,7 @@ from eclectus.tasks.evaluation.evaluate import EvaluateSettings
 from eclectus.tasks.evaluation.evaluate import evaluate as score
 from eclectus.tasks.promotion.gate import Gate, read_gates
 from eclectus.tasks.promotion.promote import Candidate, decide
-from eclectus.tasks.report import ReportSettings, report
+from eclectus.tasks.report.report import ReportSettings, report
 
 
 @dataclass(frozen=True)

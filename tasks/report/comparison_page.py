@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from eclectus.tasks.report.chart import Chart, Dash
 from eclectus.tasks.report.compare_runs import Comparison, Measure, measure_name
-from eclectus.tasks.report.figures import FURTHER, Figure, safe
+from eclectus.tasks.report.figures import FURTHER, curve
 from eclectus.tasks.report.tables import Cell, Table
 
 COLOURS = ("#7d8ba1", "#e08a2e", "#22a38b", "#9b7fe0", *FURTHER)
-DASHES = ("solid", "dot", "dash", "dashdot")
+DASHES: tuple[Dash, ...] = ("solid", "dotted", "dashed", "dashdot")
 
 
 def write_page(comparison: Comparison, measures: list[Measure]) -> str:
@@ -34,15 +35,13 @@ def write_page(comparison: Comparison, measures: list[Measure]) -> str:
         [[Cell(measure_name(each)), *_cells(comparison, each)] for each in measures],
         note="Mean over the runs of a group; under it the standard deviation over its seeds, where it has several.",
     )  # fmt: skip
-    figures = _curves(comparison)
     return render(
         "compare.html.j2",
-        figures,
         title="Comparison of runs",
         subtitle=f"{sum(len(group.runs) for group in comparison.groups)} runs in {len(names)} groups; runs of a group differ in nothing but the seed.",
         tables=[each for each in (runs, settings, values) if each.rows],
         colours={group.name: COLOURS[number % len(COLOURS)] for number, group in enumerate(comparison.groups)},
-        figures_shown=figures,
+        curves=_curves(comparison),
     )
 
 
@@ -55,35 +54,26 @@ def _cells(comparison: Comparison, measure: Measure) -> list[Cell]:
     return cells
 
 
-def _curves(comparison: Comparison) -> list[Figure]:
-    """One figure a step's label: the curves of all runs over each other."""
-    keys = dict.fromkeys(key for group in comparison.groups for run in group.runs for key in run.curves)
-    labels = {label for label, name in keys if name == "next_token_loss"}
-    figures = []
-    for number, (label, name) in enumerate(keys):
-        if name == "loss" and label in labels:
+def _curves(comparison: Comparison) -> list[Chart]:
+    """One chart per metric of a step: the curves of all runs."""
+    keys: dict[tuple[str, str], None] = {}
+    for group in comparison.groups:
+        for run in group.runs:
+            keys |= dict.fromkeys(run.curves)
+    with_next_token = {label for label, metric in keys if metric == "next_token_loss"}
+    charts = []
+    for number, (label, metric) in enumerate(keys):
+        if metric == "loss" and label in with_next_token:
             continue
-        data: list[dict[str, Any]] = []
+        series = []
         for at, group in enumerate(comparison.groups):
-            for seed, run in enumerate(each for each in group.runs if (label, name) in each.curves):
-                points = run.curves[label, name]
-                title = safe(f"{group.name}, {run.run}")
-                data.append(
-                    {
-                        "type": "scatter", "mode": "lines" if len(points) > 1 else "markers", "name": title,
-                        "x": [step for step, _ in points], "y": [round(value, 5) for _, value in points],
-                        "line": {"color": COLOURS[at % len(COLOURS)], "width": 2, "dash": DASHES[seed % len(DASHES)]},
-                        "hovertemplate": "step %{x}: %{y:.3f}<extra>" + title + "</extra>",
-                    }
-                )  # fmt: skip
-        layout = {
-            "xaxis": {"title": {"text": "training step"}, "rangemode": "tozero"},
-            "yaxis": {"title": {"text": "nats a token"}},
-            "showlegend": True,
-            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        }
-        figures.append(Figure(f"curve-{number}", f"{label}, {name.replace('_', ' ')}", data, layout, 320, small=True))
-    return figures
+            runs = [run for run in group.runs if (label, metric) in run.curves]
+            for seed, run in enumerate(runs):
+                tint, dash = COLOURS[at % len(COLOURS)], DASHES[seed % len(DASHES)]
+                series.append(curve(f"{group.name}, {run.run}", run.curves[label, metric], tint, dash))
+        title = f"{label}, {metric.replace('_', ' ')}"
+        charts.append(Chart(f"curve-{number}", title, "lines", tuple(series), "training step", "nats per token"))
+    return charts
 
 
 def _plain(value: Any) -> str:

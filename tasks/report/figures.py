@@ -1,207 +1,179 @@
-"""The interactive figures, as plotly.js specifications in plain JSON: the page draws them, in the colours of its theme.
-
-Plotly reads a little HTML in labels, and labels come from people's documents: all are escaped here.
-"""
+"""The charts of the report: which series each one has, in which colours, and what a value says on hover."""
 
 from __future__ import annotations
 
-import html
-from dataclasses import dataclass, field
-from typing import Any
-
 from eclectus.storage.lineage.history import History
 from eclectus.tasks.documents.language_codes import language_name
-from eclectus.tasks.evaluation.scores import Scores
+from eclectus.tasks.evaluation.scores import Change, Scores
+from eclectus.tasks.report.chart import Chart, Dash, Series
 from eclectus.tasks.report.verdict import BASE, LORY, STAGE_1, STAGE_2, Comparer
 from eclectus.tasks.report.words import interval, percent
 
 COLOURS = {BASE: "#7d8ba1", LORY: "#e08a2e", STAGE_1: "#9b7fe0", STAGE_2: "#22a38b"}
-FURTHER = ("#d45c7a", "#4f9bd9", "#8fae3c", "#c98a9b")
-EARLIER = "#9aa0a3"
+FURTHER = ("#d45c7a", "#4f9bd9", "#8fae3c", "#c98a9b", "#b8863b", "#5fb7c4", "#a35fb8", "#6d7fd1")
+WARM_UP = "#9aa0a3"
 MOST_LAYERS = 6
-CELLS_WITH_NUMBERS = 8
-ROW = 30
+GROUP_DASHES: dict[str, Dash] = {"original": "solid", "expanded": "dotted"}
 
-
-@dataclass(frozen=True)
-class Figure:
-    """name: of the element on the page. small: shown beside others of its kind."""
-
-    name: str
-    title: str
-    data: list[dict[str, Any]]
-    layout: dict[str, Any] = field(default_factory=dict)
-    height: int = 320
-    small: bool = False
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        return {"data": self.data, "layout": self.layout | {"height": self.height}}
+ROUTER_CURVES = {
+    "router_entropy": "Routing entropy over training, nats",
+    "expert_utilisation": "Share of experts with a mean weight over 2/E, over training",
+    "balance_loss": "Load-balancing loss over training (1: all experts used equally)",
+    "lpr_loss": "Language-prior loss over training (low: original languages go to expert 0)",
+}
 
 
 def colour(name: str, names: list[str]) -> str:
-    """A model's colour: the same in every figure and table."""
+    """A model's colour: the same in every chart and table."""
     others = [each for each in names if each not in COLOURS]
     return COLOURS.get(name) or FURTHER[others.index(name) % len(FURTHER)]
 
 
-def by_domain(comparer: Comparer) -> list[Figure]:
+def score_charts(comparer: Comparer) -> list[Chart]:
+    """Scores by domain, by language and by position in the window."""
+    return [*by_domain(comparer), *by_language(comparer), *by_position(comparer)]
+
+
+def by_domain(comparer: Comparer) -> list[Chart]:
     """Change of bits per byte against the base by domain of the original languages, with intervals."""
-    models = [name for name in comparer.scores if name != comparer.base.name and name not in (STAGE_1, STAGE_2)]
     domains = comparer.base.values("domain", group="original")
-    data = []
-    for name in models:
-        changes = {domain: comparer.change(name, group="original", domain=domain) for domain in reversed(domains)}
-        data += _dots(name, {domain: each for domain, each in changes.items() if each}, list(comparer.scores))
-    if not data:
-        return []
+    series = []
+    for name in comparer.scores:
+        if name in (comparer.base.name, STAGE_1, STAGE_2):
+            continue
+        found = [(row, comparer.change(name, group="original", domain=domain)) for row, domain in enumerate(domains)]
+        changes = [(row, change) for row, change in found if change]
+        if changes:
+            series.append(_changes(name, changes, domains, list(comparer.scores)))
     title = f"Bits per byte by domain, against {comparer.base.name} (left is better; bars: 95% interval)"
-    return [Figure("by-domain", title, data, _dots_layout(), 90 + ROW * (len(domains) + 1))]
+    label = "change in bits per byte, percent"
+    return [Chart("by-domain", title, "dots", tuple(series), label, rows=tuple(domains))] if series else []
 
 
-def by_language(comparer: Comparer) -> list[Figure]:
+def by_language(comparer: Comparer) -> list[Chart]:
     """Bits per byte of every model in every language."""
-    languages = [
-        language for group in ("original", "expanded") for language in comparer.base.values("language", group=group)
-    ]
-    names = [safe(language_name(language)) for language in languages]
-    data = [
-        {
-            "type": "bar",
-            "name": safe(name),
-            "x": names,
-            "y": [each.bits_per_byte(language=language) for language in languages],
-            "marker": {"color": colour(name, list(comparer.scores))},
-            "hovertemplate": "%{x}: %{y:.3f} bits per byte<extra>" + safe(name) + "</extra>",
-        }
-        for name, each in comparer.scores.items()
-    ]
-    layout = {"barmode": "group", "yaxis": {"title": {"text": "bits per byte"}, "rangemode": "tozero"}, **_legend()}
-    return [Figure("by-language", "Bits per byte by language (lower is better)", data, layout, 340)]
+    codes = [code for group in ("original", "expanded") for code in comparer.base.values("language", group=group)]
+    rows = tuple(language_name(code) for code in codes)
+    series = []
+    for name, scores in comparer.scores.items():
+        found = [(row, scores.bits_per_byte(language=code)) for row, code in enumerate(codes)]
+        values = [(row, value) for row, value in found if value is not None]
+        series.append(
+            Series(
+                name,
+                colour(name, list(comparer.scores)),
+                x=tuple(value for _, value in values),
+                y=tuple(row for row, _ in values),
+                labels=tuple(f"{rows[row]}, {name}: {value:.3f} bits per byte" for row, value in values),
+            )
+        )
+    title = "Bits per byte by language (lower is better)"
+    return [Chart("by-language", title, "bars", tuple(series), "bits per byte", rows=rows)] if rows else []
 
 
-def by_position(comparer: Comparer) -> list[Figure]:
-    """Bits per byte by place in the window, original languages."""
-    data, context = [], 0
-    for name, each in comparer.scores.items():
-        original = set(each.values("language", group="original"))
+def by_position(comparer: Comparer) -> list[Chart]:
+    """Bits per byte by position in the window, original languages."""
+    series, context = [], 0
+    for name, scores in comparer.scores.items():
+        original = set(scores.values("language", group="original"))
         sums: dict[tuple[int, int], list[float]] = {}
-        for row in each.positions:
+        for row in scores.positions:
             if row["language"] in original:
                 total = sums.setdefault((row["first"], row["last"]), [0.0, 0.0])
                 total[0] += row["bits"]
                 total[1] += row["bytes"]
                 context = max(context, 0 if row["scored"] else row["last"] + 1)
-        places = sorted(sums)
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": safe(name),
-                "x": [(first + last) / 2 for first, last in places],
-                "y": [sums[place][0] / sums[place][1] for place in places],
-                "text": [f"tokens {first} to {last}" for first, last in places],
-                "line": {"color": colour(name, list(comparer.scores)), "width": 2},
-                "hovertemplate": "%{text}: %{y:.3f}<extra>" + safe(name) + "</extra>",
-            }
-        )
-    layout = {
-        "xaxis": {"title": {"text": "place in the window, tokens"}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": "bits per byte"}},
-        "shapes": [{"type": "rect", "xref": "x", "yref": "paper", "x0": 0, "x1": context, "y0": 0, "y1": 1, "line": {"width": 0}, "fillcolor": "rgba(128,128,128,0.14)"}],
-        **_legend(),
-    }  # fmt: skip
-    title = "Bits per byte by place in the window, original languages (shaded: context, which counts in no score; there Lory looks ahead)"
-    return [Figure("by-position", title, data, layout, 320)] if any(trace["x"] for trace in data) else []
+        values = {positions: bits / size for positions, (bits, size) in sorted(sums.items())}
+        labels = [f"{name}, tokens {first} to {last}: {value:.3f}" for (first, last), value in values.items()]
+        middles = tuple((first + last) / 2 for first, last in values)
+        if values:
+            tint = colour(name, list(comparer.scores))
+            series.append(Series(name, tint, middles, tuple(values.values()), tuple(labels)))
+    title = (
+        "Bits per byte by position in the window, original languages "
+        "(shaded: context, excluded from all scores; Lory's look-ahead applies there)"
+    )
+    chart = Chart(
+        "by-position", title, "lines", tuple(series), "position in the window, tokens", "bits per byte",
+        shaded=(0, context),
+    )  # fmt: skip
+    return [chart] if series else []
 
 
-def loss_curves(history: History, checkpoints: dict[str, str]) -> list[Figure]:
-    """Training loss of every model with the warm-up it came from; pre-training and extension apart. checkpoints: digests."""
-    panels: dict[str, list[dict[str, Any]]] = {"pretrain": [], "extend": []}
+def loss_curves(history: History, checkpoints: dict[str, str]) -> list[Chart]:
+    """Training loss of every model, with the warm-up that it started from; one chart each for pre-training and extension.
+
+    checkpoints: digests by model.
+    """
+    series: dict[str, list[Series]] = {"pretrain": [], "extend": []}
     drawn: set[str] = set()
     for name, digest in checkpoints.items():
-        chain = history.chain(digest)
-        for each in reversed(chain):
+        for each in reversed(history.chain(digest)):
             made, curves = history.made[each], history.curves.get(each, {})
             points = curves.get("next_token_loss") or curves.get("loss")
             own = each == digest
             earlier = made.step == "pretrain" and history.made[digest].step == "pretrain" and each not in drawn
-            if made.step in panels and points and (own or earlier):
-                tint = colour(name, list(checkpoints)) if own else EARLIER
-                panels[made.step].append(_curve(name if own else made.label, points, tint, own))
+            if made.step in series and points and (own or earlier):
+                tint = colour(name, list(checkpoints)) if own else WARM_UP
+                series[made.step].append(curve(name if own else made.label, points, tint, "solid" if own else "dotted"))
                 drawn.add(each)
     titles = {"pretrain": "Training loss, pre-training", "extend": "Training loss (next token), extension"}
-    axes = {
-        "xaxis": {"title": {"text": "training step"}, "rangemode": "tozero"},
-        "yaxis": {"title": {"text": "nats a token"}},
-        **_legend(),
-    }
     return [
-        Figure(f"loss-{panel}", titles[panel], data, axes, 320, small=True) for panel, data in panels.items() if data
+        Chart(f"loss-{step}", titles[step], "lines", tuple(found), "training step", "nats per token")
+        for step, found in series.items()
+        if found
     ]
 
 
-ROUTER_CURVES = {
-    "router_entropy": "Entropy of routing over training, nats",
-    "expert_utilisation": "Share of experts with a weight over 2/E, over training",
-    "balance_loss": "Balance loss over training (1: experts used alike)",
-    "lpr_loss": "Language-prior loss over training (low: expert 0 takes the original languages)",
-}
-
-
-def router_curves(history: History, checkpoints: dict[str, str]) -> list[Figure]:
-    """What training journalled of the routers, a figure a measure. checkpoints: digests by model."""
-    figures = []
-    for measure, title in ROUTER_CURVES.items():
-        found = {
-            name: history.curves[digest][measure]
-            for name, digest in checkpoints.items()
-            if history.curves.get(digest, {}).get(measure)
-        }
-        data = [_curve(name, points, colour(name, list(checkpoints)), True) for name, points in found.items()]
-        axes = {"xaxis": {"title": {"text": "training step"}, "rangemode": "tozero"}, "yaxis": {}, **_legend()}
-        if data:
-            figures.append(Figure(f"router-{measure.replace('_', '-')}", title, data, axes, 300, small=True))
-    return figures
-
-
-def lory_routing(scores: Scores) -> list[Figure]:
-    """Mean mixture weights by domain and expert, a map for each layer."""
-    return _maps(scores, "domain", "share", "Layer {layer}, percent", "routing-lory", group="original")
-
-
-def moe_routing(scores: Scores, slug: str) -> list[Figure]:
-    """Mean router probabilities by language and expert, a map for each layer."""
-    return _maps(scores, "language", "share", "Layer {layer}, percent", f"routing-{slug}")
-
-
-def expert_0(scores: dict[str, Scores]) -> list[Figure]:
-    """The original expert's share by layer, before and after the review: the paper's figure."""
-    data = []
-    dashes = {name: dash for name, dash in zip(reversed(list(scores)), ("solid", "dot", "dash"), strict=False)}
-    for name, each in scores.items():
-        for group, tint in (("original", COLOURS[STAGE_2]), ("expanded", COLOURS[LORY])):
-            shares = {layer: each.shares("group", layer).get(group) for layer in each.layers}
-            points = {layer: share[0] for layer, share in shares.items() if share}
+def router_curves(history: History, checkpoints: dict[str, str]) -> list[Chart]:
+    """The routers' metrics over training, one chart per metric. checkpoints: digests by model."""
+    charts = []
+    for metric, title in ROUTER_CURVES.items():
+        series = []
+        for name, digest in checkpoints.items():
+            points = history.curves.get(digest, {}).get(metric)
             if points:
-                data.append(
-                    {
-                        "type": "scatter",
-                        "mode": "lines+markers",
-                        "name": f"{group} languages, {safe(name)}",
-                        "x": list(points),
-                        "y": list(points.values()),
-                        "line": {"color": tint, "width": 2, "dash": dashes.get(name, "solid")},
-                        "hovertemplate": "layer %{x}: %{y:.3f}",
-                    }
-                )
-    layout = {
-        "xaxis": {"title": {"text": "layer"}, "dtick": 1 if len(data[0]["x"]) <= 12 else None} if data else {},
-        "yaxis": {"title": {"text": "share of expert 0"}, "range": [0, 1]},
-        **_legend(),
-    }
-    return (
-        [Figure("expert-0", "Router probability of expert 0, the original network", data, layout, 340)] if data else []
+                series.append(curve(name, points, colour(name, list(checkpoints))))
+        if series:
+            charts.append(Chart(f"router-{metric.replace('_', '-')}", title, "lines", tuple(series), "training step"))
+    return charts
+
+
+def lory_routing(scores: Scores, slug: str) -> list[Chart]:
+    """Mean mixture weights by domain and expert, one map per layer."""
+    return _maps(scores, "domain", slug, group="original")
+
+
+def moe_routing(scores: Scores, slug: str) -> list[Chart]:
+    """Mean router probabilities by language and expert, one map per layer."""
+    return _maps(scores, "language", slug)
+
+
+def expert_0(scores: dict[str, Scores], names: list[str]) -> list[Chart]:
+    """The original expert's share by layer, before and after the review: the paper's figure."""
+    series = []
+    for name, each in scores.items():
+        for group, dash in GROUP_DASHES.items():
+            shares = {layer: each.shares("group", layer).get(group) for layer in each.layers}
+            points = [(layer, share[0]) for layer, share in shares.items() if share]
+            if points:
+                series.append(curve(f"{name}, {group}", points, colour(name, names), dash, "layer"))
+    title = "Router probability of expert 0, the original network, for original and expanded languages"
+    chart = Chart(
+        "expert-0", title, "lines", tuple(series), "layer", "share of expert 0", y_range=(0, 1)
+    )  # fmt: skip
+    return [chart] if series else []
+
+
+def curve(name: str, points: list[tuple[int, float]], tint: str, dash: Dash = "solid", of: str = "step") -> Series:
+    """A series over training steps, or over what `of` names."""
+    return Series(
+        name,
+        tint,
+        x=tuple(x for x, _ in points),
+        y=tuple(y for _, y in points),
+        labels=tuple(f"{name}, {of} {x}: {y:.3f}" for x, y in points),
+        dash=dash,
     )
 
 
@@ -212,105 +184,45 @@ def shown_layers(layers: list[int]) -> list[int]:
     return [layers[round(i * (len(layers) - 1) / (MOST_LAYERS - 1))] for i in range(MOST_LAYERS)]
 
 
-def _maps(scores: Scores, label: str, field: str, title: str, slug: str, **groups: str) -> list[Figure]:
-    layers = {layer: scores.shares(label, layer, field, **groups) for layer in shown_layers(scores.layers)}
-    highest = max((max(row) for shares in layers.values() for row in shares.values()), default=1.0)
-    figures = []
-    for layer, shares in layers.items():
-        rows = list(reversed(shares))
-        named = [safe(language_name(row) if label == "language" else row) for row in rows]
-        trace = {
-            "type": "heatmap",
-            "x": [f"{expert}" for expert in range(scores.experts)],
-            "y": named,
-            "z": [[round(value, 4) for value in shares[row]] for row in rows],
-            "zmin": 0,
-            "zmax": round(highest, 4),
-            "showscale": False,
-            "xgap": 2,
-            "ygap": 2,
-            "hovertemplate": "%{y}, expert %{x}: %{z:.3f}<extra></extra>",
-        }
-        if scores.experts <= CELLS_WITH_NUMBERS:
-            trace |= {
-                "text": [[f"{100 * value:.0f}" for value in shares[row]] for row in rows],
-                "texttemplate": "%{text}",
-                "textfont": {"size": 11},
-            }
-        layout = {
-            "xaxis": {"title": {"text": "expert"}, "type": "category", "showgrid": False},
-            "yaxis": {"showgrid": False},
-        }
-        figures.append(
-            Figure(
-                f"{slug}-{layer}", title.format(layer=layer), [trace], layout, 84 + 26 * max(2, len(rows)), small=True
-            )
-        )
-    return figures
-
-
-def _dots(name: str, changes: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
-    values = [100 * each.bits for each in changes.values()]
-    return [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": safe(name),
-            "x": values,
-            "y": [safe(row) for row in changes],
-            "error_x": {
-                "type": "data",
-                "symmetric": False,
-                "array": [
-                    100 * each.bits_interval[1] - value for each, value in zip(changes.values(), values, strict=True)
-                ],
-                "arrayminus": [
-                    value - 100 * each.bits_interval[0] for each, value in zip(changes.values(), values, strict=True)
-                ],
-                "thickness": 2,
-                "width": 5,
-            },
-            "marker": {"color": colour(name, names), "size": 10},
-            "text": [
-                f"{percent(each.bits)} ({interval(each.bits_interval)}), {each.before:.3f} to {each.after:.3f}, "
-                f"{each.documents} documents"
-                for each in changes.values()
-            ],
-            "hovertemplate": "%{y}: %{text}<extra>" + safe(name) + "</extra>",
-        }
+def _changes(name: str, changes: list[tuple[int, Change]], domains: list[str], names: list[str]) -> Series:
+    labels = [
+        f"{domains[row]}, {name}: {percent(each.bits)} ({interval(each.bits_interval)}), "
+        f"{each.before:.3f} to {each.after:.3f}, {each.documents} documents"
+        for row, each in changes
     ]
+    return Series(
+        name,
+        colour(name, names),
+        x=tuple(100 * each.bits for _, each in changes),
+        y=tuple(row for row, _ in changes),
+        labels=tuple(labels),
+        intervals=tuple((100 * each.bits_interval[0], 100 * each.bits_interval[1]) for _, each in changes),
+    )
 
 
-def _dots_layout() -> dict[str, Any]:
-    return {
-        "xaxis": {
-            "title": {"text": "change of bits per byte, percent"},
-            "zeroline": True,
-            "zerolinewidth": 2,
-            "rangemode": "tozero",
-        },
-        "yaxis": {"showgrid": False},
-        **_legend(),
-    }
+def _maps(scores: Scores, label: str, slug: str, **groups: str) -> list[Chart]:
+    layers = {layer: scores.shares(label, layer, "share", **groups) for layer in shown_layers(scores.layers)}
+    highest = max((max(row) for shares in layers.values() for row in shares.values()), default=1.0)
+    charts = []
+    for layer, shares in layers.items():
+        rows = tuple(language_name(row) if label == "language" else row for row in shares)
+        series = [
+            _map_row(row, number, values)
+            for number, (row, values) in enumerate(zip(rows, shares.values(), strict=True))
+        ]
+        name, title = f"{slug}-{layer}", f"{scores.name}: layer {layer}, percent"
+        if rows:
+            charts.append(Chart(name, title, "map", tuple(series), "expert", rows=rows, highest=highest))
+    return charts
 
 
-def _curve(name: str, points: list[tuple[int, float]], tint: str, own: bool) -> dict[str, Any]:
-    """own: whether it is the training that made the model, not a stage before it."""
-    return {
-        "type": "scatter",
-        "mode": "lines" if len(points) > 1 else "markers",
-        "name": safe(name),
-        "x": [step for step, _ in points],
-        "y": [round(value, 5) for _, value in points],
-        "line": {"color": tint, "width": 2, "dash": "solid" if own else "dot"},
-        "hovertemplate": "step %{x}: %{y:.3f}<extra>" + safe(name) + "</extra>",
-    }
-
-
-def _legend() -> dict[str, Any]:
-    return {"showlegend": True, "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}}
-
-
-def safe(text: str) -> str:
-    """A label that is only a label."""
-    return html.escape(str(text))
+def _map_row(row: str, number: int, shares: list[float]) -> Series:
+    experts = range(len(shares))
+    return Series(
+        row,
+        "",
+        x=tuple(experts),
+        y=(number,) * len(shares),
+        labels=tuple(f"{row}, expert {expert}: {shares[expert]:.3f}" for expert in experts),
+        shares=tuple(shares),
+    )

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from eclectus.tasks.report import Contents
+    from eclectus.tasks.report.contents import Contents
     from eclectus.tasks.report.tables import Cell, Facts, Table
 
 _ACTIVE = re.compile(r"([\\`*_\[\]|~#!])")
@@ -20,8 +20,10 @@ def write_markdown(contents: Contents) -> str:
     parts += [f"- **{safe(tile.value)}** {safe(tile.what)} ({safe(tile.detail)})" for tile in contents.verdict.tiles]
     parts += [safe(sentence) for sentence in contents.verdict.sentences]
     parts += [f"*{safe(note)}*" for note in contents.verdict.notes]
-    parts += ["## Scores", *map(table_markdown, [*contents.gates, *contents.tables]), "![Scores](pictures/scores.png)"]
-    if contents.loss_figures:
+    parts += ["## Scores", *map(table_markdown, [*contents.gates, *contents.tables])]
+    if contents.score_charts:
+        parts += ["![Scores](pictures/scores.png)"]
+    if contents.loss_charts:
         parts += ["## Training", "![Training loss](pictures/loss.png)"]
     if contents.routing:
         parts += ["## Routing"]

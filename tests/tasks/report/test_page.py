@@ -22,7 +22,7 @@ from eclectus.tasks.evaluation.contamination import SHARE_FIELDS
 from eclectus.tasks.evaluation.evaluate import EvaluateSettings, evaluate
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.packing.tokenizer import TokenizerSettings, tokenizer
-from eclectus.tasks.report import ReportSettings, report
+from eclectus.tasks.report.report import ReportSettings, report
 from eclectus.tasks.run import Run, activate
 from eclectus.tasks.training.extend import ExtendStageSettings, extend
 from eclectus.tasks.training.pretrain import PretrainStageSettings, pretrain

@@ -1,0 +1,143 @@
+"""The report: one HTML page that opens offline: what was gained, what was forgotten, and how the models were made.
+
+    verdict     sentences and the numbers that the page opens with      tables, figures, graph    what it shows
+    contents    all of it, once for the page and its Markdown           chart, drawing            charts, drawn once for both
+    page        HTML, style and script
+
+Files: `report.html`, `report.md`, `tables.json`, `pictures/*.png`. Texts come from users' documents and models: the template escapes all
+of them, and the page's content policy blocks every request. Price: seconds, and some hundred kB.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from typing import Any
+
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from eclectus.storage.artifact import Artifact, Draft
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.lineage.history import History, read_history
+from eclectus.tasks.evaluation.scores import BootstrapSettings, Scores
+from eclectus.tasks.evaluation.task_scores import Answers
+from eclectus.tasks.report.contents import Contents, Extras, collect_contents
+from eclectus.tasks.report.drawing import draw_png
+from eclectus.tasks.report.figures import colour
+from eclectus.tasks.report.graph import draw
+from eclectus.tasks.report.markdown import write_markdown
+from eclectus.tasks.report.page import render
+from eclectus.tasks.report.verdict import Comparer
+from eclectus.tasks.run import current_run
+from eclectus.tasks.step import step
+
+
+class ReportSettings(BootstrapSettings):
+    """How the report is written."""
+
+    report_title: str = Field("Eclectus report", description="Title of the report.")
+    report_samples: int = Field(2, ge=0, description="Samples of each language that the report shows.")
+    report_left_out: list[str] = Field(
+        [], description="Models that could not be evaluated, with the reason; the flow fills this in."
+    )
+
+
+@step(makes="report", version=3)
+def report(
+    evaluations: dict[str, Artifact],
+    checkpoints: dict[str, Artifact],
+    documents: Artifact,
+    settings: ReportSettings,
+    out: Draft,
+    grouping: Artifact | None = None,
+    instances: dict[str, Artifact] | None = None,
+    benchmarks: dict[str, Artifact] | None = None,
+    contaminations: dict[str, Artifact] | None = None,
+    gates: dict[str, Artifact] | None = None,
+) -> None:
+    """Writes the report of these models: "dense", "lory", "stage 1", "stage 2" and any others by name.
+
+    benchmarks, contaminations: by model (tasks/evaluation/benchmark.py, tasks/evaluation/contamination.py).
+    gates: decisions by line (tasks/promotion/gate.py).
+    """
+    if not evaluations:
+        raise EclectusError("a report needs at least one evaluated model; evaluate a checkpoint first")
+    scores = {name: Scores.read(name, evaluation) for name, evaluation in evaluations.items()}
+    seen = {name: _seen(each) for name, each in (contaminations or {}).items() if name in scores}
+    comparer = Comparer(scores, settings.report_resamples, settings.seed, seen)
+    extras = Extras(
+        {name: Answers(name, each) for name, each in (benchmarks or {}).items() if name in scores},
+        [each.statistics for each in (gates or {}).values()],
+        settings.report_left_out,
+    )
+    given = {name: each for name, each in (instances or {}).items() if each is not None}
+    history = _history(list(checkpoints.values()))
+    contents = collect_contents(
+        comparer,
+        checkpoints,
+        documents,
+        grouping,
+        given,
+        history,
+        extras,
+        settings.report_title,
+        settings.report_samples,
+    )
+    out.file("report.html").write_text(_page(contents, checkpoints, history, list(scores)), "utf-8")
+    out.file("tables.json").write_text(json.dumps(_plain_tables(contents), ensure_ascii=False), "utf-8")
+    out.file("report.md").write_text(write_markdown(contents), "utf-8")
+    pictures = {"scores": contents.score_charts, "loss": contents.loss_charts, "routing": contents.routing_charts}
+    for name, charts in pictures.items():
+        if charts:
+            out.file(f"pictures/{name}.png").write_bytes(draw_png(charts, columns=3))
+    out.rows = len(scores)
+    out.statistics = {
+        "headline": contents.verdict.headline,
+        "verdict": contents.verdict.sentences,
+        "tiles": [asdict(tile) for tile in contents.verdict.tiles],
+        "notes": contents.verdict.notes,
+        "models": list(scores),
+    }
+
+
+def _plain_tables(contents: Contents) -> list[dict[str, Any]]:
+    """The tables of scores as rows of text, for Prefect's UI."""
+    plain = []
+    for table in [*contents.gates, *contents.tables]:
+        rows = [[f"{cell.text} {cell.small}".strip() for cell in row] for row in table.rows]
+        plain.append({"title": table.title, "rows": [dict(zip(table.head, row, strict=True)) for row in rows]})
+    return plain
+
+
+def _seen(contamination: Artifact) -> dict[tuple[str, str], float]:
+    """Shares of items seen in training, by kind and name of what was scored."""
+    rows = pq.read_table(contamination.file("shares.parquet")).to_pylist()
+    return {(row["kind"], row["name"]): row["share"] for row in rows}
+
+
+def _history(checkpoints: list[Artifact]) -> History:
+    """Empty outside a run: then the page has neither curves nor lineage."""
+    run = current_run()
+    return read_history(run.home, run.id, checkpoints) if run is not None else History()
+
+
+def _page(contents: Contents, checkpoints: dict[str, Artifact], history: History, names: list[str]) -> str:
+    values: dict[str, Any] = {each.name: getattr(contents, each.name) for each in fields(contents)}
+    lineage = draw(history.made, {checkpoint.digest: name for name, checkpoint in checkpoints.items()})
+    sections = {
+        "scores": "Scores",
+        "training": "Training" if contents.loss_charts else "",
+        "routing": "Routing" if contents.routing else "",
+        "samples": "Samples" if contents.samples else "",
+        "data": "Data and models",
+        "lineage": "Lineage" if lineage else "",
+        "settings": "Settings",
+    }
+    return render(
+        "page.html.j2",
+        **values,
+        sections=[(anchor, name) for anchor, name in sections.items() if name],
+        colours={name: colour(name, names) for name in names},
+        lineage=lineage,
+    )
