@@ -9,10 +9,11 @@
     title.remove();
   }
   function show(event) {
-    const value = event.target.dataset?.value;
-    note.hidden = !value;
-    if (!value) return;
-    note.textContent = value;
+    // Curves may cross or coincide: all values at this point are shown.
+    const under = document.elementsFromPoint(event.clientX, event.clientY);
+    const values = under.map((element) => element.dataset.value).filter(Boolean);
+    note.hidden = !values.length;
+    note.textContent = values.reverse().join("\n");
     const left = Math.min(event.clientX + 12, window.innerWidth - note.offsetWidth - 8);
     note.style.left = `${Math.max(8, left)}px`;
     note.style.top = `${Math.max(8, event.clientY - note.offsetHeight - 12)}px`;

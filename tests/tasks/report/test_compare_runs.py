@@ -1,6 +1,5 @@
 """Comparison of runs: means with their spread over seeds, settings that differ, curves over each other, reused steps included."""
 
-import json
 import re
 
 import pytest
@@ -9,7 +8,7 @@ from eclectus.flows.cli.compare import compare
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.journal import Journal
 from eclectus.tasks.report.compare_runs import compare_runs
-from tests.support.browser import BROWSER, Browser
+from tests.support.browser import BROWSER, FilePage, open_browser
 
 
 def write_run(home, run, seed, loss, k=20, reuses=None):
@@ -80,24 +79,19 @@ def test_the_command_shows_what_differs_and_the_measures_and_writes_a_page(home)
     assert set(dict.fromkeys(row[0] for row in compare(["r1"], "bits", None)[0][2][1])) == {
         "evaluate lory: bits_per_byte, language el"
     }
-    specs = json.loads(re.search(r'id="figures">(.*?)</script>', text, re.DOTALL)[1])
-    (curve,) = specs.values()
-    assert [trace["y"] for trace in curve["data"]] == [[4.0, 3.0, 2.0], [4.2, 3.2, 2.2], [3.5, 2.5, 1.5]]
-    assert len({trace["line"]["color"] for trace in curve["data"]}) == 2
+    for series, first in (("A, r1", "4.000"), ("A, r2", "4.200"), ("B, r3", "3.500")):
+        assert f"<title>{series}, step 1: {first}</title>" in text
+    assert text.count('<svg class="chart"') == 1
+    assert set(re.findall("border-color:(#......)", text)) == {"#7d8ba1", "#e08a2e"}
 
 
-if BROWSER:
-
-    @pytest.mark.parametrize("width", [390, 1440])
-    def test_in_a_real_browser_the_curves_are_drawn_and_nothing_leaves_the_page(home, tmp_path, width):
-        _, page = compare(["r1", "r2", "r3"], "", None)
-        browser = Browser(tmp_path / "profile")
-        try:
-            browser.open(page, width, "dark")
-            browser.wait("document.documentElement.dataset.drawn > 0")
-            assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-            assert not [p for m, p in browser.events if m in ("Runtime.exceptionThrown", "Log.entryAdded")]
-            requests = [p["request"]["url"] for m, p in browser.events if m == "Network.requestWillBeSent"]
-            assert [url for url in requests if not url.startswith(("file://", "data:"))] == []
-        finally:
-            browser.close()
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_in_a_real_browser_the_curves_are_drawn_and_nothing_leaves_the_page(home):
+    _, page = compare(["r1", "r2", "r3"], "", None)
+    with open_browser() as browser:
+        for width in (390, 1440):
+            shown = FilePage(browser, page, width, "dark")
+            assert shown.page.locator("svg.chart").bounding_box()["width"] > 250
+            assert shown.fits_its_width()
+            assert shown.problems == [] and shown.outside_requests() == []

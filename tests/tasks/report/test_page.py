@@ -22,12 +22,13 @@ from eclectus.tasks.evaluation.contamination import SHARE_FIELDS
 from eclectus.tasks.evaluation.evaluate import EvaluateSettings, evaluate
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.packing.tokenizer import TokenizerSettings, tokenizer
+from eclectus.tasks.report.figures import loss_curves
 from eclectus.tasks.report.report import ReportSettings, report
 from eclectus.tasks.run import Run, activate
 from eclectus.tasks.training.extend import ExtendStageSettings, extend
 from eclectus.tasks.training.pretrain import PretrainStageSettings, pretrain
 from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
-from tests.support.browser import BROWSER, Browser
+from tests.support.browser import BROWSER, FilePage, open_browser
 from tests.support.small_world import LENGTH, SEGMENT, texts
 
 HOSTILE = "<script>alert(1)</script>|<b>docs</b>"
@@ -118,12 +119,13 @@ def page(job):
 class Elements(HTMLParser):
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
-        self.tags, self.texts, self._inside = [], [], ""
+        self.tags, self.texts, self.parts, self._inside, self._attributes = [], [], [], "", {}
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        self._inside = tag
-        self.tags.append((tag, dict(attributes)))
+        self._inside, self._attributes = tag, dict(attributes)
+        self.tags.append((tag, self._attributes))
+        self.parts.append((tag, self._attributes, ""))
 
     def handle_endtag(self, tag):
         self._inside = ""
@@ -131,6 +133,7 @@ class Elements(HTMLParser):
     def handle_data(self, data):
         if self._inside not in ("script", "style"):
             self.texts.append(data)
+            self.parts.append((self._inside, self._attributes, data))
 
 
 def visible(page):
@@ -154,17 +157,28 @@ def test_the_page_reaches_for_nothing_outside_itself(page):
     assert "url(" not in style and "@import" not in style and "prefers-color-scheme: dark" in style
 
 
-def test_plotly_is_in_the_page_once(page):
-    assert len(re.findall(r"plotly\.js v\d", page)) == 1
+def test_the_page_is_small(page):
+    assert len(page.encode()) < 400_000
 
 
-def test_every_figure_has_its_place_and_its_data(page):
-    places = [attributes["id"] for _, attributes in Elements(page).tags if attributes.get("class") == "plot"]
-    specs = json.loads(re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)[1])
-    assert sorted(places) == sorted(specs)
-    assert {"by-domain", "by-language", "by-position", "loss-pretrain", "loss-extend", "expert-0"} <= set(places)
-    assert {"routing-lory-0", "routing-lory-1"} <= set(places)
-    assert all(trace.get("y") for spec in specs.values() for trace in spec["data"])
+def charts(page):
+    """By chart: the values that it shows on hover."""
+    found, name = {}, None
+    for tag, attributes, text in Elements(page).parts:
+        if tag == "figure":
+            name = attributes["id"]
+        elif tag == "title" and name:
+            found.setdefault(name, []).append(text)
+    return found
+
+
+def test_every_chart_is_on_the_page_with_its_values(page):
+    shown = charts(page)
+    assert {"by-domain", "by-language", "by-position", "loss-pretrain", "loss-extend", "expert-0"} <= set(shown)
+    assert {"routing-0-0", "routing-0-1"} <= set(shown)
+    assert all(shown.values()) and page.count('<svg class="chart"') == len(shown)
+    ids = [attributes["id"] for _, attributes in Elements(page).tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
 
 
 def test_every_section_is_there_and_the_links_lead_to_them(page):
@@ -176,7 +190,7 @@ def test_every_section_is_there_and_the_links_lead_to_them(page):
 
 def test_texts_and_names_of_documents_and_settings_are_shown_and_never_obeyed(page):
     tags = [tag for tag, _ in Elements(page).tags]
-    assert tags.count("script") == 3 and "img" not in tags
+    assert tags.count("script") == 1 and "img" not in tags
     assert "<script>alert(1)" not in page and "onerror=alert(2)>" not in page.replace("&gt;", "")
     shown = visible(page)
     assert f"A report on {HOSTILE}" in shown
@@ -200,15 +214,18 @@ def test_pictures_lie_beside_the_page(job):
 
 
 def test_loss_curves_are_those_that_training_journalled(job, page):
-    specs = json.loads(re.search(r'id="figures">(.*?)</script>', page, re.DOTALL)[1])
-    pretraining = {trace["name"]: trace for trace in specs["loss-pretrain"]["data"]}
-    assert set(pretraining) == {"dense", "lory", "train warmup"}
-    assert pretraining["train warmup"]["x"] == [1, 2]
-    assert pretraining["dense"]["x"] == pretraining["lory"]["x"] == [3, 4, 5, 6, 7, 8]
+    models = {name: checkpoint.digest for name, checkpoint in job["checkpoints"].items()}
     history = read_history(job["home"], "first", list(job["checkpoints"].values()))
-    journalled = history.curves[job["checkpoints"]["lory"].digest]["loss"]
-    assert pretraining["lory"]["y"] == [round(value, 5) for _, value in journalled]
-    assert [trace["name"] for trace in specs["loss-extend"]["data"]] == ["stage 1", "stage 2"]
+    pretrain, extend = loss_curves(history, models)
+    series = {each.name: each for each in pretrain.series}
+    assert set(series) == {"dense", "lory", "train warmup"}
+    assert series["train warmup"].x == (1, 2) and series["train warmup"].dash == "dotted"
+    assert series["dense"].x == series["lory"].x == (3, 4, 5, 6, 7, 8)
+    journalled = history.curves[models["lory"]]["loss"]
+    assert list(zip(series["lory"].x, series["lory"].y, strict=True)) == journalled
+    assert [each.name for each in extend.series] == ["stage 1", "stage 2"]
+    shown = charts(page)["loss-pretrain"]
+    assert all(f"lory, step {step}: {value:.3f}" in shown for step, value in journalled)
 
 
 def test_a_later_run_reuses_everything_and_finds_the_same_history(job):
@@ -362,28 +379,46 @@ def test_no_evaluation_at_all_is_an_error(job):
         report.function({}, {}, job["documents"], ReportSettings(), draft)
 
 
-if BROWSER:
-
-    @pytest.fixture(scope="module")
-    def browser(tmp_path_factory):
-        opened = Browser(tmp_path_factory.mktemp("profile"))
+@pytest.fixture(scope="module")
+def browser():
+    with open_browser() as opened:
         yield opened
-        opened.close()
 
-    @pytest.mark.parametrize("width", [390, 1440])
-    @pytest.mark.parametrize("scheme", ["light", "dark"])
-    def test_in_a_real_browser_every_figure_is_drawn_and_nothing_leaves_the_page(job, browser, width, scheme):
-        browser.events.clear()
-        browser.open(job["page"].file("report.html"), width, scheme)
-        browser.wait("document.documentElement.dataset.drawn > 0")
-        browser.wait(
-            "[...document.querySelectorAll('.plot')].every(place => place.querySelector('.trace, .hm image'))", 20
-        )
-        assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-        paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert paper == ("rgb(20, 24, 26)" if scheme == "dark" else "rgb(251, 251, 249)")
-        named = [(method, parameters) for method, parameters in browser.events]
-        assert not [p for m, p in named if m in ("Runtime.exceptionThrown", "Log.entryAdded")]
-        assert not [p for m, p in named if m == "Runtime.consoleAPICalled" and p["type"] in ("error", "warning")]
-        requests = [p["request"]["url"] for m, p in named if m == "Network.requestWillBeSent"]
-        assert [url for url in requests if not url.startswith(("file://", "data:"))] == []
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_real_browser_every_chart_is_drawn_and_nothing_leaves_the_page(job, browser, width, scheme):
+    shown = FilePage(browser, job["page"].file("report.html"), width, scheme)
+    sizes = shown.page.eval_on_selector_all(
+        "svg.chart", "charts => charts.map(chart => [chart.clientWidth, chart.clientHeight])"
+    )
+    assert sizes and all(wide > 250 and high > 50 for wide, high in sizes)
+    assert shown.fits_its_width()
+    paper = shown.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == ("rgb(20, 24, 26)" if scheme == "dark" else "rgb(251, 251, 249)")
+    label = shown.page.evaluate("getComputedStyle(document.querySelector('.chart text')).fill")
+    assert label == shown.page.evaluate(
+        "(() => { document.body.style.color = 'var(--soft)'; return getComputedStyle(document.body).color; })()"
+    )
+    assert shown.problems == [] and shown.outside_requests() == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_in_a_real_browser_a_value_is_shown_under_the_pointer(job, browser):
+    shown = FilePage(browser, job["page"].file("report.html"), 1440)
+    # Another model's curve may cover it; then both values are shown.
+    shown.page.hover("#loss-pretrain .values circle >> nth=0", force=True)
+    assert re.match(r"dense, step 3: \d\.\d{3}(\n|$)", shown.page.inner_text("output.value"))
+    shown.page.hover("h1")
+    assert shown.page.is_hidden("output.value")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_without_javascript_the_charts_and_their_values_are_there(job, browser):
+    shown = FilePage(browser, job["page"].file("report.html"), 390, script=False)
+    assert shown.page.locator("svg.chart").count() == shown.page.locator("figure").count()
+    assert shown.page.locator("#loss-pretrain .values title").first.text_content().startswith("dense, step 3: ")
