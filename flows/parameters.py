@@ -31,8 +31,8 @@ from eclectus.tasks.packing.pack import PackSettings
 from eclectus.tasks.packing.replay import ReplaySettings
 from eclectus.tasks.packing.tokenizer import TokenizerSettings
 from eclectus.tasks.promotion.new_documents import NewsSettings, RefreshSettings
-from eclectus.tasks.report.report import ReportSettings
 from eclectus.tasks.report.data_report import DataReportSettings
+from eclectus.tasks.report.report import ReportSettings
 from eclectus.tasks.settings import BASIC, Settings, parse_settings
 from eclectus.tasks.training.add_experts import AddExpertsSettings
 from eclectus.tasks.training.extend import ExtendSettings, MethodSettings, PostPretrainSettings, ReviewSettings

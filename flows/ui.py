@@ -5,7 +5,6 @@ page what it decided, links to its reports and to Ray's dashboard, and a table o
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 import re
@@ -39,6 +38,9 @@ from eclectus.flows.services.server import PAGES
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.connection import connect
+from eclectus.tasks.report.chart import Chart
+from eclectus.tasks.report.drawing import draw_png
+from eclectus.tasks.report.figures import CURVE_COLOUR, curve
 from eclectus.tasks.run import Run, current_run
 
 SECONDS_BETWEEN_UPDATES = 3.0
@@ -160,18 +162,8 @@ def _pictures(label: str, output: Artifact) -> list[tuple[str, bytes]]:
 
 
 def _curve(label: str, points: list[tuple[int, float]]) -> bytes:
-    # The canvas of its own, not pyplot: no global state, no display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure((7, 3), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.plot(*zip(*points, strict=True))
-    axes.set(title=label, xlabel="training step", ylabel="loss")
-    file = io.BytesIO()
-    figure.savefig(file, dpi=100, facecolor="white")
-    return file.getvalue()
+    series = curve(label, points, CURVE_COLOUR)
+    return draw_png([Chart("loss", label, "lines", (series,), "training step", "loss")])
 
 
 def _slug(label: str) -> str:

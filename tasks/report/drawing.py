@@ -49,7 +49,12 @@ def draw_svg(chart: Chart) -> Markup:
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     root = ET.fromstring(file.getvalue())
     _clean(root, chart.name)
-    root.attrib = {"class": "chart", "role": "img", "aria-label": shorten(chart.title, 200), "viewBox": root.attrib["viewBox"]}
+    root.attrib = {
+        "class": "chart",
+        "role": "img",
+        "aria-label": shorten(chart.title, 200),
+        "viewBox": root.attrib["viewBox"],
+    }
     root.append(_hover_shapes(chart, axes, figure.bbox.height))
     # Safe: ElementTree escapes every label.
     return Markup(ET.tostring(root, encoding="unicode"))

@@ -12,6 +12,7 @@ from eclectus.tasks.report.words import interval, percent
 COLOURS = {BASE: "#7d8ba1", LORY: "#e08a2e", STAGE_1: "#9b7fe0", STAGE_2: "#22a38b"}
 FURTHER = ("#d45c7a", "#4f9bd9", "#8fae3c", "#c98a9b", "#b8863b", "#5fb7c4", "#a35fb8", "#6d7fd1")
 WARM_UP = "#9aa0a3"
+CURVE_COLOUR = COLOURS[STAGE_2]
 MOST_LAYERS = 6
 GROUP_DASHES: dict[str, Dash] = {"original": "solid", "expanded": "dotted"}
 

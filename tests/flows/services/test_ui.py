@@ -19,12 +19,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from playwright.sync_api import Error, JSHandle, Page, TimeoutError
 
 from eclectus.flows.parameters import PARAMETERS
 from eclectus.flows.services.background import free_port
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import query
-from tests.support.browser import BROWSER, Browser
+from tests.support.browser import BROWSER, HEIGHT, open_browser
 from tests.support.small_world import LENGTH, make_world, texts
 
 ROOT = Path(__file__).parents[3]
@@ -68,12 +69,15 @@ def elements(kinds: str, text: str) -> str:
 class Person:
     """Someone at a browser."""
 
-    browser: Browser
+    page: Page
     ui: str
     pictures: Path
 
     def goes_to(self, address: str, width: int = 1440) -> None:
-        self.browser.open(self.ui + address, width)
+        # A page of Prefect's may hang when its size changes.
+        self.page.goto("about:blank")
+        self.page.set_viewport_size({"width": width, "height": HEIGHT})
+        self.page.goto(self.ui + address)
 
     def clicks(self, kinds: str, text: str) -> None:
         self._clicks(f"{elements(kinds, text)}[0]")
@@ -81,26 +85,26 @@ class Person:
     def opens_run(self, name: str) -> None:
         """A list that is being filled may move under the mouse; the page that comes then lists the run too."""
         there, end = "location.pathname.includes('/flow-run/')", time.monotonic() + PATIENCE
-        while not self.browser.evaluate(there):
+        while not self.page.evaluate(there):
             assert time.monotonic() < end, f"the page of the run {name} never came"
             self.clicks("a", name)
-            with contextlib.suppress(AssertionError):
-                self.browser.wait(there, 10)
+            with contextlib.suppress(TimeoutError):
+                self.page.wait_for_function(there, timeout=10_000)
 
     def sees(self, *texts: str) -> None:
         for text in texts:
             self.waits(f"document.body.innerText.includes({json.dumps(text)})")
 
     def waits(self, expression: str):
-        with self._picture_when_lost():
-            return self.browser.wait(expression, PATIENCE)
+        """What the expression gives as soon as that is true; while a page is being built it may fail."""
+        return self._finds(expression).json_value()
 
     def chooses_tab(self, name: str, until: str) -> None:
         """until: true when the tab shows what it should. A page that is still loading goes back to its first tab."""
         chosen = "document.querySelector('[role=tabpanel]')?.getAttribute('aria-labelledby')"
         end = time.monotonic() + PATIENCE
-        while not self.browser.evaluate(until):
-            if self.browser.evaluate(chosen) != name.lower().replace(" ", "-"):
+        while not self.page.evaluate(until):
+            if self.page.evaluate(chosen) != name.lower().replace(" ", "-"):
                 self.clicks("[role=tablist] li", name)
             with self._picture_when_lost():
                 assert time.monotonic() < end, f"the page never came to: {until}"
@@ -123,8 +127,8 @@ class Person:
     def _types(self, element: str, value: str) -> None:
         """Replaces what is in a field."""
         self._clicks(element)
-        self.browser.press("a", 65, modifiers=2, commands=["selectAll"])
-        self.browser.type(value)
+        self.page.keyboard.press("Control+a")
+        self.page.keyboard.type(value)
         self.waits(f"{element}.value == {json.dumps(value)}")
 
     def strikes_out(self, label: str, value: str) -> None:
@@ -136,18 +140,30 @@ class Person:
 
     def keeps_picture(self, name: str) -> None:
         """Of what is in view, when it has been drawn."""
-        self.browser.call("Runtime.evaluate", expression=TWO_FRAMES, awaitPromise=True)
-        self.browser.screenshot(self.pictures / f"{name}.png")
+        self.page.evaluate(TWO_FRAMES)
+        self.page.screenshot(path=self.pictures / f"{name}.png")
+
+    def _finds(self, expression: str) -> JSHandle:
+        with self._picture_when_lost():
+            return self.page.wait_for_function(
+                f"() => {{ try {{ return {expression} }} catch {{ return null }} }}", timeout=PATIENCE * 1000
+            )
 
     def _clicks(self, element: str) -> None:
-        with self._picture_when_lost():
-            self.browser.click(element, PATIENCE)
+        """Finds it anew when the page draws it anew under the mouse."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self._finds(element).as_element().click(timeout=10_000)
+            except Error as error:
+                with self._picture_when_lost():
+                    assert time.monotonic() < end, f"{element} could not be clicked: {error}"
 
     @contextlib.contextmanager
     def _picture_when_lost(self):
         try:
             yield
-        except AssertionError:
+        except (AssertionError, TimeoutError):
             self.keeps_picture("lost")
             raise
 
@@ -207,9 +223,8 @@ def person(factory, tmp_path_factory):
     kept = os.environ.get("ECLECTUS_SCREENSHOTS")
     pictures = Path(kept) if kept else tmp_path_factory.mktemp("screenshots")
     pictures.mkdir(parents=True, exist_ok=True)
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield Person(browser, factory.notes["ui"], pictures)
-    browser.close()
+    with open_browser() as browser:
+        yield Person(browser.new_page(), factory.notes["ui"], pictures)
 
 
 def test_up_prints_one_line_with_the_address_where_all_deployments_are(factory, person):
@@ -228,7 +243,7 @@ def test_up_prints_one_line_with_the_address_where_all_deployments_are(factory, 
 def test_every_field_of_the_form_explains_itself_and_has_a_working_default(person):
     model = PARAMETERS["extend"]
     opens_the_form(person)
-    shown = person.browser.evaluate(SHOWN)
+    shown = person.page.evaluate(SHOWN)
     assert [label for label, _, _ in shown] == [name.replace("_", " ").title() for name in model.in_order()]
     assert [label for label, _, _ in shown][:2] == ["Sources", "Base Model"]
     for name, (_, explained, values) in zip(model.in_order(), shown, strict=True):
@@ -262,14 +277,14 @@ def test_a_run_is_watched_and_cancelled_with_all_its_processes_within_30_seconds
     person.chooses_tab("Task Runs", f"{elements('a', 'train stage 1')}.length")
     person.sees("fetch", "upcycle")
     person.keeps_picture("4-steps")
-    page = person.browser.evaluate("location.pathname")
+    page = person.page.evaluate("location.pathname")
     person.opens_artifact("train-stage-1-progress")
     first = float(person.waits(PROGRESS))
     # Prefect's page of an artifact does not renew itself; the ring in the run's graph does.
     end = time.monotonic() + PATIENCE
     while (later := float(person.waits(PROGRESS))) <= first:
         assert time.monotonic() < end, f"the progress stays at {first}"
-        person.browser.call("Page.reload")
+        person.page.reload()
     assert later < 100
     person.keeps_picture("5-progress")
 
@@ -305,7 +320,7 @@ def test_a_copy_of_it_with_fewer_steps_goes_on_and_ends_with_tables_pictures_and
     person.clicks("button", "Submit")
     person.opens_run("Short")
     person.waits(f"{elements('header', 'Completed')}.length")
-    page = person.browser.evaluate("location.pathname")
+    page = person.page.evaluate("location.pathname")
 
     person.chooses_tab("Artifacts", f"{elements('a', 'ray-dashboard')}.length")
     person.keeps_picture("8-artifacts")
@@ -320,10 +335,10 @@ def test_a_copy_of_it_with_fewer_steps_goes_on_and_ends_with_tables_pictures_and
     person.opens_artifact("open-data-report")
     person.waits(f"{elements('a', 'open data_report')}.length")
     # The browser would open another tab, which this one does not see.
-    person.browser.evaluate(f"{elements('a', 'open data_report')}[0].removeAttribute('target')")
+    person.page.evaluate(f"{elements('a', 'open data_report')}[0].removeAttribute('target')")
     person.clicks("a", "open data_report")
     person.sees(f"{len(texts())} records read")
-    assert person.browser.evaluate("location.pathname").endswith("/data.html")
+    assert person.page.evaluate("location.pathname").endswith("/data.html")
     person.keeps_picture("11-report")
     assert factory.runs() == [("extend", "cancelled"), ("extend", "completed")]
 
