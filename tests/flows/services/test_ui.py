@@ -145,8 +145,11 @@ class Person:
 
     def _finds(self, expression: str) -> JSHandle:
         with self._picture_when_lost():
+            # Asked in every frame, a long expression would leave the page no time to build itself.
             return self.page.wait_for_function(
-                f"() => {{ try {{ return {expression} }} catch {{ return null }} }}", timeout=PATIENCE * 1000
+                f"() => {{ try {{ return {expression} }} catch {{ return null }} }}",
+                timeout=PATIENCE * 1000,
+                polling=200,
             )
 
     def _clicks(self, element: str) -> None:
