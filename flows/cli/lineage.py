@@ -1,7 +1,6 @@
-"""The commands that ask the books, and keep them: sql, runs, lineage, trace, diff, why, bundle, openlineage,
-verify, keep, gc, compact.
+"""The lineage commands: sql, runs, lineage, trace, diff, why, bundle, openlineage, verify, keep, gc, compact.
 
-Each prints a table, or one JSON object a row with `--json`. Nothing here writes into a home but `keep`, `gc --yes` and `compact`.
+Each prints a table, or one JSON object per row with `--json`. Only `keep`, `gc --yes` and `compact` write into a home.
 """
 
 from __future__ import annotations
@@ -17,21 +16,22 @@ from eclectus.storage.errors import EclectusError
 if TYPE_CHECKING:
     from eclectus.storage.home import Home
 
+# Help text of every argument that takes a run.
+RUN_HELP = "run: an id as in `runs` or a unique start of one, 'last', or 'last~1' for the one before"
 LATEST = 10
 
 
-def add_books(commands: Any) -> None:
+def add_lineage_commands(commands: Any) -> None:
     """Adds the commands to the command line's sub-parsers."""
 
     def add(name: str, act: Callable[[Any], None], help_text: str, **positional: str) -> argparse.ArgumentParser:
         part = commands.add_parser(name, help=help_text, description=help_text)
         for word, meaning in positional.items():
             part.add_argument(word, help=meaning)
-        part.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
+        part.add_argument("--json", action="store_true", help="one JSON object per row instead of a table")
         part.set_defaults(act=act)
         return part
 
-    run = "run, as in `runs`, or 'last'"
     artifact = "artifact: KIND-DIGITS as in `artifacts`, a digest or the start of one; or file-DIGITS of a source"
     add("sql", _sql, "query the lineage with DuckDB SQL", query='as "from runs order by started desc limit 5"')
     runs = add("runs", _runs, "the latest runs")
@@ -40,27 +40,27 @@ def add_books(commands: Any) -> None:
     add(
         "trace", _trace, "what holds a document, and what was made from that", document="document's id, or its own name"
     )
-    add("diff", _diff, "what differs between two runs", run_a=run, run_b=run)
-    add("why", _why, "why a step ran again, or why not", run=run, step="step or label, as in `steps`")
-    verify = add("verify", _verify, "hash every artifact and journal again and name what changed")
-    verify.add_argument("names", nargs="*", help="artifacts to look at (default: all, and the journals)")
-    bundle = add("bundle", _bundle, "write one DuckDB file with a run and all that it was made from", run=run)
+    add("diff", _diff, "what differs between two runs", run_a=RUN_HELP, run_b=RUN_HELP)
+    add("why", _why, "why a step ran again, or was reused", run=RUN_HELP, step="step or label, as in `steps`")
+    verify = add("verify", _verify, "hash every artifact and journal again and report what changed")
+    verify.add_argument("names", nargs="*", help="artifacts to verify (default: all, and the journals)")
+    bundle = add("bundle", _bundle, "write one DuckDB file with a run and all that it was made from", run=RUN_HELP)
     bundle.add_argument("place", nargs="?", metavar="OUT", help="the file (default: RUN.duckdb here)")
     bundle.add_argument("-o", "--out", help="the same")
     events = add(
         "openlineage", _openlineage, "send runs as OpenLineage events to OPENLINEAGE_URL, or write them to a file"
     )
-    events.add_argument("runs", nargs="+", metavar="RUN", help=run)
-    events.add_argument("-o", "--out", help="the file, one event a line (default: send them)")
+    events.add_argument("runs", nargs="+", metavar="RUN", help=RUN_HELP)
+    events.add_argument("-o", "--out", help="the file, one event per line (default: send them)")
     events.add_argument("--namespace", default="eclectus", help="of jobs and data sets (default: eclectus)")
-    keep = add("keep", _keep, "keep what a run needs from `gc`, or keep it no longer", run=run)
-    keep.add_argument("--release", action="store_true", help="keep it no longer")
-    gc = add("gc", _gc, "show what no kept run and no champion needs; with --yes, free it")
+    keep = add("keep", _keep, "exclude what a run needs from `gc`, or no longer", run=RUN_HELP)
+    keep.add_argument("--release", action="store_true", help="no longer exclude it")
+    gc = add("gc", _gc, "show what no kept run and no champion needs; with --yes, delete it")
     gc.add_argument(
         "--runs", type=_count, default=LATEST, help=f"how many of the latest runs count as kept (default: {LATEST})"
     )
-    gc.add_argument("--yes", action="store_true", help="free what is shown")
-    add("compact", _compact, "turn finished journals into Parquet now; runs do a little of it at their end")
+    gc.add_argument("--yes", action="store_true", help="delete what is shown")
+    add("compact", _compact, "convert finished journals to Parquet now; each run does a little of it at its end")
 
 
 def _sql(chosen: argparse.Namespace) -> None:
@@ -70,7 +70,7 @@ def _sql(chosen: argparse.Namespace) -> None:
 
 
 def _runs(chosen: argparse.Namespace) -> None:
-    _ask(
+    _print_query(
         chosen,
         "select run, flow, state, started, seconds, code_version, host, error from runs order by started desc limit ?",
         [chosen.limit],
@@ -87,15 +87,16 @@ def _lineage(chosen: argparse.Namespace) -> None:
 
 
 def _trace(chosen: argparse.Namespace) -> None:
-    if not _ask(chosen, "from trace(?)", [chosen.document], silent=True):
+    if not _print_query(chosen, "from trace(?)", [chosen.document], silent=True):
         raise EclectusError(f"no document that is kept here is called '{chosen.document}'; expected an id or a name")
 
 
 def _diff(chosen: argparse.Namespace) -> None:
     from eclectus.storage.lineage.connection import connect
+    from eclectus.storage.lineage.runs import find_run
 
     with connect(_home()) as connection:
-        runs = [_run(connection, name) for name in (chosen.run_a, chosen.run_b)]
+        runs = [find_run(connection, name) for name in (chosen.run_a, chosen.run_b)]
         answer = connection.execute("from difference(?, ?)", runs)
         names, rows = [column[0] for column in answer.description], answer.fetchall()
     print_rows(names, rows, chosen.json)
@@ -103,11 +104,13 @@ def _diff(chosen: argparse.Namespace) -> None:
 
 def _why(chosen: argparse.Namespace) -> None:
     from eclectus.storage.lineage.connection import connect
+    from eclectus.storage.lineage.runs import find_run
 
     with connect(_home()) as connection:
-        run = _run(connection, chosen.run)
+        run = find_run(connection, chosen.run)
         answer = connection.execute(
-            "select label, state, reason, key, seconds from steps where run = ? and (label = ? or name = ? or step = ?) order by started",
+            "select label, state, reason, key, seconds from steps "
+            "where run = ? and (label = ? or name = ? or step = ?) order by started",
             [run, chosen.step, chosen.step, chosen.step],
         )
         names, rows = [column[0] for column in answer.description], answer.fetchall()
@@ -150,10 +153,11 @@ def _bundle(chosen: argparse.Namespace) -> None:
 
     from eclectus.storage.lineage.bundle import bundle
     from eclectus.storage.lineage.connection import connect
+    from eclectus.storage.lineage.runs import find_run
 
     home = _home()
     with connect(home) as connection:
-        run = _run(connection, chosen.run)
+        run = find_run(connection, chosen.run)
     out = bundle(home, run, Path(chosen.out or chosen.place or f"{run}.duckdb"))
     if chosen.json:
         print(json.dumps({"run": run, "bundle": str(out), "bytes": out.stat().st_size}))
@@ -166,10 +170,11 @@ def _openlineage(chosen: argparse.Namespace) -> None:
 
     from eclectus.storage.lineage.connection import connect
     from eclectus.storage.lineage.openlineage import export
+    from eclectus.storage.lineage.runs import find_run
 
     home = _home()
     with connect(home) as connection:
-        runs = [_run(connection, name) for name in chosen.runs]
+        runs = [find_run(connection, name) for name in chosen.runs]
     count = export(home, runs, Path(chosen.out) if chosen.out else None, chosen.namespace)
     if chosen.json:
         print(json.dumps({"runs": runs, "events": count, "out": chosen.out}))
@@ -181,10 +186,11 @@ def _keep(chosen: argparse.Namespace) -> None:
     from eclectus.storage.home import Home
     from eclectus.storage.lineage.connection import connect
     from eclectus.storage.lineage.garbage import keep
+    from eclectus.storage.lineage.runs import find_run
 
     home = Home.open()
     with connect(home) as connection:
-        run = _run(connection, chosen.run)
+        run = find_run(connection, chosen.run)
     keep(home, run, not chosen.release)
     if chosen.json:
         print(json.dumps({"run": run, "kept": not chosen.release}))
@@ -218,17 +224,17 @@ def _count(text: str) -> int:
 
 def _compact(chosen: argparse.Namespace) -> None:
     from eclectus.storage.home import Home
-    from eclectus.storage.lineage.compact import settle
+    from eclectus.storage.lineage.compact import compact_and_clean_up
 
-    done = settle(Home.open())
+    done = compact_and_clean_up(Home.open())
     for bad in done.rejected:
-        print(f"journal {bad['file']}, line {bad['line']} set apart: {bad['why']}", file=sys.stderr)
+        print(f"journal {bad['file']}, line {bad['line']} quarantined: {bad['why']}", file=sys.stderr)
     row = {"journals": done.journals, "rows": done.rows, "merged": done.merged, "rejected": len(done.rejected)}
     print_rows(list(row), [list(row.values())], chosen.json)
 
 
-def _ask(chosen: argparse.Namespace, sql: str, values: list[Any], silent: bool = False) -> int:
-    """Prints what a query gives and returns the number of rows. silent: prints nothing where there is none."""
+def _print_query(chosen: argparse.Namespace, sql: str, values: list[Any], silent: bool = False) -> int:
+    """Prints the rows of a query and returns their number. silent: prints nothing where there are none."""
     from eclectus.storage.lineage.connection import connect
 
     with connect(_home()) as connection:
@@ -239,19 +245,6 @@ def _ask(chosen: argparse.Namespace, sql: str, values: list[Any], silent: bool =
     return len(rows)
 
 
-def _run(connection: Any, name: str) -> str:
-    """A run's id, from an id, the unmistakable start of one, or 'last'. Raises EclectusError when there is no such run."""
-    sql = "select run from runs where ? = 'last' or starts_with(run, ?) order by run = ? desc, started desc limit 2"
-    found = [run for (run,) in connection.execute(sql, [name, name, name]).fetchall()]
-    if not found:
-        raise EclectusError(f"there is no run '{name}'; see: eclectus runs")
-    if len(found) > 1 and name not in ("last", found[0]):
-        raise EclectusError(
-            f"'{name}' is the start of several runs, such as {found[0]} and {found[1]}; write more of it"
-        )
-    return found[0]
-
-
 def _home() -> Home:
     from eclectus.storage.home import Home
 
@@ -259,7 +252,7 @@ def _home() -> Home:
 
 
 def print_rows(names: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool) -> None:
-    """Prints a table, or one JSON object a row; a pipe gets every column whole."""
+    """Prints a table, or one JSON object per row; a pipe gets every column whole."""
     if as_json:
         for row in rows:
             print(json.dumps(dict(zip(names, row, strict=True)), default=str, ensure_ascii=False))
@@ -270,6 +263,6 @@ def print_rows(names: Sequence[str], rows: Sequence[Sequence[Any]], as_json: boo
     table = Table(*names, box=None, header_style="bold", pad_edge=False)
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row))
-    # A pipe has no width: cutting columns there would lose what a script reads.
+    # A pipe has no width: truncated columns would lose what a script reads.
     width = None if sys.stdout.isatty() else 100_000
     Console(highlight=False, markup=False, width=width).print(table)

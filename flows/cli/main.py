@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eclectus.flows.cli.checkpoints import add_checkpoint_commands
-from eclectus.flows.cli.lineage import add_books, print_rows
+from eclectus.flows.cli.lineage import add_lineage_commands, print_rows
 from eclectus.flows.cli.options import HELP_ALL, add_config, add_settings, read_parameters
 from eclectus.flows.cli.promotion import add_promotion_commands
 from eclectus.storage.errors import EclectusError
@@ -172,7 +172,7 @@ def make_parser(command: str | None = None, show_all: bool = False) -> argparse.
     chaos.add_argument(
         "--kills", type=int, default=4, help="number of kills; any four in a row are of different kinds (default: 4)"
     )
-    add_books(commands)
+    add_lineage_commands(commands)
     parser.epilog = commands.listing() + "\n\neclectus COMMAND --help describes a command."
     return parser
 

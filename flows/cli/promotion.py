@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from eclectus.flows.cli.lineage import RUN_HELP
+
 PrintRows = Callable[[list[str], list[tuple[Any, ...]], bool], None]
 
 
@@ -43,7 +45,7 @@ def add_promotion_commands(add: Callable[..., argparse.ArgumentParser], print_ro
     compare = add(
         "compare", show_comparison, "runs beside each other: what differs, measures with their spread, curves"
     )
-    compare.add_argument("runs", nargs="+", help="runs, as in `runs`, the start of a name, 'last' or 'last~1'")
+    compare.add_argument("runs", nargs="+", help=RUN_HELP)
     compare.add_argument("--measure", default="", metavar="WORDS", help="only measures whose name holds these words")
     compare.add_argument("-o", "--out", help="the page to write (default: compare.html in the home)")
     compare.add_argument("--json", action="store_true", help="one JSON object a row instead of tables")

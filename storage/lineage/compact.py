@@ -1,13 +1,14 @@
 """Compaction: the journals of finished processes become Parquet, in levels, while everyone goes on reading and writing.
 
-A journal is finished when the lock that its writer held is free (the process ended, or died); where another machine wrote it or
-locks are not to be had, when its run has ended and it has not grown for a day. Finished journals become one Parquet part of level 1; when there
-are MANY parts of a level, they become one of the next. A part is written beside and renamed into place, and named
-`LEVEL-TIME-DIGEST.parquet` after its own bytes, so that `verify` needs nothing else. What it replaces stays for GRACE seconds;
-connections of ours do not list it from half of them on (`replaced`), so none has listed a file that goes before it opens it. Views take each
-journal from the highest part only, so nothing is counted twice. Lines that cannot be read are set apart under `journal/rejected/`, with their number and why.
+A journal is finished when the lock that its writer held is free (the process ended, or died); where another machine wrote
+it or locks do not work, when its run has ended and it has not grown for a day. Finished journals become one Parquet part
+of level 1; when there are MANY parts of a level, they become one of the next. A part is written to a temporary path and
+renamed to `LEVEL-TIME-DIGEST.parquet`, after its own bytes, so that `verify` needs nothing else.
+Replaced files are deleted after GRACE s; our connections stop listing them after GRACE/2 (`replaced`), so no listed file
+vanishes before it is opened. Views take each journal from its highest part only, so nothing is counted twice. Lines that
+cannot be read are quarantined in `journal/rejected/`, with their number and the reason.
 On an object store journals stay as they are; each machine compacts its own copy of them, and keeps it.
-Price: 1,000,000 steps of 50,000 runs took 10 minutes on a busy machine, once; a run's own journal well under a second.
+Cost: 1,000,000 steps of 50,000 runs took 10 minutes on a busy machine, once; a run's own journal well under a second.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -28,16 +30,16 @@ from pathlib import Path
 import duckdb
 
 from eclectus.storage.artifact import EMPTY, hash_file
+from eclectus.storage.atomic_write import temporary_path, write_atomically
 from eclectus.storage.home import Home
 from eclectus.storage.journal import EVENTS
-from eclectus.storage.lineage import graph
 from eclectus.storage.lineage.macros import EDGES, NODES, edges, nodes
-from eclectus.storage.lineage.tables import COLUMNS, NEEDED, folded, plant, raw, text, write_contents
+from eclectus.storage.lineage.tables import COLUMNS, NEEDED, create_placeholders, folded, raw, text, write_contents
 
 INDEXES = ("edges", "nodes", "contents")
 DAMAGED = "damaged"
 REPLACED = "replaced"
-ROWS_A_GROUP = 20_000
+ROWS_PER_GROUP = 20_000
 MANY = 32
 HIGHEST = 4
 GRACE = 20.0
@@ -49,7 +51,7 @@ JOURNALS_AT_ONCE = 2_000
 
 @dataclass
 class Compacted:
-    """What a compaction did: journals and rows that became Parquet, parts merged, and lines set apart (file, number, why)."""
+    """Result of a compaction: journals and rows that became Parquet, parts merged, rejected lines (file, number, why)."""
 
     journals: int = 0
     rows: int = 0
@@ -58,29 +60,28 @@ class Compacted:
 
 
 def compact(home: Home, journals: int = JOURNALS_AT_ONCE) -> Compacted:
-    """Compacts what is finished; at most so many journals a stream. Does nothing when another process is at it.
+    """Compacts what is finished, at most `journals` per stream. Does nothing while another process compacts.
 
-    Raises OSError when the disk is full: everything is then still where it was.
+    Raises OSError when the disk is full; nothing is lost then.
     """
     done = Compacted()
-    if not plant(home):
+    if not create_placeholders(home):
         return done
-    with _alone(home) as mine:
-        if not mine:
+    with _locked(home) as locked:
+        if not locked:
             return done
         _sweep(home)
-        mend_index(home)
+        repair_index(home)
         with duckdb.connect() as connection:
             connection.execute("set enable_progress_bar = false")
             connection.execute("set preserve_insertion_order = false")
             for stream in COLUMNS:
                 _compact_stream(connection, home, stream, journals, done)
-        graph.renew(home, GRACE)
     return done
 
 
-def settle(home: Home) -> Compacted:
-    """Compacts everything that is finished, waits for readers of the old files, and removes these. For `eclectus compact`."""
+def compact_and_clean_up(home: Home) -> Compacted:
+    """Compacts everything that is finished, waits for readers of the old files, and deletes these (`eclectus compact`)."""
     done = compact(home, sys.maxsize)
     if done.journals or done.merged:
         time.sleep(GRACE + 1)
@@ -88,8 +89,8 @@ def settle(home: Home) -> Compacted:
     return done
 
 
-def mend_index(home: Home) -> None:
-    """Makes the index of a part anew where it is gone, or of other columns than today's."""
+def repair_index(home: Home) -> None:
+    """Writes the index of a part again where it is missing, or has other columns than today's."""
     stale = set()
     with duckdb.connect() as connection:
         for name, columns in {"edges": EDGES, "nodes": NODES}.items():
@@ -105,9 +106,9 @@ def mend_index(home: Home) -> None:
                     stale.add(part)
         for part in sorted(stale):
             columns = ", ".join(f'"{name}"' for name in COLUMNS[EVENTS])
+            files = f"[{text(part)}, {text(_empty_part(home))}]"
             connection.execute(
-                f"create or replace temp table part as select {columns} from read_parquet([{text(part)}, {text(_empty_part(home))}], "
-                "union_by_name = true)"
+                f"create or replace temp table part as select {columns} from read_parquet({files}, union_by_name = true)"
             )
             _write_index(connection, home, part.stem)
 
@@ -118,7 +119,7 @@ def _empty_part(home: Home) -> Path:
 
 
 def faults(home: Home) -> list[str]:
-    """What is wrong with the journals, in words: changed parts, and lines that cannot be read."""
+    """Faults of the journals as messages: changed parts, and lines that cannot be read."""
     found = []
     for folder in (*COLUMNS, *INDEXES):
         for part in _parts(home, folder):
@@ -126,20 +127,19 @@ def faults(home: Home) -> list[str]:
                 found.append(
                     f"journal part {part} changed; put it back from a copy, or remove it to go on without what it says"
                 )
-    found += graph.faults(home)
     for stream in COLUMNS:
         for path in journals(home, stream):
             found += [f"journal {path}, line {bad['line']}: {bad['why']}" for bad in bad_lines(path, stream)]
     for path in sorted((home.journal / DAMAGED).glob("*")):
-        found.append(f"journal part {path} was damaged and set aside; put it back from a copy, or remove it")
+        found.append(f"journal part {path} was damaged and quarantined; put it back from a copy, or remove it")
     for path in sorted((home.journal / "rejected").glob("*.ndjson")):
         count = len(path.read_text().splitlines())
-        found.append(f"journal {path}: {count} lines that could not be read were set apart")
+        found.append(f"journal {path}: {count} lines that could not be read were quarantined")
     return found
 
 
 def bad_lines(path: Path, stream: str) -> Iterator[dict[str, object]]:
-    """Lines of a journal that are no rows of its stream: {file, line, why, text}. A line still being written is not one."""
+    """Lines of a journal that are no rows of its stream, as {file, line, why, text}, but for a line still being written."""
     needed = NEEDED[stream]
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, 1):
@@ -162,7 +162,7 @@ def bad_lines(path: Path, stream: str) -> Iterator[dict[str, object]]:
 
 
 @contextlib.contextmanager
-def _alone(home: Home) -> Iterator[bool]:
+def _locked(home: Home) -> Iterator[bool]:
     with open(home.journal / "compacting", "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -181,7 +181,7 @@ def _compact_stream(
     for batch in _batches(new[:limit]):
         for path in batch:
             if bad := list(bad_lines(path, stream)):
-                _set_apart(home, path, bad)
+                _quarantine(home, path, bad)
                 done.rejected += bad
         files = "[" + ", ".join(text(path) for path in batch) + "]"
         source = raw(files, stream)
@@ -202,20 +202,18 @@ def _compact_stream(
 def _write_part(
     connection: duckdb.DuckDBPyConnection, home: Home, stream: str, level: int, source: str, stands_for: list[str]
 ) -> int:
-    """Writes one part, and the index of its edges and nodes first: an edge too many is harmless, one too few is not.
+    """Writes one part, after the index of its edges and nodes: a surplus edge is harmless, a missing one is not.
 
     stands_for: names of the journals or parts whose rows these are.
     """
     columns = ", ".join(f'"{name}"' for name in COLUMNS[stream])
     connection.execute(f"create or replace temp table part as select {columns}, journal from ({source})")
-    beside, digest = _write_beside(connection, home, stream, "select * from part order by logged")
-    stem = f"{level}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}-{digest}"
-    try:
+    with temporary_path(home.journal / stream / "part") as temporary:
+        digest = _copy_to(connection, temporary, "select * from part order by logged", "zstd")
+        stem = f"{level}-{time.strftime('%Y%m%d%H%M%S', time.gmtime())}-{digest}"
         if stream == EVENTS:
             _write_index(connection, home, stem)
-        os.rename(beside, home.journal / stream / f"{stem}.parquet")
-    finally:
-        beside.unlink(missing_ok=True)
+        os.rename(temporary, home.journal / stream / f"{stem}.parquet")
     write_contents(home, stream, home.journal / stream / f"{stem}.parquet")
     _replaces(home, stream, f"{stem}.parquet", stands_for)
     (count,) = connection.execute("select count(*) from part").fetchone()
@@ -224,34 +222,29 @@ def _write_part(
 
 
 def _write_index(connection: duckdb.DuckDBPyConnection, home: Home, stem: str) -> None:
-    """Writes the edges and nodes of the table `part`, beside the part of this name."""
+    """Writes the edges and nodes of the table `part`, for the part of this name."""
     tables = {
         "edges": f"select * from ({edges('part')}) order by output",
         "nodes": f"select * from ({nodes('part')}) order by placed",
     }
     for name, sql in tables.items():
-        beside, digest = _write_beside(connection, home, name, sql)
-        os.rename(beside, home.journal / name / f"{stem}-{digest}.parquet")
+        with temporary_path(home.journal / name / "part") as temporary:
+            digest = _copy_to(connection, temporary, sql, "snappy")
+            os.rename(temporary, home.journal / name / f"{stem}-{digest}.parquet")
 
 
-def _write_beside(connection: duckdb.DuckDBPyConnection, home: Home, folder: str, sql: str) -> tuple[Path, str]:
-    """(a file with these rows under a name that nobody reads, the first digits of its digest); synced."""
-    beside = home.journal / folder / f".{uuid.uuid4().hex}.writing"
-    compression = "snappy" if folder in INDEXES else "zstd"
-    try:
-        connection.execute(
-            f"copy ({sql}) to {text(beside)} (format parquet, compression {compression}, row_group_size {ROWS_A_GROUP})"
-        )
-        with open(beside, "rb") as handle:
-            os.fsync(handle.fileno())
-        return beside, hash_file(beside)[:16]
-    except (OSError, duckdb.Error):
-        beside.unlink(missing_ok=True)
-        raise
+def _copy_to(connection: duckdb.DuckDBPyConnection, path: Path, sql: str, compression: str) -> str:
+    """Writes these rows as Parquet, synced; the first digits of the file's digest."""
+    connection.execute(
+        f"copy ({sql}) to {text(path)} (format parquet, compression {compression}, row_group_size {ROWS_PER_GROUP})"
+    )
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
+    return hash_file(path)[:16]
 
 
 def replaced(home: Home, seconds: float) -> set[str]:
-    """Journals and parts, as `events/NAME`, that a part which is still there has stood for at least so long."""
+    """Journals and parts, as `events/NAME`, that a part which still exists has replaced for at least `seconds`."""
     names: set[str] = set()
     for path in (home.journal / REPLACED).glob("[!.]*"):
         with contextlib.suppress(FileNotFoundError):
@@ -262,21 +255,19 @@ def replaced(home: Home, seconds: float) -> set[str]:
 
 
 def _replaces(home: Home, stream: str, part: str, names: list[str]) -> None:
-    """Tells that this part stands for these journals or parts from now on."""
+    """Records that this part replaces these journals or parts from now on."""
     folder = home.journal / REPLACED
     folder.mkdir(exist_ok=True)
-    beside = folder / f".{uuid.uuid4().hex}"
-    beside.write_text("".join(f"{stream}/{name}\n" for name in (part, *names)))
-    os.replace(beside, folder / beside.name[1:])
+    write_atomically(folder / uuid.uuid4().hex, "".join(f"{stream}/{name}\n" for name in (part, *names)))
 
 
 def _remove_replaced(home: Home, stream: str, highest: dict[str, str]) -> None:
-    """Removes journals and parts whose rows all stand in a higher part, GRACE seconds after that was told."""
+    """Deletes journals and parts whose rows are all in a higher part, GRACE seconds after that was recorded."""
     needed = set(highest.values())
     stood_for = {path: highest[path.name] for path in journals(home, stream) if path.name in highest}
     stood_for |= {part: max(needed) for part in _parts(home, stream) if needed and part.name not in needed}
     known, settled = replaced(home, 0), replaced(home, GRACE)
-    untold: dict[str, list[str]] = defaultdict(list)
+    unrecorded: dict[str, list[str]] = defaultdict(list)
     for path, part in stood_for.items():
         name = f"{stream}/{path.name}"
         if name in settled:
@@ -288,9 +279,9 @@ def _remove_replaced(home: Home, stream: str, highest: dict[str, str]) -> None:
                     index.unlink()
             path.unlink()
         elif name not in known:
-            untold[part].append(path.name)
-    for part, names in untold.items():
-        # A compaction was killed before it could tell.
+            unrecorded[part].append(path.name)
+    for part, names in unrecorded.items():
+        # A compaction was killed before it recorded them.
         _replaces(home, stream, part, names)
     for path in (home.journal / REPLACED).glob("[!.]*"):
         part, *names = path.read_text().splitlines()
@@ -299,7 +290,8 @@ def _remove_replaced(home: Home, stream: str, highest: dict[str, str]) -> None:
 
 
 def _sweep(home: Home) -> None:
-    """Removes what a compaction that was killed left behind: half-written files, and an index without its part."""
+    """Deletes what a killed compaction left (half-written files, an index without its part) and `graph`, unused today."""
+    shutil.rmtree(home.journal / "graph", ignore_errors=True)
     parts = {part.stem for stream in COLUMNS for part in _parts(home, stream)}
     left = [path for folder in (*COLUMNS, *INDEXES, REPLACED) for path in (home.journal / folder).glob(".*")]
     left += [path for name in INDEXES for path in _parts(home, name) if path.stem.rpartition("-")[0] not in parts]
@@ -319,7 +311,7 @@ def _highest_parts(connection: duckdb.DuckDBPyConnection, home: Home, stream: st
 
 
 def journals(home: Home, stream: str) -> list[Path]:
-    """Journals in the order of their age, the empty one that only keeps the glob from failing left out."""
+    """Journals by age, without the placeholder."""
     return sorted(path for path in (home.journal / stream).glob("*.ndjson") if not path.stem.startswith(EMPTY))
 
 
@@ -345,7 +337,7 @@ def _batches(paths: list[Path]) -> Iterator[list[Path]]:
 
 
 def finished(path: Path) -> bool:
-    """Whether nobody will write to this journal any more."""
+    """Whether no process will write to this journal any more."""
     with open(path, "rb") as handle:
         if f".{socket.gethostname()}-" in path.name:
             try:
@@ -359,7 +351,7 @@ def finished(path: Path) -> bool:
 
 
 def _has_ended(path: Path) -> bool:
-    """Whether a journal whose lock cannot tell is quiet for a day, and its run said that it ended."""
+    """Whether a journal without a usable lock has not grown for a day, and its run has ended."""
     events = path.parent.parent / EVENTS / path.name
     if not events.exists():
         return path.parent.name != EVENTS and time.time() - path.stat().st_mtime > QUIET
@@ -370,7 +362,7 @@ def _has_ended(path: Path) -> bool:
         return b'"run_ended"' in handle.read()
 
 
-def _set_apart(home: Home, path: Path, bad: list[dict[str, object]]) -> None:
+def _quarantine(home: Home, path: Path, bad: list[dict[str, object]]) -> None:
     folder = home.journal / "rejected"
     folder.mkdir(exist_ok=True)
     (folder / path.name).write_text("".join(json.dumps(each) + "\n" for each in bad))

@@ -23,11 +23,13 @@ from pathlib import Path
 import duckdb
 
 from eclectus.storage.artifact import EMPTY, MANIFEST, draft_is_held
+from eclectus.storage.atomic_write import replacing
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.journal import EVENTS, Journal
 from eclectus.storage.lineage.compact import finished, journals
 from eclectus.storage.lineage.connection import connect
+from eclectus.storage.lineage.macros import NODE
 from eclectus.storage.lineage.tables import text
 
 DAY = 86_400
@@ -41,11 +43,9 @@ KEPT = {
 _OF_RUNS = """
     select artifact from step_outputs where run in (select unnest($1::varchar[]))
     union select artifact from step_inputs where run in (select unnest($1::varchar[]))"""
-_UPSTREAM = """
-    with recursive e as materialized (from edges),
-         reached(node) as (select md5_number_lower(artifact) from (select unnest($1::varchar[]) as artifact)
-                           union select e.input from reached join e on e.output = reached.node)
-    select distinct kind, artifact from nodes where node in (from reached)"""
+_UPSTREAM = f"""
+    select distinct kind, artifact from nodes where node in (
+        select node from reached((select list({NODE}) from (select unnest($1::varchar[]) as artifact)), true))"""
 
 
 @dataclass(frozen=True)
@@ -184,12 +184,9 @@ def _keep_documents(home: Home, place: Path) -> None:
     if any(place.glob(tables)):
         kept = home.journal / folder / f"{place.name}.parquet"
         kept.parent.mkdir(exist_ok=True)
-        beside = kept.with_name(f".{kept.name}.{uuid.uuid4().hex[:6]}")
-        with duckdb.connect() as connection:
-            connection.execute(
-                f"copy (select {chosen} from read_parquet({text(place / tables)}, union_by_name = true)) to {text(beside)} (format parquet)"
-            )
-        os.replace(beside, kept)
+        rows = f"select {chosen} from read_parquet({text(place / tables)}, union_by_name = true)"
+        with replacing(kept) as temporary, duckdb.connect() as connection:
+            connection.execute(f"copy ({rows}) to {text(temporary)} (format parquet)")
         if home.mirror:
             home.mirror.push(kept)
 

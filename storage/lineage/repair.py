@@ -1,8 +1,9 @@
-"""Damage that would keep people from the books is set aside before they are opened, and told.
+"""Quarantines damaged files before the lineage database is opened, and logs each.
 
-Looked at, each time: the first and last four bytes of every Parquet file that the views read, which shows what is cut off, emptied or
-overwritten; `eclectus verify` reads every byte. A part of the journal goes to `journal/damaged/` (put it back from a copy: what it says is
-not known meanwhile), the index beside it is made again, and an artifact is set aside like any other damaged one. Price: 30 us a file.
+Checked each time: the first and last four bytes of every Parquet file that the views read, which shows what is truncated,
+emptied or overwritten; `eclectus verify` reads every byte. A part of the journal goes to `journal/damaged/` (put it back
+from a copy: its rows are missing meanwhile), its index is written again, and an artifact is quarantined like any other
+damaged one. Cost: 30 us per file.
 """
 
 from __future__ import annotations
@@ -16,31 +17,31 @@ from pathlib import Path
 from eclectus.storage.artifact import EMPTY
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
-from eclectus.storage.lineage.compact import DAMAGED, INDEXES, mend_index
-from eclectus.storage.lineage.tables import COLUMNS, plant
+from eclectus.storage.lineage.compact import DAMAGED, INDEXES, repair_index
+from eclectus.storage.lineage.tables import COLUMNS, create_placeholders
 
 MAGIC = b"PAR1"
-SMALLEST = 12
+SMALLEST_BYTES = 12
 
 
-def heal(home: Home) -> list[str]:
-    """What was set aside, in words. Raises EclectusError where something is damaged and the home cannot be written."""
-    told = []
+def repair(home: Home) -> list[str]:
+    """A message per quarantined file. Raises EclectusError where a file is damaged and the home cannot be written."""
+    messages = []
     for path in _read_by_views(home):
-        if _sound(path):
+        if _is_whole(path):
             continue
         try:
-            told.append(_set_aside(home, path))
+            messages.append(_quarantine(home, path))
         except OSError as error:
             raise EclectusError(
-                f"{path} is damaged and cannot be set aside ({error.strerror}); put it back from a copy"
+                f"{path} is damaged and cannot be quarantined ({error.strerror}); put it back from a copy"
             ) from error
-    if told:
-        plant(home)
-        mend_index(home)
-    for each in told:
-        logging.getLogger("eclectus").warning("%s", each)
-    return told
+    if messages:
+        create_placeholders(home)
+        repair_index(home)
+    for message in messages:
+        logging.getLogger("eclectus").warning("%s", message)
+    return messages
 
 
 def _read_by_views(home: Home) -> Iterator[Path]:
@@ -50,10 +51,10 @@ def _read_by_views(home: Home) -> Iterator[Path]:
         yield from home.store.root.glob(pattern)
 
 
-def _sound(path: Path) -> bool:
+def _is_whole(path: Path) -> bool:
     try:
         with open(path, "rb") as handle:
-            if os.fstat(handle.fileno()).st_size < SMALLEST or handle.read(4) != MAGIC:
+            if os.fstat(handle.fileno()).st_size < SMALLEST_BYTES or handle.read(4) != MAGIC:
                 return False
             handle.seek(-4, os.SEEK_END)
             return handle.read(4) == MAGIC
@@ -61,24 +62,27 @@ def _sound(path: Path) -> bool:
         return True
 
 
-def _set_aside(home: Home, path: Path) -> str:
+def _quarantine(home: Home, path: Path) -> str:
     if home.store.root in path.parents:
         kind, digits = path.relative_to(home.store.root).parts[:2]
         if digits.startswith(EMPTY):
             path.unlink()
-            return f"{path} was damaged; it holds nothing, and is written again"
-        aside = home.store.root / ".damaged" / f"{kind}-{digits}-{uuid.uuid4().hex[:6]}"
-        aside.parent.mkdir(exist_ok=True)
-        os.rename(home.store.root / kind / digits, aside)
-        return f"{kind}-{digits[:12]} is damaged ({path.name} cannot be read) and was set aside; a run that wants it makes it again"
+            return f"{path} was damaged; it is a placeholder, and is written again"
+        target = home.store.root / ".damaged" / f"{kind}-{digits}-{uuid.uuid4().hex[:6]}"
+        target.parent.mkdir(exist_ok=True)
+        os.rename(home.store.root / kind / digits, target)
+        return (
+            f"{kind}-{digits[:12]} is damaged ({path.name} cannot be read) and was quarantined; "
+            "a run that needs it makes it again"
+        )
     if path.stem.startswith(EMPTY) or path.parent.name in INDEXES:
         path.unlink()
-        return f"{path} was damaged; it is made again from the journal"
-    aside = home.journal / DAMAGED / f"{path.parent.name}-{path.name}"
-    aside.parent.mkdir(exist_ok=True)
-    os.rename(path, aside)
+        return f"{path} was damaged; it is written again from the journal"
+    target = home.journal / DAMAGED / f"{path.parent.name}-{path.name}"
+    target.parent.mkdir(exist_ok=True)
+    os.rename(path, target)
     if path.parent.name in COLUMNS:
         for name in INDEXES:
             for index in (home.journal / name).glob(f"{path.stem}-*.parquet"):
                 index.unlink()
-    return f"journal part {path} is damaged and was set aside as {aside}; put it back from a copy"
+    return f"journal part {path} is damaged and was quarantined as {target}; put it back from a copy"

@@ -1,33 +1,33 @@
-"""The tables that people query, as SQL: views over the journals, live and compacted (the macros are in storage/lineage/macros.py).
+"""The tables that users query, as SQL: views over the journals, live and compacted (macros: storage/lineage/macros.py).
 
-    runs          one row a run                      step_inputs   which artifacts and sources a step read
-    steps         one row a step of a run            step_outputs  which artifact a step made or reused
-    artifacts     one row an artifact                settings      one row a setting of a step
-    metrics       one row a number                   documents     which document is in which instance, at which offset
-    decisions     one row a promotion or refusal     champions     the last one promoted of each line
-    routing       one row a layer, expert, language and domain of an evaluated model
+    runs          one row per run                    step_inputs   which artifacts and sources a step read
+    steps         one row per step of a run          step_outputs  which artifact a step made or reused
+    artifacts     one row per artifact               settings      one row per setting of a step
+    metrics       one row per number                 documents     which document is in which instance, at which offset
+    decisions     one row per promotion or refusal   champions     the last one promoted of each line
+    routing       one row per layer, expert, language and domain of an evaluated model
 
-Columns are documented in docs/lineage.md and frozen by a test. Everything is read through globs that always find at least an
-empty file (`plant`), so a view that was opened before the first row sees every later one.
-Every journal is read once, from the highest form of it that is seen: newline-delimited JSON, then Parquet parts, whose names
-begin with their level; `contents` says which. So compaction can write the next form beside the last one and needs nobody's permission.
+Columns are documented in docs/lineage.md and frozen by a test. Files are read through globs that always match at least
+an empty one (`create_placeholders`), so a view that was opened before the first row sees every later one.
+Every journal is read once, from its highest form: newline-delimited JSON, then Parquet parts, whose names begin with
+their level; `contents` lists the journals of each part. So compaction writes the next form without waiting for readers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
-import re
-import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
 
 from eclectus.storage.artifact import EMPTY, hash_file
+from eclectus.storage.atomic_write import replacing, temporary_path
 from eclectus.storage.home import Home
 from eclectus.storage.journal import DECISIONS, EVENTS, METRICS
-from eclectus.storage.lineage.macros import EDGES, NODES, OURS, PARTS, SHELL, edges, macros, nodes
+from eclectus.storage.lineage.macros import EDGES, MACROS, NODES, PARTS, edges, nodes
 
 OUTPUT = "STRUCT(kind VARCHAR, artifact VARCHAR, rows BIGINT, bytes BIGINT, created TIMESTAMP, path VARCHAR, statistics JSON)"
 COLUMNS = {
@@ -81,7 +81,7 @@ COLUMNS = {
         "by": "VARCHAR",
     },
 }
-# Text columns without which a line is no row of its stream.
+# Text columns that a line must have to be a row of its stream.
 NEEDED = {EVENTS: ("run", "event"), METRICS: ("run", "name"), DECISIONS: ("line", "verdict", "checkpoint")}
 DOCUMENTS = {
     "document": "VARCHAR",
@@ -94,7 +94,7 @@ DOCUMENTS = {
     "tokens": "INTEGER",
     "document_offset": "INTEGER",
 }
-# Which journals are in which part; a part counts once it is here.
+# Which journals are in which part; a part counts once it is listed here.
 CONTENTS = {"stream": "VARCHAR", "part": "VARCHAR", "journal": "VARCHAR"}
 ROUTING = {
     "layer": "INTEGER",
@@ -107,39 +107,72 @@ ROUTING = {
 }
 HELD = {"document": "VARCHAR", "name": "VARCHAR"}
 
+
+@dataclass(frozen=True)
+class View:
+    """A view over events. columns: those of events that it reads, as DuckDB reads every column behind a materialised CTE.
+
+    sql: with `{events}` where the events are read.
+    """
+
+    columns: str
+    sql: str
+
+
 VIEWS = {
-    "kept_runs": """
-        select run, arg_max(event = 'run_kept', logged) as kept from events where event in ('run_kept', 'run_released') group by run""",
-    "runs": """
-        select run, flow, coalesce(state, 'unfinished') as state, started, case when event = 'run_ended' then logged end as ended, seconds,
-               parameters, code_version, host, python, packages, prefect_flow_run, error, coalesce(kept, false) as kept
-        from events left join kept_runs using (run) where event in ('run_started', 'run_ended')""",
-    "steps": """
+    "kept_runs": View(
+        "run event logged",
+        """
+        select run, arg_max(event = 'run_kept', logged) as kept
+        from {events} where event in ('run_kept', 'run_released') group by run""",
+    ),
+    "runs": View(
+        "run flow state event logged started seconds parameters code_version host python packages prefect_flow_run error",
+        """
+        select run, flow, coalesce(state, 'unfinished') as state, started,
+               case when event = 'run_ended' then logged end as ended, seconds, parameters, code_version, host, python,
+               packages, prefect_flow_run, error, coalesce(kept, false) as kept
+        from {events} left join kept_runs using (run) where event in ('run_started', 'run_ended')""",
+    ),
+    "steps": View(
+        "step run name label flow key version state reason started event logged seconds peak_memory seed prefect_task_run",
+        """
         select step, run, name, label, flow, key, version, coalesce(state, 'unfinished') as state, reason, started,
                case when event = 'step_ended' then logged end as ended, seconds, peak_memory, seed, prefect_task_run
-        from events where event in ('step_started', 'step_ended')""",
-    "artifacts": """
+        from {events} where event in ('step_started', 'step_ended')""",
+    ),
+    "artifacts": View(
+        "event output step state logged",
+        """
         select kind || '-' || artifact[1:12] as name, artifact, kind, arg_min("rows", logged) as "rows",
                arg_min("bytes", logged) as "bytes", min(created) as created, arg_max(path, logged) as path,
                arg_min(statistics, logged) as statistics, arg_min(step, logged) filter (state = 'completed') as made_by
-        from (select output.artifact as artifact, output.kind as kind, output."rows" as "rows", output."bytes" as "bytes",
-                     output.created as created, output.path as path, output.statistics as statistics, step, state, logged
-              from events where event = 'step_ended' and output is not null)
+        from (select unnest(output), step, state, logged from {events} where event = 'step_ended' and output is not null)
         group by artifact, kind""",
-    "step_inputs": f"""
+    ),
+    "step_inputs": View(
+        "event step run inputs",
+        f"""
         select step, run, entry.key as name, {PARTS}
-        from (select step, run, unnest(map_entries(inputs)) as entry from events where event = 'step_ended')""",
-    "step_outputs": """
+        from (select step, run, unnest(map_entries(inputs)) as entry from {{events}} where event = 'step_ended')""",
+    ),
+    "step_outputs": View(
+        "event step run output state",
+        """
         select step, run, 'out' as name, output.artifact as artifact, output.kind as kind, state = 'reused' as reused
-        from events where event = 'step_ended' and output is not null""",
-    "champions": """
-        select line, arg_max(checkpoint, logged) as checkpoint, max(logged) as since, arg_max(reason, logged) as reason,
-               arg_max("by", logged) as "by", arg_max(run, logged) as run
-        from decisions where verdict = 'promoted' group by line""",
-    "settings": """
+        from {events} where event = 'step_ended' and output is not null""",
+    ),
+    "settings": View(
+        "event step run settings",
+        """
         select step, run, entry.key as name, entry.value as value
-        from (select step, run, unnest(map_entries(settings)) as entry from events where event = 'step_ended')""",
+        from (select step, run, unnest(map_entries(settings)) as entry from {events} where event = 'step_ended')""",
+    ),
 }
+_CHAMPIONS = """
+    select line, arg_max(checkpoint, logged) as checkpoint, max(logged) as since, arg_max(reason, logged) as reason,
+           arg_max("by", logged) as "by", arg_max(run, logged) as run
+    from decisions where verdict = 'promoted' group by line"""
 
 
 def create_views(connection: duckdb.DuckDBPyConnection, home: Home, prefix: str = "") -> None:
@@ -149,7 +182,7 @@ def create_views(connection: duckdb.DuckDBPyConnection, home: Home, prefix: str 
 
 
 def definitions(home: Home, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(`view NAME` or `macro NAME(x)`, SQL) of all that `create_views` makes, in order."""
+    """(`view NAME` or `macro NAME(x)`, SQL) of all that `create_views` creates, in order."""
     yield "view contents", _parquet(prefix, home.journal / "contents", CONTENTS)
     for stream in COLUMNS:
         yield f"view {stream}", _stream(prefix, home, stream, COLUMNS[stream])
@@ -157,23 +190,20 @@ def definitions(home: Home, prefix: str = "") -> Iterator[tuple[str, str]]:
     yield "view live_events", live
     yield "view compacted_edges", _parquet(prefix, home.journal / "edges", EDGES)
     yield "view compacted_nodes", _parquet(prefix, home.journal / "nodes", NODES)
-    for name, body in VIEWS.items():
-        # DuckDB reads every column behind a materialised CTE, so a view names those that it needs.
-        needed = [column for column in COLUMNS[EVENTS] if re.search(rf"\b{column}\b", body)]
-        source = f" from ({_stream(prefix, home, EVENTS, needed)}) events"
-        yield f"view {name}", re.sub(r" from events\b", lambda _: source, body)  # noqa: B023
+    for name, view in VIEWS.items():
+        yield f"view {name}", view.sql.format(events=f"({_stream(prefix, home, EVENTS, view.columns.split())}) events")
+    yield "view champions", _CHAMPIONS
     yield "view documents", _documents(prefix, home)
     yield "view edges", f"select output, input from compacted_edges union all {edges('live_events')}"
     yield "view nodes", f"from compacted_nodes union all {nodes('live_events')}"
     yield "view held_documents", _held_documents(prefix, home)
     yield "view routing", _routing(prefix, home)
-    # With a prefix the files are read through our own connection, which has the function that `OURS` asks (storage/lineage/connection.py).
-    for name, body in macros(OURS if prefix else SHELL):
+    for name, body in MACROS.items():
         yield f"macro {name}", body
 
 
 def folded(source: str) -> str:
-    """SQL: one event a run or step instead of two. What has ended keeps its end's event and time, and gains `started`."""
+    """SQL: one event per run or step instead of two. One that has ended keeps its end's event and time; `started` is added."""
     pair = "left(event, 3) || run || coalesce(step, '') as pair"
     columns = ", ".join(
         "coalesce(s.logged, e.logged - to_microseconds(cast(coalesce(e.seconds, 0) * 1000000 as bigint))) as started"
@@ -191,8 +221,8 @@ def folded(source: str) -> str:
     )
 
 
-def plant(home: Home) -> bool:
-    """Puts an empty file where a glob of the views might find none. False where the home cannot be written."""
+def create_placeholders(home: Home) -> bool:
+    """Creates placeholder files so that no view's glob fails. False where the home cannot be written."""
     wanted: list[tuple[Path, dict[str, str] | None]] = []
     for stream, columns in COLUMNS.items():
         wanted.append((home.journal / stream / f"{EMPTY}.ndjson", None))
@@ -210,15 +240,14 @@ def plant(home: Home) -> bool:
     wanted.append(_empty(home.store.root / "evaluation", ROUTING, "/routing"))
     missing = [(path, columns) for path, columns in wanted if not path.exists()]
     try:
-        for path, columns in missing:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if columns is None:
-                path.touch()
-                continue
-            beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:6]}")
-            with duckdb.connect() as connection:
-                connection.execute(f"copy ({_nothing(columns)}) to {text(beside)} (format parquet)")
-            os.replace(beside, path)
+        with duckdb.connect() if missing else contextlib.nullcontext() as connection:
+            for path, columns in missing:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if columns is None:
+                    path.touch()
+                    continue
+                with replacing(path) as temporary:
+                    connection.execute(f"copy ({_nothing(columns)}) to {text(temporary)} (format parquet)")
         for stream in COLUMNS:
             listed = {path.stem.rpartition("-")[0] for path in (home.journal / "contents").glob("*.parquet")}
             for part in (home.journal / stream).glob("[0-9]*.parquet"):
@@ -230,21 +259,21 @@ def plant(home: Home) -> bool:
 
 
 def _empty(folder: Path, columns: dict[str, str], below: str = "") -> tuple[Path, dict[str, str]]:
-    """(where, columns) of an empty table. Its name says which columns: older files lack some, and views need each in one file."""
+    """(path, columns) of an empty table, named by a hash of its columns: older files lack some, and views need each in one."""
     schema = hashlib.sha256(repr(columns).encode()).hexdigest()[:8]
     return folder / f"{EMPTY}-{schema}{below}.parquet", columns
 
 
 def write_contents(home: Home, stream: str, part: Path) -> None:
-    """Says which journals are in a part, which makes it count. Like the index, it is named after the part and its own bytes."""
-    beside = home.journal / "contents" / f".{part.name}.{uuid.uuid4().hex[:6]}"
-    beside.parent.mkdir(exist_ok=True)
-    with duckdb.connect() as connection:
+    """Lists the journals of a part, which makes it count. Like the index, it is named after the part and its own bytes."""
+    folder = home.journal / "contents"
+    folder.mkdir(exist_ok=True)
+    with temporary_path(folder / part.name) as temporary, duckdb.connect() as connection:
         journals = (
             f"select distinct '{stream}' as stream, {text(part.name)} as part, journal from read_parquet({text(part)})"
         )
-        connection.execute(f"copy ({journals} order by journal) to {text(beside)} (format parquet)")
-    os.replace(beside, beside.with_name(f"{part.stem}-{hash_file(beside)[:16]}.parquet"))
+        connection.execute(f"copy ({journals} order by journal) to {text(temporary)} (format parquet)")
+        temporary.replace(folder / f"{part.stem}-{hash_file(temporary)[:16]}.parquet")
 
 
 def text(path: Path | str) -> str:
@@ -275,9 +304,9 @@ def _parquet(prefix: str, folder: Path, columns: dict[str, str], part: bool = Fa
 
 
 def _stream(prefix: str, home: Home, stream: str, chosen: Iterable[str]) -> str:
-    """SQL: the chosen columns of a stream's compacted rows, of each journal those of the highest part only, and its live rows.
+    """SQL: the chosen columns of a stream's compacted rows, of each journal from the highest part only, and of its live rows.
 
-    One look at the contents decides both, and it comes first: a part that appears after it is not read, its journals still are.
+    The contents are read once and first: of a part that appears later, the journals are read instead.
     """
     columns = {**COLUMNS[stream], "journal": "VARCHAR"}
     parts = _parquet(prefix, home.journal / stream, columns, part=True)
@@ -294,7 +323,7 @@ def _highest(stream: str) -> str:
 
 
 def _live(prefix: str, home: Home, stream: str) -> str:
-    """SQL over the journals that are not in `highest`. Lines that are not whole come back as nulls and are left out."""
+    """SQL over the journals that are not in `highest`. Incomplete lines are read as nulls and left out."""
     folder, columns = home.journal / stream, COLUMNS[stream]
     if not any(folder.glob("*.ndjson")):
         return _nothing({**columns, "journal": "VARCHAR"})
@@ -304,7 +333,7 @@ def _live(prefix: str, home: Home, stream: str) -> str:
 
 
 def raw(files: str, stream: str) -> str:
-    """SQL over journals as they were written, with the name of the journal. files: an SQL literal, path or list of paths."""
+    """SQL over journals as they were written, with the journal's name. files: an SQL literal, a path or a list of paths."""
     types = ", ".join(f"'{name}': '{kind}'" for name, kind in COLUMNS[stream].items())
     needed = " and ".join(f"{name} is not null" for name in NEEDED[stream])
     return (
@@ -314,7 +343,7 @@ def raw(files: str, stream: str) -> str:
 
 
 def _documents(prefix: str, home: Home) -> str:
-    """Of instances that are here, and of those whose table of documents alone was kept with the journal."""
+    """Documents of the instances in the store, and of freed ones whose table was kept in the journal."""
     globs = [
         (home.store.root / "instances", "*/documents.parquet", "split_part(filename, '/', -2)"),
         (home.journal / "documents", "*.parquet", "split_part(parse_filename(filename), '.', 1)"),
@@ -323,7 +352,7 @@ def _documents(prefix: str, home: Home) -> str:
 
 
 def _held_documents(prefix: str, home: Home) -> str:
-    """Which documents are in artifacts of kind `documents`: those that are here, and freed ones whose list was kept."""
+    """The documents of artifacts of kind `documents`: those in the store, and freed ones whose list was kept."""
     globs = [
         (home.store.root / "documents", "*/documents/*.parquet", "split_part(filename, '/', -3)"),
         (home.journal / "held", "*.parquet", "split_part(parse_filename(filename), '.', 1)"),
@@ -354,7 +383,7 @@ def _of_artifacts(
 
 
 def _routing(prefix: str, home: Home) -> str:
-    """What the routers of evaluated models did (tasks/evaluation/evaluate.py)."""
+    """Routing statistics of evaluated models (tasks/evaluation/evaluate.py)."""
     folder, pattern = home.store.root / "evaluation", "*/routing.parquet"
     if not any(folder.glob(pattern)):
         return _nothing({**ROUTING, "evaluation": "VARCHAR"})

@@ -13,9 +13,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import connect
+from eclectus.storage.lineage.runs import find_run
 
 if TYPE_CHECKING:
     import duckdb
@@ -70,9 +70,9 @@ class Comparison:
 
 
 def compare_runs(home: Home, names: list[str]) -> Comparison:
-    """Compares runs, given as in `runs`, by the start of a name, or as `last`, `last~1`. Raises EclectusError for an unknown one."""
+    """Compares runs, named as in `find_run`. Raises EclectusError for an unknown one."""
     with connect(home) as connection:
-        chosen = list(dict.fromkeys(_find(connection, name) for name in names))
+        chosen = list(dict.fromkeys(find_run(connection, name) for name in names))
         runs = [_read(connection, run) for run in chosen]
     groups: dict[str, Group] = {}
     for run in runs:
@@ -89,21 +89,6 @@ def measure_name(measure: Measure) -> str:
     """'evaluate lory: bits_per_byte, language el'."""
     label, name, of = measure
     return f"{label}: {name}{f', {of}' if of else ''}"
-
-
-def _find(connection: duckdb.DuckDBPyConnection, name: str) -> str:
-    if name == "last" or name.startswith("last~"):
-        back = name.removeprefix("last").removeprefix("~") or "0"
-        rows = connection.execute("select run from runs order by started desc").fetchall()
-        if not back.isdigit() or int(back) >= len(rows):
-            raise EclectusError(f"there is no run '{name}'; there are {len(rows)} runs: eclectus sql 'from runs'")
-        return rows[int(back)][0]
-    rows = connection.execute("select run from runs where starts_with(run, ?) order by run", [name]).fetchall()
-    exact = [run for (run,) in rows if run == name]
-    if len(rows) != 1 and not exact:
-        told = "no run is" if not rows else f"{len(rows)} runs are"
-        raise EclectusError(f"{told} called '{name}'; see: eclectus sql 'from runs'")
-    return (exact or [rows[0][0]])[0]
 
 
 def _read(connection: duckdb.DuckDBPyConnection, run: str) -> ComparedRun:

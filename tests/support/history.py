@@ -3,7 +3,7 @@
 import duckdb
 
 from eclectus.storage.journal import Journal
-from eclectus.storage.lineage.connection import query
+from eclectus.storage.lineage.connection import connect
 
 RUNS = {"20260101-000000-aaaaaa": 20, "20260102-000000-bbbbbb": 32}
 
@@ -82,7 +82,7 @@ def write_chain(home, run, numbers, start="file-" + "ab" * 32):
 
 
 def everything(home):
-    return {
-        table: sorted(map(str, query(f"from {table}", home)[1]))
-        for table in ("runs", "steps", "artifacts", "step_inputs", "step_outputs", "settings", "metrics")
-    }
+    """{table: its rows as sorted texts}."""
+    tables = ("runs", "steps", "artifacts", "step_inputs", "step_outputs", "settings", "metrics")
+    with connect(home) as connection:
+        return {table: sorted(map(str, connection.execute(f"from {table}").fetchall())) for table in tables}

@@ -188,7 +188,7 @@ def test_a_spoiled_line_is_set_apart_and_reported_and_hides_nothing_else(home):
     kept = json.loads((home.journal / "rejected" / path.name).read_text().splitlines()[0])
     assert kept["text"] == "\0garbage" and "JSON" in kept["why"]
     assert everything(home) == before and len(before["steps"]) == 3
-    assert any("set apart" in fault for fault in faults(home))
+    assert any("quarantined" in fault for fault in faults(home))
 
 
 def test_a_step_whose_start_was_lost_is_still_a_step(home):

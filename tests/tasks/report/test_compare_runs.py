@@ -61,9 +61,9 @@ def test_a_run_that_reused_training_tells_the_curve_of_the_run_that_trained(home
 
 def test_runs_are_found_by_the_start_of_their_name_and_by_how_long_ago_they_were(home):
     assert compare_runs(home, ["last", "last~3"]).groups[0].runs[0].run == "r4"
-    with pytest.raises(EclectusError, match="4 runs are called 'r'"):
+    with pytest.raises(EclectusError, match="'r' is the start of 4 runs, such as r4, r3, r2; write more of it"):
         compare_runs(home, ["r"])
-    with pytest.raises(EclectusError, match="no run is called 'nonsense'"):
+    with pytest.raises(EclectusError, match="there is no run 'nonsense'; the latest are r4, r3, r2"):
         compare_runs(home, ["nonsense"])
     with pytest.raises(EclectusError, match="there is no run 'last~9'; there are 4 runs"):
         compare_runs(home, ["last~9"])

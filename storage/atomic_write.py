@@ -1,0 +1,51 @@
+"""Writes that are whole or absent: content goes to a temporary path in the same folder, which is then renamed.
+
+A temporary name begins with a dot, so no glob of ours finds it; what a killed process left there is removed by compaction and `eclectus gc`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: str | bytes, sync: bool = False) -> None:
+    """Writes text (UTF-8, newlines as they are) or bytes. sync: on disk before the file has its name."""
+    with replacing(path, sync) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
+    """A temporary path; the file or folder written there replaces `path` at the end of the block, unless the block raises."""
+    with temporary_path(path) as temporary:
+        yield temporary
+        if sync:
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def staged_folder(out: Path) -> Iterator[Path]:
+    """A new folder that becomes `out` at the end of the block, unless the block raises."""
+    with replacing(out) as temporary:
+        temporary.mkdir(parents=True)
+        yield temporary
+
+
+@contextlib.contextmanager
+def temporary_path(path: Path) -> Iterator[Path]:
+    """A free path next to `path`; a file or folder that is still there at the end of the block is removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:6]}")
+    try:
+        yield temporary
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
