@@ -246,10 +246,7 @@ def missing(asked: list[Any], results: list[dict[str, Any]]) -> list[Any]:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Beside, then renamed: a stop while writing loses nothing."""
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(content))
-    beside.replace(path)
+    write_atomically(path, json.dumps(content))
 
 
 def _line(result: dict[str, Any], seconds: float) -> str:

@@ -212,9 +212,7 @@ class Board:
 
     def add(self, result: dict[str, Any]) -> None:
         self.results.append(result)
-        beside = self.jobs / f".{result['key']}"
-        beside.write_text(json.dumps(result))
-        beside.replace(self.jobs / f"{result['key']}.json")
+        write_atomically(self.jobs / f"{result['key']}.json", json.dumps(result))
 
 
 def work(jobs: list[dict[str, Any]], board: Board, deadline: float) -> None:

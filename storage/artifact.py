@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eclectus.storage.atomic_write import write_atomically
 from eclectus.storage.errors import DamagedArtifact, EclectusError
 from eclectus.storage.mirror import Mirror
 from eclectus.storage.secrets import scrubbed
@@ -284,13 +285,8 @@ def read_manifest(place: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON beside `path`, syncs it and renames it into place."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:6]}")
-    with open(beside, "w") as handle:
-        json.dump(value, handle, indent=1, sort_keys=True)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(beside, path)
+    """Writes JSON atomically, synced."""
+    write_atomically(path, json.dumps(value, indent=1, sort_keys=True), sync=True)
 
 
 def _hash_files(root: Path) -> list[dict[str, Any]]:

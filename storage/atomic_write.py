@@ -1,6 +1,6 @@
 """Writes that are whole or absent: content goes to a temporary path in the same folder, which is then renamed.
 
-A temporary name begins with a dot, so no glob of ours finds it; what a killed process left there is removed by compaction and `eclectus gc`.
+Temporary names begin with a dot, so that no glob of ours matches them. Output folders: eclectus.models.staged_folder.
 """
 
 from __future__ import annotations
@@ -14,28 +14,23 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, content: str | bytes, sync: bool = False) -> None:
-    """Writes text (UTF-8, newlines as they are) or bytes. sync: on disk before the file has its name."""
+    """Writes bytes, or text as UTF-8 with its newlines as they are. sync: as in `replacing`."""
     with replacing(path, sync) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
 def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
-    """A temporary path; the file or folder written there replaces `path` at the end of the block, unless the block raises."""
+    """A temporary path; the file written there replaces `path` at the end of the block, unless the block raises.
+
+    sync: the content is on disk before it has its name.
+    """
     with temporary_path(path) as temporary:
         yield temporary
         if sync:
             with open(temporary, "rb") as handle:
                 os.fsync(handle.fileno())
         os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def staged_folder(out: Path) -> Iterator[Path]:
-    """A new folder that becomes `out` at the end of the block, unless the block raises."""
-    with replacing(out) as temporary:
-        temporary.mkdir(parents=True)
-        yield temporary
 
 
 @contextlib.contextmanager

@@ -14,13 +14,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eclectus.storage.atomic_write import replacing, temporary_path
 from eclectus.storage.errors import EclectusError
 
 SCHEME = "://"
@@ -53,19 +52,13 @@ class Mirror:
             names = self._files.find(self._key(path))
             if not names:
                 return False
-            beside = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:6]}"
-            try:
+            with temporary_path(path) as temporary:
                 for name in names:
-                    target = beside / self._below(name, path)
+                    target = temporary / self._below(name, path)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     self._files.get_file(name, str(target))
-                with contextlib.suppress(OSError):  # another process brought it meanwhile
-                    os.rename(beside, path)
-            finally:
-                if beside.is_dir():
-                    shutil.rmtree(beside, ignore_errors=True)
-                else:
-                    beside.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another process downloaded it meanwhile
+                    os.rename(temporary, path)
         return path.exists()
 
     def read(self, path: Path) -> bytes:
@@ -78,10 +71,8 @@ class Mirror:
         for path, size in self.listing(folder, suffix):
             if not path.exists() or path.stat().st_size < size:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                beside = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:6]}"
-                with self._faults():
-                    self._files.get_file(self._key(path), str(beside))
-                os.replace(beside, path)
+                with replacing(path) as temporary, self._faults():
+                    self._files.get_file(self._key(path), str(temporary))
 
     def listing(self, folder: Path, suffix: str) -> Iterator[tuple[Path, int]]:
         """(where it is or would be here, bytes) of the store's files below `folder` whose names end in `suffix`."""

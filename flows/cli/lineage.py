@@ -53,8 +53,8 @@ def add_lineage_commands(commands: Any) -> None:
     events.add_argument("runs", nargs="+", metavar="RUN", help=RUN_HELP)
     events.add_argument("-o", "--out", help="the file, one event per line (default: send them)")
     events.add_argument("--namespace", default="eclectus", help="of jobs and data sets (default: eclectus)")
-    keep = add("keep", _keep, "exclude what a run needs from `gc`, or no longer", run=RUN_HELP)
-    keep.add_argument("--release", action="store_true", help="no longer exclude it")
+    keep = add("keep", _keep, "protect what a run needs from `gc`, or release it", run=RUN_HELP)
+    keep.add_argument("--release", action="store_true", help="no longer protect it")
     gc = add("gc", _gc, "show what no kept run and no champion needs; with --yes, delete it")
     gc.add_argument(
         "--runs", type=_count, default=LATEST, help=f"how many of the latest runs count as kept (default: {LATEST})"

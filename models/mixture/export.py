@@ -24,6 +24,7 @@ from eclectus.models.mixture.checkpoint_io import (
 from eclectus.models.mixture.dense_base import REPORT, copy_side_files
 from eclectus.models.mixture.experts import MoeTensors, original_digest, original_tensors
 from eclectus.models.mixture.families import moe_family_of, plain_config, with_both_generations, write_config
+from eclectus.models.staged_folder import staged_folder
 
 
 class NotTheBaseError(ValueError):
@@ -62,7 +63,7 @@ def export_checkpoint(
         config |= {"architectures": [family.architecture], "router_aux_loss_coef": 0.0, "output_router_logits": False}
         if dtype is not None:
             config["dtype"] = str(dtype).removeprefix("torch.")
-        partial = _begin(out_dir, stack)
+        partial = stack.enter_context(staged_folder(out_dir))
         write_config(partial, with_both_generations(config))
         specs = [TensorSpec(s.name, _stored_type(s.dtype, dtype), s.shape) for s in source.specs.values()]
         write_checkpoint(partial, specs, _reader(source, dtype), max_shard_bytes)
@@ -70,7 +71,6 @@ def export_checkpoint(
             copy_side_files(side_dir, partial)
             if (side_dir / REPORT).is_file():
                 shutil.copyfile(side_dir / REPORT, partial / REPORT)
-        _finish(partial, out_dir)
     return out_dir
 
 
@@ -98,14 +98,13 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
                     f"base {made['base_digest'][:12]}): it was trained with all weights free, or stored in another type"
                 )
         originals = original_tensors(source, family, tied)
-        partial = _begin(out_dir, stack)
+        partial = stack.enter_context(staged_folder(out_dir))
         write_config(partial, with_both_generations(base_config))
         usual, odd = base_config.get("dtype"), made.get("base_types", {})
         types = {name: _narrowed(source.tensor(o), odd.get(name, usual)) for name, o in originals.items()}
         specs = [TensorSpec(name, types[name], source.specs[o].shape) for name, o in originals.items()]
         write_checkpoint(partial, specs, lambda name: source.tensor(originals[name]).to(types[name]))
         copy_side_files(moe_dir, partial)
-        _finish(partial, out_dir)
     return out_dir
 
 
@@ -126,19 +125,3 @@ def _reader(source: TensorSource, dtype: torch.dtype | None) -> Callable[[str], 
         return value.to(_stored_type(value.dtype, dtype))
 
     return read
-
-
-def _begin(out_dir: Path, stack: ExitStack) -> Path:
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ValueError(f"{out_dir} exists already: remove it or choose another place")
-    partial = out_dir.with_name(out_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    stack.callback(shutil.rmtree, partial, ignore_errors=True)
-    return partial
-
-
-def _finish(partial: Path, out_dir: Path) -> None:
-    if out_dir.exists():
-        out_dir.rmdir()
-    partial.rename(out_dir)

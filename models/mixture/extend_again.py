@@ -21,8 +21,6 @@ Price: the model in memory, a forward pass over the calibration text, and some s
 from __future__ import annotations
 
 import json
-import shutil
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from eclectus.models.mixture.dense_base import REPORT, copy_side_files
 from eclectus.models.mixture.experts import moe_blocks
 from eclectus.models.mixture.families import MATRICES, Family, moe_family_of, with_both_generations, write_config
 from eclectus.models.mixture.upcycle import StepZeroError
+from eclectus.models.staged_folder import require_new_folder, staged_folder
 from eclectus.models.training.objectives import next_token_loss
 
 KEPT_BACK = 4
@@ -87,8 +86,7 @@ def extend_again(
         raise ValueError(f"new_experts is {new_experts}: choose 1 or more")
     if calibration.dim() != 2 or len(calibration) < KEPT_BACK:
         raise ValueError(f"calibration has shape {tuple(calibration.shape)}, expected [{KEPT_BACK} or more, length]")
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ValueError(f"{out_dir} exists already: remove it or choose another place")
+    require_new_folder(out_dir)
     before = config.get("experts_per_layer") or [int(config["num_local_experts"])] * config["num_hidden_layers"]
     kept_back, fitted = calibration[::KEPT_BACK], calibration[_rest(len(calibration))]
     model = AutoModelForCausalLM.from_pretrained(moe_dir, dtype=torch.float32).eval()
@@ -96,11 +94,7 @@ def extend_again(
     wider = config | {"num_local_experts": max(before) + new_experts}
     if "experts_per_layer" in config:
         wider["experts_per_layer"] = [count + new_experts for count in before]
-    with ExitStack() as stack:
-        partial = out_dir.with_name(out_dir.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        stack.callback(shutil.rmtree, partial, ignore_errors=True)
+    with staged_folder(out_dir) as partial:
         write_config(partial, with_both_generations(wider))
         _write_tensors(moe_dir, partial, family, before, rows)
         copy_side_files(moe_dir, partial)
@@ -118,9 +112,6 @@ def extend_again(
             (kept.old_loss, kept.loss),
         )
         _write_report(moe_dir, partial, report)
-        if out_dir.exists():
-            out_dir.rmdir()
-        partial.rename(out_dir)
     return report
 
 

@@ -34,6 +34,7 @@ from eclectus.models.mixture.dense_base import REPORT, DenseBase, open_base
 from eclectus.models.mixture.experts import original_digest
 from eclectus.models.mixture.families import SHARED_EXPERT_WIDTH, moe_config, parse_dense_ffn, write_config
 from eclectus.models.mixture.streaming import misaligned, streamed_logits
+from eclectus.models.staged_folder import require_new_folder, staged_folder
 
 Init = Literal["copy", "noise", "drop"]
 Proof = Literal["as_routed", "expert_0"]
@@ -107,27 +108,20 @@ def upcycle(
     """
     base_dir, out_dir = Path(base_dir), Path(out_dir)
     _check_settings(init, tolerance, noise_scale, drop_ratio)
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ValueError(f"{out_dir} exists already: remove it or choose another place for the upcycled checkpoint")
+    require_new_folder(out_dir)
     with ExitStack() as stack:
         base = open_base(base_dir, stack, trust_remote_code)
         counts = expert_counts(experts, top_k, base.config.num_hidden_layers)
         if len(set(counts)) > 1:
             base.family = base.family.layered()
         plan = _Plan(base, counts, init, seed, noise_scale, drop_ratio)
-        partial = out_dir.with_name(out_dir.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        stack.callback(shutil.rmtree, partial, ignore_errors=True)
+        partial = stack.enter_context(staged_folder(out_dir))
         _check_space(partial, plan)
         write_config(partial, moe_config(base.config_dict, base.family, counts, top_k))
         write_checkpoint(partial, plan.specs, plan.tensor, max_shard_bytes)
         base.copy_side_files(partial)
         report = _prove(base, partial, plan, top_k, tolerance, probes)
         (partial / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-        if out_dir.exists():
-            out_dir.rmdir()
-        partial.rename(out_dir)
     return report
 
 

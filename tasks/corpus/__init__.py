@@ -8,7 +8,6 @@ speeches). The same packages give the same bytes on every machine.
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from eclectus.storage.atomic_write import write_atomically
 from eclectus.tasks.corpus import catalogs, prose, python_library
 from eclectus.tasks.corpus.packages import Package, require
 from eclectus.tasks.corpus.text import Document, within_budget, without_repeats
@@ -114,11 +114,11 @@ def write_corpus(out: Path, settings: CorpusSettings) -> CorpusSummary:
         if not documents:
             continue
         path = out / f"{language}.{domain}.jsonl"
-        _write(path, "".join(_line(document) for document in documents))
+        write_atomically(path, "".join(_line(document) for document in documents))
         files.append(CorpusFile(path, language, domain, len(documents), sum(document.bytes for document in documents)))
         written += documents
     sources = _sources(written)
-    _write(out / "SOURCES", _table(sources))
+    write_atomically(out / "SOURCES", _table(sources))
     return CorpusSummary(tuple(files), sources)
 
 
@@ -167,12 +167,6 @@ def _length(document: Document) -> int:
 def _line(document: Document) -> str:
     fields = {name: getattr(document, name) for name in ("id", "text", "language", "domain", "source")}
     return json.dumps(fields, ensure_ascii=False) + "\n"
-
-
-def _write(path: Path, content: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(content, encoding="utf-8", newline="\n")
-    os.replace(beside, path)
 
 
 def _sources(documents: list[Document]) -> tuple[CorpusSource, ...]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from pathlib import Path
 
 from eclectus.storage.artifact import ArtifactStore
@@ -24,17 +22,14 @@ def export(
     folder = _folder(store, checkpoint)
     from eclectus.models.lory.model import LoryForCausalLM
     from eclectus.models.pretraining.export_dense import export_dense
+    from eclectus.models.staged_folder import staged_folder
 
-    beside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:6]}")
     try:
         model = LoryForCausalLM.from_pretrained(folder)
-        dense = export_dense(model, beside, domain=domain, language=language, prompt=prompt)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        beside.replace(out)
+        with staged_folder(out) as partial:
+            dense = export_dense(model, partial, domain=domain, language=language, prompt=prompt)
     except (OSError, ValueError) as error:
         raise EclectusError(f"{checkpoint} was not exported: {error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return f"{out}: a LlamaForCausalLM of {sum(p.numel() for p in dense.parameters()):,} parameters"
 
 

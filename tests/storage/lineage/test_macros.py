@@ -146,9 +146,7 @@ def test_unknown_names_give_nothing_and_the_start_of_several_is_refused(home):
         write_step(journal, "s2", "ab" + "1" * 62, ["documents-ab" + "0" * 62])
     for unknown in ("documents-ffff", "checkpoint-ab0", "nonsense", "", "documents-", "'; drop table runs; --"):
         assert walk(unknown, home) == [], unknown
-    with pytest.raises(
-        EclectusError, match="'ab' is the start of 2 artifacts, such as documents-ab"
-    ):
+    with pytest.raises(EclectusError, match="'ab' is the start of 2 artifacts, such as documents-ab"):
         walk("ab", home)
     assert [row["steps_away"] for row in walk("ab0", home)] == [0, 1]
     assert len(walk("documents-ab1", home)) == 2
