@@ -29,6 +29,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from eclectus.storage.atomic_write import write_atomically
+
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]

@@ -39,6 +39,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from eclectus.storage.atomic_write import write_atomically
+
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
     os.environ.setdefault(name, value)
