@@ -29,14 +29,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from eclectus.storage.atomic_write import write_atomically
-
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 from lory_claims_data import GROUPINGS, prepare, unpack  # noqa: E402
 from lory_claims_tables import EVERYTHING, perplexities, report  # noqa: E402
+
+from eclectus.storage.atomic_write import write_atomically  # noqa: E402
 
 STUDY: dict[str, dict[str, Any]] = {
     "router init 2.4": dict(router_init=2.4),

@@ -39,8 +39,6 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from eclectus.storage.atomic_write import write_atomically
-
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}.items():
     os.environ.setdefault(name, value)
@@ -51,6 +49,8 @@ from lpr_queue import METHODS, Queue  # noqa: E402
 from lpr_report import markdown, mean_of  # noqa: E402
 from lpr_runs import open_pretrained, run_job  # noqa: E402
 from lpr_sizes import Size, size_of  # noqa: E402
+
+from eclectus.storage.atomic_write import write_atomically  # noqa: E402
 
 # What a result does not depend on.
 UNKEYED = (
