@@ -118,8 +118,10 @@ _DIFFERENCE = """table
                      m.name || coalesce(nullif(' ' || array_to_string(map_values(m.tags), ' '), ' '), ''),
                      last(m.value order by m.logged)::varchar
                      from metrics m join chosen using (run) join steps s using (step) group by all)
-        select what, label, name, any_value(value) filter (side = 'a') as a, any_value(value) filter (side = 'b') as b
-        from facts group by what, label, name having a is distinct from b
+        select * from (
+            select what, label, name, any_value(value) filter (side = 'a') as a, any_value(value) filter (side = 'b') as b
+            from facts group by what, label, name) d
+        where d.a is distinct from d.b  -- plain a and b are the parameters
         order by array_position(['run', 'package', 'step', 'setting', 'input', 'output', 'metric'], what), label, name"""
 
 # Name and parameters -> SQL, in the order in which they are created.

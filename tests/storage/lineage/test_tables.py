@@ -172,6 +172,7 @@ def test_difference_names_settings_inputs_and_metrics(home):
     rows = {(what, name): (a, b) for what, _, name, a, b in query("from difference('r1', 'r2')", home)[1]}
     assert rows["run", "code"] == ("abc", "def") and rows["package", "torch"] == ("2", "3")
     assert rows["run", "state"] == ("completed", "unfinished")
+    assert ("run", "python") not in rows and ("step", "version") not in rows, "equal in both"
     assert query("from difference('r1', 'r1')", home)[1] == []
 
 
