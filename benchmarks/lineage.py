@@ -1,9 +1,9 @@
 """What questions to a long history cost: upstream and downstream of artifacts in a million steps, and what compaction takes.
 
-10,000 runs of 100 steps, in projects of 100 runs: every run reads what its own steps and those of the run before it in the project
-made, so chains are up to 10,000 steps long. Journals are written as a run writes them, without the syncs, then compacted. The peer is
-the same walk as people would write it, a recursive query over `step_inputs` and `step_outputs`, up to 100,000 steps: beyond, it takes
-minutes an answer.
+10,000 runs of 100 steps, in projects of 100 runs: every run reads what its own steps and those of the run before it in
+the project made, so chains are up to 10,000 steps long. Journals are written as a run writes them, without the syncs,
+then compacted. The peer is the same walk as people would write it, a recursive query over `step_inputs` and
+`step_outputs`, up to 100,000 steps: beyond, it takes minutes an answer.
 
     OMP_NUM_THREADS=1 python benchmarks/lineage.py [--steps 1000000] [--home FOLDER]      3 GB of disk; a kept FOLDER is used again
 """

@@ -1,9 +1,9 @@
 """Artifacts: immutable, content-addressed directories with a manifest.
 
-A draft is a directory beside the finished ones. `commit` hashes its files, writes `manifest.json` last and renames the
-whole directory into place, so that an artifact is either whole or absent. The digest is a SHA-256 over the kind, the schema
-version and every file's name, size and SHA-256; statistics stay outside it, so that equal content has one name.
-Price: one read of every file at commit and at `verify`, about 1 to 2 GB/s a core.
+A draft is a directory in the same store. `commit` hashes its files, writes `manifest.json` last and renames the whole
+directory into place, so that an artifact is either whole or absent. The digest is a SHA-256 over the kind, the schema
+version and every file's name, size and SHA-256; statistics are not in it, so that equal content has one name.
+Cost: one read of every file at commit and at `verify`, about 1 to 2 GB/s per core.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ MANIFEST_FIELDS = {"kind", "digest", "schema", "created", "rows", "bytes", "stat
 
 @dataclass(frozen=True)
 class Artifact:
-    """A reference to an artifact: what passes between steps instead of data.
+    """A reference to an artifact: passed between steps instead of data.
 
-    kind: one of `KINDS`. digest: hex SHA-256 of the content. path: where the files lie on this machine.
+    kind: one of `KINDS`. digest: hex SHA-256 of the content. path: the directory on this machine.
     """
 
     kind: str
@@ -57,14 +57,14 @@ class Artifact:
 
     @property
     def name(self) -> str:
-        """Short name that people read and type: `checkpoint-1a2b3c4d5e6f`."""
+        """Short name for users: `checkpoint-1a2b3c4d5e6f`."""
         return f"{self.kind}-{self.digest[:12]}"
 
     def file(self, name: str) -> Path:
         return Path(self.path) / name
 
     def manifest(self) -> dict[str, Any]:
-        """What was written at commit: kind, digest, schema, created, rows, statistics, files."""
+        """The manifest written at commit: kind, digest, schema, created, rows, statistics, files."""
         return read_manifest(Path(self.path))
 
     @property
@@ -74,7 +74,7 @@ class Artifact:
 
 @dataclass
 class Draft:
-    """A directory being filled. Write files under `path`, set `rows` and `statistics`; the step decorator commits it."""
+    """A directory being written: files under `path`, then `rows` and `statistics`; the step decorator commits it."""
 
     kind: str
     path: Path
@@ -82,7 +82,7 @@ class Draft:
     statistics: dict[str, Any] = field(default_factory=dict)
 
     def file(self, name: str) -> Path:
-        """Path for a new file; folders on the way are made. Raises EclectusError for a name that leads out of the draft."""
+        """Path of a new file; its folders are created. Raises EclectusError for a name that leads out of the draft."""
         path = self.path / name
         if not path.resolve().is_relative_to(self.path.resolve()):
             raise EclectusError(f"'{name}' leads out of its artifact; nothing was written")
@@ -94,13 +94,13 @@ class ArtifactStore:
     """The artifacts under one root directory: `<root>/<kind>/<first 32 digits of the digest>/`."""
 
     def __init__(self, root: Path | str, mirror: Mirror | None = None) -> None:
-        """mirror: the object store to which committed artifacts go and from which missing ones come."""
+        """mirror: the object store to which artifacts are uploaded and from which missing ones are downloaded."""
         self.root = Path(root).absolute()
         self.mirror = mirror
 
     @contextlib.contextmanager
     def draft(self, kind: str) -> Iterator[Draft]:
-        """An empty draft; whatever is left uncommitted is removed at the end of the block."""
+        """An empty draft; an uncommitted one is removed at the end of the block."""
         if kind not in KINDS:
             raise EclectusError(f"artifact kind '{kind}' is unknown; the kinds are {', '.join(KINDS)}")
         path = self.root / ".drafts" / f"{kind}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -108,7 +108,7 @@ class ArtifactStore:
         opening.mkdir(parents=True)
         handle = os.open(opening, os.O_RDONLY)
         try:
-            # Locked before it has its name: a draft that nobody holds is one whose process is gone.
+            # Locked before it has its name: an unlocked draft is one whose process is gone.
             with contextlib.suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.rename(opening, path)
@@ -118,7 +118,7 @@ class ArtifactStore:
             shutil.rmtree(path, ignore_errors=True)
 
     def commit(self, draft: Draft) -> Artifact:
-        """Makes the draft an artifact. Content that is already here and whole is kept, and the draft dropped."""
+        """Makes the draft an artifact. Where the same content is already stored and whole, the draft is dropped."""
         files = _hash_files(draft.path)
         if not files:
             raise EclectusError(f"the step wrote no file into its {draft.kind} artifact; nothing was kept")
@@ -130,7 +130,7 @@ class ArtifactStore:
                 if self.mirror and not self.mirror.has(place / MANIFEST):
                     self.mirror.push(place, last=MANIFEST)
                 return artifact
-            self._set_aside(place)
+            self._quarantine(place)
         manifest = {
             "kind": draft.kind,
             "digest": digest,
@@ -178,14 +178,14 @@ class ArtifactStore:
         return self.find(str(places[0]))
 
     def faults(self, artifact: Artifact) -> str | None:
-        """Why this artifact cannot be trusted, in words, or None if every byte is as committed.
+        """Why this artifact cannot be used, as a message, or None if every byte is as committed.
 
-        One that is gone or damaged here is first brought from the object store, where there is one.
+        A missing or damaged one is first downloaded from the object store, where there is one.
         """
         fault = self._faults(artifact)
         if fault and self.mirror and self.mirror.has(Path(artifact.path) / MANIFEST):
             if Path(artifact.path).exists():
-                self._set_aside(Path(artifact.path))
+                self._quarantine(Path(artifact.path))
             self.mirror.pull(Path(artifact.path))
             fault = self._faults(artifact)
         return fault
@@ -204,9 +204,8 @@ class ArtifactStore:
                 return f"{artifact.name} is damaged: {file['name']} is gone"
             if path.stat().st_size != file["bytes"] or hash_file(path) != file["sha256"]:
                 return f"{artifact.name} is damaged: {file['name']} changed"
-        if content_digest(manifest["kind"], manifest["files"]) != artifact.digest or manifest.pop("seal", "") != seal(
-            manifest
-        ):
+        sealed = manifest.pop("seal", "")
+        if content_digest(manifest["kind"], manifest["files"]) != artifact.digest or sealed != seal(manifest):
             return f"{artifact.name} is damaged: {MANIFEST} changed"
         return None
 
@@ -217,7 +216,7 @@ class ArtifactStore:
             yield self.find(str(manifest.parent))
 
     def strays(self) -> list[str]:
-        """Directories that look like artifacts and have no manifest, in words: half of a copy, or a lost manifest."""
+        """A message per directory without a manifest: half of a copy, or a lost manifest."""
         places = [
             place for place in sorted(self.root.glob("[!.]*/*")) if place.is_dir() and not place.name.startswith(EMPTY)
         ]
@@ -226,7 +225,7 @@ class ArtifactStore:
         ]
 
     def _pull_all(self, pattern: str) -> None:
-        """Brings the store's whole artifacts that match `<kind>/<digits>` and are not here."""
+        """Downloads the store's whole artifacts that match `<kind>/<digits>` and are missing here."""
         for manifest, _ in self.mirror.listing(self.root, MANIFEST) if self.mirror else ():
             place = manifest.parent
             if not place.exists() and place.relative_to(self.root).match(pattern):
@@ -235,14 +234,14 @@ class ArtifactStore:
     def _place(self, kind: str, digest: str) -> Path:
         return self.root / kind / digest[:32]
 
-    def _set_aside(self, place: Path) -> None:
-        aside = self.root / ".damaged" / f"{place.parent.name}-{place.name}-{uuid.uuid4().hex[:6]}"
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(place, aside)
+    def _quarantine(self, place: Path) -> None:
+        target = self.root / ".damaged" / f"{place.parent.name}-{place.name}-{uuid.uuid4().hex[:6]}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(place, target)
 
 
 def draft_is_held(path: Path) -> bool | None:
-    """Whether the process that writes a draft is alive; None where another machine writes it, or locks are not to be had."""
+    """Whether the process that writes a draft is alive; None on another machine, or where locks do not work."""
     if f"-{socket.gethostname()}-" not in path.name:
         return None
     handle = os.open(path, os.O_RDONLY)
@@ -263,7 +262,7 @@ def content_digest(kind: str, files: list[dict[str, Any]]) -> str:
 
 
 def seal(manifest: dict[str, Any]) -> str:
-    """Hex SHA-256 over everything else in a manifest, statistics too: any change of it shows."""
+    """Hex SHA-256 over everything else in a manifest, statistics too, so that any change is detected."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 

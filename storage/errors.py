@@ -1,9 +1,9 @@
-"""The errors that people can mend: each message names the culprit, what was expected and what to do."""
+"""Errors that users can fix: each message names the culprit, what was expected and what to do."""
 
 
 class EclectusError(Exception):
-    """A fault in what a person brought (a path, a setting, a file); shown as one line, never as a traceback."""
+    """Invalid user input (a path, a setting, a file); shown as one line, never as a traceback."""
 
 
 class DamagedArtifact(EclectusError):
-    """An artifact whose files are not those that its manifest lists."""
+    """An artifact whose files differ from its manifest."""

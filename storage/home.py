@@ -1,9 +1,9 @@
-"""The home: one directory with everything that a project made and knows, or its like on an object store (storage/mirror.py).
+"""The home: one directory with a project's artifacts and lineage, here or on an object store (storage/mirror.py).
 
 artifacts/   immutable results                keys/       which settings and inputs made which artifact
-journal/     what happened, as it happened    work/       unfinished training, so that it can go on
-layout       the number of this layout
-prefect/     the local Prefect server's data  eclectus.duckdb, report.html   for people
+journal/     events, metrics and decisions    work/       unfinished training, to resume
+layout       the number of this layout        prefect/    the local Prefect server's data
+eclectus.duckdb, report.html                  for users
 """
 
 from __future__ import annotations
@@ -23,32 +23,33 @@ LAYOUT = 2
 
 @dataclass(frozen=True)
 class Home:
-    """The directory `root` and the rooms in it; `mirror`: the object store whose cache it is, if it is one."""
+    """The directory `root` and its folders. mirror: the object store that it caches, if any."""
 
     root: Path
     mirror: Mirror | None = None
 
     @classmethod
     def open(cls, root: str | Path | None = None, reading: bool = False) -> Home:
-        """The home at `root`, else at $ECLECTUS_HOME, else `./home`; made if missing. A folder, or a URL (`s3://bucket/prefix`).
+        """The home at `root`, else at $ECLECTUS_HOME, else `./home`; created if missing. A folder, or a URL (`s3://bucket/prefix`).
 
-        reading: a home that cannot be written will do. Raises EclectusError when it cannot be made or written, or was
-        written by a newer version.
+        reading: accept a read-only home. Raises EclectusError when it cannot be created or written, or was written by a
+        newer version.
         """
         named = str(root or os.environ.get("ECLECTUS_HOME") or DEFAULT)
         if SCHEME in named:
-            place = cache_folder(named)
-            home = cls(place, Mirror(named.rstrip("/"), place))
-            home.mirror.check()
+            path = cache_folder(named)
+            mirror = Mirror(named.rstrip("/"), path)
+            home = cls(path, mirror)
+            mirror.check()
         else:
-            place = Path(named).absolute()
-            home = cls(place)
+            path = Path(named).absolute()
+            home = cls(path)
         if reading and home.journal.is_dir():
             home._check_layout()
             return home
         try:
-            for room in (home.store.root, home.journal, home.keys, home.work):
-                room.mkdir(parents=True, exist_ok=True)
+            for folder in (home.store.root, home.journal, home.keys, home.work):
+                folder.mkdir(parents=True, exist_ok=True)
             home._check_layout()
             if not os.access(home.journal, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -56,19 +57,19 @@ class Home:
                 home._layout.write_text(f"{LAYOUT}\n")
         except OSError as error:
             raise EclectusError(
-                f"home {place} cannot be written ({error.strerror}); set --home or ECLECTUS_HOME to another folder"
+                f"home {path} cannot be written ({error.strerror}); set --home or ECLECTUS_HOME to another folder"
             ) from error
         return home
 
     def _check_layout(self) -> None:
-        """Homes without a number are of layout 1: journals only, which every later version reads as they are."""
+        """Homes without a number have layout 1: journals only, which every later version reads."""
         found = self._layout.read_text().strip() if self._layout.exists() else "1"
         if not found.isdigit() or int(found) > LAYOUT:
             raise EclectusError(
                 f"home {self.root} has layout {found[:20]}, newer than this eclectus knows ({LAYOUT}); update eclectus"
             )
         if int(found) < LAYOUT and os.access(self.root, os.W_OK):
-            # Layout 2 adds Parquet parts and an index beside the journals; `eclectus.storage.lineage.compact` makes them as it goes.
+            # Layout 2 adds Parquet parts and an index, which eclectus.storage.lineage.compact writes as it goes.
             self._layout.write_text(f"{LAYOUT}\n")
 
     @property
@@ -77,11 +78,11 @@ class Home:
 
     @property
     def name(self) -> str:
-        """What a person calls it: the URL, or the folder."""
+        """For messages: the URL, or the folder."""
         return self.mirror.url if self.mirror else str(self.root)
 
     def refresh(self) -> None:
-        """Brings what queries read, and is not here yet, from the object store: journals and the tables of instances."""
+        """Downloads what queries read and is missing here: journals, documents of instances, routing of evaluations."""
         if self.mirror:
             self.mirror.pull_changed(self.journal, "")
             self.mirror.pull_changed(self.store.root / "instances", "documents.parquet")

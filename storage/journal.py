@@ -1,10 +1,10 @@
-"""The journal: what happened, appended by each process to files of its own, so that nobody ever waits for a lock.
+"""The journal: each process appends events to files of its own, so that none ever waits for a lock.
 
-Three streams of newline-delimited JSON, `events/` (runs and steps), `metrics/` and `decisions/` (champions), with one file a run
-and process. An event is one line, written with one `write` and synced: a kill loses at most the line being written. Metrics are written through
-to the operating system line by line and synced at close. A writer holds a lock on its own file, which the system drops when
-the process is gone, however it went: that is how `eclectus.storage.lineage.compact` knows which journals are finished and may become Parquet.
-`eclectus.storage.lineage.connection` reads both forms.
+Three streams of newline-delimited JSON, `events/` (runs and steps), `metrics/` and `decisions/` (champions), with one
+file per run and process. An event is one line, written with one `write` and synced: a kill loses at most the line being
+written. Metrics go to the operating system line by line and are synced at close. A writer holds a lock on its own file,
+which the system releases when the process ends in any way: so `eclectus.storage.lineage.compact` knows which journals
+are finished and may become Parquet. `eclectus.storage.lineage.connection` reads both forms.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def now() -> str:
 
 
 class Journal:
-    """The journal of this process for one run. Files appear with the first line written.
+    """The journal of this process for one run. A file is created with its first line.
 
-    Secrets of the environment never get in (`eclectus.storage.secrets`). Raises EclectusError when a line cannot be written.
+    Secrets of the environment are hidden (`eclectus.storage.secrets`). Raises EclectusError when a line cannot be
+    written.
     """
 
     def __init__(self, root: Path, run: str, mirror: Mirror | None = None) -> None:
-        """mirror: the object store to which the journal goes with every event, and whole at the end."""
+        """mirror: the object store to which the journal is uploaded at every event, and at the end."""
         self.root = root
         self.mirror = mirror
         self.run = run
@@ -58,7 +59,7 @@ class Journal:
     def metric(
         self, step: str, name: str, value: float, at_step: int | None = None, tags: dict[str, str] | None = None
     ) -> None:
-        """One number of a step: `loss`, 2.31, at training step 40; `tags` say of what (language, domain, expert ...)."""
+        """One number of a step: `loss`, 2.31, at training step 40. tags: what it was measured on (language, expert)."""
         self._write(
             METRICS,
             {
@@ -98,7 +99,7 @@ class Journal:
 
     def _write(self, stream: str, row: dict[str, Any]) -> int:
         if stream != METRICS:
-            # A block or a login may have brought a new secret; metrics are too many to look each time.
+            # A Prefect block or a login may have added a secret; checking at every metric would be too slow.
             self._scrub = scrubber()
         line = (
             json.dumps(row, allow_nan=False, default=str)
@@ -118,7 +119,7 @@ class Journal:
         return handle
 
     def _append(self, handle: int, line: bytes) -> None:
-        """One whole line; what a full disk left of an earlier one is ended first, so that it spoils no other line."""
+        """One whole line; a line that a full disk truncated is ended first, so that it damages no other."""
         if handle in self._torn:
             line = b"\n" + line
         written = 0
@@ -133,11 +134,11 @@ class Journal:
 
 
 def _open_held(folder: Path, name: str) -> int:
-    """A new journal, locked by this process before anyone can see it under its name."""
+    """A new journal, locked by this process before it has its name."""
     folder.mkdir(parents=True, exist_ok=True)
     opening = folder / f"{name}.opening"
     handle = os.open(opening, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    # A file system without locks: the journal counts as finished when it has not grown for a day.
+    # Without locks in the file system, a journal counts as finished when it has not grown for a day.
     with contextlib.suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.rename(opening, folder / name)

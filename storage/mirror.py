@@ -1,12 +1,12 @@
-"""A home on an object store: the same tree under an fsspec URL (`s3://bucket/prefix`), with the local home as its cache.
+"""A home on an object store: the same tree under an fsspec URL (`s3://bucket/prefix`), with a local home as its cache.
 
-Steps read and write local files, as without a store. What is finished goes up: an artifact with its manifest last, so that
-it is either whole there or absent; the records of keys; journals as they grow. What is missing here comes down when asked for,
-beside its place and renamed into it. Credentials and address are the object store's own variables (AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL for MinIO). Price: one upload of every new byte, one listing a query of the lineage.
+Steps read and write local files, as without a store. Finished files are uploaded: an artifact with its manifest last,
+so that it is whole there or absent; the records of keys; journals as they grow. Missing files are downloaded on demand
+to a temporary path and renamed. Credentials and address are the object store's own variables (AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL for MinIO). Cost: one upload of every new byte, one listing per lineage query.
 
-Left local: `work/` (a machine that takes over a lost one begins the unfinished stage again) and locks: two machines at once may make
-the same artifact twice, which is then one artifact, as it is named by its content.
+Local only: `work/` (a machine that replaces a lost one starts the unfinished stage again) and locks: two machines may
+make the same artifact at once, which is then one artifact, as it is named by its content.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCHEME = "://"
 
 
 def cache_folder(url: str) -> Path:
-    """Where the local copy of a store's home lies: under $ECLECTUS_CACHE or ~/.cache/eclectus, one folder a URL."""
+    """The local copy of a store's home: under $ECLECTUS_CACHE or ~/.cache/eclectus, one folder per URL."""
     top = os.environ.get("ECLECTUS_CACHE") or Path.home() / ".cache" / "eclectus"
     return Path(top).absolute() / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
 
@@ -39,7 +39,7 @@ class Mirror:
     local: Path
 
     def push(self, path: Path, last: str | None = None) -> None:
-        """Uploads a file or a whole folder. last: the file of the folder that goes up after all others."""
+        """Uploads a file or a whole folder. last: the file of the folder that is uploaded after all others."""
         files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
         files.sort(key=lambda file: file.relative_to(path).as_posix() == last)
         with self._faults():
@@ -47,7 +47,7 @@ class Mirror:
                 self._files.put_file(str(file), self._key(file))
 
     def pull(self, path: Path) -> bool:
-        """Brings a file or a folder here, over nothing that is here already; False if the store has none."""
+        """Downloads a file or a folder, unless it exists here; False if the store has none."""
         with self._faults():
             names = self._files.find(self._key(path))
             if not names:
@@ -62,12 +62,12 @@ class Mirror:
         return path.exists()
 
     def read(self, path: Path) -> bytes:
-        """What the store has at `path`, without bringing it here."""
+        """The store's content of `path`, without downloading it into the cache."""
         with self._faults():
             return self._files.cat_file(self._key(path))
 
     def pull_changed(self, folder: Path, suffix: str) -> None:
-        """Brings every file below `folder` whose name ends in `suffix` and which is not here or is smaller here: journals grow."""
+        """Downloads files below `folder` with names ending in `suffix` that are missing or smaller here (journals grow)."""
         for path, size in self.listing(folder, suffix):
             if not path.exists() or path.stat().st_size < size:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ class Mirror:
                     self._files.get_file(self._key(path), str(temporary))
 
     def listing(self, folder: Path, suffix: str) -> Iterator[tuple[Path, int]]:
-        """(where it is or would be here, bytes) of the store's files below `folder` whose names end in `suffix`."""
+        """(local path, bytes) of the store's files below `folder` with names ending in `suffix`."""
         with self._faults():
             found = self._files.find(self._key(folder), detail=True)
         for name, about in sorted(found.items()):
@@ -93,7 +93,7 @@ class Mirror:
                 self._files.rm(self._key(path), recursive=True)
 
     def check(self) -> None:
-        """Raises EclectusError when the store cannot be reached or the bucket is not there."""
+        """Raises EclectusError when the store cannot be reached or the bucket does not exist."""
         with self._faults():
             bucket = self._root.split("/")[0]
             if bucket and not self._is_there(bucket):
@@ -101,7 +101,7 @@ class Mirror:
 
     @property
     def _files(self) -> Any:
-        """The file system; fsspec keeps one a URL and process. Nothing is taken from its listing cache: others write too."""
+        """The file system; fsspec keeps one per URL and process. Its listing cache is off, since others write too."""
         import fsspec
 
         protocol = self.url.partition(SCHEME)[0]
@@ -113,7 +113,7 @@ class Mirror:
             ) from error
 
     def _is_there(self, key: str) -> bool:
-        """Unlike fsspec's `exists`, which takes a server that does not answer for an absent file."""
+        """Unlike fsspec's `exists`, which takes an unreachable server for a missing file."""
         try:
             self._files.info(key)
         except FileNotFoundError:
@@ -128,17 +128,18 @@ class Mirror:
         return f"{self._root}/{path.relative_to(self.local).as_posix()}".removesuffix("/.")
 
     def _below(self, name: str, path: Path) -> str:
-        """What the store calls `name`, relative to `path`; empty when it is that very file."""
+        """The store's `name` relative to `path`; empty when it is that very file."""
         return name.lstrip("/")[len(self._key(path).lstrip("/")) :].lstrip("/")
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
-        """Turns what an object store's client raises into one line that names the home and the fix."""
+        """Turns the errors of an object store's client into one line that names the home and the fix."""
         try:
             yield
         except EclectusError:
             raise
         except Exception as error:
             raise EclectusError(
-                f"home {self.url} cannot be used ({type(error).__name__}: {error}); check the bucket, AWS_ENDPOINT_URL and the credentials"
+                f"home {self.url} cannot be used ({type(error).__name__}: {error}); "
+                "check the bucket, AWS_ENDPOINT_URL and the credentials"
             ) from error

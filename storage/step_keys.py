@@ -1,8 +1,8 @@
-"""Known keys: which step, settings and inputs made which artifacts, and why a step has to run again.
+"""Step keys: which step, settings and inputs made which artifacts, and why a step has to run again.
 
 A key is a SHA-256 over (step, version, settings, digests of the inputs). Its record is one small JSON file, so that a
-look-up costs one read, needs no database and works for any number of processes. A second file per label remembers the last
-key, which is what a new key is compared with to say in words what changed.
+lookup is one read, without a database, by any number of processes. A second file per label keeps the last key, with
+which a new key is compared to report what changed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHOWN = 6
 
 @dataclass(frozen=True)
 class Record:
-    """What a step is asked to do, and, once done, what it gave.
+    """What a step is asked to do, and its outputs once it is done.
 
     settings: the settings that can change the output, JSON-ready. inputs: name -> `kind-digest` (whole digest).
     outputs: name -> `kind-digest`; empty before the step ran.
@@ -50,7 +50,7 @@ class KnownKeys:
         self.store = store
 
     def find(self, wanted: Record, label: str) -> tuple[dict[str, Artifact] | None, str]:
-        """(outputs, why they can be reused) if the key is known and its artifacts are whole, else (None, why it must run)."""
+        """(outputs, why they are reused) if the key is known and its artifacts whole, else (None, why it must run)."""
         record = self._read(self._record_path(wanted.key))
         if record is None:
             return None, self._reason(wanted, label)
@@ -62,7 +62,7 @@ class KnownKeys:
         return outputs, "same settings and inputs; every file is as it was written"
 
     def remember(self, done: Record, label: str) -> None:
-        """Records what a step gave, and that it is the last thing this label did."""
+        """Records the outputs of a step, and its key as the last one of this label."""
         self._write(self._record_path(done.key), asdict(done))
         self.note(done, label)
 
@@ -72,7 +72,7 @@ class KnownKeys:
 
     @contextlib.contextmanager
     def hold(self, key: str, when_waiting: Callable[[], None]) -> Iterator[None]:
-        """Holds the key, so that two runs never make the same thing at once; released by the system if we die."""
+        """Locks the key, so that two runs never make the same artifact at once; the system releases it if we die."""
         path = self.root / "held" / key
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w") as handle:
@@ -92,7 +92,7 @@ class KnownKeys:
         before = self._read(self._record_path(last["key"])) if last else None
         if before is None:
             return "first time"
-        # The record before was written without its secrets; so is what it is compared with.
+        # Records are written without secrets, so secrets are hidden before the comparison.
         wanted = Record(wanted.step, wanted.version, scrubbed(wanted.settings), scrubbed(wanted.inputs))
         return "; ".join(differences(before, wanted)) or "the record of it is gone"
 
@@ -123,7 +123,7 @@ class KnownKeys:
 
 
 def differences(before: Record, after: Record) -> list[str]:
-    """In words, what differs: `settings.neighbors 20 -> 32`, `input documents 1a2b -> 3c4d`, `version 1 -> 2`."""
+    """Differences as text: `settings.neighbors 20 -> 32`, `input documents 1a2b -> 3c4d`, `version 1 -> 2`."""
     words = []
     if before.version != after.version:
         words.append(f"version {before.version} -> {after.version}")

@@ -1,4 +1,4 @@
-"""Promote: the gate's word on a checkpoint that was evaluated before, and who is champion of which line."""
+"""`promote`, `rollback` and `champions`: the gate's decision on a checkpoint, and the champion of each line."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pydantic import Field
 from eclectus.flows.run import open_run
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
-from eclectus.storage.lineage.champions import PROMOTED, Decision, decisions, person, record
+from eclectus.storage.lineage.champions import PROMOTED, Decision, decisions, record, user_name
 from eclectus.tasks.promotion.gate import Gate, read_gates
 from eclectus.tasks.promotion.promote import decide, find_base, find_candidate
 from eclectus.tasks.settings import Settings
 
 
 class PromoteParameters(Settings):
-    """What is promoted, and by which rules."""
+    """The checkpoint and the rules of a promotion."""
 
     checkpoint: str = Field(description="Artifact name or folder of the checkpoint.")
     gate: str = Field(description="YAML file with the rules, as configs/gate.yaml.")
-    line: str | None = Field(None, description="Line of champions; that of the model's name where left out.")
-    force: str | None = Field(None, description="Reason to promote it though the gate refuses.")
+    line: str | None = Field(None, description="Line of champions (default: that of the model's name).")
+    force: str | None = Field(None, description="Reason to promote it against the gate.")
 
 
 def promote(checkpoint: str, gate: str, line: str | None, force: str | None) -> Decision:
-    """Judges a checkpoint by its latest evaluations and records what came of it; no Prefect is needed.
+    """Applies the gate to a checkpoint's latest evaluations and records the decision; needs no Prefect.
 
-    A person's promotion against the gate (`force`) is recorded beside the gate's refusal. Raises EclectusError for a checkpoint that
-    was never evaluated, and for a line that is not in the gate's file.
+    A user's promotion against the gate (`force`) is recorded after the gate's refusal. Raises EclectusError for a
+    checkpoint that was never evaluated, and for a line that is not in the gate's file.
     """
     home = Home.open()
     gates, artifact = read_gates(gate), home.store.find(checkpoint)
@@ -43,16 +43,16 @@ def promote(checkpoint: str, gate: str, line: str | None, force: str | None) -> 
         decision = decide(replace(chosen, model=name), candidate, base)
         if force and decision.verdict != PROMOTED:
             decision = replace(
-                decision, verdict=PROMOTED, reason=f"{force} (the gate refused: {decision.reason})", by=person()
+                decision, verdict=PROMOTED, reason=f"{force} (the gate refused: {decision.reason})", by=user_name()
             )
             record(home, decision, opened.id)
     return decision
 
 
 def rollback(line: str | None = None) -> Decision:
-    """Makes the champion before the present one champion again, with its evaluations; again and again goes further back.
+    """Makes the previous champion champion again, with its evaluations; each further rollback goes one further back.
 
-    line: the only one that has a champion, where left out. Raises EclectusError when there is none before, or it is damaged.
+    line: default is the only one with a champion. Raises EclectusError when there is no previous one, or it is damaged.
     """
     home = Home.open()
     promoted = [each for each in decisions(home) if each.verdict == PROMOTED]
@@ -64,50 +64,48 @@ def rollback(line: str | None = None) -> Decision:
             f"lines with a champion are {', '.join(lines)}: choose one with --line" if lines else "no line has one yet"
         )
         raise EclectusError(f"line '{line}' has no champion; {known}" if line else f"which line? {known}")
-    reigns = _reigns([each for each in promoted if each.line == line])
-    if len(reigns) < 2:
-        raise EclectusError(f"line '{line}' never had another champion before checkpoint-{reigns[-1].checkpoint[:12]}")
-    before = reigns[-2]
+    history = _champion_history([each for each in promoted if each.line == line])
+    if len(history) < 2:
+        raise EclectusError(f"line '{line}' never had another champion before checkpoint-{history[-1].checkpoint[:12]}")
+    before = history[-2]
     if fault := home.store.faults(home.store.find(f"checkpoint-{before.checkpoint}")):
-        raise EclectusError(f"the champion before cannot take its place again: {fault}")
-    reason = f"rolled back from checkpoint-{reigns[-1].checkpoint[:12]}"
-    back = replace(before, reason=reason, by=person())
+        raise EclectusError(f"the previous champion cannot be restored: {fault}")
+    reason = f"rolled back from checkpoint-{history[-1].checkpoint[:12]}"
+    back = replace(before, reason=reason, by=user_name())
     record(home, back)
     return back
 
 
-def _reigns(promoted: list[Decision]) -> list[Decision]:
-    """The champions that lie under the present one, which is last: a roll-back takes the one above away."""
-    reigns: list[Decision] = []
+def _champion_history(promoted: list[Decision]) -> list[Decision]:
+    """Champion history as a stack, the current one last; a rollback pops it."""
+    history: list[Decision] = []
     for each in promoted:
-        if len(reigns) > 1 and reigns[-2].checkpoint == each.checkpoint:
-            reigns.pop()
-        elif not reigns or reigns[-1].checkpoint != each.checkpoint:
-            reigns.append(each)
-    return reigns
+        if len(history) > 1 and history[-2].checkpoint == each.checkpoint:
+            history.pop()
+        elif not history or history[-1].checkpoint != each.checkpoint:
+            history.append(each)
+    return history
 
 
 def champion_rows(everything: bool) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """(column names, rows): the last decision of each line, verdict and checkpoint, or all of them."""
+    """(column names, rows): the last decision per line, verdict and checkpoint, or all of them."""
     found = decisions(Home.open())
     champions = {each.line: each for each in found if each.verdict == PROMOTED}
     if not everything:
         found = list({(each.line, each.checkpoint, each.verdict): each for each in found}.values())
-    rows = [
-        (
-            each.line,
-            "champion"
-            if champions.get(each.line) is each
-            else "former champion"
-            if each.verdict == PROMOTED
-            else "refused",
-            f"checkpoint-{each.checkpoint[:12]}",
-            (each.logged or "")[:19],
-            each.by,
-            each.reason,
+    rows = []
+    for each in reversed(found):
+        state = "champion" if champions.get(each.line) is each else "former champion"
+        rows.append(
+            (
+                each.line,
+                state if each.verdict == PROMOTED else "refused",
+                f"checkpoint-{each.checkpoint[:12]}",
+                (each.logged or "")[:19],
+                each.by,
+                each.reason,
+            )
         )
-        for each in reversed(found)
-    ]
     return ["line", "is", "checkpoint", "decided", "by", "reason"], rows
 
 

@@ -1,4 +1,4 @@
-"""What `eclectus compare` shows: tables in the terminal, and a page with the curves."""
+"""`eclectus compare`: tables in the terminal, and a page with the curves."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from eclectus.storage.home import Home
 from eclectus.tasks.report.compare_runs import Comparison, Measure, compare_runs, measure_name
 from eclectus.tasks.report.comparison_page import write_page
 
-# Numbers of one layer and expert are for the page and for SQL, not for a table to read through.
+# Numbers per layer and expert are too many for a table; the page and SQL have them.
 FINE = ("expert", "layer")
 
 
 def compare(runs: list[str], words: str, out: str | None) -> tuple[list[tuple[list[str], list[tuple[Any, ...]]]], Path]:
-    """(tables of columns and rows, the page). words: only measures whose name holds these, all where empty."""
+    """(tables as columns and rows, path of the page). words: only measures with these in their name, all if empty."""
     home = Home.open()
     comparison = compare_runs(home, runs)
     chosen = [each for each in comparison.measures if words in measure_name(each) and not _is_fine(each)]

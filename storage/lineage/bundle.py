@@ -1,7 +1,7 @@
-"""One DuckDB file for a colleague: a run with everything that it was made from, as real tables, readable without the home.
+"""One DuckDB file for a colleague: a run with everything it was made from, as real tables, readable without the home.
 
-The tables and macros have the names and columns of docs/lineage.md. Steps of other runs are included where the run reused
-their artifacts, with the rows of those runs. The file is in the storage format of DuckDB 1.0.
+The tables and macros have the names and columns of docs/lineage.md. Steps of other runs are included where the run
+reused their artifacts, with the rows of those runs. The file is in the storage format of DuckDB 1.0.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from eclectus.storage.lineage.tables import create_placeholders, create_views, t
 
 _UPSTREAM = f"""
     create temp table upstream_nodes as
-    with start as (select artifact from step_outputs where run = $1 union select artifact from step_inputs where run = $1)
+    with start as (
+        select artifact from step_outputs where run = $1 union select artifact from step_inputs where run = $1)
     select node, any_value(artifact) as artifact, min(made_by) as made_by
     from nodes where node in (select node from reached((select list({NODE}) from start), true)) group by node"""
 _CHOSEN_STEPS = """
     create temp table chosen as
-    select step, run from steps where run = $1 or step in (select made_by from upstream_nodes where made_by is not null)"""
+    select step, run from steps
+    where run = $1 or step in (select made_by from upstream_nodes where made_by is not null)"""
 TABLES = {
     "runs": "from runs where run = $1 or run in (select run from chosen) order by started",
     "steps": "from steps where step in (select step from chosen) order by started",

@@ -1,7 +1,7 @@
-"""Champions and challengers: who was promoted, who was refused, and why; by line of models ("extended", "lory").
+"""Champions and challengers: which checkpoints were promoted or refused, and why, by line ("extended", "lory").
 
-Every decision is one line in the journal's stream `decisions`, so that any number of processes may decide and nothing is ever
-overwritten: the champion of a line is the last that was promoted. DuckDB shows them as `decisions` and `champions`.
+Every decision is one line in the journal's stream `decisions`, so any number of processes can decide and nothing is
+overwritten: the champion of a line is the last one promoted. DuckDB shows them as `decisions` and `champions`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Decision:
     """One decision on one checkpoint.
 
     line: of champions. verdict: PROMOTED or REFUSED. checkpoint: digest. evaluations: digests by kind (`text`, `tasks`,
-    `contamination`). gate: digest of the artifact that holds rules and numbers, or None where a person decided. rules: the outcome of
-    each (tasks/promotion/gate_rules.py). by: who decided, `gate` or a person's name.
+    `contamination`). gate: digest of the artifact with rules and numbers, or None where a user decided. rules: the
+    result of each (tasks/promotion/gate_rules.py). by: `gate` or the user's name.
     """
 
     line: str
@@ -68,9 +68,9 @@ def decisions(home: Home, line: str | None = None) -> list[Decision]:
     ]
 
 
-def person() -> str:
-    """Who is deciding, where it is no gate."""
+def user_name() -> str:
+    """The name recorded with a user's decision."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
-        return "a person"
+        return "unknown user"

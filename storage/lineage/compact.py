@@ -1,14 +1,14 @@
 """Compaction: the journals of finished processes become Parquet, in levels, while everyone goes on reading and writing.
 
-A journal is finished when the lock that its writer held is free (the process ended, or died); where another machine wrote
-it or locks do not work, when its run has ended and it has not grown for a day. Finished journals become one Parquet part
-of level 1; when there are MANY parts of a level, they become one of the next. A part is written to a temporary path and
-renamed to `LEVEL-TIME-DIGEST.parquet`, after its own bytes, so that `verify` needs nothing else.
-Replaced files are deleted after GRACE s; our connections stop listing them after GRACE/2 (`replaced`), so no listed file
-vanishes before it is opened. Views take each journal from its highest part only, so nothing is counted twice. Lines that
-cannot be read are quarantined in `journal/rejected/`, with their number and the reason.
-On an object store journals stay as they are; each machine compacts its own copy of them, and keeps it.
-Cost: 1,000,000 steps of 50,000 runs took 10 minutes on a busy machine, once; a run's own journal well under a second.
+A journal is finished when the lock that its writer held is free (the process ended, or died); where another machine
+wrote it or locks do not work, when its run has ended and it has not grown for a day. Finished journals become one
+Parquet part of level 1; when there are MANY parts of a level, they become one of the next. A part is written to a
+temporary path and renamed to `LEVEL-TIME-DIGEST.parquet`, after its own bytes, so that `verify` needs nothing else.
+Replaced files are deleted after GRACE s; our connections stop listing them after GRACE/2 (`replaced`), so no listed
+file vanishes before it is opened. Views take each journal from its highest part only, so nothing is counted twice.
+Lines that cannot be read are quarantined in `journal/rejected/`, with their number and the reason. On an object store
+journals stay as they are; each machine compacts its own copy of them, and keeps it. Cost: 1,000,000 steps of 50,000
+runs took 10 minutes on a busy machine, once; a run's own journal well under a second.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ JOURNALS_AT_ONCE = 2_000
 
 @dataclass
 class Compacted:
-    """Result of a compaction: journals and rows that became Parquet, parts merged, rejected lines (file, number, why)."""
+    """Journals and rows that became Parquet, parts that were merged, and rejected lines (file, number, why)."""
 
     journals: int = 0
     rows: int = 0
@@ -81,7 +81,7 @@ def compact(home: Home, journals: int = JOURNALS_AT_ONCE) -> Compacted:
 
 
 def compact_and_clean_up(home: Home) -> Compacted:
-    """Compacts everything that is finished, waits for readers of the old files, and deletes these (`eclectus compact`)."""
+    """Compacts everything that is finished, waits for readers of the old files, and deletes these."""
     done = compact(home, sys.maxsize)
     if done.journals or done.merged:
         time.sleep(GRACE + 1)
@@ -106,10 +106,8 @@ def repair_index(home: Home) -> None:
                     stale.add(part)
         for part in sorted(stale):
             columns = ", ".join(f'"{name}"' for name in COLUMNS[EVENTS])
-            files = f"[{text(part)}, {text(_empty_part(home))}]"
-            connection.execute(
-                f"create or replace temp table part as select {columns} from read_parquet({files}, union_by_name = true)"
-            )
+            rows = f"read_parquet([{text(part)}, {text(_empty_part(home))}], union_by_name = true)"
+            connection.execute(f"create or replace temp table part as select {columns} from {rows}")
             _write_index(connection, home, part.stem)
 
 
@@ -139,7 +137,7 @@ def faults(home: Home) -> list[str]:
 
 
 def bad_lines(path: Path, stream: str) -> Iterator[dict[str, object]]:
-    """Lines of a journal that are no rows of its stream, as {file, line, why, text}, but for a line still being written."""
+    """Lines of a journal that are no rows of its stream, as {file, line, why, text}; none that is still being written."""
     needed = NEEDED[stream]
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, 1):
@@ -290,7 +288,8 @@ def _remove_replaced(home: Home, stream: str, highest: dict[str, str]) -> None:
 
 
 def _sweep(home: Home) -> None:
-    """Deletes what a killed compaction left (half-written files, an index without its part) and `graph`, unused today."""
+    """Deletes what a killed compaction left: half-written files, and an index without its part."""
+    # Arrays of an earlier version.
     shutil.rmtree(home.journal / "graph", ignore_errors=True)
     parts = {part.stem for stream in COLUMNS for part in _parts(home, stream)}
     left = [path for folder in (*COLUMNS, *INDEXES, REPLACED) for path in (home.journal / folder).glob(".*")]

@@ -1,7 +1,8 @@
 """Lineage as DuckDB views over the journals: what ran, from what, why, and with what result.
 
-`connect` opens a read-only DuckDB with the views and macros of `eclectus.storage.lineage.tables`; nothing is locked, and
-runs go on writing meanwhile. `eclectus.duckdb` has the same views for the `duckdb` shell. docs/lineage.md has the columns.
+`connect` opens a read-only DuckDB with the views and macros of `eclectus.storage.lineage.tables`; nothing is locked,
+and runs go on writing meanwhile. `eclectus.duckdb` has the same views for the `duckdb` shell. docs/lineage.md has the
+columns.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
 
 
 def walk(name: str, home: Home | None = None) -> list[dict[str, Any]]:
-    """What an artifact was made from (`direction` up) and what was made from it (down), nearest first, itself as `this`.
+    """What an artifact was made from (direction `up`), itself (`this`) and what was made from it (`down`), nearest first.
 
     name: as in the macro `upstream`. A row: direction, steps_away, and the other columns of `upstream`. Empty when the
     lineage does not know the name. Raises EclectusError when it is the start of several. Cost: docs/benchmarks.md.

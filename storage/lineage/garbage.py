@@ -1,11 +1,11 @@
-"""Making room: what no kept run and no champion needs, shown first, and freed on request.
+"""Garbage collection: what no kept run and no champion needs, listed first, and deleted on request.
 
-Needed is everything that was read or made by the latest runs that gave something, by runs that a person keeps and by runs at
-work; every checkpoint that was ever promoted, with its evaluations and its gate; what all of these were made from; and, of models that were
-refused, the documents that they saw (`retrain` counts what is new against them) and each line's last one. What the lineage does not know is
-left alone. Freed too: drafts of processes that died, damaged artifacts that were set aside, and unfinished training that nobody
-went on with for a week. The lineage keeps its rows, and which documents were in freed instances, so that `trace` answers as before; a
-run that wants a freed artifact makes it again. Nothing is freed while a run is at work.
+Needed is everything that was read or made by the latest runs with an output, by runs that users keep and by active runs;
+every checkpoint that was ever promoted, with its evaluations and its gate; what all of these were made from; and, of
+refused models, their documents (`retrain` counts new documents against them) and each line's last one. Artifacts that the
+lineage does not know are left alone. Deleted too: drafts of processes that died, quarantined artifacts, and unfinished
+training that was not resumed for a week. The lineage keeps its rows, and which documents were in deleted instances, so that
+`trace` answers as before; a run that needs a deleted artifact makes it again. Nothing is deleted while a run is active.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from eclectus.storage.lineage.tables import text
 
 DAY = 86_400
 DIGITS = 32
-# Kind -> what of a freed artifact stays: the folder of the journal, the columns, and the files that they come from.
+# Kind -> what is kept of a deleted artifact: the folder of the journal, the columns, and the files that have them.
 KEPT = {
     "instances": ("documents", "*", "documents.parquet"),
     "documents": ("held", "document, name", "documents/*.parquet"),
@@ -50,7 +50,7 @@ _UPSTREAM = f"""
 
 @dataclass(frozen=True)
 class Unneeded:
-    """Something that can be freed. what: artifact, draft, damaged or training. bytes: on this machine, or of the store."""
+    """A folder that can be deleted. what: artifact, draft, damaged or training. bytes: here, or else on the store."""
 
     what: str
     name: str
@@ -61,7 +61,7 @@ class Unneeded:
 
 @dataclass(frozen=True)
 class Plan:
-    """runs: those whose artifacts stay. kept: artifacts that are needed. unknown: artifacts that the lineage does not know."""
+    """runs: those whose artifacts stay. kept: number of needed artifacts. unknown: number that the lineage lacks."""
 
     unneeded: list[Unneeded]
     runs: list[str]
@@ -70,29 +70,31 @@ class Plan:
 
 
 def plan(home: Home, latest: int) -> Plan:
-    """What could be freed if, beside what people keep, the latest so many runs are kept."""
+    """What could be deleted if the `latest` runs are kept, besides those that users keep."""
     with connect(home) as connection:
-        runs = _kept_runs(connection, latest) | set(runs_at_work(home))
+        runs = _kept_runs(connection, latest) | set(active_runs(home))
         needed = _needed(connection, runs)
         known = dict(connection.execute("select kind || '/' || artifact[1:32], bytes from artifacts").fetchall())
     here = {f"{place.parent.name}/{place.name}": place for place in _places(home)}
-    unneeded = [
-        Unneeded("artifact", name.replace("/", "-")[: name.index("/") + 13], _size(place) or known[name] or 0, "no kept run and no champion needs it", place)
-        for name, place in here.items()
-        if name in known and name.split("/")[1] not in needed
-    ]  # fmt: skip
-    unneeded += _left_behind(home)
+    unneeded = list(_left_behind(home))
+    for name, place in here.items():
+        kind, digits = name.split("/")
+        if name in known and digits not in needed:
+            size = _size(place) or known[name] or 0
+            unneeded.append(
+                Unneeded("artifact", f"{kind}-{digits[:12]}", size, "no kept run and no champion needs it", place)
+            )
     unknown = sum(name not in known for name in here)
     gone = sum(each.what == "artifact" for each in unneeded)
     return Plan(sorted(unneeded, key=lambda each: -each.bytes), sorted(runs), len(here) - unknown - gone, unknown)
 
 
 def free(home: Home, planned: Plan) -> int:
-    """Frees what was planned; the bytes that it took. Raises EclectusError while a run is at work."""
+    """Deletes what was planned; returns its bytes. Raises EclectusError while a run is active."""
     total = 0
     for each in planned.unneeded:
-        if working := runs_at_work(home):
-            raise EclectusError(f"run {working[0]} is at work in {home.name}; free when it has ended")
+        if active := active_runs(home):
+            raise EclectusError(f"run {active[0]} is active in {home.name}; run gc when it has ended")
         if each.what == "artifact":
             _keep_documents(home, each.place)
         _remove(home, each.place)
@@ -101,13 +103,13 @@ def free(home: Home, planned: Plan) -> int:
 
 
 def keep(home: Home, run: str, kept: bool = True) -> None:
-    """Notes that a person keeps a run, or does so no longer."""
+    """Records that a user keeps a run, or releases it."""
     with Journal(home.journal, run, home.mirror) as journal:
         journal.event("run_kept" if kept else "run_released")
 
 
-def runs_at_work(home: Home) -> list[str]:
-    """Runs whose journal somebody still writes; on another machine: that have not said that they ended, and were at it today."""
+def active_runs(home: Home) -> list[str]:
+    """Runs whose journal is still being written; on other machines: that have not ended, and wrote within a day."""
     names = {path.name.split(".")[0] for path in journals(home, EVENTS) if not finished(path)}
     if names:
         with connect(home) as connection:
@@ -120,7 +122,8 @@ def _kept_runs(connection: duckdb.DuckDBPyConnection, latest: int) -> set[str]:
     rows = connection.execute(
         """
         select run from runs where kept
-        union select run from (select run from runs where run in (select run from step_outputs) order by started desc limit $1)
+        union select run from (
+            select run from runs where run in (select run from step_outputs) order by started desc limit $1)
         """,
         [latest],
     ).fetchall()
@@ -128,7 +131,7 @@ def _kept_runs(connection: duckdb.DuckDBPyConnection, latest: int) -> set[str]:
 
 
 def _needed(connection: duckdb.DuckDBPyConnection, runs: Iterable[str]) -> set[str]:
-    """The first 32 digits of everything that stays."""
+    """The first 32 digits of every artifact that stays."""
     start = {artifact for (artifact,) in connection.execute(_OF_RUNS, [sorted(runs)]).fetchall()}
     refused = set()
     last: dict[str, str] = {}
@@ -149,7 +152,7 @@ def _needed(connection: duckdb.DuckDBPyConnection, runs: Iterable[str]) -> set[s
 
 
 def _places(home: Home) -> Iterator[Path]:
-    """Where artifacts are, or would be if they were brought from the object store."""
+    """The folders of artifacts, or where they would be if downloaded from the object store."""
     root = home.store.root
     found = {manifest.parent for manifest in root.glob(f"[!.]*/*/{MANIFEST}")}
     if home.mirror:
@@ -168,14 +171,14 @@ def _left_behind(home: Home) -> Iterator[Unneeded]:
             if _quiet(place) > DAY:
                 yield Unneeded("draft", place.name, _size(place), "left behind by a process that was killed", place)
     for place in sorted(root.glob(".damaged/*")):
-        yield Unneeded("damaged", place.name, _size(place), "damaged, and set aside", place)
+        yield Unneeded("damaged", place.name, _size(place), "damaged, and quarantined", place)
     for place in sorted(home.work.glob("*")):
         if re.fullmatch("[0-9a-f]{32}", place.name) and _quiet(place) > 7 * DAY:
-            yield Unneeded("training", place.name, _size(place), "unfinished, and untouched for a week", place)
+            yield Unneeded("training", place.name, _size(place), "unfinished, and not resumed for a week", place)
 
 
 def _keep_documents(home: Home, place: Path) -> None:
-    """Which documents were in it stays known: their ids are copied to the journal."""
+    """Copies the ids of its documents to the journal, so that `trace` still knows them."""
     folder, chosen, tables = KEPT.get(place.parent.name, ("", "", ""))
     if not folder:
         return
@@ -192,16 +195,16 @@ def _keep_documents(home: Home, place: Path) -> None:
 
 
 def _remove(home: Home, place: Path) -> None:
-    """An artifact is whole or gone, never half: it is renamed away first. From the object store its manifest goes first."""
+    """Renamed first, so that an artifact is whole or gone; on the object store the manifest is deleted first."""
     if home.mirror and home.store.root in place.parents:
         home.mirror.remove(place / MANIFEST)
         home.mirror.remove(place)
     if not place.exists():
         return
-    aside = home.store.root / ".freed" / f"{place.name}-{uuid.uuid4().hex[:6]}"
-    aside.parent.mkdir(exist_ok=True)
-    os.rename(place, aside)
-    shutil.rmtree(aside)
+    renamed = home.store.root / ".freed" / f"{place.name}-{uuid.uuid4().hex[:6]}"
+    renamed.parent.mkdir(exist_ok=True)
+    os.rename(place, renamed)
+    shutil.rmtree(renamed)
 
 
 def _size(place: Path) -> int:

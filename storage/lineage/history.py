@@ -1,7 +1,7 @@
-"""What the lineage knows of the models on the page: what they were made of, their loss curves, settings and versions.
+"""Lineage of the models in a report: what they were made from, their loss curves, settings and versions.
 
-Read from the journals through DuckDB's views (eclectus.storage.lineage.connection). A model that was reused tells the curves of the run that made it.
-Only what is the same for every run that makes these models is kept: no dates, seconds or machines.
+Read through DuckDB's views (eclectus.storage.lineage.connection). A reused model has the curves of the run that made it.
+Only what is equal in every run that makes these models is read: no dates, durations or machines.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CURVES = (
 
 @dataclass(frozen=True)
 class Made:
-    """An artifact and the step that made it. inputs: names of the artifacts that the step read, by what it calls them."""
+    """An artifact and the step that made it. inputs: digest of each artifact that the step read, by the input's name."""
 
     artifact: str
     kind: str
@@ -47,8 +47,10 @@ class Made:
 
 @dataclass
 class History:
-    """made: by digest, everything upstream of the models, themselves included, what was first first. curves: by digest of a
-    checkpoint and metric: [(training step, value)]. run: code version, Python and packages of the run that writes the page.
+    """made: by digest, everything upstream of the models and they themselves, inputs before outputs.
+
+    curves: by digest of a checkpoint and metric, [(training step, value)]. run: code version, Python and packages of the
+    run that writes the report.
     """
 
     made: dict[str, Made] = field(default_factory=dict)
@@ -56,11 +58,11 @@ class History:
     run: dict[str, Any] = field(default_factory=dict)
 
     def steps(self, name: str) -> list[Made]:
-        """What steps of this function made."""
+        """The artifacts made by steps of this function."""
         return [each for each in self.made.values() if each.step == name]
 
     def chain(self, digest: str) -> list[str]:
-        """A checkpoint and the checkpoints it was trained from, itself last."""
+        """A checkpoint and the checkpoints that it was trained from, itself last."""
         chain = []
         while digest in self.made:
             chain.insert(0, digest)
@@ -88,7 +90,7 @@ def read_history(home: Home, run: str, artifacts: list[Artifact]) -> History:
 
 
 def _makers(connection: duckdb.DuckDBPyConnection) -> dict[str, dict[str, Any]]:
-    """By digest of an artifact: the step that made it, else one that reused it, with settings, inputs and statistics."""
+    """By digest: the step that made the artifact, else one that reused it, with settings, inputs and statistics."""
     rows = connection.execute(
         """
         select o.artifact, o.kind, s.step, s.name, s.label, a.statistics
@@ -115,7 +117,7 @@ def _makers(connection: duckdb.DuckDBPyConnection) -> dict[str, dict[str, Any]]:
 
 
 def _upstream(makers: dict[str, dict[str, Any]], digests: list[str]) -> dict[str, Made]:
-    """Depth first, so that every artifact comes after what it was made of."""
+    """Depth first, so that every artifact comes after what it was made from."""
     made: dict[str, Made] = {}
     waiting = [(digest, False) for digest in reversed(digests)]
     while waiting:

@@ -8,8 +8,8 @@
 `reached` is one breadth-first recursive query; the others call it, in Python connections, in `eclectus.duckdb` and in
 bundles alike. It keeps one row per node (`using key`), so a diamond is visited once; this needs DuckDB 1.3 or later.
 Compaction writes the index next to each Parquet part of events: `edges`, two 64-bit numbers each, and `nodes`, ordered
-by time, since artifacts of one lineage were made at about the same time. Cost: one scan of the edges, then one hash join
-per level; docs/benchmarks.md.
+by time, since artifacts of one lineage were made at about the same time. Cost: one scan of the edges, then one hash
+join per level; docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _MATCHES = f"""
                      and cast('0x' || rpad({_TYPED}[1:15], 15, 'f') as ubigint)
       and {_TYPED} <> '' and starts_with(artifact, {_TYPED})
       and (not contains(x, '-') or starts_with(x, kind || '-'))"""
-# The list hides DuckDB's overestimated row count, so that the join builds its hash table of what was found, not of all nodes.
+# The list hides DuckDB's overestimated row count, so that the join builds its hash table of the rows found, not of all.
 # Times are joined first: they select the row groups that hold what was found, and no text of the others is read.
 _FOUND = """
     found as materialized (select unnest(pairs, recursive := true)
@@ -107,7 +107,8 @@ _DIFFERENCE = """table
                  union all select side, 'package', '', p.key, json_extract_string(p.value, '$')
                      from (select side, unnest(map_entries(cast(packages as map(varchar, json)))) as p
                            from runs join chosen using (run))
-                 union all select side, 'step', s.label, 'version', s.version::varchar from steps s join chosen using (run)
+                 union all select side, 'step', s.label, 'version', s.version::varchar
+                     from steps s join chosen using (run)
                  union all select side, 'setting', s.label, t.name, t.value::varchar
                      from settings t join chosen using (run) join steps s using (step)
                  union all select side, 'input', s.label, i.name, i.kind || '-' || i.artifact[1:12]
@@ -119,10 +120,11 @@ _DIFFERENCE = """table
                      last(m.value order by m.logged)::varchar
                      from metrics m join chosen using (run) join steps s using (step) group by all)
         select * from (
-            select what, label, name, any_value(value) filter (side = 'a') as a, any_value(value) filter (side = 'b') as b
+            select what, label, name,
+                   any_value(value) filter (side = 'a') as a, any_value(value) filter (side = 'b') as b
             from facts group by what, label, name) d
         where d.a is distinct from d.b  -- plain a and b are the parameters
-        order by array_position(['run', 'package', 'step', 'setting', 'input', 'output', 'metric'], what), label, name"""
+        order by list_position(['run', 'package', 'step', 'setting', 'input', 'output', 'metric'], what), label, name"""
 
 # Name and parameters -> SQL, in the order in which they are created.
 MACROS = {
@@ -144,7 +146,7 @@ def edges(source: str) -> str:
 
 
 def nodes(source: str) -> str:
-    """SQL: every artifact with the step that made (or else reused) it, and every outside source. source: folded events."""
+    """SQL: every artifact with the step that made (else reused) it, and every outside source. source: folded events."""
     made_here = ", ".join(f"'{kind}'" for kind in KINDS)
     made = (
         f"select {NODE} as node, {DIGITS} as digits, kind, artifact, arg_min(logged, order_) as placed, "

@@ -1,9 +1,10 @@
-"""Lineage as OpenLineage events, for teams that have Marquez, DataHub or another catalogue that understands them.
+"""Lineage as OpenLineage events, for teams with Marquez, DataHub or another catalogue that understands them.
 
-A run is a run of the job `FLOW`; each of its steps is a run of the job `FLOW.LABEL` under it, with what it read and made as data sets.
-An artifact is the data set `KIND-DIGITS` of the home's namespace, its version the whole digest; what was read from outside has the name under
-which the step knew it. Identifiers come from ours, so sending twice says the same thing twice. Where events go is the client library's own
-setting (OPENLINEAGE_URL, OPENLINEAGE_CONFIG, openlineage.yml), or a file of one event a line. Needs the extra `openlineage`.
+A run is a run of the job `FLOW`; each of its steps is a run of the job `FLOW.LABEL` under it, with its inputs and output as
+data sets. An artifact is the data set `KIND-DIGITS` of the home's namespace, with the whole digest as its version; an
+outside source has the name of the step's input. Identifiers are derived from ours, so sending twice adds nothing. The
+transport is the client library's own setting (OPENLINEAGE_URL, OPENLINEAGE_CONFIG, openlineage.yml), or a file of one event
+per line. Needs the extra `openlineage`.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ _RUN = "select run, flow, state, started, ended, error, code_version, parameters
 
 
 def export(home: Home, runs: list[str], out: Path | None = None, namespace: str = "eclectus") -> int:
-    """Sends the events of these runs, or writes them to `out`; how many. runs: whole names.
+    """Sends the events of these runs, or writes them to `out`; returns their number. runs: whole ids.
 
-    Raises EclectusError without the client library, where a file is in the way, and where nothing says whither to send.
+    Raises EclectusError without the client library, when `out` exists, and when no transport is configured.
     """
     try:
         from openlineage.client import OpenLineageClient
@@ -55,14 +56,14 @@ def export(home: Home, runs: list[str], out: Path | None = None, namespace: str 
         with contextlib.closing(OpenLineageClient(transport=file)) as client:
             if client.transport.kind in ("console", "noop"):
                 raise EclectusError(
-                    "nothing says where OpenLineage events go; set OPENLINEAGE_URL, or name a file with --out"
+                    "no transport for OpenLineage events is configured; set OPENLINEAGE_URL, or name a file with --out"
                 )
             for event in found:
                 client.emit(event)
     except EclectusError:
         raise
     except Exception as error:
-        # The client raises what its transport raises, of any library.
+        # The client passes on any error of its transport's library.
         raise EclectusError(f"OpenLineage events cannot be sent ({type(error).__name__}: {error})") from error
     return len(found)
 
@@ -82,23 +83,17 @@ def _events(connection: duckdb.DuckDBPyConnection, run: str, namespace: str) -> 
     inputs = _by_step(connection, "select step, name, artifact, kind from step_inputs where run = $1", run)
     outputs = _by_step(
         connection,
-        "select o.step, o.artifact, o.kind, a.rows, a.bytes from step_outputs o join artifacts a using (artifact, kind) where o.run = $1",
+        "select o.step, o.artifact, o.kind, a.rows, a.bytes "
+        "from step_outputs o join artifacts a using (artifact, kind) where o.run = $1",
         run,
     )
     for step in _rows(connection, _STEPS, run):
-        told = {"parent": facet, "eclectus": _facet(step, "step state reason key seed peak_memory settings")}
+        about_step = {"parent": facet, "eclectus": _facet(step, "step state reason key seed peak_memory settings")}
         read = [ol.InputDataset(namespace=namespace, **_data_set(each)) for each in inputs.get(step["step"], [])]
-        made = [
-            ol.OutputDataset(
-                namespace=namespace,
-                **_data_set(each),
-                outputFacets={"outputStatistics": facets.output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(each["rows"], each["bytes"])},
-            )
-            for each in outputs.get(step["step"], [])
-        ]  # fmt: skip
+        made = [_output(each, namespace) for each in outputs.get(step["step"], [])]
         work = ol.Job(namespace, f"{about['flow']}.{step['label']}", {"jobType": _job_type("STEP")})
         fault = step["reason"] if step["state"] == "failed" else None
-        yield from _lifecycle(step, ol.Run(_identifier(step["step"]), told), work, fault, read, made)
+        yield from _lifecycle(step, ol.Run(_identifier(step["step"]), about_step), work, fault, read, made)
 
 
 def _lifecycle(
@@ -123,8 +118,16 @@ def _lifecycle(
         )
 
 
+def _output(row: dict[str, Any], namespace: str) -> Any:
+    from openlineage.client import event_v2 as ol
+    from openlineage.client import facet_v2 as facets
+
+    statistics = facets.output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(row["rows"], row["bytes"])
+    return ol.OutputDataset(namespace=namespace, **_data_set(row), outputFacets={"outputStatistics": statistics})
+
+
 def _data_set(row: dict[str, Any]) -> dict[str, Any]:
-    """Name and facets of an artifact, or of what was read from outside."""
+    """Name and facets of an artifact, or of an outside source."""
     from openlineage.client import facet_v2 as facets
 
     version = facets.dataset_version_dataset.DatasetVersionDatasetFacet(row["artifact"])
@@ -149,7 +152,7 @@ def _job_type(kind: str) -> Any:
 
 
 def _identifier(name: str) -> str:
-    """A step's own UUID; of anything else, one that is made from its name."""
+    """A step's own UUID; else one derived from the name."""
     try:
         return str(uuid.UUID(name))
     except ValueError:

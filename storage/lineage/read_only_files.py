@@ -1,9 +1,9 @@
-"""Files that DuckDB may read and nothing else: the file system behind `eclectus.storage.lineage.connection.connect`.
+"""The read-only file system of DuckDB connections (`eclectus.storage.lineage.connection.connect`).
 
-DuckDB's own switch (`enable_external_access = false` with `allowed_directories`) still lets COPY, ATTACH and EXPORT write into the
-directories that it lets views read. So the connection's local file system is switched off altogether, and views read through
-this one (`books:///absolute/path`), which opens files for reading only, and only below its roots. Price: none measured; Parquet
-and JSON are read in large blocks.
+DuckDB's own setting (`enable_external_access = false` with `allowed_directories`) still lets COPY, ATTACH and EXPORT
+write into the directories that views may read. So the connection's local file system is disabled, and views read
+through this one (`books:///absolute/path`), which opens files for reading only, and only below its roots. No measurable
+cost: Parquet and JSON are read in large blocks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PREFIX = f"{PROTOCOL}://"
 class ReadOnlyFiles(AbstractFileSystem):
     """Local files below `roots`, symbolic links resolved first. Everything else raises PermissionError.
 
-    replaced: gives the journals and parts, as `events/NAME`, that are not listed any more, since others stand for them.
+    replaced: returns journals and parts, as `events/NAME`, that are no longer listed, since others replace them.
     """
 
     protocol = PROTOCOL
@@ -41,15 +41,15 @@ class ReadOnlyFiles(AbstractFileSystem):
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> Any:
         if mode not in ("r", "rb"):
-            raise PermissionError(f"the books are read-only: {path} is not written")
+            raise PermissionError(f"the lineage is read-only: {path} is not written")
         return _File(self._inside(path))
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        place = self._inside(path)
-        status = os.stat(place)
-        kind = "directory" if os.path.isdir(place) else "file"
+        resolved = self._inside(path)
+        status = os.stat(resolved)
+        kind = "directory" if os.path.isdir(resolved) else "file"
         return {
-            "name": place,
+            "name": resolved,
             "size": status.st_size,
             "type": kind,
             "mtime": status.st_mtime,
@@ -61,21 +61,21 @@ class ReadOnlyFiles(AbstractFileSystem):
 
     def glob(self, path: str, maxdepth: int | None = None, **_: Any) -> list[str]:
         pattern = self._strip_protocol(path)
-        # The part before the first wildcard must lie inside, and so must every match, links and `..` resolved.
+        # The path up to the first wildcard must lie below a root, and so must every match, links and `..` resolved.
         self._inside(pattern[: len(pattern) - len(pattern.lstrip("/"))] + pattern.split("*")[0].strip("/"))
         replaced = self._replaced()
         return sorted(self._inside(found) for found in glob.glob(pattern) if not _belongs_to(found, replaced))
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-        place = self._inside(path)
-        found = [os.path.join(place, name) for name in sorted(os.listdir(place))]
+        resolved = self._inside(path)
+        found = [os.path.join(resolved, name) for name in sorted(os.listdir(resolved))]
         return [self.info(each) for each in found] if detail else found
 
     def _inside(self, path: str) -> str:
-        place = os.path.realpath(self._strip_protocol(path))
-        if not any(place == root or place.startswith(root + os.sep) for root in self._roots):
-            raise PermissionError(f"{path} is not part of the books")
-        return place
+        resolved = os.path.realpath(self._strip_protocol(path))
+        if not any(resolved == root or resolved.startswith(root + os.sep) for root in self._roots):
+            raise PermissionError(f"{path} is not part of the lineage")
+        return resolved
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> str:
@@ -90,13 +90,15 @@ def _belongs_to(path: str, names: set[str]) -> bool:
 
 
 class _File(io.RawIOBase):
-    """A file for reading that threads may share. DuckDB seeks and then reads, in two calls, from several threads at once: so
-    a seek holds for the next read of its own thread, and a read without a seek goes on where the last read of any ended."""
+    """A file that threads share: DuckDB seeks and then reads, in two calls, from several threads at once.
 
-    def __init__(self, place: str) -> None:
+    Seek positions are per thread; a read without a seek continues at the shared position.
+    """
+
+    def __init__(self, resolved: str) -> None:
         super().__init__()
-        self.name = place
-        self._handle = os.open(place, os.O_RDONLY)
+        self.name = resolved
+        self._handle = os.open(resolved, os.O_RDONLY)
         self._at = 0
         self._sought = threading.local()
 

@@ -1,9 +1,9 @@
 """Quarantines damaged files before the lineage database is opened, and logs each.
 
-Checked each time: the first and last four bytes of every Parquet file that the views read, which shows what is truncated,
-emptied or overwritten; `eclectus verify` reads every byte. A part of the journal goes to `journal/damaged/` (put it back
-from a copy: its rows are missing meanwhile), its index is written again, and an artifact is quarantined like any other
-damaged one. Cost: 30 us per file.
+Checked each time: the first and last four bytes of every Parquet file that the views read, which shows what is
+truncated, emptied or overwritten; `eclectus verify` reads every byte. A part of the journal goes to `journal/damaged/`
+(put it back from a copy: its rows are missing meanwhile), its index is written again, and an artifact is quarantined
+like any other damaged one. Cost: 30 us per file.
 """
 
 from __future__ import annotations

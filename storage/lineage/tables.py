@@ -29,7 +29,10 @@ from eclectus.storage.home import Home
 from eclectus.storage.journal import DECISIONS, EVENTS, METRICS
 from eclectus.storage.lineage.macros import EDGES, MACROS, NODES, PARTS, edges, nodes
 
-OUTPUT = "STRUCT(kind VARCHAR, artifact VARCHAR, rows BIGINT, bytes BIGINT, created TIMESTAMP, path VARCHAR, statistics JSON)"
+OUTPUT = (
+    "STRUCT(kind VARCHAR, artifact VARCHAR, rows BIGINT, bytes BIGINT, "
+    "created TIMESTAMP, path VARCHAR, statistics JSON)"
+)
 COLUMNS = {
     EVENTS: {
         "event": "VARCHAR",
@@ -110,7 +113,7 @@ HELD = {"document": "VARCHAR", "name": "VARCHAR"}
 
 @dataclass(frozen=True)
 class View:
-    """A view over events. columns: those of events that it reads, as DuckDB reads every column behind a materialised CTE.
+    """A view over events. columns: those that it reads, since DuckDB reads every column behind a materialised CTE.
 
     sql: with `{events}` where the events are read.
     """
@@ -127,7 +130,8 @@ VIEWS = {
         from {events} where event in ('run_kept', 'run_released') group by run""",
     ),
     "runs": View(
-        "run flow state event logged started seconds parameters code_version host python packages prefect_flow_run error",
+        "run flow state event logged started seconds parameters code_version host python packages prefect_flow_run "
+        "error",
         """
         select run, flow, coalesce(state, 'unfinished') as state, started,
                case when event = 'run_ended' then logged end as ended, seconds, parameters, code_version, host, python,
@@ -135,7 +139,8 @@ VIEWS = {
         from {events} left join kept_runs using (run) where event in ('run_started', 'run_ended')""",
     ),
     "steps": View(
-        "step run name label flow key version state reason started event logged seconds peak_memory seed prefect_task_run",
+        "step run name label flow key version state reason started event logged seconds peak_memory seed "
+        "prefect_task_run",
         """
         select step, run, name, label, flow, key, version, coalesce(state, 'unfinished') as state, reason, started,
                case when event = 'step_ended' then logged end as ended, seconds, peak_memory, seed, prefect_task_run
@@ -147,7 +152,8 @@ VIEWS = {
         select kind || '-' || artifact[1:12] as name, artifact, kind, arg_min("rows", logged) as "rows",
                arg_min("bytes", logged) as "bytes", min(created) as created, arg_max(path, logged) as path,
                arg_min(statistics, logged) as statistics, arg_min(step, logged) filter (state = 'completed') as made_by
-        from (select unnest(output), step, state, logged from {events} where event = 'step_ended' and output is not null)
+        from (select unnest(output), step, state, logged from {events}
+              where event = 'step_ended' and output is not null)
         group by artifact, kind""",
     ),
     "step_inputs": View(
@@ -176,7 +182,7 @@ _CHAMPIONS = """
 
 
 def create_views(connection: duckdb.DuckDBPyConnection, home: Home, prefix: str = "") -> None:
-    """Creates every view and macro in the connection's database. prefix: of the file system through which files are read."""
+    """Creates every view and macro in the connection's database. prefix: of the file system that reads the files."""
     for name, body in definitions(home, prefix):
         connection.execute(f"create {name} as {body}")
 
@@ -203,7 +209,7 @@ def definitions(home: Home, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def folded(source: str) -> str:
-    """SQL: one event per run or step instead of two. One that has ended keeps its end's event and time; `started` is added."""
+    """SQL: one event per run or step instead of two: the end's where it has ended, with `started` added."""
     pair = "left(event, 3) || run || coalesce(step, '') as pair"
     columns = ", ".join(
         "coalesce(s.logged, e.logged - to_microseconds(cast(coalesce(e.seconds, 0) * 1000000 as bigint))) as started"
@@ -259,13 +265,13 @@ def create_placeholders(home: Home) -> bool:
 
 
 def _empty(folder: Path, columns: dict[str, str], below: str = "") -> tuple[Path, dict[str, str]]:
-    """(path, columns) of an empty table, named by a hash of its columns: older files lack some, and views need each in one."""
+    """(path, columns) of an empty table, named by a hash of its columns, which older files may lack."""
     schema = hashlib.sha256(repr(columns).encode()).hexdigest()[:8]
     return folder / f"{EMPTY}-{schema}{below}.parquet", columns
 
 
 def write_contents(home: Home, stream: str, part: Path) -> None:
-    """Lists the journals of a part, which makes it count. Like the index, it is named after the part and its own bytes."""
+    """Lists the journals of a part, which makes it count, in a file named after the part and its own bytes."""
     folder = home.journal / "contents"
     folder.mkdir(exist_ok=True)
     with temporary_path(folder / part.name) as temporary, duckdb.connect() as connection:
@@ -304,7 +310,7 @@ def _parquet(prefix: str, folder: Path, columns: dict[str, str], part: bool = Fa
 
 
 def _stream(prefix: str, home: Home, stream: str, chosen: Iterable[str]) -> str:
-    """SQL: the chosen columns of a stream's compacted rows, of each journal from the highest part only, and of its live rows.
+    """SQL: the chosen columns of a stream's compacted rows, of each journal from its highest part, and of its live rows.
 
     The contents are read once and first: of a part that appears later, the journals are read instead.
     """
@@ -333,7 +339,7 @@ def _live(prefix: str, home: Home, stream: str) -> str:
 
 
 def raw(files: str, stream: str) -> str:
-    """SQL over journals as they were written, with the journal's name. files: an SQL literal, a path or a list of paths."""
+    """SQL over journals as they were written, with the journal's name. files: an SQL literal, a path or a list."""
     types = ", ".join(f"'{name}': '{kind}'" for name, kind in COLUMNS[stream].items())
     needed = " and ".join(f"{name} is not null" for name in NEEDED[stream])
     return (

@@ -85,7 +85,7 @@ def test_nothing_is_freed_while_a_run_is_at_work(history):
     planned = plan(history, 0)
     with Journal(history.journal, "busy") as journal:
         journal.event("run_started", flow="main", parameters={}, packages={})
-        with pytest.raises(EclectusError, match="run busy is at work"):
+        with pytest.raises(EclectusError, match="run busy is active"):
             free(history, planned)
         assert all(each.place.exists() for each in planned.unneeded)
     free(history, planned)
