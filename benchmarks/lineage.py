@@ -1,11 +1,11 @@
-"""What questions to a long history cost: upstream and downstream of artifacts in a million steps, and what compaction takes.
+"""Time of upstream and downstream queries in a history of a million steps, and of its compaction.
 
-10,000 runs of 100 steps, in projects of 100 runs: every run reads what its own steps and those of the run before it in
-the project made, so chains are up to 10,000 steps long. Journals are written as a run writes them, without the syncs,
-then compacted. The peer is the same walk as people would write it, a recursive query over `step_inputs` and
-`step_outputs`, up to 100,000 steps: beyond, it takes minutes an answer.
+10,000 runs of 100 steps, in projects of 100 runs: every run reads artifacts of its own steps and of the previous run of the
+project, so chains are up to 10,000 steps long. Journals are written as a run writes them, without syncing, then compacted.
+The peer is the same question as a user would write it, a recursive query over `step_inputs` and `step_outputs`, up to
+100,000 steps: beyond, it takes minutes per answer.
 
-    OMP_NUM_THREADS=1 python benchmarks/lineage.py [--steps 1000000] [--home FOLDER]      3 GB of disk; a kept FOLDER is used again
+    OMP_NUM_THREADS=1 python benchmarks/lineage.py [--steps 1000000] [--home FOLDER]   # 3 GB; a kept FOLDER is reused
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ from eclectus.storage.home import Home
 from eclectus.storage.lineage.compact import compact
 from eclectus.storage.lineage.connection import connect, walk
 
-STEPS_A_RUN = 100
-RUNS_A_PROJECT = 100
+STEPS_PER_RUN = 100
+RUNS_PER_PROJECT = 100
 PEER_UP_TO = 100_000
 KINDS = ["documents", "embeddings", "neighbors", "grouping", "instances", "checkpoint", "evaluation"]
 SETTINGS = {
     name: index / 7 for index, name in enumerate("k rate width depth seed batch steps warmup decay gamma".split())
 }
 PEER = """
-    with recursive edge as (select o.artifact as output, i.artifact as input from step_outputs o join step_inputs i using (step)),
-         reached(artifact) as (select ?::varchar union select {gives} from reached join edge on edge.{has} = reached.artifact)
-    from reached"""
+    with recursive
+        edge as (select o.artifact as output, i.artifact as input from step_outputs o join step_inputs i using (step)),
+        found(artifact) as (select ?::varchar union select {there} from found join edge on edge.{here} = found.artifact)
+    from found"""
 
 
 def digest(step: int) -> str:
@@ -51,33 +52,39 @@ def name(step: int) -> str:
 
 
 def write_history(home: Home, steps: int) -> None:
-    """The journals of `steps` steps; step n reads what n - 1, n - 3 and n - STEPS_A_RUN of its project made."""
+    """The journals of `steps` steps; step n reads what n - 1, n - 3 and n - STEPS_PER_RUN of its project made."""
     folder = home.journal / "events"
     folder.mkdir(parents=True, exist_ok=True)
-    project = STEPS_A_RUN * RUNS_A_PROJECT
-    for number in range(steps // STEPS_A_RUN):
+    project = STEPS_PER_RUN * RUNS_PER_PROJECT
+    for number in range(steps // STEPS_PER_RUN):
         run = f"20260101-{number:06d}-bench"
         lines = [
             {"event": "run_started", "flow": "main", "parameters": SETTINGS, "packages": {"torch": "2"}, "host": "h"}
         ]
-        for step in range(number * STEPS_A_RUN, (number + 1) * STEPS_A_RUN):
+        for step in range(number * STEPS_PER_RUN, (number + 1) * STEPS_PER_RUN):
             at = step % project
-            before = [step - back for back in (1, 3, STEPS_A_RUN) if back <= at]
-            inputs = {f"in{back}": name(each) for back, each in enumerate(before)} or {"source": f"file-{digest(-1)}"}
+            earlier = [step - back for back in (1, 3, STEPS_PER_RUN) if back <= at]
+            inputs = {f"in{back}": name(each) for back, each in enumerate(earlier)} or {"source": f"file-{digest(-1)}"}
             own = {
                 "step": f"{step:032x}",
                 "name": "work",
-                "label": f"work {step % STEPS_A_RUN}",
+                "label": f"work {step % STEPS_PER_RUN}",
                 "flow": "main",
                 "key": digest(step),
             }
-            output = {"kind": name(step).split("-")[0], "artifact": digest(step), "rows": 5, "bytes": 9, "path": "somewhere",
-                      "created": "2026-01-01T00:00:00Z", "statistics": {"loss": 1.0}}  # fmt: skip
+            output = {
+                "kind": name(step).split("-")[0],
+                "artifact": digest(step),
+                "rows": 5,
+                "bytes": 9,
+                "path": "somewhere",
+                "created": "2026-01-01T00:00:00Z",
+                "statistics": {"loss": 1.0},
+            }
+            ended = {"version": 1, "state": "completed", "reason": "first time", "seconds": 1.0}
             lines.append({"event": "step_started", **own})
-            lines.append(
-                {"event": "step_ended", **own, "version": 1, "state": "completed", "reason": "first time", "seconds": 1.0,
-                 "settings": SETTINGS, "inputs": inputs, "output": output}
-            )  # fmt: skip
+            about = {"settings": SETTINGS, "inputs": inputs, "output": output}
+            lines.append({"event": "step_ended", **own, **ended, **about})
         lines.append({"event": "run_ended", "state": "completed", "seconds": 9.0})
         logged = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(1_767_225_600 + number * 60))
         text = "".join(json.dumps({**line, "logged": logged, "run": run}) + "\n" for line in lines)
@@ -117,7 +124,7 @@ def main() -> None:
 
 
 def report(home: Home, steps: int) -> None:
-    project = STEPS_A_RUN * RUNS_A_PROJECT
+    project = STEPS_PER_RUN * RUNS_PER_PROJECT
     middle = steps // project // 2 * project
     asked = {
         "first of a project": middle,
@@ -128,13 +135,13 @@ def report(home: Home, steps: int) -> None:
     print(f"{'artifact':20} {'question':12} {'rows':>7} {'wall s':>8} {'CPU s':>8} {'peer CPU s':>11} {'ratio':>6}")
     for title, step in asked.items():
         peer = ""
-        for macro, gives, has in (("upstream", "input", "output"), ("downstream", "output", "input")):
+        for macro, there, here in (("upstream", "input", "output"), ("downstream", "output", "input")):
             with connect(home) as connection:
                 asked_for = partial(connection.execute, f"from {macro}(?)", [name(step)])
                 wall, cpu, rows = measure(asked_for)
                 if steps <= PEER_UP_TO:
                     _, peer_cpu, found = once(
-                        partial(connection.execute, PEER.format(gives=gives, has=has), [digest(step)])
+                        partial(connection.execute, PEER.format(there=there, here=here), [digest(step)])
                     )
                     assert found == rows, (found, rows)
                     peer = f"{peer_cpu:11.2f} {peer_cpu / cpu:5.0f}x"
@@ -143,7 +150,8 @@ def report(home: Home, steps: int) -> None:
         print(f"{title:20} {'walk, both':12} {rows:7,} {wall:8.3f} {cpu:8.3f}", flush=True)
     environment = {**os.environ, "ECLECTUS_HOME": str(home.root), "PYTHONPATH": str(Path(__file__).parent.parent)}
     wall = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "eclectus", "lineage", name(middle + 500), "--json"], env=environment, check=True, capture_output=True)  # fmt: skip
+    words = [sys.executable, "-m", "eclectus", "lineage", name(middle + 500), "--json"]
+    subprocess.run(words, env=environment, check=True, capture_output=True)
     print(f"eclectus lineage, the whole command: {time.perf_counter() - wall:.2f} s")
 
 

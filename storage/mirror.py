@@ -67,7 +67,7 @@ class Mirror:
             return self._files.cat_file(self._key(path))
 
     def pull_changed(self, folder: Path, suffix: str) -> None:
-        """Downloads files below `folder` with names ending in `suffix` that are missing or smaller here (journals grow)."""
+        """Downloads files below `folder` ending in `suffix` that are missing or smaller here (journals grow)."""
         for path, size in self.listing(folder, suffix):
             if not path.exists() or path.stat().st_size < size:
                 path.parent.mkdir(parents=True, exist_ok=True)

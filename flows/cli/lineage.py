@@ -38,7 +38,10 @@ def add_lineage_commands(commands: Any) -> None:
     runs.add_argument("--limit", type=int, default=20, help="how many (default: 20)")
     add("lineage", _lineage, "what an artifact was made from (up), and what was made from it (down)", artifact=artifact)
     add(
-        "trace", _trace, "what holds a document, and what was made from that", document="document's id, or its own name"
+        "trace",
+        _trace,
+        "which artifacts hold a document, and what was made from them",
+        document="document's id, or its own name",
     )
     add("diff", _diff, "what differs between two runs", run_a=RUN_HELP, run_b=RUN_HELP)
     add("why", _why, "why a step ran again, or was reused", run=RUN_HELP, step="step or label, as in `steps`")

@@ -137,7 +137,7 @@ def faults(home: Home) -> list[str]:
 
 
 def bad_lines(path: Path, stream: str) -> Iterator[dict[str, object]]:
-    """Lines of a journal that are no rows of its stream, as {file, line, why, text}; none that is still being written."""
+    """Lines of a journal that are no rows of its stream, as {file, line, why, text}; none still being written."""
     needed = NEEDED[stream]
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, 1):

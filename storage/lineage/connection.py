@@ -48,7 +48,7 @@ def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
     cached = home.journal / "views" / f"{_digest(home, PREFIX)}.duckdb"
     # DuckDB is read-only for a file only. This one holds the views alone, and is removed once it is open.
     with tempfile.TemporaryDirectory(prefix="eclectus-") as scratch:
-        path = Path(scratch) / "books.duckdb"
+        path = Path(scratch) / "lineage.duckdb"
         try:
             _copy_views(home, path, files, PREFIX, cached)
             connection = _open(path)
@@ -74,7 +74,7 @@ def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
 
 
 def walk(name: str, home: Home | None = None) -> list[dict[str, Any]]:
-    """What an artifact was made from (direction `up`), itself (`this`) and what was made from it (`down`), nearest first.
+    """What an artifact was made from (direction `up`), `this`, and what was made from it (`down`), nearest first.
 
     name: as in the macro `upstream`. A row: direction, steps_away, and the other columns of `upstream`. Empty when the
     lineage does not know the name. Raises EclectusError when it is the start of several. Cost: docs/benchmarks.md.

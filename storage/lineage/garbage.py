@@ -1,11 +1,12 @@
 """Garbage collection: what no kept run and no champion needs, listed first, and deleted on request.
 
-Needed is everything that was read or made by the latest runs with an output, by runs that users keep and by active runs;
-every checkpoint that was ever promoted, with its evaluations and its gate; what all of these were made from; and, of
-refused models, their documents (`retrain` counts new documents against them) and each line's last one. Artifacts that the
-lineage does not know are left alone. Deleted too: drafts of processes that died, quarantined artifacts, and unfinished
-training that was not resumed for a week. The lineage keeps its rows, and which documents were in deleted instances, so that
-`trace` answers as before; a run that needs a deleted artifact makes it again. Nothing is deleted while a run is active.
+Needed is everything that was read or made by the latest runs with an output, by runs that users keep and by active
+runs; every checkpoint that was ever promoted, with its evaluations and its gate; what all of these were made from; and,
+of refused models, their documents (`retrain` counts new documents against them) and each line's last one. Artifacts
+that the lineage does not know are left alone. Deleted too: drafts of processes that died, quarantined artifacts, and
+unfinished training that was not resumed for a week. The lineage keeps its rows, and which documents were in deleted
+instances, so that `trace` answers as before; a run that needs a deleted artifact makes it again. Nothing is deleted
+while a run is active.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def plan(home: Home, latest: int) -> Plan:
         needed = _needed(connection, runs)
         known = dict(connection.execute("select kind || '/' || artifact[1:32], bytes from artifacts").fetchall())
     here = {f"{place.parent.name}/{place.name}": place for place in _places(home)}
-    unneeded = list(_left_behind(home))
+    unneeded = []
     for name, place in here.items():
         kind, digits = name.split("/")
         if name in known and digits not in needed:
@@ -84,6 +85,7 @@ def plan(home: Home, latest: int) -> Plan:
             unneeded.append(
                 Unneeded("artifact", f"{kind}-{digits[:12]}", size, "no kept run and no champion needs it", place)
             )
+    unneeded += _left_behind(home)
     unknown = sum(name not in known for name in here)
     gone = sum(each.what == "artifact" for each in unneeded)
     return Plan(sorted(unneeded, key=lambda each: -each.bytes), sorted(runs), len(here) - unknown - gone, unknown)

@@ -1,7 +1,7 @@
 """Lineage of the models in a report: what they were made from, their loss curves, settings and versions.
 
-Read through DuckDB's views (eclectus.storage.lineage.connection). A reused model has the curves of the run that made it.
-Only what is equal in every run that makes these models is read: no dates, durations or machines.
+Read through DuckDB's views (eclectus.storage.lineage.connection). A reused model has the curves of the run that made
+it. Only what is equal in every run that makes these models is read: no dates, durations or machines.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CURVES = (
 
 @dataclass(frozen=True)
 class Made:
-    """An artifact and the step that made it. inputs: digest of each artifact that the step read, by the input's name."""
+    """An artifact and the step that made it. inputs: digests of what the step read, by the input's name."""
 
     artifact: str
     kind: str
@@ -49,8 +49,8 @@ class Made:
 class History:
     """made: by digest, everything upstream of the models and they themselves, inputs before outputs.
 
-    curves: by digest of a checkpoint and metric, [(training step, value)]. run: code version, Python and packages of the
-    run that writes the report.
+    curves: by digest of a checkpoint and metric, [(training step, value)]. run: code version, Python and packages of
+    the run that writes the report.
     """
 
     made: dict[str, Made] = field(default_factory=dict)

@@ -1,10 +1,10 @@
 """Lineage as OpenLineage events, for teams with Marquez, DataHub or another catalogue that understands them.
 
-A run is a run of the job `FLOW`; each of its steps is a run of the job `FLOW.LABEL` under it, with its inputs and output as
-data sets. An artifact is the data set `KIND-DIGITS` of the home's namespace, with the whole digest as its version; an
-outside source has the name of the step's input. Identifiers are derived from ours, so sending twice adds nothing. The
-transport is the client library's own setting (OPENLINEAGE_URL, OPENLINEAGE_CONFIG, openlineage.yml), or a file of one event
-per line. Needs the extra `openlineage`.
+A run is a run of the job `FLOW`; each of its steps is a run of the job `FLOW.LABEL` under it, with its inputs and
+output as data sets. An artifact is the data set `KIND-DIGITS` of the home's namespace, with the whole digest as its
+version; an outside source has the name of the step's input. Identifiers are derived from ours, so sending twice adds
+nothing. The transport is the client library's own setting (OPENLINEAGE_URL, OPENLINEAGE_CONFIG, openlineage.yml), or a
+file of one event per line. Needs the extra `openlineage`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ SHOWN = 3
 
 
 def find_run(connection: duckdb.DuckDBPyConnection, name: str) -> str:
-    """The id of the run that `name` means. Raises EclectusError with the nearest ones where it is unknown or ambiguous."""
+    """The id of the run that `name` means. Raises EclectusError with the nearest ones if unknown or ambiguous."""
     rows = connection.execute("select run from runs order by started desc, run desc").fetchall()
     latest_first = [run for (run,) in rows]
     if not latest_first:

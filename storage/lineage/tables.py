@@ -310,7 +310,7 @@ def _parquet(prefix: str, folder: Path, columns: dict[str, str], part: bool = Fa
 
 
 def _stream(prefix: str, home: Home, stream: str, chosen: Iterable[str]) -> str:
-    """SQL: the chosen columns of a stream's compacted rows, of each journal from its highest part, and of its live rows.
+    """SQL: the chosen columns of a stream's compacted rows, of each journal from its highest part, and its live rows.
 
     The contents are read once and first: of a part that appears later, the journals are read instead.
     """
