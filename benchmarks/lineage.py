@@ -1,9 +1,9 @@
 """Time of upstream and downstream queries in a history of a million steps, and of its compaction.
 
-10,000 runs of 100 steps, in projects of 100 runs: every run reads artifacts of its own steps and of the previous run of the
-project, so chains are up to 10,000 steps long. Journals are written as a run writes them, without syncing, then compacted.
-The peer is the same question as a user would write it, a recursive query over `step_inputs` and `step_outputs`, up to
-100,000 steps: beyond, it takes minutes per answer.
+10,000 runs of 100 steps, in projects of 100 runs: every run reads artifacts of its own steps and of the previous run of
+the project, so chains are up to 10,000 steps long. Journals are written as a run writes them, without syncing, then
+compacted. The peer is the same question as a user would write it, a recursive query over `step_inputs` and
+`step_outputs`, up to 100,000 steps: beyond, it takes minutes per answer.
 
     OMP_NUM_THREADS=1 python benchmarks/lineage.py [--steps 1000000] [--home FOLDER]   # 3 GB; a kept FOLDER is reused
 """

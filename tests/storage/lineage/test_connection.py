@@ -38,8 +38,8 @@ def write_step(journal, step, state="completed", artifact="ab" * 32):
 
 
 @pytest.mark.parametrize("table", FROZEN)
-def test_no_column_that_people_query_goes(home, table):
-    with connect(home) as connection:
+def test_no_column_that_users_query_is_removed(read_home, table):
+    with connect(read_home) as connection:
         assert connection.sql(f"from {table}").columns == FROZEN[table].split()
 
 

@@ -68,8 +68,10 @@ def test_a_catalogue_gets_every_run_and_step_and_a_file_the_same(home, tmp_path,
     assert written == [event for _, event in received]
 
 
-def test_nowhere_to_send_and_nobody_there_are_one_line(home, monkeypatch, capsys):
+def test_no_transport_and_no_server_are_one_line(home, monkeypatch, capsys):
     write_history(home)
+    # The client waits ten seconds between its attempts.
+    monkeypatch.setattr("time.sleep", lambda _: None)
     for address, complaint in ((None, "set OPENLINEAGE_URL"), ("http://127.0.0.1:9", "cannot be sent")):
         if address:
             monkeypatch.setenv("OPENLINEAGE_URL", address)

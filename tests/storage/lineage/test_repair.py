@@ -1,4 +1,4 @@
-"""A damaged or older file never keeps people from the rest of the books."""
+"""A damaged or older file never keeps users from the rest of the lineage."""
 
 import os
 import shutil
@@ -21,16 +21,17 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize("how", CUT)
 @pytest.mark.parametrize("folder", ["edges", "nodes", "contents"])
-def test_a_damaged_index_is_made_again_and_every_answer_stays(home, folder, how):
+def test_a_damaged_index_is_made_again_and_every_answer_stays(home, folder):
     write_chain(home, "r1", range(3))
     compact(home)
     before, up = everything(home), query(f"from upstream('{digest(2)}')", home)[1]
-    for part in (home.journal / folder).glob("*.parquet"):
-        part.write_bytes(CUT[how](part.read_bytes()))
-    assert everything(home) == before and query(f"from upstream('{digest(2)}')", home)[1] == up and len(up) == 4
-    assert faults(home) == []
+    for how, damaged in CUT.items():
+        for part in (home.journal / folder).glob("*.parquet"):
+            part.write_bytes(damaged(part.read_bytes()))
+        assert everything(home) == before, how
+        assert query(f"from upstream('{digest(2)}')", home)[1] == up and len(up) == 4, how
+        assert faults(home) == [], how
 
 
 @pytest.mark.parametrize("stream", ["events", "metrics"])
@@ -133,14 +134,14 @@ def test_a_part_with_fewer_columns_answers_with_nulls(home):
     assert query("select run, error from runs", home)[1] == [("r1", None)]
 
 
-@pytest.mark.parametrize("damage", [b"", b"no database", None])
-def test_damaged_copies_of_the_views_are_made_again(home, damage):
+def test_damaged_copies_of_the_views_are_made_again(home):
     write_chain(home, "r1", [1])
     before = everything(home)
-    write_database(home)
-    for path in [home.database, *home.journal.glob("views/*.duckdb")]:
-        whole = path.read_bytes()
-        path.write_bytes(whole[:5000] + b"\xff" * 5000 + whole[10000:] if damage is None else damage)
-    assert everything(home) == before
-    with duckdb.connect(str(write_database(home)), read_only=True) as shell:
-        assert shell.execute("select label from steps").fetchall() == [("label s1",)]
+    for damage in (b"", b"no database", None):
+        write_database(home)
+        for path in [home.database, *home.journal.glob("views/*.duckdb")]:
+            whole = path.read_bytes()
+            path.write_bytes(whole[:5000] + b"\xff" * 5000 + whole[10000:] if damage is None else damage)
+        assert everything(home) == before, damage
+        with duckdb.connect(str(write_database(home)), read_only=True) as shell:
+            assert shell.execute("select label from steps").fetchall() == [("label s1",)], damage
