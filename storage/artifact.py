@@ -226,7 +226,9 @@ class ArtifactStore:
 
     def _pull_all(self, pattern: str) -> None:
         """Downloads the store's whole artifacts that match `<kind>/<digits>` and are missing here."""
-        for manifest, _ in self.mirror.listing(self.root, MANIFEST) if self.mirror else ():
+        if not self.mirror:
+            return
+        for manifest, _ in self.mirror.listing(self.root, MANIFEST):
             place = manifest.parent
             if not place.exists() and place.relative_to(self.root).match(pattern):
                 self.mirror.pull(place)

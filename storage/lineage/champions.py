@@ -63,9 +63,11 @@ def decisions(home: Home, line: str | None = None) -> list[Decision]:
             """,
             [line, line],
         ).fetchall()
-    return [
-        Decision(*row[:4], json.loads(row[4] or "{}"), row[5], json.loads(row[6] or "[]"), *row[7:]) for row in rows
-    ]
+    found = []
+    for *about, evaluations, gate, rules, by, run, logged in rows:
+        decided = (json.loads(evaluations or "{}"), gate, json.loads(rules or "[]"))
+        found.append(Decision(*about, *decided, by, run, logged))
+    return found
 
 
 def user_name() -> str:

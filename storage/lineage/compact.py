@@ -104,10 +104,10 @@ def repair_index(home: Home) -> None:
                     for old in (home.journal / name).glob(f"{part.stem}-*.parquet"):
                         old.unlink()
                     stale.add(part)
+        chosen = ", ".join(f'"{name}"' for name in COLUMNS[EVENTS])
         for part in sorted(stale):
-            columns = ", ".join(f'"{name}"' for name in COLUMNS[EVENTS])
             rows = f"read_parquet([{text(part)}, {text(_empty_part(home))}], union_by_name = true)"
-            connection.execute(f"create or replace temp table part as select {columns} from {rows}")
+            connection.execute(f"create or replace temp table part as select {chosen} from {rows}")
             _write_index(connection, home, part.stem)
 
 
@@ -214,7 +214,7 @@ def _write_part(
         os.rename(temporary, home.journal / stream / f"{stem}.parquet")
     write_contents(home, stream, home.journal / stream / f"{stem}.parquet")
     _replaces(home, stream, f"{stem}.parquet", stands_for)
-    (count,) = connection.execute("select count(*) from part").fetchone()
+    ((count,),) = connection.execute("select count(*) from part").fetchall()
     connection.execute("drop table part")
     return count
 

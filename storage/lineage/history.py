@@ -63,7 +63,7 @@ class History:
 
     def chain(self, digest: str) -> list[str]:
         """A checkpoint and the checkpoints that it was trained from, itself last."""
-        chain = []
+        chain: list[str] = []
         while digest in self.made:
             chain.insert(0, digest)
             before = [other for other in self.made[digest].inputs.values() if self._is_checkpoint(other)]

@@ -15,7 +15,6 @@ their level; `contents` lists the journals of each part. So compaction writes th
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -229,31 +228,19 @@ def folded(source: str) -> str:
 
 def create_placeholders(home: Home) -> bool:
     """Creates placeholder files so that no view's glob fails. False where the home cannot be written."""
-    wanted: list[tuple[Path, dict[str, str] | None]] = []
-    for stream, columns in COLUMNS.items():
-        wanted.append((home.journal / stream / f"{EMPTY}.ndjson", None))
-        wanted.append(_empty(home.journal / stream, {**columns, "journal": "VARCHAR"}))
-    for name, columns in {
-        "contents": CONTENTS,
-        "edges": EDGES,
-        "nodes": NODES,
-        "documents": DOCUMENTS,
-        "held": HELD,
-    }.items():
-        wanted.append(_empty(home.journal / name, columns))
+    wanted = [_empty(home.journal / stream, {**columns, "journal": "VARCHAR"}) for stream, columns in COLUMNS.items()]
+    indexes = {"contents": CONTENTS, "edges": EDGES, "nodes": NODES, "documents": DOCUMENTS, "held": HELD}
+    wanted += [_empty(home.journal / name, columns) for name, columns in indexes.items()]
     wanted.append(_empty(home.store.root / "instances", DOCUMENTS, "/documents"))
     wanted.append(_empty(home.store.root / "documents", HELD, "/documents/none"))
     wanted.append(_empty(home.store.root / "evaluation", ROUTING, "/routing"))
     missing = [(path, columns) for path, columns in wanted if not path.exists()]
     try:
-        with duckdb.connect() if missing else contextlib.nullcontext() as connection:
-            for path, columns in missing:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if columns is None:
-                    path.touch()
-                    continue
-                with replacing(path) as temporary:
-                    connection.execute(f"copy ({_nothing(columns)}) to {text(temporary)} (format parquet)")
+        if missing:
+            _write_empty(missing)
+        for stream in COLUMNS:
+            if not (empty := home.journal / stream / f"{EMPTY}.ndjson").exists():
+                empty.touch()
         for stream in COLUMNS:
             listed = {path.stem.rpartition("-")[0] for path in (home.journal / "contents").glob("*.parquet")}
             for part in (home.journal / stream).glob("[0-9]*.parquet"):
@@ -262,6 +249,14 @@ def create_placeholders(home: Home) -> bool:
     except (OSError, duckdb.IOException):
         return False
     return True
+
+
+def _write_empty(tables: list[tuple[Path, dict[str, str]]]) -> None:
+    with duckdb.connect() as connection:
+        for path, columns in tables:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                connection.execute(f"copy ({_nothing(columns)}) to {text(temporary)} (format parquet)")
 
 
 def _empty(folder: Path, columns: dict[str, str], below: str = "") -> tuple[Path, dict[str, str]]:

@@ -168,7 +168,8 @@ def test_what_one_machine_frees_is_gone_from_the_store_and_what_is_needed_stays(
     assert plan(two, 1).unneeded == [], "kept on another machine"
     keep(two, old, False)
     planned = plan(two, 1)
-    assert sorted(each.name.split("-")[0] for each in planned.unneeded) == ["checkpoint", "documents", "evaluation", "instances"]  # fmt: skip
+    kinds = sorted(each.name.split("-")[0] for each in planned.unneeded)
+    assert kinds == ["checkpoint", "documents", "evaluation", "instances"]
     assert free(two, planned) > 0
     three = machine("three")
     assert len(list(three.store.all())) == 4 and plan(three, 1).unneeded == []

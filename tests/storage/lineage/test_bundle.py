@@ -28,20 +28,20 @@ def in_the_shell(database, sql):
 def test_every_table_of_a_run_is_real_and_says_what_the_views_say(home, tmp_path):
     write_history(home)
     place = bundle(home, NEW, tmp_path / "run.duckdb")
-    with duckdb.connect(str(place), read_only=True) as books:
-        kinds = dict(books.execute("select table_name, table_type from information_schema.tables").fetchall())
+    with duckdb.connect(str(place), read_only=True) as lineage:
+        kinds = dict(lineage.execute("select table_name, table_type from information_schema.tables").fetchall())
         assert kinds == dict.fromkeys(TABLES, "BASE TABLE")
         for table in ("runs", "steps", "step_inputs", "step_outputs", "settings", "metrics"):
             whole = query(f"select * from {table} where run = '{NEW}'", home)[1]
-            assert sorted(map(str, books.execute(f"from {table}").fetchall())) == sorted(map(str, whole)), table
-            described = [row[:2] for row in books.execute(f"describe {table}").fetchall()]
+            assert sorted(map(str, lineage.execute(f"from {table}").fetchall())) == sorted(map(str, whole)), table
+            described = [row[:2] for row in lineage.execute(f"describe {table}").fetchall()]
             assert described == [row[:2] for row in query(f"describe {table}", home)[1]], table
         for table in ("artifacts", "documents", "routing", "decisions", "champions"):
-            assert books.execute(f"select count(*) from {table}").fetchone()[0] > 0, table
-        ((checkpoint,),) = books.execute("select artifact from artifacts where kind = 'checkpoint'").fetchall()
+            assert lineage.execute(f"select count(*) from {table}").fetchone()[0] > 0, table
+        ((checkpoint,),) = lineage.execute("select artifact from artifacts where kind = 'checkpoint'").fetchall()
         for question in (f"from upstream('{checkpoint}')", f"from upstream('checkpoint-{checkpoint[:12]}')"):
-            assert books.execute(question).fetchall() == query(question, home)[1]
-        assert "learned from it" in {row[0] for row in books.execute("from trace('d1')").fetchall()}
+            assert lineage.execute(question).fetchall() == query(question, home)[1]
+        assert "learned from it" in {row[0] for row in lineage.execute("from trace('d1')").fetchall()}
 
 
 def test_what_a_run_reused_comes_with_the_steps_that_made_it(home, tmp_path):
@@ -53,12 +53,12 @@ def test_what_a_run_reused_comes_with_the_steps_that_made_it(home, tmp_path):
         journal.event("run_started", flow="main", parameters={}, packages={})
         about = {"step": "again", "name": "instances", "label": "pack", "flow": "main", "key": "k"}
         journal.event("step_started", **about)
-        journal.event("step_ended", **about, state="reused", seconds=0.1, settings={}, inputs={},
-                      output={"kind": kind, "artifact": artifact, "rows": 1, "bytes": 9, "created": "2026-01-01T00:00:00Z"})  # fmt: skip
-    with duckdb.connect(str(bundle(home, "reusing", tmp_path / "b.duckdb")), read_only=True) as books:
-        runs = {run for (run,) in books.execute("select run from steps").fetchall()}
+        output = {"kind": kind, "artifact": artifact, "rows": 1, "bytes": 9, "created": "2026-01-01T00:00:00Z"}
+        journal.event("step_ended", **about, state="reused", seconds=0.1, settings={}, inputs={}, output=output)
+    with duckdb.connect(str(bundle(home, "reusing", tmp_path / "b.duckdb")), read_only=True) as lineage:
+        runs = {run for (run,) in lineage.execute("select run from steps").fetchall()}
         assert runs == {"reusing", OLD}
-        assert books.execute("select count(*) from artifacts anti join steps on made_by = step").fetchone() == (0,)
+        assert lineage.execute("select count(*) from artifacts anti join steps on made_by = step").fetchone() == (0,)
 
 
 def test_the_stable_shell_opens_bundle_and_database(home, tmp_path):
@@ -69,7 +69,8 @@ def test_the_stable_shell_opens_bundle_and_database(home, tmp_path):
         ((made),) = in_the_shell(
             database, "select name from artifacts where kind = 'checkpoint' order by created limit 1"
         )
-        assert in_the_shell(database, f"from upstream('{made['name']}')") and in_the_shell(database, f"from downstream('{made['name']}')")  # fmt: skip
+        for macro in ("upstream", "downstream"):
+            assert in_the_shell(database, f"from {macro}('{made['name']}')")
         assert in_the_shell(database, f"from difference('{OLD}', '{NEW}')")
 
 

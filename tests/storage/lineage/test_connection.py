@@ -12,8 +12,10 @@ from eclectus.storage.journal import Journal
 from eclectus.storage.lineage.connection import connect, query, write_database
 
 FROZEN = {
-    "runs": "run flow state started ended seconds parameters code_version host python packages prefect_flow_run error kept",
-    "steps": "step run name label flow key version state reason started ended seconds peak_memory seed prefect_task_run",
+    "runs": "run flow state started ended seconds parameters code_version host python packages prefect_flow_run error "
+    "kept",
+    "steps": "step run name label flow key version state reason started ended seconds peak_memory seed "
+    "prefect_task_run",
     "artifacts": "name artifact kind rows bytes created path statistics made_by",
     "step_inputs": "step run name artifact kind",
     "step_outputs": "step run name artifact kind reused",
@@ -30,8 +32,9 @@ def write_step(journal, step, state="completed", artifact="ab" * 32):
     journal.event("step_started", step=step, name="group", label="group", flow="main", key="k")
     journal.metric(step, "loss", 2.5, 10, {"language": "el"})
     journal.event(
-        "step_ended", step=step, name="group", label="group", flow="main", key="k", version=1, state=state, reason="first time",
-        seconds=0.5, peak_memory=1000, seed=3, settings={"k": 20, "names": ["a", "b"]}, inputs={"documents": "documents-cd"},
+        "step_ended", step=step, name="group", label="group", flow="main", key="k", version=1, state=state,
+        reason="first time", seconds=0.5, peak_memory=1000, seed=3, settings={"k": 20, "names": ["a", "b"]},
+        inputs={"documents": "documents-cd"},
         output={"kind": "grouping", "artifact": artifact, "rows": 5, "bytes": 9, "created": "2026-11-22T05:10:13Z",
                 "path": "somewhere", "statistics": {"restarts": 0.1}},
     )  # fmt: skip

@@ -65,7 +65,8 @@ def test_the_documents_of_refused_models_stay_for_retrain(history):
         )[1]
         ((champion,),) = query("select checkpoint from champions", history)[1]
         for verdict, checkpoint in (("refused", refused), ("promoted", champion)):
-            journal.decision(line="lory", verdict=verdict, checkpoint=checkpoint, reason="r", evaluations={}, rules=[], by="gate")  # fmt: skip
+            about = {"line": "lory", "verdict": verdict, "checkpoint": checkpoint}
+            journal.decision(**about, reason="r", evaluations={}, rules=[], by="gate")
     assert names(plan(history, 1)) == ["checkpoint", "evaluation", "instances"]
 
 

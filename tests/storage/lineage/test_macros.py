@@ -1,4 +1,4 @@
-"""Upstream and downstream by one recursive macro, against a breadth-first search in plain Python over what was written."""
+"""Upstream and downstream by one recursive macro, against a breadth-first search in plain Python."""
 
 import random
 
@@ -21,7 +21,7 @@ def name(number):
 
 
 def drawn_steps():
-    """[(what a step makes, what it reads)]: up to three artifacts from before or a source; some make what another one made."""
+    """[(output, inputs)] of steps: up to three earlier outputs or a source; some make what another one made."""
     draw = random.Random(3)
     steps = []
     for number in range(STEPS):

@@ -77,7 +77,8 @@ def test_a_home_of_yesterdays_columns_answers_and_is_mended(home):
         for part in (home.journal / folder).glob("*.parquet"):
             duckdb.sql(f"copy (select * {columns} from '{part}') to '{part}.old' (format parquet)")
             part.unlink()
-            name = "none" if part.stem.startswith("none") else f"{part.stem.rpartition('-')[0]}-{hash_file(f'{part}.old')[:16]}"  # fmt: skip
+            name = f"{part.stem.rpartition('-')[0]}-{hash_file(f'{part}.old')[:16]}"
+            name = "none" if part.stem.startswith("none") else name
             os.replace(f"{part}.old", part.with_name(f"{name}.parquet"))
     for contents in (home.journal / "contents").glob("1-*"):
         contents.unlink()
