@@ -36,7 +36,7 @@ def _runs(comparison: Comparison) -> tuple[list[str], list[tuple[Any, ...]]]:
 
 
 def _settings(comparison: Comparison) -> tuple[list[str], list[tuple[Any, ...]]]:
-    rows = [(name, *(_short(value) for value in values)) for name, values in comparison.differing.items()]
+    rows = [(name, *map(_short, values)) for name, values in comparison.differing.items()]
     return ["setting that differs", *(group.name for group in comparison.groups)], rows
 
 
