@@ -1,6 +1,7 @@
-"""Lory: a fully differentiable mixture of experts (arXiv 2405.03133). Importing it registers the model with transformers.
+"""Lory: a fully differentiable mixture of experts (arXiv 2405.03133).
 
-Imports only transformers and itself: a Lory checkpoint carries these files.
+Importing it registers the model with transformers.
+Imports only torch, transformers, safetensors and itself: a Lory checkpoint carries these files.
 """
 
 from .config import LoryConfig

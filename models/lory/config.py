@@ -8,7 +8,7 @@ ROUTINGS = ("causal_segment", "prefix", "dense")
 FIRST_SEGMENTS = ("stop_gradient", "uniform")
 GENERATION_ROUTINGS = ("prompt", "segment")
 
-# 0.3b and 1.5b are the paper's (docs/methods.md 1.5); the others are named by the parameters active for a token.
+# 0.3b and 1.5b are the paper's (docs/methods.md 1.5); the others are named by their active parameters per token.
 PRESETS: dict[str, dict[str, Any]] = {
     "1.5b": dict(hidden_size=1536, intermediate_size=4096, num_hidden_layers=48, num_attention_heads=24,
                  max_position_embeddings=4096),
@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError that names the choices unless `value` is one of them."""
+    """Raises ValueError naming the choices unless `value` is one of them."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, choices))}.")
 
@@ -34,18 +34,18 @@ class LoryConfig(LlamaConfig):
     """A LLaMA-shaped model whose FFNs are mixtures of merged experts. LLaMA's fields keep their meaning.
 
     Args:
-        num_experts: E, expert FFNs in a layer. With 1 the model is dense and has no router.
+        num_experts: E, expert FFNs per layer. With 1 the model is dense and has no router.
         segment_length: T, tokens that share one routing decision.
-        routing: "causal_segment" routes a segment by the one before it (docs/methods.md 1.2); "prefix" routes everything by
-            the first segment (the paper's ablation); "dense" uses expert 0 alone.
-        first_segment: what the first segment is routed by. "stop_gradient": its own tokens, detached (the paper; looks
-            ahead inside the segment). "uniform": equal weights, which is strictly causal.
-        generation_routing: what `generate` does. "prompt" merges the experts once by the whole prompt (docs/methods.md 1.4);
-            "segment" routes again at every segment border, as in training.
-        router_initializer_range: standard deviation of the routers' initial weights. Not zero: a constant router never
-            separates experts that start as copies (docs/methods.md 1.3).
+        routing: "causal_segment" routes a segment by the one before it (docs/methods.md 1.2); "prefix" routes
+            everything by the first segment (the paper's ablation); "dense" uses expert 0 alone.
+        first_segment: how the first segment is routed. "stop_gradient": by its own tokens, detached (as in the paper;
+            it looks ahead within the segment). "uniform": with equal weights, which is strictly causal.
+        generation_routing: how `generate` routes. "prompt" merges the experts once by the whole prompt (docs/methods.md
+            1.4); "segment" routes again at every segment border, as in training.
+        router_initializer_range: standard deviation of the routers' initial weights. It must not be 0: a constant
+            router never separates experts that start as copies (docs/methods.md 1.3).
         output_router_weights: return every layer's routing weights from the forward pass.
-        merge_block_bytes: memory for merged weights in a layer's pass; chosen for the device when None.
+        merge_block_bytes: memory for merged weights in one layer's pass; chosen by device when None.
     """
 
     model_type = "lory"
@@ -84,7 +84,7 @@ class LoryConfig(LlamaConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LoryConfig":
-        """As in transformers, but a checkpoint of another architecture is refused instead of half loaded."""
+        """As in transformers, but refuses a checkpoint of another architecture instead of loading a part of it."""
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(

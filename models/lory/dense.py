@@ -1,6 +1,7 @@
-"""Names and tensors of a LlamaForCausalLM beside those of a LoryForCausalLM.
+"""Maps names and tensors of a LlamaForCausalLM to those of a LoryForCausalLM.
 
-An expert is one slice `[3F, D]` of a layer's `mlp.experts`: gate rows, up rows, transposed down rows (models/lory/merge.py).
+An expert is one slice `[3F, D]` of a layer's `mlp.experts`: gate rows, up rows, transposed down rows
+(models/lory/merge.py).
 """
 
 from collections.abc import Mapping
@@ -18,13 +19,13 @@ def dense_ffn_names(layer: int) -> tuple[str, str, str]:
 def expand_dense_tensors(
     dense: Mapping[str, Tensor], num_experts: int, scale: float = 1.0, shared_memory: bool = False
 ) -> dict[str, Tensor]:
-    """Tensors under a LlamaForCausalLM's parameter names to a Lory model's: each FFN becomes E equal experts.
+    """From tensors named as in a LlamaForCausalLM to those of a Lory model: each FFN becomes E equal experts.
 
-    Serves weights and, to carry AdamW over from a dense warm-up, its moments. A copy receives about 1/E of the dense
-    gradient, so take `scale=1/E` for `exp_avg` and `scale=1/E**2` for `exp_avg_sq`: the experts' next step is then the
-    dense model's. Only FFN tensors are scaled. Routers have no dense counterpart and are not in the result, which shares
-    no memory with `dense`. shared_memory: the experts of a layer are views of one FFN, to be read only, and no larger
-    than it.
+    For weights, and for AdamW's moments after a dense warm-up. Each copy receives about 1/E of the dense gradient, so
+    use `scale=1/E` for `exp_avg` and `scale=1/E**2` for `exp_avg_sq`: the experts' next step then equals the dense
+    model's. Only FFN tensors are scaled. Routers have no dense counterpart and are not in the result. The result shares
+    no memory with `dense`. shared_memory: the experts of a layer are read-only views of one FFN and take no more
+    memory.
     """
     lory = {}
     for name, tensor in dense.items():

@@ -1,7 +1,7 @@
-"""The mixture of merged experts that takes the place of a LLaMA layer's FFN (docs/methods.md 1.1, 1.2, 1.4).
+"""The mixture of merged experts that replaces a LLaMA layer's FFN (docs/methods.md 1.1, 1.2, 1.4).
 
-Three ways through a layer: all segments at once (training and prefill), a cached generation that goes on inside a
-segment or over its border, and one merged FFN for everything (prompt routing, or weights given from outside).
+A layer computes in one of three ways: all segments at once (training and prefill); step by step with a cache, within a
+segment or across its border; or with one merged FFN for everything (prompt routing, or weights given by the caller).
 
 Shapes: B rows, L tokens, N segments of T tokens, D width, F FFN width, E experts.
 """
@@ -16,7 +16,7 @@ from .routing import LoryCache, LoryCacheLayer, RoutingPlan
 
 
 class LoryRouter(nn.Linear):
-    """Mixture weights from mean hidden states: softmax of one linear map, in fp32 at least."""
+    """Mixture weights from mean hidden states: softmax of one linear map, in at least fp32."""
 
     def __init__(self, config: LoryConfig) -> None:
         super().__init__(config.hidden_size, config.num_experts, bias=False)
@@ -41,22 +41,27 @@ class LoryFFN(nn.Module):
     def forward(
         self, x: Tensor, plan: RoutingPlan, expert_weights: Tensor | None = None, cache: LoryCache | None = None
     ) -> Tensor:
-        """`[B, L, D]` to `[B, L, D]`; `expert_weights` `[layers, B or 1, E]` take the router's place."""
+        """`[B, L, D]` to `[B, L, D]`. expert_weights: `[layers, B or 1, E]`, used instead of the router's."""
         if self.router is None or plan.routing == "dense":
             return apply_merged(x, self.experts[:1])
         if cache is None:
             return self._fixed(x, expert_weights) if expert_weights is not None else self._by_segment(x, plan)
-        layer = cache.layers[self.layer_idx]
+        layer = cache.layer(self.layer_idx)
         expert_weights = cache.expert_weights if expert_weights is None else expert_weights
         if expert_weights is None and cache.generation_routing == "segment":
             return self._by_segment(x, plan, layer) if layer.weights is None else self._continue(x, plan, layer)
         if layer.merged is None:
             if expert_weights is None:
-                weights = self.router(plan.prompt_mean(x, cache.prompt_length))
+                weights = self._route(plan.prompt_mean(x, cache.prompt_length))
             else:
                 weights = expert_weights[self.layer_idx]
             layer.merged = self._merge(weights, x)
         return apply_merged(x, layer.merged)
+
+    def _route(self, mean: Tensor) -> Tensor:
+        """Mixture weights `[..., E]` from mean hidden states `[..., D]`."""
+        assert self.router is not None, "a layer of one expert does not route"
+        return self.router(mean)
 
     def _merge(self, weights: Tensor, x: Tensor) -> Tensor:
         device_type = x.device.type
@@ -70,30 +75,31 @@ class LoryFFN(nn.Module):
     def _by_segment(self, x: Tensor, plan: RoutingPlan, layer: LoryCacheLayer | None = None) -> Tensor:
         x_BNTD = plan.to_segments(x)
         if plan.real is None and layer is None:
-            weights = plan.shift(self.router(x_BNTD.mean(dim=2)))
+            weights = plan.shift(self._route(x_BNTD.mean(dim=2)))
         else:
             sums = plan.segment_sums(x_BNTD)
             sizes = plan.segment_sizes(sums)
-            weights = plan.shift(self.router(sums / sizes.clamp(min=1)))
+            weights = plan.shift(self._route(sums / sizes.clamp(min=1)))
             if layer is not None:
                 self._remember(layer, plan, weights, sums, sizes)
         if plan.routing == "prefix" and x_BNTD.shape[1] > 2:
-            # All segments but the first share one mixture: merge it once a row.
+            # All segments but the first share one mixture: merge it once per row.
             first = merged_ffn(x_BNTD[:, :1], weights[:, :1], self.experts, self.block_bytes)
             rest = merged_ffn(x_BNTD[:, 1:].flatten(1, 2), weights[:, 1], self.experts, self.block_bytes)
             return plan.from_segments(torch.cat([first, rest.view_as(x_BNTD[:, 1:])], dim=1))
         return plan.from_segments(merged_ffn(x_BNTD, weights, self.experts, self.block_bytes))
 
     def _remember(self, layer: LoryCacheLayer, plan: RoutingPlan, weights: Tensor, sums: Tensor, sizes: Tensor) -> None:
-        """Keep what the segment that is being written when this pass ends needs to go on."""
+        """Stores the state of each row's last segment, which generation continues."""
         last = torch.tensor([(start + plan.length - 1) // plan.segment_length for start in plan.starts])
         rows, last = torch.arange(sums.shape[0], device=sums.device), last.to(sums.device)
         layer.weights = weights[rows, last]
-        # A segment is summed up token by token: bf16 would stop growing.
+        # The sum grows token by token, which bf16 would round away.
         layer.segment_sum, layer.segment_count = (t[rows, last].to(weights.dtype) for t in (sums, sizes))
 
     def _continue(self, x: Tensor, plan: RoutingPlan, layer: LoryCacheLayer) -> Tensor:
-        """New tokens after a cached past, walked from one segment border of any row to the next."""
+        """New tokens after a cached past, processed piece by piece between the segment borders of all rows."""
+        assert layer.weights is not None and layer.segment_sum is not None and layer.segment_count is not None
         if layer.merged is None:
             layer.merged = self._merge(layer.weights, x)
         T, length = plan.segment_length, x.shape[1]
@@ -118,12 +124,14 @@ class LoryFFN(nn.Module):
     def _cross(
         self, x: Tensor, plan: RoutingPlan, layer: LoryCacheLayer, rows: list[int], positions: list[int]
     ) -> None:
-        """Rows that step over a border: route by the segment they leave, and begin a new one."""
+        """Routes the rows that cross a border by the segment that ends there, and starts their new segment."""
+        assert layer.weights is not None and layer.segment_sum is not None and layer.segment_count is not None
+        assert layer.merged is not None
         leaving = torch.tensor(rows, device=x.device)
         routed = [row for row in rows if plan.routing == "causal_segment" or positions[row] == plan.segment_length]
         if routed:
             by = leaving if routed == rows else torch.tensor(routed, device=x.device)
-            weights = self.router(layer.segment_sum[by] / layer.segment_count[by].clamp(min=1))
+            weights = self._route(layer.segment_sum[by] / layer.segment_count[by].clamp(min=1))
             layer.weights = layer.weights.index_copy(0, by, weights)
             if len(routed) == x.shape[0]:
                 layer.merged = self._merge(weights, x)

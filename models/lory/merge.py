@@ -6,12 +6,12 @@
 The experts are one tensor `[E, 3F, D]` (rows: gate, up, down transposed; P = 3FD), so that one GEMM merges all three
 matrices, one distributes the gradient to the experts (e^T dW) and one to the weights (dW experts^T).
 
-Price: E/T of the FFN's FLOPs, T tokens in a segment. The segments are taken in blocks and their merged weights are
-computed again in the backward pass, so they occupy a fixed budget whatever the number of segments, experts and layers.
-Saved for backward: x, e and the two hidden projections, 2F numbers a token (a stock LlamaMLP saves 4F).
-`benchmarks/lory_step.py` measures it beside the straightforward form and the dense FFN.
+Cost: E/T of the FFN's FLOPs, with T tokens per segment. Segments are processed in blocks and their merged weights are
+recomputed in the backward pass, so memory is bounded whatever the number of segments, experts and layers.
+Saved for backward: x, e and the two hidden projections, 2F numbers per token (a stock LlamaMLP saves 4F).
+`benchmarks/lory_step.py` compares it with the direct form and the dense FFN.
 
-Shapes: S segments, T tokens a segment, D width, F FFN width, E experts.
+Shapes: S segments, T tokens per segment, D width, F FFN width, E experts.
 """
 
 from typing import Any
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Blocks this small keep merged weights and hidden states in the CPU's caches. But every block reads all experts, so that
-# larger FFNs take 8 segments at once as long as CPU_MOST holds them (3% faster than 4, docs/benchmarks.md).
+# Blocks of this size keep merged weights and hidden states in the CPU's caches. But every block reads all experts, so
+# larger FFNs take 8 segments per block if they fit in CPU_MOST_BYTES (3% faster than 4, docs/benchmarks.md).
 CPU_CACHE_BYTES = 4 << 20
 CPU_MOST_BYTES = 128 << 20
 CPU_LEAST_SEGMENTS = 8
@@ -30,7 +30,7 @@ GPU_BYTES = 512 << 20
 
 
 def segments_per_block(segments: int, merged_bytes: int, device_type: str, block_bytes: int | None = None) -> int:
-    """Segments to process at once, when the merged weights of one take `merged_bytes` and so do their gradients."""
+    """Segments to process at once: the merged weights of one take `merged_bytes`, their gradients as much again."""
     cost = 2 * merged_bytes
     if block_bytes is not None:
         most = block_bytes // cost
@@ -43,7 +43,7 @@ def segments_per_block(segments: int, merged_bytes: int, device_type: str, block
 
 
 def merge_experts(weights: Tensor, experts: Tensor) -> Tensor:
-    """Merged FFN parameters `[..., 3F, D]` of the weights `[..., E]` over the experts `[E, 3F, D]`."""
+    """Merged FFN parameters `[..., 3F, D]`: the experts `[E, 3F, D]` averaged with weights `[..., E]`."""
     merged = torch.matmul(weights.to(experts.dtype), experts.flatten(1))
     return merged.view(*weights.shape[:-1], *experts.shape[1:])
 
@@ -61,22 +61,22 @@ def apply_merged(x: Tensor, merged: Tensor) -> Tensor:
 
 
 def reference_merged_ffn(x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    """`merged_ffn` written down as docs/methods.md 1.1 says it: slow, large, and what the fast one is held against."""
+    """`merged_ffn` as the formula in docs/methods.md 1.1: slow and large, the reference for tests and benchmarks."""
     gate, up, down = torch.einsum("...e,efd->...fd", weights, experts).chunk(3, dim=-2)
     hidden = F.silu(torch.einsum("...td,...fd->...tf", x, gate)) * torch.einsum("...td,...fd->...tf", x, up)
     return torch.einsum("...tf,...fd->...td", hidden, down)
 
 
 def merged_ffn(x: Tensor, weights: Tensor, experts: Tensor, block_bytes: int | None = None) -> Tensor:
-    """Each segment through its own mixture of the experts.
+    """Applies to each segment its own mixture of the experts.
 
     Args:
-        x: `[..., T, D]` tokens, grouped in segments of T.
-        weights: `[..., E]` one mixture for each segment; its leading dimensions are those of `x`.
-        experts: `[E, 3F, D]` the experts' gate rows, up rows and transposed down rows.
-        block_bytes: budget for merged weights and their gradients; chosen for the device when None.
+        x: `[..., T, D]` hidden states, grouped in segments of T tokens.
+        weights: `[..., E]` one mixture per segment; the leading dimensions are those of `x`.
+        experts: `[E, 3F, D]` gate rows, up rows and transposed down rows of each expert.
+        block_bytes: memory for merged weights and their gradients; chosen by device when None.
 
-    Returns `[..., T, D]`, in autocast's dtype where autocast is on.
+    Returns `[..., T, D]`, in autocast's dtype if autocast is on. Raises ValueError for shapes that do not fit.
     """
     tokens, width = x.shape[-2:]
     if weights.shape[:-1] != x.shape[:-2] or weights.shape[-1] != experts.shape[0] or experts.shape[2] != width:
@@ -101,7 +101,7 @@ def merged_ffn(x: Tensor, weights: Tensor, experts: Tensor, block_bytes: int | N
 
 
 def _forward(x: Tensor, e: Tensor, experts: Tensor, block: int, gate_up: Tensor | None) -> Tensor:
-    """The blockwise forward pass; `gate_up` `[S, T, 2F]` receives the hidden projections where given."""
+    """The blockwise forward pass; `gate_up` `[S, T, 2F]`, if given, receives the hidden projections."""
     segments, rows, width = x.shape[0], experts.shape[1], experts.shape[1] // 3
     flat = experts.flatten(1)
     y = torch.empty_like(x)
@@ -134,7 +134,7 @@ def _backward(
     block: int,
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, e and experts, as far as `needs` asks for them, block by block."""
+    """Gradients of x, e and experts, block by block; None for those that `needs` does not ask for."""
     segments, rows, width = x.shape[0], experts.shape[1], experts.shape[1] // 3
     flat = experts.to(x.dtype).flatten(1)
     dy = dy.contiguous()
@@ -153,13 +153,13 @@ def _backward(
         d_pair = torch.empty_like(gate_up[here])
         torch.mul(d_hidden, activated, out=d_pair[..., width:])
         torch.ops.aten.silu_backward.grad_input(d_hidden.mul_(up), gate, grad_input=d_pair[..., :width])
-        if needs[0]:
+        if dx is not None:
             torch.bmm(d_pair, merged[:, : 2 * width], out=dx[here])
         if not (needs[1] or needs[2]):
             continue
         torch.bmm(d_pair.transpose(1, 2), x[here], out=d_merged[:, : 2 * width])
         torch.bmm(activated.mul_(up).transpose(1, 2), dy[here], out=d_merged[:, 2 * width :])
-        if needs[1]:
+        if de is not None:
             torch.mm(d_merged.flatten(1), flat.t(), out=de[here])
         if needs[2]:
             d_experts = _accumulate(d_experts, e[here].t(), d_merged.flatten(1), experts.dtype)
@@ -167,7 +167,7 @@ def _backward(
 
 
 def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """`total + left @ right`, summed in fp32 at least: bf16 blocks would lose their small contributions."""
+    """`total + left @ right`, accumulated in at least fp32: in bf16 small contributions would be rounded away."""
     dtype = torch.promote_types(dtype, torch.float32)
     if total is None:
         return torch.mm(left, right).to(dtype)
@@ -189,12 +189,13 @@ class _MergedFFN(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, e, experts, gate_up = ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):
-            return *_backward(dy, *ctx.saved_tensors, ctx.block, ctx.needs_input_grad[:3]), None
+            return *_backward(dy, x, e, experts, gate_up, ctx.block, ctx.needs_input_grad[:3]), None
 
 
-# torch.compile must not see inside: it would find the backward pass's merge to equal the forward's and keep the merged
-# weights of all layers instead of computing them again.
+# Opaque to torch.compile, which would otherwise see that forward and backward merge the same weights, and keep the
+# merged weights of all layers instead of recomputing them.
 @torch.library.custom_op("eclectus::merged_ffn", mutates_args=())
 def _compiled_merged_ffn(x: Tensor, e: Tensor, experts: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return _forward_saving(x, e, experts, block)
@@ -204,7 +205,9 @@ def _compiled_merged_ffn(x: Tensor, e: Tensor, experts: Tensor, block: int) -> t
 def _compiled_backward(
     dy: Tensor, x: Tensor, e: Tensor, experts: Tensor, gate_up: Tensor, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(dy, x, e, experts, gate_up, block)
+    dx, de, d_experts = _backward(dy, x, e, experts, gate_up, block)
+    assert dx is not None and de is not None and d_experts is not None
+    return dx, de, d_experts
 
 
 @_compiled_merged_ffn.register_fake

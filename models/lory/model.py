@@ -1,10 +1,10 @@
-"""Lory: a fully differentiable mixture of experts for autoregressive language models (docs/methods.md 1; arXiv 2405.03133).
+"""Lory: a fully differentiable mixture of experts for language models (docs/methods.md 1; arXiv 2405.03133).
 
 A LLaMA whose FFNs are merged, segment by segment, from E experts: the mean hidden state of a segment gives the weights
 with which the *next* segment's FFN is averaged. There is no top-k, no noise and no auxiliary loss. Attention, norms and
-rotary embeddings are transformers' own, so that one expert is exactly a stock LlamaForCausalLM.
+rotary embeddings are transformers' own, so that with one expert it is exactly a stock LlamaForCausalLM.
 
-Price beside the dense model: E/T of the FFN's FLOPs (models/lory/merge.py) and E times its parameters.
+Cost over the dense model: E/T of the FFN's FLOPs (models/lory/merge.py) and E times its parameters.
 
     model = LoryForCausalLM(LoryConfig.preset("laptop"))
     model = LoryForCausalLM.from_dense(llama, num_experts=8, segment_length=256)
@@ -16,7 +16,7 @@ Shapes: B rows, L tokens, N segments of T tokens, D width, F FFN width, E expert
 
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -45,8 +45,8 @@ try:
     from transformers.modeling_utils import slice_logits_to_keep
 except ImportError:  # transformers before 5.18
 
-    def slice_logits_to_keep(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-        return hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+    def slice_logits_to_keep(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+        return hidden_states[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
 
 from .config import FIRST_SEGMENTS, ROUTINGS, LoryConfig, check_choice
@@ -57,7 +57,7 @@ from .routing import LoryCache, RoutingPlan, check_expert_weights
 
 @dataclass
 class LoryModelOutput(BaseModelOutputWithPast):
-    """The base model's output; `router_weights` is a tuple over layers of `[B, N, E]`, each segment's own weights."""
+    """The base model's output. router_weights: by layer `[B, N, E]`, the weights from each segment's own tokens."""
 
     router_weights: tuple[Tensor, ...] | None = None
 
@@ -103,13 +103,14 @@ class LoryPreTrainedModel(PreTrainedModel):
     config: LoryConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["LoryDecoderLayer"]
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    # transformers declares these four as instance variables, so ClassVar, which RUF012 asks for, would be a type error.
+    _no_split_modules = ["LoryDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs: ClassVar = {
+    _can_record_outputs = {  # noqa: RUF012
         "hidden_states": LoryDecoderLayer,
         "attentions": LlamaAttention,
         "router_weights": OutputRecorder(LoryRouter),
@@ -185,7 +186,7 @@ class LoryModel(LoryPreTrainedModel):
         return LoryModelOutput(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
     def _check_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The cache to use: a new one follows segments, as the pass without a cache does."""
+        """The cache to use; a new one routes by segment, as a pass without a cache does."""
         dense = self.config.routing == "dense" or self.config.num_experts == 1
         if cache is None and use_cache:
             return DynamicCache(config=self.config) if dense else LoryCache(self.config, "segment")
@@ -200,7 +201,7 @@ class LoryModel(LoryPreTrainedModel):
 class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
     """A Lory model with a language-model head."""
 
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: LoryConfig) -> None:
         super().__init__(config)
@@ -227,12 +228,12 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
         """As LlamaForCausalLM (`labels` are shifted inside), with routing.
 
         Args:
-            attention_mask: `[B, L]`, 0 at padding on either side. Padding enters no segment's mean, and segments are
-                counted from a row's first real token. Leave it out where nothing is padded.
+            attention_mask: `[B, L]`, 0 at padding on either side. Padding is not part of any segment's mean, and
+                segments start at a row's first real token. Leave it out if there is no padding.
             first_segment: overrides the configuration's for this call; "uniform" gives losses without look-ahead.
-            expert_weights: `[layers, E]` or `[layers, B, E]` take the routers' place for every token.
-            output_router_weights: (keyword) return `router_weights`, a tuple over layers of `[B, N, E]`: what each
-                segment's own tokens ask for, before the shift to the segment that uses it.
+            expert_weights: `[layers, E]` or `[layers, B, E]`, used for every token instead of the routers'.
+            output_router_weights: (keyword) return `router_weights`, a tuple over layers of `[B, N, E]`: the weights
+                from each segment's own tokens, before the shift to the segment that uses them.
         """
         if use_cache is None and (self.training or labels is not None):
             use_cache = False
@@ -247,6 +248,7 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
             expert_weights=expert_weights,
             **kwargs,
         )
+        assert outputs.last_hidden_state is not None  # optional only in the type of transformers' output
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
@@ -261,17 +263,19 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, generation_routing: str | None = None, **kwargs: Any
+        self, input_ids: torch.LongTensor, *args: Any, generation_routing: str | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """As in transformers; `generation_routing` is named so that `generate` accepts it (it goes to the cache)."""
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        """As in transformers. `generation_routing`, which the cache uses, is listed so that `generate` accepts it."""
+        # GenerationMixin types `self` by a protocol of its own, which no user's model class satisfies.
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]  # positional arguments differ between versions
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
-    ) -> None:
+    ) -> Any:
         routing = model_kwargs.pop("generation_routing", None) or self.config.generation_routing
+        prepare = super()._prepare_cache_for_generation  # type: ignore[misc]  # `self` as above
         if self.config.routing == "dense" or self.config.num_experts == 1:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+            return prepare(generation_config, model_kwargs, *args)
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise ValueError(
@@ -291,29 +295,33 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
                 "Prompt routing looks at the whole prompt at once: unset prefill_chunk_size, or set "
                 "generation_routing='segment'."
             )
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        return prepare(generation_config, model_kwargs, *args)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]  # the parent lists every keyword
         cls, pretrained_model_name_or_path: str | PathLike, *args: Any, **kwargs: Any
-    ) -> "LoryForCausalLM":
-        """As in transformers, but weights that do not fit the configuration are an error, never drawn at random."""
+    ) -> Any:
+        """As in transformers, but weights that do not fit the configuration are an error, not initialised at random.
+
+        Returns a LoryForCausalLM, with output_loading_info=True a pair of it and transformers' loading report.
+        """
         with_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True
         try:
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except SafetensorError as error:
             raise ValueError(
-                f"A safetensors file in {pretrained_model_name_or_path} is damaged or cut short ({error}); fetch or write the "
-                "checkpoint again."
+                f"A safetensors file in {pretrained_model_name_or_path} is damaged or cut short ({error}); fetch or "
+                "write the checkpoint again."
             ) from error
+        model, info = loaded
         wrong = {name: sorted(map(str, info[f"{name}_keys"])) for name in ("missing", "unexpected", "mismatched")}
         if any(wrong.values()):
-            told = "; ".join(f"{name}: {', '.join(keys[:3])}" for name, keys in wrong.items() if keys)
+            examples = "; ".join(f"{name}: {', '.join(keys[:3])}" for name, keys in wrong.items() if keys)
             raise ValueError(
-                f"The weights in {pretrained_model_name_or_path} do not fit its configuration ({told}); config.json "
+                f"The weights in {pretrained_model_name_or_path} do not fit its config ({examples}); config.json "
                 "and the safetensors files must come from one save_pretrained."
             )
         return (model, info) if with_info else model
@@ -329,16 +337,17 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
         shared_memory: bool = False,
         **config: Any,
     ) -> "LoryForCausalLM":
-        """Duplicate a dense model's FFNs into experts: equal logits at once, for any router (docs/methods.md 1.5, 3).
+        """Copies a dense model's FFNs into experts: equal logits at the start for any router (docs/methods.md 1.5, 3).
 
         Args:
             llama: the dense model, SwiGLU without FFN biases. Its weights are copied.
-            num_experts, segment_length, router_initializer_range: as in LoryConfig; the routers must differ from zero,
-                or the copies never part.
+            num_experts, segment_length, router_initializer_range: as in LoryConfig. The routers must not be zero, or
+                the copies stay equal for ever.
             seed: of the routers' initial weights.
-            shared_memory: leave a layer's experts views of one FFN, so that the model is no larger than the dense one. They
-                must be parted before any of them changes: `eclectus.models.training.loop` does, each process for its shard alone.
-            config: any further LoryConfig field.
+            shared_memory: make a layer's experts views of one FFN, so that the model is no larger than the dense one.
+                They need memory of their own before any of them changes
+                (`eclectus.models.training.parallel.part_experts`).
+            config: any other LoryConfig field.
         """
         fields = {key: value for key, value in llama.config.to_dict().items() if key not in ("model_type", "auto_map")}
         fields |= dict(architectures=[cls.__name__], num_experts=num_experts, segment_length=segment_length)
@@ -357,9 +366,9 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
         return model.train(llama.training)
 
     def expert_parameter_map(self) -> dict[str, tuple[str, str, str]]:
-        """For each experts parameter the dense (gate, up, down) parameters that `from_dense` copies into every expert.
+        """By experts parameter, the dense (gate, up, down) parameters that `from_dense` copies into its experts.
 
-        All other parameters but the routers carry their dense names.
+        All other parameters, except the routers, have the names of the dense model.
         """
         return {f"model.layers.{index}.mlp.experts": dense_ffn_names(index) for index in range(len(self.model.layers))}
 

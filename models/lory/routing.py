@@ -1,15 +1,16 @@
-"""Which tokens form a segment, and what generation remembers of them (docs/methods.md 1.2 and 1.4).
+"""Which tokens form a segment, and the state of routing during generation (docs/methods.md 1.2 and 1.4).
 
-A `RoutingPlan` is made once a forward pass and shared by all layers: it cuts rows into segments that start at the row's
-first real token, so that left padding moves no border, and averages over real tokens only.
-A `LoryCache` is a key-value cache whose layers also hold the merged experts in use. All state of a generation lives in
-it, so that the model itself stays stateless and calls may run concurrently.
+A `RoutingPlan` is made once per forward pass and shared by all layers: it cuts rows into segments that start at the
+row's first real token, so left padding moves no border, and averages over real tokens only.
+A `LoryCache` is a key-value cache whose layers also hold the merged experts in use. It holds all state of a generation:
+the model itself is stateless and calls may run concurrently.
 
 Shapes: B rows, L tokens, N segments of T tokens, D width, F FFN width, E experts.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,29 +22,29 @@ from .config import GENERATION_ROUTINGS, LoryConfig, check_choice
 
 @dataclass
 class RoutingPlan:
-    """How one forward pass routes."""
+    """The routing of one forward pass."""
 
     routing: str
     first_segment: str
     segment_length: int
     length: int
     mask: Tensor | None = None
-    """Real tokens among the columns of this pass, bool `[B, L]`; None when all are."""
+    """True at real tokens of this pass, bool `[B, L]`; None if there is no padding."""
     order: Tensor | None = None
-    """Column `[B, L]` that comes j-th when each row is rolled to start at its first real token; None without left
+    """The column `[B, L]` that comes j-th when each row is rolled to start at its first real token; None without left
     padding."""
     inverse: Tensor | None = None
     real: Tensor | None = None
-    """Real tokens after rolling and cutting, bool `[B or 1, N, T]`; None when every segment is full."""
-    starts: list[int] | None = None
-    """Position of this pass's first column in each row, counted from the row's first real token: negative where the
-    row is padded on the left."""
+    """True at real tokens after rolling and cutting, bool `[B or 1, N, T]`; None if every segment is full."""
+    starts: list[int] = field(default_factory=list)
+    """By row, the position of this pass's first column counted from the row's first real token; negative if the row is
+    padded on the left."""
 
     @classmethod
     def make(
         cls, config: LoryConfig, first_segment: str | None, hidden: Tensor, mask: Tensor | None, past_length: int
     ) -> "RoutingPlan":
-        """The plan for `hidden` `[B, L, D]`, with the attention mask `[B, past_length + L]` where there is one."""
+        """The plan for `hidden` `[B, L, D]`. mask: `[B, past_length + L]`, or None without padding."""
         length = hidden.shape[1]
         segment_length = config.segment_length if past_length else min(config.segment_length, length)
         plan = cls(config.routing, first_segment or config.first_segment, segment_length, length)
@@ -60,7 +61,7 @@ class RoutingPlan:
         return plan
 
     def _read_mask(self, mask: Tensor) -> None:
-        # Both answers in one transfer: on a GPU each look at the mask waits for the device.
+        # Both values in one transfer: on a GPU each read waits for the device.
         full, unpadded_left = torch.stack([mask.all(), mask[:, 0].all()]).tolist()
         if not full:
             self.mask = mask
@@ -76,7 +77,7 @@ class RoutingPlan:
             self.real = F.pad(rolled, (0, short)).view(mask.shape[0], -1, self.segment_length)
 
     def to_segments(self, x: Tensor) -> Tensor:
-        """`[B, L, D]` to `[B, N, T, D]`, the last segment filled up with zeros."""
+        """`[B, L, D]` to `[B, N, T, D]`, the last segment padded with zeros."""
         if self.order is not None:
             x = x.gather(1, self.order.unsqueeze(-1).expand_as(x))
         short = -self.length % self.segment_length
@@ -90,17 +91,17 @@ class RoutingPlan:
         return x if self.inverse is None else x.gather(1, self.inverse.unsqueeze(-1).expand_as(x))
 
     def segment_sums(self, x: Tensor) -> Tensor:
-        """Sums `[B, N, D]` over each segment's real tokens in x `[B, N, T, D]`."""
+        """Sums `[B, N, D]` of x `[B, N, T, D]` over the real tokens of each segment."""
         return x.sum(dim=2) if self.real is None else (x * self.real.unsqueeze(-1)).sum(dim=2)
 
     def segment_sizes(self, x: Tensor) -> Tensor:
-        """How many real tokens each segment of x `[B, N, ...]` has, `[B, N, 1]` in its dtype."""
+        """Number of real tokens per segment, `[B, N, 1]`, in the shape and dtype of x `[B, N, ...]`."""
         if self.real is None:
             return x.new_full((*x.shape[:2], 1), self.segment_length)
         return self.real.sum(dim=2).to(x.dtype).expand(x.shape[:2]).unsqueeze(-1)
 
     def prompt_mean(self, x: Tensor, prompt_length: int | None) -> Tensor:
-        """Mean `[B, D]` over the real tokens of x `[B, L, D]` in its first `prompt_length` columns, or in all."""
+        """Mean `[B, D]` of x `[B, L, D]` over the real tokens in the first `prompt_length` columns (None: all)."""
         x = x[:, :prompt_length]
         if self.mask is None:
             return x.mean(dim=1)
@@ -108,7 +109,7 @@ class RoutingPlan:
         return (x * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
     def shift(self, weights: Tensor) -> Tensor:
-        """Weights `[B, N, E]` that each segment uses, from those of its own tokens: docs/methods.md 1.2, per instance."""
+        """The weights `[B, N, E]` that each segment uses, given those of its own tokens (docs/methods.md 1.2)."""
         if self.first_segment == "uniform":
             first = torch.full_like(weights[:, :1], 1 / weights.shape[-1])
         else:
@@ -119,10 +120,10 @@ class RoutingPlan:
 
 
 class LoryCacheLayer(DynamicLayer):
-    """Keys and values of one layer, and the experts merged for each row of the batch.
+    """Keys and values of one layer, and the merged experts of each row of the batch.
 
-    `merged` `[B or 1, 3F, D]` are the parameters in use. Under segment routing `weights` `[B, E]` are the mixture in use
-    and `segment_sum` `[B, D]`, `segment_count` `[B, 1]` describe the segment being written, which routes the next one.
+    `merged` `[B or 1, 3F, D]`: the parameters in use. Under segment routing `weights` `[B, E]` is the mixture in use,
+    and `segment_sum` `[B, D]`, `segment_count` `[B, 1]` describe the current segment, which routes the next one.
     """
 
     _rows = ("merged", "weights", "segment_sum", "segment_count")
@@ -140,7 +141,7 @@ class LoryCacheLayer(DynamicLayer):
     def _each_row(self, change: Callable[[Tensor], Tensor]) -> None:
         for name in self._rows:
             rows = getattr(self, name)
-            # One merged FFN of fixed or prompt routing serves every copy of its row; segments may part later.
+            # With fixed or prompt routing one merged FFN serves every copy of its row; segments may route differently.
             shared = rows is not None and rows.shape[0] == 1 and self.weights is None
             if rows is not None and not shared:
                 setattr(self, name, change(rows))
@@ -149,7 +150,7 @@ class LoryCacheLayer(DynamicLayer):
         super().reset()
         self._forget()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._each_row(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
@@ -164,7 +165,7 @@ class LoryCacheLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove and self.segment_sum is not None:
             raise ValueError(
-                "A cache under segment routing cannot give tokens back: the sums of its segments are already formed. "
+                "A cache under segment routing cannot drop tokens: they are already in the sums of its segments. "
                 "Use generation_routing='prompt' with assisted decoding."
             )
         super().crop(tokens_to_remove)
@@ -175,11 +176,11 @@ class LoryCache(Cache):
 
     Args:
         config: the model's.
-        generation_routing: "prompt" (the first forward pass decides for all that follow) or "segment"; the
-            configuration's by default.
-        expert_weights: `[layers, E]` or `[layers, B, E]`: skip the router and use these weights throughout.
-        prompt_length: columns of the first pass that are the prompt; all when None. Assisted decoding appends its first
-            guesses to the prompt.
+        generation_routing: "prompt" (the first forward pass decides for all later ones) or "segment"; by default the
+            configuration's.
+        expert_weights: `[layers, E]` or `[layers, B, E]`: use these weights throughout instead of the router's.
+        prompt_length: columns of the first pass that are the prompt; None for all. Assisted decoding appends its first
+            candidate tokens to the prompt.
     """
 
     def __init__(
@@ -195,9 +196,14 @@ class LoryCache(Cache):
         self.expert_weights = check_expert_weights(config, expert_weights)
         self.prompt_length = prompt_length
 
+    def layer(self, index: int) -> LoryCacheLayer:
+        """The layer's part of the cache."""
+        # Cache.layers is typed for all of transformers' layers; ours are made in __init__.
+        return cast(LoryCacheLayer, self.layers[index])
+
 
 def check_expert_weights(config: LoryConfig, weights: Tensor | None) -> Tensor | None:
-    """Expert weights as `[layers, B or 1, E]`; a ValueError when their shape is another."""
+    """Expert weights as `[layers, B or 1, E]`. Raises ValueError for any other shape."""
     if weights is None:
         return None
     shape = tuple(weights.shape)
