@@ -256,7 +256,7 @@ def scored(
 ) -> dict[str, Any]:
     """Bits, bytes and tokens by part and domain, and the mean routing weights by layer and domain, on held-out text."""
     sums = score(model, windows, len(domains), process, batch, lambda done, total: None)
-    size = sums.tokens * windows.bytes_a_token
+    size = sums.tokens * windows.bytes_per_token
     columns = {"bits": sums.bits, "bytes": size, "tokens": sums.tokens}
     parts = {
         part: {

@@ -9,7 +9,7 @@ from typing import Any
 from lm_eval import simple_evaluate
 from transformers import AutoTokenizer
 
-from eclectus.models.evaluation.lm_eval import make_examinee
+from eclectus.models.evaluation.lm_eval import make_harness_model
 from eclectus.models.training.process import Process
 from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, language_of, local_questions
 
@@ -25,7 +25,7 @@ def task_scores(
     harness = Harness([folder])
     words = AutoTokenizer.from_pretrained(tokenizer)
     length = model.config.max_position_embeddings
-    examinee = make_examinee(model.eval(), words, length, batch, Process.current(), None, lambda *_: None)
+    model_under_test = make_harness_model(model.eval(), words, length, batch, Process.current(), None, lambda *_: None)
     scores = {}
     for name in sorted(local_questions([folder])):
         if language_of(name) not in languages:
@@ -33,7 +33,7 @@ def task_scores(
         tasks, _ = harness.load(Wanted(name, 0))
         asked = dict(limit=None if limit < 0 else limit, bootstrap_iters=0, random_seed=0)
         for label, task in tasks.items():
-            samples = simple_evaluate(examinee, tasks=[task], **asked)["samples"][label]
+            samples = simple_evaluate(model_under_test, tasks=[task], **asked)["samples"][label]
             values = [float(sample.get("acc_norm", sample["acc"])) for sample in samples]
             error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
             scores[label] = {"acc": statistics.fmean(values), "error": error, "questions": len(values)}

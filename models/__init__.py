@@ -1,6 +1,7 @@
 """Networks, losses and conversions in pure PyTorch and transformers.
 
-Importing this package registers Lory, Expert Choice and mixtures with different experts per layer with transformers' Auto classes.
+Importing this package registers Lory, Expert Choice and mixtures with different numbers of experts per layer with
+transformers' Auto classes.
 """
 
 from eclectus.models.lory.config import LoryConfig

@@ -1,12 +1,13 @@
-"""Models as lm-evaluation-harness asks them: log-likelihoods of continuations, of whole texts, and greedy writing.
+"""Models for lm-evaluation-harness: log-likelihoods of continuations and of whole texts, and greedy generation.
 
-Dense and top-k models answer through the harness's own HFLM, so that their scores are those of the `lm_eval` command on the same
-directory. A Lory model answers by prompt-only routing (docs/methods.md 1.4): one mixture a layer from the mean of the context,
-then the merged network reads context and continuation, so that no score has seen its own continuation through the router. Whole
-texts (rolling log-likelihood, which has no prompt) are routed by segment with a uniform first one (docs/methods.md 1.3).
+Dense and top-k models use the harness's own HFLM, so their scores are those of the `lm_eval` command on the same
+directory. A Lory model uses prompt-only routing (docs/methods.md 1.4): one mixture per layer from the mean of the
+context, then the merged network reads context and continuation, so no score depends on its own continuation through the
+router. Whole texts (rolling log-likelihood, which has no prompt) are routed by segment with a uniform first one
+(docs/methods.md 1.3).
 
-Answers are shared between the processes and kept in a file as they come, so that an examination that was cut off goes on. Price: a
-forward pass a request; for Lory one more over the context.
+The processes divide the requests and store answers in a file as they come, so that an interrupted evaluation resumes.
+Cost: one forward pass per request; for Lory one more over the context.
 Shapes: B requests, L tokens, C context tokens, E experts.
 """
 
@@ -23,28 +24,27 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch.nn import functional as F
 
-from eclectus.models.evaluation.scoring import gather
-from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.evaluation.scoring import routes_by_prompt
 from eclectus.models.pretraining.export_dense import prompt_routing_weights
 from eclectus.models.training.process import Process
 
-# Answers written down at once: a kill loses at most these.
-KEPT_AT_ONCE = 64
+# Answers per write: a kill loses at most this many.
+ANSWERS_PER_WRITE = 64
 
 Request = tuple[Any, list[int], list[int]]
 
 
-class Examinee(HFLM):
-    """HFLM over a model in memory, its requests shared between processes and its answers kept.
+class HarnessModel(HFLM):
+    """HFLM over a model in memory; processes divide the requests, and answers are stored on disk.
 
     Args:
         model: on its device, in evaluation mode.
         tokenizer: of the transformers library.
-        length: tokens that the model may read at once.
-        batch: requests at once.
-        process: this process among those that share the requests.
-        kept: directory for the answers so far, or None to keep none.
-        report_progress: called with (answers here, requests here).
+        length: tokens of the model's context.
+        batch: requests per forward pass.
+        process: this process among those that divide the requests.
+        kept: directory for the answers so far; None to store none.
+        report_progress: called with (answers, requests) of this process.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class Examinee(HFLM):
         )
         self._process, self._kept, self._report_progress = process, kept, report_progress
         self._known: dict[str, Any] | None = None
-        # (context, continuation) of requests that were cut on the left to fit.
+        # (context, continuation) of requests that were truncated on the left.
         self.cut: set[tuple[str, str]] = set()
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy) for each request; NaN where the continuation alone is too long."""
+        """(log-likelihood, whether greedy) of each request; NaN if the continuation alone is too long."""
         for text, context, continuation in requests:
             if text is not None and len(context) + len(continuation) > self.max_length + 1:
                 self.cut.add(tuple(text))
@@ -86,7 +86,7 @@ class Examinee(HFLM):
         ]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """The text that the model writes for each request."""
+        """The text that the model generates for each request."""
         named = {_name("generate", *each.args): each for each in requests}
         generate = super().generate_until
         answers = self._answer(named, lambda some: generate(some, disable_tqdm=True))
@@ -99,20 +99,20 @@ class Examinee(HFLM):
         return HFLM._loglikelihood_tokens(self, requests, disable_tqdm=True, override_bs=override_bs)
 
     def _answer(self, wanted: dict[str, Any], work: Callable[[list[Any]], list[Any]]) -> dict[str, Any]:
-        """Answers by name: those kept from before, and this process's share of the others worked out now."""
+        """Answers by name: stored ones, and new ones, of which every process computes its share."""
         if self._known is None:
             self._known = self._read_kept()
         known = self._known
         todo = sorted((name for name in wanted if name not in known), key=lambda name: (-_size(wanted[name]), name))
         mine = todo[self._process.rank :: self._process.world]
         given: dict[str, Any] = {}
-        for first in range(0, len(mine), KEPT_AT_ONCE):
-            names = mine[first : first + KEPT_AT_ONCE]
+        for first in range(0, len(mine), ANSWERS_PER_WRITE):
+            names = mine[first : first + ANSWERS_PER_WRITE]
             fresh = dict(zip(names, work([wanted[name] for name in names]), strict=True))
             self._keep(fresh)
             given |= fresh
             self._report_progress(len(given), len(mine))
-        for each in gather(self._process, given):
+        for each in self._process.gather(given):
             known |= each
         return known
 
@@ -123,10 +123,10 @@ class Examinee(HFLM):
                 try:
                     name, answer = json.loads(line)
                 except ValueError:
-                    continue  # the line that was being written when the process died
+                    continue  # the line was being written when the process was killed
                 known[name] = answer
-        # What one process has read no other may miss, or they would not share the same work.
-        for each in gather(self._process, known):
+        # All processes must know the same answers, or they would divide different work.
+        for each in self._process.gather(known):
             known |= each
         return known
 
@@ -138,7 +138,7 @@ class Examinee(HFLM):
             handle.writelines(json.dumps(pair) + "\n" for pair in answers.items())
 
 
-class LoryExaminee(Examinee):
+class LoryHarnessModel(HarnessModel):
     """A Lory model: prompt-only routing for continuations, segments with a uniform first one for whole texts."""
 
     _whole_texts = False
@@ -163,11 +163,12 @@ class LoryExaminee(Examinee):
 
     @torch.no_grad()
     def _score_batch(self, requests: list[Request]) -> list[tuple[float, bool]]:
-        # The last token is only predicted, and what is too long loses its beginning, as in HFLM.
+        # The last token is only predicted, and long requests are truncated on the left, as in HFLM.
         rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         counts = [len(continuation) for _, _, continuation in requests]
         tokens, mask = _padded([row[:-1] for row in rows], self.device)
         with torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None):
+            chosen: dict[str, Any]
             if self._whole_texts:
                 chosen = {"first_segment": "uniform"}
             else:
@@ -184,14 +185,13 @@ class LoryExaminee(Examinee):
         return answers
 
 
-def make_examinee(model: Any, *args: Any) -> Examinee:
-    """The Examinee for this model; the arguments are those of Examinee."""
-    routed = isinstance(model, LoryForCausalLM) and model.config.num_experts > 1 and model.config.routing != "dense"
-    return (LoryExaminee if routed else Examinee)(model, *args)
+def make_harness_model(model: Any, *args: Any) -> HarnessModel:
+    """The HarnessModel for this model; the arguments are those of HarnessModel."""
+    return (LoryHarnessModel if routes_by_prompt(model) else HarnessModel)(model, *args)
 
 
 def _padded(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens [B, L], mask [B, L]) filled up on the right with token 0."""
+    """(tokens [B, L], mask [B, L]), padded on the right with token 0."""
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)

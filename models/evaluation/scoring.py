@@ -1,15 +1,16 @@
-"""Scoring a causal language model on held-out text: bits, by document and by position, and what its routers did.
+"""Scoring a causal language model on held-out text: bits by document and by position, and routing statistics.
 
     stream     the tokens of documents of one kind, each document followed by the end-of-document token
-    windows    L tokens each, the next beginning L - C after the last; a window's first C tokens are context only
+    windows    L tokens each, starting every L - C tokens; a window's first C tokens are context only
     bits       -log2 p(token | the tokens before it in its window), summed by document in float64
 
-Every token but the first C of a stream is scored exactly once, with at least C tokens before it. With C at least Lory's
-segment T no scored token of a Lory model has seen what comes after it: the look-ahead of the paper's first segment ends with
-that segment (docs/methods.md 1.3), and the prediction of token T is made of tokens 0 to T - 1. Windows never depend on how they are
-batched or shared between processes: short ones are filled up on the right, where a causal model cannot see.
+Every token but the first C of a stream is scored exactly once, with at least C tokens before it. If C is at least
+Lory's segment length T, no score of a Lory model depends on later tokens: the look-ahead of the paper's first segment
+ends with that segment (docs/methods.md 1.3), and token T is predicted from tokens 0 to T - 1. Scores do not depend on
+how windows are batched or divided between processes: short ones are padded on the right, which a causal model does not
+see.
 
-Price: one forward pass over L / (L - C) times the tokens; memory for `batch` windows of logits.
+Cost: one forward pass over L / (L - C) times the tokens; memory for `batch` windows of logits.
 Shapes: B windows, L tokens, N routed units (segments or tokens), E experts, S streams, D documents, P position buckets.
 """
 
@@ -24,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 
 from eclectus.models.lory.model import LoryForCausalLM
@@ -35,12 +35,12 @@ from eclectus.models.training.process import Process
 NO_DOCUMENT = -1
 LOGITS_AT_ONCE = 2**28
 MOST_BUCKETS = 32
-# Batches between two writings of the sums so far.
+# Batches between two writes of the sums so far.
 KEEP_EVERY = 50
 
 
 class NotFinite(Exception):
-    """A model gave a probability that is no number, or none at all; `document` is the ordinal of where."""
+    """The model gave logits that are not finite. document: the ordinal of the document."""
 
     def __init__(self, document: int) -> None:
         super().__init__(f"the logits on document {document} are not finite")
@@ -49,11 +49,11 @@ class NotFinite(Exception):
 
 @dataclass(frozen=True)
 class Windows:
-    """Token streams and how to read them.
+    """Token streams and the windows over them.
 
-    tokens [T] and documents [T]: the streams one after the other; documents holds ordinals, NO_DOCUMENT at end-of-document
-    tokens, which are read and never scored. table [W, 4] int64: (start, length, fresh, stream); the first `fresh` tokens of a
-    window were already in the window before. context: C. length: L. bytes_a_token [D]: float64.
+    tokens [T], documents [T]: the streams, concatenated; documents holds ordinals, NO_DOCUMENT at end-of-document
+    tokens, which are read and never scored. table [W, 4] int64: (start, length, overlap, stream); the first `overlap`
+    tokens of a window are also in the window before. context: C. length: L. bytes_per_token [D] float64.
     """
 
     tokens: np.ndarray
@@ -61,11 +61,11 @@ class Windows:
     table: np.ndarray
     context: int
     length: int
-    bytes_a_token: np.ndarray
+    bytes_per_token: np.ndarray
 
     @property
     def bucket(self) -> int:
-        """Tokens in a position bucket: a multiple of C, so that one border is where scoring begins."""
+        """Tokens per position bucket: a multiple of C, so that scoring begins at a bucket's border."""
         return self.context * max(1, math.ceil(self.length / self.context / MOST_BUCKETS))
 
     @property
@@ -79,11 +79,11 @@ class Windows:
 
 @dataclass
 class Sums:
-    """What scoring adds up, all in float64.
+    """The sums of scoring, all float64.
 
-    bits, tokens [D]. positions [S, P, 3]: bits, bytes, tokens; bucket 0 is context, which counts in no score.
-    routed [S]: routed units. shares, chosen: by layer [S, E], summed mixture weights (or router probabilities) and counts
-    of top-k choices; `chosen` is empty for Lory, both are for dense models.
+    bits, tokens [D]. positions [S, P, 3]: bits, bytes, tokens; bucket 0 is context, which is in no score.
+    routed [S]: routed units. shares, chosen: by layer [S, E], summed mixture weights (or router probabilities) and
+    counts of top-k choices; `chosen` is empty for Lory, both are for dense models.
     """
 
     bits: np.ndarray
@@ -105,9 +105,10 @@ class Sums:
 
 
 def plan_windows(lengths: list[int], length: int, context: int) -> np.ndarray:
-    """The windows [W, 4] over streams of these lengths: (start, length, fresh, stream), longest first.
+    """The windows [W, 4] over streams of these lengths: (start, length, overlap, stream), longest first.
 
-    length: L > context: C >= 1. A stream of at most C tokens has no window: nothing in it can be scored.
+    length: L > context: C >= 1, else ValueError. A stream of at most C tokens has no window, as nothing is scored in
+    it.
     """
     if not 1 <= context < length:
         raise ValueError(
@@ -133,17 +134,17 @@ def score(
     kept: Path | None = None,
     by_prompt: bool = False,
 ) -> Sums:
-    """Scores all windows, shared between the processes; the same sums on every one of them.
+    """Scores all windows; the processes divide them, and all get the same sums.
 
-    batch: windows at once in a process, fewer where their logits would be more than LOGITS_AT_ONCE numbers. report_progress: called
-    with (windows done here, windows to do here). kept: a directory where the sums so far are written every KEEP_EVERY batches, so
-    that scoring which was cut off goes on from them. by_prompt: route a Lory model once a window, by its context alone
-    (docs/methods.md 1.4), and count no routing. Raises NotFinite.
+    batch: windows per forward pass, fewer if their logits would be more than LOGITS_AT_ONCE numbers.
+    report_progress: called with (windows done, windows to do) of this process. kept: a directory where the sums so far
+    are written every KEEP_EVERY batches, from which interrupted scoring resumes. by_prompt: route a Lory model once per
+    window, by its context alone (docs/methods.md 1.4), and collect no routing statistics. Raises NotFinite.
     """
     model.to(process.device).eval()
     mine = windows.table[process.rank :: process.world]
     size = max(1, min(batch, LOGITS_AT_ONCE // (windows.length * model.config.vocab_size)))
-    documents = len(windows.bytes_a_token)
+    documents = len(windows.bytes_per_token)
     sums = Sums(np.zeros(documents), np.zeros(documents), np.zeros((streams, windows.buckets, 3)), np.zeros(streams))
     path = kept / f"{'prompt-' if by_prompt else ''}{process.rank}-of-{process.world}.npz" if kept else None
     sums, begin = _read_sums(path, sums)
@@ -161,14 +162,14 @@ def score(
         if path and number % KEEP_EVERY == 0:
             _write_sums(path, sums, done)
         report_progress(done, len(mine))
-    total = None
-    for each in gather(process, sums):
-        total = each if total is None else total + each
-    return total
+    first, *others = process.gather(sums)
+    for each in others:
+        first = first + each
+    return first
 
 
 def routes_by_prompt(model: Any) -> bool:
-    """Whether prompt-only routing is something else for this model than what it does anyway."""
+    """Whether prompt-only routing differs from the model's usual routing."""
     return isinstance(model, LoryForCausalLM) and model.config.num_experts > 1 and model.config.routing != "dense"
 
 
@@ -178,36 +179,30 @@ def _fixed_weights(model: Any, prompt: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _write_sums(path: Path, sums: Sums, done: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    layers = {f"shares-{i}": each for i, each in enumerate(sums.shares)}
-    layers |= {f"chosen-{i}": each for i, each in enumerate(sums.chosen)}
-    with open(beside, "wb") as handle:
-        np.savez(
-            handle,
-            done=done,
-            bits=sums.bits,
-            tokens=sums.tokens,
-            positions=sums.positions,
-            routed=sums.routed,
-            **layers,
-        )
-    os.replace(beside, path)
+    partial = path.with_name(f".{path.name}")
+    arrays: dict[str, Any] = {f"shares-{i}": each for i, each in enumerate(sums.shares)}
+    arrays |= {f"chosen-{i}": each for i, each in enumerate(sums.chosen)}
+    arrays |= {"bits": sums.bits, "tokens": sums.tokens, "positions": sums.positions, "routed": sums.routed}
+    with open(partial, "wb") as handle:
+        np.savez(handle, done=done, **arrays)
+    os.replace(partial, path)
 
 
-def _read_sums(path: Path | None, fresh: Sums) -> tuple[Sums, int]:
-    """(the sums so far, windows in them); the fresh sums where nothing was kept."""
+def _read_sums(path: Path | None, zero: Sums) -> tuple[Sums, int]:
+    """(the sums so far, windows in them); `zero` if nothing was stored."""
     if path is None or not path.is_file():
-        return fresh, 0
+        return zero, 0
     with np.load(path, allow_pickle=False) as kept:
-        layers = {
-            kind: [kept[f"{kind}-{i}"] for i in range(sum(name.startswith(kind) for name in kept.files))]
-            for kind in ("shares", "chosen")
-        }
-        return Sums(kept["bits"], kept["tokens"], kept["positions"], kept["routed"], **layers), int(kept["done"])
+
+        def by_layer(kind: str) -> list[np.ndarray]:
+            return [kept[f"{kind}-{i}"] for i in range(sum(name.startswith(kind) for name in kept.files))]
+
+        totals = kept["bits"], kept["tokens"], kept["positions"], kept["routed"]
+        return Sums(*totals, by_layer("shares"), by_layer("chosen")), int(kept["done"])
 
 
 def read_windows(windows: Windows, rows: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-    """(tokens [B, L] int64, documents [B, L]) of these windows, filled up on the right with token 0 and NO_DOCUMENT."""
+    """(tokens [B, L] int64, documents [B, L]) of these windows, padded on the right with token 0 and NO_DOCUMENT."""
     longest = int(rows[:, 1].max())
     tokens = np.zeros((len(rows), longest), np.int64)
     owners = np.full((len(rows), longest), NO_DOCUMENT, np.int64)
@@ -218,29 +213,20 @@ def read_windows(windows: Windows, rows: np.ndarray) -> tuple[torch.Tensor, np.n
 
 
 def next_token_bits(logits: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
-    """-log2 p of every token but the first, [B, L - 1] float64; log-softmax in fp32, a window at a time to spare memory."""
+    """-log2 p of every token but the first, [B, L - 1] float64; log-softmax in fp32, one window at a time."""
     rows = [
         F.cross_entropy(row[:-1].float(), ids[1:], reduction="none") for row, ids in zip(logits, tokens, strict=True)
     ]
     return torch.stack(rows).double().cpu().numpy() / math.log(2)
 
 
-def gather(process: Process, value: Any) -> list[Any]:
-    """The values of all processes, by rank, on every process."""
-    if process.world == 1:
-        return [value]
-    values = [None] * process.world
-    dist.all_gather_object(values, value)
-    return values
-
-
 @torch.no_grad()
 def generate(
     model: Any, prompts: list[list[int]], tokens: int, temperature: float, end: int, seed: int, process: Process
 ) -> list[tuple[list[int], list[list[float]]]]:
-    """(new tokens, routing weights by layer [E] on the prompt) for each prompt, greedy at temperature 0, else seeded.
+    """(new tokens, routing weights by layer [E] on the prompt) for each prompt; greedy at temperature 0, else seeded.
 
-    One prompt at a time, so that none is padded; the prompts are shared between the processes. Dense models have no weights.
+    One prompt at a time, so that none is padded; the processes divide the prompts. Dense models have no weights.
     """
     from transformers import GenerationConfig
 
@@ -257,14 +243,14 @@ def generate(
         shares, _, _ = routing(model, output, 1)
         weights = [[round(float(value), 3) for value in layer[0].mean(0)] for layer in shares]
         mine[number] = (written[0, prompt.shape[1] :].tolist(), weights)
-    everyone: dict[int, Any] = {}
-    for each in gather(process, mine):
-        everyone |= each
-    return [everyone[number] for number in range(len(prompts))]
+    by_number: dict[int, Any] = {}
+    for each in process.gather(mine):
+        by_number |= each
+    return [by_number[number] for number in range(len(prompts))]
 
 
 def routing(model: Any, output: Any, batch: int) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
-    """(shares by layer [B, N, E] fp32, top-k choices by layer [B, N, E] of 0 and 1, tokens in a routed unit).
+    """(shares by layer [B, N, E] fp32, top-k choices by layer [B, N, E] of 0 and 1, tokens per routed unit).
 
     Lory: the mixture weights of each segment, and no choices. Top-k models: router probabilities of each token. Dense
     models: nothing.
@@ -299,13 +285,13 @@ def _add_bits(sums: Sums, windows: Windows, rows: np.ndarray, owners: np.ndarray
     np.add.at(sums.bits, owners[scored], bits[scored])
     np.add.at(sums.tokens, owners[scored], 1.0)
     stream = np.broadcast_to(rows[:, 3:], bits.shape)
-    place = (stream[real], windows.bucket_of(position[real]))
-    values = np.stack([bits[real], windows.bytes_a_token[owners[real]], np.ones(real.sum())], axis=1)
-    np.add.at(sums.positions, place, values)
+    index = (stream[real], windows.bucket_of(position[real]))
+    values = np.stack([bits[real], windows.bytes_per_token[owners[real]], np.ones(real.sum())], axis=1)
+    np.add.at(sums.positions, index, values)
 
 
 def _add_routing(sums: Sums, model: Any, rows: np.ndarray, output: Any) -> None:
-    """Adds every routed unit that lies wholly in a window and in no window before."""
+    """Adds every routed unit that lies completely in a window and in no window before."""
     shares, chosen, unit = routing(model, output, len(rows))
     if not shares:
         return
@@ -321,5 +307,5 @@ def _add_routing(sums: Sums, model: Any, rows: np.ndarray, output: Any) -> None:
 
 
 def _add_layers(left: list[np.ndarray], right: list[np.ndarray]) -> list[np.ndarray]:
-    """Layer by layer; a process that had nothing to do has no layers."""
+    """The sum layer by layer; a process without windows has no layers."""
     return [a + b for a, b in zip(left, right, strict=True)] if left and right else left or right

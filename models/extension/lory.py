@@ -1,15 +1,16 @@
-"""The two stages of MoE-LPR on a Lory model: new experts join the merge, the prior keeps original-language segments where they were.
+"""The two stages of MoE-LPR on a Lory model: new experts join the merge, the prior keeps the routing of known
+languages.
 
-    experts E..2E-1 = copies of 0..E-1, router rows too:   every copy halves the weight of its original, so the merged network
-                                                           is the same for any input (docs/methods.md 1.1)
-    stage 1   new experts and their router rows learn the expanded languages                           next-token
-    stage 2   the new router rows alone replay a little of all       next-token + gamma * mean of -log sum_{i < E} e_i
-                                                                     over segments of original languages
+    experts E..2E-1 = copies of 0..E-1, router rows too:  every copy halves the weight of its original, so the merged
+                                                          network is the same for any input (docs/methods.md 1.1)
+    stage 1   new experts and their router rows train on the expanded languages                next-token
+    stage 2   only the new router rows train, on a little replay data of all languages         next-token + gamma *
+                                    mean over segments of original languages of -log sum_{i < E} e_i
 
-The old experts and the old router rows are parameters of their own without gradients. Since *all* old rows stay, the old experts
-keep their proportions among each other: to the degree that the prior takes the new ones' weight away, the merged network goes back
-to the original one. That is why every expert gets a copy, and not some. A model extended before is extended again in the same
-way; all experts that it has are old ones then. Price: the experts' memory twice; the merge costs 2E/T of the FFN instead of E/T.
+The old experts and router rows are parameters of their own without gradients. Since *all* old rows stay, the old
+experts keep their proportions among each other: as far as the prior removes the new ones' weight, the merged network is
+the original one. Therefore every expert gets a copy, not only some. An extended model is extended again in the same
+way; all its experts are old ones then. Cost: twice the experts' memory; the merge costs 2E/T of the FFN instead of E/T.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +31,12 @@ from eclectus.models.mixture.upcycle import StepZeroError
 from eclectus.models.training.instances import Batch
 from eclectus.models.training.loop import Objective
 from eclectus.models.training.objectives import next_token_loss
+from eclectus.models.training.parallel import config_of
 
 
 @dataclass(frozen=True)
 class LoryExtensionReport:
-    """What was made of a Lory model, and the proof that it starts equal."""
+    """The result of extending a Lory model, with the check that both compute the same."""
 
     experts_before: int
     experts: int
@@ -51,7 +53,7 @@ def extend_lory(
     """Writes the Lory checkpoint with a copy of every expert and router row to `out_dir`, an empty or new directory.
 
     tolerance: largest difference of a logit as a share of the largest absolute logit (at least of 1). probes: token ids
-    `[n, length]`; seeded random ones over three segments by default. Raises ValueError for a model without a router,
+    `[n, length]`; by default seeded random ones over three segments. Raises ValueError for a model without a router,
     StepZeroError above the tolerance; nothing is written then.
     """
     model = LoryForCausalLM.from_pretrained(lory_dir, dtype=torch.float32).eval()
@@ -73,7 +75,8 @@ def extend_lory(
     scale = max(1.0, expected.abs().max().item())
     if not delta <= tolerance * scale:
         raise StepZeroError(
-            f"with {before} more experts some logit differs by {delta:.3g}, where {tolerance * scale:.3g} is allowed; nothing was written"
+            f"with {before} more experts a logit differs by {delta:.3g}, where {tolerance * scale:.3g} is allowed; "
+            "nothing was written"
         )
     model.save_pretrained(out_dir)
     copy_side_files(Path(lory_dir), Path(out_dir))
@@ -95,9 +98,9 @@ class _Joined(nn.Module):
 
 
 def split_lory(model: LoryForCausalLM, stage: Literal["post_pretrain", "review"]) -> LoryForCausalLM:
-    """Parts old from new experts and router rows, in place, and lets only what the stage trains have gradients.
+    """Splits old from new experts and router rows, in place; only parameters that the stage trains get gradients.
 
-    Raises ValueError when the model is not an extended one.
+    Raises ValueError if the model is not an extended one.
     """
     old = getattr(model.config, "original_experts", 0)
     if not 0 < old < model.config.num_experts:
@@ -113,7 +116,7 @@ def split_lory(model: LoryForCausalLM, stage: Literal["post_pretrain", "review"]
 
 
 def save_lory(model: LoryForCausalLM, out: str | Path, side_files: str | Path) -> None:
-    """Joins a split model again, in place, and writes it with the tokenizer of `side_files`."""
+    """Joins a split model, in place, and writes it with the tokenizer of `side_files`."""
     for layer in model.model.layers:
         parametrize.remove_parametrizations(layer.mlp, "experts")
         parametrize.remove_parametrizations(layer.mlp.router, "weight")
@@ -123,10 +126,10 @@ def save_lory(model: LoryForCausalLM, out: str | Path, side_files: str | Path) -
 
 
 def segment_prior_loss(router_weights: Sequence[Tensor], original_mask: Tensor, segment: int, old: int) -> Tensor:
-    """Mean over layers and segments of -log of the weight that old experts have, each segment counted by its original tokens.
+    """Mean over layers and segments of -log of the old experts' weight, each segment weighted by its original tokens.
 
-    router_weights: over layers, `[B, N, E]`. original_mask: `[B, L]`, true on tokens of original languages. segment: T. old: how
-    many leading experts are old. 0 without an original token, and so is its gradient.
+    router_weights: by layer, `[B, N, E]`. original_mask: `[B, L]`, true on tokens of original languages. segment: T.
+    old: number of leading experts that are old. Returns 0, with zero gradient, if there are no original tokens.
     """
     dtype = torch.promote_types(router_weights[0].dtype, torch.float32)
     mask_BNT = F.pad(original_mask.to(dtype), (0, -original_mask.shape[1] % segment)).unflatten(1, (-1, segment))
@@ -139,11 +142,11 @@ def segment_prior_loss(router_weights: Sequence[Tensor], original_mask: Tensor, 
 
 
 def post_pretrain_lory() -> Objective:
-    """The objective of stage 1 on a Lory model; logs what part of the weight the new experts have."""
+    """The objective of stage 1 on a Lory model; logs the new experts' share of the weight."""
 
     def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         output = model(input_ids=batch.tokens, use_cache=False, output_router_weights=True)
-        old = _config(model).original_experts
+        old = config_of(model).original_experts
         new = torch.stack([layer[..., old:].sum(-1).mean() for layer in output.router_weights]).mean()
         return next_token_loss(output.logits, batch.labels), {"new_expert_weight": new.detach()}
 
@@ -151,19 +154,15 @@ def post_pretrain_lory() -> Objective:
 
 
 def review_lory(gamma: float, original_languages: Sequence[int]) -> Objective:
-    """The objective of stage 2 on a Lory model. original_languages: numbers of these languages in the batch's labels."""
+    """The objective of stage 2 on a Lory model. original_languages: their numbers in the batch's labels."""
 
     def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         output = model(input_ids=batch.tokens, use_cache=False, output_router_weights=True)
         loss = next_token_loss(output.logits, batch.labels)
         original = torch.isin(batch.languages, torch.tensor(original_languages, device=batch.languages.device))
-        config = _config(model)
+        config = config_of(model)
         segment = min(config.segment_length, batch.tokens.shape[1])
         prior = segment_prior_loss(output.router_weights, original, segment, config.original_experts)
         return loss + gamma * prior, {"next_token_loss": loss, "lpr_loss": prior}
 
     return objective
-
-
-def _config(model: nn.Module) -> Any:
-    return getattr(model, "module", model).config

@@ -1,15 +1,16 @@
-"""What MoE-LPR is measured against: other ways to teach a dense model new languages, in the same harness (docs/methods.md 2.5).
+"""MoE-LPR and its baselines: ways to extend a dense model to new languages (docs/methods.md 2.5).
 
+    moe_lpr     an upcycled model; new experts and routers train, then a review of the routers
     full        every weight of the dense model trains
     lora        low-rank adapters on every linear layer train, merged at the end (arXiv 2106.09685; peft)
-    llama_pro   copies of blocks, silenced by zero output projections, are put between the blocks; only they train
-                (arXiv 2401.02415)
-    moe_all     the upcycled model, expert 0 and all else trained too
-    no_review, no_lpr, random_experts, one_stage        MoE-LPR with one of its parts left out
+    llama_pro   copies of blocks, with zero output projections, are inserted; only they train (arXiv 2401.02415)
+    moe_all     the upcycled model, all of whose weights train
+    no_review, no_lpr, random_experts, one_stage        MoE-LPR without one of its parts
 
-Each is a `Recipe`: what the model starts as, what trains on which data, whether a review follows. `open_method` gives the
-model ready for `eclectus.models.training.loop.train`, `save_method` writes what it became as a stock checkpoint. Price: `full` and `moe_all`
-hold AdamW moments for everything; `llama_pro` adds new_blocks / layers to every token's compute, `lora` nothing in the end.
+Each is a `Recipe`: the initial model, what trains on which data, and whether a review follows. `open_method` returns
+the model ready for `eclectus.models.training.loop.train`, `save_method` writes the trained model as a stock checkpoint.
+Cost: `full` and `moe_all` hold AdamW moments for everything; `llama_pro` adds new_blocks / layers to every token's
+compute, `lora` nothing after merging.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from eclectus.models.mixture.dense_base import REPORT, copy_side_files
 from eclectus.models.mixture.experts import Stage, set_trainable, split_experts, whole
 from eclectus.models.mixture.export import export_checkpoint
 from eclectus.models.mixture.families import family_of, with_both_generations, write_config
-from eclectus.models.training.instances import IGNORED, Batch, Instances
+from eclectus.models.training.instances import IGNORED, Batch, Instances, rows_at
 from eclectus.models.training.loop import Objective
 from eclectus.models.training.objectives import next_token_loss
 from eclectus.models.training.router_losses import BalanceScaling, PriorForm, balance_loss, language_prior_loss
@@ -46,14 +47,14 @@ Method = Literal[
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a method extends a dense model; the defaults are MoE-LPR's own."""
+    """How a method extends a dense model; the defaults are MoE-LPR's."""
 
     title: str
     start: Literal["upcycled", "dense", "lora", "blocks"] = "upcycled"
     trained: Stage = "post_pretrain"
-    """What trains in stage 1, of an upcycled model."""
+    """What trains in stage 1 of an upcycled model."""
     mixed: bool = False
-    """Whether stage 1 reads the review's data too, with both losses."""
+    """Whether stage 1 also reads the review's data, with both losses."""
     reviewed: bool = True
     prior: bool = True
     """Whether the review has the language prior loss; without it gamma is 0."""
@@ -75,7 +76,7 @@ RECIPES: dict[Method, Recipe] = {
 
 
 def recipe_of(method: str) -> Recipe:
-    """The recipe of that name. Raises ValueError naming those there are."""
+    """The recipe of that name. Raises ValueError naming the existing ones."""
     if method not in RECIPES:
         raise ValueError(f"unknown extension method {method!r}: choose {', '.join(RECIPES)}")
     return RECIPES[method]
@@ -84,11 +85,11 @@ def recipe_of(method: str) -> Recipe:
 def open_method(
     method: str, checkpoint: str | Path, *, lora_rank: int = 8, new_blocks: int | None = None, seed: int = 0
 ) -> nn.Module:
-    """The model of `checkpoint` in fp32 as stage 1 of a method trains it, gradients set.
+    """The model of `checkpoint` in fp32, ready for stage 1 of a method: only trained parameters require gradients.
 
-    checkpoint: the upcycled one for recipes that start "upcycled" (or a Lory model with new experts, for MoE-LPR), else the
-    dense base. new_blocks: blocks that llama_pro adds, by default half as many as there are. Raises ValueError for an
-    unknown method or settings that do not fit.
+    checkpoint: the upcycled one for recipes that start "upcycled" (or a Lory model with new experts, for MoE-LPR), else
+    the dense base. new_blocks: blocks that llama_pro adds, by default half of the existing number. Raises ValueError
+    for an unknown method or settings that do not fit.
     """
     recipe = recipe_of(method)
     if read_config(Path(checkpoint)).get("model_type") == "lory":
@@ -105,7 +106,7 @@ def open_method(
 
 
 def open_review(checkpoint: str | Path) -> nn.Module:
-    """The model that stage 1 made, in fp32, as the review trains it: routers only."""
+    """The result of stage 1 in fp32, ready for the review, which trains only routers."""
     if read_config(Path(checkpoint)).get("model_type") == "lory":
         return _open_lory(checkpoint, RECIPES["moe_lpr"], "review")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -123,36 +124,36 @@ def _open_lory(checkpoint: str | Path, recipe: Recipe, stage: Literal["post_pret
 
 
 def frozen_experts(checkpoint: str | Path) -> int | list[int]:
-    """How many leading experts of each layer an upcycled checkpoint's training must leave alone: more than one if it was extended again."""
+    """Number of leading experts that stay frozen: 1, or a list by layer for a checkpoint that was extended again."""
     path = Path(checkpoint) / REPORT
     extended = json.loads(path.read_text("utf-8")).get("extended") if path.is_file() else None
     return list(extended[-1]["experts_before"]) if extended else 1
 
 
 def save_method(model: nn.Module, out: str | Path, side_files: str | Path) -> None:
-    """Writes what training made of an opened model as a stock checkpoint; adapters are merged into the weights first."""
+    """Writes a trained model as a stock checkpoint; adapters are first merged into the weights."""
     out = Path(out)
     if isinstance(model, LoryForCausalLM):
         save_lory(model, out, side_files)
         return
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    if hasattr(model.config, "num_experts_per_tok"):
-        export_checkpoint(model, out, side_files=side_files)
+    merge_adapters = getattr(model, "merge_and_unload", None)
+    plain = cast(PreTrainedModel, merge_adapters() if merge_adapters else model)
+    if hasattr(plain.config, "num_experts_per_tok"):
+        export_checkpoint(plain, out, side_files=side_files)
         return
-    model.save_pretrained(out)
+    plain.save_pretrained(out)
     write_config(out, with_both_generations(read_config(out)))
     copy_side_files(Path(side_files), out)
 
 
 def add_lora(model: PreTrainedModel, rank: int, seed: int = 0) -> nn.Module:
-    """The model with adapters of this rank on every linear layer but the output, scaled by 2; only they train."""
+    """The model with trainable adapters of this rank, scaled by 2, on every linear layer except the output layer."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError("LoRA needs peft, which is not installed: pip install 'eclectus[lora]'") from error
     if rank < 1:
-        raise ValueError(f"the rank of LoRA is {rank}: choose 1 or more")
+        raise ValueError(f"lora_rank is {rank}: choose 1 or more")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -162,13 +163,13 @@ def add_lora(model: PreTrainedModel, rank: int, seed: int = 0) -> nn.Module:
 def expand_blocks(model: PreTrainedModel, new_blocks: int) -> PreTrainedModel:
     """LLaMA-Pro: a deeper model that computes the same, in which only the new blocks train.
 
-    Each new block is a copy of the block before it with zero output projections (`o_proj`, `down_proj`), so that it adds
-    nothing to the residual stream until it learns. They are spread evenly. Raises ValueError when there are more of them
-    than blocks to copy, UnsupportedModelError for a family that cannot be upcycled either.
+    Each new block is a copy of the block before it with zero output projections (`o_proj`, `down_proj`), so that at
+    first it adds nothing to the residual stream. They are spaced evenly. Raises ValueError for more new blocks than
+    existing ones, UnsupportedModelError for a family that cannot be upcycled.
     """
     layers = model.config.num_hidden_layers
     if not 1 <= new_blocks <= layers:
-        raise ValueError(f"new_blocks is {new_blocks}: choose 1 to {layers}, the number of blocks that there are")
+        raise ValueError(f"new_blocks is {new_blocks}: choose 1 to {layers}, the number of existing blocks")
     family_of(model.config.to_dict(), "this model")
     origins = _block_origins(layers, new_blocks)
     config = copy.deepcopy(model.config)
@@ -177,16 +178,16 @@ def expand_blocks(model: PreTrainedModel, new_blocks: int) -> PreTrainedModel:
         config.layer_types = [config.layer_types[origin] for origin, _ in origins]
     with torch.device("meta"):
         deeper = type(model)(config)
-    deeper.to_empty(device="cpu").to(model.dtype)
+    deeper.to_empty(device="cpu").to(model.dtype)  # type: ignore[arg-type]  # transformers' decorator hides `self`
     own = model.state_dict()
     prefix = "model.layers."
     state = {name: value for name, value in own.items() if not name.startswith(prefix)}
-    for place, (origin, new) in enumerate(origins):
+    for index, (origin, new) in enumerate(origins):
         for name in [name for name in own if name.startswith(f"{prefix}{origin}.")]:
-            silent = new and (".o_proj." in name or ".down_proj." in name)
-            value = torch.zeros_like(own[name]) if silent else own[name].clone()
-            state[f"{prefix}{place}.{name.removeprefix(f'{prefix}{origin}.')}"] = value
-    # Rotary frequencies are no parameters: they come with the original's module, not from the empty one.
+            zero = new and (".o_proj." in name or ".down_proj." in name)
+            value = torch.zeros_like(own[name]) if zero else own[name].clone()
+            state[f"{prefix}{index}.{name.removeprefix(f'{prefix}{origin}.')}"] = value
+    # Rotary frequencies are not parameters, so the model on `meta` has none: take the original's module.
     deeper.model.rotary_emb = model.model.rotary_emb
     deeper.load_state_dict(state, strict=True)
     deeper.tie_weights()
@@ -199,13 +200,18 @@ def expand_blocks(model: PreTrainedModel, new_blocks: int) -> PreTrainedModel:
 
 
 def _block_origins(layers: int, new_blocks: int) -> list[tuple[int, bool]]:
-    """(block that it comes from, whether it is new) for each block of the deeper model."""
+    """(block that it is copied from, whether it is new) for each block of the deeper model."""
     followed = {(i + 1) * layers // new_blocks - 1 for i in range(new_blocks)}
-    return [(layer, new) for layer in range(layers) for new in ((False, True) if layer in followed else (False,))]
+    origins = []
+    for layer in range(layers):
+        origins.append((layer, False))
+        if layer in followed:
+            origins.append((layer, True))
+    return origins
 
 
 def untrained_digest(model: nn.Module) -> str:
-    """sha256 over names and values of all parameters that do not train: the same before and after, or something moved."""
+    """SHA-256 over names and values of all parameters that do not train; training must not change it."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if not parameter.requires_grad:
@@ -222,7 +228,7 @@ def one_stage(
     form: PriorForm,
     original_languages: Sequence[int],
 ) -> Objective:
-    """The objective of the ablation without stages: next-token + alpha * balance + gamma * LPR on mixed data."""
+    """The objective of the one-stage ablation: next-token + alpha * balance + gamma * LPR on mixed data."""
 
     def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         output = model(input_ids=batch.tokens, use_cache=False, output_router_logits=True)
@@ -237,10 +243,10 @@ def one_stage(
 
 
 class MixedInstances(Instances):
-    """Two sets of instances read as one: of every batch, `share` comes from the second, as evenly as steps allow.
+    """Two sets of instances read as one: `share` of every batch comes from the second, as evenly as possible.
 
-    Rows are a pure function of (step, size, seed) here too, so training resumes exactly. Raises ValueError when lengths
-    or vocabularies differ or the share is not between 0 and 1.
+    Rows are a pure function of (step, size, seed), so resuming is exact. Raises ValueError if lengths or vocabularies
+    differ or the share is not between 0 and 1.
     """
 
     def __init__(self, first: Instances, second: Instances, share: float) -> None:
@@ -261,37 +267,28 @@ class MixedInstances(Instances):
         return sum(len(each) for each in self._sets)
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """Rows from len(first) on are the second set's; labels are numbered by the languages and domains of both."""
+        """Rows from len(first) on are of the second set; labels are numbered by the languages and domains of both."""
         begin = len(self._sets[0])
-        places = [np.flatnonzero(rows < begin), np.flatnonzero(rows >= begin)]
-        order = torch.from_numpy(np.argsort(np.concatenate(places)))
+        positions = [np.flatnonzero(rows < begin), np.flatnonzero(rows >= begin)]
+        order = torch.from_numpy(np.argsort(np.concatenate(positions)))
         parts = [
-            self._renamed(each, each.batch(rows[place] - offset))
-            for each, place, offset in zip(self._sets, places, (0, begin), strict=True)
+            self._renumbered(each, each.batch(rows[own] - offset))
+            for each, own, offset in zip(self._sets, positions, (0, begin), strict=True)
         ]
         fields = zip(*(vars(part).values() for part in parts), strict=True)
         return Batch(*(torch.cat(pair)[order] for pair in fields))
 
-    def _renamed(self, own: Instances, batch: Batch) -> Batch:
+    def _renumbered(self, own: Instances, batch: Batch) -> Batch:
         languages = _renumbered(batch.languages, own.languages, self.languages)
         domains = _renumbered(batch.domains, own.domains, self.domains)
         return Batch(batch.tokens, batch.labels, languages, domains, batch.documents)
 
     def rows_of_step(self, step: int, size: int, seed: int) -> np.ndarray:
-        """The instance numbers [size] of a training step, from both sets, shuffled within the batch."""
+        """The instance numbers [size] of a training step, from both sets and shuffled within the batch."""
         begin, end = (int(each * size * self._share) for each in (step, step + 1))
-        second = _rows_at(np.arange(begin, end), len(self._sets[1]), seed + 1) + len(self._sets[0])
-        first = _rows_at(np.arange(step * size - begin, (step + 1) * size - end), len(self._sets[0]), seed)
+        second = rows_at(np.arange(begin, end), len(self._sets[1]), seed + 1) + len(self._sets[0])
+        first = rows_at(np.arange(step * size - begin, (step + 1) * size - end), len(self._sets[0]), seed)
         return np.random.default_rng([seed, step]).permutation(np.concatenate([first, second]))
-
-
-def _rows_at(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Rows at these positions of an endless reading: the stored order first, then a new permutation an epoch."""
-    epochs, rows = positions // count, positions % count
-    for epoch in np.unique(epochs[epochs > 0]):
-        here = epochs == epoch
-        rows[here] = np.random.default_rng([seed, int(epoch)]).permutation(count)[rows[here]]
-    return rows
 
 
 def _renumbered(numbers: torch.Tensor, names: Sequence[str], all_names: Sequence[str]) -> torch.Tensor:

@@ -321,8 +321,8 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
         if any(wrong.values()):
             examples = "; ".join(f"{name}: {', '.join(keys[:3])}" for name, keys in wrong.items() if keys)
             raise ValueError(
-                f"The weights in {pretrained_model_name_or_path} do not fit its config ({examples}); config.json "
-                "and the safetensors files must come from one save_pretrained."
+                f"The weights in {pretrained_model_name_or_path} do not fit its configuration ({examples}); "
+                "config.json and the safetensors files must come from one save_pretrained."
             )
         return (model, info) if with_info else model
 

@@ -1,9 +1,10 @@
 """Reading and writing safetensors checkpoints one tensor at a time.
 
-A checkpoint larger than memory is rewritten with one tensor in memory: the reader reads a tensor's bytes when asked
-(mapping the files instead would count them all as resident memory), the writer lays out each file's header from names,
-types and shapes alone and then streams the bytes. The format is simple: 8 bytes of header length, a JSON header, the
-tensors one after the other. Files are split at `max_shard_bytes` and indexed as transformers does.
+So a checkpoint larger than memory can be rewritten: the reader reads a tensor's bytes on demand (mapped files would
+count as resident memory), the writer computes each file's header from names, dtypes and shapes and then streams the
+bytes. The
+format: 8 bytes of header length, a JSON header, the tensors one after the other. Files are split at `max_shard_bytes`
+and indexed as transformers does.
 """
 
 import json
@@ -11,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Protocol, Self
@@ -38,7 +40,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, type and shape of a stored tensor."""
+    """Name, dtype and shape of a stored tensor."""
 
     name: str
     dtype: torch.dtype
@@ -51,7 +53,7 @@ class TensorSpec:
 
 
 class TensorSource(Protocol):
-    """Anything that lists named tensors and gives them one at a time, on the CPU."""
+    """Anything that lists named tensors and returns them one at a time, on the CPU."""
 
     specs: dict[str, TensorSpec]
 
@@ -78,7 +80,7 @@ class CheckpointReader:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._stack = ExitStack()
-        self._places: dict[str, tuple[BinaryIO, int]] = {}
+        self._offsets: dict[str, tuple[BufferedReader, int]] = {}
         self.specs: dict[str, TensorSpec] = {}
         with ExitStack() as on_error:
             on_error.callback(self._stack.close)
@@ -98,13 +100,13 @@ class CheckpointReader:
             if entry["dtype"] not in _DTYPES:
                 raise CheckpointError(f"{path}: {name} has type {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
             self.specs[name] = TensorSpec(name, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            self._places[name] = file, start + entry["data_offsets"][0]
+            self._offsets[name] = file, start + entry["data_offsets"][0]
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of that name, on the CPU. Raises CheckpointError when there is none."""
-        if name not in self._places:
+        """The tensor of that name, on the CPU. Raises CheckpointError if there is none."""
+        if name not in self._offsets:
             raise CheckpointError(f"{self.directory} has no tensor {name}")
-        file, offset = self._places[name]
+        file, offset = self._offsets[name]
         tensor = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
         file.seek(offset)
         if file.readinto(tensor_bytes(tensor)) != self.specs[name].nbytes:
@@ -123,7 +125,7 @@ class CheckpointReader:
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
-    """Header entries by tensor name, and where the data begins; refuses a file that is not whole."""
+    """Header entries by tensor name, and the offset of the data. Raises CheckpointError for an incomplete file."""
     size = path.stat().st_size
     length = int.from_bytes(file.read(8), "little")
     try:
@@ -140,12 +142,12 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _shards(directory: Path) -> dict[str, set[str] | None]:
-    """File name to the tensors that it must hold (None: whatever it holds)."""
+    """By file name, the tensors that it must hold (None: any)."""
     if (directory / INDEX).is_file():
-        files: dict[str, set[str] | None] = {}
+        files: dict[str, set[str]] = {}
         for name, file_name in json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].items():
             files.setdefault(file_name, set()).add(name)
-        return files
+        return dict(files)
     if (directory / "model.safetensors").is_file():
         return {"model.safetensors": None}
     if any(directory.glob("pytorch_model*.bin")):
@@ -157,7 +159,7 @@ def _shards(directory: Path) -> dict[str, set[str] | None]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a checkpoint directory. Raises CheckpointError when it is missing or not JSON."""
+    """config.json of a checkpoint directory. Raises CheckpointError if it is missing or not JSON."""
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory} has no config.json; expected a Hugging Face checkpoint directory")
@@ -173,9 +175,9 @@ def write_checkpoint(
     read: Callable[[str], Tensor],
     max_shard_bytes: int = 5_000_000_000,
 ) -> list[str]:
-    """Streams tensors into `directory`, in the given order, one in memory at a time; returns the file names.
+    """Streams tensors into `directory` in the given order, one in memory at a time; returns the file names.
 
-    read: gives the tensor of a name, with exactly the type and shape of its spec.
+    read: returns the tensor of a name, with exactly the dtype and shape of its spec, else CheckpointError.
     """
     shards: list[list[TensorSpec]] = [[]]
     for spec in specs:
@@ -191,7 +193,7 @@ def write_checkpoint(
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(spec.nbytes for shard in shards for spec in shard)},
-            "weight_map": {spec.name: f for f, shard in zip(files, shards, strict=True) for spec in shard},
+            "weight_map": {spec.name: file for file, shard in zip(files, shards, strict=True) for spec in shard},
         }
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return files
@@ -219,5 +221,6 @@ def _write_file(path: Path, specs: list[TensorSpec], read: Callable[[str], Tenso
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's values as little-endian bytes, without a copy when it is contiguous and on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    """The tensor's values as little-endian bytes, without a copy if it is contiguous and on the CPU."""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(values)  # type: ignore[arg-type]  # arrays are buffers, which their type says from Python 3.12 on

@@ -1,9 +1,9 @@
-"""Opening the dense checkpoint that is to be upcycled, and refusing, by name, what cannot be.
+"""Opening a dense checkpoint for upcycling, with checks that name whatever is wrong.
 
 A base is a directory with safetensors (one file or shards) or a GGUF file, which transformers dequantises into memory.
-A directory with code of its own is refused, unless that code is trusted: then its logits are what the upcycled model is held
-against, for which the model is in memory. Before anything is written its tensors are compared with those of its class: none missing, none unknown, shapes as the
-config says.
+A directory with its own code is refused unless that code is trusted; then the upcycled model is compared with the
+logits of that code, for which the model is held in memory. Before anything is written the tensors are compared with
+those of the class: none missing, none unknown, shapes as in the config.
 """
 
 import json
@@ -39,7 +39,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 class DenseBase:
-    """An opened base: its config with every default resolved, its tensors, and the files that go along."""
+    """An opened base: its config with every default resolved, its tensors, and its tokenizer files."""
 
     def __init__(self, config: PretrainedConfig, family: Family, tensors: TensorSource, side_files: Path) -> None:
         self.config = config
@@ -53,14 +53,14 @@ class DenseBase:
 
     @torch.no_grad()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the base computes in fp32 on tokens `[n, length]`: by its own code where that is trusted, else streamed."""
+        """The base's logits in fp32 on tokens `[n, length]`: by its own code if that is trusted, else streamed."""
         if self._own_model is not None:
             return self._own_model(input_ids=tokens).logits
         return streamed_logits(self.tensors, self.config, self.family, tokens)
 
     @classmethod
     def from_gguf(cls, path: Path) -> "DenseBase":
-        """The base in a GGUF file, dequantised. Raises CheckpointError when transformers cannot read it."""
+        """The base in a GGUF file, dequantised. Raises CheckpointError if transformers cannot read it."""
         try:
             return cls._from_gguf(path)
         except UnsupportedModelError:
@@ -83,7 +83,7 @@ class DenseBase:
 
     @classmethod
     def with_own_code(cls, base_dir: Path, raw: dict[str, Any], tensors: TensorSource) -> "DenseBase":
-        """A base whose config.json names code beside it; `raw` is that config. Runs that code."""
+        """A base whose config.json (`raw`) names code in the same directory. Runs that code."""
         stock = {key: value for key, value in raw.items() if key != "auto_map"}
         config = AutoConfig.for_model(**stock)
         base = cls(config, family_of(config.to_dict(), base_dir), tensors, base_dir)
@@ -93,13 +93,13 @@ class DenseBase:
         return base
 
     def save(self, out_dir: Path) -> None:
-        """Writes the dense checkpoint itself, in safetensors, with tokenizer and generation config."""
+        """Writes the dense checkpoint in safetensors, with tokenizer and generation config."""
         write_config(out_dir, with_both_generations(self.config_dict))
         write_checkpoint(out_dir, self.tensors.specs.values(), self.tensors.tensor)
         self.copy_side_files(out_dir)
 
     def copy_side_files(self, out_dir: Path) -> None:
-        """Tokenizer and generation config."""
+        """Copies tokenizer and generation config."""
         if self._gguf_tokenizer is not None:
             self._gguf_tokenizer.save_pretrained(out_dir)
             _name_tokenizer_for_both(out_dir / TOKENIZER_CONFIG)
@@ -110,7 +110,8 @@ class DenseBase:
 def open_base(base_dir: Path, stack: ExitStack, trust_remote_code: bool = False) -> DenseBase:
     """Opens and checks a base; its files stay open until `stack` closes.
 
-    trust_remote_code: whether to run code that the base brings. Raises CheckpointError for missing or damaged files, UnsupportedModelError for a model that cannot be upcycled.
+    trust_remote_code: whether to run code in the base's directory. Raises CheckpointError for missing or damaged files,
+    UnsupportedModelError for a model that cannot be upcycled.
     """
     base = _open(base_dir, stack, trust_remote_code)
     _check_tokenizer(base_dir, base.config.vocab_size)
@@ -135,16 +136,16 @@ def _open(base_dir: Path, stack: ExitStack, trust_remote_code: bool) -> DenseBas
     if raw.get("auto_map"):
         return DenseBase.with_own_code(base_dir, raw, stack.enter_context(CheckpointReader(base_dir)))
     config = AutoConfig.from_pretrained(base_dir)
-    # Once more with the defaults resolved: layer types follow from other keys.
+    # Checked again with the defaults resolved: layer types follow from other keys.
     family = family_of(config.to_dict(), base_dir)
     reader = stack.enter_context(CheckpointReader(base_dir))
     return DenseBase(config, family, reader, base_dir)
 
 
 def copy_side_files(source: Path, out_dir: Path) -> None:
-    """Copies everything small that is neither weights nor config: tokenizer, chat template, generation config.
+    """Copies the small files that are neither weights nor config: tokenizer, chat template, generation config.
 
-    An artifact's manifest and a Lory model's routing profiles are of the source alone and stay behind.
+    An artifact's manifest and a Lory model's routing profiles describe the source alone and are not copied.
     """
     skipped = {"config.json", REPORT, "manifest.json", "routing_weights.json"}
     for path in sorted(source.iterdir()):
@@ -155,14 +156,14 @@ def copy_side_files(source: Path, out_dir: Path) -> None:
 
 
 def _name_tokenizer_for_both(path: Path) -> None:
-    """Replaces names that only transformers 5 knows in a tokenizer_config.json by those that 4.57 reads and 5 still does."""
+    """Replaces names in a tokenizer_config.json that only transformers 5 knows by those that 4.57 and 5 read."""
     if not path.is_file():
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     config = dict(before)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # 4.57 takes extra_special_tokens for a mapping of names, and fails on a list.
+    # 4.57 expects extra_special_tokens to be a mapping and fails on a list.
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     if config != before:
@@ -176,34 +177,33 @@ def _check_tokenizer(base_dir: Path, vocabulary: int) -> None:
     if path.is_file():
         largest = _largest_id(json.loads(path.read_text(encoding="utf-8")))
     else:
-        path = next(
-            (base_dir / name for name in ("tokenizer.model", "vocab.json") if (base_dir / name).is_file()), None
-        )
-        if path is None:
+        others = [base_dir / name for name in ("tokenizer.model", "vocab.json") if (base_dir / name).is_file()]
+        if not others:
             return
+        path = others[0]
         try:
             largest = max(AutoTokenizer.from_pretrained(base_dir).get_vocab().values())
         except (OSError, ValueError, RuntimeError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"{path} cannot be read as a tokenizer ({first}); mend it, or move it away"
+                f"{path} cannot be read as a tokenizer ({first}); repair it, or move it away"
             ) from error
     if largest >= vocabulary:
         raise UnsupportedModelError(
-            f"{path} gives token id {largest}, but the model's vocabulary has {vocabulary}: "
+            f"{path} has token id {largest}, but the model's vocabulary has {vocabulary}: "
             "this tokenizer is not the model's"
         )
 
 
 def _largest_id(tokenizer: dict[str, Any]) -> int:
-    """The largest token id of a tokenizer.json, -1 when it has none."""
+    """The largest token id of a tokenizer.json, -1 if it has none."""
     vocab = tokenizer.get("model", {}).get("vocab", {})
     ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
     return max([-1, *ids, *(token["id"] for token in tokenizer.get("added_tokens", []))])
 
 
 def _check_tensors(base: DenseBase, where: Path) -> None:
-    """The base's tensors must be exactly those of its class; refuses the first that is missing, odd or misshapen."""
+    """Raises unless the base's tensors are exactly those of its class, naming the first that is not."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base.config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -215,7 +215,7 @@ def _check_tensors(base: DenseBase, where: Path) -> None:
     if base.tied and "lm_head.weight" in present:
         if not torch.equal(base.tensors.tensor("lm_head.weight"), base.tensors.tensor("model.embed_tokens.weight")):
             raise UnsupportedModelError(
-                f"{where} says tie_word_embeddings: true, yet holds a lm_head.weight that differs from its embeddings: "
+                f"{where} says tie_word_embeddings: true, but holds a lm_head.weight that differs from its embeddings: "
                 "correct config.json or the weights"
             )
         del present["lm_head.weight"]

@@ -1,24 +1,24 @@
-"""The training form of an upcycled model: original experts frozen as parameters of their own, new ones beside them.
+"""The training form of an upcycled model: original experts are a frozen parameter, new ones a trainable one.
 
 transformers 5 holds a layer's experts in one `[experts, ...]` parameter. A slice of a parameter cannot be frozen, and
-a masked gradient still drifts under AdamW's weight decay. So while training, `SplitExperts` replaces that module: the
-original experts are one frozen parameter, which no optimizer ever moves, and the new ones another. `join_experts` puts
-the stock module back, bit for bit.
+with a masked gradient it still changes by AdamW's weight decay. So `SplitExperts` replaces that module during training:
+the original experts are one frozen parameter, which no optimizer changes, and the new ones another. `join_experts`
+restores the stock module, bit for bit.
 
-A step costs what the stock grouped GEMM costs, less the weight gradients of the frozen experts; when only routers
-train, no expert weight gradient is computed and the expert inputs are not kept. Tokens are sorted by expert, new first:
+A step costs as much as the stock grouped GEMM, less the weight gradients of the frozen experts; if only routers train,
+no expert weight gradient is computed and the expert inputs are not kept. Tokens are sorted by expert, new ones first:
 
     rows of new experts | rows of frozen experts          forward and input gradient: one grouped GEMM over all
     \\___ weight gradient ___/                             a second one that ends where the frozen rows begin
 
-The new and the frozen parameter lie side by side in one allocation, so that the one GEMM over both reads them in
-place; where something has moved them apart (FSDP gathers each on its own, autocast casts them) they are concatenated
-for the call and not kept. No loop over experts and no wait for the device on CUDA, where sizes are multiples of 8.
+The new and the frozen parameter are adjacent in one allocation, so that the one GEMM over both reads them in place. If
+they are not (FSDP gathers each separately, autocast casts them) they are concatenated for the call and not kept. On
+CUDA, with sizes that are multiples of 8, there is no loop over experts and no wait for the device.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,30 @@ from eclectus.models.mixture.grouped_gemm import combine_tokens, dispatch_tokens
 Stage = Literal["post_pretrain", "review", "all", "full"]
 
 
+class Experts(Protocol):
+    """What transformers' experts modules have in common, stock ones and SplitExperts."""
+
+    num_experts: int
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
+
+
+class MoeBlock(Protocol):
+    """A layer's mixture in transformers: the router, whose weight is `[experts, hidden]`, and the experts."""
+
+    gate: nn.Linear
+    experts: nn.Module
+
+
 class SplitExperts(nn.Module):
-    """The experts of one layer, `frozen` original ones and the rest new; a drop-in for transformers' experts module.
+    """The experts of one layer, `frozen` original ones and the rest new; replaces transformers' experts module.
 
     Parameters: `frozen_gate_up [F, 2I, H]`, `frozen_down [F, H, I]` and `new_gate_up [N, 2I, H]`, `new_down [N, H, I]`.
     Expert i of the router is frozen expert i for i < F, new expert i - F otherwise.
     """
 
-    def __init__(self, stock: nn.Module, frozen: int) -> None:
+    def __init__(self, stock: Any, frozen: int) -> None:
+        """stock: an experts module of transformers (which have no common class)."""
         super().__init__()
         self.stock_class = type(stock)
         self.config = stock.config
@@ -55,7 +71,7 @@ class SplitExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states `[T, H]`, top_k_index and top_k_weights `[T, K]`; returns `[T, H]`."""
         x_TH, top_k = hidden_states, top_k_index.shape[-1]
-        # New experts first: the weight gradient then covers a prefix of the sorted rows.
+        # New experts first, so that the weight gradient covers a prefix of the sorted rows.
         order_S = (top_k_index.reshape(-1) - self.num_frozen) % self.num_experts
         sorted_S, permutation_S = torch.sort(order_S, stable=True)
         boundaries = torch.arange(self.num_experts, device=sorted_S.device)
@@ -71,9 +87,10 @@ class SplitExperts(nn.Module):
         return self.new_gate_up.dtype
 
     def share_storage(self) -> None:
-        """Lays each pair of parameters side by side in memory, so that one GEMM reads both in place.
+        """Moves each pair of parameters into one allocation, so that one GEMM reads both in place.
 
-        Only a matter of speed, and left alone where the parameters are not plain tensors of one kind (FSDP, meta).
+        This is for speed only; nothing happens if the parameters are not plain tensors of one dtype and device (FSDP,
+        meta).
         """
         for new, frozen in ((self.new_gate_up, self.frozen_gate_up), (self.new_down, self.frozen_down)):
             plain = type(new.data) is Tensor and type(frozen.data) is Tensor and not new.is_meta
@@ -88,33 +105,32 @@ class SplitExperts(nn.Module):
 
     def fused(self, matrix: Literal["gate_up", "down"]) -> Tensor:
         """Frozen and new experts in the router's order, as transformers stacks them; a copy."""
-        frozen, new = getattr(self, f"frozen_{matrix}"), getattr(self, f"new_{matrix}")
-        return torch.cat([whole(frozen), whole(new)])
+        if matrix == "gate_up":
+            return torch.cat([whole(self.frozen_gate_up), whole(self.new_gate_up)])
+        return torch.cat([whole(self.frozen_down), whole(self.new_down)])
 
 
 def split_experts(model: PreTrainedModel, frozen: int | Sequence[int] = 1) -> PreTrainedModel:
-    """Replaces every layer's experts by SplitExperts with `frozen` original experts, in place; same function as before.
+    """Replaces every layer's experts by SplitExperts with `frozen` original experts, in place; the function is the
+    same.
 
-    frozen: how many leading experts are original, of every layer or one number a layer; more than 1 when an extended model
-        is extended again.
-    Raises ValueError when the model is not an upcycled one, is split already, or holds no more than `frozen` experts.
+    frozen: number of leading experts that are original, one for all layers or one per layer; more than 1 when an
+        extended model is extended again.
+    Raises ValueError if the model is not an upcycled one, is split already, or has no more than `frozen` experts.
     """
     moe_family_of(model.config.to_dict(), "this model")
     for layer, block in moe_blocks(model):
-        experts, kept = block.experts, frozen if isinstance(frozen, int) else frozen[layer]
-        if isinstance(experts, SplitExperts):
+        if isinstance(block.experts, SplitExperts):
             raise ValueError("the model's experts are split already; join_experts(model) first to split otherwise")
-        if not 1 <= kept < experts.num_experts:
-            raise ValueError(
-                f"frozen is {kept}, layer {layer} has {experts.num_experts} experts: "
-                f"choose 1 to {experts.num_experts - 1}"
-            )
-        block.experts = SplitExperts(experts, kept)
+        count, kept = count_experts(block), frozen if isinstance(frozen, int) else frozen[layer]
+        if not 1 <= kept < count:
+            raise ValueError(f"frozen is {kept}, layer {layer} has {count} experts: choose 1 to {count - 1}")
+        block.experts = SplitExperts(block.experts, kept)
     return model
 
 
 def join_experts(model: PreTrainedModel) -> PreTrainedModel:
-    """Puts the stock experts back, in place, with bit-identical weights; the opposite of split_experts."""
+    """Restores the stock experts, in place, with bit-identical weights; the inverse of split_experts."""
     for _, block in moe_blocks(model):
         split = block.experts
         if not isinstance(split, SplitExperts):
@@ -127,8 +143,8 @@ def join_experts(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def moe_blocks(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
-    """(layer, MoE block with `.gate` and `.experts`) over the layers. Raises ValueError when there is none."""
+def moe_blocks(model: nn.Module) -> Iterator[tuple[int, MoeBlock]]:
+    """(layer, MoE block) over the layers that have one. Raises ValueError if there is none."""
     layers = getattr(getattr(model, "model", None), "layers", [])
     blocks = [(i, layer.mlp) for i, layer in enumerate(layers) if hasattr(getattr(layer, "mlp", None), "experts")]
     if not blocks:
@@ -136,14 +152,19 @@ def moe_blocks(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
     yield from blocks
 
 
+def count_experts(block: MoeBlock) -> int:
+    """Number of experts of a block, stock or split."""
+    return cast(Experts, block.experts).num_experts
+
+
 def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
-    """Sets which parameters train and returns their names, in order.
+    """Sets which parameters train; returns their names, in the model's order.
 
     `post_pretrain`: new experts and routers (docs/methods.md 2.2).  `review`: routers only (2.3).
     `all`: everything in an upcycled model, the original experts too (the baseline "MoE, all trained").
     `full`: everything in a dense model (the baseline "full fine-tuning").
-    The shared expert of zeros that Qwen2Moe asks for is never trained.
-    Raises ValueError for an unknown stage, or for post_pretrain on a model that is not split.
+    The shared expert of zeros, which Qwen2Moe requires, is never trained.
+    Raises ValueError for an unknown stage, and for post_pretrain on a model that is not split.
     """
     if stage not in ("post_pretrain", "review", "all", "full"):
         raise ValueError(f"unknown stage {stage!r}: choose post_pretrain, review, all or full")
@@ -164,11 +185,11 @@ def set_trainable(model: nn.Module, stage: Stage) -> list[str]:
 
 
 class MoeTensors:
-    """The tensors of a live upcycled model, split or stock, under their names in checkpoint files (a TensorSource)."""
+    """The tensors of a loaded upcycled model, split or stock, by their names in checkpoint files (a TensorSource)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.family = moe_family_of(model.config.to_dict(), "this model")
-        self._experts = {layer: block.experts for layer, block in moe_blocks(model)}
+        self._blocks = dict(moe_blocks(model))
         self._others: dict[str, Tensor] = {}
         self.specs: dict[str, TensorSpec] = {}
         for module_name, parameter in model.named_parameters():
@@ -177,24 +198,24 @@ class MoeTensors:
             name = self.family.stored_name(module_name)
             self._others[name] = parameter
             self.specs[name] = TensorSpec(name, parameter.dtype, tuple(parameter.shape))
-        for layer, experts in self._experts.items():
-            for expert in range(experts.num_experts):
+        for layer, block in self._blocks.items():
+            for expert in range(count_experts(block)):
                 for matrix in MATRICES:
                     name = self.family.expert_name(layer, expert, matrix)
-                    parameter, _ = self._stacked(layer, expert, matrix)
-                    _, rows, columns = parameter.shape
+                    stacked, _ = self._stacked(layer, expert, matrix)
+                    _, rows, columns = stacked.shape
                     shape = (rows if matrix == "down_proj" else rows // 2, columns)
-                    self.specs[name] = TensorSpec(name, parameter.dtype, shape)
+                    self.specs[name] = TensorSpec(name, stacked.dtype, shape)
 
     def _stacked(self, layer: int, expert: int, matrix: str) -> tuple[Tensor, int]:
-        """The parameter that holds a matrix of an expert, and the expert's place in it."""
-        experts = self._experts[layer]
-        stacked = "down" if matrix == "down_proj" else "gate_up"
+        """The parameter that holds a matrix of an expert, and the expert's index in it."""
+        experts, down = self._blocks[layer].experts, matrix == "down_proj"
         if not isinstance(experts, SplitExperts):
-            return getattr(experts, f"{stacked}_proj"), expert
+            stock = cast(Experts, experts)
+            return stock.down_proj if down else stock.gate_up_proj, expert
         if expert < experts.num_frozen:
-            return getattr(experts, f"frozen_{stacked}"), expert
-        return getattr(experts, f"new_{stacked}"), expert - experts.num_frozen
+            return experts.frozen_down if down else experts.frozen_gate_up, expert
+        return experts.new_down if down else experts.new_gate_up, expert - experts.num_frozen
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that checkpoint name, on the CPU."""
@@ -203,25 +224,25 @@ class MoeTensors:
         parsed = self.family.parse_expert(name)
         if parsed is None or name not in self.specs:
             raise KeyError(f"no tensor {name} in this model")
-        parameter, place = self._stacked(*parsed)
-        rows = whole(parameter)[place]
+        stacked, index = self._stacked(*parsed)
+        rows = whole(stacked)[index]
         if parsed[2] != "down_proj":
             rows = rows.chunk(2)[MATRICES.index(parsed[2])]
         return rows.cpu()
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """The full value of a parameter, detached; gathers a sharded one (every rank must call)."""
+    """The full value of a parameter, detached; for a sharded one all processes must call it."""
     value = parameter.detach()
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def frozen_digest(model: PreTrainedModel) -> str:
-    """sha256 over the names and values of the original parameters, those that training must never change.
+    """SHA-256 over the names and values of the original parameters, which training must never change.
 
-    The same digest comes from the dense base it was upcycled from (`base_digest`): both hash the base's names, shapes
-    and values, the values widened to fp32 (exactly), so that a bf16 base and its fp32 training copy agree.
-    A model that is split with several frozen experts includes them all.
+    It equals the digest of the dense base (`base_digest`): both hash the base's names, shapes and values, the values
+    widened to fp32 (exactly), so that a bf16 base and its fp32 training copy agree. In a split model all frozen experts
+    are included.
     """
     frozen = [getattr(block.experts, "num_frozen", 1) for _, block in moe_blocks(model)]
     tensors = MoeTensors(model)
@@ -229,7 +250,7 @@ def frozen_digest(model: PreTrainedModel) -> str:
 
 
 def original_digest(source: TensorSource, family: Family, tied: bool, frozen: int | Sequence[int] = 1) -> str:
-    """frozen_digest of any source of tensors: a dense base, an upcycled checkpoint directory, a live model."""
+    """frozen_digest of any source of tensors: a dense base, an upcycled checkpoint directory, a loaded model."""
     originals = original_tensors(source, family, tied, frozen)
     digest = hashlib.sha256()
     for name in sorted(originals):
@@ -242,9 +263,9 @@ def original_digest(source: TensorSource, family: Family, tied: bool, frozen: in
 def original_tensors(
     source: TensorSource, family: Family, tied: bool, frozen: int | Sequence[int] = 1
 ) -> dict[str, str]:
-    """Dense name to stored name, over the original tensors of a dense or an upcycled source.
+    """From dense to stored names of the original tensors of a dense or an upcycled source.
 
-    Original experts after the first have no dense name; they appear as `model.layers.L.mlp.experts.E.MATRIX.weight`.
+    Original experts after the first have no dense name; they are `model.layers.L.mlp.experts.E.MATRIX.weight`.
     """
     originals = {}
     for name in source.specs:

@@ -1,7 +1,8 @@
-"""Export: a stock checkpoint that transformers 4.57 and 5 and vLLM load, and the way back to the base.
+"""Export of a stock checkpoint that transformers 4.57 and 5 and vLLM load, and extraction of the base.
 
-The files hold one tensor per expert and matrix in the names of the original Mixtral and Qwen releases, the config the
-keys of both transformers generations (models/mixture/families.py). Streamed: memory is one expert matrix above the model.
+The files hold one tensor per expert and matrix, named as in the original Mixtral and Qwen releases; the config has the
+keys of both transformers generations (models/mixture/families.py). Streamed: memory is one expert matrix beyond the
+model.
 """
 
 import json
@@ -28,7 +29,7 @@ from eclectus.models.staged_folder import staged_folder
 
 
 class NotTheBaseError(ValueError):
-    """The original weights are not in the checkpoint any more, or it does not say what they were."""
+    """The original weights are no longer in the checkpoint, or it does not record what they were."""
 
 
 def export_checkpoint(
@@ -39,13 +40,13 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Writes an upcycled model, live (split or stock) or from a directory, as a stock checkpoint; returns `out_dir`.
+    """Writes an upcycled model, loaded (split or stock) or in a directory, as a stock checkpoint; returns `out_dir`.
 
-    side_files: a checkpoint directory to take tokenizer, generation config and upcycle.json from; by default the
-        directory itself, or where the live model was loaded from.
-    dtype: type of the stored floats; by default as they are. Going from an fp32 copy of a bf16 base back to bf16 gives
+    side_files: a checkpoint directory with tokenizer, generation config and upcycle.json; by default the directory
+        itself, or the one that the model was loaded from.
+    dtype: dtype of the stored floats; by default unchanged. Converting an fp32 copy of a bf16 base back to bf16 gives
         the base's own bits.
-    Raises UnsupportedModelError for a model that is not an upcycled one, ValueError when `out_dir` is not empty.
+    Raises UnsupportedModelError for a model that is not an upcycled one, ValueError if `out_dir` is not empty.
     """
     out_dir = Path(out_dir)
     with ExitStack() as stack:
@@ -75,17 +76,17 @@ def export_checkpoint(
 
 
 def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
-    """Writes the dense base back out of an upcycled checkpoint, every tensor bit-identical; returns `out_dir`.
+    """Extracts the dense base from an upcycled checkpoint, every tensor bit-identical; returns `out_dir`.
 
-    Raises NotTheBaseError when the original weights were trained (digest of upcycle.json) or the checkpoint does not
-    record what it was made from.
+    Raises NotTheBaseError if the original weights were trained (by the digest in upcycle.json) or the checkpoint does
+    not record its base.
     """
     moe_dir, out_dir = Path(moe_dir), Path(out_dir)
     config = read_config(moe_dir)
     family = moe_family_of(config, moe_dir)
     base_config = config.get("upcycled_from")
     if not base_config:
-        raise NotTheBaseError(f"{moe_dir}/config.json has no upcycled_from: neither upcycle nor export made it")
+        raise NotTheBaseError(f"{moe_dir}/config.json has no upcycled_from: it was not written by upcycle or export")
     tied = bool(base_config.get("tie_word_embeddings"))
     with ExitStack() as stack:
         source = stack.enter_context(CheckpointReader(moe_dir))
@@ -94,8 +95,8 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
             found = original_digest(source, family, tied)
             if found != made["base_digest"]:
                 raise NotTheBaseError(
-                    f"expert 0 and the shared weights of {moe_dir} are not the base's any more (digest {found[:12]}, "
-                    f"base {made['base_digest'][:12]}): it was trained with all weights free, or stored in another type"
+                    f"expert 0 and the shared weights of {moe_dir} are no longer the base's (digest {found[:12]}, "
+                    f"base {made['base_digest'][:12]}): all weights were trained, or they are stored in another dtype"
                 )
         originals = original_tensors(source, family, tied)
         partial = stack.enter_context(staged_folder(out_dir))
@@ -109,7 +110,7 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
 
 
 def _narrowed(value: Tensor, base_type: str | None) -> torch.dtype:
-    """The base's type where it holds the values exactly: a bf16 base that was trained in fp32 goes back to bf16, and a norm to fp32."""
+    """The base's dtype if it represents the values exactly (a bf16 base that was trained in fp32), else their own."""
     narrow = getattr(torch, base_type) if base_type else value.dtype
     exact = torch.equal(value.to(narrow).to(value.dtype), value)
     return narrow if exact else value.dtype

@@ -1,26 +1,28 @@
-"""Extending an extended model again: more experts beside the ones it has, all of which are frozen from then on.
+"""Extending an extended model again: adds experts to a model; all experts that it already has are frozen from then on.
 
-    experts 0..N-1 stay;  experts N..N+M-1 = copies of expert 0;  a router row for each, `[N + M, hidden]`
-    each layer:  minimise |r|^2 + big * sum over tokens of max(0, r.x - (t - margin))^2        t = K-th largest logit
+    experts 0..N-1 stay;  experts N..N+M-1 = copies of expert 0;  one router row each, `[N + M, hidden]`
+    per layer:  minimise |r|^2 + big * sum over tokens of max(0, r.x - (t - margin))^2        t = K-th largest logit
 
 The first upcycling equals its base for any router, since all its experts are copies of one. Here experts differ, and
 no row r keeps a new expert out of the top K for *every* input: without a bias, r.x would have to stay below the K-th
 largest w_i.x for all x, so r would lie in the convex hull of the rows {w_j : j != i} for each i (K >= 2); these hulls
-are faces of one simplex when the N rows are linearly independent, and such faces have no point in common. So the
-rows are made for the tokens that matter: on `calibration`, text of the languages that the model knows, they keep new
-experts out of the top K by `margin`, or as nearly as such rows can. Two proofs, then: over the old experts alone the
-logits are equal (within rounding, on all of the text), and as routed, the share of places where a new expert is chosen
-and what that costs in nats are measured on a part that the rows have not seen; above `largest_share` nothing is written.
-Rows stay as short as that allows: text unlike the calibration text, the new languages', may reach the new experts from
-the first step, and the balance loss draws it there. The review then pulls known text back to the experts before them.
+are faces of one simplex if the N rows are linearly independent, and such faces have no point in common. So the rows are
+fitted: on `calibration`, text of the languages that the model knows, they keep new experts out of the top K by
+`margin`, as far as such rows can. Two checks follow. With the old experts alone the logits are equal (within rounding,
+on all of the text). As routed, the share of tokens that choose a new expert, and the change of the loss, are measured
+on held-out calibration text; above `largest_share` nothing is written. The rows are as short as possible: text unlike
+the calibration text, such as that of new languages, can reach the new experts from the first step, encouraged by the
+balance loss. The review later pulls known text back to the old experts.
 
-To train: `split_experts(model, frozen=N)`, then the two stages as before, the prior loss with `original_experts=N`.
-Price: the model in memory, a forward pass over the calibration text, and some solves of a hidden x hidden system a layer.
+To train: `split_experts(model, frozen=N)`, then the two stages as usual, the prior loss with `original_experts=N`.
+Cost: the model in memory, a forward pass over the calibration text, and a few solves of a hidden x hidden system per
+layer.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,25 +38,26 @@ from eclectus.models.mixture.upcycle import StepZeroError
 from eclectus.models.staged_folder import require_new_folder, staged_folder
 from eclectus.models.training.objectives import next_token_loss
 
-KEPT_BACK = 4
+# One in this many rows of the calibration text is held out.
+HELD_OUT = 4
 NEWTON_STEPS = 50
 
 
 @dataclass(frozen=True)
 class ExtendAgainReport:
-    """How the model with more experts compares to the one before it; appended to upcycle.json as `extended`."""
+    """Comparison of the extended model with the one before; appended to upcycle.json as `extended`."""
 
     experts_before: tuple[int, ...]
-    """Experts of each layer before, all of which are frozen from then on."""
+    """Experts per layer before, which are all frozen from then on."""
     experts: int
     margin: float
     tolerance: float
     max_abs_delta: float
-    """Largest difference of any logit to the model before, with the router kept to the old experts, over all the text."""
+    """Largest difference of any logit to the model before, with routing restricted to the old experts, on all text."""
     new_chosen_share: float
-    """Share of (token, layer) places where a new expert is among the top K, on the text that the rows were made with."""
+    """Share of (token, layer) pairs with a new expert among the top K, on the text that the rows were fitted on."""
     kept_back_chosen_share: float
-    """The same on the quarter of the text that they were not made with."""
+    """The same on the held-out quarter of the text."""
     kept_back_loss: tuple[float, float]
     """Next-token loss on that quarter in nats, of the model before and of this one, as routed."""
 
@@ -73,10 +76,10 @@ def extend_again(
 ) -> ExtendAgainReport:
     """Writes the upcycled checkpoint `moe_dir` with `new_experts` more experts in every layer to `out_dir`.
 
-    calibration: token ids `[n >= 4, length]` of text in the languages that the model knows; a quarter is kept back to
-    measure on. margin: by how much a new expert's logit stays below the K-th largest, in nats. tolerance: largest
-    difference of a logit over the old experts, as a share of the largest absolute logit (at least of 1). largest_share:
-    largest share of kept-back places where a new expert may be chosen.
+    calibration: token ids `[n >= 4, length]` of text in the languages that the model knows; a quarter is held out to
+    measure on. margin: distance of a new expert's logit below the K-th largest, in nats. tolerance: largest difference
+    of a logit over the old experts, as a share of the largest absolute logit (at least of 1). largest_share: largest
+    share of held-out (token, layer) pairs that may choose a new expert.
     Raises ValueError for the settings, StepZeroError above the tolerance or the share.
     """
     moe_dir, out_dir = Path(moe_dir), Path(out_dir)
@@ -84,11 +87,11 @@ def extend_again(
     family = moe_family_of(config, moe_dir)
     if new_experts < 1:
         raise ValueError(f"new_experts is {new_experts}: choose 1 or more")
-    if calibration.dim() != 2 or len(calibration) < KEPT_BACK:
-        raise ValueError(f"calibration has shape {tuple(calibration.shape)}, expected [{KEPT_BACK} or more, length]")
+    if calibration.dim() != 2 or len(calibration) < HELD_OUT:
+        raise ValueError(f"calibration has shape {tuple(calibration.shape)}, expected [{HELD_OUT} or more, length]")
     require_new_folder(out_dir)
     before = config.get("experts_per_layer") or [int(config["num_local_experts"])] * config["num_hidden_layers"]
-    kept_back, fitted = calibration[::KEPT_BACK], calibration[_rest(len(calibration))]
+    held_out, fitted = calibration[::HELD_OUT], calibration[_rest(len(calibration))]
     model = AutoModelForCausalLM.from_pretrained(moe_dir, dtype=torch.float32).eval()
     rows = _calibrated_rows(model, fitted, new_experts, margin, seed)
     wider = config | {"num_local_experts": max(before) + new_experts}
@@ -99,8 +102,8 @@ def extend_again(
         _write_tensors(moe_dir, partial, family, before, rows)
         copy_side_files(moe_dir, partial)
         result = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32).eval()
-        fit, kept = _compare(model, result, fitted, before), _compare(model, result, kept_back, before)
-        delta = _proved(fit, kept, new_experts, tolerance, largest_share)
+        fit, held = _compare(model, result, fitted, before), _compare(model, result, held_out, before)
+        delta = _checked_delta(fit, held, new_experts, tolerance, largest_share)
         report = ExtendAgainReport(
             tuple(before),
             max(before) + new_experts,
@@ -108,19 +111,19 @@ def extend_again(
             tolerance,
             delta,
             fit.chosen,
-            kept.chosen,
-            (kept.old_loss, kept.loss),
+            held.chosen,
+            (held.old_loss, held.loss),
         )
         _write_report(moe_dir, partial, report)
     return report
 
 
 def _rest(count: int) -> Tensor:
-    return torch.tensor([row for row in range(count) if row % KEPT_BACK])
+    return torch.tensor([row for row in range(count) if row % HELD_OUT])
 
 
 def _calibrated_rows(model: PreTrainedModel, tokens: Tensor, count: int, margin: float, seed: int) -> list[Tensor]:
-    """By layer, router rows `[count, hidden]` that stay below the K-th largest logit on these tokens."""
+    """By layer, router rows `[count, hidden]` whose logits stay below the K-th largest on these tokens."""
     inputs: dict[int, Tensor] = {}
     hooks = [
         block.gate.register_forward_pre_hook(
@@ -142,7 +145,7 @@ def _calibrated_rows(model: PreTrainedModel, tokens: Tensor, count: int, margin:
         x_TH = torch.cat(seen[layer])
         limit_T = (x_TH @ block.gate.weight.double().T).topk(top_k, dim=-1).values[:, -1]
         row_H = shortest_row_below(x_TH, limit_T - margin)
-        # Rows that differ a little: equal ones would learn the same for ever.
+        # Rows differ a little: equal ones would always learn the same.
         noise = torch.randn(count, x_TH.shape[1], generator=generator, dtype=torch.float64)
         noise *= margin / 4 / (x_TH @ noise.T).abs().amax(0).clamp_min(1e-9).unsqueeze(-1)
         rows.append((row_H + noise).float())
@@ -150,10 +153,10 @@ def _calibrated_rows(model: PreTrainedModel, tokens: Tensor, count: int, margin:
 
 
 def shortest_row_below(x_TH: Tensor, limit_T: Tensor) -> Tensor:
-    """The shortest r with r.x <= limit for all tokens, up to a penalty; where there is none, the least violation.
+    """The shortest r with r.x <= limit for all tokens, up to a penalty; if there is none, that of least violation.
 
-    x_TH `[T, H]` and limit_T `[T]` in float64. Newton's method on the squared excess: a step is exact for the tokens that
-    are above their limit now, and is shortened where that would let others rise above theirs.
+    x_TH `[T, H]` and limit_T `[T]` in float64. Newton's method on the squared excess: a step is exact for the tokens
+    that exceed their limit now, and is shortened if it would make others exceed theirs.
     """
     hidden = x_TH.shape[1]
     weight = 1e-6 * x_TH.square().sum() / hidden
@@ -177,26 +180,27 @@ def shortest_row_below(x_TH: Tensor, limit_T: Tensor) -> Tensor:
 
 
 def _write_tensors(moe_dir: Path, out_dir: Path, family: Family, before: list[int], rows: list[Tensor]) -> None:
-    """All tensors as they are, the new experts as expert 0, the routers longer."""
+    """Writes all tensors of `moe_dir` unchanged, new experts as copies of expert 0, and the longer routers."""
     count = len(rows[0])
     with CheckpointReader(moe_dir) as source:
-        specs, made = list(source.specs.values()), {}
+        specs = list(source.specs.values())
+        routers: dict[str, Tensor] = {}
+        copied_from: dict[str, str] = {}
         for layer, new_rows in enumerate(rows):
             router = family.router_name(layer)
             own = source.specs[router]
-            place = next(i for i, spec in enumerate(specs) if spec.name == router)
-            specs[place] = TensorSpec(router, own.dtype, (own.shape[0] + count, own.shape[1]))
-            made[router] = torch.cat([source.tensor(router), new_rows.to(own.dtype)])
+            index = next(i for i, spec in enumerate(specs) if spec.name == router)
+            specs[index] = TensorSpec(router, own.dtype, (own.shape[0] + count, own.shape[1]))
+            routers[router] = torch.cat([source.tensor(router), new_rows.to(own.dtype)])
             for expert in range(before[layer], before[layer] + count):
                 for matrix in MATRICES:
                     first = family.expert_name(layer, 0, matrix)
                     name = family.expert_name(layer, expert, matrix)
                     specs.append(TensorSpec(name, source.specs[first].dtype, source.specs[first].shape))
-                    made[name] = first
+                    copied_from[name] = first
 
         def read(name: str) -> Tensor:
-            value = made.get(name, name)
-            return source.tensor(value) if isinstance(value, str) else value
+            return routers[name] if name in routers else source.tensor(copied_from.get(name, name))
 
         write_checkpoint(out_dir, specs, read)
 
@@ -211,12 +215,12 @@ class _Comparison:
 
 
 def _compare(model: PreTrainedModel, result: PreTrainedModel, tokens: Tensor, before: list[int]) -> _Comparison:
-    """Logits over the old experts alone, and what happens as routed, row by row."""
+    """Compares logits with routing restricted to the old experts, and loss and choices as routed, row by row."""
     rows = []
     for row in tokens[:, None]:
         expected = model(input_ids=row, use_cache=False).logits
         routed = result(input_ids=row, use_cache=False, output_router_logits=True)
-        hooks = [block.gate.register_forward_hook(_old_only(before[layer])) for layer, block in moe_blocks(result)]
+        hooks = [block.gate.register_forward_hook(_restricted_to(before[layer])) for layer, block in moe_blocks(result)]
         old = result(input_ids=row, use_cache=False).logits
         for hook in hooks:
             hook.remove()
@@ -230,24 +234,28 @@ def _compare(model: PreTrainedModel, result: PreTrainedModel, tokens: Tensor, be
     return _Comparison(delta, scale, *rows_RV[:, 2:].mean(0).tolist())
 
 
-def _proved(fit: _Comparison, kept: _Comparison, new_experts: int, tolerance: float, largest_share: float) -> float:
-    """The largest difference of a logit over old experts. Raises StepZeroError where it, or the new experts' share, is too large."""
-    delta, scale = max(fit.delta, kept.delta), max(1.0, fit.scale, kept.scale)
+def _checked_delta(
+    fit: _Comparison, held: _Comparison, new_experts: int, tolerance: float, largest_share: float
+) -> float:
+    """The largest difference of a logit over old experts. Raises StepZeroError above a limit."""
+    delta, scale = max(fit.delta, held.delta), max(1.0, fit.scale, held.scale)
     if not delta <= tolerance * scale:
         raise StepZeroError(
-            f"with {new_experts} more experts some logit differs by {delta:.3g} though only old ones are used, where "
+            f"with {new_experts} more experts a logit differs by {delta:.3g} though only old ones are used, where "
             f"{tolerance * scale:.3g} is allowed; nothing was written"
         )
-    if not kept.chosen <= largest_share:
+    if not held.chosen <= largest_share:
         raise StepZeroError(
-            f"on {kept.chosen:.1%} of kept-back places a new expert would be chosen before training, where "
+            f"{held.chosen:.1%} of held-out tokens would choose a new expert before training, where "
             f"{largest_share:.1%} is allowed; nothing was written. Give more calibration text, of the known languages "
             "only, or raise largest_share and rely on the review"
         )
     return delta
 
 
-def _old_only(before: int):  # noqa: ANN202
+def _restricted_to(before: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """A hook of the router that keeps the choice among the first `before` experts."""
+
     def route(_: nn.Module, __: tuple, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, indices = output
         best = logits[..., :before].softmax(-1).topk(indices.shape[-1], dim=-1)

@@ -1,13 +1,13 @@
-"""The dense families that can be upcycled, and what their MoE twins call things.
+"""The dense families that can be upcycled, with the names of tensors and config keys in their MoE counterparts.
 
 Llama and Mistral become Mixtral, Qwen2 becomes Qwen2Moe, Qwen3 becomes Qwen3Moe: stock transformers classes, so that
-any server loads the result. This file holds the only knowledge of tensor names and config keys; checkpoint files keep
-one tensor per expert and matrix (what vLLM and both transformers generations read), the modules of transformers 5 hold
-one `[experts, ...]` parameter.
+any server loads the result. Names of tensors and config keys are defined only here. Checkpoint files have one tensor
+per expert and matrix (which vLLM and transformers 4 and 5 read); the modules of transformers 5 hold one `[experts,
+...]` parameter.
 
 Config keys are written for both generations: transformers 5 reads `rope_parameters` and `num_local_experts`, 4.57 and
-older servers `rope_theta`, `rope_scaling` and `num_experts`. Without the old keys 4.57 loads a Mixtral with
-another rotary base, silently.
+older servers `rope_theta`, `rope_scaling` and `num_experts`. Without the old keys 4.57 silently loads a Mixtral with
+another rotary base.
 """
 
 import json
@@ -20,23 +20,23 @@ from typing import Any
 from transformers import PretrainedConfig
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
-# Qwen2Moe always has a shared expert. One of width 0 gives checkpoints whose empty tensors vLLM refuses (KeyError) and
-# transformers reports as missing; a narrow one of zeros adds exactly 0 and loads everywhere, tensor parallel included.
+# Qwen2Moe always has a shared expert. With width 0, vLLM refuses its empty tensors (KeyError) and transformers reports
+# them as missing; a narrow one of zeros adds exactly 0 and loads everywhere, also with tensor parallelism.
 SHARED_EXPERT_WIDTH = 32
 _FFN = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
 
 
-# What stands before a stock MoE type where layers hold different numbers of experts (models/mixture/layered.py).
+# Prefix of a stock MoE type for different numbers of experts per layer (models/mixture/layered.py).
 LAYERED = "layered_"
 
 
 class UnsupportedModelError(ValueError):
-    """A checkpoint that cannot be upcycled; the message names it, what is supported and what to do."""
+    """A checkpoint that cannot be upcycled; the message names it, what is supported, and what to do."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A dense architecture and the MoE architecture that its upcycled checkpoints have."""
+    """A dense architecture and the MoE architecture of its upcycled checkpoints."""
 
     dense: str
     moe: str
@@ -48,11 +48,11 @@ class Family:
 
     @property
     def stock_moe(self) -> str:
-        """The stock MoE type, also of a layered one."""
+        """The stock MoE type, without the prefix of a layered one."""
         return self.moe.removeprefix(LAYERED)
 
     def layered(self) -> "Family":
-        """The same family in our class, whose layers hold different numbers of experts."""
+        """The same family in our class with different numbers of experts per layer."""
         return replace(self, moe=LAYERED + self.moe, architecture="Layered" + self.architecture)
 
     def expert_name(self, layer: int, expert: int, matrix: str) -> str:
@@ -72,11 +72,11 @@ class Family:
         return int(match[1]), int(match[2]), MATRICES[self.matrices.index(match[3])]
 
     def is_routing(self, name: str) -> bool:
-        """Whether a checkpoint tensor belongs to the router or to the empty shared expert: not part of the base."""
+        """Whether a checkpoint tensor belongs to the router or the zero shared expert, which the base does not have."""
         return f".{self.block}.gate." in name or ".shared_expert" in name
 
     def stored_name(self, module_name: str) -> str:
-        """Checkpoint name of a transformers 5 parameter that is not an expert's."""
+        """Checkpoint name of a transformers 5 parameter outside the experts."""
         return module_name.replace(".mlp.", f".{self.block}.")
 
 
@@ -104,15 +104,15 @@ def parse_dense_ffn(name: str) -> tuple[int, str] | None:
 
 
 def family_of(config: dict[str, Any], where: str | Path, trust_remote_code: bool = False) -> Family:
-    """The dense family of a config. Raises UnsupportedModelError with the reason when it cannot be upcycled.
+    """The dense family of a config. Raises UnsupportedModelError with the reason if it cannot be upcycled.
 
-    trust_remote_code: whether a model may bring code of its own (auto_map), if it says that it is of a supported family.
+    trust_remote_code: whether a model of a supported family may have its own code (auto_map).
     """
     model_type = config.get("model_type")
     supported = ", ".join(FAMILIES)
     if config.get("auto_map") and not trust_remote_code:
         raise UnsupportedModelError(
-            f"{where} brings its own code (auto_map in config.json), which is not run unless asked for: read it, then "
+            f"{where} brings its own code (auto_map in config.json), which is not run by default: read it, then use "
             f"eclectus upcycle --trust-remote-code, or save it from a stock class first (supported: {supported})"
         )
     if model_type not in FAMILIES:
@@ -125,12 +125,12 @@ def family_of(config: dict[str, Any], where: str | Path, trust_remote_code: bool
         raise UnsupportedModelError(f"{where} is a {architectures[0]}, expected a causal language model")
     for key in ("attention_bias", "mlp_bias"):
         if config.get(key) and model_type in ("llama", "mistral"):
-            raise UnsupportedModelError(f"{where} has {key}: true, which its MoE class (Mixtral) cannot hold")
+            raise UnsupportedModelError(f"{where} has {key}: true, which its MoE class (Mixtral) does not support")
     windows = set(config.get("layer_types") or ["full_attention"])
     if len(windows) > 1 and model_type != "qwen2":
         raise UnsupportedModelError(
             f"{where} mixes {' and '.join(sorted(windows))} layers, which its MoE class ({FAMILIES[model_type].moe}) "
-            "cannot hold: one kind for all layers is supported"
+            "cannot represent: all layers must be of one kind"
         )
     return FAMILIES[model_type]
 
@@ -149,9 +149,9 @@ def moe_family_of(config: dict[str, Any], where: str | Path) -> Family:
 
 
 def moe_config(base: dict[str, Any], family: Family, experts: Sequence[int], top_k: int) -> dict[str, Any]:
-    """config.json of the upcycled model: the base's own values, the routing, and both generations' keys.
+    """config.json of the upcycled model: the base's values, routing, and the keys of transformers 4 and 5.
 
-    base: the base's config as plain_config gives it, every default resolved. experts: of each layer.
+    base: the base's config from plain_config, every default resolved. experts: number per layer.
     """
     dropped = {"architectures", "model_type", "transformers_version", "pretraining_tp", "mlp_bias"}
     config = {key: value for key, value in base.items() if key not in dropped}
@@ -161,7 +161,7 @@ def moe_config(base: dict[str, Any], family: Family, experts: Sequence[int], top
         "num_experts_per_tok": top_k,
         "num_local_experts": max(experts),
         "output_router_logits": False,
-        # Our training adds its own router losses; transformers' own would be added on top of them.
+        # Our training has its own router losses; transformers' would be added to them.
         "router_aux_loss_coef": 0.0,
         "upcycled_from": base,
     }
@@ -189,7 +189,7 @@ def moe_config(base: dict[str, Any], family: Family, experts: Sequence[int], top
 
 
 def with_both_generations(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with the keys of transformers 5 and, beside them, those that 4.57 and older servers read."""
+    """The config with the keys of transformers 5 and those that 4.57 and older servers read."""
     config = dict(config)
     experts = config.get("num_local_experts", config.get("num_experts"))
     if experts is not None:
@@ -208,7 +208,7 @@ def with_both_generations(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_config(config: PretrainedConfig) -> dict[str, Any]:
-    """What transformers 5 would write as config.json: every field of the class, no private ones, no paths."""
+    """config.json as transformers 5 writes it: every field of the class, no private ones, no paths."""
     return {key: value for key, value in json.loads(config.to_json_string()).items() if not key.startswith("_")}
 
 

@@ -1,24 +1,24 @@
-"""Grouped GEMMs over two adjoining sets of experts, with weight gradients only where they are wanted.
+"""Grouped GEMMs over new experts followed by frozen ones, with weight gradients only for experts that train.
 
-`torch.nn.functional.grouped_mm` multiplies the rows of each group by that group's matrix in one kernel. Here the groups
-are the new experts followed by the frozen ones; autograd's own formula would compute all weight gradients or none, ours
-ends at the last group that trains. Rows of a group are contiguous, `ends_E[i]` is where group i ends; both stay on the
-device.
+`torch.nn.functional.grouped_mm` multiplies the rows of each group by that group's matrix in one kernel. Autograd's own
+formula would compute the weight gradients of all groups or of none; ours stops after the last group that trains. Rows
+of a group are contiguous, `ends_E[i]` is where group i ends; both stay on the device.
 
-Measured on CPU in fp32, grouped_mm is as fast as a loop of matrix products (0.13 ms against 0.13 ms for 512 rows of
-64 x 128, 13.3 against 13.1 ms for 2048 rows of 256 x 1024), so there is one path; only sizes whose rows do not start at
-multiples of 16 bytes, which the kernel refuses, take the loop.
+On CPU in fp32 grouped_mm is as fast as a loop of matrix products (0.13 ms against 0.13 ms for 512 rows of 64 x 128,
+13.3 against 13.1 ms for 2048 rows of 256 x 1024), so both devices use it; the loop is only for sizes whose rows do not
+start at multiples of 16 bytes, which the kernel refuses.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 
 def expert_linear(x_SD: Tensor, new_NFD: Tensor, frozen_MFD: Tensor, ends_E: Tensor) -> Tensor:
-    """Row s of x times the matrix of its group: `[S, D]` to `[S, F]`, groups being new experts, then frozen ones.
+    """Row s of x times the matrix of its group: `[S, D]` to `[S, F]`; the groups are new experts, then frozen ones.
 
-    ends_E: int32 `[N + M]`, where each group's rows end. Weights are cast to the type of x.
+    ends_E: int32 `[N + M]`, the end of each group's rows. Weights are cast to the dtype of x.
     """
     return _ExpertLinear.apply(x_SD, new_NFD, frozen_MFD, ends_E)
 
@@ -31,13 +31,13 @@ def dispatch_tokens(x_TH: Tensor, permutation_S: Tensor, top_k: int) -> Tensor:
 def combine_tokens(y_SH: Tensor, weights_TK: Tensor, permutation_S: Tensor) -> Tensor:
     """Weighted sum of each token's K expert outputs: `[T * K, H]` sorted by expert to `[T, H]`.
 
-    Sums in the wider of the two types, in the router's order, so the result does not depend on scheduling.
+    Sums in the wider of the two dtypes, in the router's order, so that the result is deterministic.
     """
     return _Combine.apply(y_SH, weights_TK, permutation_S)
 
 
 def grouped_rows(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
-    """`[S, F]`: the rows of group i times w[i]. Rows after the last end are left undefined."""
+    """`[S, F]`: the rows of group i times w[i]. Rows after the last end are undefined."""
     if _aligned(x_SD) and _aligned(w_EDF):
         return torch.nn.functional.grouped_mm(x_SD, w_EDF, offs=ends_E)
     out_SF = x_SD.new_zeros(x_SD.shape[0], w_EDF.shape[2])
@@ -49,7 +49,7 @@ def grouped_rows(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def grouped_outer(g_SF: Tensor, x_SD: Tensor, ends_E: Tensor) -> Tensor:
-    """`[E, F, D]`: for each group, the sum over its rows of g outer x. Rows after the last end do not count."""
+    """`[E, F, D]`: for each group, the sum over its rows of g outer x. Rows after the last end are ignored."""
     if _aligned(g_SF) and _aligned(x_SD):
         out_EFD = torch.nn.functional.grouped_mm(g_SF.T, x_SD, offs=ends_E)
         # On Blackwell the kernel leaves groups without rows unwritten (pytorch issue 172439).
@@ -64,12 +64,12 @@ def grouped_outer(g_SF: Tensor, x_SD: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _aligned(tensor: Tensor) -> bool:
-    """Whether every row and matrix starts at a multiple of 16 bytes, as the grouped kernel asks."""
+    """Whether every row and matrix starts at a multiple of 16 bytes, as the grouped kernel requires."""
     return all(stride == 1 or stride * tensor.itemsize % 16 == 0 for stride in tensor.stride())
 
 
 def _side_by_side(new: Tensor, frozen: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[N + M, F, D]` in `dtype`: a view when the two adjoin in one allocation, a copy otherwise."""
+    """`[N + M, F, D]` in `dtype`: a view if the two are adjacent in one allocation, else a copy."""
     adjoining = (
         new.dtype == frozen.dtype == dtype
         and new.is_contiguous()
@@ -87,15 +87,15 @@ def _side_by_side(new: Tensor, frozen: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _ExpertLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x_SD: Tensor, new_NFD: Tensor, frozen_MFD: Tensor, ends_E: Tensor) -> Tensor:
+    def forward(ctx: Any, x_SD: Tensor, new_NFD: Tensor, frozen_MFD: Tensor, ends_E: Tensor) -> Tensor:
         weights_EFD = _side_by_side(new_NFD, frozen_MFD, x_SD.dtype)
         trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        # The concatenation, if there was one, is made again in backward rather than kept for every layer.
+        # The concatenation, if there was one, is repeated in backward instead of being kept for every layer.
         ctx.save_for_backward(x_SD if trains else None, new_NFD, frozen_MFD, ends_E)
         return grouped_rows(x_SD, weights_EFD.transpose(-2, -1), ends_E)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, g_SF: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g_SF: Tensor) -> tuple[Tensor | None, ...]:
         x_SD, new_NFD, frozen_MFD, ends_E = ctx.saved_tensors
         g_SF = g_SF.contiguous()
         grad_x = grad_new = grad_frozen = None
@@ -112,13 +112,13 @@ class _ExpertLinear(torch.autograd.Function):
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x_TH: Tensor, permutation_S: Tensor, top_k: int) -> Tensor:
+    def forward(ctx: Any, x_TH: Tensor, permutation_S: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(permutation_S)
         ctx.top_k = top_k
         return x_TH.index_select(0, permutation_S // top_k)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, g_SH: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, g_SH: Tensor) -> tuple[Tensor, None, None]:
         (permutation_S,) = ctx.saved_tensors
         # A gather and a sum instead of autograd's scatter-add: deterministic on CUDA.
         g_TKH = g_SH.index_select(0, _inverse(permutation_S)).view(-1, ctx.top_k, g_SH.shape[-1])
@@ -127,13 +127,13 @@ class _Dispatch(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, y_SH: Tensor, weights_TK: Tensor, permutation_S: Tensor) -> Tensor:
+    def forward(ctx: Any, y_SH: Tensor, weights_TK: Tensor, permutation_S: Tensor) -> Tensor:
         ctx.save_for_backward(y_SH, weights_TK, permutation_S)
         y_TKH = y_SH.index_select(0, _inverse(permutation_S)).view(*weights_TK.shape, -1)
         return (y_TKH * weights_TK.unsqueeze(-1)).sum(dim=1)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, g_TH: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, g_TH: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         y_SH, weights_TK, permutation_S = ctx.saved_tensors
         grad_y = grad_weights = None
         if ctx.needs_input_grad[0]:

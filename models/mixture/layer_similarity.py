@@ -1,31 +1,32 @@
-"""How alike languages look to each layer of a dense model, and how many new experts each layer needs (LayerMoE).
+"""How similar languages are in each layer of a dense model, and how many new experts each layer needs (LayerMoE).
 
     S_l = mean over pairs (known language, new language) of the cosine between their mean FFN inputs in layer l
     N_l proportional to 1 / S_l, sum N_l = budget                              (docs/methods.md 2.7; arXiv 2505.22582)
 
-Where languages look alike a layer treats them alike, and few new experts do. LayerMoE rounds every N_l up, which exceeds
-the budget by up to one expert a layer; here the largest remainders get what rounding down left, so that the sum is the
-budget. Price: one forward pass over the sample, one vector a layer and language.
+A layer in which languages are similar treats them alike and needs few new experts. LayerMoE rounds every N_l up, which
+exceeds the budget by up to one expert per layer; here N_l is rounded down and the largest remainders get the rest, so
+that the sum is the budget. Cost: one forward pass over the sample, one vector per layer and language.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
-# Opposite or unrelated languages: a smaller similarity would claim the whole budget for its layer.
+# A smaller similarity, of opposite or unrelated languages, would assign the whole budget to its layer.
 LEAST_SIMILARITY = 0.01
 
 
 @torch.no_grad()
-def ffn_input_means(model: nn.Module, samples: Mapping[str, Tensor], batch: int = 8) -> dict[str, Tensor]:
+def ffn_input_means(model: PreTrainedModel, samples: Mapping[str, Tensor], batch: int = 8) -> dict[str, Tensor]:
     """Mean input of every layer's FFN by language, `[layers, hidden]` fp32 on the CPU.
 
     model: a dense (or upcycled) causal language model with `model.layers[i].mlp`. samples: by language, token ids
-    `[n, length]` without padding. batch: rows at once.
+    `[n, length]` without padding. batch: rows per forward pass. Raises ValueError for an empty sample.
     """
     layers = list(model.model.layers)
     sums: list[Tensor] = []
@@ -54,7 +55,7 @@ def ffn_input_means(model: nn.Module, samples: Mapping[str, Tensor], batch: int 
 def layer_similarity(means: Mapping[str, Tensor], known: Sequence[str], new: Sequence[str]) -> list[float]:
     """S_l: by layer, the mean cosine between the mean FFN inputs of each known and each new language.
 
-    Raises ValueError for a language without a sample, for none, and for one that is both known and new.
+    Raises ValueError for a language without a sample, for no language, and for one that is both known and new.
     """
     if not known or not new:
         raise ValueError("similarity needs at least one known and one new language")
@@ -68,9 +69,9 @@ def layer_similarity(means: Mapping[str, Tensor], known: Sequence[str], new: Seq
 
 
 def propose_experts(similarity: Sequence[float], budget: int) -> list[int]:
-    """New experts for each layer, `budget` in all: in inverse proportion to similarity, at least one a layer.
+    """New experts per layer, `budget` in all: in inverse proportion to similarity, at least one per layer.
 
-    Raises ValueError when the budget has less than one expert for each layer.
+    Raises ValueError if the budget is less than one expert per layer.
     """
     layers = len(similarity)
     if budget < layers:
@@ -78,7 +79,7 @@ def propose_experts(similarity: Sequence[float], budget: int) -> list[int]:
     inverse = [1 / max(value, LEAST_SIMILARITY) for value in similarity]
     counts = [0] * layers
     open_layers = list(range(layers))
-    # Layers whose share is below one get one; what that costs comes from the shares of the others.
+    # Layers whose share is below one get one, at the expense of the others.
     while True:
         left = budget - sum(counts[layer] for layer in range(layers) if layer not in open_layers)
         weight = sum(inverse[layer] for layer in open_layers)
@@ -97,7 +98,7 @@ def propose_experts(similarity: Sequence[float], budget: int) -> list[int]:
     return counts
 
 
-def _summing(sums: list[Tensor]):  # noqa: ANN202
+def _summing(sums: list[Tensor]) -> Callable[..., None]:
     def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         sums.append(inputs[0].float().flatten(0, -2).sum(0))
 

@@ -1,17 +1,18 @@
-"""Mixtures whose layers hold different numbers of experts: the stock MoE classes with a count for each layer.
+"""Mixtures with a different number of experts per layer: the stock MoE classes with a count for each layer.
 
-Mixtral, Qwen2Moe and Qwen3Moe have one `num_local_experts` for all layers, and no exact way to leave places of a layer
-empty: a router row without a bias cannot keep an expert out of the top K for every input (models/mixture/extend_again.py says why). So
-LayerMoE's lists (docs/methods.md 2.7) train in these classes of ours. Everything but the counts is stock, and so are the tensor names
-in the files. Price: only this package opens the checkpoints (`import eclectus.models` registers the classes); no server does.
+Mixtral, Qwen2Moe and Qwen3Moe have one `num_local_experts` for all layers, and unused experts cannot be masked exactly:
+a router row without a bias cannot keep an expert out of the top K for every input (see models/mixture/extend_again.py).
+So the layouts of LayerMoE (docs/methods.md 2.7) need these classes. Apart from the counts they are stock, and tensor
+names in the files are too. Cost: only this package loads the checkpoints (`import eclectus.models` registers the
+classes); no server does.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,16 +28,27 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 
 from eclectus.models.mixture.families import LAYERED
 
+# The stock class is a later base of each class below; type checkers see its members through PreTrainedModel.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Base
+else:
+    _Base = object
 
-class _Layered:
-    """What the three classes share; stands before the stock class."""
+
+class _Layered(_Base):
+    """The common part of the three classes."""
+
+    # From the stock class.
+    model: Any
+    lm_head: nn.Linear
+    vocab_size: int
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         counts = config.experts_per_layer
         if not isinstance(counts, list | tuple) or len(counts) != config.num_hidden_layers:
             raise ValueError(
-                f"experts_per_layer is {counts!r} for {config.num_hidden_layers} layers; give one number of experts each"
+                f"experts_per_layer is {counts!r} for {config.num_hidden_layers} layers; give one number per layer"
             )
         for layer, count in zip(self.model.layers, counts, strict=True):
             own = copy.copy(config)
@@ -47,8 +59,9 @@ class _Layered:
     def forward(
         self, input_ids: Tensor | None = None, labels: Tensor | None = None, logits_to_keep: int = 0, **kwargs: Any
     ) -> MoeCausalLMOutputWithPast:
-        """As the stock class, without its auxiliary loss, which is defined for one number of experts only."""
+        """As in the stock class, without its auxiliary loss, which is defined for equal numbers of experts only."""
         outputs: MoeModelOutputWithPast = self.model(input_ids=input_ids, **kwargs)
+        assert outputs.last_hidden_state is not None  # optional only in the type of transformers' output
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep if logits_to_keep else None :])
         loss = None
         if labels is not None:
@@ -85,22 +98,22 @@ class LayeredQwen3MoeConfig(Qwen3MoeConfig):
 
 
 class LayeredMixtralForCausalLM(_Layered, MixtralForCausalLM):
-    config_class: ClassVar = LayeredMixtralConfig
+    config_class = LayeredMixtralConfig
 
 
 class LayeredQwen2MoeForCausalLM(_Layered, Qwen2MoeForCausalLM):
-    config_class: ClassVar = LayeredQwen2MoeConfig
+    config_class = LayeredQwen2MoeConfig
 
 
 class LayeredQwen3MoeForCausalLM(_Layered, Qwen3MoeForCausalLM):
-    config_class: ClassVar = LayeredQwen3MoeConfig
+    config_class = LayeredQwen3MoeConfig
 
 
 for _model in (LayeredMixtralForCausalLM, LayeredQwen2MoeForCausalLM, LayeredQwen3MoeForCausalLM):
     _type = _model.config_class.model_type
     AutoConfig.register(_type, _model.config_class, exist_ok=True)
     AutoModelForCausalLM.register(_model.config_class, _model, exist_ok=True)
-    # Files hold one tensor an expert and matrix; the stock rule that stacks them serves here too.
+    # Files hold one tensor per expert and matrix; the stock rule that stacks them applies here too.
     register_checkpoint_conversion_mapping(
         _type, get_checkpoint_conversion_mapping(_type.removeprefix(LAYERED)), overwrite=True
     )

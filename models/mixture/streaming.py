@@ -1,8 +1,10 @@
-"""Logits of a checkpoint too large to load: the stock model, with one layer's weights in memory at a time.
+"""Logits of a checkpoint too large for memory: the stock model, with one layer's weights loaded at a time.
 
-The model is built without weights; before a layer runs its weights are read and stacked as transformers 5 stacks them,
-and after it they are dropped. Memory is one layer in fp32, time is one pass over the files.
+The model is built without weights. Before a layer runs, its weights are read and stacked as in transformers 5; after it
+they are dropped. Cost: memory for one layer in fp32, one pass over the files.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ def streamed_logits(
 ) -> Tensor:
     """Logits `[n, length, vocabulary]` in fp32 of a dense or an upcycled checkpoint on tokens `[n, length]`.
 
-    only_expert: sends every token to that expert with weight 1, whatever the router says.
+    only_expert: send every token to that expert with weight 1 instead of routing.
     """
     with torch.device("meta"):
         how = {"experts_implementation": "eager"} if misaligned(config) else {}
@@ -40,13 +42,13 @@ def streamed_logits(
 
 
 def misaligned(config: PretrainedConfig) -> bool:
-    """Whether rows of this model's matrices start off the 16 bytes that grouped matrix products ask for, in bf16."""
+    """Whether rows of this model's matrices are not aligned to 16 bytes in bf16, as grouped matrix products require."""
     return any(width % 8 for width in (config.hidden_size, config.intermediate_size))
 
 
-def _loader(source: TensorSource, family: Family, prefix: str):  # noqa: ANN202
-    def load(module: nn.Module, _: tuple) -> None:
-        for name in [name for name, _ in module.named_parameters()]:
+def _loader(source: TensorSource, family: Family, prefix: str) -> Callable[..., None]:
+    def load(module: nn.Module, inputs: tuple) -> None:
+        for name in dict(module.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             value = read_parameter(source, family, prefix + name, module.get_parameter(name).shape[0])
             setattr(module.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
@@ -59,7 +61,7 @@ def _drop_weights(module: nn.Module, _: tuple, __: object) -> None:
 
 
 def read_parameter(source: TensorSource, family: Family, name: str, rows: int) -> Tensor:
-    """A module's parameter in fp32, read from checkpoint files; experts are stacked to `[experts, ...]`."""
+    """A module's parameter in fp32, read from checkpoint files; experts are stacked as `[experts, ...]`."""
     owner, _, leaf = name.rpartition(".")
     if not owner.endswith(".mlp.experts"):
         stored = name if name in source.specs else family.stored_name(name)
@@ -73,12 +75,12 @@ def read_parameter(source: TensorSource, family: Family, name: str, rows: int) -
     return torch.stack(stacked)
 
 
-def _forced(expert: int):  # noqa: ANN202
+def _forced(expert: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     def force(_: nn.Module, __: tuple, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, indices = output
         only = torch.zeros_like(weights)
         only[:, 0] = 1.0
-        # The other choices carry weight 0; they must still differ for servers that ask for distinct experts.
+        # The other choices have weight 0, but must differ: some kernels require distinct experts.
         order = (torch.arange(indices.shape[1]) + expert) % logits.shape[1]
         return logits, only, order.expand_as(indices).contiguous()
 

@@ -1,18 +1,18 @@
-"""Upcycling: a dense checkpoint becomes a mixture of experts that computes the same function (docs/methods.md 2.1, 2.7).
+"""Upcycling: converts a dense checkpoint to a mixture of experts with equal logits (docs/methods.md 2.1, 2.7).
 
     expert 0 = the base's FFN;  experts 1..E-1 = copies of it;  a router, hidden x E, Xavier normal
     y = sum over the top K of  G_i / (sum of the top K's G) * E_i(x)
 
 All chosen experts equal the base's FFN and their weights add up to 1, so the result is the base's for *any* router.
-That is not taken on trust: before the result gets its name, both checkpoints compute logits on fixed probes, and above
-the tolerance nothing is left. The result is a stock Mixtral, Qwen2Moe or Qwen3Moe checkpoint.
+This is verified: both checkpoints compute logits on fixed probes, and above the tolerance nothing is written. The
+result is a stock Mixtral, Qwen2Moe or Qwen3Moe checkpoint.
 
-Tensors are streamed: memory is one layer, whatever the size of the base; time is one read of the base and E writes of
-its FFN, plus two passes of the probes. (A GGUF base is dequantised by transformers first, and held in memory.)
+Tensors are streamed. Cost: memory for one layer, whatever the size of the base; one read of the base and E writes of
+its FFN, plus two passes over the probes. (A GGUF base is first dequantised by transformers, and held in memory.)
 
-Other starts for the new experts break the equality, on purpose, so that experts differ from the first step: `noise`
-adds Gaussian noise, `drop` redraws a share of each expert's inner dimensions (Drop-Upcycling, arXiv 2502.19261: the
-same ones in all three matrices). For these the proof is that expert 0 alone is the base, with every token sent there.
+Other initialisations of the new experts give up this equality so that experts differ from the first step: `noise` adds
+Gaussian noise, `drop` redraws a share of each expert's inner dimensions (Drop-Upcycling, arXiv 2502.19261: the same
+ones in all three matrices). For these the check sends every token to expert 0, which must equal the base.
 """
 
 import hashlib
@@ -41,36 +41,36 @@ Proof = Literal["as_routed", "expert_0"]
 
 
 class StepZeroError(RuntimeError):
-    """The upcycled checkpoint does not compute what its base computes; nothing was left on disk."""
+    """The new checkpoint does not compute what its base computes; nothing was left on disk."""
 
 
 @dataclass(frozen=True)
 class UpcycleReport:
-    """What was made from what, and the proof that it starts equal; stored beside the weights as upcycle.json."""
+    """The base, the result, and the check that both are equal; stored with the weights as upcycle.json."""
 
     base_model_type: str
     model_type: str
     experts: int
-    """Experts of a layer, the original one included; the most, where layers differ."""
+    """Experts per layer, the original one included; the largest number if layers differ."""
     experts_per_layer: tuple[int, ...] | None
-    """Experts of each layer where they differ, which makes the checkpoint one of models/mixture/layered.py."""
+    """Experts of each layer if they differ; the checkpoint is then one of models/mixture/layered.py."""
     top_k: int
     init: Init
     seed: int
     proof: Proof
     """`as_routed`: the checkpoint as it is; `expert_0`: with every token sent to expert 0 (init noise and drop)."""
     max_abs_delta: float
-    """Largest difference of any logit to the base's, over the probes, in fp32."""
+    """Largest difference of any logit to the base's over the probes, in fp32."""
     as_routed_delta: float
-    """The same with the router in charge; differs from max_abs_delta for init noise and drop only."""
+    """The same with tokens routed by the router; differs from max_abs_delta for init noise and drop only."""
     max_abs_logit: float
     tolerance: float
-    """Share of the largest absolute logit (at least of 1) that max_abs_delta may reach."""
-    probe_shape: tuple[int, int]
+    """Largest allowed max_abs_delta, as a share of the largest absolute logit (at least of 1)."""
+    probe_shape: tuple[int, ...]
     base_digest: str
-    """eclectus.models.mixture.experts.frozen_digest of the base: what every later checkpoint must still contain."""
+    """eclectus.models.mixture.experts.frozen_digest of the base, which every later checkpoint must have too."""
     base_types: dict[str, str]
-    """Types of the base's tensors that are not of its config's dtype, by their names."""
+    """By name, dtypes of the base's tensors that differ from its config's dtype."""
     base_parameters: int
     parameters: int
     notes: tuple[str, ...]
@@ -94,17 +94,18 @@ def upcycle(
     """Writes the upcycled checkpoint of `base_dir` to `out_dir` with tokenizer, generation config and upcycle.json.
 
     base_dir: a checkpoint directory (safetensors, one file or shards), one with one .gguf file, or a .gguf file.
-    out_dir: a directory that does not exist or is empty; it appears whole or not at all.
-    experts: of every layer, the original one included, or one number a layer. Where these differ the result is in a class
-        of ours (models/mixture/layered.py), since the stock ones hold one number for all layers.
-    tolerance: largest difference of a logit to the base's that passes, as a share of the largest absolute logit (at
-        least of 1). fp32 rounding alone gives about 4e-7 in a tiny model and 1.6e-6 in SmolLM2-135M (5e-5 of 34).
-    noise_scale: standard deviation of init "noise", as a share of each matrix's own.
-    drop_ratio: share of inner dimensions that init "drop" redraws; 1 makes new experts random ones of the base's scale.
-    probes: token ids `[n, length]` for the proof; seeded random ones by default.
-    trust_remote_code: run code that the base brings; the proof is then against what that code computes.
+    out_dir: a directory that does not exist or is empty; it is written completely or not at all.
+    experts: number per layer, the original one included; one for all layers or one per layer. If they differ, the
+        result is in one of our classes (models/mixture/layered.py), since the stock ones have one number for all
+        layers.
+    tolerance: largest allowed difference of a logit to the base's, as a share of the largest absolute logit (at least
+        of 1). fp32 rounding alone gives about 4e-7 in a tiny model and 1.6e-6 in SmolLM2-135M (5e-5 of 34).
+    noise_scale: standard deviation of init "noise", relative to each matrix's own.
+    drop_ratio: share of inner dimensions that init "drop" redraws; with 1 new experts are random, on the base's scale.
+    probes: token ids `[n, length]` for the check; seeded random ones by default.
+    trust_remote_code: run code in the base's directory; the check then compares with what that code computes.
     Raises UnsupportedModelError (the base), CheckpointError (its files), ValueError (the settings) before anything is
-    written, StepZeroError when the proof fails.
+    written, StepZeroError if the check fails.
     """
     base_dir, out_dir = Path(base_dir), Path(out_dir)
     _check_settings(init, tolerance, noise_scale, drop_ratio)
@@ -138,7 +139,9 @@ def expert_counts(experts: int | Sequence[int], top_k: int, layers: int) -> list
     """Experts of each layer, from one number or a list. Raises ValueError for numbers that do not fit."""
     counts = [experts] * layers if isinstance(experts, int) else list(experts)
     if len(counts) != layers:
-        raise ValueError(f"experts names {len(counts)} layers, the base has {layers}: give one number, or one a layer")
+        raise ValueError(
+            f"experts names {len(counts)} layers, the base has {layers}: give one number, or one per layer"
+        )
     if min(counts) < 2:
         raise ValueError(f"experts is {min(counts)}: at least 2 are needed in every layer, the original and one new")
     if not 1 <= top_k <= min(counts):
@@ -153,7 +156,7 @@ def _check_space(directory: Path, plan: "_Plan") -> None:
 
 
 class _Plan:
-    """Every tensor of the upcycled checkpoint: its name, type and shape now, its values when asked for."""
+    """Every tensor of the upcycled checkpoint: names, dtypes and shapes, and its values on demand."""
 
     def __init__(
         self, base: DenseBase, experts: list[int], init: Init, seed: int, noise_scale: float, drop_ratio: float
@@ -195,7 +198,7 @@ class _Plan:
                 self._add(spec, "zeros", spec)
 
     def tensor(self, name: str) -> Tensor:
-        """The values of one tensor; the same ones whatever was asked for before."""
+        """The values of one tensor, independent of what was read before."""
         kind, *rest = self._made[name]
         if kind == "base":
             return self._base.tensor(rest[0])
@@ -256,8 +259,8 @@ def _prove(
     scale = max(1.0, expected.abs().max().item())
     if not delta <= tolerance * scale:
         raise StepZeroError(
-            f"the upcycled {base.family.moe} differs from its base by {delta:.3g} in some logit, where "
-            f"{tolerance * scale:.3g} is allowed ({tolerance:g} of the largest logit); nothing was written. A base in an "
+            f"the upcycled {base.family.moe} differs from its base by {delta:.3g} in a logit; "
+            f"{tolerance * scale:.3g} is allowed ({tolerance:g} of the largest), nothing was written. A base in an "
             "unusual configuration is the likely reason; raise the tolerance only if the difference is rounding"
         )
     return UpcycleReport(
@@ -289,7 +292,7 @@ def _odd_types(base: DenseBase) -> dict[str, str]:
 
 
 def _notes(base: DenseBase, plan: _Plan, top_k: int) -> tuple[str, ...]:
-    """What a user of the checkpoint must know, in words."""
+    """Limitations that a user of the checkpoint must know. They are content of upcycle.json: its digest covers them."""
     notes = []
     if top_k == 1:
         notes.append(
@@ -300,13 +303,14 @@ def _notes(base: DenseBase, plan: _Plan, top_k: int) -> tuple[str, ...]:
         notes.append(f"init {plan.init}: equal to the base with every token sent to expert 0, not as routed")
     if len(set(plan.experts)) > 1:
         notes.append(
-            f"layers hold {min(plan.experts)} to {max(plan.experts)} experts, and the stock {base.family.stock_moe} holds one "
-            "number for all: this checkpoint opens with `import eclectus.models` (models/mixture/layered.py), in no server"
+            f"layers hold {min(plan.experts)} to {max(plan.experts)} experts, and the stock {base.family.stock_moe} "
+            "holds one number for all: this checkpoint opens with `import eclectus.models` "
+            "(models/mixture/layered.py), in no server"
         )
     if misaligned(base.config):
         notes.append(
-            "hidden or inner width is no multiple of 8, which grouped matrix products ask for in bf16 (4 in fp32): open it "
-            'with from_pretrained(..., experts_implementation="eager")'
+            "hidden or inner width is no multiple of 8, which grouped matrix products ask for in bf16 (4 in fp32): "
+            'open it with from_pretrained(..., experts_implementation="eager")'
         )
     if len(set(base.config_dict.get("layer_types") or [])) > 1:
         notes.append("some layers have a sliding window and some have not: transformers 4.57 gives it to all of them")
@@ -314,5 +318,5 @@ def _notes(base: DenseBase, plan: _Plan, top_k: int) -> tuple[str, ...]:
 
 
 def _max_delta(ours: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference; a NaN anywhere makes it NaN, which no tolerance admits."""
+    """Largest absolute difference; NaN if there is a NaN anywhere, which no tolerance accepts."""
     return (ours - expected).abs().max().item()

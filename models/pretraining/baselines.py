@@ -1,24 +1,25 @@
-"""What Lory is measured against: Expert Choice, and a top-k mixture out of transformers (docs/methods.md 1.7).
+"""Baselines of Lory: Expert Choice, and a top-k mixture of transformers (docs/methods.md 1.7).
 
-Expert Choice (Zhou et al., arXiv 2202.09368): an expert takes the tokens that suit it best, so that all are equally loaded.
+Expert Choice (Zhou et al., arXiv 2202.09368): every expert takes its best tokens, so that all have equal load.
 
     S = softmax(x W)                      [n, E] over the n tokens of a batch
-    expert e takes its n c / E best       c: capacity, 1 for as many FFN passes as the dense twin makes
+    expert e takes its n c / E best       c: capacity, 1 for as many FFN passes as in the dense twin
     y = sum over the experts that took x of  E S[x, e] FFN_e(x)
 
-It is NOT causal: whether a token is taken depends on later tokens, and on other rows. `calibrate` replaces "its best" by a
-fixed threshold for each expert, the mean of where training drew the line: causal, at about the same load. A unit of T > 1 tokens
-makes it the paper's segment-level Expert Choice, routed by the segment before, as Lory is. The factor E keeps a model
-that starts from copies of one dense FFN near the dense one; it is a constant scale of the down projections.
+It is NOT causal: whether a token is taken depends on later tokens and on other rows. `calibrate` replaces the choice by
+a fixed threshold per expert, the mean of the lowest scores that were taken in training: causal, at about the same load.
+A unit of T > 1 tokens gives the paper's segment-level Expert Choice, routed by the previous segment, as in Lory. The
+factor E keeps a model that starts from copies of one dense FFN near the dense one; it is a constant scale of the down
+projections.
 
-Top-k: transformers' Mixtral with G copies of the dense FFN, each cut into K narrower experts; a token takes the K best of
-G K experts, the width of one dense FFN. With routers equal across the K cuts the start equals the dense model exactly
-(virtual groups, arXiv 2410.07524).
+Top-k: transformers' Mixtral with G copies of the dense FFN, each cut into K narrower experts; a token takes the K best
+of G K experts, together as wide as one dense FFN. With routers equal across the K cuts the start equals the dense model
+exactly (virtual groups, arXiv 2410.07524).
 
 Both start from a dense model; prefix routing is LoryConfig(routing="prefix"), the dense twin a LlamaForCausalLM.
-Price: a dense step and the gathering of tokens; G or E times the FFN's parameters.
+Cost: a dense step and the gathering of tokens; G or E times the FFN's parameters.
 
-Shapes: B rows, L tokens, T tokens a unit, U units of a batch, D width, F FFN width, E experts.
+Shapes: B rows, L tokens, T tokens per unit, U units per batch, D width, F FFN width, E experts.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ SELECTIONS = ("batch", "threshold")
 
 
 class ExpertChoiceConfig(LlamaConfig):
-    """LLaMA's configuration and that of Expert Choice.
+    """LLaMA's configuration, plus that of Expert Choice.
 
     Args:
-        num_experts: E, expert FFNs in a layer.
-        capacity: FFN passes for each token on average, over all experts.
+        num_experts: E, expert FFNs per layer.
+        capacity: average number of experts per token.
         segment_length: T, tokens that are taken together; 1 is token-level.
-        selection: "batch", as it is trained (looks ahead), or "threshold", as `calibrate` sets it (causal).
+        selection: "batch", as in training (looks ahead), or "threshold", as set by `calibrate` (causal).
         router_initializer_range: standard deviation of the routers' initial weights.
     """
 
@@ -79,7 +80,7 @@ class ExpertChoiceConfig(LlamaConfig):
 
 
 class ExpertChoiceRouter(nn.Linear):
-    """Router logits of units' mean hidden states, in fp32 at least."""
+    """Router logits of the units' mean hidden states, in at least fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., E]`."""
@@ -89,7 +90,9 @@ class ExpertChoiceRouter(nn.Linear):
 
 
 class ExpertChoiceFFN(nn.Module):
-    """E expert FFNs in Lory's layout `[E, 3F, D]` and the router by which they choose."""
+    """E expert FFNs in Lory's layout `[E, 3F, D]` and their router."""
+
+    threshold: Tensor
 
     def __init__(self, config: ExpertChoiceConfig) -> None:
         super().__init__()
@@ -101,7 +104,7 @@ class ExpertChoiceFFN(nn.Module):
         self.cutoffs: list[Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, L, D]` to `[B, L, D]`; tokens that no expert takes get 0."""
+        """`[B, L, D]` to `[B, L, D]`; 0 for tokens that no expert takes."""
         rows, length, width = x.shape
         unit = min(self.config.segment_length, length)
         x_UTD = F.pad(x, (0, 0, 0, -length % unit)).view(rows, -1, unit, width)
@@ -125,7 +128,7 @@ class ExpertChoiceFFN(nn.Module):
         return y.new_zeros(units, tokens * width).index_add(0, taken_EK.flatten(), y).view(x.shape)
 
     def _by_threshold(self, x: Tensor, scores: Tensor) -> Tensor:
-        """As `_by_batch`, but a unit is taken wherever its score reaches the threshold; every expert computes everything."""
+        """As `_by_batch`, but an expert takes all units whose score reaches its threshold; it computes all of them."""
         weights = torch.where(scores >= self.threshold, scores, 0.0) * scores.shape[1]
         each = [
             apply_merged(x.flatten(0, 1).unsqueeze(0), self.experts[e : e + 1]).view(x.shape)
@@ -168,14 +171,15 @@ class ExpertChoiceForCausalLM(LlamaForCausalLM):
                 hook.remove()
         length = output.logits.shape[1]
         unit = min(self.config.segment_length, length)
-        told = [each.repeat_interleave(unit, dim=1)[:, :length].flatten(0, 1) for each in logits]
-        return MoeCausalLMOutputWithPast(**output, router_logits=tuple(told) if told else None)
+        by_token = tuple(each.repeat_interleave(unit, dim=1)[:, :length].flatten(0, 1) for each in logits)
+        # transformers writes tuple[Tensor] for a tuple of any length.
+        return MoeCausalLMOutputWithPast(**output, router_logits=by_token or None)  # type: ignore[arg-type]
 
     @classmethod
     def from_dense(
         cls, llama: LlamaForCausalLM, num_experts: int = 8, segment_length: int = 1, seed: int = 0, **config: Any
     ) -> ExpertChoiceForCausalLM:
-        """Every expert a copy of the dense FFN. config: further fields of ExpertChoiceConfig."""
+        """A model whose experts are copies of the dense FFN. config: other fields of ExpertChoiceConfig."""
         fields = {name: value for name, value in llama.config.to_dict().items() if name != "model_type"}
         fields |= {"num_experts": num_experts, "segment_length": segment_length, **config}
         model = cls(ExpertChoiceConfig(**fields))
@@ -187,9 +191,9 @@ class ExpertChoiceForCausalLM(LlamaForCausalLM):
 
 @torch.no_grad()
 def calibrate(model: ExpertChoiceForCausalLM, batches: Iterable[Tensor]) -> None:
-    """Sets every expert's threshold to its mean cut-off over batches of tokens `[B, L]`, and the selection to "threshold".
+    """Sets every expert's threshold to its mean cut-off over batches of tokens `[B, L]`; selection becomes "threshold".
 
-    Take training batches of the size that the model was trained with.
+    The batches should be training batches of the size used in training. Raises ValueError without any.
     """
     layers = [layer.mlp for layer in model.model.layers]
     model.config.selection = "batch"
@@ -213,16 +217,18 @@ def top_k_from_dense(
     balance: float = 0.01,
     seed: int = 0,
 ) -> MixtralForCausalLM:
-    """A Mixtral of `copies * top_k` experts, each 1/top_k of the dense FFN wide, whose logits are the dense model's.
+    """A Mixtral of `copies * top_k` experts, each 1/top_k of the dense FFN wide, with the dense model's logits.
 
-    balance: coefficient of transformers' own load-balancing loss. Raises ValueError when the FFN's width cannot be cut evenly.
+    balance: coefficient of transformers' own load-balancing loss. Raises ValueError if top_k does not divide the FFN's
+    width.
     """
     dense = llama.config
     if dense.intermediate_size % top_k:
         raise ValueError(f"the FFN is {dense.intermediate_size} wide, which top_k {top_k} does not divide.")
     same = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim rms_norm_eps rope_parameters "
-        "max_position_embeddings tie_word_embeddings initializer_range bos_token_id eos_token_id pad_token_id"
+        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim rms_norm_eps "
+        "rope_parameters max_position_embeddings tie_word_embeddings initializer_range bos_token_id eos_token_id "
+        "pad_token_id"
     )
     config = MixtralConfig(
         **{name: getattr(dense, name) for name in same.split()},
@@ -240,9 +246,10 @@ def top_k_from_dense(
 
 
 def top_k_moments(moments: Mapping[str, Tensor], copies: int, top_k: int) -> dict[str, Tensor]:
-    """AdamW's moments of a dense model for what `top_k_from_dense` makes of it.
+    """AdamW's moments of a dense model, converted for the result of `top_k_from_dense`.
 
-    An expert sees 1/copies of the tokens; its down projection is top_k times as large and its gradient as much smaller.
+    An expert sees 1/copies of the tokens; its down projection is top_k times as large, its gradient top_k times
+    smaller.
     """
     cut: dict[str, Tensor] = {}
     for what, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
@@ -257,12 +264,13 @@ def top_k_moments(moments: Mapping[str, Tensor], copies: int, top_k: int) -> dic
 def _cut_experts(
     dense: Mapping[str, Tensor], copies: int, top_k: int, gate_up_scale: float, down_scale: float
 ) -> dict[str, Tensor]:
-    """Tensors under LLaMA's names to Mixtral's: expert `k * copies + g` is the k-th cut of copy g."""
+    """From tensors by LLaMA's names to those by Mixtral's: expert `k * copies + g` is the k-th cut of copy g."""
     state = {name: value.clone() for name, value in dense.items() if ".mlp." not in name}
     for layer in range(sum(name.endswith(".mlp.gate_proj.weight") for name in dense)):
         gate, up, down = (dense[name] for name in dense_ffn_names(layer))
         fill = _aligned(len(gate) // top_k) - len(gate) // top_k
-        gates, ups = ([F.pad(cut, (0, 0, 0, fill)) for cut in whole.chunk(top_k)] for whole in (gate, up))
+        gates = [F.pad(cut, (0, 0, 0, fill)) for cut in gate.chunk(top_k)]
+        ups = [F.pad(cut, (0, 0, 0, fill)) for cut in up.chunk(top_k)]
         downs = [F.pad(cut, (0, fill)) for cut in down.chunk(top_k, dim=1)]
         cuts = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
         experts = f"model.layers.{layer}.mlp.experts"
@@ -272,9 +280,9 @@ def _cut_experts(
 
 
 def _aligned(width: int) -> int:
-    """A width whose rows start at multiples of 16 bytes in bf16 too: transformers' grouped kernel refuses others.
+    """The next width whose rows start at multiples of 16 bytes in bf16, which transformers' grouped kernel requires.
 
-    What is filled up has zero weights and zero gradients, and so stays zero.
+    The padding has zero weights and zero gradients, so it stays zero.
     """
     return -(-width // 8) * 8
 
@@ -299,10 +307,11 @@ def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.tie_weights()
 
 
-def masked_experts(self: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """transformers' experts on all tokens, with weight 0 where a token did not choose: hidden `[n, D]`, the others `[n, K]`.
+def masked_experts(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """All experts on all tokens, with weight 0 for experts that a token did not choose.
 
-    E/K times the arithmetic, and no wait for a GPU: faster than a loop over experts while the experts are small.
+    self: an experts module of transformers. hidden `[n, D]`; top_k_index, top_k_weights `[n, K]`. E/K times the FLOPs,
+    but no wait for the GPU: faster than a loop over experts if the experts are small.
     """
     weights_nE = hidden.new_zeros(len(hidden), self.num_experts, dtype=top_k_weights.dtype)
     weights_nE = weights_nE.scatter(1, top_k_index, top_k_weights)

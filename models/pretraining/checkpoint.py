@@ -1,4 +1,4 @@
-"""Checkpoints on disk: a transformers model directory with its tokenizer, and AdamW's moments where they are kept."""
+"""Checkpoints on disk: a transformers model directory with its tokenizer and, optionally, AdamW's moments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eclectus.models.lory.model import expand_dense_tensors
-from eclectus.models.training.parallel import gather
+from eclectus.models.training.parallel import gather_model
 from eclectus.models.training.process import Process
 from eclectus.models.training.resume import whole_tensors
 
@@ -17,12 +17,13 @@ from eclectus.models.training.resume import whole_tensors
 def save_model(
     model: Any, tokenizer: Any, out: Path, moments: dict[str, torch.Tensor] | None, moments_name: str, process: Process
 ) -> None:
-    """Writes model (safetensors), config, tokenizer and, if given, AdamW's moments into `out`. All processes must call it.
+    """Writes model (safetensors), config, tokenizer and, if given, AdamW's moments to `out`. All processes must call
+    it.
 
-    A sharded model is made whole on the leading process, which writes; it can train no more.
+    A sharded model is collected on rank 0, which writes it; it cannot be trained further.
     """
     full = whole_tensors(moments or {}, process)
-    gather(model, process)
+    gather_model(model, process)
     if process.is_main:
         model.eval().save_pretrained(out)
         tokenizer.save_pretrained(out)
@@ -34,11 +35,11 @@ def save_model(
 def duplicated_moments(
     moments: dict[str, torch.Tensor], experts: int, share: float | None = None
 ) -> dict[str, torch.Tensor]:
-    """AdamW's moments of a dense model for the Lory model that `LoryForCausalLM.from_dense` makes of it.
+    """AdamW's moments of a dense model, converted for the result of `LoryForCausalLM.from_dense`.
 
-    share: of the dense gradient that a copy sees, 1/E where all are weighted alike (the default). Its first moment is
-    multiplied by it and its second by its square, so that its next step has the size of the dense model's. Routers start from
-    zero moments. The copies are views of one tensor, to be read only: `eclectus.models.training.loop` makes its own of them.
+    share: the share of the dense gradient that a copy sees, by default 1/E, for equal weights. The first moment is
+    multiplied by it and the second by its square, so that the next step has the size of the dense model's. Routers
+    start from zero moments. The copies are read-only views of one tensor, which `eclectus.models.training.loop` copies.
     """
     share = 1 / experts if share is None else share
     duplicated: dict[str, torch.Tensor] = {}
@@ -53,5 +54,5 @@ def duplicated_moments(
 
 
 def load_moments_file(path: str | None) -> dict[str, torch.Tensor]:
-    """AdamW's moments as `eclectus.models.training.loop.read_moments` gives them; empty without a file."""
+    """AdamW's moments in the form of `eclectus.models.training.optimizer.read_moments`; empty without a file."""
     return load_file(path) if path else {}

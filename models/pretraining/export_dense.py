@@ -1,11 +1,11 @@
-"""Write a Lory model as a stock dense LLaMA for one prompt, domain or language (docs/methods.md 1.4).
+"""Exports a Lory model as a stock dense LLaMA for one prompt, domain or language (docs/methods.md 1.4).
 
-With the weights fixed, every layer's experts are one merged FFN, which is an ordinary LlamaMLP: any server can run it, at
-the dense model's cost. Its logits are those of prompt-only routing with the same weights.
+With fixed routing weights, every layer's experts are one merged FFN, which is an ordinary LlamaMLP: any server can run
+it, at the dense model's cost. Its logits are those of prompt-only routing with the same weights.
 
     model = LoryForCausalLM.from_pretrained("home/artifacts/checkpoint/...")
-    export_dense(model, "legal-dense", domain="legal")                 as `eclectus pretrain` measured it (or language=)
-    export_dense(model, "mine-dense", prompt="What the text begins with")
+    export_dense(model, "legal-dense", domain="legal")                 measured by `eclectus pretrain` (or language=)
+    export_dense(model, "mine-dense", prompt="The beginning of the text")
     export_dense(model, "arxiv-dense", weights=mean_routing_weights(model, batches_of_one_domain))
 """
 
@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from eclectus.models.pretraining.routing_profiles import read_profile
 
 @torch.no_grad()
 def prompt_routing_weights(model: LoryForCausalLM, prompt_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Prompt-only routing's weights `[layers, B, E]` for prompts `[B, L]`; padding on either side is masked."""
+    """The weights `[layers, B, E]` of prompt-only routing for prompts `[B, L]`; padding on either side is masked."""
     _check_routed(model)
     outputs = model.model(
         prompt_ids.to(model.device),
@@ -41,14 +42,14 @@ def prompt_routing_weights(model: LoryForCausalLM, prompt_ids: Tensor, attention
 
 @torch.no_grad()
 def mean_routing_weights(model: LoryForCausalLM, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> Tensor:
-    """Mean routing weights `[layers, E]` over token batches, say of one domain or language.
+    """Mean routing weights `[layers, E]` over token batches, for example of one domain or language.
 
     Args:
         model: with a router, that is E > 1.
-        batches: `[B, L]` token ids, or mappings with `input_ids` and possibly `attention_mask`. Each segment counts by
-            its real tokens.
+        batches: `[B, L]` token ids, or mappings with `input_ids` and possibly `attention_mask`. Each segment is
+            weighted by its real tokens.
 
-    Raises ValueError when there is no token at all.
+    Raises ValueError if there are no tokens.
     """
     _check_routed(model)
     total = torch.zeros(model.config.num_hidden_layers, model.config.num_experts, dtype=torch.float64)
@@ -78,24 +79,22 @@ def export_dense(
     prompt_ids: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> LlamaForCausalLM:
-    """Write a stock LlamaForCausalLM with every layer's experts merged, and return it.
+    """Writes a stock LlamaForCausalLM with every layer's experts merged, and returns it.
 
     Args:
-        model: the Lory model; left as it is.
-        out_dir: directory to write, in safetensors, with the model's tokenizer where its folder has one.
-        domain, language: merge by the mean routing of this part of the training data, read from the folder that the model
-            was loaded from (models/pretraining/routing_profiles.py).
-        prompt: merge by this text, in the tokens of the tokenizer in that folder.
+        model: the Lory model; not changed.
+        out_dir: directory to write safetensors and, if the model's folder has one, the tokenizer to.
+        domain, language: merge by the mean routing of this part of the training data, stored in the folder that the
+            model was loaded from (models/pretraining/routing_profiles.py).
+        prompt: merge by this text, encoded with the tokenizer in that folder.
         prompt_ids: `[1, L]`: merge by these tokens.
-        weights: `[layers, E]` (or `[layers, 1, E]`): merge by these.
+        weights: `[layers, E]` (or `[layers, 1, E]`): merge by these weights.
 
-    Exactly one of the five is given, unless the model is dense already; ValueError otherwise, or when the folder lacks
-    what is asked for. The directory loads in transformers 4 and 5: its config.json carries the rotary settings under both
+    Exactly one of the five is given, unless the model is dense already. Raises ValueError otherwise, and if the folder
+    lacks what is asked for. The directory loads in transformers 4 and 5: config.json has the rotary settings under both
     names.
     """
-    weights = _choose_weights(
-        model, domain=domain, language=language, prompt=prompt, prompt_ids=prompt_ids, weights=weights
-    )
+    weights = _choose_weights(model, domain, language, prompt, prompt_ids, weights)
     fields = model.config.to_dict()
     own = set(LoryConfig().to_dict()) - set(LlamaConfig().to_dict())
     fields = {key: value for key, value in fields.items() if key not in own | {"model_type", "auto_map"}}
@@ -118,31 +117,40 @@ def export_dense(
     return llama
 
 
-def _choose_weights(model: LoryForCausalLM, **given: str | Tensor | None) -> Tensor:
+def _choose_weights(
+    model: LoryForCausalLM,
+    domain: str | None,
+    language: str | None,
+    prompt: str | None,
+    prompt_ids: Tensor | None,
+    weights: Tensor | None,
+) -> Tensor:
     """The weights `[layers, E]` to merge by."""
+    given = {"domain": domain, "language": language, "prompt": prompt, "prompt_ids": prompt_ids, "weights": weights}
     config = model.config
     if config.num_experts == 1 or config.routing == "dense":
         first = torch.zeros(config.num_hidden_layers, config.num_experts)
         first[:, 0] = 1
         return first
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) != 1:
         raise ValueError(
             f"export_dense needs one of {', '.join(given)} to merge the experts by, but got "
             f"{' and '.join(chosen) or 'none'}; give exactly one."
         )
-    ((by, value),) = chosen.items()
-    if by == "prompt":
-        by, value = "prompt_ids", _tokens_of(model, value)
-    if by == "prompt_ids":
-        weights = prompt_routing_weights(model, value)
-    else:
-        weights = value if by == "weights" else read_profile(_folder_of(model), by, value)
+    if prompt is not None:
+        prompt_ids = _tokens_of(model, prompt)
+    if prompt_ids is not None:
+        weights = prompt_routing_weights(model, prompt_ids)
+    elif domain is not None:
+        weights = read_profile(_folder_of(model), "domain", domain)
+    elif language is not None:
+        weights = read_profile(_folder_of(model), "language", language)
     rows = check_expert_weights(config, weights)
+    assert rows is not None
     if rows.shape[1] != 1:
         raise ValueError(
-            f"export_dense merges by one set of weights a layer, but got {rows.shape[1]}; give one prompt, or one of "
-            "them."
+            f"export_dense merges by one set of weights per layer, but got {rows.shape[1]}; give one prompt or set."
         )
     return rows[:, 0]
 
@@ -150,7 +158,7 @@ def _choose_weights(model: LoryForCausalLM, **given: str | Tensor | None) -> Ten
 def _folder_of(model: LoryForCausalLM) -> Path:
     if not model.name_or_path:
         raise ValueError(
-            "This model was not loaded from a folder, so nothing is known of its data or its tokenizer; load it with "
+            "This model was not loaded from a folder, so its data and tokenizer are unknown; load it with "
             "from_pretrained, or give prompt_ids or weights."
         )
     return Path(model.name_or_path)
@@ -159,7 +167,7 @@ def _folder_of(model: LoryForCausalLM) -> Path:
 def _tokens_of(model: LoryForCausalLM, prompt: str) -> Tensor:
     folder = _folder_of(model)
     if not _tokenizer_files(folder):
-        raise ValueError(f"{folder} has no tokenizer to read the prompt with; give prompt_ids.")
+        raise ValueError(f"{folder} has no tokenizer to encode the prompt with; give prompt_ids.")
     ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise ValueError("The prompt has no token; give a text to merge the experts by.")
@@ -174,14 +182,15 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 def _check_routed(model: LoryForCausalLM) -> None:
     if model.config.num_experts == 1 or model.config.routing == "dense":
         raise ValueError(
-            f"This model has no routing to look at: num_experts is {model.config.num_experts}, routing is "
+            f"This model has no routing: num_experts is {model.config.num_experts}, routing is "
             f"{model.config.routing!r}."
         )
 
 
 def _write_both_rope_forms(path: Path, config: LlamaConfig) -> None:
     """transformers 4 reads `rope_theta` and `rope_scaling` where 5 writes `rope_parameters`."""
-    rope = dict(config.rope_parameters)
+    # Every config that transformers 5 has built has rotary parameters, though their type is optional.
+    rope = dict(cast(dict[str, Any], config.rope_parameters))
     written = json.loads(path.read_text())
     written["rope_theta"] = rope.pop("rope_theta")
     written["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope

@@ -1,10 +1,10 @@
-"""How a trained Lory model routes what it was trained on, by domain and language: what `export_dense` merges experts by.
+"""Mean routing of a trained Lory model on its training data, by domain and language; `export_dense` merges by it.
 
-    profile of a domain = mean over its tokens of the routing weights that their own segment asks for     [layers, E]
+    profile of a domain = mean over its tokens of the routing weights from their own segment     [layers, E]
 
-The profiles lie beside the weights, in `routing_weights.json`:
-{"domain": {"legal": [[...E], ...layers]}, "language": {...}}. Price: a forward pass over at most INSTANCES_EACH instances
-for each domain and language.
+The profiles are stored with the weights, in `routing_weights.json`:
+{"domain": {"legal": [[...E], ...layers]}, "language": {...}}. Cost: a forward pass over at most INSTANCES_EACH
+instances per domain and language.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Profiles = dict[str, dict[str, list[list[float]]]]
 
 @torch.no_grad()
 def routing_profiles(model: LoryForCausalLM, instances: Instances, micro_batch: int, process: Process) -> Profiles:
-    """Mean routing weights by domain and by language; all processes must call it, and all get the same."""
+    """Mean routing weights by domain and by language. All processes must call it, and get the same result."""
     model.eval()
     names = {"domain": instances.domains, "language": instances.languages}
     chosen = _spread(instances)
-    # Sharded models work in step: every process reads equally many, the last ones again for no weight.
+    # A sharded model needs equally many forward passes in all processes; repeated rows have weight 0.
     each_reads = -(-len(chosen) // process.world)
     rows = np.resize(chosen, each_reads * process.world)[process.rank :: process.world]
     counted = torch.arange(process.rank, each_reads * process.world, process.world) < len(chosen)
@@ -66,17 +66,17 @@ def write_profiles(folder: Path, profiles: Profiles) -> None:
 
 
 def read_profile(folder: Path, kind: str, name: str) -> Tensor:
-    """The weights `[layers, E]` of one domain or language. Raises ValueError naming what there is."""
+    """The weights `[layers, E]` of one domain or language. Raises ValueError naming the existing ones."""
     path = folder / ROUTING_FILE
     try:
         profiles = json.loads(path.read_text())[kind]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder} has no routing weights by {kind} ({type(error).__name__}: {error}); {ROUTING_FILE} is written by "
-            "`eclectus pretrain`; merge by a prompt, or by weights of your own (mean_routing_weights)."
+            f"{folder} has no routing weights by {kind} ({type(error).__name__}: {error}); {ROUTING_FILE} is from "
+            "`eclectus pretrain`; merge by a prompt, or by your own weights (mean_routing_weights)."
         ) from error
     if name not in profiles:
-        raise ValueError(f"{path} knows no {kind} {name!r}; it knows {', '.join(sorted(profiles)) or 'none'}.")
+        raise ValueError(f"{path} has no {kind} {name!r}; it has {', '.join(sorted(profiles)) or 'none'}.")
     return torch.tensor(profiles[name])
 
 
@@ -84,7 +84,7 @@ def _counts(batch: Batch, names: dict[str, list[str]], unit: int) -> dict[str, T
     """Tokens of each domain and language in each segment, `[B, N, C]`."""
     counts = {}
     for kind, labels in (("domain", batch.domains), ("language", batch.languages)):
-        # Label -1, padding, becomes class 0 and is cut off.
+        # Padding, label -1, becomes class 0 and is dropped.
         each = F.one_hot(labels + 1, len(names[kind]) + 1)[..., 1:].double()
         each = F.pad(each, (0, 0, 0, -each.shape[1] % unit))
         counts[kind] = each.view(len(each), -1, unit, each.shape[-1]).sum(2)
@@ -92,7 +92,7 @@ def _counts(batch: Batch, names: dict[str, list[str]], unit: int) -> dict[str, T
 
 
 def _spread(instances: Instances) -> np.ndarray:
-    """Instances that hold every domain and language, spread evenly over each, in ascending order."""
+    """Instances with every domain and language, spaced evenly over each, in ascending order."""
     chosen: set[int] = set()
     rows = np.asarray(instances.spans[:, 0]) // instances.length
     for column in (3, 4):

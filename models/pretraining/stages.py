@@ -1,12 +1,12 @@
-"""The models of pre-training, made out of a dense one: Lory and what it is measured against, each with its objective.
+"""The models of pre-training, made from a dense one: Lory and its baselines, each with its objective.
 
-    dense            the twin, as it is
-    lory             LoryForCausalLM, FFNs duplicated into E experts, routing as configured         (docs/methods.md 1.2)
-    expert_choice    token-level Expert Choice of E experts, capacity 1                              (docs/methods.md 1.7)
-    top_k            transformers' Mixtral of E K experts, each 1/K of the dense FFN wide            (models/pretraining/baselines.py)
+    dense            the dense twin, unchanged
+    lory             LoryForCausalLM, FFNs copied into E experts, routing as configured      docs/methods.md 1.2
+    expert_choice    token-level Expert Choice of E experts, capacity 1                      docs/methods.md 1.7
+    top_k            transformers' Mixtral of E K experts, each 1/K of the dense FFN wide    pretraining/baselines.py
 
-All have the dense model's active size, so that stages of equal steps see equal tokens and FLOPs. AdamW's moments go with the
-weights: an expert that sees 1/E of the dense gradient gets 1/E of the first moment and 1/E^2 of the second.
+All have the dense model's active size, so that stages of equal steps see equal tokens and FLOPs. AdamW's moments are
+carried over: an expert that sees 1/E of the dense gradient gets 1/E of the first moment and 1/E^2 of the second.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ CALIBRATION_STEPS = 20
 def lory_from_dense(
     dense: LlamaForCausalLM, moments: dict[str, torch.Tensor], domains: Sequence[str], experts: int, **config: Any
 ) -> tuple[LoryForCausalLM, dict[str, torch.Tensor], Objective]:
-    """(model, moments, objective). config: further arguments of `LoryForCausalLM.from_dense`."""
+    """(model, moments, objective). config: other arguments of `LoryForCausalLM.from_dense`."""
     model = LoryForCausalLM.from_dense(dense, num_experts=experts, shared_memory=True, **config)
     share = None
     if model.config.routing == "dense":
-        # Expert 0 sees the whole gradient. Nothing asks the routers, and DDP would wait for their gradients.
+        # Expert 0 gets the whole gradient. The routers are not used, and DDP would wait for their gradients.
         share = 1.0
         for name, parameter in model.named_parameters():
             parameter.requires_grad = ".router." not in name
@@ -45,7 +45,7 @@ def lory_from_dense(
 def expert_choice_from_dense(
     dense: LlamaForCausalLM, moments: dict[str, torch.Tensor], domains: Sequence[str], experts: int, seed: int
 ) -> tuple[ExpertChoiceForCausalLM, dict[str, torch.Tensor], Objective]:
-    """(model, moments, objective); after training, `make_causal` replaces the choice within a batch by thresholds."""
+    """(model, moments, objective). After training, `make_causal` replaces the choice within a batch by thresholds."""
     model = ExpertChoiceForCausalLM.from_dense(dense, experts, seed=seed)
     return model, duplicated_moments(moments, experts), objectives.next_token(domains)
 
@@ -58,17 +58,17 @@ def top_k_of_dense(
     top_k: int,
     seed: int,
 ) -> tuple[Any, dict[str, torch.Tensor], Objective]:
-    """(model, moments, objective). Raises ValueError when the FFN's width cannot be cut into top_k parts."""
+    """(model, moments, objective). Raises ValueError if top_k does not divide the FFN's width."""
     model = top_k_from_dense(dense, copies=experts, top_k=top_k, seed=seed)
-    # A loop over experts is the fastest on CPU; on CUDA it would wait for the device at every expert.
+    # A loop over experts is fastest on CPU; on CUDA it would wait for the device at every expert.
     model.set_experts_implementation("masked" if torch.cuda.is_available() else "eager")
     return model, top_k_moments(moments, experts, top_k), objectives.balanced(domains)
 
 
 def make_causal(model: ExpertChoiceForCausalLM, instances: Instances, plan: Plan, process: Process) -> None:
-    """Gives a trained Expert Choice model the thresholds at which training drew the line, so that it can be scored honestly.
+    """Sets the thresholds of a trained Expert Choice model from its last training batches, so that scoring is causal.
 
-    The batches are of the size that the experts chose from in training, and the same on every process.
+    The batches have the size that the experts chose from in training, and are the same in every process.
     """
     size = min(plan.micro_batch, plan.batch // process.world)
     steps = range(max(0, plan.stop - CALIBRATION_STEPS), plan.stop)

@@ -1,9 +1,13 @@
 """Training instances as a trainer reads them: memory-mapped, with document, language and domain of every token.
 
-Files (written by `eclectus.tasks.packing.pack`): tokens [M, L] uint16 or uint32, inside an Arrow file at an offset that `instances.json` tells;
-`spans.npy` [S, 5] int64, one row per stretch of one document inside one instance: (start in the flat token stream, length,
-document ordinal, language, domain), sorted by start; `instances.json` with the names. Labels of tokens are expanded from the
-spans only for the batch that is read, so they cost 40 bytes a stretch on disk instead of 4 a token.
+Files, written by `eclectus.tasks.packing.pack`:
+    instances.json   names of languages and domains, and where the tokens lie
+    tokens           [M, L] uint16 or uint32, inside an Arrow file at the offset in instances.json
+    spans.npy        [S, 5] int64, one row per part of a document inside an instance, sorted by start:
+                     (start in the flat token stream, length, document ordinal, language, domain)
+
+Labels of tokens are expanded from the spans only for the batch that is read: 40 bytes per span on disk, not 4 per
+token.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens [B, L] int64; labels [B, L] int64, IGNORED at padding; languages, domains, documents [B, L] int64, -1 at padding."""
+    """B instances of L tokens: all fields [B, L] int64; at padding labels are IGNORED, the fields after them -1."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -35,12 +39,12 @@ class Batch:
 class Instances:
     """The instances in a directory: `len`, `batch(rows)`, `order(epoch, seed)`."""
 
-    def __init__(self, place: Path | str) -> None:
-        place = Path(place)
-        about = json.loads((place / "instances.json").read_text())
+    def __init__(self, folder: Path | str) -> None:
+        folder = Path(folder)
+        about = json.loads((folder / "instances.json").read_text())
         at = about["matrices"]["input_ids"]
-        self.tokens = np.memmap(place / at["file"], at["dtype"], "r", at["offset"], (at["rows"], at["columns"]))
-        self.spans = np.load(place / "spans.npy", mmap_mode="r")
+        self.tokens = np.memmap(folder / at["file"], at["dtype"], "r", at["offset"], (at["rows"], at["columns"]))
+        self.spans = np.load(folder / "spans.npy", mmap_mode="r")
         self.length: int = about["length"]
         self.vocabulary: int = about["vocabulary"]
         self.end_of_document: int = about["end_of_document"]
@@ -51,7 +55,7 @@ class Instances:
         return len(self.tokens)
 
     def batch(self, rows: np.ndarray) -> Batch:
-        """The instances with these numbers, [B] ints, in that order."""
+        """The instances with these numbers [B] int, in that order."""
         tokens = torch.from_numpy(self.tokens[rows].astype(np.int64))
         documents, languages, domains = (np.full((len(rows), self.length), -1, np.int64) for _ in range(3))
         starts = self.spans[:, 0]
@@ -64,16 +68,17 @@ class Instances:
         return Batch(tokens, labels, *(torch.from_numpy(array) for array in (languages, domains, documents)))
 
     def rows_of_step(self, step: int, size: int, seed: int) -> np.ndarray:
-        """The instance numbers [size] of training step `step`, a pure function of its arguments: what makes resume exact.
+        """The instance numbers [size] of a training step: a pure function of its arguments, for exact resuming."""
+        return rows_at(np.arange(step * size, (step + 1) * size), len(self), seed)
 
-        The first epoch reads the (already shuffled) stored order; every later one a new permutation. An epoch's last
-        batch runs on into the next epoch.
-        """
-        positions = np.arange(step * size, (step + 1) * size)
-        epochs, places = positions // len(self), positions % len(self)
-        rows = places.copy()
-        for epoch in np.unique(epochs):
-            if epoch > 0:
-                order = np.random.default_rng([seed, int(epoch)]).permutation(len(self))
-                rows[epochs == epoch] = order[places[epochs == epoch]]
-        return rows
+
+def rows_at(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Rows at these positions of an endless reading of `count` rows.
+
+    The first epoch reads the (already shuffled) stored order, every later one a new permutation.
+    """
+    epochs, rows = positions // count, positions % count
+    for epoch in np.unique(epochs[epochs > 0]):
+        here = epochs == epoch
+        rows[here] = np.random.default_rng([seed, int(epoch)]).permutation(count)[rows[here]]
+    return rows

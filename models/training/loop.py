@@ -4,11 +4,11 @@
         rows = a pure function of (step, seed)             every process takes its share of them
         loss = objective(model, batch), backward           accumulated over micro-batches, averaged over processes
         clip, AdamW, schedule
-        every so often: metrics; a checkpoint of weights, AdamW moments and step
+        at intervals: metrics; a checkpoint of weights, AdamW moments and step
 
-Because the data order is a function of the step and there is no other randomness, a run that was killed and goes on from its
-last checkpoint ends with bit-identical weights on CPU. fp32 on CPU; bf16 autocast on CUDA. Several processes hold the
-model each (DDP) or share it out (FSDP2). Price: forward + backward, and 8 bytes a trained parameter for AdamW; parameters
+The data order is a function of the step and there is no other randomness, so a run that was killed and resumes from its
+last checkpoint ends with bit-identical weights on CPU. fp32 on CPU; bf16 autocast on CUDA. Several processes each hold
+the model (DDP) or share it (FSDP2). Cost: forward + backward, and 8 bytes per trained parameter for AdamW; parameters
 without gradients cost nothing here.
 """
 
@@ -41,7 +41,7 @@ Report = Callable[..., None]
 
 
 class TrainingFailed(Exception):
-    """Training cannot go on; the message names the step and the batch, and the last good checkpoint is kept."""
+    """Training cannot continue; the message names the step and the batch, and the last good checkpoint is kept."""
 
 
 def train(
@@ -53,15 +53,17 @@ def train(
     work: Path,
     report: Report,
     moments: dict[str, torch.Tensor] | None = None,
-    checked: Callable[[int], None] | None = None,
+    check: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Trains `model` in place from plan.start (or its last checkpoint under `work`) to plan.stop; returns AdamW's state.
+    """Trains `model` in place from plan.start (or its last checkpoint under `work`) to plan.stop; returns AdamW's
+    state.
 
-    A sharded plan leaves model and state sharded (`eclectus.models.training.parallel.gather`). moments: AdamW's state to start from, as this
-    function returns it ({parameter name}.exp_avg and so on), or None for zeros. report: called on rank 0 as
-    report("metrics", ...), report("progress", ...) and report("damaged", ...). checked: called with the step before every checkpoint is written; what it
-    raises ends the training. Raises TrainingFailed on a loss or a gradient that is not finite, and ValueError when
-    the batch cannot be shared evenly or the checkpoint under `work` is of another training.
+    A sharded plan leaves model and state sharded (`eclectus.models.training.parallel.gather_model`).
+    moments: AdamW's state to start from, as this function returns it ({parameter name}.exp_avg and so on); None for
+    zeros. report: called as report("metrics", ...), report("progress", ...) and report("damaged", ...).
+    check: called with the step before every checkpoint is written; an exception from it ends the training.
+    Raises TrainingFailed if the loss or a gradient is not finite, ValueError if the batch cannot be divided evenly or
+    the checkpoint under `work` is of another training.
     """
     if plan.batch % process.world:
         raise ValueError(
@@ -74,7 +76,7 @@ def train(
     if plan.compiled:
         compile_blocks(model)
     if plan.sharded:
-        # Moves and cuts layer by layer: no device ever holds the whole model.
+        # Moves and shards layer by layer: no device ever holds the whole model.
         shard(model, process)
     model.to(process.device)
     part_experts(model)
@@ -82,7 +84,7 @@ def train(
     optimizer = make_optimizer(named, plan)
     load_moments(optimizer, named, moments or {})
     begin = resume(optimizer, named, plan.start, process, work, report) or plan.start
-    wrapped, watch = replicate(model, process), Watch(instances, plan, process, work)
+    wrapped, guard = replicate(model, process), GradientGuard(instances, plan, process, work)
     for step in range(begin, plan.stop):
         set_rate(optimizer, plan.rate(step))
         for last, batch, weight in micro_batches(instances, step, plan, process):
@@ -92,26 +94,26 @@ def train(
             window.add(loss, extra, weight)
         norm = whole(nn.utils.clip_grad_norm_(named.values(), plan.clip))
         window.end_step(norm)
-        watch.look(step, norm)
+        guard.check(step, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ended = step + 1
         keeps = ended % plan.checkpoint_every == 0 and ended < plan.stop
         if ended % plan.log_every == 0 or ended == plan.stop or keeps:
-            watch.stop_if_bad()
+            guard.stop_if_bad()
         if ended % plan.log_every == 0 or ended == plan.stop:
             report("metrics", step=ended, values=window.read(process, plan.rate(step)))
         report("progress", done=ended - plan.start, total=plan.stop - plan.start)
         if keeps:
-            if checked:
-                checked(ended)
+            if check:
+                check(ended)
             save_progress(optimizer, named, ended, plan.start, process, work)
     process.barrier()
     return read_moments(optimizer, named)
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bf16 on CUDA; on CPU plain fp32, which is hundreds of times faster there than bf16 without matrix units."""
+    """bf16 on CUDA; fp32 on CPU, where bf16 without matrix units is hundreds of times slower."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
@@ -120,8 +122,8 @@ def micro_batches(
 ) -> Iterator[tuple[bool, Batch, torch.Tensor]]:
     """(is it the last, batch, weight) for each micro-batch of this process's share of a step.
 
-    A micro-batch weighs as much as it has tokens to predict, so that the step's gradient is the mean over all of them
-    whatever the padding, the micro-batches and the processes. Padding alone weighs 0.
+    A micro-batch is weighted by its number of tokens to predict, so that the step's gradient is the mean over all these
+    tokens, independent of padding, micro-batches and processes. A batch of padding has weight 0.
     """
     share = plan.batch // process.world
     rows = instances.rows_of_step(step, plan.batch, plan.seed)[process.rank * share : (process.rank + 1) * share]
@@ -132,26 +134,26 @@ def micro_batches(
         yield number + 1 == len(batches), batch.to(process.device), weights[number]
 
 
-class Watch:
-    """Looks out for a gradient that is not finite, without waiting for the device at every step.
+class GradientGuard:
+    """Stops training at a gradient that is not finite, without waiting for the device at every step.
 
-    On CPU it stops before the weights are touched; on CUDA at the next row of metrics or checkpoint, whichever comes first, so that
-    no bad weight is ever kept. The gradient is that of all processes, so all of them stop.
+    On CPU it stops before the weights change; on CUDA at the next row of metrics or checkpoint, whichever comes first,
+    so that no bad weight is stored. The gradient is that of all processes, so all of them stop.
     """
 
     def __init__(self, instances: Instances, plan: Plan, process: Process, work: Path) -> None:
         self._instances, self._plan, self._process, self._work = instances, plan, process, work
         self._first_bad = torch.full((), -1, device=process.device)
 
-    def look(self, step: int, norm: torch.Tensor) -> None:
-        """norm: of the gradient of this step."""
+    def check(self, step: int, norm: torch.Tensor) -> None:
+        """norm: that of this step's gradient."""
         bad = ~torch.isfinite(norm.detach()) & (self._first_bad < 0)
         self._first_bad = torch.where(bad, step, self._first_bad)
         if self._process.device.type == "cpu":
             self.stop_if_bad()
 
     def stop_if_bad(self) -> None:
-        """Raises TrainingFailed when a step so far was bad, naming it and its instances."""
+        """Raises TrainingFailed, naming step and instances, if the gradient of any step so far was not finite."""
         step = int(self._first_bad)
         if step < 0:
             return

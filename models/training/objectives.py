@@ -1,9 +1,9 @@
-"""What each training stage minimises, as `objective(model, batch) -> (loss, what else to log)`.
+"""The objective of each training stage, as `objective(model, batch) -> (loss, other metrics)`.
 
-next-token:       mean cross-entropy of the next token                                   (dense, Lory: docs/methods.md 1.1)
-balanced:         next-token + transformers' own load-balancing loss                     (top-k baseline: models/pretraining/baselines.py)
-post-pretrain:    next-token + alpha * balance over all tokens                           (MoE-LPR stage 1: docs/methods.md 2.2)
-review:           next-token + gamma * LPR over tokens of the original languages         (MoE-LPR stage 2: docs/methods.md 2.3)
+next-token       mean cross-entropy of the next token                            dense, Lory: docs/methods.md 1.1
+balanced         next-token + transformers' own load-balancing loss              top-k: models/pretraining/baselines.py
+post-pretrain    next-token + alpha * balance over all tokens                    MoE-LPR stage 1: docs/methods.md 2.2
+review           next-token + gamma * LPR over tokens of original languages      MoE-LPR stage 2: docs/methods.md 2.3
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch.nn import functional as F
 
 from eclectus.models.training.instances import IGNORED, Batch
 from eclectus.models.training.loop import Objective
+from eclectus.models.training.parallel import config_of
 from eclectus.models.training.router_losses import balance_loss, language_prior_loss
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats, in fp32, 0 where there is nothing to learn. logits [B, L, V]; labels [B, L], IGNORED there."""
+    """Mean cross-entropy in nats, in fp32; 0 without targets. logits [B, L, V]; labels [B, L], IGNORED at padding."""
     targets = labels[:, 1:].flatten()
     total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
     return total / (targets != IGNORED).sum().clamp(min=1)
@@ -30,23 +31,23 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def loss_by_domain(
     logits: torch.Tensor, batch: Batch, domains: Sequence[str]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """`next_token_loss`, and for each domain `loss/NAME`: [2], its summed loss and its tokens, detached.
+    """`next_token_loss`, and for each domain `loss/NAME`: [2], the sum of its losses and its tokens, detached.
 
-    domains: names by their numbers in batch.domains; with none nothing but the loss is computed.
+    domains: names by their numbers in batch.domains; if empty, only the loss is computed.
     """
     if not domains:
         return next_token_loss(logits, batch.labels), {}
     labels = batch.labels[:, 1:].flatten()
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="none")
     real = (labels != IGNORED).to(losses.dtype)
-    # The last place takes what belongs to no domain: padding.
-    place = torch.where(labels != IGNORED, batch.domains[:, 1:].flatten(), -1) % (len(domains) + 1)
-    sums = losses.new_zeros(2, len(domains) + 1).index_add_(1, place, torch.stack([losses.detach(), real]))
+    # The last column collects tokens of no domain, which are padding.
+    column = torch.where(labels != IGNORED, batch.domains[:, 1:].flatten(), -1) % (len(domains) + 1)
+    sums = losses.new_zeros(2, len(domains) + 1).index_add_(1, column, torch.stack([losses.detach(), real]))
     return losses.sum() / real.sum().clamp(min=1), {f"loss/{name}": sums[:, i] for i, name in enumerate(domains)}
 
 
 def next_token(domains: Sequence[str] = ()) -> Objective:
-    """The objective of a dense model. domains: whose losses to log apart, as in `loss_by_domain`."""
+    """The objective of a dense model. domains: whose losses to log separately, as in `loss_by_domain`."""
 
     def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return loss_by_domain(model(input_ids=batch.tokens, use_cache=False).logits, batch, domains)
@@ -55,19 +56,19 @@ def next_token(domains: Sequence[str] = ()) -> Objective:
 
 
 def balanced(domains: Sequence[str] = ()) -> Objective:
-    """The objective of a top-k mixture from transformers: next-token and its auxiliary loss, with its configuration's weight."""
+    """The objective of a top-k mixture from transformers: next-token and the weighted auxiliary loss of its config."""
 
     def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         output = model(input_ids=batch.tokens, use_cache=False, output_router_logits=True)
         loss, by_domain = loss_by_domain(output.logits, batch, domains)
-        weight = getattr(model, "module", model).config.router_aux_loss_coef
+        weight = config_of(model).router_aux_loss_coef
         return loss + weight * output.aux_loss, {"next_token_loss": loss, "balance_loss": output.aux_loss, **by_domain}
 
     return objective
 
 
 def lory(domains: Sequence[str] = ()) -> Objective:
-    """The objective of a Lory model: next-token alone; logs the entropy of routing and the share of experts in use."""
+    """The objective of a Lory model: next-token alone; logs routing entropy and the share of experts in use."""
 
     def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         output = model(input_ids=batch.tokens, use_cache=False, output_router_weights=True)
@@ -78,9 +79,10 @@ def lory(domains: Sequence[str] = ()) -> Objective:
 
 
 def routing_metrics(router_weights: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Entropy of routing in nats, and the share of experts whose weight is over 2/E (docs/methods.md 1.7), means over all segments.
+    """Entropy of routing in nats, and the share of experts with a weight over 2/E (docs/methods.md 1.7).
 
-    router_weights: by layer [B, N, E]; without any (one expert, or dense routing) there is nothing to say.
+    Both are means over all segments. router_weights: by layer [B, N, E]; empty with one expert or dense routing, which
+    gives no metrics.
     """
     if not router_weights:
         return {}

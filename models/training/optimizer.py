@@ -1,4 +1,4 @@
-"""AdamW as all stages use it, and its state as flat named tensors that pass from stage to stage."""
+"""AdamW for all stages, and its state as flat named tensors that pass from stage to stage."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ ROUTERS = (".router.", ".mlp.gate.weight", "block_sparse_moe.gate.weight")
 
 
 def make_optimizer(named: dict[str, nn.Parameter], plan: Plan) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices of attention and experts; `set_rate` gives it its learning rates.
+    """AdamW with weight decay on the matrices of attention and experts; `set_rate` sets the learning rates.
 
-    Norms have none, nor have embeddings, whose unseen rows it would shrink to zero, nor routers, whose certainty it would
-    take away: in a review at a high rate it is what kept them from being sure of the original expert.
+    There is no weight decay on norms; on embeddings, where it would shrink the rows of unseen tokens to zero; and on
+    routers, where it limits confidence: at a high rate it kept the review from routing firmly to the original expert.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named.items():
         router = any(part in name for part in ROUTERS)
-        spared = router or parameter.ndim < 2 or any(part in name for part in EMBEDDINGS)
+        no_decay = router or parameter.ndim < 2 or any(part in name for part in EMBEDDINGS)
         scale = plan.router_rate if router else plan.expert_rate if ".mlp.experts" in name else 1.0
-        groups.setdefault((0.0 if spared else plan.weight_decay, scale), []).append(parameter)
+        groups.setdefault((0.0 if no_decay else plan.weight_decay, scale), []).append(parameter)
     options = [{"params": each, "weight_decay": decay, "scale": scale} for (decay, scale), each in groups.items()]
     return torch.optim.AdamW(options, lr=0.0, betas=plan.betas, fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the learning rate, which routers and experts scale by the plan's `router_rate` and `expert_rate`."""
+    """Sets the learning rate; for routers and experts it is scaled by the plan's `router_rate` and `expert_rate`."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
 
 
 def read_moments(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """AdamW's state as a flat dict of tensors: `{parameter}.exp_avg`, `.exp_avg_sq`, `.step`; sharded as the parameters are."""
+    """AdamW's state as a flat dict: `{parameter}.exp_avg`, `.exp_avg_sq`, `.step`; sharded as the parameters are."""
     return {
         f"{name}.{what}": value.detach()
         for name, parameter in named.items()
@@ -47,11 +47,11 @@ def read_moments(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter
 def load_moments(
     optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], moments: dict[str, torch.Tensor]
 ) -> None:
-    """Puts back what `read_moments` gave, whole or sharded; parameters without an entry start from zero."""
+    """Restores the result of `read_moments`, whole or sharded; parameters without an entry start from zero."""
     for name, parameter in named.items():
-        state = {what: moments.get(f"{name}.{what}") for what in STATE}
-        if all(value is not None for value in state.values()):
-            # Fused AdamW reads its step counter where the parameter is.
+        state = {what: moments[f"{name}.{what}"] for what in STATE if f"{name}.{what}" in moments}
+        if len(state) == len(STATE):
+            # Fused AdamW keeps its step counter on the parameter's device.
             device = local(parameter).device
             optimizer.state[parameter] = {
                 what: value.to(device, copy=True) if what == "step" else like(parameter, value)

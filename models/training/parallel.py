@@ -1,14 +1,15 @@
 """One model over several processes: copied to each (DDP) or sharded over them (FSDP2).
 
-DDP keeps weights, gradients and AdamW's moments in every process: 16 bytes a trained parameter in fp32. FSDP2 keeps 1/world
-of that and gathers one layer's weights when they are needed: twice a step, 4 bytes a parameter each time. A sharded
-parameter is a DTensor, cut along its first dimension; everything below treats whole and sharded tensors alike.
+DDP keeps weights, gradients and AdamW's moments in every process: 16 bytes per trained parameter in fp32. FSDP2 keeps
+1/world of that and gathers one layer's weights when needed: twice per step, 4 bytes per parameter each time. A sharded
+parameter is a DTensor, sharded along its first dimension; the functions below take whole and sharded tensors alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from eclectus.models.training.process import Process
 
@@ -23,8 +25,9 @@ from eclectus.models.training.process import Process
 def shard(model: nn.Module, process: Process) -> None:
     """Shards `model` in place over all processes, layer by layer; in one process it stays whole.
 
-    Every process must hold the same weights; experts that are still views of one FFN are parted a layer at a time, so that
-    no process ever holds E copies of more than one. Raises ValueError for a model that does not say what its layers are.
+    Every process must hold the same weights. Experts that are still views of one FFN get memory of their own one layer
+    at a time, so that no process holds E copies of more than one FFN. Raises ValueError for a model without
+    `_no_split_modules`.
     """
     if process.world == 1:
         return
@@ -39,7 +42,7 @@ def shard(model: nn.Module, process: Process) -> None:
 
 
 def replicate(model: nn.Module, process: Process) -> nn.Module:
-    """DistributedDataParallel over several processes; the model itself in one, or where it is sharded already."""
+    """The model in DistributedDataParallel; the model itself in a single process or if it is sharded already."""
     if process.world == 1 or isinstance(model, FSDPModule):
         return model
     devices = [process.device] if process.device.type == "cuda" else None
@@ -47,7 +50,7 @@ def replicate(model: nn.Module, process: Process) -> nn.Module:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile of every decoder layer, in place: names of parameters stay, and all layers share one compilation."""
+    """torch.compile of every decoder layer, in place: parameters keep their names, layers share one compilation."""
     for layer in blocks(model):
         layer.compile()
 
@@ -56,8 +59,8 @@ def recompute_blocks(model: nn.Module) -> None:
     """Gradient checkpointing of every decoder layer. Raises ValueError for a model that has none."""
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(f"{type(model).__name__} has no gradient checkpointing; train it without recomputation")
-    # The other kind of checkpointing needs an input with gradients, which a model with frozen embeddings has not.
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    # Reentrant checkpointing needs an input with gradients, which a model with frozen embeddings does not have.
+    cast(PreTrainedModel, model).activation_checkpointing_enable({"use_reentrant": False})
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -67,7 +70,7 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def synced(model: nn.Module, last: bool) -> AbstractContextManager:
-    """Gradients cross between processes only with the last micro-batch of a step."""
+    """Exchanges gradients between processes only with the last micro-batch of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     elif isinstance(model, DistributedDataParallel) and not last:
@@ -76,26 +79,26 @@ def synced(model: nn.Module, last: bool) -> AbstractContextManager:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor on every process; of a sharded one, all processes must ask at the same time."""
+    """The full tensor on every process; for a sharded one all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor."""
+    """This process's shard of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def first_row(tensor: torch.Tensor) -> int:
-    """Where `local(tensor)` begins along the first dimension of the whole tensor."""
+    """The row of the whole tensor at which `local(tensor)` begins."""
     if not isinstance(tensor, DTensor):
         return 0
-    mesh, at = tensor.device_mesh, tensor.device_mesh.get_local_rank()
-    # As torch.chunk cuts: parts of equal size, the last ones shorter or empty.
-    return min(at * -(-tensor.shape[0] // mesh.size()), tensor.shape[0])
+    mesh, rank = tensor.device_mesh, tensor.device_mesh.get_local_rank()
+    # As torch.chunk: parts of equal size, the last ones shorter or empty.
+    return min(rank * -(-tensor.shape[0] // mesh.size()), tensor.shape[0])
 
 
 def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A copy of `value`, whole or sharded, placed and typed as `parameter` is."""
+    """A copy of `value`, whole or sharded, with the device, dtype and sharding of `parameter`."""
     value = value.to(device=local(parameter).device, dtype=parameter.dtype, copy=True)
     if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
         return distribute_tensor(value, parameter.device_mesh, parameter.placements)
@@ -103,30 +106,37 @@ def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def gather(model: nn.Module, process: Process) -> None:
-    """Makes a sharded model whole on the CPU of the leading process, ready to be saved; elsewhere its weights are given up.
+def gather_model(model: nn.Module, process: Process) -> None:
+    """Collects a sharded model on the CPU of rank 0, ready to be saved; the other ranks lose its weights.
 
-    All processes must call it. What was whole stays as it is.
+    All processes must call it. A model that is not sharded stays as it is.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # A forward pass without a backward leaves the outermost weights gathered, in buffers that FSDP will free.
+            # After a forward pass without a backward the outermost weights are still gathered, in buffers of FSDP.
             module.reshard()
-    made: dict[int, nn.Parameter] = {}
+    gathered: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if isinstance(parameter, DTensor):
-                if id(parameter) not in made:
+                if id(parameter) not in gathered:
                     full = parameter.full_tensor()
-                    made[id(parameter)] = nn.Parameter(full.cpu() if process.is_main else full.new_empty(0))
-                module._parameters[name] = made[id(parameter)]
+                    gathered[id(parameter)] = nn.Parameter(full.cpu() if process.is_main else full.new_empty(0))
+                module._parameters[name] = gathered[id(parameter)]
         if isinstance(module, FSDPModule):
-            # fully_shard put its own class in front of the module's.
-            module.__class__ = type(module).__mro__[2]
+            # fully_shard made the module's class a subclass (FSDPModule, plain class); torch offers no way to undo it,
+            # and save_pretrained writes the class's name into config.json.
+            _, plain_class = type(module).__bases__
+            module.__class__ = plain_class
+
+
+def config_of(model: nn.Module) -> Any:
+    """The transformers configuration of a model, also inside DistributedDataParallel."""
+    return getattr(model, "module", model).config
 
 
 def part_experts(module: nn.Module) -> None:
-    """Gives parameters whose elements share memory, as views of one FFN do, memory of their own, in place."""
+    """Copies parameters whose elements share memory, as experts that are views of one FFN do, in place."""
     for parameter in module.parameters():
         if 0 in parameter.stride():
             parameter.data = parameter.data.contiguous()

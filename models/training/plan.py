@@ -1,4 +1,4 @@
-"""What one stage of training does: steps, batch, learning rates, and how it is spread over processes."""
+"""The plan of one training stage: steps, batch, learning rates, and how it is distributed over processes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Plan:
-    """What one stage of training does.
+    """The plan of one training stage.
 
-    start, stop: training steps, [start, stop). total: steps that the cosine is laid over. batch: instances a step over all
-    processes. micro_batch: instances at once in one process. warmup: steps of linear warm-up from step 0. rewarm: (first
-    step, steps) of a second warm-up, after a switch of the model, or None. floor: final learning rate over the peak one.
-    router_rate, expert_rate: learning rates of routers and of experts over that of the rest.
-    sharded: several processes share out weights, gradients and moments (FSDP2) instead of each holding them (DDP).
-    compiled: torch.compile of the decoder layers. recomputed: activations of a layer are computed again in the backward pass
-    instead of kept (gradient checkpointing).
+    start, stop: training steps, [start, stop). total: steps of the cosine schedule. batch: instances per step over all
+    processes. micro_batch: instances per forward pass in one process. warmup: steps of linear warm-up from step 0.
+    rewarm: (first step, steps) of a second warm-up, after a change of model, or None.
+    floor: final learning rate as a fraction of the peak. clip: largest norm of the gradient.
+    router_rate, expert_rate: factors on the learning rate of routers and of experts.
+    checkpoint_every, log_every: steps between checkpoints, and between rows of metrics.
+    sharded: processes share weights, gradients and moments (FSDP2) instead of each holding all of them (DDP).
+    compiled: torch.compile of the decoder layers. recomputed: activations of a layer are recomputed in the backward
+    pass instead of kept (gradient checkpointing).
     """
 
     start: int
@@ -41,7 +43,7 @@ class Plan:
     recomputed: bool = False
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, cosine to floor * peak, and the second warm-up as a factor on top."""
+        """Learning rate of a step: linear warm-up, cosine to floor * peak, times the second warm-up."""
         if step < self.warmup:
             rate = (step + 1) / self.warmup
         else:

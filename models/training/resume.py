@@ -1,13 +1,13 @@
-"""Checkpoints to go on from: what a killed training needs to end as if nothing had happened.
+"""Training checkpoints: a killed training resumes from the last one and ends with the same bits.
 
     work/step-400/trained-00001-of-00002.safetensors     rows of every trained parameter that process 1 holds
-                  moments-00001-of-00002.safetensors     AdamW's state of them
+                  moments-00001-of-00002.safetensors     their AdamW state
                   progress.json                          step, and the SHA-256 of every file
-    work/latest -> step-400                              set when all of it is on the disk
+    work/latest -> step-400                              set when all files are on the disk
 
-A file says in its metadata where its rows lie in the whole tensors, so that any number of processes can read what any
-other number has written, sharded or not. A damaged checkpoint is never read: training begins again at its first step, and
-says so. Price: a copy of parameters and moments, 12 bytes a trained parameter, hashed once on each side.
+The metadata of a file says which rows of the whole tensors it holds, so any number of processes can read what any other
+number has written, sharded or not. A damaged checkpoint is never used: training restarts at its first step and reports
+it. Cost: a copy of parameters and moments, 12 bytes per trained parameter, hashed once when written and once when read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -39,28 +39,29 @@ def save_progress(
     process: Process,
     work: Path,
 ) -> None:
-    """Writes a checkpoint to go on from: beside the last one, put in its place when whole. All processes must call it."""
-    beside = work / f"step-{step}"
+    """Writes a checkpoint and, when it is complete, removes the previous one. All processes must call it."""
+    folder = work / f"step-{step}"
     if process.is_main:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     process.barrier()
     sharded = any(local(parameter) is not parameter for parameter in named.values())
     digests: dict[str, str] = {}
     if sharded or process.is_main:
         part = f"{process.rank + 1:05d}-of-{process.world if sharded else 1:05d}"
-        for kind, tensors in (("trained", named), ("moments", read_moments(optimizer, named))):
-            digests[f"{kind}-{part}.safetensors"] = _write(beside / f"{kind}-{part}.safetensors", tensors)
-    everyone = process.gather(digests)
+        stored: dict[str, Mapping[str, torch.Tensor]] = {"trained": named, "moments": read_moments(optimizer, named)}
+        for kind, tensors in stored.items():
+            digests[f"{kind}-{part}.safetensors"] = _write(folder / f"{kind}-{part}.safetensors", tensors)
+    by_rank = process.gather(digests)
     if process.is_main:
-        files = {name: digest for each in everyone for name, digest in each.items()}
-        _write_json(beside / "progress.json", {"step": step, "start": start, "files": files})
+        files = {name: digest for each in by_rank for name, digest in each.items()}
+        _write_json(folder / "progress.json", {"step": step, "start": start, "files": files})
         pointer = work / ".latest"
         pointer.unlink(missing_ok=True)
-        pointer.symlink_to(beside.name)
+        pointer.symlink_to(folder.name)
         os.replace(pointer, work / "latest")
         for old in work.glob("step-*"):
-            if old != beside:
+            if old != folder:
                 shutil.rmtree(old)
     process.barrier()
 
@@ -73,10 +74,10 @@ def resume(
     work: Path,
     report: Callable[..., None],
 ) -> int | None:
-    """Loads the last checkpoint under `work`, if there is a whole one, and returns the step to go on with.
+    """Loads the last checkpoint under `work` and returns the step to continue with; None without a usable checkpoint.
 
-    start: the first step of this training. report: called as report("damaged", step=start, text=...) where there is one that is
-    not whole. Raises ValueError when the checkpoint is of another model or another stage.
+    start: the first step of this training. report: called as report("damaged", step=start, text=...) if the checkpoint
+    is damaged. Raises ValueError if it is of another model or another stage.
     """
     latest = work / "latest"
     fault, about = _faults(latest, process) if latest.exists() else (None, None)
@@ -102,8 +103,8 @@ def resume(
     return about["step"]
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-    """This process's part of the tensors; returns the file's SHA-256."""
+def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Writes this process's shards of the tensors; returns the file's SHA-256."""
     parts = {name: local(tensor.detach()).contiguous() for name, tensor in tensors.items()}
     rows = {name: [first_row(tensor), *tensor.shape] for name, tensor in tensors.items() if tensor.ndim}
     save_file({name: part for name, part in parts.items() if part.numel()}, path, metadata={"rows": json.dumps(rows)})
@@ -125,7 +126,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _faults(latest: Path, process: Process) -> tuple[str | None, dict[str, Any] | None]:
-    """(why the checkpoint cannot be trusted, what progress.json says); the files are shared out between the processes."""
+    """(what is damaged in the checkpoint, content of progress.json); the processes divide the files between them."""
     try:
         about = json.loads((latest / "progress.json").read_text())
         names = sorted(about["files"])
@@ -138,7 +139,7 @@ def _faults(latest: Path, process: Process) -> tuple[str | None, dict[str, Any] 
 
 
 class _Pieces:
-    """Tensors that lie in several files, by rows."""
+    """Tensors whose rows are spread over several files."""
 
     def __init__(self, files: list[Any]) -> None:
         self._where: dict[str, list[tuple[Any, int]]] = {}
@@ -168,7 +169,7 @@ class _Pieces:
         return found
 
     def moment(self, key: str, parameter: torch.Tensor, latest: Path) -> torch.Tensor:
-        """One part of AdamW's state, sharded as its parameter is."""
+        """One tensor of AdamW's state, sharded as its parameter is."""
         if key.endswith(".step"):
             return self._where[key][0][0].get_tensor(key)
         moment = torch.empty_like(parameter)
@@ -177,7 +178,7 @@ class _Pieces:
 
 
 def whole_tensors(tensors: dict[str, torch.Tensor], process: Process) -> dict[str, torch.Tensor]:
-    """Sharded tensors made whole on the CPU of the leading process, one at a time; empty elsewhere. All processes call it."""
+    """The tensors, whole, on the CPU of rank 0; an empty dict on other ranks. All processes must call it."""
     full = {}
     for name, tensor in tensors.items():
         value = whole(tensor)

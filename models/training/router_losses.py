@@ -4,11 +4,11 @@
     LPR      = mean of -log G_0        over the tokens of original languages
 
 Both read `router_logits` as transformers 5 returns it: a tuple over layers of `[tokens, experts]`, before any softmax.
-Both cost one softmax over `[tokens, experts]` a layer, never wait for the device, and keep at least fp32.
+Both cost one softmax over `[tokens, experts]` per layer, never wait for the device, and compute in at least fp32.
 
-The *released* code of the paper differs from the paper in both losses, and its coefficients were chosen with it: the
+The paper's *released* code differs from the paper in both losses, and its coefficients were tuned with that code: the
 balance is not divided by K (uniform routing gives K, not 1), and the LPR applies cross-entropy to probabilities, a
-second softmax. Both forms are here; the paper's is the default.
+second softmax. Both forms are implemented; the paper's is the default.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ def balance_loss(
 ) -> Tensor:
     """Load balance over experts, computed for each layer and averaged over layers (docs/methods.md 2.2).
 
-    router_logits: over layers, `[tokens, experts]` raw logits.  top_k: experts a token is sent to.
+    router_logits: by layer, `[tokens, experts]` raw logits.  top_k: experts per token.
     scaling: `paper` gives 1 under uniform routing, `released` gives top_k.
-    mask: `[tokens]` (any shape with that many elements), true where a token counts; padding is left out with it.
+    mask: `[tokens]` (any shape with that many elements), true where a token counts, which padding does not.
     Returns a scalar; the gradient flows through the probabilities only, as in the paper.
     Raises ValueError for an empty list, an unknown scaling, or a top_k outside 1..experts.
     """
@@ -59,21 +59,21 @@ def language_prior_loss(
 ) -> Tensor:
     """Language priors routing: pulls tokens of original languages to the original expert (docs/methods.md 2.3).
 
-    router_logits: over layers, `[tokens, experts]` raw logits.
+    router_logits: by layer, `[tokens, experts]` raw logits.
     original_mask: `[tokens]` (any shape with that many elements), true on tokens of an original language.
     form: `paper` is -log softmax(logits)[0]; `released` is -log softmax(softmax(logits))[0].
-    original_experts: how many leading experts count as original (their probabilities add up), one number or one a layer;
-        more than one for a model that is extended again.
-    Returns a scalar, the mean over layers and original tokens. Without such a token it is 0, and so is its gradient.
+    original_experts: number of leading experts that count as original (their probabilities are added), one number or
+        one per layer; more than one for a model that is extended again.
+    Returns a scalar, the mean over layers and original tokens; 0, with zero gradient, if there are no such tokens.
     Raises ValueError for an empty list, an unknown form, or a mask of another length.
     """
     experts = _check_logits(router_logits)
     if form not in ("paper", "released"):
         raise ValueError(f"unknown form of the language prior loss {form!r}: choose 'paper' or 'released'")
     originals = [original_experts] * len(experts) if isinstance(original_experts, int) else list(original_experts)
-    for original, there in zip(originals, experts, strict=True):
-        if not 1 <= original < there:
-            raise ValueError(f"original_experts is {original}: with {there} experts choose 1 to {there - 1}")
+    for original, number in zip(originals, experts, strict=True):
+        if not 1 <= original < number:
+            raise ValueError(f"original_experts is {original}: with {number} experts choose 1 to {number - 1}")
     tokens = router_logits[0].shape[0]
     if original_mask.numel() != tokens:
         raise ValueError(f"original_mask has {original_mask.numel()} elements, the router saw {tokens} tokens")
@@ -92,7 +92,7 @@ def language_prior_loss(
 
 
 def _check_logits(router_logits: Sequence[Tensor]) -> list[int]:
-    """Returns the experts of each layer; raises ValueError where these are not router logits over layers."""
+    """Returns the number of experts of each layer. Raises ValueError if these are not router logits by layer."""
     if isinstance(router_logits, Tensor) or not router_logits:
         raise ValueError("router_logits must be a non-empty list or tuple over layers (output_router_logits=True)")
     for layer, logits in enumerate(router_logits):
@@ -106,7 +106,7 @@ def _at_least_fp32(logits: Tensor) -> Tensor:
 
 
 def _masked_mean(values_TN: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over tokens, over those where `mask` is true; 0 when there is none."""
+    """Mean over the tokens where `mask` is true; 0 if there are none."""
     if mask is None:
         return values_TN.mean(dim=0)
     weights_T = mask.reshape(-1).to(device=values_TN.device, dtype=values_TN.dtype)

@@ -1,11 +1,11 @@
-"""How much of the machine a training step uses: model FLOPs utilisation (MFU, PaLM: arXiv 2204.02311, appendix B).
+"""Model FLOPs utilisation of a training step (MFU, PaLM: arXiv 2204.02311, appendix B).
 
-    FLOPs a token = 6 x parameters that a token is multiplied with  +  12 x layers x heads x head size x length
-    MFU           = tokens a second x FLOPs a token / the devices' peak
+    FLOPs per token = 6 x active parameters  +  12 x layers x heads x head size x length
+    MFU             = tokens per second x FLOPs per token / peak of the devices
 
-Experts count as often as a token passes through one, so a Lory model has its dense twin's FLOPs: merging experts, computing
-merged weights again and gradient checkpointing are overhead, which MFU is meant to show. Embeddings are looked up, not multiplied.
-The peak is the maker's figure for dense bf16 on a known GPU; elsewhere it is what a matrix product reaches here and now.
+Experts count as often as a token passes through one, so a Lory model has the FLOPs of its dense twin: merging experts,
+recomputing merged weights and gradient checkpointing are overhead, which MFU is meant to show. Embedding lookups do not
+count. The peak is the vendor's figure for dense bf16 on a known GPU; on others it is measured with a matrix product.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import time
 import torch
 from torch import nn
 
-# Dense bf16 FLOP/s by a part of the name that CUDA tells; the longer names first.
+from eclectus.models.training.parallel import config_of
+
+# Dense bf16 FLOP/s by a part of the device's name; longer names first.
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -33,15 +35,15 @@ PEAKS = {
 
 def flops_per_token(model: nn.Module, length: int) -> float:
     """Forward and backward FLOPs of one token in instances of `length` tokens."""
-    config = model.config
+    config = config_of(model)
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return 6.0 * active_parameters(model) + 12.0 * config.num_hidden_layers * heads * head_size * length
 
 
 def active_parameters(model: nn.Module) -> int:
-    """Parameters that a token is multiplied with: matrices and norms, experts as often as it passes one."""
-    config, active = model.config, 0
+    """Parameters that a token is multiplied with: matrices, norms, and those experts that it passes through."""
+    config, active = config_of(model), 0
     chosen = getattr(config, "num_experts_per_tok", None) or 1
     for name, parameter in model.named_parameters():
         if ".mlp.experts" in name and parameter.ndim == 3:
@@ -52,7 +54,7 @@ def active_parameters(model: nn.Module) -> int:
 
 
 def peak_flops(device: torch.device) -> float:
-    """FLOP/s that one process's device can reach."""
+    """Peak FLOP/s of one device: the vendor's figure, else measured."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, peak in PEAKS.items():
@@ -63,7 +65,7 @@ def peak_flops(device: torch.device) -> float:
 
 @torch.no_grad()
 def _measured_peak(device: torch.device, size: int = 768, turns: int = 5) -> float:
-    """The fastest of some products of two square matrices, in the type that training computes in."""
+    """FLOP/s of the fastest of some products of two square matrices, in the dtype of training."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     size *= 1 if device.type == "cpu" else 8
     left = torch.ones(size, size, dtype=dtype, device=device)

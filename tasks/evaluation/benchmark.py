@@ -179,7 +179,7 @@ def answer_here(
     import torch
     from lm_eval.api.instance import Instance
 
-    from eclectus.models.evaluation.lm_eval import make_examinee
+    from eclectus.models.evaluation.lm_eval import make_harness_model
 
     model, tokenizer, length = _load(checkpoint, name, words, process.device)
     torch.manual_seed(seed)
@@ -187,14 +187,14 @@ def answer_here(
     def report_progress(done: int, total: int) -> None:
         report("progress", done=done, total=total)
 
-    examinee = make_examinee(model, tokenizer, length, batch, process, Path(kept), report_progress)
+    answering = make_harness_model(model, tokenizer, length, batch, process, Path(kept), report_progress)
     asked = [
         Instance(kind, {}, tuple(arguments), number)
         for number, arguments in enumerate(json.loads(Path(requests).read_text("utf-8")))
     ]
     with _quiet():
-        answers = getattr(examinee, kind)(asked, disable_tqdm=True)
-    return {"answers": answers, "cut": sorted(examinee.cut)}
+        answers = getattr(answering, kind)(asked, disable_tqdm=True)
+    return {"answers": answers, "cut": sorted(answering.cut)}
 
 
 @lru_cache(maxsize=1)

@@ -189,7 +189,7 @@ def train_stage(
     """Runs on every training worker; rank 0 writes the checkpoint into `out` and returns its statistics."""
     from eclectus.models.extension.methods import save_method, untrained_digest
     from eclectus.models.training.loop import train
-    from eclectus.models.training.parallel import gather
+    from eclectus.models.training.parallel import gather_model
 
     chosen = ExtendStageSettings(**settings)
     data, steps = _data(chosen, instances, review)
@@ -209,7 +209,7 @@ def train_stage(
         learning_rate=chosen.budget.learning_rate,
         warmup=chosen.budget.warmup_steps,
     )
-    train(model, data, _objective(chosen, data, checkpoint), plan, process, Path(work), report, checked=check_frozen)
+    train(model, data, _objective(chosen, data, checkpoint), plan, process, Path(work), report, check=check_frozen)
     check_frozen(plan.stop)
     parameters = [parameter.numel() for parameter in model.parameters()]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -226,7 +226,7 @@ def train_stage(
         if chosen.extension_method != "moe_all" and _original_digest(model) != original:
             raise EclectusError(f"an original weight changed before training step {plan.stop}; nothing was kept")
         statistics["frozen_sha256"] = original
-    gather(model, process)
+    gather_model(model, process)
     if process.is_main:
         save_method(model, Path(out), side_files=Path(checkpoint))
         _note_training(Path(out), chosen, data)

@@ -46,7 +46,7 @@ def make_windows(lengths=(100, 5, 41), seed=0):
 
 
 def add_up(model, windows, process=None, batch=4):
-    return score(model, windows, len(windows.bytes_a_token), process or Process(), batch, lambda done, total: None)
+    return score(model, windows, len(windows.bytes_per_token), process or Process(), batch, lambda done, total: None)
 
 
 @pytest.mark.parametrize("lengths", [[0], [8], [9], [32], [33], [100, 5, 41], [31, 57, 1000]])
@@ -88,7 +88,7 @@ def test_the_first_segment_of_lory_does_look_ahead_and_therefore_counts_in_no_sc
     model, windows = make_model("lory"), make_windows((60,))
     changed = Windows(
         np.where(np.arange(60) == CONTEXT - 1, 0, windows.tokens), *[getattr(windows, n) for n in
-        ("documents", "table", "context", "length", "bytes_a_token")]
+        ("documents", "table", "context", "length", "bytes_per_token")]
     )  # fmt: skip
     first = [add_up(model, each).positions[0, 0, 0] for each in (windows, changed)]
     assert first[0] != pytest.approx(first[1], rel=1e-3)
@@ -146,9 +146,9 @@ def test_scoring_that_was_cut_off_goes_on_to_the_same_sums(kind, tmp_path, monke
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score(model, windows, len(windows.bytes_a_token), Process(), 1, die, tmp_path)
+        score(model, windows, len(windows.bytes_per_token), Process(), 1, die, tmp_path)
     again = score(
-        model, windows, len(windows.bytes_a_token), Process(), 1, lambda done, total: told.append(done), tmp_path
+        model, windows, len(windows.bytes_per_token), Process(), 1, lambda done, total: told.append(done), tmp_path
     )
     assert told[3] == 4  # three windows were not scored again
     for name in ("bits", "tokens", "positions", "routed"):

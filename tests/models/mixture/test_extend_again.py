@@ -95,7 +95,7 @@ def test_rows_fit_every_limit_that_can_be_fitted_and_are_short():
 
 def test_nothing_is_written_when_the_router_has_no_room(extended, tmp_path):
     moe = extended("qwen2")[1]
-    with pytest.raises(StepZeroError, match="kept-back places"):
+    with pytest.raises(StepZeroError, match="of held-out tokens would choose a new expert"):
         extend_again(moe, tmp_path / "out", new_experts=1, calibration=tokens(20, 16), largest_share=0.0)
     assert list(tmp_path.iterdir()) == []
 

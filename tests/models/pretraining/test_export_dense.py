@@ -91,9 +91,9 @@ def test_a_prompt_in_words_or_a_domain_is_read_from_the_models_own_folder(tmp_pa
         expected = export_dense(model, tmp_path / "same", **same)(ids).logits
         torch.testing.assert_close(LlamaForCausalLM.from_pretrained(out)(ids).logits, expected)
         assert AutoTokenizer.from_pretrained(out)("w5 w6")["input_ids"] == [5, 6]
-    with pytest.raises(ValueError, match="knows no domain 'code'; it knows legal"):
+    with pytest.raises(ValueError, match="has no domain 'code'; it has legal"):
         export_dense(loaded, tmp_path / "x", domain="code")
-    with pytest.raises(ValueError, match="knows no language 'el'; it knows none"):
+    with pytest.raises(ValueError, match="has no language 'el'; it has none"):
         export_dense(loaded, tmp_path / "x", language="el")
     with pytest.raises(ValueError, match="was not loaded from a folder"):
         export_dense(model, tmp_path / "x", domain="legal")

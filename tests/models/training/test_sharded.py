@@ -21,7 +21,7 @@ from eclectus.models.pretraining.routing_profiles import routing_profiles
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import train
 from eclectus.models.training.objectives import lory, next_token, post_pretrain, review
-from eclectus.models.training.parallel import gather
+from eclectus.models.training.parallel import gather_model
 from eclectus.models.training.process import Process
 from tests.support.tiny_training import LENGTH, plan, tiny_dense, write_instances
 
@@ -62,7 +62,7 @@ def extend(folder, name, process, sharded):
         train(model, data, objective, settings, process, folder / f"{name} {out} work", lambda kind, **values: None)
         assert untrained_digest(model) == before
         original = frozen_digest(model) if hasattr(model.config, "num_experts_per_tok") else None
-        gather(model, process)
+        gather_model(model, process)
         if process.is_main:
             save_method(model, folder / f"{name} {out}", folder / start)
         process.barrier()

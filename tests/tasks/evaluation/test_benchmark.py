@@ -193,8 +193,8 @@ def test_an_examination_that_was_cut_off_goes_on_from_its_answers(world, questio
 
     given = {"benchmark_tasks": ["piqa"], "benchmark_files": [str(questions)]}
     whole = ask(world, world.models["dense"], **given)
-    monkeypatch.setattr(harness, "KEPT_AT_ONCE", 4)
-    score, calls = harness.Examinee._score, []
+    monkeypatch.setattr(harness, "ANSWERS_PER_WRITE", 4)
+    score, calls = harness.HarnessModel._score, []
 
     def dying(self, requests, override_bs):
         calls.append(len(requests))
@@ -202,7 +202,7 @@ def test_an_examination_that_was_cut_off_goes_on_from_its_answers(world, questio
             raise KeyboardInterrupt
         return score(self, requests, override_bs)
 
-    monkeypatch.setattr(harness.Examinee, "_score", dying)
+    monkeypatch.setattr(harness.HarnessModel, "_score", dying)
     with pytest.raises(KeyboardInterrupt):
         ask(world, world.models["dense"], **given)
     assert ask(world, world.models["dense"], **given).digest == whole.digest

@@ -64,7 +64,7 @@ def test_what_cannot_be_exported_is_named_and_leaves_nothing(world, home, checkp
         with pytest.raises(EclectusError, match=match):
             export(store, name, tmp_path / out, **arguments)
 
-    refused("knows no domain 'law'; it knows code", domain="law")
+    refused("has no domain 'law'; it has code", domain="law")
     refused("needs one of domain, language, prompt")
     refused("model_type 'llama', expected 'lory'", name=world.models["dense"].path, prompt="x")
     refused("names no artifact", name="nothing-here", prompt="x")
