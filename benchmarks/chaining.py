@@ -1,8 +1,8 @@
-"""Chaining time, memory and adjacent similarity against two peers in the same run: python benchmarks/chaining.py [N ...]
+"""Chaining time, memory and adjacent similarity against two peers in one run: python benchmarks/chaining.py [N ...]
 
     eclectus    eclectus.tasks.grouping.group.chain: symmetrised graph, minimum-degree starts, compiled
     plain       the same algorithm in plain Python; both must give the same order
-    published   ICP's released sort, re-implemented plainly (docs/methods.md 1.6): arbitrary starts, the first 9 neighbours of the
+    published   ICP's released sort (docs/methods.md 1.6): arbitrary starts, the first 9 neighbours of the
                 directed lists, chains capped at 21
 
 Points lie on a sphere in 5 dimensions around some centres; their exact neighbours (k = 20) come from a k-d tree.
@@ -92,7 +92,10 @@ def timed(function, *arguments):
 
 def extra_memory(folder: Path) -> float:
     """Bytes an edge beyond the lists themselves, in a process that does nothing else."""
-    program = f"import sys; sys.argv[1:] = ['--memory', {str(folder)!r}]; import runpy; runpy.run_path({__file__!r}, run_name='__main__')"
+    program = (
+        f"import sys; sys.argv[1:] = ['--memory', {str(folder)!r}]; "
+        f"import runpy; runpy.run_path({__file__!r}, run_name='__main__')"
+    )
     return float(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
 
 

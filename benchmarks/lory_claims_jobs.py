@@ -1,7 +1,8 @@
 """The trainings of `lory_claims.py`: sizes, models, one job from a dense warm-up to scores on held-out text.
 
-A job trains with the production loop (`eclectus.models.training.loop.train`), objectives and evaluation. All jobs of a seed start from the
-same dense warm-up and read the same instances in the same order. Needs torch, transformers, safetensors and NumPy.
+A job trains with the production loop (`eclectus.models.training.loop.train`), objectives and evaluation. All jobs of a
+seed start from the same dense warm-up and read the same instances in the same order. Needs torch, transformers,
+safetensors and NumPy.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ logging.disable_progress_bar()
 class Size:
     """A model size and how it is trained. shape: fields of LlamaConfig; the rest as in `Plan` and `LoryConfig`.
 
-    experts, segment: E and T. context: tokens of a window that are only read, at least the longest T that is compared (0: T).
-    jobs: trainings side by side on one GPU. windows: most windows of held-out text to score. cut: characters of the passages into which
-    training documents are cut, 0 for none: where documents are longer than instances, grouping them can do little.
+    experts, segment: E and T. context: tokens of a window that are only read, at least the longest T that is compared
+    (0: T).
+    jobs: trainings side by side on one GPU. windows: most windows of held-out text to score. cut: characters of the
+    passages into which training documents are cut, 0 for none: where documents are longer than instances, grouping them
+    can do little.
     """
 
     shape: dict[str, Any]
@@ -75,9 +78,9 @@ def _preset(name: str) -> dict[str, Any]:
     return {each: config[each] for each in names.split()}
 
 
-# Small enough to be bound by what it can hold within minutes: untied embeddings, a small vocabulary and small batches bring
-# it past the plateau of the first steps soonest, and one head of 32 trains as well as two of 16 in less time. 32 experts, as the
-# paper's best models have (docs/log.md, 2026-11-24).
+# Small enough to be bound by what it can hold within minutes: untied embeddings, a small vocabulary and small batches
+# bring it past the plateau of the first steps soonest, and one head of 32 trains as well as two of 16 in less time. 32
+# experts, as the paper's best models have (docs/log.md, 2026-11-24).
 _SMALL = dict(_preset("laptop"), tie_word_embeddings=False)
 _SMALLEST = dict(
     _SMALL, hidden_size=32, intermediate_size=88, num_hidden_layers=3, num_attention_heads=1, num_key_value_heads=1
@@ -93,9 +96,11 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Job:
-    """One training. model: one of MODELS, or "warmup". variant: name of a deviation from the defaults, which are the other fields.
+    """One training. model: one of MODELS, or "warmup". variant: name of a deviation from the defaults, which are the
+    other fields.
 
-    experts, segment: 0 takes the size's. router_init: standard deviation of the routers' initial weights, in units of 1/sqrt(width): about that of their logits.
+    experts, segment: 0 takes the size's. router_init: standard deviation of the routers' initial weights, in units of
+    1/sqrt(width): about that of their logits.
     """
 
     model: str

@@ -126,7 +126,7 @@ def _change_by_domain(runs: Runs, keys: list[tuple[str, str, str]]) -> str:
         if key[0] != "dense" and found:
             domains = list(found)
             rows.append([_label(key), str(len(found[EVERYTHING])), *(spread(found[name]) for name in domains)])
-    title = "### Perplexity against the dense twin of the same batches and seed, %, mean ± standard deviation over seeds\n\n"
+    title = "### Perplexity against the dense twin of the same batches and seed, %, mean ± standard deviation\n\n"
     return title + table(["model", "seeds", *domains], rows) if rows else ""
 
 
@@ -222,5 +222,5 @@ def _times(times: list[dict[str, Any]]) -> str:
     return (
         "### A training step alone on the device, in the production loop (optimizer included)\n\n"
         + table(["model", "ms", "times dense", "peak memory", "parameters"], rows)
-        + "\nOn a GPU the top-2 mixture computes every expert for every token: its time is not that of a grouped kernel.\n"
+        + "\nOn a GPU the top-2 mixture computes every expert for every token; a grouped kernel would be faster.\n"
     )

@@ -5,8 +5,9 @@
 
 Twin: a stock LlamaForCausalLM of the same shape. A step is forward, loss and backward; the optimizer, whose price goes
 with the parameters (E times the FFN's), is timed apart. The contenders take turns, so that a busy machine slows all of
-them; the fastest turn of each counts (of its CPU seconds with --cpu-seconds). Memory is the peak of what a step allocates on top of model and inputs, from the
-CUDA allocator or the CPU profiler. CUDA runs in bf16 autocast, the CPU in fp32.
+them; the fastest turn of each counts (of its CPU seconds with --cpu-seconds). Memory is the peak of what a step
+allocates on top of model and inputs, from the CUDA allocator or the CPU profiler. CUDA runs in bf16 autocast, the CPU
+in fp32.
 """
 
 import argparse

@@ -1,27 +1,29 @@
 """MoE-LPR's claims, measured: languages learnt and kept, against all baselines and ablations (docs/methods.md 2.5).
 
     python benchmarks/lpr_claims.py --corpus ../shared/corpus --size laptop --minutes 60
-    python benchmarks/lpr_claims.py --corpus ../shared/corpus --size smollm --base-model SmolLM2.gguf --expanded el tr hu es
+    python benchmarks/lpr_claims.py --corpus ../shared/corpus --size smollm --base-model SmolLM2.gguf \\
+        --expanded el tr hu es
 
-Sizes (lpr_sizes.py): laptop, a dense Llama trained here on the original languages; smollm, a pretrained base, shortened and
-labelled so without a GPU; tiny, to see that everything works. Jobs run in worker processes in order of priority: base and
-every method for the first seed, the other learning rates of the baselines, the other seeds, the sweeps. After each job
-OUT.json and OUT.md are written anew. When the minutes are over what runs is ended, and the tables say how many seeds they
-hold; what is done is kept under --work, by its settings, and the same command goes on from there. (Settings, not code: after
-a change of code remove that folder.)
+Sizes (lpr_sizes.py): laptop, a dense Llama trained here on the original languages; smollm, a pretrained base, shortened
+and labelled so without a GPU; tiny, to see that everything works. Jobs run in worker processes in order of priority:
+base and every method for the first seed, the other learning rates of the baselines, the other seeds, the sweeps. After
+each job OUT.json and OUT.md are written anew. When the minutes are over what runs is ended, and the tables say how many
+seeds they hold; what is done is kept under --work, by its settings, and the same command goes on from there. (Settings,
+not code: after a change of code remove that folder.)
 
 Price at size laptop: 87 jobs, five minutes of one core for the base and a half to one and a half for each other.
 
-Retention is 100 * base / method in bits per byte of held-out text of the original languages. Every baseline trains as many
-steps on the same text as stage 1; those with replay mix the review's text in and train as many steps as both stages. Every
-baseline has the best of three learning rates (full fine-tuning of four), chosen on `valid`, a held-out part that is not
-reported, by the expanded languages, in the baselines' favour; the later seeds use that rate (smollm without a GPU: one
-rate). Our own settings were chosen on `valid` too, once.
+Retention is 100 * base / method in bits per byte of held-out text of the original languages. Every baseline trains as
+many steps on the same text as stage 1; those with replay mix the review's text in and train as many steps as both
+stages. Every baseline has the best of three learning rates (full fine-tuning of four), chosen on `valid`, a held-out
+part that is not reported, by the expanded languages, in the baselines' favour; the later seeds use that rate (smollm
+without a GPU: one rate). Our own settings were chosen on `valid` too, once.
 
 The base of size laptop reads 30% of the expanded languages, in documents that stage 1 does not have. MoE-LPR freezes
 embeddings and attention, so what it can reach depends on how well the base has learnt those for the new languages; real
-bases (the paper's Qwen, SmolLM less so) have seen billions of tokens of them. `--set foreign_share=0.03 base_steps=2000`
-gives a base that hardly knows them, and MoE-LPR then falls far behind full fine-tuning (docs/benchmarks.md).
+bases (the paper's Qwen, SmolLM less so) have seen billions of tokens of them. `--set foreign_share=0.03
+base_steps=2000` gives a base that hardly knows them, and MoE-LPR then falls far behind full fine-tuning
+(docs/benchmarks.md).
 """
 
 from __future__ import annotations

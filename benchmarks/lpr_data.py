@@ -2,12 +2,13 @@
 
     base        original languages with a small share of the expanded ones, as web text has
     expanded    the new languages, equal tokens of each as far as there are: what stage 1 and every baseline trains on
-    review      documents cut to half an instance: originals below 1% of stage 1's tokens, twice that of each expanded one
+    review      documents cut to half an instance: originals below 1% of stage 1's tokens, expanded ones twice that
     valid       held out: learning rates and weights of losses are chosen on it
     held        held out: reported, and never looked at before
 
-Documents are split by the hash of their text; those that begin alike count as copies and are dropped. Nothing of tasks/, no
-pyarrow, no pydantic, so that this runs where only PyTorch and transformers are. Price: tokenising, about 1 MB/s.
+Documents are split by the hash of their text; those that begin alike count as copies and are dropped. Nothing of
+tasks/, no pyarrow, no pydantic, so that this runs where only PyTorch and transformers are. Price: tokenising, about 1
+MB/s.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def pack(mixture: Mixture, out: Path, base_tokenizer: Any = None) -> dict[str, A
 def read_documents(mixture: Mixture) -> Iterator[dict[str, Any]]:
     """Documents of the mixture's languages with language, domain and split, in an order that their text decides.
 
-    Files are JSON lines, .gz or not, with fields text, language and, where there is one, domain. Raises SystemExit naming a
-    language that the folder does not hold enough of.
+    Files are JSON lines, .gz or not, with fields text, language and, where there is one, domain. Raises SystemExit
+    naming a language that the folder does not hold enough of.
     """
     groups: dict[str, dict[str, list[tuple[bytes, str]]]] = {
         language: {} for language in (*mixture.original, *mixture.expanded)
@@ -138,7 +139,7 @@ def _split(rows: list[tuple[bytes, str]], held_bytes: float) -> Iterator[dict[st
 
 
 def train_tokenizer(documents: list[dict[str, Any]], mixture: Mixture) -> Any:
-    """A byte-level BPE of equal bytes of every language, as the tokenizers of the paper's bases are of many languages."""
+    """A byte-level BPE of equal bytes of every language; the paper's bases have multilingual tokenizers too."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     languages = (*mixture.original, *mixture.expanded)
@@ -193,7 +194,7 @@ class _Draw:
         return chosen
 
     def base(self) -> list[dict[str, Any]]:
-        """Expanded languages from the end of their order, so that stage 1, which reads from its start, brings new text."""
+        """Expanded languages from the end of their order: stage 1 reads from the start, so its text is new."""
         shares, added = _shares(self._mixture.base_tokens, self._mixture), self._mixture.expanded
         return self._mixed([self._take(name, tokens, last=name in added) for name, tokens in shares.items()])
 
@@ -208,7 +209,7 @@ class _Draw:
         return self._mixed(chosen)
 
     def review(self) -> list[dict[str, Any]]:
-        """docs/methods.md 2.4: twice as much of each expanded language; here by tokens, of documents cut so that few tokens are many documents."""
+        """Twice as much of each expanded language (docs/methods.md 2.4), by tokens; documents are cut short."""
         mixture, longest = self._mixture, self._mixture.length // 2
         each = mixture.expanded_tokens * mixture.review_original_share / len(mixture.original)
         parts = [self._take(name, each, longest) for name in mixture.original]

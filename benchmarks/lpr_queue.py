@@ -1,8 +1,8 @@
-"""Which jobs `lpr_claims.py` runs: every method under every seed, learning rates of the baselines, sweeps of our settings.
+"""Which jobs `lpr_claims.py` runs: every method under every seed, baselines' learning rates, sweeps of our settings.
 
-A job is a dict that `lpr_runs.run_job` takes. needs: names of the jobs before it; the first of them left the checkpoint that
-it starts from. priority: (part, seed), lower is earlier. title: its row in the tables; sweep: the table, where it is not the
-main one. best_of: jobs of the first seed, whose best learning rate it takes.
+A job is a dict that `lpr_runs.run_job` takes. needs: names of the jobs before it; the first of them left the checkpoint
+that it starts from. priority: (part, seed), lower is earlier. title: its row in the tables; sweep: the table, where it
+is not the main one. best_of: jobs of the first seed, whose best learning rate it takes.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Table:
         return [row(cells), row(["---"] * len(cells))]
 
     def row(self, title: str, runs: list[dict[str, Any]], part: str) -> str:
-        """part: `held` or `valid`. of full: the mean over the same seeds' expanded languages, over full fine-tuning's."""
+        """part: `held` or `valid`. of full: the mean over the same seeds' expanded languages / full fine-tuning's."""
         means = [mean_of(run[part], self._expanded) for run in runs]
         keeps = [
             100 * mean_of(self._base(run)[part], self._original) / mean_of(run[part], self._original) for run in runs

@@ -6,8 +6,9 @@
     review    the review on a stage-1 checkpoint
     single    the baselines and ablations of one stage
 
-All train with `eclectus.models.training.loop.train` and the objectives of `eclectus.models.training.objectives`: what is measured is what ships. Jobs hand
-checkpoints to each other in a folder. Each is scored on both held-out parts, `valid` and `held` (lpr_data).
+All train with `eclectus.models.training.loop.train` and the objectives of `eclectus.models.training.objectives`: what
+is measured is what ships. Jobs hand checkpoints to each other in a folder. Each is scored on both held-out parts,
+`valid` and `held` (lpr_data).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ logging.disable_progress_bar()
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Runs one job in this process; the result repeats the job, with bits per byte, seconds and the proof of the hash."""
+    """Runs one job in this process; the result is the job with bits per byte, seconds and the frozen digest."""
     torch.set_num_threads(job["threads"])
     started = time.monotonic()
     with contextlib.redirect_stderr(io.StringIO()):
@@ -76,13 +77,13 @@ def train_base(job: dict[str, Any]) -> dict[str, Any]:
     return {**scores(model, job), "parameters": count(model)}
 
 
-def open_pretrained(place: str, out: Path) -> torch.nn.Module:
-    """A pretrained dense model in fp32, also written to `out` with its tokenizer; place: a folder, a .gguf file, a hub name."""
+def open_pretrained(source: str, out: Path) -> torch.nn.Module:
+    """A pretrained dense model in fp32, also written to `out` with its tokenizer. source: folder, .gguf, hub name."""
     from transformers import AutoTokenizer
 
-    path = Path(place)
+    path = Path(source)
     gguf = dict(gguf_file=path.name) if path.suffix == ".gguf" else {}
-    name = path.parent if gguf else place
+    name = path.parent if gguf else source
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **gguf)
     if gguf:
         # A model out of a GGUF file refuses to be saved, though its weights are plain fp32 by then.

@@ -1,4 +1,4 @@
-"""What `lpr_claims.py` trains at each size, and for how long; chosen on the part `valid` of the held-out text (docs/log.md)."""
+"""Models and steps of `lpr_claims.py` by size, chosen on the part `valid` of the held-out text (docs/log.md)."""
 
 from __future__ import annotations
 

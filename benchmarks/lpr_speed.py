@@ -2,10 +2,10 @@
 
     python benchmarks/lpr_speed.py
 
-A step is forward, loss, backward, clipping and AdamW. bf16 autocast on CUDA, fp32 on the CPU; transformers' experts run on
-`grouped_mm` too. On CUDA each contender has several turns, of which the fastest counts, and its peak of allocated memory. On a CPU,
-which others may use too, the contenders take turns by single steps, the fastest counts, in CPU seconds of one thread; memory is
-what a process of its own grows by from before the model is made to its end.
+A step is forward, loss, backward, clipping and AdamW. bf16 autocast on CUDA, fp32 on the CPU; transformers' experts run
+on `grouped_mm` too. On CUDA each contender has several turns, of which the fastest counts, and its peak of allocated
+memory. On a CPU, which others may use too, the contenders take turns by single steps, the fastest counts, in CPU
+seconds of one thread; memory is what a process of its own grows by from before the model is made to its end.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ EXPERTS = 6
 STOCK = "transformers Mixtral, all trained"
 KINDS = {STOCK: "stock", "ours, all trained": "all", "ours, stage 1": "post_pretrain", "ours, stage 2": "review"}
 CUDA_SHAPE = dict(
-    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152
+    hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+    vocab_size=49152
 )  # fmt: skip
 CPU_SHAPE = dict(
-    hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, vocab_size=4096
+    hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+    vocab_size=4096
 )  # fmt: skip
 CUDA_BATCH, CPU_BATCH = (16, 512), (2, 256)
 
 
 def step_times(cuda: bool) -> dict[str, Any]:
-    """Milliseconds, peak memory and trained parameters by contender, at SmolLM2's shape on CUDA, a tiny one on a CPU."""
+    """Milliseconds, peak memory and trained parameters by method, at SmolLM2's shape on CUDA, a tiny one on CPU."""
     shape, (rows, length) = (CUDA_SHAPE, CUDA_BATCH) if cuda else (CPU_SHAPE, CPU_BATCH)
     words = ", ".join(f"{name.removesuffix('_size')} {value}" for name, value in shape.items())
     described = f"{words}, {EXPERTS} experts, top-2, batch {rows} x {length}"
@@ -160,7 +162,8 @@ def main() -> None:
     peer = measured["rows"][STOCK]
     for name, row in measured["rows"].items():
         print(
-            f"{name:<52} {row['ms']:8.1f} ms ({row['ms'] / peer['ms']:.2f})   {row['gib']:6.3f} GiB ({row['gib'] / peer['gib']:.2f})   "
+            f"{name:<52} {row['ms']:8.1f} ms ({row['ms'] / peer['ms']:.2f})   "
+            f"{row['gib']:6.3f} GiB ({row['gib'] / peer['gib']:.2f})   "
             f"{row['trained']:,} trained"
         )
 

@@ -1,4 +1,4 @@
-"""lm-eval tasks on a model in memory, for `lpr_claims.py`: the product's tasks and questions (tasks/evaluation/benchmark_tasks.py)."""
+"""lm-eval tasks of a model in memory for `lpr_claims.py`: tasks of evaluation/benchmark_tasks.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def task_scores(
 ) -> dict[str, dict[str, float]]:
     """Accuracy by task over the questions of a folder in these languages: {task: {acc, error, questions}}, 0 shots.
 
-    acc is the one that is normalised by the answers' length, where the task has it (docs/methods.md 2.5's ARC and HellaSwag do).
+    acc is the one that is normalised by the answers' length, where the task has it (docs/methods.md 2.5's ARC and
+    HellaSwag do).
     limit: at most that many questions of each task, the first ones; -1 for all.
     """
     harness = Harness([folder])

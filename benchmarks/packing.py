@@ -1,7 +1,8 @@
 """Packing against the recipe of transformers' run_clm.py on the same texts: python benchmarks/packing.py [CORPUS]
 
-The recipe: `datasets.map` tokenises, concatenates and cuts into blocks, in one process and batches of 1,000, with the same tokenizer
-and length. It neither orders, shuffles nor remembers which document a token is of. CORPUS: what `--sources` takes (data/corpus).
+The recipe: `datasets.map` tokenises, concatenates and cuts into blocks, in one process and batches of 1,000, with the
+same tokenizer and length. It neither orders, shuffles nor remembers which document a token is of. CORPUS: what
+`--sources` takes (data/corpus).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lory extended by two stages: the same function at first, old weights untouched, known text led back to the old experts."""
+"""Lory extended by two stages: equal at first, old weights unchanged, known text routed back to the old experts."""
 
 import copy
 

@@ -188,7 +188,7 @@ def installed_with(name):
 
 @pytest.fixture(scope="session")
 def clean_python(pytestconfig):
-    """Generation to the Python of a virtual environment that holds that transformers, its dependencies and torch alone."""
+    """By generation, the Python of a virtual environment with only that transformers, its dependencies and torch."""
 
     def make(generation):
         folder = pytestconfig.cache.mkdir(f"clean-{generation}")
@@ -212,7 +212,7 @@ def clean_python(pytestconfig):
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """Folder of every kind of checkpoint to its logits here: upcycled, trained and exported, the base taken back out."""
+    """By folder, the logits of every kind of checkpoint: upcycled, trained and exported, the extracted base."""
     root = tmp_path_factory.mktemp("exports")
     torch.save(tokens(), root / "ids.pt")
     expected = {}

@@ -1,4 +1,4 @@
-"""Upcycling: equal at step 0 for every family, streamed and reproducible (what it refuses: test_upcycle_refusals.py)."""
+"""Upcycling: equal at step 0 for every family, streamed and reproducible (refusals: test_upcycle_refusals.py)."""
 
 import dataclasses
 import json
@@ -281,7 +281,8 @@ def test_peak_memory_is_a_layer_above_the_base_file(tmp_path):
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     script = (
-        "import resource, sys; from eclectus.models.mixture.upcycle import upcycle; import eclectus.models.mixture.upcycle as u\n"
+        "import resource, sys; from eclectus.models.mixture.upcycle import upcycle\n"
+        "import eclectus.models.mixture.upcycle as u\n"
         "from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig\n"
         "import transformers.models.mixtral.modeling_mixtral, transformers.models.llama.modeling_llama\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

@@ -1,4 +1,4 @@
-"""The training loop: resuming is exact, what is not finite stops it, and shared or accumulated batches are the same batch."""
+"""The training loop: resuming is exact, a gradient that is not finite stops it, split batches are equal."""
 
 import json
 import os
@@ -215,7 +215,7 @@ def test_moments_go_from_one_stage_to_the_next(data, tmp_path):
 
 
 def test_the_first_step_after_duplication_is_the_dense_models(data, tmp_path):
-    """Carried-over moments: with experts weighted alike, Lory's next step moves every copy as the dense FFN is moved."""
+    """With carried-over moments and equal weights, Lory's next step moves every copy as the dense FFN moves."""
     dense = tiny_dense()
     _, moments = trained(data, tmp_path / "warm", plan(stop=4, checkpoint_every=99), dense)
     model = LoryForCausalLM.from_dense(dense, 4, LENGTH // 3, router_initializer_range=1e-6)
@@ -278,7 +278,7 @@ def test_only_what_requires_gradients_has_moments_and_moves(data, tmp_path):
 
 
 def test_routers_and_experts_move_at_their_own_rates(data, tmp_path):
-    """From zero moments AdamW's first step is its rate in size, whatever the gradient; without weight decay nothing else adds."""
+    """From zero moments AdamW's first step has the size of its rate, whatever the gradient, without weight decay."""
     before = LoryForCausalLM.from_dense(tiny_dense(), 4, LENGTH // 3, router_initializer_range=0.1)
     with torch.no_grad():  # equal experts give the routers no gradient
         for layer in before.model.layers:

@@ -1,4 +1,4 @@
-"""Training over several processes: sharded (FSDP2) or copied (DDP), it is the training of one, and any number can go on from it."""
+"""Training over several processes: sharded (FSDP2) or copied (DDP), equal to one process, and any number resumes it."""
 
 import contextlib
 import json
