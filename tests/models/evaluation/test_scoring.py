@@ -1,4 +1,4 @@
-"""Scoring: every token once, no look-ahead in what counts, the same sums in one process and in two."""
+"""Scoring: every token once, no look-ahead in scores, the same sums in one process and in two."""
 
 import numpy as np
 import pytest
@@ -69,7 +69,7 @@ def test_a_context_that_leaves_nothing_to_score_is_refused():
 
 @pytest.mark.parametrize("kind", ["dense", "lory", "moe"])
 def test_no_scored_token_depends_on_what_comes_after_it(kind):
-    """The tokens before a place score the same however the stream goes on, and if it ends there."""
+    """Scores of tokens before a position do not depend on how the stream continues, or whether it does."""
     model, tokens = make_model(kind), make_windows((60,)).tokens
     other = (tokens + np.where(np.arange(60) < 45, 0, 1)) % VOCABULARY
     owners = np.where(np.arange(60) < 45, 0, NO_DOCUMENT)
@@ -84,7 +84,7 @@ def test_no_scored_token_depends_on_what_comes_after_it(kind):
     assert bits[2] == pytest.approx(bits[0], rel=1e-6)
 
 
-def test_the_first_segment_of_lory_does_look_ahead_and_therefore_counts_in_no_score():
+def test_the_first_segment_of_lory_looks_ahead_and_is_therefore_in_no_score():
     model, windows = make_model("lory"), make_windows((60,))
     changed = Windows(
         np.where(np.arange(60) == CONTEXT - 1, 0, windows.tokens), *[getattr(windows, n) for n in
@@ -122,7 +122,7 @@ def score_in_a_group(out):
         np.save(f"{out}/written.npy", np.array([len(ids) for ids, _ in written]))
 
 
-def test_two_processes_give_the_sums_of_one_on_both_of_them(tmp_path):
+def test_two_processes_both_get_the_sums_of_one(tmp_path):
     run_group(2, score_in_a_group, tmp_path)
     model = make_model("moe")
     for number, lengths in enumerate(((70, 3), (30,))):
@@ -134,30 +134,30 @@ def test_two_processes_give_the_sums_of_one_on_both_of_them(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["dense", "lory", "moe"])
-def test_scoring_that_was_cut_off_goes_on_to_the_same_sums(kind, tmp_path, monkeypatch):
+def test_interrupted_scoring_resumes_to_the_same_sums(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "KEEP_EVERY", 1)
     model, windows = make_model(kind), make_windows()
     whole = add_up(model, windows, batch=1)
-    told = []
+    progress = []
 
     def die(done, total):
-        told.append(done)
-        if len(told) == 3:
+        progress.append(done)
+        if len(progress) == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         score(model, windows, len(windows.bytes_per_token), Process(), 1, die, tmp_path)
     again = score(
-        model, windows, len(windows.bytes_per_token), Process(), 1, lambda done, total: told.append(done), tmp_path
+        model, windows, len(windows.bytes_per_token), Process(), 1, lambda done, total: progress.append(done), tmp_path
     )
-    assert told[3] == 4  # three windows were not scored again
+    assert progress[3] == 4  # three windows were not scored again
     for name in ("bits", "tokens", "positions", "routed"):
         np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
     for left, right in zip(again.shares + again.chosen, whole.shares + whole.chosen, strict=True):
         np.testing.assert_array_equal(left, right)
 
 
-def test_a_probability_that_is_no_number_is_an_error_with_the_document():
+def test_logits_that_are_not_finite_are_an_error_that_names_the_document():
     model = make_model("dense")
     with torch.no_grad():
         model.lm_head.weight[:] = float("nan")

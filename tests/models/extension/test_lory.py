@@ -92,7 +92,7 @@ def fit(model, objective, batches, steps, rate):
         optimizer.zero_grad()
 
 
-def test_stages_learn_the_new_and_lead_known_text_back(lory, tmp_path):
+def test_stages_learn_the_new_language_and_route_known_text_back(lory, tmp_path):
     base, wider, _ = lory
     # Languages that share no tokens.
     known = torch.randint(0, 40, (8, 40), generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""Baselines: equal to the base before training, only their own part trains, and what they write loads as stock."""
+"""Baselines: equal to the base before training, only their own part trains, their checkpoints load as stock."""
 
 import json
 
@@ -68,7 +68,7 @@ def test_block_expansion_computes_the_same_before_training(bases, name):
     assert all("layers.2." in name for name, parameter in deeper.named_parameters() if parameter.requires_grad)
 
 
-def test_new_blocks_are_spread_evenly():
+def test_new_blocks_are_spaced_evenly():
     from eclectus.models.extension.methods import _block_origins
 
     assert [new for _, new in _block_origins(4, 2)] == [False, False, True, False, False, True]
@@ -103,7 +103,7 @@ def test_each_method_trains_its_part_alone_and_writes_a_stock_checkpoint(bases, 
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
-def test_all_trained_moves_expert_0_and_the_stages_do_not(bases):
+def test_all_trained_changes_expert_0_and_the_stages_do_not(bases):
     moe = bases("mistral")[1]
     trained = {name for name, p in open_method("moe_all", moe).named_parameters() if p.requires_grad}
     assert any("frozen_gate_up" in name for name in trained) and any("q_proj" in name for name in trained)
@@ -112,7 +112,7 @@ def test_all_trained_moves_expert_0_and_the_stages_do_not(bases):
     assert frozen_digest(ours)
 
 
-def test_adapters_start_silent_and_repeat_under_a_seed(bases):
+def test_adapters_start_at_zero_and_are_reproducible(bases):
     dense = bases("qwen2")[0]
     first, second = (add_lora(AutoModelForCausalLM.from_pretrained(dense), 2, seed=5) for _ in range(2))
     for (name, a), (_, b) in zip(first.named_parameters(), second.named_parameters(), strict=True):
@@ -155,7 +155,7 @@ def test_mixed_instances_keep_share_order_and_labels(tmp_path):
     assert names == [["tr", "en"], ["el", "tr"], ["tr", "en"]]
 
 
-def test_sets_in_other_tokens_and_odd_shares_are_refused(tmp_path):
+def test_sets_of_another_tokenizer_and_invalid_shares_are_refused(tmp_path):
     first = write_instances(tmp_path / "a", 4, ["el"])
     with pytest.raises(ValueError, match="differ in length"):
         MixedInstances(first, write_instances(tmp_path / "b", 4, ["en"], length=32), 0.5)

@@ -1,4 +1,4 @@
-"""What must hold when a Lory model generates: docs/methods.md 1.4 and property 7 of its section 3."""
+"""Generation with a Lory model: docs/methods.md 1.4 and property 7 of its section 3."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -47,7 +47,7 @@ def test_segment_routing_equals_training_from_the_first_token_when_the_first_seg
     torch.testing.assert_close(logits, full[:, prompt - 1 : -1].float())
 
 
-def test_prompt_and_segment_routing_agree_in_the_second_segment_of_a_one_segment_prompt_and_then_part():
+def test_prompt_and_segment_routing_agree_in_the_second_segment_of_a_one_segment_prompt_and_then_differ():
     model, ids = lory().double(), tokens(3, T)
     _, by_prompt = generate(model, ids, 2 * T, generation_routing="prompt")
     _, by_segment = generate(model, ids, 2 * T, generation_routing="segment")
@@ -142,7 +142,7 @@ def test_several_tokens_at_once_on_a_cached_past_equal_one_at_a_time(routing):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
 
 
-def test_a_plain_pass_that_returns_a_cache_is_the_training_pass_and_goes_on_by_segment():
+def test_a_plain_pass_that_returns_a_cache_is_the_training_pass_and_continues_by_segment():
     model, ids = lory().double(), tokens(2, 3 * T)
     outputs = model(ids[:, : 2 * T], use_cache=True)
     torch.testing.assert_close(outputs.logits, model(ids[:, : 2 * T], use_cache=False).logits)
@@ -169,7 +169,7 @@ def test_assisted_decoding_gives_the_greedy_tokens_under_prompt_routing_and_is_r
         (dict(past_key_values=DynamicCache()), "is a DynamicCache.*LoryCache"),
     ],
 )
-def test_what_cannot_be_generated_says_what_to_change(arguments, message):
+def test_settings_that_cannot_generate_are_refused_with_the_remedy(arguments, message):
     with pytest.raises(ValueError, match=message):
         generate(lory(), tokens(1, T), 3, **arguments)
 

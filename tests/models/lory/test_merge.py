@@ -1,4 +1,4 @@
-"""The owned merge against the straightforward form: values, gradients, memory, and the ways torch may run it."""
+"""The merged FFN against the direct form: values, gradients, memory, autocast and torch.compile."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def draw(batch=2, segments=3, tokens=5, width=4, ffn=6, experts=3, dtype=torch.f
 
 
 def block_of(segments, theta):
-    """The byte budget that makes blocks of so many segments."""
+    """The byte budget for blocks of that many segments."""
     return segments * 2 * theta[0].numel() * theta.element_size()
 
 
@@ -28,7 +28,7 @@ def test_gradients_pass_gradcheck_in_float64_whatever_the_block(block):
 
 
 @pytest.mark.parametrize("block", [1, 5, 32])
-def test_values_and_gradients_equal_the_straightforward_form_in_float32(block):
+def test_values_and_gradients_equal_the_direct_form_in_float32(block):
     x, weights, theta = draw(4, 8, 16, 32, 48, 8, torch.float32)
     gradient = torch.randn_like(x)
     ours = merged_ffn(x, weights, theta, block_of(block, theta))
@@ -59,7 +59,7 @@ def test_without_gradients_the_values_are_the_same():
         torch.testing.assert_close(merged_ffn(*inputs), reference_merged_ffn(*inputs))
 
 
-def test_applying_merged_parameters_is_the_same_as_merging_on_the_way():
+def test_applying_merged_parameters_equals_merging_and_applying_at_once():
     x, weights, theta = draw(batch=1)
     torch.testing.assert_close(
         apply_merged(x[0], merge_experts(weights, theta)[0]), reference_merged_ffn(x, weights, theta)[0]
@@ -81,7 +81,7 @@ def test_bf16_autocast_computes_in_bf16_and_returns_fp32_gradients_close_to_fp32
         assert (a - b).norm() <= 0.03 * b.norm()
 
 
-def test_torch_compile_takes_it_whole_and_agrees():
+def test_torch_compile_needs_no_graph_break_and_agrees():
     torch.compiler.reset()
     x, weights, theta = draw()
     compiled = torch.compile(merged_ffn, backend="aot_eager", fullgraph=True)

@@ -1,4 +1,4 @@
-"""What must hold of the Lory model: docs/methods.md 1.2, 1.3 and the properties 1, 2 and 3 of its section 3."""
+"""The Lory model: docs/methods.md 1.2, 1.3 and properties 1, 2 and 3 of its section 3."""
 
 import copy
 import json
@@ -70,7 +70,7 @@ def test_duplication_copies_and_the_seed_decides_the_routers():
 
 
 def straightforward_logits(model, ids):
-    """The model written down again from docs/methods.md 1.1 and 1.2, one segment at a time, with stock attention."""
+    """A second implementation of docs/methods.md 1.1 and 1.2, one segment at a time, with stock attention."""
     twin = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval().to(model.dtype)
     twin.load_state_dict({k: v for k, v in model.state_dict().items() if ".mlp." not in k}, strict=False)
 
@@ -94,7 +94,7 @@ def straightforward_logits(model, ids):
 
 
 @pytest.mark.parametrize("length", [1, 3, T, T + 1, 3 * T, 3 * T + 5])
-def test_equals_a_straightforward_implementation_in_values_and_gradients(length):
+def test_equals_a_direct_implementation_in_values_and_gradients(length):
     model, ids = lory().double(), tokens(2, length)
     ours, reference = model(ids).logits, straightforward_logits(model, ids)
     torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
@@ -110,7 +110,7 @@ def test_equals_a_straightforward_implementation_in_values_and_gradients(length)
 
 
 @pytest.mark.parametrize("routing", ["causal_segment", "prefix"])
-def test_a_change_in_a_later_segment_moves_nothing_before_it(routing):
+def test_a_change_in_a_later_segment_changes_nothing_before_it(routing):
     model, ids = lory(routing=routing).double(), tokens(1, 4 * T)
     before = model(ids).logits
     for position in (T, 2 * T + 3, 4 * T - 1):
@@ -153,7 +153,7 @@ def test_the_last_segments_weights_are_never_used():
         assert gradient[:, 1].abs().max() == 0
 
 
-def test_experts_part_from_a_duplicated_start_and_stay_equal_under_a_constant_router():
+def test_experts_diverge_from_copies_and_stay_equal_under_a_constant_router():
     ids = tokens(4, 3 * T)
     for spread, parts in ((0.3, True), (0.0, False)):
         model = LoryForCausalLM.from_dense(llama(), 4, T, spread, seed=0).train()
@@ -274,7 +274,7 @@ def test_the_expert_map_carries_adamw_moments_so_that_the_next_step_is_the_dense
             torch.testing.assert_close(parameter, expected[name], rtol=1e-3, atol=1e-4)
 
 
-def test_experts_are_parted_or_take_no_more_memory_than_one():
+def test_experts_share_the_memory_of_one_until_they_are_copied():
     dense = llama()
     parted, shared = (LoryForCausalLM.from_dense(dense, 4, T, shared_memory=each) for each in (False, True))
     for name, sources in shared.expert_parameter_map().items():
@@ -331,7 +331,7 @@ def test_presets_have_the_sizes_that_their_names_say(name):
         (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named_with_its_choices(fields, message):
+def test_an_invalid_setting_is_named_with_its_choices(fields, message):
     with pytest.raises(ValueError, match=message):
         LoryConfig(**fields)
 
@@ -352,7 +352,7 @@ def test_choices_are_checked_again_when_the_model_runs():
         LoryConfig.preset("huge")
 
 
-def test_a_saved_model_comes_back_bit_for_bit(tmp_path):
+def test_a_saved_model_loads_bit_for_bit(tmp_path):
     model, ids = lory(tie_word_embeddings=True, routing="prefix", first_segment="uniform"), tokens(2, 3 * T)
     model.save_pretrained(tmp_path)
     again = LoryForCausalLM.from_pretrained(tmp_path)

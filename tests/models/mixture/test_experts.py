@@ -1,4 +1,4 @@
-"""The training form: same function as stock, gradients only where wanted, originals bit-identical whatever happens."""
+"""The training form: the stock function, gradients only where needed, originals always bit-identical."""
 
 import copy
 
@@ -307,5 +307,5 @@ def test_full_trains_every_parameter_of_a_dense_model():
     assert len(set_trainable(model, "full")) == len(list(model.parameters()))
 
 
-def test_split_experts_is_what_trains():
+def test_split_experts_is_the_training_form():
     assert all(isinstance(b.experts, SplitExperts) for _, b in moe_blocks(split_experts(random_mixtral())))

@@ -1,4 +1,4 @@
-"""Exports load in stock transformers of both generations, with equal logits, and give the base back bit by bit."""
+"""Exports load in stock transformers of both generations, with equal logits, and the base is extracted bit by bit."""
 
 import importlib.metadata
 import json
@@ -61,7 +61,7 @@ def test_a_trained_model_exports_to_what_stock_transformers_saves_and_loads(tmp_
 
 
 @pytest.mark.parametrize("name", BASES)
-def test_the_base_comes_back_bit_by_bit_from_a_trained_model(tmp_path, name):
+def test_the_base_is_extracted_bit_by_bit_from_a_trained_model(tmp_path, name):
     base, _moe, model = trained(tmp_path, name)
     export_checkpoint(model, tmp_path / "out", max_shard_bytes=40_000)
     extract_base(tmp_path / "out", tmp_path / "back")
@@ -71,7 +71,7 @@ def test_the_base_comes_back_bit_by_bit_from_a_trained_model(tmp_path, name):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "back")) is type(original)
 
 
-def test_a_bf16_base_comes_back_bit_by_bit_after_training_in_fp32(tmp_path):
+def test_a_bf16_base_is_extracted_bit_by_bit_after_training_in_fp32(tmp_path):
     base, _moe, model = trained(tmp_path, "llama", dtype=torch.bfloat16)
     for out, dtype in (("narrow", torch.bfloat16), ("wide", None)):
         export_checkpoint(model, tmp_path / out, dtype=dtype)
@@ -110,7 +110,7 @@ def test_expert_names_are_those_that_servers_map(tmp_path, name):
         assert all(spec.nbytes for spec in reader.specs.values())
 
 
-def test_exporting_leaves_the_live_model_as_it_was(tmp_path):
+def test_exporting_does_not_change_the_loaded_model(tmp_path):
     _base, _moe, model = trained(tmp_path, "llama")
     digest, before = frozen_digest(model), model(tokens()).logits
     export_checkpoint(model, tmp_path / "out")
@@ -124,7 +124,7 @@ def test_an_export_generates_text(tmp_path):
     assert loaded.generate(tokens(5, 1), max_new_tokens=4, do_sample=False).shape == (1, 9)
 
 
-def test_a_base_that_was_trained_over_is_not_given_out_as_the_base(tmp_path):
+def test_a_base_whose_weights_were_trained_is_not_extracted(tmp_path):
     _base, _moe, model = trained(tmp_path, "llama", stage="all")
     export_checkpoint(model, tmp_path / "out")
     with pytest.raises(NotTheBaseError, match="not the base's any more"):

@@ -76,7 +76,7 @@ def test_all_earlier_weights_are_bit_identical_after_training_and_the_new_ones_l
     torch.testing.assert_close(logits(tmp_path / "base", new_language), logits(base, new_language), rtol=0, atol=1e-6)
 
 
-def test_the_report_is_kept_beside_that_of_the_first_extension(extended):
+def test_the_report_is_added_to_that_of_the_first_extension(extended):
     _, moe, more, _ = extended("qwen2")
     stored = json.loads((more / "upcycle.json").read_text())
     assert stored["experts"] == 6 and stored["extended"][0]["experts_before"] == [4, 4]
@@ -93,7 +93,7 @@ def test_rows_fit_every_limit_that_can_be_fitted_and_are_short():
     assert torch.equal(shortest_row_below(x, limit.abs() + 1), torch.zeros(16, dtype=torch.float64))
 
 
-def test_nothing_is_written_when_the_router_has_no_room(extended, tmp_path):
+def test_nothing_is_written_when_no_row_keeps_new_experts_out(extended, tmp_path):
     moe = extended("qwen2")[1]
     with pytest.raises(StepZeroError, match="of held-out tokens would choose a new expert"):
         extend_again(moe, tmp_path / "out", new_experts=1, calibration=tokens(20, 16), largest_share=0.0)

@@ -1,4 +1,4 @@
-"""Similarity by layer against a direct computation; proposals that keep the budget."""
+"""Similarity by layer against a direct computation; proposals within the budget."""
 
 from itertools import pairwise
 

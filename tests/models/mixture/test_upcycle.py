@@ -53,7 +53,7 @@ def test_equality_holds_for_any_router(tmp_path, name):
         torch.testing.assert_close(model(tokens()).logits, logits(base, tokens()), rtol=0, atol=1e-5)
 
 
-def test_the_directory_is_complete_and_says_how_it_was_made(tmp_path):
+def test_the_directory_is_complete_and_records_how_it_was_made(tmp_path):
     base = write_base(tmp_path / "base", "qwen3")
     report = upcycle(base, tmp_path / "moe", experts=4, seed=7)
     stored = json.loads((tmp_path / "moe" / "upcycle.json").read_text())
@@ -67,7 +67,7 @@ def test_the_directory_is_complete_and_says_how_it_was_made(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama tied", "mistral", "qwen2", "qwen3"])
-def test_the_config_holds_what_both_transformers_generations_and_servers_read(tmp_path, name):
+def test_the_config_has_the_keys_that_both_transformers_generations_and_servers_read(tmp_path, name):
     base = write_base(tmp_path / "base", name)
     upcycle(base, tmp_path / "moe", experts=4)
     config = json.loads((tmp_path / "moe" / "config.json").read_text())
@@ -99,7 +99,7 @@ def test_the_router_is_xavier_normal(tmp_path):
     assert not torch.equal(routers[0], routers[1])
 
 
-def test_noise_is_proved_by_expert_zero_alone_and_moves_the_others_a_little(tmp_path):
+def test_noise_is_verified_by_expert_zero_alone_and_changes_the_others_a_little(tmp_path):
     base = write_base(tmp_path / "base", "qwen3 tied")
     report = upcycle(base, tmp_path / "moe", experts=3, init="noise", noise_scale=0.02)
     assert report.proof == "expert_0" and report.max_abs_delta <= 1e-5 < report.as_routed_delta
@@ -156,12 +156,12 @@ def test_a_bf16_base_stays_bf16(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "moe").dtype == torch.bfloat16
 
 
-def test_probes_of_ones_own_are_used(tmp_path):
+def test_given_probes_are_used(tmp_path):
     base = write_base(tmp_path / "base", "llama")
     assert upcycle(base, tmp_path / "moe", probes=tokens(11, 5)).probe_shape == (5, 11)
 
 
-def test_one_expert_a_token_is_noted_as_untrainable_by_the_language_model_loss(tmp_path):
+def test_one_expert_per_token_is_noted_as_untrainable_by_the_language_model_loss(tmp_path):
     base = write_base(tmp_path / "base", "llama")
     report = upcycle(base, tmp_path / "moe", top_k=1)
     assert "gives the router no gradient" in report.notes[0]
@@ -228,7 +228,7 @@ def test_qwen2_that_mixes_windows_keeps_them_layer_by_layer(tmp_path):
     )
 
 
-def test_widths_that_grouped_products_refuse_are_proved_and_said(tmp_path):
+def test_widths_that_grouped_products_refuse_are_verified_and_noted(tmp_path):
     config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=36, intermediate_size=37, num_hidden_layers=2,
                          num_attention_heads=4, head_dim=10)  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
@@ -240,7 +240,7 @@ def test_widths_that_grouped_products_refuse_are_proved_and_said(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama tied", "qwen2", "qwen3"])
-def test_layers_with_different_numbers_of_experts_open_in_our_own_class(tmp_path, name):
+def test_layers_with_different_numbers_of_experts_load_in_our_own_class(tmp_path, name):
     base = write_base(tmp_path / "base", name)
     report = upcycle(base, tmp_path / "moe", experts=[3, 5])
     assert report.experts_per_layer == (3, 5) and "in no server" in report.notes[0]
@@ -261,7 +261,7 @@ def test_one_number_for_all_layers_given_as_a_list_is_stock(tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "moe")).__name__ == "MixtralForCausalLM"
 
 
-def test_a_base_of_several_types_comes_back_with_each(tmp_path):
+def test_a_base_of_several_dtypes_keeps_each(tmp_path):
     base = write_base(tmp_path / "base", "llama", torch.bfloat16)
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"] = torch.ones(32)

@@ -1,4 +1,4 @@
-"""What upcycling refuses: by name, with the reason, and with nothing left on disk."""
+"""Refusals of upcycling: they name the cause, and leave nothing on disk."""
 
 import json
 
@@ -121,7 +121,7 @@ def test_a_missing_shard_is_named(tmp_path):
         upcycle(base, tmp_path / "moe")
 
 
-def test_an_occupied_place_is_left_alone(tmp_path):
+def test_an_existing_directory_is_not_overwritten(tmp_path):
     base = write_base(tmp_path / "base", "llama")
     (tmp_path / "moe").mkdir()
     (tmp_path / "moe" / "precious").write_text("x")
@@ -130,14 +130,14 @@ def test_an_occupied_place_is_left_alone(tmp_path):
     assert (tmp_path / "moe" / "precious").read_text() == "x"
 
 
-def test_nothing_is_left_when_the_proof_fails(tmp_path):
+def test_nothing_is_left_when_the_check_fails(tmp_path):
     base = write_base(tmp_path / "base", "llama")
     with pytest.raises(StepZeroError, match="nothing was written"):
         upcycle(base, tmp_path / "moe", tolerance=1e-12)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
 
-def test_weights_that_give_nan_do_not_pass_the_proof(tmp_path):
+def test_weights_that_give_nan_do_not_pass_the_check(tmp_path):
     base = write_base(tmp_path / "base", "llama")
     weights = load_file(base / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
@@ -158,7 +158,7 @@ class Own(LlamaForCausalLM):
 
 
 @pytest.mark.parametrize("factor", [1, 2])
-def test_trusted_code_of_a_base_is_what_the_proof_is_held_against(tmp_path, monkeypatch, factor):
+def test_the_check_compares_with_the_trusted_code_of_a_base(tmp_path, monkeypatch, factor):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     base = write_base(tmp_path / f"base{factor}", "llama")
     (base / "modeling_own.py").write_text(OWN_CODE.format(factor=factor))

@@ -1,4 +1,4 @@
-"""Expert Choice and top-k: what they compute, what they start from, and what Expert Choice may see."""
+"""Expert Choice and top-k: their function, initialisation, and causality."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_one_expert_that_takes_everything_is_the_dense_model(dense):
 
 
 @pytest.mark.parametrize("unit", [1, 4])
-def test_every_expert_takes_its_best_and_adds_what_it_makes_of_them(dense, unit):
+def test_every_expert_takes_its_best_tokens_and_adds_its_outputs(dense, unit):
     model = ExpertChoiceForCausalLM.from_dense(dense, 4, unit, router_initializer_range=1.0)
     ffn = model.model.layers[0].mlp
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_choice_within_a_batch_looks_ahead_and_choice_by_threshold_does_not(dens
     assert (taken - 1).abs().max() < 0.25, "calibrated experts take about as much as they were trained to"
 
 
-def test_a_length_that_is_no_multiple_of_the_unit_is_filled_up(dense):
+def test_a_length_that_is_not_a_multiple_of_the_unit_is_padded(dense):
     model = ExpertChoiceForCausalLM.from_dense(dense, 2, 5)
     output = model(tokens(2, 13), output_router_logits=True)
     assert output.logits.shape[:2] == (2, 13)
@@ -102,7 +102,7 @@ def test_top_k_starts_as_the_dense_model_with_as_many_active_parameters(dense, t
     assert experts / 4 == ffn
 
 
-def test_a_width_that_grouped_kernels_refuse_is_filled_up_with_what_stays_zero(dense):
+def test_a_width_that_grouped_kernels_refuse_is_padded_with_zeros_that_stay(dense):
     model = top_k_from_dense(dense, 4, 2, router_initializer_range=0.3)
     experts = model.model.layers[0].mlp.experts
     assert experts.down_proj.shape[-1] == 16, "12, filled up to a multiple of 8"

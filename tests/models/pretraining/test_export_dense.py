@@ -1,4 +1,4 @@
-"""A Lory model exported to a stock LLaMA, and a Lory checkpoint opened by a process of its own."""
+"""A Lory model exported to a stock LLaMA, and a Lory checkpoint opened in another process."""
 
 import json
 import subprocess
@@ -64,7 +64,7 @@ def test_a_dense_model_exports_without_weights(tmp_path, fields):
         mean_routing_weights(model, [ids])
 
 
-def test_what_to_merge_by_must_be_given_once_and_be_one(tmp_path):
+def test_exactly_one_set_of_weights_to_merge_by_must_be_given(tmp_path):
     model = lory()
     for arguments in ({}, dict(prompt_ids=tokens(1, 3), weights=torch.rand(2, 4))):
         with pytest.raises(
@@ -76,7 +76,7 @@ def test_what_to_merge_by_must_be_given_once_and_be_one(tmp_path):
         export_dense(model, tmp_path, prompt_ids=tokens(2, 3))
 
 
-def test_a_prompt_in_words_or_a_domain_is_read_from_the_models_own_folder(tmp_path):
+def test_a_prompt_as_text_or_a_domain_uses_the_models_own_folder(tmp_path):
     model, ids = lory(), torch.tensor([[5, 6, 7]])
     save_with_tokenizer(model, tmp_path / "lory")
     weights = mean_routing_weights(model, [tokens(4, 2 * T, seed=3)])

@@ -74,7 +74,7 @@ def killed_without_warning(folder, step):
     save_file(weights, folder / "end.safetensors")
 
 
-def test_a_process_killed_without_warning_goes_on_bit_identically(data, tmp_path):
+def test_a_killed_process_resumes_bit_identically(data, tmp_path):
     assert run_process(killed_without_warning, tmp_path, 8) == -signal.SIGKILL
     assert json.loads((tmp_path / "work/latest/progress.json").read_text())["step"] == 5
     assert run_process(killed_without_warning, tmp_path, 0) == 0
@@ -83,19 +83,19 @@ def test_a_process_killed_without_warning_goes_on_bit_identically(data, tmp_path
     assert all(torch.equal(weights[name], value) for name, value in ended.items())
 
 
-def test_a_half_written_checkpoint_is_never_taken_for_whole(data, tmp_path):
+def test_an_incomplete_checkpoint_is_never_used(data, tmp_path):
     weights, _ = trained(data, tmp_path / "undisturbed")
     with pytest.raises(Killed):
         trained(data, tmp_path / "work", report=killed_at(7))
-    beside = tmp_path / "work/step-10"
-    beside.mkdir()
-    (beside / "trained.safetensors").write_bytes(b"half")
+    partial = tmp_path / "work/step-10"
+    partial.mkdir()
+    (partial / "trained.safetensors").write_bytes(b"half")
     again, _ = trained(data, tmp_path / "work")
     assert same(weights, again)
 
 
 @pytest.mark.parametrize("damage", ["cut", "turned", "gone", "not json"])
-def test_a_damaged_checkpoint_is_not_read_and_training_begins_again(data, tmp_path, damage):
+def test_a_damaged_checkpoint_is_not_used_and_training_restarts(data, tmp_path, damage):
     weights, _ = trained(data, tmp_path / "undisturbed")
     with pytest.raises(Killed):
         trained(data, tmp_path / "work", report=killed_at(7))
@@ -109,10 +109,10 @@ def test_a_damaged_checkpoint_is_not_read_and_training_begins_again(data, tmp_pa
         file.unlink()
     else:
         (tmp_path / "work/latest/progress.json").write_text("{")
-    told = []
-    again, _ = trained(data, tmp_path / "work", report=lambda kind, **values: told.append((kind, values)))
+    metrics = []
+    again, _ = trained(data, tmp_path / "work", report=lambda kind, **values: reports.append((kind, values)))
     assert same(weights, again)
-    ((step, text),) = [(values["step"], values["text"]) for kind, values in told if kind == "damaged"]
+    ((step, text),) = [(values["step"], values["text"]) for kind, values in reports if kind == "damaged"]
     assert step == 0 and re.search("is damaged.*begins again at step 0", text)
 
 
@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_names_step_and_batch_and_keeps_the_last_check
     assert same(weights, again)
 
 
-def test_accumulated_micro_batches_equal_one_large_batch_with_padding_and_all(data, tmp_path):
+def test_accumulated_micro_batches_equal_one_large_batch_also_with_padding(data, tmp_path):
     # Step 9 reads the last instance, which is half padding, and nine steps before it are whole.
     chosen = dict(start=7, stop=11, checkpoint_every=99, batch=4)
     assert data.batch(data.rows_of_step(9, 4, 0)).labels.min() < 0
@@ -160,7 +160,7 @@ def test_accumulated_micro_batches_equal_one_large_batch_with_padding_and_all(da
             torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5, msg=f"{name} at {size}")
 
 
-def test_a_micro_batch_of_padding_alone_counts_for_nothing(tmp_path):
+def test_a_micro_batch_of_padding_has_no_weight(tmp_path):
     data = Instances(write_instances(tmp_path / "instances"))
     data.spans = data.spans[:-1]
     assert (data.batch(np.array([39])).labels == -100).all()
@@ -183,28 +183,28 @@ def train_in_a_group(folder):
     train(model, data, next_token(("a", "b")), chosen, process, folder / "work", report)
     if process.is_main:
         save_file(model.state_dict(), folder / "ddp.safetensors")
-        (folder / "told.json").write_text(json.dumps(reported))
+        (folder / "metrics.json").write_text(json.dumps(reported))
 
 
 def test_two_processes_equal_one(data, tmp_path):
-    told = []
+    metrics = []
     weights, _ = trained(
         data,
         tmp_path / "one",
         plan(stop=6, micro_batch=2),
         objective=next_token(("a", "b")),
-        report=lambda kind, **values: told.append(values["values"]) if kind == "metrics" else None,
+        report=lambda kind, **values: metrics.append(values["values"]) if kind == "metrics" else None,
     )
     run_group(2, train_in_a_group, tmp_path)
     shared = load_file(tmp_path / "ddp.safetensors")
     for name, value in shared.items():
         torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-6, msg=name)
-    for ours, theirs in zip(json.loads((tmp_path / "told.json").read_text()), told, strict=True):
+    for ours, theirs in zip(json.loads((tmp_path / "metrics.json").read_text()), metrics, strict=True):
         for name in ("loss", "loss/a", "loss/b", "gradient_norm"):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-5), name
 
 
-def test_moments_go_from_one_stage_to_the_next(data, tmp_path):
+def test_moments_are_passed_from_one_stage_to_the_next(data, tmp_path):
     """Two stages that hand over weights and moments are one run."""
     whole, moments = trained(data, tmp_path / "whole", plan(checkpoint_every=99))
     model = tiny_dense()
@@ -242,24 +242,24 @@ def test_losses_by_domain_leave_the_loss_as_it_is_and_average_to_it(data):
 
 
 def test_a_domain_without_tokens_is_not_logged(data, tmp_path):
-    told = []
+    metrics = []
 
     def report(kind, **values):
         if kind == "metrics":
-            told.append(values["values"])
+            metrics.append(values["values"])
 
     trained(data, tmp_path / "work", plan(stop=3), objective=next_token(("a", "b", "absent")), report=report)
-    assert {"loss", "loss/a", "loss/b"} <= told[0].keys()
-    assert 0 < told[0]["mfu"] < 1
-    assert "loss/absent" not in told[0]
+    assert {"loss", "loss/a", "loss/b"} <= metrics[0].keys()
+    assert 0 < metrics[0]["mfu"] < 1
+    assert "loss/absent" not in metrics[0]
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(data, tmp_path):
+def test_a_batch_that_cannot_be_divided_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match="batch of 4 instances cannot be shared by 3 processes"):
         train(tiny_dense(), data, next_token(), plan(), Process(world=3), tmp_path, silent)
 
 
-def test_weight_decay_spares_norms_and_embeddings(data, tmp_path):
+def test_norms_and_embeddings_have_no_weight_decay(data, tmp_path):
     model = tiny_dense()
     unseen = model.model.embed_tokens.weight[0].clone()
     trained(data, tmp_path / "work", plan(weight_decay=1.0), model)
@@ -277,7 +277,7 @@ def test_only_what_requires_gradients_has_moments_and_moves(data, tmp_path):
     assert all("mlp" in name for name in moments)
 
 
-def test_routers_and_experts_move_at_their_own_rates(data, tmp_path):
+def test_routers_and_experts_have_their_own_learning_rates(data, tmp_path):
     """From zero moments AdamW's first step has the size of its rate, whatever the gradient, without weight decay."""
     before = LoryForCausalLM.from_dense(tiny_dense(), 4, LENGTH // 3, router_initializer_range=0.1)
     with torch.no_grad():  # equal experts give the routers no gradient

@@ -47,14 +47,14 @@ def kill(kind, **values):
 
 
 def run(folder, process, work, report=lambda kind, **values: None, **changes):
-    """One training of a Lory model with AdamW's state, from whatever lies under `work`."""
+    """One training of a Lory model with AdamW's state, from the checkpoint under `work`, if any."""
     model = tiny_lory()
     after = train(model, Instances(folder / "instances"), lory(), plan(**changes), process, folder / work, report)
     return model, after
 
 
 def extend(folder, name, process, sharded):
-    """Both stages of an extension and a baseline; the frozen hashes are asked for while the model is sharded."""
+    """Both stages of an extension and a baseline; the frozen digests are computed while the model is sharded."""
 
     def stage(model, objective, out, start):
         before = untrained_digest(model)
@@ -76,7 +76,7 @@ def extend(folder, name, process, sharded):
 
 
 def in_both_processes(folder):
-    """What each of two processes does; rank 0 leaves results behind."""
+    """The part of each of two processes; rank 0 writes the results."""
     from eclectus.models.pretraining.checkpoint import save_model
     from tests.models.training.test_sharded import Killed
 
@@ -84,11 +84,11 @@ def in_both_processes(folder):
         def save_pretrained(self, out):
             pass
 
-    process, told, profiles = Process.current(), [], {}
+    process, metrics, profiles = Process.current(), [], {}
 
     def finish(name, work, **changes):
         def report(kind, **values):
-            told.append(values["values"]) if kind == "metrics" and name == "sharded" else None
+            metrics.append(values["values"]) if kind == "metrics" and name == "sharded" else None
 
         model, after = run(folder, process, work, report, **changes)
         profiles[name] = routing_profiles(model, Instances(folder / "instances"), 2, process)
@@ -97,14 +97,14 @@ def in_both_processes(folder):
     finish("sharded", "a", sharded=True)
     finish("copied", "b", sharded=False)
     for work in ("c", "d"):
-        # The news goes to every process here, so all of them stop.
+        # The report goes to every process here, so all of them stop.
         with contextlib.suppress(Killed):
             run(folder, process, work, kill, sharded=True)
     finish("sharded again", "c", sharded=True)
     finish("from one process", "one", sharded=True)
     extend(folder, "both", process, sharded=True)
     if process.is_main:
-        (folder / "told.json").write_text(json.dumps(told))
+        (folder / "metrics.json").write_text(json.dumps(metrics))
         (folder / "profiles.json").write_text(json.dumps(profiles))
 
 
@@ -148,7 +148,7 @@ def test_a_sharded_training_that_was_killed_ends_bit_identically(folder):
     assert all(torch.equal(value, again[key]) for key, value in undisturbed.items())
 
 
-def test_every_process_writes_its_own_part_and_one_process_goes_on_from_both(folder, alone):
+def test_every_process_writes_its_own_part_and_one_process_resumes_from_both(folder, alone):
     files = sorted(path.name for path in (folder / "d/latest/").glob("trained-*"))
     assert files == ["trained-00001-of-00002.safetensors", "trained-00002-of-00002.safetensors"]
     sizes = [(folder / "d/latest" / name).stat().st_size for name in files]
@@ -165,7 +165,7 @@ def test_what_was_sharded_is_saved_as_the_plain_class(folder):
     assert not isinstance(loaded, LlamaForCausalLM)
 
 
-def test_routing_by_domain_is_the_same_however_many_processes_look(folder):
+def test_routing_by_domain_does_not_depend_on_the_number_of_processes(folder):
     model = LoryForCausalLM.from_pretrained(folder / "sharded")
     expected = routing_profiles(model, Instances(folder / "instances"), 3, Process())
     assert expected["domain"].keys() == {"a", "b"}
@@ -178,9 +178,9 @@ def test_routing_by_domain_is_the_same_however_many_processes_look(folder):
 
 
 def test_sharded_metrics_are_those_of_one_process(folder):
-    told = []
-    run(folder, Process(), "metrics", lambda kind, **values: told.append(values) if kind == "metrics" else None)
-    for ours, theirs in zip(json.loads((folder / "told.json").read_text()), told, strict=True):
+    metrics = []
+    run(folder, Process(), "metrics", lambda kind, **values: metrics.append(values) if kind == "metrics" else None)
+    for ours, theirs in zip(json.loads((folder / "metrics.json").read_text()), metrics, strict=True):
         for name in ("loss", "router_entropy", "expert_utilisation", "gradient_norm"):
             assert ours[name] == pytest.approx(theirs["values"][name], abs=1e-4), name
 
