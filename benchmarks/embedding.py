@@ -62,7 +62,9 @@ def documents_of(store: ArtifactStore, rows: list[dict[str, str]]) -> Artifact:
         with DocumentsWriter(out) as writer:
             for begin in range(0, len(rows), 2_000):
                 part = rows[begin : begin + 2_000]
-                columns = {name: [row[name] for row in part] for name in ("text", "language", "domain")}
+                columns = {}
+                for name in ("text", "language", "domain"):
+                    columns[name] = [row[name] for row in part]
                 columns["document"] = [hashlib.sha256(text.encode()).hexdigest()[:32] for text in columns["text"]]
                 columns["bytes"] = [len(text.encode()) for text in columns["text"]]
                 writer.write(pa.table(columns))

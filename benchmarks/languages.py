@@ -27,7 +27,8 @@ def read(folder: Path, most: int) -> list[tuple[str, str]]:
     for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")]):
         lines = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).splitlines()
         chosen = np.random.default_rng(0).permutation(len(lines))[:most]
-        rows += [(record["text"], record["language"]) for record in (json.loads(lines[i]) for i in chosen)]
+        records = [json.loads(lines[i]) for i in chosen]
+        rows += [(record["text"], record["language"]) for record in records]
     return rows
 
 

@@ -137,7 +137,7 @@ class Trainings:
                 except queue.Empty:
                     if not all(worker.is_alive() for worker in self._workers):
                         raise SystemExit(
-                            "a training process was killed; the same command goes on, --jobs 1 needs less memory"
+                            "a training process was killed; the same command resumes, --jobs 1 needs less memory"
                         ) from None
                     continue
                 under_way -= 1
@@ -216,7 +216,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(report(arguments.size, results, times, surroundings))
     print(f"{len(results)} trainings in {time.monotonic() - begun:.0f} s; results in {out / name}.json and .md")
     if left := missing(asked, results):
-        print(f"{len(left)} trainings failed or found no time; the same command goes on with them")
+        print(f"{len(left)} trainings failed or did not fit into the time; the same command resumes with them")
 
 
 def seeds_of(given: str) -> list[int]:
@@ -257,8 +257,10 @@ def _line(result: dict[str, Any], seconds: float) -> str:
     if "error" in result:
         return f"{seconds:.0f} s  {result['name']}: {result['error']}"
     scores = result.get("scores")
-    told = f"perplexity {perplexities(result)[EVERYTHING]:.2f}, " if scores else ""
-    return f"{seconds:.0f} s  {result['name']}: {told}{result['seconds']} s, scored in {result['scoring_seconds']} s"
+    perplexity = f"perplexity {perplexities(result)[EVERYTHING]:.2f}, " if scores else ""
+    return (
+        f"{seconds:.0f} s  {result['name']}: {perplexity}{result['seconds']} s, scored in {result['scoring_seconds']} s"
+    )
 
 
 def main() -> None:
@@ -281,9 +283,7 @@ def main() -> None:
         help="of the models, and of the vocabulary",
     )
     parser.add_argument("--seeds", default="3", help="how many, or which: 3 is 0,1,2; a single other one: 7,")
-    parser.add_argument(
-        "--minutes", type=float, default=8.5, help="when to stop, from the start; the same command again goes on"
-    )
+    parser.add_argument("--minutes", type=float, default=8.5, help="time limit; the same command resumes")
     parser.add_argument("--parts", default="main,peers,study,more", help="what to train, of main, peers, study, more")
     parser.add_argument("--only", default="", help="of those, only jobs whose names hold one of these, by commas")
     parser.add_argument("--timed", default="dense,lory,prefix,expert_choice,top_k", help="models to time; '' for none")

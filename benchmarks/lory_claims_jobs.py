@@ -139,8 +139,8 @@ class Shuffled(Instances):
 
 
 @dataclass
-class Heard:
-    """What the training loop told."""
+class MetricsLog:
+    """Collects the metrics that the training loop reports."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
 
@@ -199,7 +199,7 @@ def build(job: Job, size: Size, dense: LlamaForCausalLM, moments: dict[str, torc
 
 def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
     """Trains and scores; a warm-up leaves its model under `work` instead. data: what `--prepare` wrote."""
-    process, heard, begun = Process.current(), Heard(), time.monotonic()
+    process, log, begun = Process.current(), MetricsLog(), time.monotonic()
     instances = Shuffled(work / job.grouping, job.seed)
     warm = work / "warm" / job.warm
     torch.manual_seed(job.seed)
@@ -210,7 +210,7 @@ def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
         moments = load_file(warm / "moments.safetensors")
     model, moments, objective = build(job, size, dense, moments)
     plan = plan_of(size, job)
-    after = train(model, instances, objective, plan, process, work / "none", heard, moments)
+    after = train(model, instances, objective, plan, process, work / "none", log, moments)
     trained = time.monotonic()
     result: dict[str, Any] = {
         "steps": plan.stop - plan.start,
@@ -218,8 +218,8 @@ def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
         "epochs": round(size.steps * size.batch / len(instances), 2),
         "parameters": sum(p.numel() for p in model.parameters()),
         "active_parameters": active_parameters(model),
-        "training": heard.rows[-1],
-        "losses": [round(row["loss"], 4) for row in heard.rows],
+        "training": log.rows[-1],
+        "losses": [round(row["loss"], 4) for row in log.rows],
     }
     if job.model == "warmup":
         model.save_pretrained(warm)
@@ -263,13 +263,12 @@ def scored(
     sums = score(model, windows, len(domains), process, batch, lambda done, total: None)
     size = sums.tokens * windows.bytes_per_token
     columns = {"bits": sums.bits, "bytes": size, "tokens": sums.tokens}
-    parts = {
-        part: {
+    parts = {}
+    for i, part in enumerate(PARTS):
+        parts[part] = {
             name: np.bincount(domain_of, values * (part_of == i), len(domains)).round(3).tolist()
             for name, values in columns.items()
         }
-        for i, part in enumerate(PARTS)
-    }
     shares = [layer / np.maximum(sums.routed, 1)[:, None] for layer in sums.shares]
     positions = sums.positions.sum(0)
     return {
@@ -307,9 +306,9 @@ def step_times(size: Size, work: Path, models: list[str], compiled: bool) -> lis
                 model.compile()
             if process.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            heard = Heard()
-            train(model, instances, objective, plan, process, work / "none", heard)
-            best = max(row["tokens_per_second"] for row in heard.rows[1:])
+            log = MetricsLog()
+            train(model, instances, objective, plan, process, work / "none", log)
+            best = max(row["tokens_per_second"] for row in log.rows[1:])
             peak = torch.cuda.max_memory_allocated() if process.device.type == "cuda" else 0
             rows.append(
                 {

@@ -113,7 +113,9 @@ def _by_domain(runs: Runs, keys: list[tuple[str, str, str]]) -> str:
         rows = []
         for key in keys:
             each = [measure(result) for result in runs[key].values()]
-            means = [f"{np.mean([one[domain] for one in each]):.{digits}f}" for domain in domains]
+            means = []
+            for domain in domains:
+                means.append(f"{np.mean([one[domain] for one in each]):.{digits}f}")
             rows.append([_label(key), str(len(each)), *means])
         parts.append(f"### {title} on held-out text, mean over seeds\n\n" + table(["model", "seeds", *domains], rows))
     return "\n".join(parts)
@@ -136,8 +138,11 @@ def _groupings(runs: Runs) -> str:
         dense, lory = runs.get(("dense", "", grouping), {}), runs.get(("lory", "", grouping), {})
         gain = changes(runs, ("lory", "", grouping)).get(EVERYTHING, [])
         if lory:
-            values = [[bits_per_byte(r)[EVERYTHING] for r in each.values()] for each in (dense, lory)]
-            rows.append([grouping, *(spread(each, 4, signed=False) for each in values), spread(gain)])
+            cells = []
+            for each in (dense, lory):
+                values = [bits_per_byte(result)[EVERYTHING] for result in each.values()]
+                cells.append(spread(values, 4, signed=False))
+            rows.append([grouping, *cells, spread(gain)])
     return (
         "### Similarity batches against random ones, all domains\n\n"
         + table(["batches", "dense, bits per byte", "Lory, bits per byte", "perplexity, %"], rows)
@@ -181,7 +186,9 @@ def _domains(runs: Runs) -> str:
     scores = lory[min(lory)]["scores"]
     layer = int(np.argmax(scores["divergence"]))
     weights = np.array(scores["routing"][layer])
-    rows = [[name, *(f"{w:.2f}" for w in row)] for name, row in zip(scores["domains"], weights, strict=True)]
+    rows = []
+    for name, row in zip(scores["domains"], weights, strict=True):
+        rows.append([name, *(f"{w:.2f}" for w in row)])
     head = ["domain", *(f"expert {i}" for i in range(weights.shape[1]))]
     return f"### Mean routing weights of Lory in layer {layer + 1}, seed {min(lory)}\n\n" + table(head, rows)
 

@@ -1,4 +1,4 @@
-"""A Lory training step beside its dense twin's, and our merge beside the straightforward one, measured in one run.
+"""A Lory training step compared with its dense twin's, and our merge with the direct one, measured in one run.
 
     python benchmarks/lory_step.py                                   tiny and mid sizes, CPU (and CUDA where there is)
     python benchmarks/lory_step.py --hidden 1024 --ffn 2816 --layers 4 --length 4096 --batch 4 --device cuda

@@ -1,4 +1,4 @@
-"""MoE-LPR's claims, measured: languages learnt and kept, against all baselines and ablations (docs/methods.md 2.5).
+"""MoE-LPR's claims: new languages learned, old ones retained, against baselines and ablations (docs/methods.md 2.5).
 
     python benchmarks/lpr_claims.py --corpus ../shared/corpus --size laptop --minutes 60
     python benchmarks/lpr_claims.py --corpus ../shared/corpus --size smollm --base-model SmolLM2.gguf \\

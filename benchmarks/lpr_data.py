@@ -62,7 +62,9 @@ def pack(mixture: Mixture, out: Path, base_tokenizer: Any = None) -> dict[str, A
         return json.loads(done.read_text())
     documents = list(read_documents(mixture))
     out.mkdir(parents=True, exist_ok=True)
-    parts = {name: [each for each in documents if each["split"] == name] for name in ("train", "valid", "held")}
+    parts: dict[str, list[dict[str, Any]]] = {"train": [], "valid": [], "held": []}
+    for each in documents:
+        parts[each["split"]].append(each)
     tokenizer = base_tokenizer or train_tokenizer(parts["train"], mixture)
     tokenizer.save(str(out / "tokenizer.json"))
     draw = _Draw(parts["train"], tokenizer, mixture)
@@ -173,10 +175,9 @@ class _Draw:
     def __init__(self, documents: list[dict[str, Any]], tokenizer: Any, mixture: Mixture) -> None:
         self._mixture, self._tokenizer, self._shuffle = mixture, tokenizer, random.Random(1)
         self._shuffle.shuffle(documents)
-        self._of = {
-            language: [each for each in documents if each["language"] == language]
-            for language in (*mixture.original, *mixture.expanded)
-        }
+        self._of: dict[str, list[dict[str, Any]]] = {name: [] for name in (*mixture.original, *mixture.expanded)}
+        for each in documents:
+            self._of[each["language"]].append(each)
 
     def _take(
         self, language: str, tokens: float, longest: int | None = None, last: bool = False

@@ -30,7 +30,7 @@ def markdown(about: dict[str, Any], results: list[dict[str, Any]], errors: list[
     lines += [f"{where}; `{about['command']}`", ""]
     lines += size_tables(about, results)
     if about.get("not_run"):
-        lines += [f"Not run for lack of time, the same command goes on: {len(about['not_run'])} jobs", ""]
+        lines += [f"Not run for lack of time, the same command resumes: {len(about['not_run'])} jobs", ""]
     if errors:
         lines += ["Failed:", *(f"- {error}" for error in errors), ""]
     return "\n".join(lines)
@@ -100,9 +100,16 @@ class Table:
         over = [
             100 * (value / full[run["seed"]] - 1) for run, value in zip(runs, means, strict=True) if run["seed"] in full
         ]
-        cells = [title, *(spread([run[part][name] for run in runs]) for name in self._expanded), spread(means)]
+
+        def by_language(languages: list[str]) -> list[str]:
+            cells = []
+            for name in languages:
+                cells.append(spread([run[part][name] for run in runs]))
+            return cells
+
+        cells = [title, *by_language(self._expanded), spread(means)]
         cells.append(f"{spread(over, 1, '+')}%" if over else "-")
-        cells += [spread([run[part][name] for run in runs]) for name in self._original]
+        cells += by_language(self._original)
         rates = sorted({run.get("rate") or 0.0 for run in runs})
         return row([*cells, f"{spread(keeps, 2)}%", " ".join(f"{rate:.1g}" for rate in rates), str(len(runs))])
 

@@ -173,7 +173,7 @@ def stage_plan(job: dict[str, Any]) -> Plan:
 
 
 def fit(model: torch.nn.Module, data: Instances, objective: Objective, plan: Plan) -> dict[str, float]:
-    """Trains by the production loop, without checkpoints to go on from; returns seconds a step."""
+    """Trains with the production loop, without checkpoints; returns seconds per step."""
     with tempfile.TemporaryDirectory() as work:
         started = time.monotonic()
         plan = dataclasses.replace(plan, checkpoint_every=plan.stop + 1)

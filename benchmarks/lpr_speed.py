@@ -1,4 +1,4 @@
-"""A training step of ours beside transformers' own Mixtral that trains all its experts, in time and memory.
+"""Time and memory of our training step compared with transformers' own Mixtral, which trains all its experts.
 
     python benchmarks/lpr_speed.py
 

@@ -30,8 +30,8 @@ def lists_for(count: int, k: int) -> Lists:
 def searched(vectors: np.ndarray, count: int, settings: NeighborSettings):
     lists = lists_for(len(vectors), settings.neighbors_k)
     begun = time.perf_counter()
-    told = search(vectors, Partition("all", np.arange(count)), lists, settings)
-    return lists, time.perf_counter() - begun, told
+    reported = search(vectors, Partition("all", np.arange(count)), lists, settings)
+    return lists, time.perf_counter() - begun, reported
 
 
 def main(count: int, dimension: int) -> None:
@@ -40,9 +40,9 @@ def main(count: int, dimension: int) -> None:
     index = NeighborSettings(neighbors_exact_below=0)
     truth, seconds, _ = searched(vectors, count, exact)
     print(f"exact   {count} x {dimension}: {seconds:.1f} s")
-    found, took, told = searched(vectors, count, index)
+    found, took, reported = searched(vectors, count, index)
     recall = np.mean([np.isin(a, b).mean() for a, b in zip(truth.rows, found.rows, strict=True)])
-    print(f"index   {took:.1f} s ({took / seconds:.2f} of exact), recall {recall:.4f}, said {told}")
+    print(f"index   {took:.1f} s ({took / seconds:.2f} of exact), recall {recall:.4f}, reported {reported}")
     for name, settings, full, lists_full in (("exact", exact, seconds, truth), ("index", index, took, None)):
         then = count - count // 100
         lists = searched(vectors, then, settings)[0]
@@ -57,7 +57,7 @@ def main(count: int, dimension: int) -> None:
 
 
 def earlier_lists(home: Home, method: str, count: int) -> Earlier:
-    """What `update` asks of the lists of before: by what method they were found."""
+    """What `update` needs to know of the existing lists: by which method they were found."""
     with home.store.draft("neighbors") as out:
         out.file("note.txt").write_text(method)
         out.statistics = {"partitions": [{"partition": "all", "method": "exact" if method == "exact" else "ivf"}]}

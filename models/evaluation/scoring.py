@@ -195,7 +195,8 @@ def _read_sums(path: Path | None, zero: Sums) -> tuple[Sums, int]:
     with np.load(path, allow_pickle=False) as kept:
 
         def by_layer(kind: str) -> list[np.ndarray]:
-            return [kept[f"{kind}-{i}"] for i in range(sum(name.startswith(kind) for name in kept.files))]
+            layers = sum(name.startswith(kind) for name in kept.files)
+            return [kept[f"{kind}-{i}"] for i in range(layers)]
 
         totals = kept["bits"], kept["tokens"], kept["positions"], kept["routed"]
         return Sums(*totals, by_layer("shares"), by_layer("chosen")), int(kept["done"])
@@ -241,7 +242,7 @@ def generate(
             output = model(input_ids=prompt, use_cache=False, **_routing_arguments(model))
             written = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
         shares, _, _ = routing(model, output, 1)
-        weights = [[round(float(value), 3) for value in layer[0].mean(0)] for layer in shares]
+        weights = [_rounded(layer[0].mean(0)) for layer in shares]
         mine[number] = (written[0, prompt.shape[1] :].tolist(), weights)
     by_number: dict[int, Any] = {}
     for each in process.gather(mine):
@@ -265,6 +266,10 @@ def routing(model: Any, output: Any, batch: int) -> tuple[list[torch.Tensor], li
         best = logits.topk(model.config.num_experts_per_tok, dim=-1).indices
         chosen.append(torch.zeros_like(logits).scatter_(-1, best, 1.0))
     return shares, chosen, 1
+
+
+def _rounded(values: torch.Tensor) -> list[float]:
+    return [round(value, 3) for value in values.tolist()]
 
 
 def _routing_arguments(model: Any) -> dict[str, bool]:

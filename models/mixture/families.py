@@ -89,7 +89,8 @@ FAMILIES = {
     "qwen3": Family("qwen3", "qwen3_moe", "Qwen3MoeForCausalLM", "mlp", _QWEN),
 }
 MOE_FAMILIES = {family.moe: family for family in FAMILIES.values()}
-MOE_FAMILIES |= {family.moe: family for family in [each.layered() for each in MOE_FAMILIES.values()]}
+_LAYERED_FAMILIES = [family.layered() for family in MOE_FAMILIES.values()]
+MOE_FAMILIES |= {family.moe: family for family in _LAYERED_FAMILIES}
 
 
 def dense_ffn(layer: int, matrix: str) -> str:

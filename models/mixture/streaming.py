@@ -68,10 +68,10 @@ def read_parameter(source: TensorSource, family: Family, name: str, rows: int) -
         return source.tensor(stored).float()
     layer = int(name.split(".")[2])
     matrices = ("down_proj",) if leaf == "down_proj" else ("gate_proj", "up_proj")
-    stacked = [
-        torch.cat([source.tensor(family.expert_name(layer, expert, matrix)) for matrix in matrices]).float()
-        for expert in range(rows)
-    ]
+    stacked = []
+    for expert in range(rows):
+        parts = [source.tensor(family.expert_name(layer, expert, matrix)) for matrix in matrices]
+        stacked.append(torch.cat(parts).float())
     return torch.stack(stacked)
 
 

@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_not_used_and_training_restarts(data, tmp_path, 
         file.unlink()
     else:
         (tmp_path / "work/latest/progress.json").write_text("{")
-    metrics = []
+    reports = []
     again, _ = trained(data, tmp_path / "work", report=lambda kind, **values: reports.append((kind, values)))
     assert same(weights, again)
     ((step, text),) = [(values["step"], values["text"]) for kind, values in reports if kind == "damaged"]
