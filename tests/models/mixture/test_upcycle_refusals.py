@@ -44,7 +44,7 @@ def test_bad_settings_are_refused_by_name(tmp_path, settings, message):
         ({"model_type": "gpt2"}, "'gpt2' model; bases that can be upcycled: llama, mistral, qwen2, qwen3"),
         ({"model_type": "mixtral"}, "'mixtral' model"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\)"),
-        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "not run unless asked for"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "not run by default"),
         ({"attention_bias": True}, "attention_bias: true"),
         ({"mlp_bias": True}, "mlp_bias: true"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "expected a causal language model"),
