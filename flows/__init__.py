@@ -1,1 +1,1 @@
-"""What runs, in which order: Prefect flows, the command line, and the terminal that people watch."""
+"""Prefect flows, the command line and its display, and the services that run them."""

@@ -25,8 +25,8 @@ from eclectus.tasks.report.data_report import DataReportSettings, data_report
 
 @dataclass(frozen=True)
 class Curated:
-    """Instances of the original languages, of the expanded ones and for the review, None where no language asks for them; and
-    the data report. documents: with the split that training sees, so after budgets.
+    """original, expanded, review: instances of the original languages, of the expanded ones and for the review stage;
+    the last two are None without expanded languages. documents: with the split that training uses, after budgets.
     """
 
     ingested: Artifact
@@ -39,8 +39,8 @@ class Curated:
     data_report: Artifact
 
 
-def gather(parameters: CurateParameters) -> tuple[Artifact, Artifact]:
-    """The cheap beginning: (documents as ingested, documents with language and split)."""
+def read_documents(parameters: CurateParameters) -> tuple[Artifact, Artifact]:
+    """The first steps: (documents as ingested, documents with language and split)."""
     ingested = ingest(settings=IngestSettings.of(parameters))
     documents = languages(documents=ingested, settings=LanguageSettings.of(parameters))
     return ingested, split(documents=documents, settings=SplitSettings.of(parameters))
@@ -51,7 +51,7 @@ def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
     """From sources to training instances: languages, held-out split, embeddings, similarity grouping, packing."""
     parameters.check_together()
     with open_run("curate", parameters):
-        ingested, documents = gather(parameters)
+        ingested, documents = read_documents(parameters)
         model = None
         if parameters.embedding_model == STATIC:
             model = train_embedding(documents=documents, settings=StaticEmbeddingSettings.of(parameters))
@@ -64,12 +64,12 @@ def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
         if parameters.language_budgets or parameters.language_weights:
             documents = budget(documents=documents, tokenizer=tokens, settings=BudgetSettings.of(parameters))
 
-        def packed(what: str, of: Artifact, along: Artifact | None, which: str) -> Artifact:
+        def packed(name: str, of: Artifact, order: Artifact | None, which: str) -> Artifact:
             return pack(
-                label=f"pack {what}",
+                label=f"pack {name}",
                 documents=of,
                 tokenizer=tokens,
-                grouping=along,
+                grouping=order,
                 embeddings=embeddings,
                 settings=PackSettings.of(parameters, pack_group=which),
             )

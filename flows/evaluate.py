@@ -1,4 +1,4 @@
-"""Evaluate: scores of every model on held-out documents and tasks, what it had seen in training, who is promoted, and the report."""
+"""Evaluate: scores of models on held-out documents and tasks, contamination, the gate's decisions, and the report."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from eclectus.flows.extend import extend
 from eclectus.flows.parameters import (
     CurateParameters,
     EvaluateParameters,
+    EvaluationParameters,
     ExtendParameters,
-    JudgeParameters,
     PretrainParameters,
 )
 from eclectus.flows.pretrain import pretrain
@@ -32,9 +32,9 @@ from eclectus.tasks.report.report import ReportSettings, report
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Checkpoints and their evaluations by the name of the model, the decisions of the gate by line, and the report.
+    """Checkpoints and their evaluations by model name, the gate's decisions by line, and the report.
 
-    benchmarks, contaminations: of the models that have them. left_out: what could not be evaluated, with the reason.
+    benchmarks, contaminations: of the models that have them. left_out: models that were not evaluated, with the reason.
     """
 
     curated: Curated
@@ -49,16 +49,18 @@ class Evaluated:
 
 @flow(name="evaluate")
 def evaluate(parameters: EvaluateParameters = EvaluateParameters()) -> Evaluated:
-    """Scores models on held-out documents and tasks, decides by the gate who is promoted, and writes the report."""
+    """Scores models on held-out documents and tasks, applies the gate, and writes the report."""
     parameters.check_together()
     with open_run("evaluate", parameters):
-        return judged(*_checkpoints(parameters), parameters, read_gates(parameters.gate) if parameters.gate else {})
+        return evaluate_models(
+            *_checkpoints(parameters), parameters, read_gates(parameters.gate) if parameters.gate else {}
+        )
 
 
-def judged(
-    curated: Curated, checkpoints: dict[str, Artifact], parameters: JudgeParameters, gates: dict[str, Gate]
+def evaluate_models(
+    curated: Curated, checkpoints: dict[str, Artifact], parameters: EvaluationParameters, gates: dict[str, Gate]
 ) -> Evaluated:
-    """Scores, decisions and report of these models, on the held-out documents of what was curated."""
+    """Scores these models on the held-out documents of the curated data, applies the gates, and writes the report."""
     evaluations, left_out = _score(curated, checkpoints, parameters)
     benchmarks = _benchmark(curated, checkpoints, parameters, left_out)
     seen = _contaminations(curated, checkpoints, evaluations, benchmarks, parameters)
@@ -83,9 +85,9 @@ def judged(
 
 
 def _score(
-    curated: Curated, checkpoints: dict[str, Artifact], parameters: JudgeParameters
+    curated: Curated, checkpoints: dict[str, Artifact], parameters: EvaluationParameters
 ) -> tuple[dict[str, Artifact], list[str]]:
-    """(evaluations by model, what could not be evaluated). Raises EclectusError when no model could."""
+    """(evaluations by model, models that failed with the reason). Raises EclectusError if all failed."""
     settings = EvaluateSettings.of(parameters, evaluation_context=parameters.lory_segment)
     evaluations: dict[str, Artifact] = {}
     left_out: list[str] = []
@@ -106,9 +108,9 @@ def _score(
 
 
 def _benchmark(
-    curated: Curated, checkpoints: dict[str, Artifact], parameters: JudgeParameters, left_out: list[str]
+    curated: Curated, checkpoints: dict[str, Artifact], parameters: EvaluationParameters, left_out: list[str]
 ) -> dict[str, Artifact]:
-    """The models' answers to tasks, where any are asked for; what could not be asked is added to left_out."""
+    """Results of the chosen tasks by model; models that failed are added to left_out."""
     settings = BenchmarkSettings.of(parameters)
     if not settings.asks:
         return {}
@@ -131,9 +133,9 @@ def _contaminations(
     checkpoints: dict[str, Artifact],
     evaluations: dict[str, Artifact],
     benchmarks: dict[str, Artifact],
-    parameters: JudgeParameters,
+    parameters: EvaluationParameters,
 ) -> dict[str, Artifact]:
-    """What each model had seen in training; nothing for a model whose training the lineage does not know."""
+    """Contamination by model; models whose training data is not in the lineage are skipped."""
     settings = ContaminationSettings.of(parameters)
     seen: dict[str, Artifact] = {}
     for name, evaluation in evaluations.items():
@@ -153,9 +155,9 @@ def _contaminations(
 
 
 def _decide(
-    gates: dict[str, Gate], candidates: dict[str, Candidate], parameters: JudgeParameters, left_out: list[str]
+    gates: dict[str, Gate], candidates: dict[str, Candidate], parameters: EvaluationParameters, left_out: list[str]
 ) -> dict[str, Decision]:
-    """Who is promoted, by line of champions. A model that was not evaluated is judged by nobody, and said to be."""
+    """The gate's decision by line of champions; lines whose model was not evaluated are added to left_out."""
     decisions = {}
     for line, gate in gates.items():
         if gate.model in candidates:
@@ -168,12 +170,12 @@ def _decide(
                 list(candidates.values()),
             )
         else:
-            left_out.append(f"gate '{line}': there is no evaluated model '{gate.model}' to judge")
+            left_out.append(f"gate '{line}': its model '{gate.model}' was not evaluated")
     return decisions
 
 
 def _checkpoints(parameters: EvaluateParameters) -> tuple[Curated, dict[str, Artifact]]:
-    """What to score: the named checkpoints, or the models of pre-training and, where languages are added, of extension."""
+    """The models to evaluate: the named checkpoints, or those of pre-training and extension."""
     if parameters.evaluate_checkpoints:
         store = current_home().store
         chosen = {name: store.find(name) for name in parameters.evaluate_checkpoints}
@@ -187,7 +189,7 @@ def _checkpoints(parameters: EvaluateParameters) -> tuple[Curated, dict[str, Art
         extended = once(extend, ExtendParameters.of(parameters))
         curated = extended.curated
         if parameters.extension_base == "lory" and not parameters.base_model:
-            # What is kept and lost is told against the first model: the one that was extended.
+            # The report compares with the first model, which must be the one that was extended.
             models = {"lory": extended.base}
         models = (models or {"dense": extended.base}) | extended.checkpoints
     return curated, models

@@ -1,8 +1,9 @@
-"""Extend: a model learns new languages by MoE-LPR, without forgetting the old ones; or by what that is measured against."""
+"""Extend: new languages for a model by MoE-LPR (docs/methods.md), which keeps the old ones, or by a baseline."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from prefect import flow
 
@@ -22,7 +23,7 @@ from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
 
 @dataclass(frozen=True)
 class Extended:
-    """checkpoints: what training made, by the name that the report gives it."""
+    """checkpoints: the trained models, by their names in the report."""
 
     curated: Curated
     base: Artifact
@@ -42,11 +43,11 @@ def extend(parameters: ExtendParameters = ExtendParameters()) -> Extended:
 
 
 def train_on(start: Artifact, curated: Curated, parameters: ExtendParameters) -> dict[str, Artifact]:
-    """The stages of the method, by name, from an upcycled checkpoint or on from an extended one."""
+    """Runs the stages of the method on an upcycled or extended checkpoint; returns the trained checkpoints by name."""
     recipe = recipe_of(parameters.extension_method)
-    # Methods that share a stage with MoE-LPR share its result too.
+    # A stage that is the same as in MoE-LPR gets the same settings, so that its result is reused.
     own = recipe.mixed or recipe.trained != "post_pretrain" or recipe.start != "upcycled"
-    shared = {} if own else {"extension_method": "moe_lpr"}
+    shared: dict[str, Any] = {} if own else {"extension_method": "moe_lpr"}
     learned = train(
         label="train stage 1" if recipe.reviewed else f"train {recipe.title}",
         instances=curated.expanded,
@@ -68,7 +69,7 @@ def train_on(start: Artifact, curated: Curated, parameters: ExtendParameters) ->
 
 
 def _base(parameters: ExtendParameters) -> tuple[Artifact, Curated]:
-    """The checkpoint to extend, and instances in its own tokens."""
+    """The checkpoint to extend, and instances tokenized by its tokenizer."""
     if not parameters.base_model:
         pretrained = once(pretrain, PretrainParameters.of(parameters))
         return pretrained.lory if parameters.extension_base == "lory" else pretrained.dense, pretrained.curated
@@ -77,15 +78,15 @@ def _base(parameters: ExtendParameters) -> tuple[Artifact, Curated]:
 
 
 def _with_experts(parameters: ExtendParameters, base: Artifact, curated: Curated) -> Artifact:
-    """The base with new experts, however many it has already."""
+    """The base model with new experts, whether or not it has experts already."""
     kind = kind_of(base)
     if kind in ("upcycled", "lory upcycled"):
         return base
     if kind != "dense":
         if parameters.extension_method not in ("moe_lpr", "no_review", "no_lpr"):
             raise EclectusError(
-                f"extension_method {parameters.extension_method} starts from a dense model, {base.name} has experts already; "
-                "choose moe_lpr, no_review or no_lpr, or give the dense base (eclectus export --extract-base)"
+                f"extension_method {parameters.extension_method} starts from a dense model, {base.name} has experts "
+                "already; choose moe_lpr, no_review or no_lpr, or give the dense base (eclectus export --extract-base)"
             )
         return add_experts(instances=curated.original, checkpoint=base, settings=AddExpertsSettings.of(parameters))
     similarity = None

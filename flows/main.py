@@ -1,4 +1,4 @@
-"""Main: the whole job. Pre-train on the original languages, extend the dense twin to new ones, evaluate, report."""
+"""Main: the whole job. Pre-trains on the original languages, extends the dense twin to new ones, evaluates, reports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from eclectus.flows.run import once, open_run
 
 @flow(name="main")
 def main(parameters: MainParameters = MainParameters()) -> Evaluated:
-    """Curates the sources, pre-trains Lory beside its dense twin, extends the twin to new languages, evaluates and reports."""
+    """Curates the sources, pre-trains Lory and its dense twin, extends it to new languages, evaluates, reports."""
     parameters.check_together()
     with open_run("main", parameters):
         if not parameters.base_model:

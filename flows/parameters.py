@@ -50,8 +50,8 @@ FIRST = ("sources", "base_model", "original_languages", "expanded_languages")
 MORE = "more_settings"
 MORE_FIELD = {
     "title": "More Settings",
-    "description": "Any other settings, one 'setting: value' per line, as in a config file; `eclectus COMMAND --help-all` "
-    "describes them.",
+    "description": "Any other settings, one 'setting: value' per line, as in a config file; "
+    "`eclectus COMMAND --help-all` describes them.",
     "type": "string",
     "default": "",
 }
@@ -67,7 +67,7 @@ class FlowParameters(Settings):
     leading: ClassVar[tuple[str, ...]] = ()
 
     def check_together(self) -> None:
-        # First: what is said of a source tells what is there.
+        # First, since messages about a source reveal which files exist.
         check_roots(self)
         super().check_together()
 
@@ -81,10 +81,10 @@ class FlowParameters(Settings):
                 group_of.update((name, group) for name in names if name in cls.model_fields)
         group_of.update((name, "input") for name in FIRST if name in cls.model_fields)
         group_of["seed"] = "all steps"
-        found: dict[str, list[str]] = {group: [] for group in ("input", *cls.leading, *GROUPS, "all steps")}
-        for name in (*FIRST, *group_of):
-            if name in group_of:
-                found[group_of.pop(name)].append(name)
+        found: dict[str, list[str]] = {group: [] for group in ("input", *cls.leading, *GROUPS, "all steps", "other")}
+        for name in dict.fromkeys((*FIRST, *group_of, *cls.model_fields)):
+            if name in cls.model_fields:
+                found[group_of.get(name, "other")].append(name)
         return {group: names for group, names in found.items() if names}
 
     @model_validator(mode="before")
@@ -97,13 +97,17 @@ class FlowParameters(Settings):
         if not isinstance(values, dict) or MORE not in values:
             return values
         by_name = {name: value for name, value in values.items() if name != MORE}
+        hidden = cls().model_dump(mode="json", exclude={name for name in cls.model_fields if cls.is_basic(name)})
+        if hidden.items() <= by_name.items():
+            # The form of a deployment without parameters starts from the flow's defaults and submits all of them.
+            by_name = {name: value for name, value in by_name.items() if name not in hidden}
         more = parse_settings(str(values[MORE] or ""), MORE)
         cls.read(more, MORE)
         for name in more:
             if name in by_name:
                 raise EclectusError(
-                    f"setting '{name}' is given twice: {by_name[name]!r} in its own field and {more[name]!r} in {MORE}; "
-                    f"take it out of {MORE}"
+                    f"setting '{name}' is given twice: {by_name[name]!r} in its own field and {more[name]!r} in "
+                    f"{MORE}; take it out of {MORE}"
                 )
         return {**by_name, **more}
 
@@ -125,6 +129,7 @@ class FlowParameters(Settings):
         return schema
 
 
+# mypy's pydantic plugin gives every model a model_construct of its own, which differ between bases: ignored below.
 class CurateParameters(
     FlowParameters,
     IngestSettings,
@@ -143,25 +148,25 @@ class CurateParameters(
     """From sources to training instances."""
 
 
-class PretrainParameters(PretrainSettings, CurateParameters):
+class PretrainParameters(PretrainSettings, CurateParameters):  # type: ignore[misc]
     """From sources to a Lory model and its dense twin."""
 
 
-class ExtendParameters(ExtendSettings, AddExpertsSettings, PretrainParameters):
+class ExtendParameters(ExtendSettings, AddExpertsSettings, PretrainParameters):  # type: ignore[misc]
     """From a dense checkpoint to one that knows new languages too."""
 
-    leading = ("extension",)
-    # Whether a run without expanded languages is an error; evaluation takes the same settings and can do without.
+    leading: ClassVar[tuple[str, ...]] = ("extension",)
+    # Whether a run without expanded languages is an error; evaluation has the same settings and works without.
     must_extend: ClassVar[bool] = True
 
     base_model: str = Field(
         "",
-        description="Model to extend: a folder, a .gguf file or a name on the hub. A dense one (Llama, Mistral, Qwen2, Qwen3), one that "
-        "was extended before, or a Lory model. Empty: pre-train one.",
+        description="Model to extend: a folder, a .gguf file or a name on the hub. A dense model (Llama, Mistral, "
+        "Qwen2, Qwen3), an extended one, or a Lory model. Empty: pre-train one.",
         json_schema_extra=BASIC,
     )
     extension_base: Literal["dense", "lory"] = Field(
-        "dense", description="Which of the pre-trained models is extended where base_model is empty."
+        "dense", description="Which of the pre-trained models is extended if base_model is empty."
     )
 
     def check_together(self) -> None:
@@ -183,7 +188,7 @@ class SimilarityParameters(
 ):
     """From sources and a dense checkpoint to experts for each layer."""
 
-    leading = ("extension",)
+    leading: ClassVar[tuple[str, ...]] = ("extension",)
 
     def check_together(self) -> None:
         super().check_together()
@@ -194,24 +199,26 @@ class SimilarityParameters(
                 )
 
 
-class JudgeParameters(EvaluateSettings, BenchmarkSettings, ContaminationSettings, ReportSettings, ExtendParameters):
-    """What evaluation, gate and report take, whatever they judge."""
+class EvaluationParameters(  # type: ignore[misc]
+    EvaluateSettings, BenchmarkSettings, ContaminationSettings, ReportSettings, ExtendParameters
+):
+    """Settings of evaluation, gate and report, shared by the flows that evaluate."""
 
 
-class EvaluateParameters(JudgeParameters):
+class EvaluateParameters(EvaluationParameters):
     """Evaluation and report of the models of pre-training and extension."""
 
-    leading = ("evaluation",)
+    leading: ClassVar[tuple[str, ...]] = ("evaluation",)
     must_extend = False
 
     evaluate_checkpoints: list[str] = Field(
         [],
-        description="Checkpoints to evaluate, as artifact names or folders. Empty: all that the other settings make.",
+        description="Checkpoints to evaluate, as artifact names or folders. Empty: those of the other settings.",
         json_schema_extra=BASIC,
     )
     gate: str = Field(
         "",
-        description="YAML file with the rules that decide who is promoted, as configs/gate.yaml. Empty: nobody is.",
+        description="YAML file with the promotion rules, such as configs/gate.yaml. Empty: nothing is promoted.",
         json_schema_extra=BASIC,
     )
 
@@ -226,22 +233,22 @@ class EvaluateParameters(JudgeParameters):
 class MainParameters(EvaluateParameters):
     """The whole job: curate, pre-train, extend, evaluate, report."""
 
-    leading = ()
+    leading: ClassVar[tuple[str, ...]] = ()
 
 
-class RetrainParameters(NewsSettings, RefreshSettings, JudgeParameters):
+class RetrainParameters(NewsSettings, RefreshSettings, EvaluationParameters):  # type: ignore[misc]
     """Scheduled retraining: lists its sources, trains on from the champion, promotes what passes the gate."""
 
-    leading = ("retraining",)
+    leading: ClassVar[tuple[str, ...]] = ("retraining",)
 
     retrain_line: str = Field(
         "extended",
-        description="Line of champions, of those in the gate's file, that is trained on.",
+        description="Line of champions in the gate's file that is retrained.",
         json_schema_extra=BASIC,
     )
     gate: str = Field(
         "configs/gate.yaml",
-        description="YAML file with the rules that decide who is promoted.",
+        description="YAML file with the promotion rules.",
         json_schema_extra=BASIC,
     )
 
@@ -250,11 +257,12 @@ class RetrainParameters(NewsSettings, RefreshSettings, JudgeParameters):
         gate_of(self)
 
 
-class FileParameters(MainParameters, RetrainParameters):
-    """Every setting that a file may hold: one file serves all flows."""
+class FileParameters(MainParameters, RetrainParameters):  # type: ignore[misc]
+    """Every setting that a config file may hold: one file serves all flows."""
 
 
-# Groups of settings in `--help` and forms, by the classes that define them. Of two classes that define a setting, the last counts.
+# Groups of settings in `--help` and forms, by the classes that define them; the last class that defines a setting
+# counts.
 GROUPS: dict[str, tuple[type[Settings], ...]] = {
     "documents": (IngestSettings, LanguageSettings, SplitSettings),
     "grouping": (EmbeddingText, EmbedSettings, StaticEmbeddingSettings, NeighborSettings, GroupSettings),
@@ -277,7 +285,7 @@ GROUPS: dict[str, tuple[type[Settings], ...]] = {
     "where it runs": (WorkerSettings,),
 }
 
-PARAMETERS = {
+PARAMETERS: dict[str, type[FlowParameters]] = {
     "main": MainParameters,
     "curate": CurateParameters,
     "pretrain": PretrainParameters,
@@ -300,7 +308,7 @@ def gate_of(parameters: RetrainParameters) -> Gate:
     made = ["stage 1", "stage 2"] if recipe.reviewed else [recipe.title]
     if lines[line].model not in made:
         raise EclectusError(
-            f"line '{line}' of {parameters.gate} judges '{lines[line].model}', and retraining by extension_method "
+            f"line '{line}' of {parameters.gate} evaluates '{lines[line].model}', and retraining by extension_method "
             f"{parameters.extension_method} makes {' and '.join(made)}; choose another retrain_line or method"
         )
     return lines[line]

@@ -1,4 +1,4 @@
-"""Pretrain: a Lory model beside its dense twin, from the same warm-up, on the same instances in the same order."""
+"""Pretrain: a Lory model and its dense twin, from the same warm-up, on the same instances in the same order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eclectus.tasks.training.pretrain import pretrain as train
 
 @dataclass(frozen=True)
 class Pretrained:
-    """baselines: further models by name, as `pretrain_baselines` asks for them."""
+    """baselines: the models of `pretrain_baselines`, by name."""
 
     curated: Curated
     dense: Artifact
@@ -27,7 +27,7 @@ class Pretrained:
 
 @flow(name="pretrain")
 def pretrain(parameters: PretrainParameters = PretrainParameters()) -> Pretrained:
-    """Pre-trains a Lory model, its dense twin and the baselines that are asked for on the original languages."""
+    """Pre-trains a Lory model, its dense twin and the chosen baselines on the original languages."""
     parameters.check_together()
     with open_run("pretrain", parameters):
         given = None

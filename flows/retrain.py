@@ -1,10 +1,11 @@
-"""Retrain: the nightly flow. Looks at its sources, trains on from the champion when enough is new, promotes what passes the gate.
+"""Retrain: the scheduled flow. Trains on from the champion if enough documents are new; promotes what passes the gate.
 
-A night with nothing new costs a look at the sources and a read of ids. Otherwise what is new is embedded, grouped and packed with
-the rest in the champion's own tokens (finished steps and old vectors are reused), the champion is trained on by the method's stages,
-on what is new to it and a share of what is not, and judged beside the champion on the same held-out documents. The old champion
-stays: `eclectus rollback`. New is what no model of the line was judged with: one that was refused or rolled back is not made again
-every night. The first night makes a first model by the flow `extend`.
+A run without new data only lists the sources and reads ids. Otherwise the new documents are embedded, grouped and
+packed with the rest in the champion's own tokens (finished steps and existing vectors are reused). The champion is
+trained on by the method's stages, on documents that are new to it and a share of known ones, and the result is
+evaluated together with the champion on the same held-out documents. `eclectus rollback` returns to the former champion.
+Documents count as new until a model of the line was trained on them and evaluated, so a refused or rolled-back model is
+not trained again by every scheduled run. The first run trains a first model by the flow `extend`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass, replace
 
 from prefect import flow
 
-from eclectus.flows.curate import Curated, curate, gather
-from eclectus.flows.evaluate import Evaluated, judged
+from eclectus.flows.curate import Curated, curate, read_documents
+from eclectus.flows.evaluate import Evaluated, evaluate_models
 from eclectus.flows.extend import extend, train_on
 from eclectus.flows.parameters import CurateParameters, ExtendParameters, RetrainParameters, gate_of
 from eclectus.flows.run import current_home, once, open_run
@@ -31,7 +32,7 @@ EXTENDING = ("upcycle", "add_experts", "extend")
 
 @dataclass(frozen=True)
 class Retrained:
-    """news: what was new, and the decision to train. evaluated: None where it was not worth it."""
+    """news: the new documents and the decision whether to train. evaluated: None if nothing was trained."""
 
     news: Artifact
     evaluated: Evaluated | None
@@ -39,49 +40,49 @@ class Retrained:
 
 @flow(name="retrain")
 def retrain(parameters: RetrainParameters = RetrainParameters()) -> Retrained:
-    """Looks at the sources; trains on from the champion when enough is new; promotes what passes the gate."""
+    """Lists the sources; trains on from the champion if enough documents are new; promotes what passes the gate."""
     parameters.check_together()
     with open_run("retrain", parameters):
         gate, find = gate_of(parameters), current_home().store.find
-        before = decisions(current_home(), gate.line)
-        holder = champion(current_home(), gate.line)
-        reigning = find(f"checkpoint-{holder.checkpoint}") if holder else None
-        _, documents = gather(parameters)
-        told = news(
+        past = decisions(current_home(), gate.line)
+        promoted = champion(current_home(), gate.line)
+        current = find(f"checkpoint-{promoted.checkpoint}") if promoted else None
+        _, documents = read_documents(parameters)
+        found = news(
             documents=documents,
-            seen=_packed(_history([each.checkpoint for each in before])),
-            model=reigning or (find(f"checkpoint-{before[-1].checkpoint}") if before else None),
+            seen=_packed(_history([each.checkpoint for each in past])),
+            model=current or (find(f"checkpoint-{past[-1].checkpoint}") if past else None),
             settings=NewsSettings.of(parameters),
         )
-        reason = told.statistics["reason"]
-        if not told.statistics["train"]:
-            last = before[-1]
-            judged_last = f"checkpoint-{last.checkpoint[:12]} was {last.verdict} ({last.reason})"
-            say("retrain", f"Not trained: {reason}. The model of line '{gate.line}' judged last, {judged_last}.")
-            return Retrained(told, None)
+        reason = found.statistics["reason"]
+        if not found.statistics["train"]:
+            last = past[-1]
+            outcome = f"checkpoint-{last.checkpoint[:12]}, was {last.verdict} ({last.reason})"
+            say("retrain", f"Not trained: {reason}. The last evaluated model of line '{gate.line}', {outcome}.")
+            return Retrained(found, None)
         say("retrain", f"Training: {reason}.")
-        curated, models = _train_on(reigning, parameters) if reigning else _train_first(parameters)
-        evaluated = judged(curated, models, parameters, {gate.line: gate})
-        outcome = evaluated.decisions.get(gate.line)
-        told_by_gate = f"{outcome.verdict}: {outcome.reason}" if outcome else "; ".join(evaluated.left_out)
-        say("retrain", f"Trained, since {reason}. The gate of line '{gate.line}': {told_by_gate}.")
-        return Retrained(told, evaluated)
+        curated, models = _train_on(current, parameters) if current else _train_first(parameters)
+        evaluated = evaluate_models(curated, models, parameters, {gate.line: gate})
+        decision = evaluated.decisions.get(gate.line)
+        outcome = f"{decision.verdict}: {decision.reason}" if decision else "; ".join(evaluated.left_out)
+        say("retrain", f"Trained: {reason}. The gate of line '{gate.line}': {outcome}.")
+        return Retrained(found, evaluated)
 
 
 def _train_first(parameters: RetrainParameters) -> tuple[Curated, dict[str, Artifact]]:
-    """(what was curated, the models to judge by the names that the gate's file uses)."""
+    """(curated data, models to evaluate by their names in the gate's file)."""
     made = once(extend, ExtendParameters.of(parameters))
     return made.curated, {"dense": made.base, **made.checkpoints}
 
 
-def _train_on(reigning: Artifact, parameters: RetrainParameters) -> tuple[Curated, dict[str, Artifact]]:
-    """The same, from the champion; it and its dense base stand beside what becomes of it."""
-    made = _history([reigning.digest])
-    curated = once(curate, CurateParameters.of(parameters, tokenizer=reigning.path))
+def _train_on(current: Artifact, parameters: RetrainParameters) -> tuple[Curated, dict[str, Artifact]]:
+    """Like `_train_first`, from the current champion; the models include the champion and its dense base."""
+    made = _history([current.digest])
+    curated = once(curate, CurateParameters.of(parameters, tokenizer=current.path))
     fresh = refresh(documents=curated.documents, seen=_packed(made), settings=RefreshSettings.of(parameters))
-    # A small night's last stretch is padded: dropping it could drop all that is new.
+    # The last, shorter instance is padded: with few new documents, dropping it could drop all of them.
     expanded = pack(
-        label="pack tonight",
+        label="pack new documents",
         documents=fresh,
         tokenizer=curated.tokenizer,
         grouping=curated.grouping,
@@ -90,11 +91,11 @@ def _train_on(reigning: Artifact, parameters: RetrainParameters) -> tuple[Curate
     curated = replace(curated, expanded=expanded)
     base = next((each.inputs["checkpoint"] for each in made.values() if each.step in EXTENDING), None)
     models = {"dense": current_home().store.find(f"checkpoint-{base}")} if base else {}
-    return curated, {**models, "champion": reigning, **train_on(reigning, curated, parameters)}
+    return curated, {**models, "champion": current, **train_on(current, curated, parameters)}
 
 
 def _history(checkpoints: list[str]) -> dict[str, Made]:
-    """Everything upstream of these, first things first. checkpoints: digests."""
+    """Everything upstream of these checkpoints, given by digest, in the order in which it was made."""
     run = require_run("retrain")
     return read_history(
         run.home, run.id, [Artifact("checkpoint", each, "") for each in dict.fromkeys(checkpoints)]

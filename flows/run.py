@@ -1,6 +1,8 @@
-"""Opening a run: home, journal, Prefect server and display around the flow that is called.
+"""Opens a run: home, journal, Prefect server and displays around a flow.
 
-with open_run("main", parameters) as run: ...        # Ray, workers and server are gone when this ends, whatever happens
+    with open_run("main", parameters) as run: ...
+
+When the block ends, however it ends, Ray, workers and a server that was started for the run are stopped.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 
 import duckdb
 
+import eclectus
 from eclectus.flows.services.server import prefect_server
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
@@ -50,7 +53,11 @@ PACKAGES = [
     "pyarrow",
     "numpy",
 ]
-JOURNALS_A_RUN = 200
+COMPACTED_JOURNALS = 200
+# Defaults for the libraries of every process that imports this module: runs of the command line and of workers.
+LIBRARIES = {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+for _name, _value in LIBRARIES.items():
+    os.environ.setdefault(_name, _value)
 
 
 @contextlib.contextmanager
@@ -61,19 +68,14 @@ def open_run(
     displays: list[Display] | None = None,
     served: bool = False,
 ) -> Iterator[Run]:
-    """The run of this process, opened for `flow` unless a flow that calls this one has opened it already.
+    """Opens the run of this process for `flow`, or joins the run that a calling flow has opened.
 
-    served: a Prefect server is there, though the flow itself is not called yet. Raises EclectusError for a flow run that was
-    started too often.
+    served: a Prefect server is running although no flow run has started yet. Raises EclectusError for a flow run that
+    was started more than STARTS times.
     """
-    run = current_run()
-    if run is not None:
-        before, run.flow = run.flow, flow
-        run.prefect_flow_run = run.prefect_flow_run or _prefect_flow_run()
-        try:
+    if (run := current_run()) is not None:
+        with _joined(run, flow):
             yield run
-        finally:
-            run.flow = before
         return
     prefect_flow_run = _prefect_flow_run()
     if prefect_flow_run:
@@ -81,7 +83,7 @@ def open_run(
     check_roots(parameters)
     home = home or Home.open()
     run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-    with _books_in_order(home), Journal(home.journal, run_id, home.mirror) as journal:
+    with _maintained(home), Journal(home.journal, run_id, home.mirror) as journal:
         run = Run(
             id=run_id,
             home=home,
@@ -122,35 +124,46 @@ def open_run(
 
 
 @contextlib.contextmanager
-def _books_in_order(home: Home) -> Iterator[None]:
-    """Around a run: the database for shells is there, and what runs left behind is compacted. A run never fails for either."""
+def _joined(run: Run, flow: str) -> Iterator[None]:
+    """Makes `flow` the flow of an open run whose steps are being called, for the block."""
+    caller, run.flow = run.flow, flow
+    run.prefect_flow_run = run.prefect_flow_run or _prefect_flow_run()
+    try:
+        yield
+    finally:
+        run.flow = caller
+
+
+@contextlib.contextmanager
+def _maintained(home: Home) -> Iterator[None]:
+    """Writes the lineage database before a run and compacts journals after it; failures of either are only logged."""
     _try(write_database, home)
     try:
         yield
     finally:
         with _interrupts_held():
-            _try(compact, home, JOURNALS_A_RUN)
+            _try(compact, home, COMPACTED_JOURNALS)
 
 
 def _try(act: Callable[..., Any], *arguments: Any) -> None:
     try:
         act(*arguments)
     except (OSError, duckdb.Error) as error:
-        logging.getLogger("eclectus").warning("%s put off to the next run: %s", act.__name__, error)
+        logging.getLogger("eclectus").warning("%s is left to the next run: %s", act.__name__, error)
 
 
 @contextlib.contextmanager
 def served_run(flow: str, parameters: Settings, home: Home, displays: list[Display]) -> Iterator[Run]:
-    """A run opened from the command line: with a Prefect server around it, ready to call flows in."""
+    """Opens a run for the command line, with a Prefect server for the flows that are called in the block."""
     with prefect_server(home), open_run(flow, parameters, home, displays, served=True) as run, interrupts_noted(run):
         yield run
 
 
 @contextlib.contextmanager
 def interrupts_noted(run: Run) -> Iterator[None]:
-    """Keeps a Ctrl-C in mind. Prefect swallows one that comes while it closes a task; then no other step begins.
+    """Records a Ctrl-C in the run, so that no further step starts: Prefect swallows one while it closes a task.
 
-    Where it is ignored, as in a job that a shell keeps in the background, it stays so.
+    If SIGINT is ignored, as in a shell's background job, it stays ignored.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
@@ -171,7 +184,7 @@ def interrupts_noted(run: Run) -> Iterator[None]:
 
 
 def once(flow: Any, parameters: Settings) -> Any:
-    """What a flow gives for these parameters, called at most once in a run: flows call the flows that they build on."""
+    """Calls a flow with these parameters at most once per run: several flows call the flows that they build on."""
     results = require_run(f"flow '{flow.name}'").results
     key = f"{flow.name} {parameters.model_dump_json()}"
     if key not in results:
@@ -184,7 +197,7 @@ def current_home() -> Home:
 
 
 def code_version() -> str:
-    """The commit of the code, with `+` when the tree differs from it; else the package's version."""
+    """The commit of the code, with `+` if the working tree differs; without git, the package's version."""
     root = Path(__file__).resolve().parent.parent
     git = shutil.which("git")
     if git and (root / ".git").exists():
@@ -197,7 +210,7 @@ def code_version() -> str:
         )
         if described.returncode == 0:
             return described.stdout.strip()
-    return importlib.metadata.version("eclectus")
+    return eclectus.__version__
 
 
 def _surroundings() -> dict[str, Any]:
@@ -224,7 +237,7 @@ def _prefect_flow_run() -> str | None:
 
 
 def _check_starts() -> None:
-    """Ends the round of crash and restart (flows/services/automations.py) by a failure, which nothing restarts."""
+    """Fails a flow run that was restarted too often; the automations reschedule crashed runs, not failed ones."""
     from prefect.runtime import flow_run
 
     from eclectus.flows.ui import close_lost_steps
@@ -233,20 +246,20 @@ def _check_starts() -> None:
         close_lost_steps(str(flow_run.id))
     if (flow_run.run_count or 0) > STARTS:
         raise EclectusError(
-            f"this run was started {STARTS} times and never ended by itself; look at its logs and the worker's, then run it anew"
+            f"this run crashed in each of its {STARTS} starts; read its logs and the worker's, then start a new run"
         )
 
 
 def _state(error: BaseException | None) -> str:
     if error is None:
         return "completed"
-    # What is no Exception (Ctrl-C, an exit, Prefect's TerminationSignal) is somebody's wish.
+    # A BaseException that is not an Exception (Ctrl-C, an exit, Prefect's TerminationSignal) means cancelled.
     return "failed" if isinstance(error, Exception) else "cancelled"
 
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Keeps a second Ctrl-C from cutting the clean-up short."""
+    """Ignores further interrupts during clean-up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -257,8 +270,3 @@ def _interrupts_held() -> Iterator[None]:
         signal.signal(
             signal.SIGINT, before if callable(before) or before in (signal.SIG_DFL, signal.SIG_IGN) else signal.SIG_DFL
         )
-
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")

@@ -1,4 +1,4 @@
-"""Similarity: how alike known and new languages look to each layer of a model, and how many new experts each layer needs."""
+"""Similarity: of known and new languages in each layer of a model, and new experts per layer (LayerMoE)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Measured:
 
 @flow(name="similarity")
 def similarity(parameters: SimilarityParameters) -> Measured:
-    """Measures the cosine between languages in every layer, and shares out a budget of new experts (LayerMoE)."""
+    """Measures the cosine similarity of languages in every layer and divides a budget of new experts (LayerMoE)."""
     parameters.check_together()
     with open_run("similarity", parameters):
         documents = ingest(settings=IngestSettings.of(parameters))

@@ -1,5 +1,7 @@
-"""What people see of a run in the Prefect UI: a progress bar a step while it works, a page with what it gave, and on the run's own
-page what it decided, links to its reports and to Ray's dashboard, and a table of its steps.
+"""What the Prefect UI shows of a run.
+
+For each step a progress bar while it works and a page with its output; on the run's own page its decisions, links to
+its reports and to Ray's dashboard, and a table of its steps.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import duckdb
@@ -48,7 +50,10 @@ LONGEST_VALUE = 300
 
 
 class PrefectPages:
-    """A display (see `eclectus.tasks.run.Display`) that writes Prefect artifacts; called inside the step's task run, which owns them."""
+    """A display (see `eclectus.tasks.run.Display`) that writes Prefect artifacts.
+
+    It is called in the step's task run, which owns the artifacts.
+    """
 
     def __init__(self) -> None:
         self._bars: dict[str, tuple[UUID, float]] = {}
@@ -61,12 +66,17 @@ class PrefectPages:
         if not total:
             return
         percent = min(100.0, 100.0 * done / total)
+        bar: UUID | None
         bar, updated = self._bars.get(label, (None, 0.0))
         if time.monotonic() - updated < SECONDS_BETWEEN_UPDATES and percent < 100:
             return
         if bar is None:
-            bar = create_progress_artifact(
-                percent, key=f"{_slug(label)}-progress", description=f"{label}: {what} ({unit})"
+            # Its type has a coroutine too, which it only returns inside an event loop.
+            bar = cast(
+                UUID,
+                create_progress_artifact(
+                    percent, key=f"{_slug(label)}-progress", description=f"{label}: {what} ({unit})"
+                ),
             )
         else:
             update_progress_artifact(bar, percent)
@@ -74,14 +84,15 @@ class PrefectPages:
 
     def step_ended(self, label: str, state: str, reason: str, seconds: float, output: Artifact | None) -> None:
         self._bars.pop(label, None)
-        made = output.name if output else ""
-        self._rows.append({"step": label, "is": state, "seconds": round(seconds, 1), "made": made, "why": reason})
+        name = output.name if output else ""
+        row = {"step": label, "state": state, "seconds": round(seconds, 1), "output": name, "reason": reason}
+        self._rows.append(row)
         if output is None:
             return
         lines = [
             f"**{label}**: {state}, {seconds:.1f} s",
             "",
-            f"Why: {reason}",
+            f"Reason: {reason}",
             "",
             f"`{output.name}`",
             f"`{output.path}`",
@@ -99,10 +110,10 @@ class PrefectPages:
         if output.kind == "report" and (served := os.environ.get(PAGES)):
             for page in sorted(Path(output.path).glob("*.html")):
                 address = f"{served}/{Path(output.path).name}/{page.name}"
-                self.linked(f"open {label}", address, f"{page.name} of the step '{label}', to open in the browser")
+                self.linked(f"open {label}", address, f"{page.name} of the step '{label}'")
 
     def said(self, name: str, text: str) -> None:
-        _attach("markdown", name, text, "What this run decided, and why.")
+        _attach("markdown", name, text, "Decision of this run, with its reason.")
         get_logger("eclectus").info(text)
 
     def linked(self, name: str, address: str, what: str) -> None:
@@ -111,23 +122,25 @@ class PrefectPages:
     def run_ended(self, run: Run) -> None:
         """Writes the table of all steps."""
         if self._rows:
-            _attach("table", "steps", json.dumps(self._rows), "What this run did, step by step, and why", run)
+            _attach(
+                "table", "steps", json.dumps(self._rows), "Steps of this run: state, seconds, output and reason", run
+            )
 
 
 def close_lost_steps(flow_run: str) -> None:
-    """Marks the steps that a start of this flow run which was killed left running as crashed."""
-    under_way = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    """Marks steps that a killed attempt of this flow run left in state Running or Pending as crashed."""
+    in_progress = TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
     with get_client(sync_client=True) as client:
         lost = client.read_task_runs(
             flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[UUID(flow_run)])),
-            task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=under_way)),
+            task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=in_progress)),
         )
         for each in lost:
             client.set_task_run_state(each.id, Crashed(message="its process is gone"), force=True)
 
 
 def _attach(kind: str, name: str, data: str, description: str, run: Run | None = None) -> None:
-    """Puts an artifact on the page of the run itself, where people look first, whatever step or flow inside it speaks."""
+    """Puts an artifact on the page of the flow run itself, whichever of its steps or subflows creates it."""
     run = run or current_run()
     if run and run.prefect_flow_run:
         artifact = ArtifactCreate(
@@ -144,7 +157,7 @@ def _show_tables(label: str, report: Artifact) -> None:
 
 
 def _pictures(label: str, output: Artifact) -> list[tuple[str, bytes]]:
-    """(name, PNG) of what there is to see of a step: the pictures that it made, or the curve of what it trained."""
+    """(name, PNG) of a step's pictures; for a checkpoint without any, its loss curve."""
     folder = Path(output.path)
     paths = sorted([*folder.glob("*.png"), *folder.glob("pictures/*.png")])
     made = [(path.stem, path.read_bytes()) for path in paths]
@@ -156,7 +169,7 @@ def _pictures(label: str, output: Artifact) -> list[tuple[str, bytes]]:
         with connect(run.home) as connection:
             points = connection.execute(sql, [run.step]).fetchall()
     except (EclectusError, duckdb.Error) as error:
-        get_logger("eclectus").warning("no curve of %s is shown: %s", label, error)
+        get_logger("eclectus").warning("the loss curve of %s is not shown: %s", label, error)
         return made
     return [("loss", _curve(label, points))] if len(points) > 1 else []
 

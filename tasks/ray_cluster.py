@@ -16,6 +16,14 @@ from eclectus.tasks.run import current_run
 
 WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
+# Of a Ray started on this machine, for one run or by `eclectus up`.
+OBJECT_STORE_BYTES = 256 * 2**20
+
+
+def local_cpus() -> int:
+    """CPUs of a Ray started on this machine: two or more, since a training worker and its coordinator take one each."""
+    return max(2, os.cpu_count() or 1)
+
 
 def ensure_ray() -> None:
     """Makes sure that this process is connected to Ray; does nothing when it is."""
@@ -38,9 +46,9 @@ def ensure_ray() -> None:
         return
     with _own_signals():
         ray.init(
-            num_cpus=max(2, os.cpu_count() or 1),
+            num_cpus=local_cpus(),
             include_dashboard=False,
-            object_store_memory=256 * 2**20,
+            object_store_memory=OBJECT_STORE_BYTES,
             runtime_env=runtime,
             **common,
         )

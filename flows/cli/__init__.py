@@ -1,1 +1,1 @@
-"""The command line: `eclectus`, one file a group of commands."""
+"""The command line: `eclectus`, one file per group of commands."""

@@ -1,4 +1,4 @@
-"""Commands on checkpoints alone, without a run: upcycle one, export one."""
+"""Commands on single checkpoints, without a run: `upcycle` and `export`."""
 
 from __future__ import annotations
 
@@ -12,49 +12,61 @@ MERGED_BY = ("domain", "language", "prompt")
 
 
 def add_checkpoint_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """Adds `upcycle` and `export`. add: as in `eclectus.flows.cli.main`, (name, action, help, positional words)."""
+    """Adds `upcycle` and `export`. add: the function in `eclectus.flows.cli.main`."""
     made = add(
         "upcycle",
         _upcycle,
-        "make a dense checkpoint a mixture of experts that computes the same, proved on its logits",
-        base="dense checkpoint (Llama, Mistral, Qwen2, Qwen3): a folder, a .gguf file, an artifact's name or a model on the hub",
-        out="folder to write, not there yet or empty",
+        "upcycle a dense checkpoint to a mixture of experts with equal logits (verified)",
+        base="dense checkpoint (Llama, Mistral, Qwen2, Qwen3): folder, .gguf file, artifact or hub model",
+        out="folder to write; must be new or empty",
     )
     made.add_argument(
-        "--experts", default="6", help="experts of a layer, the original included: one number, or one a layer as 4,6,4"
+        "--experts",
+        default="6",
+        help="experts per layer, the original included: one number, or one for each layer as 4,6,4",
     )
-    made.add_argument("--top-k", type=int, default=2, help="experts that each token is sent to (default: 2)")
+    made.add_argument("--top-k", type=int, default=2, help="experts per token (default: 2)")
     made.add_argument(
-        "--init", default="copy", help="new experts start as copies (copy), with noise, or partly redrawn (drop)"
+        "--init",
+        default="copy",
+        help="how new experts start: copy, noise (copies with noise) or drop (partly re-initialized; default: copy)",
     )
     made.add_argument(
-        "--noise-scale", type=float, default=0.01, help="noise, as a part of each matrix's deviation (default: 0.01)"
+        "--noise-scale",
+        type=float,
+        default=0.01,
+        help="noise, relative to each matrix's standard deviation (default: 0.01)",
     )
     made.add_argument(
-        "--drop-ratio", type=float, default=0.5, help="part of the inner dimensions that drop redraws (default: 0.5)"
+        "--drop-ratio",
+        type=float,
+        default=0.5,
+        help="share of the inner dimensions that drop re-initializes (default: 0.5)",
     )
     made.add_argument(
         "--tolerance",
         type=float,
         default=1e-4,
-        help="largest difference of a logit over the largest logit (default: 1e-4)",
+        help="largest allowed difference of a logit, relative to the largest logit (default: 1e-4)",
     )
-    made.add_argument("--seed", type=int, default=0, help="seed of routers and redrawn weights (default: 0)")
+    made.add_argument("--seed", type=int, default=0, help="seed of routers and re-initialized weights (default: 0)")
     made.add_argument(
-        "--trust-remote-code", action="store_true", help="run code that the checkpoint brings, and prove against it"
+        "--trust-remote-code", action="store_true", help="run code from the checkpoint, and verify against it"
     )
     export = add(
         "export",
         _export,
-        "write a mixture as a stock checkpoint with its model card, or a Lory checkpoint as a dense LLaMA",
+        "export a mixture as a stock checkpoint with a model card, or a Lory checkpoint as a dense LLaMA",
         checkpoint="checkpoint, as in `artifacts`, or its folder",
-        out="folder to write, not there yet or empty",
+        out="folder to write; must be new or empty",
     )
     export.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the stored weights (default: as they are)"
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the stored weights (default: unchanged)"
     )
     export.add_argument(
-        "--extract-base", action="store_true", help="write the dense model that a mixture was made of, bit by bit"
+        "--extract-base",
+        action="store_true",
+        help="export the dense model that the mixture was upcycled from, bit-identical",
     )
     merged_by = export.add_mutually_exclusive_group()
     merged_by.add_argument("--domain", help="Lory: merge by the mean routing of this domain's training text")
@@ -84,11 +96,11 @@ def _upcycle(chosen: argparse.Namespace) -> None:
         find_checkpoint(Home.open().store, chosen.base), out, settings, trust_remote_code=chosen.trust_remote_code
     )
     held = f"{made.experts} experts" if made.experts_per_layer is None else f"{made.experts_per_layer} experts"
-    print(f"{out}: {made.base_model_type} to {made.model_type}, {held} a layer, top {made.top_k}")
+    print(f"{out}: {made.base_model_type} to {made.model_type}, {held} per layer, top {made.top_k}")
     print(f"  parameters   {made.base_parameters:,} to {made.parameters:,}")
     print(
-        f"  proof        no logit differs by more than {made.max_abs_delta:.2g} ({made.proof}; largest logit {made.max_abs_logit:.3g}, "
-        f"allowed {made.tolerance:g} of it)"
+        f"  proof        no logit differs by more than {made.max_abs_delta:.2g} ({made.proof}; largest logit "
+        f"{made.max_abs_logit:.3g}, allowed {made.tolerance:g} of it)"
     )
     for note in made.notes:
         print(f"  note         {note}")
@@ -98,7 +110,7 @@ def _counts(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise EclectusError(f"--experts is '{text}'; expected a number, or one a layer such as 4,6,4") from None
+        raise EclectusError(f"--experts is '{text}'; expected a number, or one for each layer such as 4,6,4") from None
 
 
 def _export(chosen: argparse.Namespace) -> None:
@@ -108,12 +120,12 @@ def _export(chosen: argparse.Namespace) -> None:
 
     home, out = Home.open(), Path(chosen.out)
     lory = model_type(checkpoint_folder(home, chosen.checkpoint)[0]) == "lory"
-    mine, others = (MERGED_BY, ("dtype", "extract_base")) if lory else (("dtype", "extract_base"), MERGED_BY)
+    allowed, others = (MERGED_BY, ("dtype", "extract_base")) if lory else (("dtype", "extract_base"), MERGED_BY)
     if wrong := [name for name in others if getattr(chosen, name)]:
-        kind = "a Lory model" if lory else "no Lory model"
+        kind = "a Lory model" if lory else "a mixture"
         raise EclectusError(
-            f"--{wrong[0].replace('_', '-')} does not go with {chosen.checkpoint}, {kind}; its options: "
-            f"{', '.join('--' + name.replace('_', '-') for name in mine)}"
+            f"--{wrong[0].replace('_', '-')} does not apply to {chosen.checkpoint}, {kind}; its options: "
+            f"{', '.join('--' + name.replace('_', '-') for name in allowed)}"
         )
     if lory:
         print(export(home.store, chosen.checkpoint, out, chosen.domain, chosen.language, chosen.prompt))

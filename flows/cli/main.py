@@ -41,7 +41,7 @@ GROUPS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one command. An EclectusError is one line on stderr and exit code 2; any other error is logged, exit code 1."""
+    """Runs one command. An EclectusError is one line on stderr and exit code 2, any other exception exit code 1."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = make_parser(next((word for word in words if word in FLOWS), None), show_all=HELP_ALL in words)
     chosen, unknown = parser.parse_known_args(words)
@@ -136,7 +136,7 @@ def make_parser(command: str | None = None, show_all: bool = False) -> argparse.
     parser = argparse.ArgumentParser(
         prog="eclectus",
         usage="eclectus [-h] [--version] [--home HOME] COMMAND ...",
-        description="Build mixture-of-experts language models from a corpus of documents, with the lineage of every model.",
+        description="Mixture-of-experts language models from a corpus of documents, with the lineage of every model.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--home", help="folder of artifacts, journal and database (default: $ECLECTUS_HOME or ./home)")
@@ -163,7 +163,9 @@ def make_parser(command: str | None = None, show_all: bool = False) -> argparse.
     add("down", _down, "stop what `up` started, and all of its child processes")
     add("deploy", _deploy, "register all deployments and automations with the server at PREFECT_API_URL")
     chaos = add(
-        "chaos", _chaos, "kill processes of a job at random and compare its last checkpoint with a baseline run's"
+        "chaos",
+        _chaos,
+        "kill processes of a job at random and check that its last checkpoint equals an undisturbed run's",
     )
     chaos.add_argument("--flow", default="run", choices=[*FLOWS], help="the job (default: run)")
     chaos.add_argument("--config", default="configs/small.yaml", help="its settings (default: configs/small.yaml)")
@@ -188,7 +190,7 @@ def _run_flow(chosen: argparse.Namespace) -> None:
 
     home = Home.open()
     with Terminal() as terminal:
-        terminal.say(f"eclectus {chosen.flow}: home {near(home.root) if not home.mirror else home.name}")
+        terminal.print(f"eclectus {chosen.flow}: home {near(home.root) if not home.mirror else home.name}")
         with served_run(chosen.flow, parameters, home, [terminal]) as run:
             import importlib
 
@@ -201,9 +203,8 @@ def _corpus(chosen: argparse.Namespace) -> None:
     from eclectus.tasks.corpus import CorpusSettings, write_corpus
 
     summary = write_corpus(Path(chosen.out), CorpusSettings())
-    print(
-        f"{summary.documents} documents, {summary.bytes / 1e6:.1f} MB of text in {len(summary.files)} files in {chosen.out}"
-    )
+    megabytes, files = summary.bytes / 1e6, len(summary.files)
+    print(f"{summary.documents} documents, {megabytes:.1f} MB of text in {files} files in {chosen.out}")
 
 
 def _up(_: argparse.Namespace) -> None:
@@ -232,9 +233,9 @@ def _chaos(chosen: argparse.Namespace) -> None:
     words = [chosen.flow, "--config", str(Path(chosen.config).absolute()), *CHECKPOINTS_OFTEN]
     words += ["--sources", chosen.sources] if chosen.sources else []
     outcome = chaos(words, chosen.seed, chosen.kills, lambda text: print(text, flush=True))
-    for told in outcome.told:
-        print(told)
-    print(f"same bits after {len(outcome.told)} kills and {outcome.starts} starts: checkpoint-{outcome.digest[:12]}")
+    for kill in outcome.kills:
+        print(kill)
+    print(f"same bits after {len(outcome.kills)} kills and {outcome.starts} starts: checkpoint-{outcome.digest[:12]}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands that judge: `promote`, `rollback`, `champions` and `compare`. Every import that takes time waits until its command is known."""
+"""The commands `promote`, `rollback`, `champions` and `compare`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ PrintRows = Callable[[list[str], list[tuple[Any, ...]], bool], None]
 
 
 def add_promotion_commands(add: Callable[..., argparse.ArgumentParser], print_rows: PrintRows) -> None:
-    """Adds them to the command line. add: as in `eclectus.flows.cli.main`; print_rows: called with columns, rows and whether as JSON."""
+    """Adds the commands. add: the function in `eclectus.flows.cli.main`; print_rows: takes (columns, rows, as_json)."""
     promote = add(
         "promote",
         _promote,
-        "let the gate decide whether a checkpoint becomes champion",
+        "make a checkpoint champion if it passes the gate",
         checkpoint="artifact name or folder",
     )
     gate = "configs/gate.yaml"
     promote.add_argument("--gate", default=gate, help=f"YAML file with the rules (default: {gate})")
-    promote.add_argument(
-        "--line", help="line of champions; where left out, the one of the model's name in its evaluation"
-    )
-    promote.add_argument("--force", metavar="REASON", help="promote it though the gate refuses; the reason is kept")
+    promote.add_argument("--line", help="line of champions (default: the line of the model's name in its evaluation)")
+    promote.add_argument("--force", metavar="REASON", help="promote even if the gate refuses; the reason is recorded")
 
     def show_champions(chosen: argparse.Namespace) -> None:
         from eclectus.flows.cli.champions import champion_rows
@@ -42,18 +40,18 @@ def add_promotion_commands(add: Callable[..., argparse.ArgumentParser], print_ro
         if not chosen.json:
             print(f"\ncurves: {near(page)}")
 
-    compare = add(
-        "compare", show_comparison, "runs beside each other: what differs, measures with their spread, curves"
-    )
+    compare = add("compare", show_comparison, "compare runs: differing settings, measures with their spread, curves")
     compare.add_argument("runs", nargs="+", help=RUN_HELP)
     compare.add_argument("--measure", default="", metavar="WORDS", help="only measures whose name holds these words")
-    compare.add_argument("-o", "--out", help="the page to write (default: compare.html in the home)")
-    compare.add_argument("--json", action="store_true", help="one JSON object a row instead of tables")
-    rollback = add("rollback", _rollback, "make the champion before the present one champion again")
-    rollback.add_argument("--line", help="line of champions; where left out, the only one that has a champion")
-    champions = add("champions", show_champions, "who was promoted and who was refused, by line, with the reasons")
-    champions.add_argument("--all", action="store_true", help="every decision, not the last of each line and verdict")
-    champions.add_argument("--json", action="store_true", help="one JSON object a row instead of a table")
+    compare.add_argument("-o", "--out", help="page to write (default: compare.html in the home)")
+    compare.add_argument("--json", action="store_true", help="one JSON object per row instead of tables")
+    rollback = add("rollback", _rollback, "make the previous champion champion again")
+    rollback.add_argument("--line", help="line of champions (default: the only one that has a champion)")
+    champions = add("champions", show_champions, "list promoted and refused checkpoints by line, with the reasons")
+    champions.add_argument(
+        "--all", action="store_true", help="every decision, not only the last for each line, checkpoint and verdict"
+    )
+    champions.add_argument("--json", action="store_true", help="one JSON object per row instead of a table")
 
 
 def _promote(chosen: argparse.Namespace) -> None:
@@ -68,5 +66,5 @@ def _promote(chosen: argparse.Namespace) -> None:
 def _rollback(chosen: argparse.Namespace) -> None:
     from eclectus.flows.cli.champions import rollback
 
-    back = rollback(chosen.line)
-    print(f"checkpoint-{back.checkpoint[:12]} is champion of line '{back.line}' again: {back.reason}")
+    decision = rollback(chosen.line)
+    print(f"checkpoint-{decision.checkpoint[:12]} is champion of line '{decision.line}' again: {decision.reason}")

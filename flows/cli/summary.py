@@ -1,4 +1,4 @@
-"""The summary at the end of a run: scores, where things lie, and what to try next."""
+"""The summary at the end of a run: scores, paths of the outputs, and commands to try next."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
 
 
 def summarize(run: Run, result: Any, terminal: Terminal) -> None:
-    """Prints what a flow gave. result: what the flow returned (see flows/*.py)."""
+    """Prints the results of a flow. result: what the flow returned (see flows/*.py)."""
     counts = Counter(run.states.values())
-    terminal.say("")
-    terminal.say(", ".join(f"{number} steps {state}" for state, number in sorted(counts.items())))
-    # A night that did not train has nothing to show.
+    terminal.print("")
+    terminal.print(", ".join(f"{number} steps {state}" for state, number in sorted(counts.items())))
+    # `retrain` has no evaluation if it did not train.
     result = getattr(result, "evaluated", result)
     if hasattr(result, "evaluations"):
         _scores(result.evaluations, terminal)
-        _judgements(result, terminal)
+        _decisions(result, terminal)
     if hasattr(result, "data_report"):
         _curation(result, terminal)
     if hasattr(result, "similarity"):
         _similarity(result.similarity.statistics, terminal)
-    terminal.say("")
-    for name, path in _places(run, result).items():
-        terminal.say(f"  {name:<22} {near(path)}")
-    terminal.say("")
-    terminal.say("Try next:")
+    terminal.print("")
+    for name, path in _outputs(run, result).items():
+        terminal.print(f"  {name:<22} {near(path)}")
+    terminal.print("")
+    terminal.print("Try next:")
     for command in _next_commands(run, "group" if hasattr(result, "grouping") else None):
-        terminal.say(f"  {command}")
+        terminal.print(f"  {command}")
 
 
 def _scores(evaluations: dict[str, Any], terminal: Terminal) -> None:
@@ -50,73 +50,75 @@ def _scores(evaluations: dict[str, Any], terminal: Terminal) -> None:
         for row in rows:
             values = (score.get(part, {}).get(row) for score in scores.values())
             table.add_row(row, *("" if value is None else f"{value:.3f}" for value in values))
-        terminal.say("")
+        terminal.print("")
         terminal.console.print(table)
 
 
 def _curation(curated: Any, terminal: Terminal) -> None:
-    """Where every record went, and how alike documents are that will stand side by side."""
-    terminal.say("")
+    """Counts of records by outcome, and the similarity of adjacent documents."""
+    terminal.print("")
     for name, count in sorted(curated.data_report.statistics["accounts"].items(), key=lambda account: -account[1]):
-        terminal.say(f"  {name:<22} {count:>10,}")
-    told = curated.grouping.statistics
-    alike = [told[f"{which}_similarity"] for which in ("adjacent", "random", "best_neighbor")]
-    if None not in alike:
-        terminal.say("")
-        terminal.say("similarity of adjacent documents {:.3f}, of random ones {:.3f}, at best {:.3f}".format(*alike))
+        terminal.print(f"  {name:<22} {count:>10,}")
+    statistics = curated.grouping.statistics
+    similarities = [statistics[f"{which}_similarity"] for which in ("adjacent", "random", "best_neighbor")]
+    if None not in similarities:
+        terminal.print("")
+        terminal.print(
+            "similarity of adjacent documents {:.3f}, of random ones {:.3f}, at best {:.3f}".format(*similarities)
+        )
 
 
 def _similarity(found: dict[str, Any], terminal: Terminal) -> None:
-    """Similarity and proposed new experts by layer, and the setting that takes them over."""
+    """Similarity and proposed new experts by layer, and the options that use them."""
     table = Table("layer", "similarity", "new experts", box=None, header_style="bold", pad_edge=False)
     for layer, (value, new) in enumerate(zip(found["similarity"], found["new_experts"], strict=True)):
         table.add_row(str(layer), f"{value:.4f}", str(new))
-    terminal.say("")
+    terminal.print("")
     terminal.console.print(table)
     experts = ",".join(str(new + 1) for new in found["new_experts"])
-    terminal.say(
-        f"as experts of each layer: --experts {experts} (upcycle), --extension-experts-per-layer {experts} (extend)"
+    terminal.print(
+        f"experts per layer: --experts {experts} (upcycle), --extension-experts-per-layer {experts} (extend)"
     )
 
 
-def _judgements(result: Any, terminal: Terminal) -> None:
-    """Tasks, the gate's decisions and what was left out, where there are any."""
+def _decisions(result: Any, terminal: Terminal) -> None:
+    """Task scores, the gate's decisions and models that were not evaluated."""
     if result.benchmarks:
         answers = {name: artifact.statistics["scores"] for name, artifact in result.benchmarks.items()}
         table = Table("task and metric", *answers, box=None, header_style="bold", pad_edge=False)
         for row in dict.fromkeys(row for each in answers.values() for row in each):
             values = (each.get(row) for each in answers.values())
             table.add_row(row, *("" if value is None else f"{value:.3f}" for value in values))
-        terminal.say("")
+        terminal.print("")
         terminal.console.print(table)
     for line, decision in result.decisions.items():
-        terminal.say(f"gate '{line}': {decision.verdict}: {decision.reason}")
+        terminal.print(f"gate '{line}': {decision.verdict}: {decision.reason}")
     for each in result.left_out:
-        terminal.say(f"left out: {each}")
+        terminal.print(f"not evaluated: {each}")
 
 
-def _places(run: Run, result: Any) -> dict[str, Path]:
-    """What people look for, with a stable path: the report is copied to the home's own folder."""
-    places: dict[str, Path] = {}
+def _outputs(run: Run, result: Any) -> dict[str, Path]:
+    """Paths of the outputs by name. Reports are copied into the home, where their paths stay the same."""
+    paths: dict[str, Path] = {}
     if hasattr(result, "report"):
         page = run.home.root / "report.html"
         shutil.copyfile(result.report.file("report.html"), page)
-        places["report"] = page
+        paths["report"] = page
     data_report = getattr(getattr(result, "curated", result), "data_report", None)
     if data_report is not None:
-        places["data report"] = run.home.root / "data.html"
-        shutil.copyfile(data_report.file("data.html"), places["data report"])
+        paths["data report"] = run.home.root / "data.html"
+        shutil.copyfile(data_report.file("data.html"), paths["data report"])
     for name, artifact in getattr(result, "checkpoints", {}).items():
-        places[f"checkpoint {name}"] = Path(artifact.path)
+        paths[f"checkpoint {name}"] = Path(artifact.path)
     for name in ("dense", "lory", "upcycled", "original", "expanded", "review"):
         if (artifact := getattr(result, name, None)) is not None:
-            places[name.replace("_", " ")] = Path(artifact.path)
-    places["lineage database"] = run.home.database
-    return places
+            paths[name.replace("_", " ")] = Path(artifact.path)
+    paths["lineage database"] = run.home.database
+    return paths
 
 
 def _next_commands(run: Run, step: str | None) -> list[str]:
-    """Commands to copy. step: the one whose numbers are of interest; None for evaluations."""
+    """Commands to copy. step: the step whose metrics to show; None for evaluations."""
     eclectus = near(Path(shutil.which("eclectus") or Path(sys.executable).with_name("eclectus")))
     if run.home.root != Path(DEFAULT).absolute():
         eclectus += f" --home {near(run.home.root)}"
@@ -129,6 +131,6 @@ def _next_commands(run: Run, step: str | None) -> list[str]:
 
 
 def near(path: Path) -> str:
-    """A path as a person would type it from here."""
+    """The path relative to the current folder if it is inside it, else as it is."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative

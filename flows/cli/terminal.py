@@ -1,6 +1,6 @@
-"""The terminal: one line a finished step, a bar with rate and remaining time for the one under way.
+"""The terminal: a line for each finished step, and a progress bar with rate and remaining time for the current one.
 
-Where the output is no terminal (a log file, CI), only the lines for finished steps are printed.
+If the output is not a terminal (a log file, CI), only the lines for finished steps are printed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MARKS = {"completed": ("+", "green"), "reused": ("=", "cyan"), "failed": ("x", "
 
 
 class _Rate(ProgressColumn):
-    """How fast it goes: `3.1k documents/s`."""
+    """The rate, as `3.1k documents/s`."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -37,7 +37,7 @@ class _Rate(ProgressColumn):
 
 
 class Terminal:
-    """A display for people (see `eclectus.tasks.run.Display`)."""
+    """The display of the command line (see `eclectus.tasks.run.Display`)."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
@@ -84,15 +84,15 @@ class Terminal:
         mark, style = MARKS[state]
         line = Text(f"{mark} ", style=style) + Text(f"{label:<26}", style="bold") + Text(f"{seconds:7.1f} s  ")
         word = {"completed": "made", "cancelled": "interrupted"}.get(state, state)
-        # The fault itself is the last line that the command prints.
-        told = word if state in ("failed", "cancelled") else f"{word}: {reason}"
-        self.console.print(line + Text(told, style="dim"), soft_wrap=True)
+        # The command prints the error itself as its last line.
+        outcome = word if state in ("failed", "cancelled") else f"{word}: {reason}"
+        self.console.print(line + Text(outcome, style="dim"), soft_wrap=True)
 
     def said(self, name: str, text: str) -> None:
-        self.say(f"  {text}")
+        self.print(f"  {text}")
 
     def linked(self, name: str, address: str, what: str) -> None:
-        self.say(f"  {name}: {address}", style="dim")
+        self.print(f"  {name}: {address}", style="dim")
 
-    def say(self, text: str, style: str = "") -> None:
+    def print(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style, soft_wrap=True, markup=False)

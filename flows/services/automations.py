@@ -1,9 +1,9 @@
-"""Automations that set-up creates on the Prefect server, so that runs whose processes die are seen and go on by themselves.
+"""Automations that `eclectus deploy` creates on the Prefect server: they detect and reschedule crashed runs.
 
-    zombie   a run whose heartbeats stop without an end (its machine is gone, say) is marked as crashed
-    crashed  a crashed run of a deployment is scheduled again half a minute later, and goes on from its finished steps and last checkpoint
+    zombie   a run whose heartbeats stop before it ends (its machine is lost, say) is marked as crashed
+    crashed  a crashed run of a deployment is rescheduled after 30 s and resumes from its last checkpoint
 
-A run that crashes again and again is given up by `eclectus.flows.run` after `eclectus.flows.run.STARTS` starts: it fails, which nothing restarts.
+`eclectus.flows.run` fails a run after `STARTS` starts; failed runs are not rescheduled.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 
-# Twenty beats of 30 s: a sleeping laptop's or a busy server's gap is not taken for a death.
+# Twenty heartbeats of 30 s, so that a sleeping laptop or a busy server is not mistaken for a dead process.
 SILENCE = datetime.timedelta(minutes=10)
-# A worker reports a dead process twice, the second time after it has loaded the flow to look for hooks (2 s, 8 s on a busy machine).
-# A run that were scheduled in between would be taken for dead while it starts, and be started twice.
+# A worker reports a dead process twice, the second time after it has loaded the flow to look for hooks (2 to 8 s
+# later). Rescheduling earlier would mark the new attempt as crashed and start the run twice.
 SETTLING = datetime.timedelta(seconds=30)
 BEGINS = ("Scheduled", "Late", "Pending", "Running", "Retrying")
 ENDS = ("Completed", "Failed", "Crashed", "Cancelled", "Cancelling", "Paused", "Suspended", "AwaitingRetry")
@@ -29,7 +29,7 @@ def automations() -> list[AutomationCore]:
     return [
         AutomationCore(
             name="eclectus: zombie runs",
-            description=f"Marks a run as crashed when it has not been heard of for {SILENCE.seconds // 60} minutes.",
+            description=f"Marks a run as crashed when it has sent no heartbeat for {SILENCE.seconds // 60} minutes.",
             trigger=EventTrigger(
                 after={"prefect.flow-run.heartbeat"},
                 expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in ENDS)},
@@ -39,11 +39,12 @@ def automations() -> list[AutomationCore]:
                 threshold=1,
                 within=SILENCE,
             ),
-            actions=[ChangeFlowRunState(state=StateType.CRASHED, message="not heard of any more: its process is gone")],
+            actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no heartbeat: its process is gone")],
         ),
         AutomationCore(
             name="eclectus: crashed runs",
-            description=f"Schedules a crashed run of a deployment again after {SETTLING.seconds} s; it goes on from its finished steps and last checkpoint.",
+            description=f"Reschedules a crashed run of a deployment after {SETTLING.seconds} s; "
+            "it resumes from its finished steps and last checkpoint.",
             trigger=EventTrigger(
                 after={"prefect.flow-run.Crashed"},
                 expect={f"prefect.flow-run.{state}" for state in (*BEGINS, *ENDS) if state != "Crashed"},
@@ -58,7 +59,7 @@ def automations() -> list[AutomationCore]:
                 ChangeFlowRunState(
                     state=StateType.SCHEDULED,
                     name="AwaitingRetry",
-                    message="crashed; it goes on from its finished steps",
+                    message="crashed; resumes from its finished steps",
                 )
             ],
         ),
@@ -69,10 +70,10 @@ def create_automations() -> list[str]:
     """Creates the automations, or updates those of the same name; returns their names."""
     wanted = automations()
     with get_client(sync_client=True) as client:
-        there = {each.name: each.id for each in client.read_automations()}
+        existing = {each.name: each.id for each in client.read_automations()}
         for automation in wanted:
-            if automation.name in there:
-                client.update_automation(there[automation.name], automation)
+            if automation.name in existing:
+                client.update_automation(existing[automation.name], automation)
             else:
                 client.create_automation(automation)
     return [automation.name for automation in wanted]

@@ -1,4 +1,4 @@
-"""Programs in the background: each leads a process group of its own, so that ending one ends everything it started."""
+"""Background programs. Each leads its own process group, so that stopping one stops everything it started."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ STOP_SECONDS = 15
 
 @dataclass(frozen=True)
 class Background:
-    """A program started here or by an earlier command. started: when, by the system's clock: numbers of processes are given again."""
+    """A program started here or by an earlier command.
+
+    started: when, in seconds of the system clock; process ids are reused, so an id alone does not identify it.
+    """
 
     name: str
     pid: int
@@ -35,16 +38,16 @@ class Background:
     def start(
         cls,
         name: str,
-        words: Sequence[str],
+        command: Sequence[str],
         environment: dict[str, str],
         log: Path,
         folder: Path | None = None,
         dies_with_us: bool = False,
     ) -> Background:
-        """Starts a program with its output in `log`. dies_with_us: Linux ends it when this process ends, however that ends."""
+        """Starts a program with its output in `log`. dies_with_us: on Linux, it is stopped when this process ends."""
         with open(log, "wb") as handle:
             process = subprocess.Popen(
-                list(words),
+                list(command),
                 env=environment,
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
@@ -62,7 +65,7 @@ class Background:
         return False
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Raises EclectusError, naming the log, when the program ends or time is up before `ready` says so."""
+        """Waits until `ready()`. Raises EclectusError naming the log if it ends or START_SECONDS pass first."""
         deadline = time.monotonic() + START_SECONDS
         while not ready():
             if not self.is_alive() or time.monotonic() > deadline:
@@ -70,13 +73,13 @@ class Background:
             time.sleep(0.2)
 
     def stop(self) -> None:
-        """Ends the program, its group and every descendant, gently and then not; nothing happens if it is gone."""
+        """Stops the program, its process group and all descendants: SIGTERM, after STOP_SECONDS SIGKILL."""
         if not self.is_alive():
             return
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            family = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+            processes = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
             os.killpg(self.pid, signal.SIGTERM)
-            _, left = psutil.wait_procs(family, STOP_SECONDS)
+            _, left = psutil.wait_procs(processes, STOP_SECONDS)
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
@@ -84,9 +87,9 @@ class Background:
 
 
 def free_port(wanted: int = 0) -> int:
-    """A free port on loopback: the wanted one if it is free."""
+    """A free port on loopback: `wanted` if it is free."""
     with socket.socket() as probe:
-        # Connections that have ended keep a port for a minute; `up` after `down` shall have the same address.
+        # Closed connections hold a port for a minute; without this, `up` after `down` would get another address.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", wanted))
@@ -96,6 +99,6 @@ def free_port(wanted: int = 0) -> int:
 
 
 def _die_with_parent() -> None:
-    """Asks Linux to end this process when its parent dies, so that a killed run leaves no server behind."""
+    """Asks Linux to stop this process when its parent dies, so that a killed run leaves no server running."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

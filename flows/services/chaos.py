@@ -1,14 +1,15 @@
-"""`eclectus chaos`: a job that is killed again and again must end with the same bits as one that was left alone.
+"""`eclectus chaos`: a job whose processes are killed must end with the same bits as an undisturbed one.
 
-The job runs once undisturbed and once under a seeded plan of kills (-9), each of them in the middle of a step that the plan draws:
+The job runs once undisturbed (the baseline) and once under a seeded plan of kills (SIGKILL) during training steps:
 
-    worker   one of Ray Train's worker processes: Ray starts the group again, training goes on from its last checkpoint
-    node     the raylet, with everything on it: the driver ends, or hangs and is ended
+    worker   one of Ray Train's worker processes: Ray restarts the group, training resumes from its last checkpoint
+    node     the raylet and everything on it: the driver ends, or hangs and is killed
     server   the Prefect server of the run
     driver   the process of the run itself
 
-Whenever the driver has ended unfinished, it is started again by the same command, as a schedule or an automation would. At the end
-the digests of the last checkpoint are compared, and no process of any start may be left. Price: two jobs and a start a kill.
+A driver that ends before the job is complete is restarted with the same command, as a schedule or an automation would.
+At the end the digests of the last checkpoints are compared, and no process of any start may be left running. Cost: two
+jobs and one start per kill.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from eclectus.storage.home import Home
 from eclectus.storage.journal import EVENTS
 from eclectus.storage.lineage.connection import query
 
-# What each victim is found by, among the driver's descendants: a part of its command line.
+# Part of the command line by which each victim is found among the driver's descendants.
 VICTIMS = {"worker": "ray::RayTrainWorker", "node": "raylet/raylet", "server": "prefect server start", "driver": ""}
 MOST_STARTS = 12
-LONGEST_SILENCE = 240.0
+LONGEST_SILENCE = 240.0  # seconds without a journal entry after which the driver counts as hung
 LONGEST_DELAY = 1.0
-# Ray's niceness leaves its agents little of a busy machine: 75 s were seen between the death of their raylet and theirs.
+# Ray runs its agents at low priority: on a busy machine they ended up to 75 s after their raylet.
 ORPHAN_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
 class Kill:
-    """Whom to kill, `delay` seconds after a training step of this label has begun."""
+    """What to kill, `delay` seconds after the training step with this label has started."""
 
     victim: str
     label: str
@@ -50,16 +51,16 @@ class Kill:
 
 @dataclass
 class Outcome:
-    """digest: of the last checkpoint. told: what was killed and when, in words. starts: of the driver. orphans: left processes."""
+    """digest: of the last checkpoint. kills: descriptions. starts: of the driver. orphans: processes left running."""
 
     digest: str
-    told: list[str] = field(default_factory=list)
+    kills: list[str] = field(default_factory=list)
     starts: int = 1
     orphans: list[str] = field(default_factory=list)
 
 
 def draw_plan(seed: int, kills: int, labels: list[str]) -> list[Kill]:
-    """Seeded: every victim comes before any comes twice. labels: the training steps of the job, in their order."""
+    """A seeded plan; no victim comes twice before all have come once. labels: training steps of the job, in order."""
     rng = random.Random(seed)
     victims: list[str] = []
     while len(victims) < kills:
@@ -68,53 +69,56 @@ def draw_plan(seed: int, kills: int, labels: list[str]) -> list[Kill]:
     return sorted(plan, key=lambda kill: labels.index(kill.label))
 
 
-def chaos(words: list[str], seed: int, kills: int, say: Callable[[str], None]) -> Outcome:
-    """Runs `eclectus WORDS` undisturbed and disturbed, in two homes under the home. Raises EclectusError when they differ."""
+def chaos(words: list[str], seed: int, kills: int, report: Callable[[str], None]) -> Outcome:
+    """Runs `eclectus WORDS` undisturbed and disturbed, in two homes. Raises EclectusError if they differ."""
     root = Home.open().root / "chaos" / time.strftime("%Y%m%d-%H%M%S")
-    say(f"undisturbed: eclectus {' '.join(words)}")
-    calm = run_disturbed(words, root / "undisturbed", [], say)
+    report(f"undisturbed: eclectus {' '.join(words)}")
+    baseline = run_disturbed(words, root / "undisturbed", [], report)
     labels = _training_labels(root / "undisturbed")
     plan = draw_plan(seed, kills, labels)
-    say(f"seed {seed}: " + ", ".join(f"{kill.victim} {kill.delay:g} s into '{kill.label}'" for kill in plan))
-    wild = run_disturbed(words, root / "disturbed", plan, say)
-    if wild.digest != calm.digest:
+    report(f"seed {seed}: " + ", ".join(f"{kill.victim} {kill.delay:g} s into '{kill.label}'" for kill in plan))
+    disturbed = run_disturbed(words, root / "disturbed", plan, report)
+    if disturbed.digest != baseline.digest:
         raise EclectusError(
-            f"the disturbed run ended with checkpoint {wild.digest[:12]}, the undisturbed one with {calm.digest[:12]}; compare {root}"
+            f"the disturbed run ended with checkpoint {disturbed.digest[:12]}, the undisturbed one with "
+            f"{baseline.digest[:12]}; compare {root}"
         )
-    if calm.orphans or wild.orphans:
-        raise EclectusError(f"processes were left behind: {'; '.join(calm.orphans + wild.orphans)}")
-    return wild
+    if baseline.orphans or disturbed.orphans:
+        raise EclectusError(f"processes were left running: {'; '.join(baseline.orphans + disturbed.orphans)}")
+    return disturbed
 
 
-def run_disturbed(words: list[str], home: Path, plan: list[Kill], say: Callable[[str], None]) -> Outcome:
-    """Starts the job, kills by the plan, and starts it again until it completes. Raises EclectusError if it never does."""
-    outcome, left, family = Outcome(""), list(plan), {}
+def run_disturbed(words: list[str], home: Path, plan: list[Kill], report: Callable[[str], None]) -> Outcome:
+    """Runs the job, kills by the plan and restarts it until it completes. Raises EclectusError after MOST_STARTS."""
+    outcome, left = Outcome(""), list(plan)
+    processes: dict[int, psutil.Process] = {}
     while outcome.starts <= MOST_STARTS:
         log = home.parent / f"{home.name}-{outcome.starts}.log"
-        ended = _one_start(words, home, log, left, outcome, family, say)
+        ended = _one_start(words, home, log, left, outcome, processes, report)
         if ended == 0 and not left:
             break
-        if ended == 0:  # finished before its kills came: nothing is left to disturb
-            outcome.told += [
-                f"{kill.victim}: the job was over before '{kill.label}' could be disturbed" for kill in left
-            ]
+        if ended == 0:
+            outcome.kills += [f"{kill.victim}: the job ended before '{kill.label}' could be disturbed" for kill in left]
             break
-        say(f"  the driver ended with {ended}; starting it again")
+        report(f"  the driver exited with {ended}; restarting it")
         outcome.starts += 1
     else:
         raise EclectusError(
             f"the job did not complete in {MOST_STARTS} starts; its logs are {home.parent}/{home.name}-*.log"
         )
-    outcome.orphans = _orphans(family)
+    outcome.orphans = _orphans(processes)
     outcome.digest = _last_checkpoint(home)
     return outcome
 
 
 def _one_start(
     words: list[str], home: Path, log: Path, left: list[Kill], outcome: Outcome,
-    family: dict[int, psutil.Process], say: Callable[[str], None],
+    processes: dict[int, psutil.Process], report: Callable[[str], None],
 ) -> int:  # fmt: skip
-    """One life of the driver; its exit code. Kills that were done are taken from `left`; `family` gets every process it had."""
+    """Runs the driver once and returns its exit code.
+
+    left: kills to do; those done are removed. processes: gets every descendant of the driver, by id.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     with open(log, "wb") as handle:
@@ -122,11 +126,12 @@ def _one_start(
             [sys.executable, "-m", "eclectus", "--home", str(home), *words],
             env=environment, stdin=subprocess.DEVNULL, stdout=handle, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-    process, begun, heard, size = psutil.Process(driver.pid), {}, time.monotonic(), (0, 0)
+    process, heard, size = psutil.Process(driver.pid), time.monotonic(), (0, 0)
+    begun: dict[str, float] = {}
     try:
         while driver.poll() is None:
             for each in _descendants(process):
-                family[each.pid] = each
+                processes[each.pid] = each
             now, grown = time.monotonic(), _journal_bytes(home)
             if grown != size:
                 heard = now
@@ -134,12 +139,12 @@ def _one_start(
                     begun.setdefault(label, now)
                 size = grown
             if now - heard > LONGEST_SILENCE:
-                say(f"  nothing happened for {LONGEST_SILENCE:g} s: the driver is ended")
+                report(f"  nothing was journaled for {LONGEST_SILENCE:g} s: killing the driver")
                 driver.kill()
             for kill in [kill for kill in left if kill.label in begun and now >= begun[kill.label] + kill.delay]:
                 if _kill(kill, process):
-                    outcome.told.append(f"killed {kill.victim} in '{kill.label}'")
-                    say(f"  killed {kill.victim} in '{kill.label}'")
+                    outcome.kills.append(f"killed {kill.victim} in '{kill.label}'")
+                    report(f"  killed {kill.victim} in '{kill.label}'")
                     left.remove(kill)
                     break
             time.sleep(0.05)
@@ -151,7 +156,7 @@ def _one_start(
 
 
 def _kill(kill: Kill, driver: psutil.Process) -> bool:
-    """Whether the victim was there to be killed."""
+    """Kills the victim; returns whether it was running."""
     mark = VICTIMS[kill.victim]
     with contextlib.suppress(psutil.Error):
         if not mark:
@@ -171,25 +176,25 @@ def _descendants(process: psutil.Process) -> list[psutil.Process]:
     return []
 
 
-def _orphans(family: dict[int, psutil.Process]) -> list[str]:
-    """What is still there of all processes that the drivers had, after a while; ended here, so that chaos leaves nothing."""
-    _, left = psutil.wait_procs(list(family.values()), timeout=ORPHAN_SECONDS)
-    told = []
+def _orphans(processes: dict[int, psutil.Process]) -> list[str]:
+    """Descriptions of the processes that still run after ORPHAN_SECONDS; they are killed here."""
+    _, left = psutil.wait_procs(list(processes.values()), timeout=ORPHAN_SECONDS)
+    found = []
     for each in left:
         with contextlib.suppress(psutil.Error):
-            told.append(f"{each.pid} {' '.join(each.cmdline())[:80]}")
+            found.append(f"{each.pid} {' '.join(each.cmdline())[:80]}")
             each.kill()
-    return told
+    return found
 
 
 def _journal_bytes(home: Path) -> tuple[int, int]:
-    """Of steps, and of all there is."""
+    """Sizes of the journals: (of step events, of all), in bytes."""
     sizes = {path: path.stat().st_size for path in (home / "journal").rglob("*.ndjson")}
     return sum(size for path, size in sizes.items() if path.parent.name == EVENTS), sum(sizes.values())
 
 
 def _running(home: Path) -> list[str]:
-    """Labels of training steps that have begun and not ended."""
+    """Labels of training steps in progress."""
     rows = query(
         "select label from steps where state = 'unfinished' and name in ('pretrain', 'extend')", Home.open(home)
     )[1]
@@ -204,5 +209,6 @@ def _training_labels(home: Path) -> list[str]:
 
 
 def _last_checkpoint(home: Path) -> str:
-    sql = "select artifact from step_outputs join steps using (step) where kind = 'checkpoint' order by ended desc limit 1"
+    checkpoints = "select artifact from step_outputs join steps using (step) where kind = 'checkpoint'"
+    sql = f"{checkpoints} order by ended desc limit 1"
     return query(sql, Home.open(home))[1][0][0]

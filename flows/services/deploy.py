@@ -1,7 +1,6 @@
-"""`eclectus deploy`: registers the work pool, the deployments of prefect.yaml and the automations with the configured server.
+"""`eclectus deploy`: registers the work pool, the deployments of prefect.yaml and the automations with the server.
 
-Safe to repeat: what is there is updated. `eclectus up` and the deploy job of docker-compose.yml call it. Prefect's commands run in this
-process: each start of `prefect` would import it and the flows anew, which is most of what they take.
+Safe to repeat: existing ones are updated. `eclectus up` and the deploy job of docker-compose.yml call it.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import sys
 from pathlib import Path
 
 from eclectus.storage.errors import EclectusError
@@ -30,24 +28,27 @@ def deploy() -> list[str]:
 
 
 def project() -> Path:
-    """The folder of prefect.yaml and of the flows: $ECLECTUS_DIRECTORY, or where this code lies."""
+    """The folder of prefect.yaml and of the flows: $ECLECTUS_DIRECTORY, or the checkout of this code."""
     folder = Path(os.environ.get("ECLECTUS_DIRECTORY") or Path(__file__).resolve().parents[2])
     if not (folder / "prefect.yaml").is_file():
-        raise EclectusError(f"{folder} holds no prefect.yaml; set ECLECTUS_DIRECTORY to a checkout of Eclectus")
+        raise EclectusError(f"{folder} has no prefect.yaml; set ECLECTUS_DIRECTORY to a checkout of Eclectus")
     return folder
 
 
 def _prefect(*words: str) -> None:
-    from prefect.cli import app
+    """Runs one `prefect` command in this process. Raises EclectusError with its output when it fails.
 
-    ours, said, code = sys.argv, io.StringIO(), 0
-    with contextlib.chdir(project()), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    A process for each command would spend 4 s on importing Prefect again. `prefect.cli.app` only reads `sys.argv`, so
+    the command line object behind it is called, which takes the words as an argument.
+    """
+    from prefect.cli._app import _app as prefect_commands
+
+    output = io.StringIO()
+    with contextlib.chdir(project()), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
-            sys.argv = ["prefect", *words]
-            app()
+            prefect_commands.meta(words)
+            code: object = 0
         except SystemExit as end:
             code = end.code
-        finally:
-            sys.argv = ours
     if code:
-        raise EclectusError(f"`prefect {' '.join(words)}` failed: {said.getvalue().strip()[-500:]}")
+        raise EclectusError(f"`prefect {' '.join(words)}` failed: {output.getvalue().strip()[-500:]}")

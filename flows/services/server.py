@@ -1,8 +1,8 @@
-"""A Prefect server: one for the duration of a run where none is configured, or the one that `eclectus up` leaves running.
+"""A Prefect server: the configured one, the one that `eclectus up` started, or one that lasts as long as a run.
 
-Prefect's own stand-in (the ephemeral server) loses task-run records at exit, so a run starts a real one: same program, free
-port on loopback, its database under the home. It costs 3 s and 250 MB (19 s the first time, for migrations) and ends with
-the run, also when the run is killed. A configured PREFECT_API_URL is used as it is.
+Prefect's ephemeral server loses task-run records at exit, so a run starts a real server: on a free port on loopback,
+with its database in the home. It takes 3 s and 250 MB (19 s the first time, for migrations) and stops with the run,
+also when the run is killed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from eclectus.flows.services.background import Background, free_port
 from eclectus.storage.home import Home
 
 NOTE = "server.json"
-# The variable with the address where the home's reports are served, if they are: `eclectus up` does.
+# Environment variable with the address at which the home's reports are served; set by `eclectus up`.
 PAGES = "ECLECTUS_PAGES"
 
+# Defaults for every Prefect process that we start, and for this one.
 QUIET = {
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -34,9 +35,9 @@ QUIET = {
 
 @contextlib.contextmanager
 def prefect_server(home: Home) -> Iterator[str]:
-    """Yields the API's address: of the configured server, of one already up for this home, or of one started here.
+    """Yields the API address of the configured server, of one already running for this home, or of one started here.
 
-    Sets PREFECT_API_URL for this process, so it must be entered before Prefect is imported.
+    Sets PREFECT_API_URL for this process, so enter it before Prefect is imported.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -54,19 +55,19 @@ def prefect_server(home: Home) -> Iterator[str]:
     try:
         yield address
     finally:
-        _send_what_is_queued()
+        _flush_queues()
         os.environ.pop("PREFECT_API_URL", None)
         if server is not None:
             stop_server(folder, server)
 
 
 def start_server(folder: Path, address: str, dies_with_us: bool) -> Background:
-    """Starts a server for `http://127.0.0.1:PORT/api` with its data in `folder`, and waits until it answers."""
-    environment = os.environ | QUIET | server_environment(folder, address)
+    """Starts a server at `http://127.0.0.1:PORT/api` with its data in `folder`, and waits until it answers."""
+    environment = os.environ | server_environment(folder, address)
     port = address.removesuffix("/api").rpartition(":")[2]
-    words = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
     server = Background.start(
-        "the Prefect server", words, environment, folder / "server.log", dies_with_us=dies_with_us
+        "the Prefect server", command, environment, folder / "server.log", dies_with_us=dies_with_us
     )
     try:
         server.wait_until(lambda: is_up(address))
@@ -83,8 +84,9 @@ def stop_server(folder: Path, server: Background) -> None:
 
 
 def server_environment(folder: Path, address: str) -> dict[str, str]:
-    """What a server and its clients on this machine must agree on. On any port but 4200 the UI has to be told its API."""
-    return {"PREFECT_HOME": str(folder), "PREFECT_API_URL": address, "PREFECT_SERVER_UI_API_URL": address}
+    """Environment of a server on this machine and its clients. On ports other than 4200 the UI needs the address."""
+    addresses = {"PREFECT_HOME": str(folder), "PREFECT_API_URL": address, "PREFECT_SERVER_UI_API_URL": address}
+    return QUIET | addresses
 
 
 def prefect_folder(home: Home) -> Path:
@@ -93,8 +95,8 @@ def prefect_folder(home: Home) -> Path:
     return folder
 
 
-def _send_what_is_queued() -> None:
-    """Waits until Prefect has sent its queued logs and events, which it does in threads, before the server goes."""
+def _flush_queues() -> None:
+    """Waits until Prefect's threads have sent their queued logs and events, before the server stops."""
     if "prefect" in sys.modules:
         from prefect._internal.concurrency.services import QueueService
         from prefect.events.worker import EventsWorker

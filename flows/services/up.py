@@ -1,8 +1,8 @@
 """`eclectus up` and `down`: a local Prefect server, Ray, a process worker and all deployments, in the background.
 
-Each service leads a process group of its own, named in `prefect/services.json` under the home, so that `down` ends it and
-everything it started. Ready in 20 to 40 s, 2 GB. Runs that are under way at `down` are interrupted; the automation for crashed
-runs (flows/services/automations.py) has them go on from their finished steps at the next `up`.
+Each service leads its own process group, recorded in `prefect/services.json` in the home, so that `down` stops it and
+everything it started. Ready in 20 to 40 s; takes 2 GB. `down` interrupts runs in progress; at the next `up` the
+automation for crashed runs (flows/services/automations.py) resumes them from their finished steps.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any
 
 from eclectus.flows.services.background import Background, free_port
 from eclectus.flows.services.deploy import POOL, project
-from eclectus.flows.services.server import NOTE, PAGES, QUIET, is_up, prefect_folder, server_environment, start_server
+from eclectus.flows.services.server import NOTE, PAGES, is_up, prefect_folder, server_environment, start_server
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
+from eclectus.tasks.ray_cluster import OBJECT_STORE_BYTES, local_cpus
 
 DEFAULT_PORT = 4200
 RAY_DASHBOARD_PORT = 8265
-OBJECT_STORE_BYTES = 256 * 2**20
 
 
 def up(home: Home) -> str:
-    """Starts what is not running yet and returns the address of the UI."""
+    """Starts the services that are not running yet and returns the address of the UI."""
     folder = prefect_folder(home)
     notes = _read(folder)
     if notes and all(service.is_alive() for service in _services(notes)) and is_up(notes["api"]):
@@ -39,27 +39,27 @@ def up(home: Home) -> str:
     down(home)
     port = free_port(DEFAULT_PORT)
     ui, api = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port}/api"
-    # Sockets under this folder must have short paths, which a home cannot promise.
+    # Ray puts sockets into this folder, whose paths must be short; a path in the home may be too long.
     ray_folder = tempfile.mkdtemp(prefix="eclectus-ray-")
     notes = {"ui": ui, "api": api, "ray": ray_folder, "services": []}
 
-    def note(service: Background) -> Background:
+    def started(service: Background) -> Background:
         notes["services"].append(asdict(service))
         (folder / "services.json").write_text(json.dumps(notes))
         return service
 
     try:
         pages = f"http://127.0.0.1:{free_port()}"
-        environment = os.environ | QUIET | server_environment(folder, api) | service_environment(home) | {PAGES: pages}
-        ray = note(_start_ray(folder, Path(ray_folder), environment))
-        note(start_server(folder, api, dies_with_us=False))
-        note(_start_pages(home, folder, pages))
+        environment = os.environ | server_environment(folder, api) | service_environment(home) | {PAGES: pages}
+        ray = started(_start_ray(folder, Path(ray_folder), environment))
+        started(start_server(folder, api, dies_with_us=False))
+        started(_start_pages(home, folder, pages))
         _run(environment, "-m", "eclectus", "deploy")
         ray.wait_until(lambda: bool(_ray_address(Path(ray_folder))))
         environment["RAY_ADDRESS"] = _ray_address(Path(ray_folder))
-        words = ["-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "local"]
+        worker = ["-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "local"]
         log = folder / "worker.log"
-        note(Background.start("the worker", [sys.executable, *words], environment, log, project()))
+        started(Background.start("the worker", [sys.executable, *worker], environment, log, project()))
     except BaseException:
         down(home)
         raise
@@ -67,7 +67,7 @@ def up(home: Home) -> str:
 
 
 def down(home: Home) -> list[str]:
-    """Ends the services of `up` and all their children; returns the names of those that ran."""
+    """Stops the services of `up` and all their child processes; returns the names of those that were running."""
     folder = prefect_folder(home)
     notes = _read(folder) or {"services": []}
     running = [service for service in _services(notes) if service.is_alive()]
@@ -81,13 +81,13 @@ def down(home: Home) -> list[str]:
 
 
 def service_environment(home: Home) -> dict[str, str]:
-    """What the worker hands to every flow run."""
+    """Environment that the worker passes to every flow run."""
     return {
         "PREFECT_WORKER_QUERY_SECONDS": "3",
-        # Beats are what the automation for zombie runs listens to; 30 s is the shortest that Prefect takes.
+        # The automation for zombie runs waits for heartbeats; 30 s is the shortest interval that Prefect allows.
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         "RAY_USAGE_STATS_ENABLED": "0",
-        # One token for this cluster: the file in which Ray keeps one of its own is shared by all clusters of a user.
+        # A token for this cluster; Ray's own token file is shared by all clusters of a user.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
         "ECLECTUS_HOME": home.name,
@@ -96,21 +96,21 @@ def service_environment(home: Home) -> dict[str, str]:
 
 
 def _start_ray(folder: Path, ray_folder: Path, environment: dict[str, str]) -> Background:
-    """A Ray head for this machine, dashboard included. It listens on every interface, so it asks for a token."""
-    words = [
+    """Starts a Ray head for this machine, with its dashboard. It listens on every interface, hence the token."""
+    command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
         f"--port={free_port()}", f"--temp-dir={ray_folder}", f"--ray-client-server-port={free_port()}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={free_port(RAY_DASHBOARD_PORT)}",
         f"--dashboard-agent-listen-port={free_port()}",
-        f"--num-cpus={max(2, os.cpu_count() or 1)}", f"--object-store-memory={OBJECT_STORE_BYTES}",
+        f"--num-cpus={local_cpus()}", f"--object-store-memory={OBJECT_STORE_BYTES}",
     ]  # fmt: skip
-    # Runs are told to end before Ray is; it need not wait for them.
+    # `down` stops the runs before Ray, so Ray need not wait for them.
     quick = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
-    return Background.start("Ray", words, environment | quick, folder / "ray.log")
+    return Background.start("Ray", command, environment | quick, folder / "ray.log")
 
 
 def _ray_address(ray_folder: Path) -> str:
-    """What Ray notes when it is ready: HOST:PORT; empty before."""
+    """HOST:PORT, which Ray writes to a file when it is ready; empty before."""
     note = ray_folder / "ray_current_cluster"
     return note.read_text().strip() if note.is_file() else ""
 
@@ -119,8 +119,8 @@ def _start_pages(home: Home, folder: Path, address: str) -> Background:
     """Serves the home's reports, so that a run's link to its report opens."""
     reports = home.store.root / "report"
     reports.mkdir(exist_ok=True)
-    words = [sys.executable, "-m", "http.server", address.rpartition(":")[2], "--bind", "127.0.0.1"]
-    return Background.start("the report pages", words, dict(os.environ), folder / "pages.log", reports)
+    command = [sys.executable, "-m", "http.server", address.rpartition(":")[2], "--bind", "127.0.0.1"]
+    return Background.start("the report pages", command, dict(os.environ), folder / "pages.log", reports)
 
 
 def _run(environment: dict[str, str], *words: str) -> None:

@@ -15,19 +15,37 @@ from eclectus.models.training.instances import Instances
 from eclectus.tasks.documents.table import read_table
 
 SENTENCES = {
-    "en": "The ship left the harbour at dawn. | The court heard the appeal of the owner. | Rain fell on the quiet village all night. | "
-    "She read the letter twice before she answered. | The engine failed again near the northern coast. | He sold bread in the market.",
-    "el": "Το πλοίο έφυγε από το λιμάνι την αυγή. | Το δικαστήριο άκουσε την έφεση του ιδιοκτήτη. | Έβρεχε όλη τη νύχτα στο χωριό. | "
-    "Διάβασε το γράμμα δύο φορές πριν απαντήσει. | Η μηχανή χάλασε πάλι κοντά στη βόρεια ακτή. | Πουλούσε ψωμί στην αγορά.",
-    "fr": "Le navire a quitté le port à l'aube. | Le tribunal a entendu l'appel du propriétaire. | Il a plu toute la nuit sur le village. | "
-    "Elle a lu la lettre deux fois avant de répondre. | Le moteur est tombé en panne près de la côte. | Il vendait du pain au marché.",
+    "en": [
+        "The ship left the harbour at dawn.",
+        "The court heard the appeal of the owner.",
+        "Rain fell on the quiet village all night.",
+        "She read the letter twice before she answered.",
+        "The engine failed again near the northern coast.",
+        "He sold bread in the market.",
+    ],
+    "el": [
+        "Το πλοίο έφυγε από το λιμάνι την αυγή.",
+        "Το δικαστήριο άκουσε την έφεση του ιδιοκτήτη.",
+        "Έβρεχε όλη τη νύχτα στο χωριό.",
+        "Διάβασε το γράμμα δύο φορές πριν απαντήσει.",
+        "Η μηχανή χάλασε πάλι κοντά στη βόρεια ακτή.",
+        "Πουλούσε ψωμί στην αγορά.",
+    ],
+    "fr": [
+        "Le navire a quitté le port à l'aube.",
+        "Le tribunal a entendu l'appel du propriétaire.",
+        "Il a plu toute la nuit sur le village.",
+        "Elle a lu la lettre deux fois avant de répondre.",
+        "Le moteur est tombé en panne près de la côte.",
+        "Il vendait du pain au marché.",
+    ],
 }
 COUNTS = {"en": 120, "el": 60, "fr": 15}
 EXACT, NEAR = 11, 9
 
 
 def documents(language, count, random):
-    sentences = SENTENCES[language].split(" | ")
+    sentences = SENTENCES[language]
     return [
         f"{number} " + " ".join(random.choice(sentences, 14)) + f" {random.integers(10**9)}" for number in range(count)
     ]

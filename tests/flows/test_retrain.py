@@ -109,8 +109,8 @@ def test_a_night_with_nothing_new_looks_and_reads_and_says_why_it_does_not_train
     assert nights.idle.result.evaluated is None
     assert nights.idle.states == {"ingest": "reused", "languages": "reused", "split": "reused", "news": "completed"}
     assert nights.idle.said == [
-        f"Not trained: nothing is new. The model of line 'extended' judged last, checkpoint-{nights.first.champion.checkpoint[:12]} "
-        "was promoted (all 2 rules hold)."
+        "Not trained: nothing is new. The last evaluated model of line 'extended', "
+        f"checkpoint-{nights.first.champion.checkpoint[:12]}, was promoted (all 2 rules hold)."
     ]
 
 

@@ -13,6 +13,17 @@ from eclectus.flows.parameters import PARAMETERS
 from eclectus.storage.journal import Journal
 
 ROOT = Path(__file__).parents[3]
+SLOW_IMPORTS = {
+    "torch",
+    "ray",
+    "prefect",
+    "sentence_transformers",
+    "transformers",
+    "pandas",
+    "numba",
+    "scipy",
+    "datasets",
+}
 
 
 def run(capsys, *words):
@@ -22,8 +33,8 @@ def run(capsys, *words):
         main([str(word) for word in words])
     except SystemExit as end:
         code = end.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    output = capsys.readouterr()
+    return code, output.out, output.err
 
 
 @pytest.fixture
@@ -50,17 +61,17 @@ def source(tmp_path):
 )
 def test_a_wrong_setting_is_one_line_that_names_it_before_any_work(capsys, tmp_path, source, words, complaint):
     words = words if "--sources" in words else ["--sources", source, *words]
-    code, _, said = run(capsys, "--home", tmp_path / "home", "run", *words)
+    code, _, output = run(capsys, "--home", tmp_path / "home", "run", *words)
     assert code == 2
-    assert complaint in said.splitlines()[-1]
+    assert complaint in output.splitlines()[-1]
     assert not (tmp_path / "home" / "prefect").exists()
 
 
 def test_an_unknown_setting_in_a_file_is_named_with_the_nearest_one(capsys, tmp_path, source):
     config = tmp_path / "my.yaml"
     config.write_text("neighbours_k: 3\n")
-    code, _, said = run(capsys, "--home", tmp_path / "home", "run", "--config", config, "--sources", source)
-    assert code == 2 and "unknown setting 'neighbours_k'" in said and "did you mean 'neighbors_k'" in said
+    code, _, output = run(capsys, "--home", tmp_path / "home", "run", "--config", config, "--sources", source)
+    assert code == 2 and "unknown setting 'neighbours_k'" in output and "did you mean 'neighbors_k'" in output
 
 
 @pytest.mark.parametrize(
@@ -96,7 +107,7 @@ def test_every_setting_is_in_one_group_and_every_flow_begins_with_its_input_and_
     }
     for flow, model in PARAMETERS.items():
         names = [name for group in model.grouped().values() for name in group]
-        assert sorted(names) == sorted(model.model_fields)
+        assert sorted(names) == sorted(model.model_fields) and "other" not in model.grouped()
         wanted = begins.get(flow, ["sources"])
         assert names[: len(wanted)] == wanted
 
@@ -109,14 +120,14 @@ def test_an_option_that_help_does_not_show_works(capsys, tmp_path, source):
 
 
 def test_help_lists_every_command_in_one_of_four_groups(capsys):
-    code, said, _ = run(capsys, "--help")
+    code, output, _ = run(capsys, "--help")
     assert code == 0
-    titles = [line for line in said.splitlines() if line in ("run:", "models:", "lineage:", "operate:")]
+    titles = [line for line in output.splitlines() if line in ("run:", "models:", "lineage:", "operate:")]
     assert titles == ["run:", "models:", "lineage:", "operate:"]
     listed = [name for names in GROUPS.values() for name in names]
     assert len(listed) == len(set(listed)) == 30
     for name in listed:
-        assert re.search(rf"^  {name} +\w", said, re.MULTILINE)
+        assert re.search(rf"^  {name} +\w", output, re.MULTILINE)
         assert run(capsys, name, "--help")[0] == 0
 
 
@@ -143,8 +154,7 @@ def test_help_and_sql_import_nothing_that_takes_long(tmp_path, words):
         "from eclectus.flows.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "slow = {'torch', 'ray', 'prefect', 'sentence_transformers', 'transformers', 'pandas', 'numba', 'scipy', 'datasets'}\n"
-        "print(sorted(slow & set(sys.modules)), file=sys.stderr)\n"
+        f"print(sorted({SLOW_IMPORTS} & set(sys.modules)), file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
@@ -153,10 +163,10 @@ def test_help_and_sql_import_nothing_that_takes_long(tmp_path, words):
 def test_sql_answers_as_table_and_as_json(capsys, home):
     with Journal(home.journal, "r1") as journal:
         journal.event("run_started", flow="main", parameters={}, packages={})
-    code, said, _ = run(capsys, "--home", home.root, "sql", "select run, flow from runs")
-    assert code == 0 and "r1" in said and "main" in said
-    _, said, _ = run(capsys, "--home", home.root, "sql", "--json", "select run, flow from runs")
-    assert json.loads(said) == {"run": "r1", "flow": "main"}
+    code, output, _ = run(capsys, "--home", home.root, "sql", "select run, flow from runs")
+    assert code == 0 and "r1" in output and "main" in output
+    _, output, _ = run(capsys, "--home", home.root, "sql", "--json", "select run, flow from runs")
+    assert json.loads(output) == {"run": "r1", "flow": "main"}
 
 
 def test_why_names_the_steps_of_the_run_when_the_step_is_unknown(capsys, home):
@@ -167,5 +177,5 @@ def test_why_names_the_steps_of_the_run_when_the_step_is_unknown(capsys, home):
             "step_ended", step="s", name="group", label="group", flow="main", key="k", state="reused", reason="same"
         )
     assert "reused" in run(capsys, "--home", home.root, "why", "last", "group")[1]
-    code, _, said = run(capsys, "--home", home.root, "why", "r1", "grup")
-    assert code == 2 and "its steps are: group" in said
+    code, _, output = run(capsys, "--home", home.root, "why", "r1", "grup")
+    assert code == 2 and "its steps are: group" in output

@@ -1,4 +1,4 @@
-"""The factory as a person uses it: `eclectus up`, the deployment's form, a run that is watched and cancelled, one that ends, `down`.
+"""A local deployment as a user meets it: `eclectus up`, a deployment's form, a run that is watched and cancelled, one that ends, `down`.
 
 A real server, worker and Ray, and real mouse and keys in headless Chromium; 7 minutes on two cores at load 7. Every page that a person
 would look at is kept as a picture, 1440 and here and there 390 pixels wide: in $ECLECTUS_SCREENSHOTS if that names a folder, else under
@@ -247,9 +247,10 @@ def test_every_field_of_the_form_explains_itself_and_has_a_working_default(perso
     model = PARAMETERS["extend"]
     opens_the_form(person)
     shown = person.page.evaluate(SHOWN)
-    assert [label for label, _, _ in shown] == [name.replace("_", " ").title() for name in model.in_order()]
+    names = [name for group in model.grouped().values() for name in group if model.is_basic(name)]
+    assert [label for label, _, _ in shown] == [name.replace("_", " ").title() for name in [*names, "more_settings"]]
     assert [label for label, _, _ in shown][:2] == ["Sources", "Base Model"]
-    for name, (_, explained, values) in zip(model.in_order(), shown, strict=True):
+    for name, (_, explained, values) in zip(names, shown[:-1], strict=True):
         field = model.model_fields[name]
         assert explained == field.description
         default = ["data/corpus"] if name == "sources" else field.default
@@ -272,7 +273,7 @@ def test_a_run_is_watched_and_cancelled_with_all_its_processes_within_30_seconds
         person.strikes_out("Expanded Languages", language)
     person.fills("Post Pretrain Steps", "60000")
     person.fills("Review Steps", "20")
-    person.fills("Log Every", "2")
+    person.fills("More Settings", "log_every: 2\nheldout_minimum: 10")
     person.fills("Instance Tokens", str(LENGTH))
     person.keeps_picture("3-filled-in")
     person.clicks("button", "Submit")

@@ -30,7 +30,9 @@ def test_upcycle_and_export_from_the_command_line(capsys, tmp_path):
     home = ("--home", tmp_path / "home")
     code, said, _ = eclectus(capsys, *home, "upcycle", base, tmp_path / "moe", "--experts", 3, "--top-k", 2)
     assert (
-        code == 0 and "qwen2 to qwen2_moe, 3 experts a layer, top 2" in said and "no logit differs by more than" in said
+        code == 0
+        and "qwen2 to qwen2_moe, 3 experts per layer, top 2" in said
+        and "no logit differs by more than" in said
     )
     code, said, _ = eclectus(capsys, *home, "export", tmp_path / "moe", tmp_path / "out", "--dtype", "float32")
     assert code == 0 and "Qwen2MoeForCausalLM" in said
