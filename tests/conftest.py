@@ -26,9 +26,18 @@ LONGEST_FIRST = (
     "flows/test_main.py",
     "flows/services/test_ui.py",
     "flows/services/test_cluster.py",
-    "models/mixture/test_export.py",
+    "tasks/evaluation/test_benchmark.py",
+    "storage/lineage/test_tables.py",
+    "storage/lineage/test_repair.py",
+    "tasks/grouping/test_chain.py",
     "models/training/test_loop.py",
-    "tasks/training/test_run_training.py",
+    "tasks/grouping/test_embed.py",
+    "models/mixture/test_export.py",
+    "models/training/test_sharded.py",
+    "tasks/training/test_workers.py",
+    "storage/test_mirror.py",
+    "storage/lineage/test_graph.py",
+    "tasks/evaluation/test_evaluate.py",
 )  # fmt: skip
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes share the cores; threads that spin while they wait take them from each other.

@@ -98,6 +98,7 @@ class Called:
         return self.flow.fn(parameters)
 
 
+@pytest.mark.slow
 def test_the_first_night_trains_and_its_model_becomes_champion(nights):
     stage_2 = nights.first.result.evaluated.checkpoints["stage 2"]
     assert nights.first.champion.checkpoint == stage_2.digest
@@ -105,6 +106,7 @@ def test_the_first_night_trains_and_its_model_becomes_champion(nights):
     assert "promoted: all 2 rules hold" in nights.first.said[-1]
 
 
+@pytest.mark.slow
 def test_a_night_with_nothing_new_looks_and_reads_and_says_why_it_does_not_train(nights):
     assert nights.idle.result.evaluated is None
     assert nights.idle.states == {"ingest": "reused", "languages": "reused", "split": "reused", "news": "completed"}
@@ -114,6 +116,7 @@ def test_a_night_with_nothing_new_looks_and_reads_and_says_why_it_does_not_train
     ]
 
 
+@pytest.mark.slow
 def test_a_few_new_documents_are_counted_and_wait_for_more(nights):
     assert nights.few.result.evaluated is None
     told = nights.few.result.news.statistics
@@ -121,6 +124,7 @@ def test_a_few_new_documents_are_counted_and_wait_for_more(nights):
     assert f"not enough is new: {told['new_documents']} of 20 documents" in nights.few.said[0]
 
 
+@pytest.mark.slow
 def test_enough_new_documents_train_on_from_the_champion_and_a_failing_gate_keeps_the_old_one(nights):
     night, first = nights.refused, nights.first.champion.checkpoint
     assert 30 < night.result.news.statistics["new_documents"] <= 56
@@ -135,6 +139,7 @@ def test_enough_new_documents_train_on_from_the_champion_and_a_failing_gate_keep
     assert "refused: " in night.said[-1] and "(rule 'bits_per_byte.expanded <= 0.001')" in night.said[-1]
 
 
+@pytest.mark.slow
 def test_a_night_reads_what_is_new_and_as_much_again_of_what_is_not(nights):
     told = next(
         json.loads(statistics)
@@ -148,11 +153,13 @@ def test_a_night_reads_what_is_new_and_as_much_again_of_what_is_not(nights):
     assert told["new"] == told["read_again"] == tokens["tr"] and told["set_apart"] > 0
 
 
+@pytest.mark.slow
 def test_what_was_refused_is_not_made_again_every_night(nights):
     assert nights.after.result.evaluated is None
     assert "nothing is new" in nights.after.said[0] and "was refused" in nights.after.said[0]
 
 
+@pytest.mark.slow
 def test_a_new_language_trains_however_few_its_documents_and_is_promoted(nights):
     assert "Training: languages never trained on: el." in nights.promoted.said
     assert nights.promoted.champion.checkpoint != nights.first.champion.checkpoint
@@ -168,6 +175,7 @@ def test_a_new_language_trains_however_few_its_documents_and_is_promoted(nights)
     assert seen["refresh"] > nights.promoted.result.news.statistics["new_documents"]
 
 
+@pytest.mark.slow
 def test_rolling_back_takes_the_old_champion_and_says_where_there_is_none(nights, capsys):
     command = ["--home", str(nights.home.root), "rollback"]
     main(command)
@@ -184,6 +192,7 @@ def test_rolling_back_takes_the_old_champion_and_says_where_there_is_none(nights
     assert "line 'lory' has no champion; lines with a champion are extended" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_line_that_retraining_makes_no_model_for_is_refused_before_any_work(nights):
     gate = nights.folder / "other.yaml"
     gate.write_text(json.dumps({"lines": {"lory": {"model": "lory", "rules": PASSES}}}))
