@@ -1,7 +1,7 @@
-"""Roots: where paths from parameters may lead, on a machine that other people's forms reach.
+"""Path allow-list for parameters submitted through a shared UI.
 
-$ECLECTUS_ROOTS lists folders, separated by `:`. Where it is set, every path in a run's parameters must lie below one of them, links and
-`..` resolved, and so must every file that a source finds. Unset (a person's own machine), any path will do.
+$ECLECTUS_ROOTS lists folders, separated by `:`. If it is set, every path in a run's parameters must lie below one of
+them (links and `..` resolved), and so must every file that a source finds. If unset, any path is allowed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PREFIX = "dataset:"
 
 
 def check_roots(parameters: Settings) -> None:
-    """Raises EclectusError for a parameter that leads out of the roots, naming it."""
+    """Raises EclectusError naming the first parameter with a path outside the allowed folders."""
     if not os.environ.get(ROOTS):
         return
     for name, value in parameters.model_dump(mode="json").items():
@@ -29,15 +29,15 @@ def check_roots(parameters: Settings) -> None:
 
 
 def check_path(path: str, what: str) -> None:
-    """Raises EclectusError where roots are set and a path leads out of them. what: that named it, for the message."""
+    """Raises EclectusError for a path outside the allowed folders, if set. what: its origin, for the message."""
     roots = [os.path.realpath(root) for root in os.environ.get(ROOTS, "").split(os.pathsep) if root]
-    place = os.path.realpath(os.path.expanduser(path))
-    if roots and not any(place == root or place.startswith(root.rstrip(os.sep) + os.sep) for root in roots):
-        raise EclectusError(f"{what} leads to {place}, which is outside {' and '.join(roots)} ({ROOTS})")
+    target = os.path.realpath(os.path.expanduser(path))
+    if roots and not any(target == root or target.startswith(root.rstrip(os.sep) + os.sep) for root in roots):
+        raise EclectusError(f"{what} leads to {target}, which is outside {' and '.join(roots)} ({ROOTS})")
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """What of a parameter's value is a path: it looks like one, or there is something of this name."""
+    """The paths in a parameter's value: strings that look like a path, or that name an existing file or folder."""
     if isinstance(value, list | dict):
         for each in value.values() if isinstance(value, dict) else value:
             yield from _paths(each)

@@ -1,7 +1,7 @@
-"""Ray for this process: joined when a cluster is configured, else started on this machine, once, when first needed.
+"""Ray for this process: connects to a cluster if one is configured, else starts Ray on this machine on first use.
 
-A local start costs about 7 s and 0.8 GB, so nothing calls this before there is work for it. On a cluster, set RAY_ADDRESS
-(`auto` on a node of the cluster); its workers read the same home, so that must be on storage which all nodes share.
+A local start costs about 7 s and 0.8 GB, so it is delayed until there is work for it. On a cluster, set RAY_ADDRESS
+(`auto` on a node of the cluster); its workers read the same home, which must be on storage that all nodes share.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from eclectus.tasks.run import current_run
 
@@ -26,7 +27,7 @@ def local_cpus() -> int:
 
 
 def ensure_ray() -> None:
-    """Makes sure that this process is connected to Ray; does nothing when it is."""
+    """Connects this process to Ray unless it is connected."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -34,17 +35,18 @@ def ensure_ray() -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
-    common = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "eclectus"}
-    # Ray Train's clean-up looks for the cluster by itself, and fails where it finds two on a machine and is told of none.
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "eclectus"}
+    # Ray Train's clean-up looks for a cluster by itself; without RAY_ADDRESS it fails on a machine with two of them.
     runtime = {"env_vars": WORKER_ENVIRONMENT | ({"RAY_ADDRESS": address} if address else {})}
     if address:
-        with _own_signals():
+        with _sigterm_restored():
             dashboard = ray.init(address=address, runtime_env=runtime, **common).dashboard_url
         run, shown = current_run(), os.environ.get("ECLECTUS_RAY_DASHBOARD") or (dashboard and f"http://{dashboard}")
-        for display in run.displays if run and shown else ():
-            display.linked("Ray dashboard", shown, "Ray's dashboard: nodes, workers and logs of this run")
+        if run and shown:
+            for display in run.displays:
+                display.linked("Ray dashboard", shown, "Ray's dashboard: nodes, workers and logs of this run")
         return
-    with _own_signals():
+    with _sigterm_restored():
         ray.init(
             num_cpus=local_cpus(),
             include_dashboard=False,
@@ -55,9 +57,9 @@ def ensure_ray() -> None:
 
 
 @contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keeps who handles SIGTERM: Ray puts itself there, and Prefect would take a cancelled run for a crashed one."""
-    before, early = signal.getsignal(signal.SIGTERM), False
+def _sigterm_restored() -> Iterator[None]:
+    """Restores our SIGTERM handler after ray.init replaces it; else Prefect marks a cancelled run as crashed."""
+    handler, early = signal.getsignal(signal.SIGTERM), False
     try:
         yield
     except SystemExit as end:
@@ -65,16 +67,16 @@ def _own_signals() -> Iterator[None]:
         if not early:
             raise
     finally:
-        if callable(before) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
     if early:
-        # Sent while Ray's own handler was there.
+        # SIGTERM came while Ray's handler was installed: send it again.
         os.kill(os.getpid(), signal.SIGTERM)
         raise SystemExit(signal.SIGTERM)
 
 
 def shut_ray() -> None:
-    """Disconnects from Ray; what this process started, it stops."""
+    """Disconnects from Ray, and stops it if this process started it."""
     import sys
 
     ray = sys.modules.get("ray")

@@ -1,7 +1,7 @@
-"""Artifacts of before, from which a step may go on instead of beginning again.
+"""Earlier artifacts that a step can extend incrementally instead of starting over.
 
-Price: one look at each manifest of the kind; only what is used is hashed again. Where the home is on an object store and this
-machine has none of the kind, the newest one that fits is brought here.
+Cost: reading each manifest of the kind; only an artifact that is used is hashed again. If the home is mirrored to an
+object store and this machine has no match, the newest match is downloaded.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from eclectus.tasks.run import current_run
 
 
 def earlier(kind: str, **statistics: Any) -> Iterator[Artifact]:
-    """Artifacts of this kind in the home of the run, newest first, with these statistics; none outside a run.
+    """Artifacts of this kind with these statistics in the run's home, newest first; none outside a run.
 
-    They are not hashed yet: ask `is_whole` before what is in one is used.
+    They are not verified: call `is_whole` before using one.
     """
     run = current_run()
     if run is None:
         return
     store = run.home.store
-    here = {path: text for path in (store.root / kind).glob(f"*/{MANIFEST}") if (text := _text(path)) is not None}
-    found = _fitting(here, statistics)
+    local = {path: text for path in (store.root / kind).glob(f"*/{MANIFEST}") if (text := _text(path)) is not None}
+    found = _matching(local, statistics)
     if not found and store.mirror:
-        there = {path: store.mirror.read(path) for path, _ in store.mirror.listing(store.root / kind, MANIFEST)}
-        found = _fitting({path: text for path, text in there.items() if path not in here}, statistics)[:1]
+        listed = [path for path, _ in store.mirror.listing(store.root / kind, MANIFEST)]
+        found = _matching({path: store.mirror.read(path) for path in listed if path not in local}, statistics)[:1]
         for path in found:
             store.mirror.pull(path.parent)
     for path in found:
@@ -39,7 +39,7 @@ def earlier(kind: str, **statistics: Any) -> Iterator[Artifact]:
 
 
 def is_whole(artifact: Artifact) -> bool:
-    """Whether every byte is as committed."""
+    """Whether every byte is as it was committed; False outside a run."""
     run = current_run()
     return run is not None and run.home.store.faults(artifact) is None
 
@@ -51,12 +51,12 @@ def _text(path: Path) -> bytes | None:
         return None
 
 
-def _fitting(manifests: dict[Path, bytes], statistics: dict[str, Any]) -> list[Path]:
+def _matching(manifests: dict[Path, bytes], statistics: dict[str, Any]) -> list[Path]:
     """The manifests with these statistics, newest first."""
     found = []
     for path, text in manifests.items():
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            told = json.loads(text)
-            if all(told["statistics"].get(name) == value for name, value in statistics.items()):
-                found.append((told["created"], told["digest"], path))
+            manifest = json.loads(text)
+            if all(manifest["statistics"].get(name) == value for name, value in statistics.items()):
+                found.append((manifest["created"], manifest["digest"], path))
     return [path for _, _, path in sorted(found, reverse=True)]

@@ -1,6 +1,7 @@
-"""The run under way in this process: its home, journal and display, and what a step may tell while it works.
+"""The active run of this process: its home, journal and displays, and how a step reports metrics and progress.
 
-A process has one run at a time. Outside a run (a unit test that calls a step's function) `progress` and `metric` do nothing.
+A process has one active run at a time. Outside a run (a unit test that calls a step's function) `progress` and `metric`
+do nothing.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
@@ -21,7 +22,7 @@ C = TypeVar("C", bound=contextlib.AbstractContextManager)
 
 
 class Display(Protocol):
-    """What people watch: the terminal, or the Prefect UI."""
+    """Where a user follows the run: the terminal, or the Prefect UI."""
 
     def step_began(self, label: str) -> None: ...
 
@@ -30,15 +31,18 @@ class Display(Protocol):
     def step_ended(self, label: str, state: str, reason: str, seconds: float, output: Artifact | None) -> None: ...
 
     def said(self, name: str, text: str) -> None:
-        """A sentence that says what the run decided, and why. name: of its page."""
+        """A message of the run: a decision with its reason, or a warning. name: title of the Prefect artifact."""
 
     def linked(self, name: str, address: str, what: str) -> None:
-        """Something to open in a browser, named once a run."""
+        """A link to open in a browser; shown once per run."""
 
 
 @dataclass
 class Run:
-    """One run: `id` names it in the lineage; `flow` is the flow that is calling steps just now; `interrupted`: by Ctrl-C."""
+    """One run. id: its name in the lineage. flow: the flow that is now calling steps. interrupted: by Ctrl-C.
+
+    step, label: of the step that is running. states: by label. results: of flows, by name and parameters.
+    """
 
     id: str
     home: Home
@@ -56,15 +60,15 @@ class Run:
     kept: dict[str, contextlib.AbstractContextManager[Any]] = field(default_factory=dict)
 
     def keep(self, name: str, make: Callable[[], C]) -> C:
-        """The thing of this name, made when first asked for and closed when the run ends (a group of workers, say)."""
+        """The resource of this name: made on first use, closed when the run ends (a group of workers, for example)."""
         if name not in self.kept:
             self.kept[name] = make()
-        return self.kept[name]
+        return cast(C, self.kept[name])  # The name stands for one type: that of its `make`.
 
     def close_kept(self, error: BaseException | None) -> None:
-        """Closes what `keep` made, latest first, telling each of the error that ended the run."""
-        for thing in reversed(self.kept.values()):
-            thing.__exit__(type(error) if error else None, error, None)
+        """Closes what `keep` made, latest first. error: that ended the run; passed to every `__exit__`."""
+        for resource in reversed(self.kept.values()):
+            resource.__exit__(type(error) if error else None, error, None)
         self.kept.clear()
 
 
@@ -76,9 +80,9 @@ def current_run() -> Run | None:
 
 
 def require_run(what: str, instead: str = "") -> Run:
-    """The run under way. Raises EclectusError where there is none.
+    """The active run. Raises EclectusError if there is none.
 
-    what: the call that needs it, for the message. instead: what else would do, as ", or ...".
+    what: the call that needs a run, for the message. instead: an alternative, as ", or ...".
     """
     if _current is None:
         raise EclectusError(f"{what} was called outside a run; use eclectus.flows.run.open_run{instead}")
@@ -87,17 +91,17 @@ def require_run(what: str, instead: str = "") -> Run:
 
 @contextlib.contextmanager
 def activate(run: Run) -> Iterator[Run]:
-    """Makes `run` the run of this process for the block."""
+    """Makes `run` the active run of this process for the block."""
     global _current
-    before, _current = _current, run
+    previous, _current = _current, run
     try:
         yield run
     finally:
-        _current = before
+        _current = previous
 
 
 def metric(name: str, value: float, at_step: int | None = None, **tags: str) -> None:
-    """Journals one number of the step under way; `tags` say of what (language="el", domain="code", expert="3")."""
+    """Journals one metric of the running step. tags: what it was measured on (language="el", domain="code")."""
     if _current is not None and _current.step is not None:
         _current.journal.metric(_current.step, name, float(value), at_step, tags)
 
@@ -118,13 +122,13 @@ def progress(total: float | None, what: str, unit: str) -> Callable[[float], Non
 
 
 def say(name: str, text: str) -> None:
-    """Tells people what the run decided, and why. name: lower-case, of the page that holds it."""
+    """Shows a message on all displays: a decision with its reason, or a warning. name: of the Prefect artifact."""
     for display in _current.displays if _current else ():
         display.said(name, text)
 
 
 def track(items: Iterable[T], total: int | None, what: str, unit: str) -> Iterator[T]:
-    """Yields the items, counting them on the display."""
+    """Yields the items and reports progress after each."""
     report_progress = progress(total, what, unit)
     for done, item in enumerate(items, 1):
         yield item
@@ -132,7 +136,7 @@ def track(items: Iterable[T], total: int | None, what: str, unit: str) -> Iterat
 
 
 def describe(value: Any) -> str:
-    """A count as people read it: 12_345_678 -> '12.3M'."""
+    """A number in short form: 12_345_678 -> '12.3M'."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.1f}{letter}"

@@ -1,7 +1,7 @@
 """Settings: flat, frozen pydantic models, written once and used as step settings, flow forms, `--help` and docs.
 
-A step declares its own `Settings`. A flow's parameters inherit from the settings of its steps, which makes them one flat
-form, and every step takes its own part back with `StepSettings.of(parameters)`. Field names are therefore unique across the
+A step declares its own `Settings`. A flow's parameters inherit from the settings of its steps, which makes them one
+flat form; every step takes its own part with `StepSettings.of(parameters)`. Field names are therefore unique across the
 steps of a flow.
 """
 
@@ -15,13 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from eclectus.storage.errors import EclectusError
 
-# Marks a basic setting: `--help` and the forms of the Prefect UI show those; the rest is in `--help-all` and `more_settings`.
+# Marks a basic setting, shown by `--help` and Prefect forms; the others are in `--help-all` and `more_settings`.
 BASIC: dict[str, JsonValue] = {"basic": True}
 SEED: Any = Field(0, description="Seed of everything random.", json_schema_extra=BASIC)
 
 
 def RuntimeSetting(default: Any, description: str, basic: bool = False, **rules: Any) -> Any:
-    """A field that says where or how fast a step runs. It does not change the result and is not in the artifact's key."""
+    """A field that says where or how fast a step runs; it does not change the result and is not part of the key."""
     extra: dict[str, JsonValue] = {"affects_output": False, **(BASIC if basic else {})}
     return Field(default, description=description, json_schema_extra=extra, **rules)
 
@@ -39,9 +39,9 @@ class Settings(BaseModel):
 
     @classmethod
     def read(cls, values: dict[str, Any], origin: str) -> Self:
-        """Checks values that a person wrote. Raises EclectusError naming the first wrong setting, and what would be right.
+        """Checks values written by a user. Raises EclectusError naming the first wrong setting and what is expected.
 
-        origin: where the values come from (a file's name, "the command line"), for the message.
+        origin: where the values come from (a file name, "the command line"), for the message.
         """
         for name in values:
             if name not in cls.model_fields:

@@ -3,12 +3,13 @@
     @step(makes="grouping", version=1)
     def group(documents: Artifact, neighbors: Artifact, settings: GroupSettings, out: Draft) -> None: ...
 
-    order = group(documents=documents, neighbors=neighbors, settings=settings)     # in a run: reused or made
-    group.function(documents, neighbors, settings, draft)                          # in a unit test: just the function
+    order = group(documents=documents, neighbors=neighbors, settings=settings)     # in a run: reused or computed
+    group.function(documents, neighbors, settings, draft)                          # in a unit test: the plain function
 
-Within a run, a call hashes (step, version, settings, digests of inputs) into a key; if the key is known and its artifact
-whole, that is the result; else the function fills a draft, which is committed. Either way the journal gets the step, its
-reason in words, inputs, outputs, settings, seconds and peak memory. Price of a reuse: one look-up and one re-hash.
+Within a run, a call hashes (step, version, settings, digests of inputs) into a key. If the key is known and its
+artifact is intact, that artifact is the result; else the function fills a draft, which is committed. In both cases the
+journal gets the step, the reason for reuse or re-run, inputs, outputs, settings, seconds and peak memory.
+Cost of a reuse: one lookup and re-hashing the artifact.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from eclectus.storage.step_keys import Record
 from eclectus.tasks.run import Run, require_run
 from eclectus.tasks.settings import Settings
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Step:
-    """A step made by `@step`. Call it by keyword with artifacts and settings; `label` names this use of it in the run."""
+    """A step made by `@step`. Call it by keyword with artifacts and settings; `label` names this call in the run."""
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class Step:
         self._parameters = set(inspect.signature(function).parameters) - {"out"}
 
     def __call__(self, *, label: str | None = None, **arguments: Any) -> Artifact:
-        """The artifact for these arguments, reused or made now. Inputs that are None are left out.
+        """The artifact for these arguments, reused or computed. Inputs that are None are left out.
 
         Raises EclectusError when no run is active, or an argument is not one of the step's.
         """
@@ -71,7 +72,7 @@ class Step:
         return self._execute(run, label, arguments)
 
     def record(self, arguments: dict[str, Any]) -> Record:
-        """What is asked for: the part of the call that decides the key."""
+        """The part of the call that the key is computed from."""
         inputs: dict[str, str] = {}
         settings: dict[str, Any] = {}
         for name, value in arguments.items():
@@ -91,8 +92,7 @@ class Step:
         def execute() -> Artifact:
             return self._execute(run, label, arguments)
 
-        task = prefect.task(
-            execute,
+        as_task = prefect.task(
             name=self.name,
             task_run_name=label,
             description=inspect.getdoc(self.function),
@@ -100,13 +100,13 @@ class Step:
             persist_result=False,
             tags=[self.makes],
         )
-        return task()
+        return as_task(execute)()
 
     def _execute(self, run: Run, label: str, arguments: dict[str, Any]) -> Artifact:
         if run.interrupted:
             raise KeyboardInterrupt
         step_id = uuid.uuid4().hex
-        before, run.step, run.label = (run.step, run.label), step_id, label
+        previous, run.step, run.label = (run.step, run.label), step_id, label
         started = time.monotonic()
         for display in run.displays:
             display.step_began(label)
@@ -115,7 +115,7 @@ class Step:
         try:
             record = self.record(arguments)
             run.journal.event("step_started", step=step_id, name=self.name, label=label, flow=run.flow, key=record.key)
-            with run.known.hold(record.key, lambda: _tell_waiting(run, label)):
+            with run.known.hold(record.key, lambda: _report_waiting(run, label)):
                 found, reason = run.known.find(record, label)
                 if found:
                     state, output = "reused", found["out"]
@@ -154,7 +154,7 @@ class Step:
             run.states[label] = state
             for display in run.displays:
                 display.step_ended(label, state, reason, seconds, output)
-            run.step, run.label = before
+            run.step, run.label = previous
 
     def _make(self, run: Run, arguments: dict[str, Any]) -> Artifact:
         try:
@@ -162,39 +162,39 @@ class Step:
                 self.function(**arguments, out=draft)
                 return run.home.store.commit(draft)
         except Exception as error:
-            why = _no_room(error)
-            if why is None:
+            reason = _disk_full(error)
+            if reason is None:
                 raise
             raise EclectusError(
-                f"step '{self.name}' cannot write to {run.home.name}: {why}; make room or choose "
-                "another place (--home); the steps before it are kept, and the next run goes on from them"
+                f"step '{self.name}' cannot write to {run.home.name}: {reason}; free some space or choose another "
+                "home (--home); finished steps are kept, and the next run reuses them"
             ) from error
 
 
 def step(
     *, makes: str, version: int, fingerprint: Callable[[Any], dict[str, str]] | None = None
 ) -> Callable[[Callable[..., None]], Step]:
-    """Makes a plain function a step.
+    """Turns a plain function into a step.
 
-    makes: the kind of artifact. version: raised by hand when the function's output changes for equal inputs.
-    fingerprint: for steps that read things which are no artifacts (files, hub data sets): settings -> {name: digest},
-    taken into the key beside the inputs.
+    makes: the kind of artifact. version: increased by hand when the function's output changes for equal inputs.
+    fingerprint: for steps that read more than artifacts (files, data sets of the hub): settings -> {name: digest},
+    which become part of the key like the inputs.
     """
     return lambda function: Step(function, makes, version, fingerprint)
 
 
-def _no_room(error: Exception) -> str | None:
-    """Why nothing more can be written, if that is what the error says; libraries in Rust and C++ say it in words only."""
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
+def _disk_full(error: Exception) -> str | None:
+    """The reason why no more can be written, if the error says so; libraries in Rust and C++ give it as text only."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return os.strerror(error.errno).lower()
     full = os.strerror(errno.ENOSPC)
-    # NumPy's tofile says how much it wrote, and no more.
+    # NumPy's tofile reports only how much it wrote.
     cut = isinstance(error, OSError) and error.errno is None and re.search(r"\d+ requested and \d+ written", str(error))
     return full.lower() if full in str(error) or cut else None
 
 
 class _Memory:
-    """Peak resident memory of this process and its children (Ray's workers among them), sampled twice a second."""
+    """Peak resident memory of this process and its children (Ray workers included), sampled twice per second."""
 
     def __init__(self) -> None:
         self.peak: int | None = None
@@ -224,7 +224,7 @@ def _resident() -> int:
 
 
 def _artifacts(step_name: str, name: str, value: Any) -> Iterator[tuple[str, Artifact]]:
-    """The artifacts in one argument, named: an artifact, a list or a dict of them, or None."""
+    """(name, artifact) of everything in one argument, which is an artifact, a list or dict of them, or None."""
     if isinstance(value, Artifact):
         yield name, value
     elif isinstance(value, dict):
@@ -254,7 +254,7 @@ def _describe(output: Artifact | None) -> dict[str, Any] | None:
     }
 
 
-def _tell_waiting(run: Run, label: str) -> None:
+def _report_waiting(run: Run, label: str) -> None:
     for display in run.displays:
         display.step_progressed(label, "waiting: another run is making the same thing", 0, None, "")
 

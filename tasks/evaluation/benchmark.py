@@ -31,7 +31,7 @@ from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.run import metric
 from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting
 from eclectus.tasks.step import step
-from eclectus.tasks.training.run_training import WorkerSettings, run_training, workplace
+from eclectus.tasks.training.run_training import WORKERS, WorkerSettings, resume_directory, run_training
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -60,9 +60,7 @@ class BenchmarkSettings(WorkerSettings):
     benchmark_languages: list[str] = Field(
         [], description="Languages of the preset 'moe-lpr', as ISO 639-1 codes; empty: all languages of the run."
     )
-    training_workers: int = RuntimeSetting(
-        2, ge=0, description=WorkerSettings.model_fields["training_workers"].description, basic=True
-    )
+    training_workers: int = RuntimeSetting(2, ge=0, description=WORKERS, basic=True)
     seed: int = SEED
 
     def check_together(self) -> None:
@@ -103,7 +101,7 @@ def benchmark(checkpoint: Artifact, tokenizer: Artifact, settings: BenchmarkSett
     words = checkpoint.path if checkpoint.file("tokenizer.json").is_file() else tokenizer.path
     _check_vocabulary(checkpoint, words)
     items, scores, left_out = [], [], {}
-    with workplace("benchmark", checkpoint, settings.key_values(), version()) as kept, _quiet():
+    with resume_directory("benchmark", checkpoint, settings.key_values(), version()) as kept, _quiet():
         ask = _Asker(checkpoint, words, kept / "answers", settings)
         for each in wanted:
             try:

@@ -37,7 +37,7 @@ from eclectus.tasks.evaluation.result_files import (
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.settings import SEED, RuntimeSetting
 from eclectus.tasks.step import step
-from eclectus.tasks.training.run_training import WorkerSettings, run_training, workplace
+from eclectus.tasks.training.run_training import WORKERS, WorkerSettings, resume_directory, run_training
 
 if TYPE_CHECKING:
     pass
@@ -72,9 +72,7 @@ class EvaluateSettings(WorkerSettings):
     evaluation_batch: int = RuntimeSetting(
         8, ge=1, description="Windows that a worker scores at once; more cost memory."
     )
-    training_workers: int = RuntimeSetting(
-        2, ge=0, description=WorkerSettings.model_fields["training_workers"].description, basic=True
-    )
+    training_workers: int = RuntimeSetting(2, ge=0, description=WORKERS, basic=True)
     seed: int = SEED
 
 
@@ -90,7 +88,7 @@ def evaluate(
     kept_as = ("evaluate", documents, tokenizer, checkpoint, settings.key_values())
     with (
         tempfile.TemporaryDirectory(dir=out.path.parent, prefix="streams-") as scratch,
-        workplace(*kept_as) as kept,
+        resume_directory(*kept_as) as kept,
     ):
         _write_streams(held, tokens.eos_token_id, length, settings.evaluation_context, Path(scratch))
         result = run_training(

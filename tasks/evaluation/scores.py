@@ -53,10 +53,11 @@ class Scores:
     def read(cls, name: str, evaluation: Artifact) -> Scores:
         table = pq.read_table(evaluation.file("documents.parquet"))
         columns = ("document", "language", "domain", "group", "bits", "bytes", "tokens")
-        arrays = [table[column].to_numpy(zero_copy_only=False) for column in columns]
-        by_prompt = table["bits_by_prompt"] if "bits_by_prompt" in table.column_names else None
-        routed = by_prompt is not None and by_prompt.null_count < len(by_prompt)
-        return cls(name, evaluation, *arrays, by_prompt.to_numpy(zero_copy_only=False) if routed else None)
+        arrays = {column: table[column].to_numpy(zero_copy_only=False) for column in columns}
+        by_prompt = None
+        if "bits_by_prompt" in table.column_names and table["bits_by_prompt"].null_count < len(table):
+            by_prompt = table["bits_by_prompt"].to_numpy(zero_copy_only=False)
+        return cls(name, evaluation, **arrays, bits_by_prompt=by_prompt)
 
     def where(self, **labels: str) -> np.ndarray:
         """Which documents have these labels: `where(group="original", domain="code")`, a mask [D]."""

@@ -1,8 +1,8 @@
-"""More experts for a model that has experts already: one that was extended before (lifelong extension), or a Lory model.
+"""More experts for a model that has experts: an extended model (lifelong extension) or a Lory model.
 
-All experts that it has are frozen from then on. An extended model gets router rows that keep the new experts out of the way on
-text of the languages that it knows (models/mixture/extend_again.py); a Lory model gets a copy of each expert, which leaves the merge as it
-is (models/extension/lory.py). Both are proved before anything is kept.
+All existing experts are frozen from then on. An extended model gets router rows that route text of its known languages
+away from the new experts (models/mixture/extend_again.py); a Lory model gets a copy of each expert, which leaves the
+merge unchanged (models/extension/lory.py). Both are verified before anything is written.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,9 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.settings import BASIC, SEED, Settings
 from eclectus.tasks.step import step
 from eclectus.tasks.training.upcycle import UpcycleSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["dense", "upcycled", "extended", "lory", "lory upcycled"]
 
@@ -30,13 +33,14 @@ class AddExpertsSettings(Settings):
     extension_calibration_tokens: int = Field(
         16_384,
         ge=1,
-        description="Tokens of the known languages that the routers of an already extended model are fitted on when it is extended again.",
+        description="Extending again: tokens of the known languages that the new router rows are fitted on.",
     )
     extension_largest_share: float = Field(
         0.05,
         gt=0,
         le=1,
-        description="Extending again: largest part of known text, kept back from the fit, that may reach a new expert before training.",
+        description="Extending again: largest share of held-back known text that may be routed to a new expert before "
+        "training.",
     )
     upcycle_tolerance: float = Field(
         1e-4, gt=0, description=UpcycleSettings.model_fields["upcycle_tolerance"].description
@@ -45,7 +49,7 @@ class AddExpertsSettings(Settings):
 
 
 def kind_of(checkpoint: Artifact) -> Kind:
-    """What an extension starts from: a dense model, an upcycled one that was not trained yet, one that was, or Lory likewise."""
+    """What the model is: dense, upcycled but not trained yet, extended (upcycled and trained), or Lory likewise."""
     config = json.loads(checkpoint.file("config.json").read_text())
     if config.get("model_type") == "lory":
         return "lory upcycled" if config.get("original_experts") and not config.get("extension_trained") else "lory"
@@ -58,30 +62,31 @@ def kind_of(checkpoint: Artifact) -> Kind:
 
 @step(makes="checkpoint", version=1)
 def add_experts(instances: Artifact, checkpoint: Artifact, settings: AddExpertsSettings, out: Draft) -> None:
-    """Adds experts to an extended or a Lory checkpoint. instances: of the languages that it knows."""
+    """Adds experts to an extended or a Lory checkpoint. instances: of its known languages."""
     from eclectus.models.extension.lory import extend_lory
     from eclectus.models.mixture.extend_again import extend_again
     from eclectus.models.mixture.upcycle import StepZeroError
 
     try:
         if kind_of(checkpoint).startswith("lory"):
-            report = extend_lory(checkpoint.path, out.path, tolerance=settings.upcycle_tolerance)
-        else:
-            report = extend_again(
-                checkpoint.path,
-                out.path,
-                new_experts=settings.extension_experts - 1,
-                calibration=_calibration(instances, settings),
-                tolerance=settings.upcycle_tolerance,
-                largest_share=settings.extension_largest_share,
-                seed=settings.seed,
-            )
+            out.statistics = asdict(extend_lory(checkpoint.path, out.path, tolerance=settings.upcycle_tolerance))
+            return
+        report = extend_again(
+            checkpoint.path,
+            out.path,
+            new_experts=settings.extension_experts - 1,
+            calibration=_calibration(instances, settings),
+            tolerance=settings.upcycle_tolerance,
+            largest_share=settings.extension_largest_share,
+            seed=settings.seed,
+        )
     except (ValueError, StepZeroError) as error:
         raise EclectusError(str(error)) from error
     out.statistics = asdict(report)
 
 
-def _calibration(instances: Artifact, settings: AddExpertsSettings):  # noqa: ANN202
+def _calibration(instances: Artifact, settings: AddExpertsSettings) -> Tensor:
+    """Token ids [rows, length] of about `extension_calibration_tokens` tokens."""
     from eclectus.models.training.instances import Instances
 
     data = Instances(Path(instances.path))

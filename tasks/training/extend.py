@@ -1,11 +1,11 @@
-"""Extension to new languages: MoE-LPR's two training stages, and what it is measured against (docs/methods.md 2.2, 2.3, 2.5).
+"""Extension to new languages: MoE-LPR's two training stages, baselines and ablations (docs/methods.md 2.2, 2.3, 2.5).
 
     post_pretrain   new experts and routers learn the expanded languages     next-token + alpha * balance
-    review          the routers alone replay a little of all languages       next-token + gamma * LPR
+    review          the routers alone train on a replay of all languages     next-token + gamma * LPR
 
-The original weights are parameters without gradients, so they cannot move; the hash of all that does not train is checked at
-every checkpoint all the same, and a change ends the training. A Lory model goes through the same two stages with its own
-losses (models/extension/lory.py). Other values of `extension_method` are the baselines and ablations of
+The original weights are parameters without gradients, so they cannot change; a hash of all weights that do not train is
+still checked at every checkpoint, and a change ends the training. A Lory model is trained in the same two stages with
+its own losses (models/extension/lory.py). Other values of `extension_method` are the baselines and ablations of
 models/extension/methods.py, which share data, steps and everything else.
 """
 
@@ -23,7 +23,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings
-from eclectus.tasks.training.run_training import TrainingSettings, run_training, workplace
+from eclectus.tasks.training.run_training import TrainingSettings, resume_directory, run_training
 from eclectus.tasks.training.upcycle import UpcycleSettings
 
 if TYPE_CHECKING:
@@ -36,13 +36,13 @@ Method = Literal[
 
 
 class MethodSettings(Settings):
-    """How the new languages are taught."""
+    """How a model is extended to new languages."""
 
     extension_method: Method = Field(
         "moe_lpr",
-        description="moe_lpr, or what it is measured against, on the same data and steps. Baselines: full (fine-tuning), lora, llama_pro "
-        "(new blocks), moe_all (every weight of the mixture). Ablations: no_review, no_lpr (review without the prior), "
-        "random_experts, one_stage (both losses on mixed data).",
+        description="moe_lpr, or a baseline or ablation on the same data and steps. Baselines: full (fine-tuning), "
+        "lora, llama_pro (new blocks), moe_all (every weight of the mixture). Ablations: no_review, no_lpr (review "
+        "without the prior), random_experts, one_stage (both losses on mixed data).",
         json_schema_extra=BASIC,
     )
     lora_rank: int = Field(8, ge=1, description="Rank of the adapters of extension_method lora.")
@@ -62,7 +62,9 @@ class PostPretrainSettings(Settings):
     post_pretrain_warmup_steps: int = Field(30, ge=0, description="Steps of linear learning-rate warm-up in stage 1.")
     balance_weight: float = Field(0.01, ge=0, description="Weight alpha of the load-balance loss in stage 1.")
     balance_scaling: Literal["paper", "released"] = Field(
-        "paper", description="The balance loss as in the paper (uniform routing gives 1) or as released (gives top-k)."
+        "paper",
+        description="Scale of the balance loss under uniform routing: 1, as in the paper, or top-k, as in the released "
+        "code.",
     )
 
 
@@ -77,7 +79,8 @@ class ReviewSettings(Settings):
     review_warmup_steps: int = Field(20, ge=0, description="Steps of linear learning-rate warm-up in stage 2.")
     lpr_weight: float = Field(1.0, ge=0, description="Weight gamma of the language priors routing loss in stage 2.")
     lpr_loss: Literal["paper", "released"] = Field(
-        "paper", description="The language priors loss on logits (the paper) or on probabilities (the released code)."
+        "paper",
+        description="The language priors routing loss on logits (the paper) or on probabilities (the released code).",
     )
 
 
@@ -111,13 +114,13 @@ class StageBudget:
 
 
 class ExtendStageSettings(MethodSettings, PostPretrainSettings, ReviewSettings, TrainingSettings):
-    """One stage of extension, as a step sees it."""
+    """Settings of the step `extend`: one stage."""
 
     extend_stage: Stage = Field(description="Which stage: post_pretrain or review.")
-    original_languages: list[str] = Field(description="The languages that the dense model knows, as ISO 639-1 codes.")
+    original_languages: list[str] = Field(description="Languages of the dense model, as ISO 639-1 codes.")
 
     def key_values(self) -> dict[str, Any]:
-        """A stage does not depend on the other stage's settings, nor on those of methods that are not its own."""
+        """Without the settings of the other stage and of other methods, on which the result does not depend."""
         unused = set(
             ReviewSettings.model_fields if self.extend_stage == "post_pretrain" else PostPretrainSettings.model_fields
         )
@@ -142,7 +145,7 @@ class ExtendStageSettings(MethodSettings, PostPretrainSettings, ReviewSettings, 
 
 
 def recipe_of(method: Method) -> Recipe:
-    """What a method does: from where it starts, what trains, whether a review follows."""
+    """What a method does: what it starts from, what it trains, whether a review follows."""
     from eclectus.models.extension.methods import recipe_of as recipe
 
     return recipe(method)
@@ -152,15 +155,15 @@ def recipe_of(method: Method) -> Recipe:
 def extend(
     instances: Artifact, checkpoint: Artifact, settings: ExtendStageSettings, out: Draft, review: Artifact | None = None
 ) -> None:
-    """Trains one stage on the checkpoint that it starts from; gives a stock checkpoint.
+    """Trains one stage from the given checkpoint and writes a stock checkpoint.
 
-    review: the instances of the review, for the method that reads them in its only stage.
+    review: the instances of the review, for the method that trains on them in its only stage.
     """
     if recipe_of(settings.extension_method).mixed and review is None:
         raise EclectusError(
-            f"extension_method {settings.extension_method} needs the review's instances beside the others"
+            f"extension_method {settings.extension_method} needs the review's instances as well as the others"
         )
-    with workplace("extend", instances, checkpoint, review, settings.key_values()) as work:
+    with resume_directory("extend", instances, checkpoint, review, settings.key_values()) as work:
         out.statistics = run_training(
             settings,
             train_stage,
@@ -186,7 +189,7 @@ def train_stage(
     out: str,
     review: str | None = None,
 ) -> dict[str, Any]:
-    """Runs on every training worker; rank 0 writes the checkpoint into `out` and returns its statistics."""
+    """Runs on every training worker; rank 0 writes the checkpoint into `out`. Returns its statistics."""
     from eclectus.models.extension.methods import save_method, untrained_digest
     from eclectus.models.training.loop import train
     from eclectus.models.training.parallel import gather_model
@@ -195,10 +198,10 @@ def train_stage(
     data, steps = _data(chosen, instances, review)
     model = _open(chosen, checkpoint)
     _check_tokens(data, model, checkpoint)
-    still, original = untrained_digest(model), _original_digest(model)
+    untrained, original = untrained_digest(model), _original_digest(model)
 
     def check_frozen(step: int) -> None:
-        if untrained_digest(model) != still:
+        if untrained_digest(model) != untrained:
             raise EclectusError(f"a weight that does not train changed before training step {step}; nothing was kept")
 
     plan = chosen.plan(
@@ -234,7 +237,7 @@ def train_stage(
 
 
 def _data(settings: ExtendStageSettings, instances: str, review: str | None) -> tuple[Any, int]:
-    """What to read, and for how many steps: both stages' tokens where one stage does the work of two."""
+    """(instances, training steps); where one stage replaces two, both stages' instances and tokens."""
     from eclectus.models.extension.methods import MixedInstances
     from eclectus.models.training.instances import Instances
 
@@ -265,7 +268,7 @@ def _open(settings: ExtendStageSettings, checkpoint: str) -> Any:
 
 
 def _original_digest(model: Any) -> str | None:
-    """frozen_digest of a mixture, which is its base's own; None for models that hold no base apart."""
+    """`frozen_digest` of a mixture, equal to its base's; None for models without a frozen copy of the base."""
     from eclectus.models.mixture.experts import frozen_digest
 
     return frozen_digest(model) if hasattr(model.config, "num_experts_per_tok") else None
@@ -274,13 +277,13 @@ def _original_digest(model: Any) -> str | None:
 def _check_tokens(data: Any, model: Any, checkpoint: str) -> None:
     if data.vocabulary > model.config.vocab_size:
         raise EclectusError(
-            f"the instances were packed with a tokenizer of {data.vocabulary} tokens, but the model in {checkpoint} knows "
-            f"{model.config.vocab_size}: pack them with the model's own tokenizer"
+            f"the instances were packed with a tokenizer of {data.vocabulary} tokens, but the model in {checkpoint} "
+            f"has {model.config.vocab_size}: pack them with the model's own tokenizer"
         )
 
 
 def _note_training(out: Path, settings: ExtendStageSettings, data: Any) -> None:
-    """Adds the stage to upcycle.json, where there is one: what a later extension and the model card ask for."""
+    """Adds the stage to upcycle.json, if there is one; a later extension and the model card read it."""
     path = out / "upcycle.json"
     if path.is_file():
         made = json.loads(path.read_text())
@@ -307,5 +310,5 @@ def _objective(settings: ExtendStageSettings, data: Any, checkpoint: str) -> Any
     if lory:
         return lory_extension.post_pretrain_lory()
     if recipe.mixed:
-        return one_stage(alpha, top_k, scaling, settings.lpr_weight, settings.lpr_loss, known)
+        return one_stage(alpha, config["num_experts_per_tok"], scaling, settings.lpr_weight, settings.lpr_loss, known)
     return objectives.post_pretrain(alpha, top_k, scaling) if top_k else objectives.next_token()

@@ -1,6 +1,6 @@
-"""Fetch: a dense checkpoint from a folder, a GGUF file or the hub becomes an artifact, so that lineage knows its bytes.
+"""Fetch: copies a checkpoint from a folder, a GGUF file or the hub into an artifact, so that lineage records its bytes.
 
-Only safetensors weights, configuration and tokenizer are taken; pickled weights and code are refused or left behind.
+Only safetensors weights, configuration and tokenizer are copied; pickled weights are refused and code is not copied.
 """
 
 from __future__ import annotations
@@ -35,37 +35,38 @@ class FetchSettings(Settings):
 
 
 def fingerprint(settings: FetchSettings) -> dict[str, str]:
-    """The bytes of a local model, or the commit that the hub's name stands for now."""
-    place = Path(settings.base_model)
-    if place.is_file():
-        return {"base_model": hash_file(place)}
-    if place.is_dir():
-        return {f"base_model {path.name}": hash_file(path) for path in _wanted(place)}
+    """Digests of a local model's files, or the commit that the name on the hub points to now."""
+    path = Path(settings.base_model)
+    if path.is_file():
+        return {"base_model": hash_file(path)}
+    if path.is_dir():
+        return {f"base_model {each.name}": hash_file(each) for each in _wanted(path)}
     return {"base_model": f"commit-{_hub_commit(settings.base_model)}"}
 
 
 @step(makes="checkpoint", version=1, fingerprint=fingerprint)
 def fetch(settings: FetchSettings, out: Draft) -> None:
-    """Brings a dense checkpoint into the home."""
-    place = Path(settings.base_model)
-    if place.suffix == ".gguf" and place.is_file():
-        _convert_gguf(place, out.path)
+    """Copies a checkpoint into the home."""
+    base = Path(settings.base_model)
+    if base.suffix == ".gguf" and base.is_file():
+        _convert_gguf(base, out.path)
     else:
-        folder = place if place.is_dir() else _download(settings.base_model)
+        folder = base if base.is_dir() else _download(settings.base_model)
         files = _wanted(folder)
         if not any(path.suffix == ".safetensors" for path in files):
             raise EclectusError(
-                f"base model {settings.base_model} holds no .safetensors weights; convert it with save_pretrained(..., safe_serialization=True)"
+                f"base model {settings.base_model} holds no .safetensors weights; convert it with "
+                "save_pretrained(..., safe_serialization=True)"
             )
         for path in files:
             shutil.copyfile(path, out.file(path.name))
-    out.statistics = {"base_model": settings.base_model if not place.exists() else place.name}
+    out.statistics = {"base_model": settings.base_model if not base.exists() else base.name}
 
 
 def find_checkpoint(store: ArtifactStore, name: str) -> Path:
-    """The folder or .gguf file of a checkpoint: a path, an artifact's name, or a name on the hub, which is downloaded.
+    """The folder or .gguf file of a checkpoint. name: a path, an artifact, or a model on the hub, which is downloaded.
 
-    Raises EclectusError when it is none of them.
+    Raises EclectusError when it is none of these.
     """
     if Path(name).exists():
         return Path(name)
@@ -86,7 +87,7 @@ def _hub_commit(name: str) -> str:
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().model_info(name).sha
+        return str(HfApi().model_info(name).sha)
     except Exception as error:
         raise EclectusError(_not_found(name, error)) from error
 
@@ -102,7 +103,7 @@ def _download(name: str) -> Path:
 
 def _not_found(name: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0]
-    return f"base_model '{name}' is no folder or file here, and the hub does not give it: {first}"
+    return f"base_model '{name}' is not a local folder or file, and it cannot be downloaded from the hub: {first}"
 
 
 def _convert_gguf(path: Path, out: Path) -> None:

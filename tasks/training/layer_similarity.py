@@ -1,8 +1,8 @@
-"""How alike the languages look to each layer of a dense model, and how many new experts each layer needs (LayerMoE, docs/methods.md 2.7).
+"""Similarity of languages in each layer of a dense model, and new experts per layer (LayerMoE, docs/methods.md 2.7).
 
-A sample of each language's documents goes through the dense model; layers that treat known and new languages alike get few
-new experts, the others many, `extension_expert_budget` in all. File: `similarity.json`. Price: one forward pass over
-`similarity_tokens` a language, in this process.
+A sample of each language's documents goes through the dense model; layers in which known and new languages are similar
+get few new experts, the others many, `extension_expert_budget` in total. File: `similarity.json`.
+Cost: one forward pass over `similarity_tokens` tokens per language, in this process.
 """
 
 from __future__ import annotations
@@ -29,27 +29,28 @@ LENGTH = 128
 
 
 class LayerSimilaritySettings(Settings):
-    """Settings of measuring similarity and sharing out new experts."""
+    """How similarity is measured and new experts are distributed over the layers."""
 
     extension_expert_budget: int = Field(
         0,
         ge=0,
-        description="New experts over all layers together, shared out by how unlike the new languages look to each layer (LayerMoE). "
-        "0: as extension_experts says.",
+        description="New experts in total over all layers, more where the new languages differ most from the known "
+        "ones (LayerMoE). 0: extension_experts in every layer.",
         json_schema_extra=BASIC,
     )
     similarity_tokens: int = Field(
         16_384,
         ge=LENGTH,
-        description="Tokens of each language that the similarity of languages by layer is measured on.",
+        description="Tokens per language for measuring the similarity of languages in each layer.",
     )
 
 
 @step(makes="report", version=1)
 def layer_similarity(documents: Artifact, checkpoint: Artifact, settings: LayerSimilaritySettings, out: Draft) -> None:
-    """Measures the similarity of known and new languages in each layer, and shares out the budget of new experts.
+    """Measures the similarity of known and new languages in each layer and distributes the budget of new experts.
 
-    documents: with language, group and split. Raises EclectusError for a budget below one expert a layer, a language without text.
+    documents: with language, group and split. Raises EclectusError for a budget below one expert per layer and for a
+    language without text.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -63,7 +64,7 @@ def layer_similarity(documents: Artifact, checkpoint: Artifact, settings: LayerS
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, trust_remote_code=False)
     try:
         similarity = similarity_by_layer(ffn_input_means(model, samples), known, new)
-        # Without a budget: three a layer, as the usual four experts have.
+        # Without a budget: three per layer, as with the default of four experts.
         proposal = propose_experts(similarity, settings.extension_expert_budget or 3 * len(similarity))
     except ValueError as error:
         raise EclectusError(str(error)) from error

@@ -3,13 +3,13 @@
     dense warm-up   steps [0, w)       one dense model, w = the first 5% by default
     dense           steps [w, total)   the twin goes on as it is
     lory            steps [w, total)   every FFN duplicated into E experts, random routers, a second warm-up of the rate
-    expert_choice   steps [w, total)   baseline: experts choose their tokens                        (models/pretraining/stages.py)
+    expert_choice   steps [w, total)   baseline: experts choose their tokens (models/pretraining/stages.py)
     top_k           steps [w, total)   baseline: tokens choose their experts, transformers' Mixtral
 
-A LLaMA checkpoint can take the warm-up's place (`dense_start`); then w = 0.
-All go on from the same weights and AdamW moments and read the same instances in the same order, so what differs is the model
-(docs/methods.md 1.5). AdamW's moments are carried over the switch: an expert that was weighted 1/E sees 1/E of the dense gradient,
-so its first moment is divided by E and its second by E squared, and its steps keep their size from the first one on.
+A LLaMA checkpoint can replace the warm-up (`dense_start`); then w = 0.
+All stages continue from the same weights and AdamW moments and read the same instances in the same order, so only the
+model differs (docs/methods.md 1.5). AdamW's moments are carried over the switch: an expert with weight 1/E gets 1/E of
+the dense gradient, so its first moment is divided by E and its second by E squared, and update sizes stay the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
-from eclectus.tasks.training.run_training import MOMENTS, TrainingSettings, initial_moments, run_training, workplace
+from eclectus.tasks.training.run_training import (
+    MOMENTS,
+    TrainingSettings,
+    initial_moments,
+    resume_directory,
+    run_training,
+)
 
 
 class ArchitectureSettings(Settings):
@@ -32,8 +38,8 @@ class ArchitectureSettings(Settings):
 
     model_preset: Literal["custom", "laptop", "30m", "100m", "0.3b", "1.5b"] = Field(
         "custom",
-        description="A named shape instead of the other model settings: 0.3b and 1.5b are the Lory paper's, 30m and 100m suit one "
-        "GPU. custom: as the other model settings say.",
+        description="A named shape that replaces the other model settings: 0.3b and 1.5b are the Lory paper's, 30m and "
+        "100m suit one GPU. custom: use the other model settings.",
         json_schema_extra=BASIC,
     )
     model_width: int = Field(64, ge=8, description="Width of the model (d).")
@@ -42,8 +48,8 @@ class ArchitectureSettings(Settings):
     model_key_value_heads: int = Field(4, ge=1, description="Key-value heads (GQA); must divide the heads.")
     model_tied_embeddings: bool = Field(
         False,
-        description="One matrix for input and output embeddings. Tokens that training never saw then share a direction, by which "
-        "routers tell new languages apart; a small model trained for minutes is worse for it.",
+        description="One matrix for input and output embeddings. Tokens never seen in training then share a direction, "
+        "by which routers recognise new languages; a small model trained for minutes scores worse.",
     )
     model_feed_forward: int = Field(172, ge=8, description="Width of the feed-forward network (SwiGLU).")
 
@@ -54,22 +60,24 @@ class LorySettings(Settings):
     lory_experts: int = Field(
         8,
         ge=1,
-        description="Experts E of every layer, merged into one network for each segment.",
+        description="Experts E in every layer, merged into one network for each segment.",
         json_schema_extra=BASIC,
     )
-    lory_segment: int = Field(64, ge=1, description="Tokens T of a routing segment.")
+    lory_segment: int = Field(64, ge=1, description="Tokens T in a routing segment.")
     lory_routing: Literal["causal_segment", "prefix", "dense"] = Field(
         "causal_segment",
-        description="What routes a segment: the one before it (the paper), the first one of the instance, or nothing (expert 0 alone).",
+        description="What a segment is routed by: the previous segment (the paper), the first segment of the instance, "
+        "or nothing (expert 0 alone).",
     )
     lory_first_segment: Literal["stop_gradient", "uniform"] = Field(
         "stop_gradient",
-        description="How the first segment is routed in training: by itself, detached (the paper), or by uniform weights.",
+        description="How the first segment is routed in training: by itself, without gradient (the paper), or with "
+        "uniform weights.",
     )
     lory_router_init: float = Field(
         0.1,
         gt=0,
-        description="Standard deviation of the routers' random initial weights; 0.8 over the root of the width suits other widths.",
+        description="Standard deviation of the routers' initial weights; for other widths use about 0.8 / sqrt(width).",
     )
     lory_rewarm_steps: int = Field(
         60, ge=0, description="Steps of a second learning-rate warm-up after the switch to experts."
@@ -84,21 +92,22 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
 
     dense_start: str = Field(
         "",
-        description="Dense LLaMA checkpoint to start from instead of a warm-up from scratch: a folder, a .gguf file or a name on the "
-        "hub. Its tokenizer is used; model settings have no effect. Empty: train one.",
+        description="Dense LLaMA checkpoint to start from instead of a warm-up from scratch: a folder, a .gguf file or "
+        "a name on the hub. Its tokenizer is used; model settings have no effect. Empty: train one.",
     )
     pretrain_baselines: list[Literal["prefix", "expert_choice", "top_k", "random"]] = Field(
         [],
-        description="Models to train beside Lory and its dense twin, in the same steps: prefix (Lory routed once, by the first "
-        "segment), expert_choice and top_k (token-level mixtures of equal active size), random (Lory and twin on "
-        "instances of documents in random order).",
+        description="Baselines to train besides Lory and its dense twin, for the same steps: prefix (Lory routed once, "
+        "by the first segment), expert_choice and top_k (token-level mixtures of equal active size), random (Lory and "
+        "twin on instances of documents in random order).",
     )
     baseline_top_k: int = Field(
-        2, ge=1, description="Experts of a token in the top_k baseline, each 1/k of a network wide."
+        2, ge=1, description="Experts per token in the top_k baseline, each 1/k as wide as the dense network."
     )
     training_compiled: bool = Field(
         False,
-        description="Compile the layers with torch.compile: minutes at the start, the same results; only for long trainings on GPUs.",
+        description="Compile the layers with torch.compile: takes minutes at the start, same results; for long "
+        "trainings on GPUs.",
     )
     pretrain_steps: int = Field(
         700,
@@ -112,7 +121,7 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
     )
     pretrain_warmup_steps: int = Field(40, ge=0, description="Steps of linear learning-rate warm-up.")
     dense_warmup: float = Field(
-        0.05, gt=0, lt=1, description="Part of the steps that train the dense model before its networks become experts."
+        0.05, gt=0, lt=1, description="Share of the steps that train the dense model before the switch to experts."
     )
 
     def check_together(self) -> None:
@@ -125,21 +134,20 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
             )
         if self.training_workers and self.pretrain_batch % self.training_workers:
             raise EclectusError(
-                f"pretrain_batch {self.pretrain_batch} cannot be shared by training_workers {self.training_workers}; make it a multiple"
+                f"pretrain_batch {self.pretrain_batch} cannot be shared by training_workers {self.training_workers}; "
+                "make it a multiple"
             )
 
     @property
     def switch_step(self) -> int:
-        """The step at which the dense warm-up ends; 0 where a checkpoint takes its place."""
-        return (
-            0
-            if self.dense_start
-            else min(self.pretrain_steps - 1, max(1, round(self.dense_warmup * self.pretrain_steps)))
-        )
+        """The step at which the dense warm-up ends; 0 if a checkpoint replaces it."""
+        if self.dense_start:
+            return 0
+        return min(self.pretrain_steps - 1, max(1, round(self.dense_warmup * self.pretrain_steps)))
 
 
 class PretrainStageSettings(PretrainSettings):
-    """One stage of pre-training, as a step sees it."""
+    """Settings of the step `pretrain`: one stage."""
 
     pretrain_stage: Literal["warmup", "dense", "lory", "expert_choice", "top_k"] = Field(
         description="Which stage: dense warm-up, dense twin, Lory or a baseline."
@@ -151,8 +159,8 @@ class PretrainStageSettings(PretrainSettings):
         return self.pretrain_stage == "lory" and self.lory_experts > 1 and self.lory_routing != "dense"
 
     def key_values(self) -> dict[str, Any]:
-        """Dense stages do not depend on Lory's settings: a change of those leaves the twin as it is."""
-        # Which baselines there are changes no stage; which checkpoint it starts from is an input.
+        """Without settings that the stage does not depend on; so a change of Lory's reuses the dense twin."""
+        # The list of baselines changes no stage; the checkpoint to start from is an input.
         values = {k: v for k, v in super().key_values().items() if k != "pretrain_baselines"}
         values["dense_start"] = bool(self.dense_start)
         if self.pretrain_stage in ("warmup", "dense"):
@@ -169,18 +177,19 @@ def pretrain(
     """Trains one stage. start: the dense checkpoint that all stages but `warmup` start from."""
     if (settings.pretrain_stage == "warmup") != (start is None):
         raise EclectusError(
-            f"stage '{settings.pretrain_stage}' of pre-training starts from the dense warm-up, and only that from nothing"
+            f"stage '{settings.pretrain_stage}' of pre-training starts from the dense warm-up; only the warm-up starts "
+            "from nothing"
         )
     settings.check_together()
     length = json.loads(instances.file("instances.json").read_text())["length"]
     if settings.routed and settings.lory_segment >= length:
         raise EclectusError(
-            f"lory_segment {settings.lory_segment} leaves no second segment in instances of {length} tokens, so no router would "
-            "ever learn; lower it, or raise instance_tokens"
+            f"lory_segment {settings.lory_segment} leaves no second segment in instances of {length} tokens, so no "
+            "router would ever learn; lower it, or raise instance_tokens"
         )
-    if settings.dense_start:
+    if settings.dense_start and start is not None:
         _check_dense_start(start, length)
-    with workplace("pretrain", instances, tokenizer, start, settings.key_values()) as work:
+    with resume_directory("pretrain", instances, tokenizer, start, settings.key_values()) as work:
         out.statistics = run_training(
             settings,
             train_stage,
@@ -198,16 +207,17 @@ def pretrain(
 
 
 def _check_dense_start(start: Artifact, length: int) -> None:
-    """Raises EclectusError for a checkpoint whose networks cannot become experts, or whose positions do not suffice."""
+    """Raises EclectusError for a checkpoint that is not LLaMA-shaped or has fewer positions than an instance."""
     config = json.loads(start.file("config.json").read_text())
     if config.get("model_type") != "llama" or config.get("mlp_bias") or config.get("hidden_act", "silu") != "silu":
         raise EclectusError(
-            f"dense_start is a {config.get('model_type')} with hidden_act {config.get('hidden_act')}; Lory starts from LLaMA-shaped "
-            "checkpoints (model_type llama, silu, no mlp_bias)"
+            f"dense_start is a {config.get('model_type')} with hidden_act {config.get('hidden_act')}; Lory starts from "
+            "LLaMA-shaped checkpoints (model_type llama, silu, no mlp_bias)"
         )
     if length > config.get("max_position_embeddings", length):
         raise EclectusError(
-            f"instance_tokens {length} is more than dense_start's {config['max_position_embeddings']} positions; lower it"
+            f"instance_tokens {length} is more than dense_start's {config['max_position_embeddings']} positions; "
+            "lower it"
         )
 
 
@@ -222,7 +232,7 @@ def train_stage(
     work: str,
     out: str,
 ) -> dict[str, Any]:
-    """Runs on every training worker; rank 0 writes the checkpoint into `out` and returns its statistics."""
+    """Runs on every training worker; rank 0 writes the checkpoint into `out`. Returns its statistics."""
     from eclectus.models.pretraining.checkpoint import load_moments_file, save_model
     from eclectus.models.pretraining.routing_profiles import routing_profiles, write_profiles
     from eclectus.models.pretraining.stages import make_causal
@@ -233,9 +243,9 @@ def train_stage(
     chosen = PretrainStageSettings(**settings)
     data, tokens = Instances(instances), load_tokenizer(tokenizer)
     stage, switch = chosen.pretrain_stage, chosen.switch_step
-    dense, before = _dense(start, chosen, data, tokens), load_moments_file(moments)
-    model, state, objective = _model_of_stage(chosen, dense, before, data.domains)
-    del dense, before
+    dense, dense_moments = _dense(start, chosen, data, tokens), load_moments_file(moments)
+    model, state, objective = _model_of_stage(chosen, dense, dense_moments, data.domains)
+    del dense, dense_moments
     rewarmed = stage not in ("warmup", "dense") and switch and chosen.lory_rewarm_steps
     plan = chosen.plan(
         start=0 if stage == "warmup" else switch,
@@ -275,7 +285,7 @@ def _dense(start: str | None, settings: PretrainStageSettings, data: Any, tokeni
 
     if start is not None:
         return LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": settings.model_width,
         "intermediate_size": settings.model_feed_forward,
         "num_hidden_layers": settings.model_layers,
@@ -301,7 +311,7 @@ def _dense(start: str | None, settings: PretrainStageSettings, data: Any, tokeni
 def _model_of_stage(
     settings: PretrainStageSettings, dense: Any, moments: dict[str, Any], domains: list[str]
 ) -> tuple[Any, dict[str, Any], Any]:
-    """(model, AdamW's moments for it, objective) out of the dense model and its moments."""
+    """(model, its AdamW moments, objective) of the stage, made from the dense model and its moments."""
     from eclectus.models.pretraining import stages
     from eclectus.models.training import objectives
 

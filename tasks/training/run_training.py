@@ -1,8 +1,8 @@
-"""What all training steps share: the plan's settings, where training runs, and how it speaks while it runs.
+"""What all training steps share: settings, where training runs, and how it reports progress.
 
-Training runs on the run's Ray Train workers (`eclectus.tasks.training.workers`) or, with `training_workers = 0`, in this process. Both call
-the same function with a `Process`. Unfinished training lies under the home's `work/`, named by the step's key, so that the
-next run of the same step goes on from its last checkpoint.
+Training runs on the run's Ray Train workers (tasks/training/workers.py) or, with `training_workers = 0`, in this
+process. Both call the same function with a `Process`. Unfinished training is kept in the home's `work/` under a hash of
+inputs and settings, so that the next run of the same step resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ if TYPE_CHECKING:
     from eclectus.models.training.loop import Plan
 
 MOMENTS = "moments.safetensors"
+WORKERS = "Ray Train workers that share each batch; 0 trains in the calling process, without Ray."
 
 
 class WorkerSettings(Settings):
-    """Where a run trains and evaluates: how many workers, on what, placed how, and what becomes of those that die."""
+    """The workers that train and evaluate: number, resources, placement and restarts."""
 
     training_workers: int = Field(
         2,
         ge=0,
-        description="Ray Train workers that share each batch; 0 trains in the calling process, without Ray.",
+        description=WORKERS,
         json_schema_extra=BASIC,
     )
     training_gpus: bool = RuntimeSetting(
@@ -45,16 +46,17 @@ class WorkerSettings(Settings):
         basic=True,
     )
     training_worker_cpus: float = RuntimeSetting(
-        1.0, gt=0, description="CPU cores that Ray sets aside for each training worker; no node gets more than it has."
+        1.0, gt=0, description="CPU cores that Ray reserves for each training worker."
     )
     training_placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = RuntimeSetting(
         "PACK",
-        description="Training workers on as few Ray nodes as possible (PACK) or on as many (SPREAD); STRICT waits until it can be kept.",
+        description="Training workers on as few Ray nodes as possible (PACK) or on as many (SPREAD); STRICT waits "
+        "until that is possible.",
     )
     training_restarts: int = RuntimeSetting(
         3,
         ge=0,
-        description="How often the training workers of a run are started again, from their last checkpoint, when one dies.",
+        description="How often the training workers of a run are restarted from their last checkpoint when one dies.",
     )
 
 
@@ -63,29 +65,30 @@ class TrainingSettings(WorkerSettings):
 
     training_sharded: bool = Field(
         False,
-        description="Share out weights and optimizer state over the training workers (FSDP2) instead of copying them to each (DDP).",
+        description="Shard weights and optimizer state over the training workers (FSDP2) instead of copying them to "
+        "each (DDP).",
     )
     training_recompute: bool = RuntimeSetting(
         False,
-        description="Compute a layer's activations again in the backward pass instead of keeping them (gradient checkpointing): "
-        "less memory, about a third more time, the same results.",
+        description="Recompute activations in the backward pass instead of keeping them (gradient checkpointing): less "
+        "memory, about a third more time, same results.",
     )
-    micro_batch: int = Field(4, ge=1, description="Instances that a worker computes at once; more cost memory.")
+    micro_batch: int = Field(4, ge=1, description="Instances that a worker computes at once; more need more memory.")
     weight_decay: float = Field(
         0.1, ge=0, description="AdamW's weight decay, on matrices only (not embeddings, not norms)."
     )
-    gradient_clip: float = Field(
-        1.0, gt=0, description="Largest norm of the gradient; a larger one is scaled down to it."
+    gradient_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient; larger ones are scaled down.")
+    learning_rate_floor: float = Field(
+        0.1, ge=0, le=1, description="Final learning rate as a fraction of the peak learning rate."
     )
-    learning_rate_floor: float = Field(0.1, ge=0, le=1, description="Final learning rate, as a part of the peak one.")
     checkpoint_every: int = RuntimeSetting(
-        100, ge=1, description="Training steps between checkpoints to go on from after a crash."
+        100, ge=1, description="Training steps between checkpoints for resuming after a crash."
     )
-    log_every: int = RuntimeSetting(10, ge=1, description="Training steps between rows in the metrics.")
+    log_every: int = RuntimeSetting(10, ge=1, description="Training steps between logged metrics.")
     seed: int = SEED
 
     def plan(self, **stage: Any) -> Plan:
-        """The plan of one stage: these settings and what is the stage's own (start, stop, total, batch, learning_rate, warmup)."""
+        """The plan of one stage. stage: its own fields (start, stop, total, batch, learning_rate, warmup)."""
         from eclectus.models.training.loop import Plan
 
         return Plan(
@@ -105,7 +108,8 @@ class TrainingSettings(WorkerSettings):
 def run_training(settings: WorkerSettings, call: Callable[..., Any], arguments: dict[str, Any], what: str) -> Any:
     """Calls f(process, report, **arguments) on every worker and returns what rank 0 returned.
 
-    call: a function at the top level of a module. what: the words that progress is shown under.
+    call: a function at the top level of a module. what: label of the progress display.
+    Raises EclectusError when training fails, and outside a run unless training_workers is 0.
     """
     report_progress = None
 
@@ -153,19 +157,22 @@ def _workers(settings: WorkerSettings) -> TrainWorkers:
 
 
 @contextmanager
-def workplace(*parts: Any) -> Iterator[Path]:
-    """A directory for unfinished training that is named by what decides its result; removed when the block ends well."""
+def resume_directory(*parts: Any) -> Iterator[Path]:
+    """A directory for unfinished work, keyed by a hash of inputs and settings; removed when the block succeeds.
+
+    Outside a run: a temporary directory.
+    """
     run = current_run()
     if run is None:
-        with tempfile.TemporaryDirectory(prefix="training-") as place:
-            yield Path(place)
+        with tempfile.TemporaryDirectory(prefix="training-") as folder:
+            yield Path(folder)
         return
     content = [part.digest if isinstance(part, Artifact) else part for part in parts]
     name = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    place = run.home.work / name
-    place.mkdir(parents=True, exist_ok=True)
-    yield place
-    shutil.rmtree(place, ignore_errors=True)
+    path = run.home.work / name
+    path.mkdir(parents=True, exist_ok=True)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def initial_moments(start: Artifact | None) -> str | None:

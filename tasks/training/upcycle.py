@@ -1,7 +1,7 @@
-"""Upcycling: a dense checkpoint becomes a mixture of experts that computes exactly the same (docs/methods.md 2.1).
+"""Upcycling: turns a dense checkpoint into a mixture of experts with equal logits (docs/methods.md 2.1).
 
-Expert 0 is the original feed-forward network, the others are copies. The proof, the largest difference of any logit on
-fixed probes, is stored with the artifact; above the tolerance nothing is written.
+Expert 0 is the original feed-forward network, the others are copies. The verification, the largest difference of any
+logit on fixed probes, is stored with the artifact; above the tolerance nothing is written.
 """
 
 from __future__ import annotations
@@ -27,32 +27,34 @@ class UpcycleSettings(Settings):
     extension_experts: int = Field(
         4,
         ge=2,
-        description="Experts in every layer after upcycling, the original one included. A model that was extended before gets this "
-        "many less one beside those it has; a Lory model gets a copy of each of its experts.",
+        description="Experts in every layer after upcycling, including the original one. An extended model gets one "
+        "fewer than this in addition to its own; a Lory model gets a copy of each of its experts.",
         json_schema_extra=BASIC,
     )
     extension_experts_per_layer: list[int] = Field(
         [],
-        description="Experts of each layer, where they shall differ; such a model opens with this package only, since the stock classes "
-        "hold one number for all layers. Empty: extension_experts in every layer.",
+        description="Experts of each layer, if they differ; such a model loads with this package only, since the stock "
+        "classes have one number for all layers. Empty: extension_experts in every layer.",
     )
-    extension_top_k: int = Field(2, ge=1, description="Experts that each token is sent to.")
+    extension_top_k: int = Field(2, ge=1, description="Experts that each token is routed to.")
     extension_init: Literal["copy", "noise", "drop"] = Field(
-        "copy", description="New experts start as copies, as copies with noise, or partly redrawn (Drop-Upcycling)."
+        "copy",
+        description="New experts start as copies, as copies with noise, or as partly reinitialised copies "
+        "(Drop-Upcycling).",
     )
     extension_noise_scale: float = Field(
         0.01,
         gt=0,
-        description="Size of the noise of extension_init 'noise', as a part of each matrix's standard deviation.",
+        description="Noise of extension_init 'noise', as a fraction of each matrix's standard deviation.",
     )
     extension_drop_ratio: float = Field(
-        0.5, gt=0, le=1, description="Part of an expert's inner dimensions that extension_init 'drop' redraws."
+        0.5, gt=0, le=1, description="Share of an expert's inner dimensions that extension_init 'drop' reinitialises."
     )
     upcycle_tolerance: float = Field(
         1e-4,
         gt=0,
-        description="Largest difference of any logit to the dense model at step 0, as a part of the largest logit (at least of 1); "
-        "above it nothing is written.",
+        description="Largest difference of any logit from the dense model at step 0, relative to the largest logit (at "
+        "least 1); above it nothing is written.",
     )
     seed: int = SEED
 
@@ -68,9 +70,9 @@ class UpcycleSettings(Settings):
 
 @step(makes="checkpoint", version=2)
 def upcycle(checkpoint: Artifact, settings: UpcycleSettings, out: Draft, similarity: Artifact | None = None) -> None:
-    """Upcycles a dense checkpoint to a stock mixture-of-experts checkpoint, with the proof.
+    """Upcycles a dense checkpoint to a stock mixture-of-experts checkpoint and stores the verification.
 
-    similarity: where given, its proposal of new experts for each layer takes the place of one number for all.
+    similarity: if given, its proposed number of new experts per layer is used instead of one number for all.
     """
     experts = None
     if similarity is not None:
@@ -81,7 +83,7 @@ def upcycle(checkpoint: Artifact, settings: UpcycleSettings, out: Draft, similar
 def upcycle_folder(
     base: Path, out: Path, settings: UpcycleSettings, experts: list[int] | None = None, trust_remote_code: bool = False
 ) -> UpcycleReport:
-    """Upcycles the checkpoint in a folder or .gguf file. experts: of each layer, instead of the settings' own.
+    """Upcycles the checkpoint in a folder or .gguf file. experts: per layer, overriding the settings.
 
     Raises EclectusError naming what is wrong with base or settings, or by how much the result differs from the base.
     """

@@ -1,15 +1,16 @@
 """A group of Ray Train workers that outlives one stage.
 
-A Ray Train `fit` costs half a minute beyond its steps (processes, imports, process group), so one fit serves all training
-and evaluation stages of a run: its workers take jobs from a queue (an actor), run them, and wait for the next. Ray Train
-places the workers, sets up `torch.distributed`, and restarts the group when a worker dies; the workers then take the
-unfinished job again, which resumes from its own last checkpoint. A job is a function of a module and its arguments:
+A Ray Train `fit` costs half a minute beyond its steps (processes, imports, process group), so one fit serves all
+training and evaluation stages of a run: its workers take jobs from a queue (an actor), run them, and wait for the next.
+Ray Train places the workers, sets up `torch.distributed`, and restarts the group when a worker dies; the workers then
+take the unfinished job again, which resumes from its own last checkpoint. A job is a function and its arguments:
 
     with TrainWorkers(workers=2, use_gpu=False, storage=home.work / "ray") as group:
-        result = group.do(train_stage, {...}, on_report)       # called on every worker as f(process, report, **arguments)
+        # On every worker: train_stage(process, report, **arguments)
+        result = group.do(train_stage, arguments, on_report)
 
-`process` is an `eclectus.models.training.process.Process`; `report(kind, **values)` sends progress and metrics to the driver,
-which calls `on_report(kind, values)`.
+`process` is an `eclectus.models.training.process.Process`; `report(kind, **values)` sends progress and metrics to the
+driver, which calls `on_report(kind, values)`.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class JobQueue:
                 self._job = None
 
     async def fail(self, number: int, error: tuple[str, str, str]) -> None:
-        """A job's exception ends the job if it is an expected error, or if it was raised again after a restart of the workers.
+        """A job's exception ends the job if it is an expected error, or if it was raised again after a restart.
 
         Any other may follow from a worker that died (a broken connection, for example), so the job is tried again.
         """
@@ -128,10 +129,10 @@ class TrainWorkers:
         """
         import ray
 
-        self._ensure_started()
+        thread = self._ensure_started()
         ray.get(self._queue.post.remote(address_of(call), arguments, self.workers))
         while True:
-            self._thread.join(timeout=POLL_SECONDS)
+            thread.join(timeout=POLL_SECONDS)
             reports, results, error = ray.get(self._queue.poll.remote())
             for kind, values in reports:
                 on_report(kind, values)
@@ -143,7 +144,7 @@ class TrainWorkers:
                 raise RuntimeError(f"{name}: {message}\n{trace}")
             if results is not None:
                 return results[0]
-            if not self._thread.is_alive():
+            if not thread.is_alive():
                 raise RuntimeError(f"the training workers are lost after {self.restarts} restarts: {self._fit_error}")
 
     def close(self) -> None:
@@ -172,15 +173,16 @@ class TrainWorkers:
         if kind is None:
             self.close()
 
-    def _ensure_started(self) -> None:
+    def _ensure_started(self) -> threading.Thread:
         if self._thread is not None and self._thread.is_alive():
-            return
+            return self._thread
         ensure_ray()
         import ray
 
         self._queue = ray.remote(num_cpus=0)(JobQueue).remote()
         self._thread = threading.Thread(target=self._fit, daemon=True, name="ray-train-fit")
         self._thread.start()
+        return self._thread
 
     def _fit(self) -> None:
         import ray.train
@@ -229,7 +231,7 @@ def work_through_queue(config: dict[str, Any]) -> None:
 
 
 def address_of(call: Callable[..., Any]) -> str:
-    """`package.module:function`, by which another process finds the function. Raises ValueError if it is not importable."""
+    """`package.module:function`, by which another process imports it. Raises ValueError if it is not importable."""
     module, name = call.__module__, call.__qualname__
     if module == "__main__" or not name.isidentifier():
         raise ValueError(f"{module}.{name} is not at the top level of a module, so no worker can import it")
