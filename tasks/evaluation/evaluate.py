@@ -1,14 +1,18 @@
-"""Evaluation of one model on held-out documents: bits per byte and perplexity, routing, samples of its writing.
+"""Evaluation of one model on held-out documents: bits per byte and perplexity, routing, generated samples.
 
 Documents of one language and domain, in the order of their ids, form a token stream that is read in overlapping windows
-(models/evaluation/scoring.py): every model scores exactly the same tokens, and none of them with look-ahead. Bits per byte, because
-perplexity per token cannot be compared across languages or tokenizers; a document's bytes are counted in proportion to its scored
-tokens, the end-of-document token is read but not scored.
+(models/evaluation/scoring.py): every model scores exactly the same tokens, and none of them with look-ahead. The main
+measure is bits per byte, because perplexity per token cannot be compared across languages or tokenizers. A document's
+bytes are counted in proportion to its scored tokens; the end-of-document token is read but not scored.
 
-Files: `documents.parquet` (bits, bytes and tokens of each document: what paired comparisons need; for Lory `bits_by_prompt` too: routed
-once a window, by its context alone), `scores.parquet` (by language, by domain, by both, over all), `positions.parquet` (by place in the window; `scored` is false for context),
-`routing.parquet` (share of each expert of each layer by language and domain), `samples.json`, `about.json` (model, window,
-what could not be scored). Price: a forward pass over the held-out tokens, on the run's training workers.
+Files:
+    documents.parquet   bits, bytes and tokens per document, for paired comparisons; for Lory also `bits_by_prompt`
+                        (routed once per window, by its context alone)
+    scores.parquet      by language, by domain, by both, over all
+    positions.parquet   by position in the window; `scored` is false for context
+    routing.parquet     share of each expert in each layer, by language and domain
+    samples.json, about.json (model, window, what could not be scored)
+Cost: a forward pass over the held-out tokens, on the run's training workers.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,9 +43,6 @@ from eclectus.tasks.settings import SEED, RuntimeSetting
 from eclectus.tasks.step import step
 from eclectus.tasks.training.run_training import WORKERS, WorkerSettings, resume_directory, run_training
 
-if TYPE_CHECKING:
-    pass
-
 LONGEST_WINDOW = 2048
 
 
@@ -49,25 +50,28 @@ class EvaluateSettings(WorkerSettings):
     """How held-out text is scored; the same settings make models comparable."""
 
     evaluation_tokens: int = Field(
-        0, ge=0, description=f"Tokens in a window; 0 takes the longest that the model knows, at most {LONGEST_WINDOW}."
+        0,
+        ge=0,
+        description=f"Tokens in a window; 0 takes the model's longest context, at most {LONGEST_WINDOW}.",
     )
     evaluation_context: int = Field(
         64,
         ge=1,
-        description="Tokens at the start of a window that are only read, not scored; at least Lory's segment, so that no score has look-ahead.",
+        description="Tokens at the start of a window that are read but not scored; at least Lory's segment, so that no "
+        "score has look-ahead.",
     )
     evaluation_documents: int = Field(
         100, ge=1, description="At most this many held-out documents of each language and domain, chosen by their ids."
     )
     evaluation_samples: int = Field(
-        2, ge=0, description="Held-out documents of each language whose beginnings every model continues."
+        2, ge=0, description="Held-out documents per language whose beginnings every model continues."
     )
     evaluation_prompt_tokens: int = Field(
         32, ge=1, description="Tokens of a document that a model is given to continue."
     )
-    evaluation_sample_tokens: int = Field(48, ge=1, description="Tokens that a model writes for a sample.")
+    evaluation_sample_tokens: int = Field(48, ge=1, description="Tokens that a model generates per sample.")
     evaluation_temperature: float = Field(
-        0.0, ge=0, description="Temperature of sampling; 0 takes the most likely token each time."
+        0.0, ge=0, description="Sampling temperature; 0 always takes the most likely token."
     )
     evaluation_batch: int = RuntimeSetting(
         8, ge=1, description="Windows that a worker scores at once; more cost memory."
@@ -110,8 +114,9 @@ def evaluate(
     sums = result["sums"]
     if not sums.tokens.any():
         raise EclectusError(
-            f"no stream of held-out documents in {documents.name} is longer than evaluation_context, {settings.evaluation_context} "
-            "tokens, so nothing can be scored; hold out more documents, or lower evaluation_context"
+            f"no stream of held-out documents in {documents.name} is longer than evaluation_context, "
+            f"{settings.evaluation_context} tokens, so nothing can be scored; hold out more documents, or lower "
+            "evaluation_context"
         )
     table = write_documents(held, sums, result["by_prompt"], out)
     scores = write_scores(table, out)
@@ -121,7 +126,7 @@ def evaluate(
     write_samples(held, tokens, prompts, result["written"], begin, begin + settings.evaluation_sample_tokens, out)
     out.rows = int((sums.tokens > 0).sum())
     out.statistics = _statistics(held, table, scores, result, length)
-    # What could not be scored belongs to the content: equal scores of other documents are another evaluation.
+    # about.json lists what could not be scored, so evaluations with equal scores of other documents have other digests.
     out.file("about.json").write_text(json.dumps(out.statistics, indent=1, ensure_ascii=False), "utf-8")
 
 
@@ -138,7 +143,7 @@ def evaluate_here(
     end: int,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Runs on every worker: scores this worker's windows, writes its samples; all have the sums of all."""
+    """Runs on every worker: scores its windows and generates its samples; every worker returns the sums of all."""
     from eclectus.models.evaluation.scoring import NotFinite, Windows, generate, routes_by_prompt, score
 
     chosen, work = EvaluateSettings(**settings), Path(streams)
@@ -175,7 +180,7 @@ def evaluate_here(
 
 
 def load_model(checkpoint: str, name: str, context: int) -> Any:
-    """The model in a directory, fp32, ready to be scored. Raises EclectusError naming the checkpoint."""
+    """The model in a directory, in fp32, for scoring. Raises EclectusError naming the checkpoint."""
     from eclectus.models.lory.model import LoryForCausalLM
 
     model = read_model(checkpoint, name)
@@ -183,14 +188,14 @@ def load_model(checkpoint: str, name: str, context: int) -> Any:
         segment, rule = model.config.segment_length, model.config.first_segment
         if segment > context and rule == "stop_gradient" and model.config.routing != "dense":
             raise EclectusError(
-                f"evaluation_context is {context}, shorter than the segment of {segment} tokens of {name}, whose first segment "
-                f"looks ahead; set evaluation_context to {segment} or more for every model that is compared"
+                f"evaluation_context is {context}, shorter than the segment of {segment} tokens of {name}, whose first "
+                f"segment looks ahead; set evaluation_context to {segment} or more for every model that is compared"
             )
     return model
 
 
 def read_model(checkpoint: str, name: str) -> Any:
-    """The model in a directory, fp32. Runs no code from the directory; importing `models` is what makes Lory known.
+    """The model in a directory, in fp32. Runs no code from the directory; the import registers Lory with transformers.
 
     Raises EclectusError naming the checkpoint.
     """
@@ -204,7 +209,8 @@ def read_model(checkpoint: str, name: str) -> Any:
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise EclectusError(
-                f"{name} brings its own code, which Eclectus does not run; convert it to a model that transformers knows"
+                f"{name} needs code of its own, which Eclectus does not run; convert it to an architecture of "
+                "transformers"
             ) from error
         first = str(error).strip().splitlines()[0]
         raise EclectusError(f"{name} cannot be loaded as a causal language model: {first}") from error
@@ -215,30 +221,30 @@ def _window(checkpoint: Artifact, tokenizer: Any, settings: EvaluateSettings) ->
     try:
         config = json.loads(checkpoint.file("config.json").read_text())
     except (OSError, ValueError) as error:
-        raise EclectusError(f"{checkpoint.name} is no model: its config.json cannot be read ({error})") from error
+        raise EclectusError(f"{checkpoint.name} is not a model: its config.json cannot be read ({error})") from error
     config = {**config, **config.get("text_config", {})}
     vocabulary = config.get("vocab_size", 0)
     own = load_tokenizer(checkpoint.path) if checkpoint.file("tokenizer.json").is_file() else None
     if vocabulary < len(tokenizer) or (own is not None and own.get_vocab() != tokenizer.get_vocab()):
-        theirs = f"a tokenizer of {len(own)} tokens of its own" if own is not None else "no tokenizer of its own"
+        theirs = f"its own tokenizer has {len(own)} tokens" if own is not None else "it has no tokenizer of its own"
         raise EclectusError(
-            f"{checkpoint.name} has a vocabulary of {vocabulary} tokens and {theirs}, which is not the given tokenizer "
-            f"of {len(tokenizer)} tokens; evaluate it with the tokenizer that it was trained with"
+            f"{checkpoint.name} has a vocabulary of {vocabulary} tokens and {theirs}, which does not match the given "
+            f"tokenizer of {len(tokenizer)} tokens; evaluate it with the tokenizer that it was trained with"
         )
     longest = config.get("max_position_embeddings") or LONGEST_WINDOW
     length = settings.evaluation_tokens or min(longest, LONGEST_WINDOW)
     if length > longest:
-        raise EclectusError(f"evaluation_tokens is {length}, but {checkpoint.name} knows {longest} positions; lower it")
+        raise EclectusError(f"evaluation_tokens is {length}, but {checkpoint.name} has {longest} positions; lower it")
     if length <= settings.evaluation_context:
         raise EclectusError(
-            f"evaluation_context is {settings.evaluation_context}, which leaves nothing to score in windows of {length} "
-            f"tokens for {checkpoint.name}; lower it, or raise evaluation_tokens"
+            f"evaluation_context is {settings.evaluation_context}, which leaves nothing to score in windows of "
+            f"{length} tokens for {checkpoint.name}; lower it, or raise evaluation_tokens"
         )
     return length
 
 
 def _write_streams(held: HeldOut, end: int, length: int, context: int, scratch: Path) -> None:
-    """The streams as arrays that every worker maps (eclectus.models.evaluation.scoring.Windows)."""
+    """Writes the streams as arrays that every worker maps into memory (models/evaluation/scoring.py, Windows)."""
     from eclectus.models.evaluation.scoring import NO_DOCUMENT, plan_windows
 
     total = sum(held.lengths)
@@ -258,7 +264,7 @@ def _write_streams(held: HeldOut, end: int, length: int, context: int, scratch: 
 def _statistics(
     held: HeldOut, table: pa.Table, scores: pa.Table, result: dict[str, Any], length: int
 ) -> dict[str, Any]:
-    """For people: bits per byte over all, by language, and by domain of the original languages; and what was not scored."""
+    """Bits per byte over all, by language, and by domain of the original languages; and what was not scored."""
     rows = scores.to_pylist()
     total = next(row for row in rows if row["level"] == "all")
     scored = {(row["language"], row["domain"]) for row in rows if row["level"] == "language+domain"}

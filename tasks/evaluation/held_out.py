@@ -1,7 +1,7 @@
-"""Held-out documents as evaluation reads them: chosen by id, tokenised, in streams of one language and domain.
+"""Held-out documents for evaluation: chosen by id, tokenised, in streams of one language and domain.
 
-Ids are hashes of texts, so the lowest of them are a random choice that more documents hardly change, and the same for every
-model. Price: two passes over the documents, and the tokens of those chosen in memory.
+Ids are hashes of texts, so the lowest ids are a random choice that is the same for every model and hardly changes when
+documents are added. Cost: two passes over the documents; the tokens of the chosen ones are held in memory.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ UNKNOWN = "unknown"
 
 @dataclass
 class HeldOut:
-    """What is scored: documents in the order of their streams.
+    """The documents to score, in the order of their streams.
 
-    Each list is by document but for streams (language, domain) and lengths (tokens), which are by stream. known: all
-    languages of the corpus, with held-out documents or not.
+    Lists have one entry per document, except streams (language, domain) and lengths (tokens) with one per stream.
+    known: all languages of the corpus, with or without held-out documents.
     """
 
     documents: list[str] = field(default_factory=list)
@@ -38,7 +38,10 @@ class HeldOut:
 
 
 def read_held_out(documents: Artifact, tokenizer: Any, most: int) -> HeldOut:
-    """Reads and tokenises at most `most` held-out documents of each language and domain. Raises EclectusError without any."""
+    """Reads and tokenises at most `most` held-out documents per language and domain.
+
+    Raises EclectusError if there are none.
+    """
     chosen, held = _choose(documents, most), HeldOut()
     rows: list[tuple[str, str, str, str, int, list[int]]] = []
     names = ["document", "language", "domain", "group", "split", "bytes", "text"]
@@ -73,7 +76,7 @@ def read_held_out(documents: Artifact, tokenizer: Any, most: int) -> HeldOut:
 
 
 def choose_prompts(held: HeldOut, tokens: int, samples: int) -> list[int]:
-    """Ordinals of the `samples` documents of each language whose first `tokens` are continued, one domain after the other.
+    """Indices of `samples` documents per language whose first `tokens` tokens are continued, alternating over domains.
 
     The choice depends on documents and tokenizer alone, so all models continue the same prompts.
     """
@@ -95,7 +98,7 @@ def _choose(documents: Artifact, most: int) -> set[str]:
             ids[language, domain or UNKNOWN].append(document)
     if not ids:
         raise EclectusError(
-            f"{documents.name} has no held-out documents in a wanted language, so no model can be evaluated; hold some out "
-            "when splitting, or add documents"
+            f"{documents.name} has no held-out documents in a wanted language, so no model can be evaluated; hold some "
+            "out when splitting, or add documents"
         )
     return {document for each in ids.values() for document in sorted(each)[:most]}

@@ -1,4 +1,4 @@
-"""The files of an evaluation of held-out text (tasks/evaluation/evaluate.py), out of the sums that scoring gave (models/evaluation/scoring.py).
+"""Writes the files of an evaluation (tasks/evaluation/evaluate.py) from the sums of models/evaluation/scoring.py.
 
 Shares, bits and bytes are rounded, so that any number of workers writes the same bytes.
 """
@@ -21,12 +21,12 @@ from eclectus.tasks.run import metric
 if TYPE_CHECKING:
     from eclectus.models.evaluation.scoring import Sums
 
-# Sums in float64 differ in their last digits with the order of adding; rounded, other workers give the same bytes.
+# float64 sums differ in their last digits with the order of addition; rounded, any number of workers gives the same.
 DIGITS = 6
 
 
 def write_documents(held: HeldOut, sums: Sums, by_prompt: np.ndarray | None, out: Draft) -> pa.Table:
-    """by_prompt: bits of each document under prompt-only routing, None for models that have no such thing."""
+    """documents.parquet. by_prompt: bits per document under prompt-only routing; None for models without it."""
     scored_bytes = sums.tokens * np.array(held.bytes) / np.array([len(ids) for ids in held.tokens])
     table = pa.table(
         {
@@ -80,16 +80,16 @@ def scores_by(table: pa.Table, level: str, by: list[str]) -> pa.Table:
 
 
 def write_positions(held: HeldOut, sums: Sums, bucket: int, context: int, out: Draft) -> None:
-    """Bits per byte by place in the window; the context's rows stand apart, since each of its tokens is scored elsewhere."""
-    stream, place = np.nonzero(sums.positions[:, :, 2])
-    bits, size, tokens = sums.positions[stream, place].round(DIGITS).T
-    first = np.where(place == 0, 1, context + (place - 1) * bucket)
+    """positions.parquet: bits per byte by position. Context has rows of its own: its tokens are scored elsewhere."""
+    stream, position = np.nonzero(sums.positions[:, :, 2])
+    bits, size, tokens = sums.positions[stream, position].round(DIGITS).T
+    first = np.where(position == 0, 1, context + (position - 1) * bucket)
     table = {
         "language": [held.streams[each][0] for each in stream],
         "domain": [held.streams[each][1] for each in stream],
         "first": first,
-        "last": np.where(place == 0, context - 1, first + bucket - 1),
-        "scored": place > 0,
+        "last": np.where(position == 0, context - 1, first + bucket - 1),
+        "scored": position > 0,
         "bits": bits,
         "bytes": size,
         "tokens": tokens.astype(np.int64),
@@ -99,7 +99,10 @@ def write_positions(held: HeldOut, sums: Sums, bucket: int, context: int, out: D
 
 
 def write_routing(held: HeldOut, sums: Sums, out: Draft) -> None:
-    """share: mean mixture weight (Lory, over segments) or router probability (over tokens); top_k_share: part of the choices."""
+    """routing.parquet. share: mean mixture weight (Lory, over segments) or router probability (over tokens).
+
+    top_k_share: the expert's share of all top-k choices; None for Lory.
+    """
     columns: dict[str, list[Any]] = {
         name: [] for name in ("layer", "expert", "language", "domain", "share", "top_k_share", "routed")
     }
@@ -137,7 +140,7 @@ def write_samples(
     end: int,
     out: Draft,
 ) -> None:
-    """What the model wrote after the first `begin` tokens of each prompt, beside what stands there, up to token `end`."""
+    """samples.json: prompts (`begin` tokens of a document), the models' texts, and the document up to token `end`."""
     samples = [
         {
             "language": held.languages[number],

@@ -1,13 +1,14 @@
-"""What the routers of one model did, in numbers: utilisation, entropy, collapse and specialisation, layer by layer.
+"""Routing statistics of one model per layer: utilisation, entropy, collapse and specialisation.
 
-    entropy          of the mean routing, as a part of log E: 1 is all experts alike, 0 is one expert for everything
+    entropy          of the mean routing, divided by log E: 1 is uniform, 0 is one expert for everything
     utilisation      share of experts with a mean weight above 1 / (4 E)
-    specialisation   mutual information between expert and kind of text, in bits: how much a routing tells of where its text
-                     came from; 0 when every kind is routed alike. Papers.md 1.7 defines none; this is ours.
-    collapse         an expert takes more than 90% of every kind of text, or the entropy of the mean routing is below 0.1
+    specialisation   mutual information between expert and kind of text, in bits; 0 when every kind is routed the same
+                     way. Our measure: the paper defines none (docs/methods.md 1.7).
+    collapse         an expert takes more than 90% of every kind of text, or the entropy of the mean routing is below
+    0.1
 
-Rows are those of `routing.parquet` (tasks/evaluation/evaluate.py). Expert 0 of an extended model is meant to take nearly all of the original
-languages, so collapse looks at all kinds of text together, each counting the same.
+Rows are those of `routing.parquet` (tasks/evaluation/evaluate.py). Expert 0 of an extended model is meant to take
+nearly all tokens of the original languages, so collapse is measured over all kinds of text, with equal weights.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ COLLAPSED_ENTROPY = 0.1
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """One layer. specialisation: between languages, and between the domains of one language (the mean over languages)."""
+    """Statistics of one layer. specialisation: between languages, and between the domains of one language (mean)."""
 
     layer: int
     experts: int
@@ -40,7 +41,7 @@ class LayerRouting:
 
 
 def describe_layers(rows: list[dict[str, Any]]) -> list[LayerRouting]:
-    """One entry a layer, in order; nothing for a dense model."""
+    """One entry per layer, in order; none for a dense model."""
     layers: dict[int, dict[tuple[str, str], dict[int, tuple[float, int]]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         layers[row["layer"]][row["language"], row["domain"]][row["expert"]] = row["share"], row["routed"]
@@ -84,13 +85,13 @@ def _describe(layer: int, kinds: dict[tuple[str, str], dict[int, tuple[float, in
 
 
 def _leader_everywhere(table: dict[tuple[str, str], np.ndarray]) -> float:
-    """The smallest share, over the kinds of text, of the expert that leads on the whole."""
+    """The smallest share, over all kinds of text, of the expert with the largest overall share."""
     shares = np.stack(list(table.values()))
     return float(shares[:, shares.mean(0).argmax()].min())
 
 
 def _information(shares: list[np.ndarray]) -> float:
-    """Mutual information in bits between the kind of text (all as likely) and the expert."""
+    """Mutual information in bits between the kind of text (uniform) and the expert."""
     if len(shares) < 2:
         return 0.0
     return max(0.0, _entropy(np.mean(shares, axis=0)) - float(np.mean([_entropy(each) for each in shares])))

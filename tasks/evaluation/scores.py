@@ -1,7 +1,7 @@
-"""What the evaluations say: sums over documents, and paired comparisons with a bootstrap over documents.
+"""Scores of one model by document, and paired comparisons of two models with a bootstrap over documents.
 
-Two models are compared on the documents that both scored, with the same documents drawn with replacement for both, so that
-what is hard for every model cancels out: the interval is about the difference. 1,000 draws of 1,000 documents take 20 ms.
+Two models are compared on the documents that both scored. The same documents are resampled for both, so the difficulty
+of a document cancels out and the interval is that of the difference. 1,000 resamples of 1,000 documents take 20 ms.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ DRAWS_AT_ONCE = 4_000_000
 
 
 class BootstrapSettings(Settings):
-    """How sure a comparison of two models is."""
+    """The bootstrap behind confidence intervals."""
 
-    report_resamples: int = Field(
-        1000, ge=100, description="Draws of the bootstrap over documents that gives the 95% intervals."
-    )
+    report_resamples: int = Field(1000, ge=100, description="Bootstrap resamples over documents for the 95% intervals.")
     seed: int = SEED
 
 
@@ -46,7 +44,7 @@ class Scores:
     bits: np.ndarray
     bytes: np.ndarray
     tokens: np.ndarray
-    # Bits under prompt-only routing; None for models that have no such thing.
+    # Bits under prompt-only routing; None for models without it.
     bits_by_prompt: np.ndarray | None = None
 
     @classmethod
@@ -60,7 +58,7 @@ class Scores:
         return cls(name, evaluation, **arrays, bits_by_prompt=by_prompt)
 
     def where(self, **labels: str) -> np.ndarray:
-        """Which documents have these labels: `where(group="original", domain="code")`, a mask [D]."""
+        """Mask [D] of the documents with these labels: `where(group="original", domain="code")`."""
         chosen = np.ones(len(self.document), bool)
         for label, value in labels.items():
             chosen &= getattr(self, label) == value
@@ -72,7 +70,7 @@ class Scores:
         return float(self.bits[chosen].sum() / self.bytes[chosen].sum()) if chosen.any() else None
 
     def bits_per_byte_by_prompt(self, **labels: str) -> float | None:
-        """As `bits_per_byte`, routed once a window by its context alone (docs/methods.md 1.4); None where that is no other."""
+        """`bits_per_byte` when routed once per window by its context (docs/methods.md 1.4); None if the same."""
         chosen = self.where(**labels)
         if self.bits_by_prompt is None or not chosen.any():
             return None
@@ -118,7 +116,7 @@ class Scores:
         return sorted({row["layer"] for row in self.routing})
 
     def shares(self, label: str, layer: int, field: str = "share", **groups: str) -> dict[str, list[float]]:
-        """By value of a label ("language", "domain", "group"): the mean share of each expert [E] of a layer."""
+        """Mean share of each expert [E] in a layer, by value of a label ("language", "domain" or "group")."""
         labels = {
             (language, domain): {"language": language, "domain": domain, "group": group}
             for language, domain, group in zip(self.language, self.domain, self.group, strict=True)
@@ -136,9 +134,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class Change:
-    """From one model to another on the same documents: relative changes (-0.05 is 5% less) with their 95% intervals.
+    """Relative changes from one model to another on the same documents (-0.05 is 5% less), with 95% intervals.
 
-    bits: of bits per byte. perplexity: of perplexity per token, None where the two did not score the same tokens.
+    before, after: bits per byte. bits: change of bits per byte. perplexity: change of perplexity per token; None if the
+    two models did not score the same tokens.
     """
 
     before: float
@@ -151,7 +150,7 @@ class Change:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out no change at all."""
+        """Whether the interval excludes zero."""
         low, high = self.bits_interval
         return low > 0 or high < 0
 
@@ -177,7 +176,7 @@ class Change:
 
 
 def compare(before: Scores, after: Scores, resamples: int, seed: int, **labels: str) -> Change | None:
-    """The change from one model to another over the documents with these labels that both scored; None without any."""
+    """The change from one model to another over the documents with these labels that both scored; None if none."""
     _, one, two = np.intersect1d(before.document, after.document, return_indices=True)
     chosen = before.where(**labels)[one]
     one, two = one[chosen], two[chosen]
@@ -202,7 +201,7 @@ def compare(before: Scores, after: Scores, resamples: int, seed: int, **labels: 
 
 
 def divergence(shares: dict[str, list[float]]) -> float:
-    """Mean Jensen-Shannon divergence, in bits, between the mean routings of every two kinds of text: 0 when all are alike."""
+    """Mean Jensen-Shannon divergence, in bits, between the mean routings of each two kinds of text."""
     names = sorted(shares)
     values = [
         _jensen_shannon(np.array(shares[one]), np.array(shares[two]))
@@ -213,7 +212,7 @@ def divergence(shares: dict[str, list[float]]) -> float:
 
 
 def _resample(sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Sums [R, C] over documents [D, C] drawn with replacement."""
+    """Sums [R, C] over R resamples, with replacement, of documents [D, C]."""
     generator, count = np.random.default_rng(seed), len(sums)
     parts, left = [], resamples
     while left:

@@ -1,6 +1,6 @@
-"""What the benchmarks say: a model's score on each task, and paired comparisons with a bootstrap over items.
+"""Scores of one model on benchmark tasks, and paired comparisons of two models with a bootstrap over items.
 
-Two models are compared on the items that both could answer, with the same items drawn with replacement for both.
+Two models are compared on the items that both could answer; the same items are resampled for both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from eclectus.storage.artifact import Artifact
 
-# The metric that stands for a task: the first of these that it has, else its own first.
+# The main metric of a task: the first of these that it has, else its own first.
 PREFERRED = ("acc", "exact_match", "em", "f1")
 
 
@@ -28,7 +28,7 @@ class Answers:
 
     @cached_property
     def scores(self) -> dict[str, dict[str, Any]]:
-        """By task (and group): the row of its leading metric."""
+        """By task (and group): the row of its main metric."""
         rows: dict[str, list[dict[str, Any]]] = {}
         for row in pq.read_table(self.artifact.file("scores.parquet")).to_pylist():
             rows.setdefault(row["task"], []).append(row)
@@ -36,7 +36,7 @@ class Answers:
 
     @cached_property
     def values(self) -> dict[tuple[str, str], dict[int, float]]:
-        """By (task, metric): each answered item's own value."""
+        """By (task, metric): the value of each answered item."""
         values: dict[tuple[str, str], dict[int, float]] = {}
         table = pq.read_table(self.artifact.file("items.parquet"), columns=["task", "metric", "item", "value"])
         for row in table.to_pylist():
@@ -51,7 +51,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Difference:
-    """From one model to another on the same items: scores, their difference with its 95% interval, and what is kept of the first."""
+    """Scores of two models on the same items, and the 95% interval of their difference."""
 
     before: float
     after: float
@@ -64,7 +64,7 @@ class Difference:
 
     @property
     def kept(self) -> float | None:
-        """Percent; None where there was nothing to keep."""
+        """Percent of the first score that the second keeps; None if the first is 0."""
         return 100 * self.after / self.before if self.before > 0 else None
 
     @property
@@ -73,7 +73,7 @@ class Difference:
 
 
 def compare_answers(before: Answers, after: Answers, task: str, resamples: int, seed: int) -> Difference | None:
-    """The difference on a task's leading metric over the items that both answered; None where there are none."""
+    """The difference on a task's main metric over the items that both answered; None if there are none."""
     row = before.scores.get(task)
     if row is None or task not in after.scores:
         return None

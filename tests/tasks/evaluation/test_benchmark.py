@@ -249,10 +249,10 @@ def test_the_language_of_a_task_stands_in_its_name(task, language):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({}, "there is nothing to ask"),
-        ({"benchmark_files": ["/nowhere"]}, "names /nowhere, which is not there"),
-        ({"benchmark_tasks": ["my.yaml"]}, "names my.yaml, which is not there"),
-        ({"benchmark_tasks": ["nonsense"]}, "no task could be asked of checkpoint-.*nonsense"),
+        ({}, "there is no task to run"),
+        ({"benchmark_files": ["/nowhere"]}, "names /nowhere, which does not exist"),
+        ({"benchmark_tasks": ["my.yaml"]}, "names my.yaml, which does not exist"),
+        ({"benchmark_tasks": ["nonsense"]}, "no task could be run on checkpoint-.*nonsense"),
     ],
 )
 def test_settings_that_ask_nothing_are_errors_that_say_so(world, settings, told):

@@ -299,7 +299,7 @@ def test_a_model_that_brings_its_own_code_is_refused(world, tmp_path):
     }
     (place / "config.json").write_text(json.dumps(config))
     (place / "foreign.py").write_text("raise SystemExit('this must never run')")
-    with pytest.raises(EclectusError, match="brings its own code, which Eclectus does not run"):
+    with pytest.raises(EclectusError, match="needs code of its own, which Eclectus does not run"):
         run(world, Artifact("checkpoint", "f" * 64, str(place)))
 
 
