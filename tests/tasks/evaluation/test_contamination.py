@@ -122,7 +122,7 @@ def test_only_what_was_packed_counts_as_trained_on(world, tmp_path):
 
 def test_a_model_of_unknown_training_is_an_error_that_says_so(world, tmp_path):
     _, evaluation = examined(world, world.documents, tmp_path)
-    with pytest.raises(EclectusError, match="no instances lie upstream"):
+    with pytest.raises(EclectusError, match="no instances are upstream"):
         compare(world, world.documents, [], evaluation, None)
 
 

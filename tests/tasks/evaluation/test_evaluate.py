@@ -282,7 +282,7 @@ def test_a_segment_longer_than_the_context_is_refused_because_it_looks_ahead(wor
 
 
 def test_windows_longer_than_the_model_knows_are_refused(world):
-    with pytest.raises(EclectusError, match=r"evaluation_tokens is 128, but .* knows 64 positions"):
+    with pytest.raises(EclectusError, match=r"evaluation_tokens is 128, but .* has 64 positions"):
         run(world, world.models["dense"], evaluation_tokens=128)
     with pytest.raises(EclectusError, match="leaves nothing to score in windows of 64"):
         run(world, world.models["dense"], evaluation_context=64)
