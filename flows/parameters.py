@@ -30,7 +30,7 @@ from eclectus.tasks.packing.budget import BudgetSettings
 from eclectus.tasks.packing.pack import PackSettings
 from eclectus.tasks.packing.replay import ReplaySettings
 from eclectus.tasks.packing.tokenizer import TokenizerSettings
-from eclectus.tasks.promotion.new_documents import NewsSettings, RefreshSettings
+from eclectus.tasks.promotion.new_documents import NewDocumentsSettings, RefreshSettings
 from eclectus.tasks.report.data_report import DataReportSettings
 from eclectus.tasks.report.report import ReportSettings
 from eclectus.tasks.settings import BASIC, Settings, parse_settings
@@ -280,7 +280,7 @@ GROUPS: dict[str, tuple[type[Settings], ...]] = {
     ),
     "all training": (TrainingSettings,),
     "evaluation": (EvaluateSettings, BenchmarkSettings, ContaminationSettings, EvaluateParameters),
-    "retraining": (NewsSettings, RefreshSettings, RetrainParameters),
+    "retraining": (NewDocumentsSettings, RefreshSettings, RetrainParameters),
     "reports": (DataReportSettings, BootstrapSettings, ReportSettings),
     "where it runs": (WorkerSettings,),
 }

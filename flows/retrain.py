@@ -24,7 +24,7 @@ from eclectus.storage.lineage.champions import champion, decisions
 from eclectus.storage.lineage.history import Made, read_history
 from eclectus.tasks.evaluation.contamination import packed_documents
 from eclectus.tasks.packing.pack import PackSettings, pack
-from eclectus.tasks.promotion.new_documents import NewsSettings, RefreshSettings, news, refresh
+from eclectus.tasks.promotion.new_documents import NewDocumentsSettings, RefreshSettings, news, refresh
 from eclectus.tasks.run import require_run, say
 
 EXTENDING = ("upcycle", "add_experts", "extend")

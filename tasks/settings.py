@@ -81,7 +81,7 @@ class Settings(BaseModel):
 
 
 def parse_settings(text: str, origin: str) -> dict[str, Any]:
-    """Settings from YAML text of 'setting: value' lines; not checked yet. Raises EclectusError naming `origin` for other text."""
+    """Unchecked settings from YAML text of 'setting: value' lines. Raises EclectusError naming `origin`."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:

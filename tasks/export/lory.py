@@ -1,4 +1,4 @@
-"""Export: a Lory checkpoint as a stock dense LLaMA that any server can run (models/pretraining/export_dense.py)."""
+"""Export of a Lory checkpoint to a stock dense LLaMA that any server can run (models/pretraining/export_dense.py)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from eclectus.storage.errors import EclectusError
 def export(
     store: ArtifactStore, checkpoint: str, out: Path, domain: str | None, language: str | None, prompt: str | None
 ) -> str:
-    """Writes the dense model into `out`, whole or not at all, and says what it wrote.
+    """Writes the dense model into `out` atomically and returns a description of it.
 
-    checkpoint: an artifact's name, or any folder with a Lory model. Exactly one of the three decides how experts are
-    merged, unless there is one expert. Raises EclectusError naming the checkpoint that is damaged or no Lory model, or
-    what of the three is missing.
+    checkpoint: an artifact's name, or any folder with a Lory model. domain, language, prompt: exactly one decides how
+    experts are merged, unless there is one expert. Raises EclectusError naming a checkpoint that is damaged or not a
+    Lory model, or which of the three is missing.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise EclectusError(f"{out} is there already and not an empty folder; name another one")
+        raise EclectusError(f"{out} exists and is not an empty folder; choose another one")
     folder = _folder(store, checkpoint)
     from eclectus.models.lory.model import LoryForCausalLM
     from eclectus.models.pretraining.export_dense import export_dense

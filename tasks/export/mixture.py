@@ -17,35 +17,35 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def checkpoint_folder(home: Home, checkpoint: str) -> tuple[Path, Artifact | None]:
-    """The folder of a checkpoint, and the artifact where it is one. checkpoint: an artifact's name, or any folder.
+    """(the folder of a checkpoint, its artifact or None). checkpoint: an artifact's name, or any folder.
 
-    Raises EclectusError for one that is not there or damaged.
+    Raises EclectusError for a checkpoint that does not exist or is damaged.
     """
-    place = Path(checkpoint)
-    if (place / "config.json").is_file() and not (place / MANIFEST).is_file():
-        return place, None
-    if place.is_dir() and not (place / MANIFEST).is_file():
+    folder = Path(checkpoint)
+    if (folder / "config.json").is_file() and not (folder / MANIFEST).is_file():
+        return folder, None
+    if folder.is_dir() and not (folder / MANIFEST).is_file():
         raise EclectusError(f"{checkpoint} has no config.json; expected a checkpoint's folder or an artifact's name")
     artifact = home.store.find(checkpoint)
     if fault := home.store.faults(artifact):
         raise EclectusError(f"{fault}; run the flow that made it again")
     if not artifact.file("config.json").is_file():
-        raise EclectusError(f"{artifact.name} is no model: it has no config.json")
+        raise EclectusError(f"{artifact.name} is not a model: it has no config.json")
     return Path(artifact.path), artifact
 
 
 def model_type(folder: Path) -> str:
-    """What config.json says. Raises EclectusError when it cannot be read."""
+    """`model_type` of config.json. Raises EclectusError if it cannot be read."""
     return str(_read(folder / "config.json").get("model_type"))
 
 
 def export_mixture(
     home: Home, checkpoint: str, out: Path, dtype: Dtype | None = None, extract_base: bool = False
 ) -> str:
-    """Writes the stock checkpoint, or the dense original inside it, into `out`, whole or not at all; says what it wrote.
+    """Writes the stock checkpoint, or its dense original, into `out` atomically and returns a description of it.
 
-    checkpoint: an artifact's name, or any folder with an upcycled model. dtype: type of the stored floats, as they are when
-    None. Raises EclectusError naming the checkpoint and what is wrong with it.
+    checkpoint: an artifact's name, or any folder with an upcycled model. dtype: of the stored floats; None: unchanged.
+    Raises EclectusError naming the checkpoint and what is wrong with it.
     """
     import torch
 
@@ -62,7 +62,7 @@ def export_mixture(
         raise EclectusError(f"{checkpoint} was not exported: {error}") from error
     config = _read(out / "config.json")
     if extract_base:
-        return f"{out}: the dense {config['architectures'][0]} that it was made of, every tensor as it was"
+        return f"{out}: the dense {config['architectures'][0]} that it was upcycled from, with unchanged tensors"
     made = _read(out / "upcycle.json") if (out / "upcycle.json").is_file() else {}
     origin = origin_of(home, artifact.digest) if artifact else Origin()
     (out / CARD).write_text(model_card(out.name, config, made, origin), encoding="utf-8")

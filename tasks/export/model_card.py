@@ -1,7 +1,7 @@
 """The model card of a checkpoint, written from lineage: data, languages, settings and scores as they were journaled.
 
-Nothing is asked of a person and nothing guessed: what the books of the home do not know (a folder from elsewhere, a model that
-was never evaluated) is left out or said to be unknown. The front matter is what model hubs read.
+Nothing needs input from the user: what the lineage does not have (a folder from elsewhere, a model that was never
+evaluated) is left out or reported as unknown. The front matter is what model hubs read.
 """
 
 from __future__ import annotations
@@ -20,27 +20,34 @@ _UPWARD = """
     with recursive up as (
         select artifact, made_by as step from artifacts where artifact = $artifact
         union
-        select i.artifact, a.made_by from up join step_inputs i using (step) join artifacts a on a.artifact = i.artifact)
+        select i.artifact, a.made_by from up join step_inputs i using (step) join artifacts a on a.artifact =
+        i.artifact)
     select s.step, s.name, s.label, s.run, a.artifact, a.statistics
     from (select distinct artifact, step from up) join steps s using (step) join artifacts a using (artifact)
     order by s.started"""
 _SCORES = """
-    select arg_max(a.statistics, s.started) from step_inputs i join steps s using (step) join step_outputs o using (step)
-    join artifacts a on a.artifact = o.artifact where s.name = 'evaluate' and i.name = 'checkpoint' and i.artifact = $artifact"""
-# Settings worth a row, by step; all others are in the lineage.
+    select arg_max(a.statistics, s.started)
+    from step_inputs i join steps s using (step) join step_outputs o using (step)
+    join artifacts a on a.artifact = o.artifact
+    where s.name = 'evaluate' and i.name = 'checkpoint' and i.artifact = $artifact"""
+_BASE = """
+    select i.artifact from step_inputs i join step_outputs o using (step)
+    where i.name = 'checkpoint' and o.artifact = $made"""
+# Settings shown on the card, by step; all others are in the lineage.
 _SHOWN = {
     "upcycle": ("extension_experts", "extension_top_k", "extension_init", "seed"),
     "add_experts": ("extension_experts", "extension_calibration_tokens", "seed"),
     "extend": (
-        "extension_method", "post_pretrain_steps", "post_pretrain_batch", "post_pretrain_learning_rate", "balance_weight",
-        "balance_scaling", "review_steps", "review_batch", "review_learning_rate", "lpr_weight", "lpr_loss", "weight_decay", "seed",
+        "extension_method", "post_pretrain_steps", "post_pretrain_batch", "post_pretrain_learning_rate",
+        "balance_weight", "balance_scaling", "review_steps", "review_batch", "review_learning_rate", "lpr_weight",
+        "lpr_loss", "weight_decay", "seed",
     ),
 }  # fmt: skip
 
 
 @dataclass
 class Origin:
-    """What the books know of a checkpoint: the steps that led to it, oldest first, and its scores beside its base's."""
+    """Lineage of a checkpoint: the steps that led to it, oldest first, and the scores of it and its base."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
@@ -52,24 +59,21 @@ class Origin:
 
 
 def origin_of(home: Home, digest: str) -> Origin:
-    """Everything upward of the artifact with this digest, from the journals of a home."""
+    """Everything upstream of the artifact with this digest, from the journals of a home."""
     origin = Origin()
-    with connect(home) as books:
-        for step, name, label, run, artifact, statistics in books.execute(_UPWARD, {"artifact": digest}).fetchall():
-            rows = books.execute("select name, value from settings where step = $step", {"step": step}).fetchall()
+    with connect(home) as lineage:
+        for step, name, label, run, artifact, statistics in lineage.execute(_UPWARD, {"artifact": digest}).fetchall():
+            rows = lineage.execute("select name, value from settings where step = $step", {"step": step}).fetchall()
             settings = {key: json.loads(value) for key, value in rows}
             known = {"name": name, "label": label, "run": run, "artifact": artifact, "settings": settings}
             origin.steps.append(known | {"statistics": json.loads(statistics or "{}")})
-        origin.scores = _scores(books, digest)
+        origin.scores = _scores(lineage, digest)
         upcycled = origin.made_by("upcycle") or origin.made_by("add_experts")
         if upcycled:
-            first = books.execute(
-                "select i.artifact from step_inputs i join step_outputs o using (step) where i.name = 'checkpoint' and o.artifact = $made",
-                {"made": upcycled[-1]["artifact"]},
-            ).fetchone()
-            origin.base_scores = _scores(books, first[0]) if first else {}
+            first = lineage.execute(_BASE, {"made": upcycled[-1]["artifact"]}).fetchone()
+            origin.base_scores = _scores(lineage, first[0]) if first else {}
         for run in dict.fromkeys(each["run"] for each in origin.steps):
-            row = books.execute(
+            row = lineage.execute(
                 "select started, code_version, parameters->'sources' from runs where run = $run", {"run": run}
             ).fetchone()
             if row:
@@ -78,13 +82,13 @@ def origin_of(home: Home, digest: str) -> Origin:
     return origin
 
 
-def _scores(books: Any, digest: str) -> dict[str, float]:
-    found = books.execute(_SCORES, {"artifact": digest}).fetchone()
+def _scores(lineage: Any, digest: str) -> dict[str, float]:
+    found = lineage.execute(_SCORES, {"artifact": digest}).fetchone()
     return json.loads(found[0])["bits_per_byte"]["language"] if found and found[0] else {}
 
 
 def model_card(name: str, config: dict[str, Any], made: dict[str, Any], origin: Origin) -> str:
-    """The card in Markdown. name: of the folder; config: its config.json; made: its upcycle.json, empty where there is none."""
+    """The card in Markdown. name: of the folder. config: its config.json. made: its upcycle.json, or empty."""
     known, new = _languages(origin)
     parts = [
         _front_matter(config, known + new),
@@ -121,11 +125,11 @@ def _what(config: dict[str, Any], made: dict[str, Any], known: list[str], new: l
         experts = config.get("experts_per_layer") or config.get("num_local_experts") or config.get("num_experts")
         base = (config.get("upcycled_from") or {}).get("model_type", "dense")
         text += (
-            f" with {experts} experts in each layer, of which {config['num_experts_per_tok']} are used for a token: a {base} model, "
-            "upcycled and extended by MoE-LPR ([arXiv 2408.11396](https://arxiv.org/abs/2408.11396))"
+            f" with {experts} experts in each layer, of which {config['num_experts_per_tok']} are used per token: a "
+            f"{base} model, upcycled and extended by MoE-LPR ([arXiv 2408.11396](https://arxiv.org/abs/2408.11396))"
         )
-        text += ". Expert 0 and all shared weights are the dense model's own" if _kept(made) else ""
-    text += f". It knew {', '.join(known)}" if known else ""
+        text += ". Expert 0 and all shared weights are unchanged from the dense model" if _kept(made) else ""
+    text += f". The base model knows {', '.join(known)}" if known else ""
     text += f" and was extended to {', '.join(new)}" if new else ""
     notes = "".join(f"\n\n> {note}" for note in made.get("notes", []))
     opens = "import eclectus.models  # Eclectus: registers the class\n" if config.get("experts_per_layer") else ""
@@ -135,7 +139,7 @@ def _what(config: dict[str, Any], made: dict[str, Any], known: list[str], new: l
 
 
 def _kept(made: dict[str, Any]) -> bool:
-    """Whether no training touched the original weights."""
+    """Whether the original weights are unchanged by training."""
     return bool(made) and all(stage["method"] != "moe_all" for stage in made.get("trained", []))
 
 
@@ -153,7 +157,7 @@ def _data(origin: Origin) -> str:
 
 
 def _last_part(source: str) -> str:
-    """Where data lies on one machine is nobody else's business: the name is enough."""
+    """The name alone: paths of the machine are not published."""
     return source.rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -165,13 +169,13 @@ def _training(origin: Origin) -> str:
         if step["name"] == "fetch":
             lines.append(f"**{step['label']}**: {statistics.get('base_model')}\n")
         elif step["name"] in _SHOWN or step["name"] == "pretrain":
-            told = [
+            facts = [
                 f"{name} {statistics[name]:,}"
                 for name in ("steps", "tokens", "parameters", "parameters_trained")
                 if name in statistics
             ]
-            told += [f"{name} {value}" for name, value in shown.items()]
-            lines.append(f"**{step['label']}**: {', '.join(told)}\n")
+            facts += [f"{name} {value}" for name, value in shown.items()]
+            lines.append(f"**{step['label']}**: {', '.join(facts)}\n")
     return "## Training\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -184,9 +188,9 @@ def _scores_table(origin: Origin, known: list[str], new: list[str]) -> str:
             ours, base = origin.scores[language], origin.base_scores.get(language)
             kept = f"{base:.3f} | {100 * base / ours:.1f}%" if base else " | "
             rows.append(f"| {language} | {'known' if language in known else 'new'} | {ours:.3f} | {kept} |")
-    head = "| language | | bits per byte | model before | kept |\n|---|---|---|---|---|\n"
+    head = "| language | | bits per byte | base model | kept |\n|---|---|---|---|---|\n"
     return (
-        f"## Scores\n\nOn held-out text; kept: bits per byte of the model before over this one's.\n\n{head}"
+        f"## Scores\n\nOn held-out text; kept: bits per byte of the base model over this one's.\n\n{head}"
         + "\n".join(rows)
         + "\n"
     )
@@ -196,13 +200,13 @@ def _proof(made: dict[str, Any]) -> str:
     if not made:
         return ""
     text = (
-        f"## Proof\n\nBefore training no logit differed from the {made['base_model_type']} model's by more than "
+        f"## Verification\n\nBefore training no logit differed from the {made['base_model_type']} model's by more than "
         f"{made['max_abs_delta']:.2g} (largest logit {made['max_abs_logit']:.3g}; {made['proof']})."
     )
     if _kept(made):
         text += (
             f" SHA-256 of the original weights, the same before and after training: `{made['base_digest']}`. "
-            "`eclectus export THIS_FOLDER OUT --extract-base` writes them back out."
+            "`eclectus export THIS_FOLDER OUT --extract-base` extracts them."
         )
     return text + "\n"
 

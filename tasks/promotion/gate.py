@@ -1,15 +1,16 @@
-"""The gate: decides by a small file of rules whether a model may take the champion's place. A model that fails is a result, not a crash.
+"""The gate: decides by a small file of rules whether a model may replace the champion. A failed gate is not an error.
 
     lines:
       extended:                 champions are kept by line
-        model: stage 2          the model that the flow judges for this line
-        base: dense             what retention and `base` refer to
+        model: stage 2          the model that the flow evaluates for this line
+        base: dense             the model that retention and `base` refer to
         rules:
           - retention.original >= 0.99
           - bits_per_byte.expanded <= champion
 
-The step below is pure: rules and evaluations in, `decision.json` out (which rules held, with numbers and reasons). Who is champion
-stands in the journal (storage/lineage/champions.py); `tasks/promotion/promote.py` puts the two together. Price: a bootstrap a rule, milliseconds.
+The step below is a pure function: rules and evaluations in, `decision.json` out (which rules hold, with numbers and
+reasons). The champions are in the journal (storage/lineage/champions.py); tasks/promotion/promote.py combines the two.
+Cost: a bootstrap per rule, milliseconds.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.evaluation.routing_statistics import collapsed_layers
 from eclectus.tasks.evaluation.scores import BootstrapSettings, Scores
-from eclectus.tasks.promotion.gate_rules import Judged, Rule, check
+from eclectus.tasks.promotion.gate_rules import ModelResults, Rule, check
 from eclectus.tasks.step import step
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One line of champions: which model is judged, against which base, by which rules."""
+    """One line of champions: which model is evaluated, against which base, by which rules."""
 
     line: str
     model: str
@@ -42,10 +43,10 @@ class Gate:
 
 
 class GateSettings(BootstrapSettings):
-    """What a model has to keep to."""
+    """The rules that a model must meet."""
 
-    gate_line: str = Field("default", description="The line of champions that the model would join.")
-    gate_model: str = Field("", description="What the model is called in its run, for people.")
+    gate_line: str = Field("default", description="Line of champions that the model would join.")
+    gate_model: str = Field("", description="Name of the model in its run, for display.")
     gate_rules: list[str] = Field([], description="Rules, as in configs/gate.yaml; all must hold.")
 
 
@@ -59,7 +60,7 @@ def read_gates(path: str | Path) -> dict[str, Gate]:
         raise EclectusError(f"gate file {path} is not YAML: {' '.join(str(error).split())}") from error
     lines = content.get("lines") if isinstance(content, dict) else None
     if not isinstance(lines, dict) or not lines:
-        raise EclectusError(f"gate file {path} has no 'lines'; see configs/gate.yaml for what one looks like")
+        raise EclectusError(f"gate file {path} has no 'lines'; see configs/gate.yaml for an example")
     return {str(line): _read_gate(path, str(line), each) for line, each in lines.items()}
 
 
@@ -93,12 +94,12 @@ def gate(
 ) -> None:
     """Checks every rule on a model's evaluations.
 
-    candidate, base, champion: by kind, `text` (tasks/evaluation/evaluate.py), and where there are, `tasks` (tasks/evaluation/benchmark.py) and
-    `contamination` (tasks/evaluation/contamination.py).
+    candidate, base, champion: by kind, `text` (tasks/evaluation/evaluate.py) and optionally `tasks`
+    (tasks/evaluation/benchmark.py) and `contamination` (tasks/evaluation/contamination.py).
     """
-    model = read_judged("the candidate", candidate)
-    start = read_judged("the base", base) if base else None
-    best = read_judged("the champion", champion) if champion else None
+    model = read_results("the candidate", candidate)
+    start = read_results("the base", base) if base else None
+    best = read_results("the champion", champion) if champion else None
     outcomes = [
         check(Rule.read(rule), model, start, best, settings.report_resamples, settings.seed)
         for rule in settings.gate_rules
@@ -120,8 +121,8 @@ def gate(
     out.file("decision.json").write_text(json.dumps(out.statistics, indent=1, ensure_ascii=False), "utf-8")
 
 
-def read_judged(name: str, evaluations: dict[str, Artifact]) -> Judged:
-    """A model's evaluations as the rules read them. Raises EclectusError when the one of held-out text is missing."""
+def read_results(name: str, evaluations: dict[str, Artifact]) -> ModelResults:
+    """A model's evaluations as the rules read them. Raises EclectusError if the one on held-out text is missing."""
     if "text" not in evaluations:
         raise EclectusError(f"{name} has no evaluation on held-out text; evaluate it first")
     tasks: dict[tuple[str, str], float] = {}
@@ -133,4 +134,4 @@ def read_judged(name: str, evaluations: dict[str, Artifact]) -> Judged:
     numbers = {"collapsed_layers": float(len(collapsed_layers(scores.routing)))}
     if evaluations.get("contamination"):
         numbers["contamination"] = evaluations["contamination"].statistics["share"]
-    return Judged(name, scores, tasks, numbers)
+    return ModelResults(name, scores, tasks, numbers)

@@ -1,14 +1,14 @@
-"""The rules of a gate: what each says, and whether it holds. One rule is one line, as in configs/gate.yaml:
+"""The rules of a gate: reading a rule, and checking whether it holds. One rule is one line, as in configs/gate.yaml:
 
-    retention.en >= 0.99                 English bits per byte of the base over the model's; 1 is nothing forgotten
+    retention.en >= 0.99                 the base's bits per byte on English over the model's; 1 is nothing forgotten
     retention.original.low >= 0.98       the lower end of its 95% interval (paired bootstrap over documents)
-    bits_per_byte.el <= champion         on the documents that both scored; `champion * 1.01` gives room
-    acc.arc_easy >= base - 0.02          a metric of a task, against the model that training began from
+    bits_per_byte.el <= champion         on the documents that both scored; `champion * 1.01` allows 1% more
+    acc.arc_easy >= base - 0.02          a metric of a task, against the model that training started from
     contamination <= 0.01                share of items and documents that were seen in training
     collapsed_layers <= 0                layers whose router has collapsed
 
-A name is a measure and, after dots, of what: a language, `original` or `expanded`, a domain, a task. A measure that is not there
-fails its rule and says so; a comparison with a champion holds as long as there is no other.
+A name is a measure and, after dots, what it is measured on: a language, `original` or `expanded`, a domain, a task. A
+missing measure fails its rule and is reported; a comparison with the champion holds if there is none.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ _LIMIT = re.compile(r"^(champion|base)(?:\s*([*+-])\s*(\d+(?:\.\d+)?))?$")
 
 @dataclass(frozen=True)
 class Rule:
-    """text: as written. measure, of: what is measured. limit: a number, or `champion` or `base` changed by (sign, number)."""
+    """A rule. text: as written. of: what it is measured on. limit: a number, `champion` or `base`.
+
+    change: of a limit that names a model, as (sign, number).
+    """
 
     text: str
     measure: str
@@ -48,7 +51,7 @@ class Rule:
 
     @classmethod
     def read(cls, text: str) -> Rule:
-        """Raises EclectusError with the rule and what would be one."""
+        """Parses a rule. Raises EclectusError with the rule and an example."""
         found = _RULE.match(text)
         if not found:
             raise EclectusError(
@@ -66,14 +69,15 @@ class Rule:
             value = math.nan
         if not math.isfinite(value):
             raise EclectusError(
-                f"rule '{text}' has the limit '{limit}'; expected a number, 'champion' or 'base', perhaps with '* 1.01' or '- 0.02' behind it"
+                f"rule '{text}' has the limit '{limit}'; expected a number, 'champion' or 'base', optionally followed "
+                "by '* 1.01' or '- 0.02'"
             )
         return cls(text, measure, tuple(of), sign, value)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a rule. value, limit: None where they are not known."""
+    """The result of a rule. value, limit: None if unknown."""
 
     rule: str
     passed: bool
@@ -86,8 +90,8 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """All that is known of one model: its scores on held-out text, on tasks {(task, metric): score}, and single numbers."""
+class ModelResults:
+    """Evaluations of one model: scores on held-out text, tasks {(task, metric): score}, other numbers by measure."""
 
     name: str
     scores: Scores
@@ -96,11 +100,11 @@ class Judged:
 
 
 class Missing(Exception):
-    """A measure that is not there; the message says which and why."""
+    """A measure is missing; the message says which and why."""
 
 
 def check(
-    rule: Rule, model: Judged, base: Judged | None, champion: Judged | None, resamples: int, seed: int
+    rule: Rule, model: ModelResults, base: ModelResults | None, champion: ModelResults | None, resamples: int, seed: int
 ) -> Outcome:
     """Whether a rule holds for a model."""
     try:
@@ -119,37 +123,38 @@ def check(
         limit = {"*": limit * number, "+": limit + number, "-": limit - number}[sign]
     holds = math.isfinite(value) and OPERATORS[rule.sign](value, limit)
     against = f" ({rule.limit}{_changed(rule)}{on})" if other else on
-    return Outcome(rule.text, holds, value, limit, _told(rule, value, limit) + against)
+    return Outcome(rule.text, holds, value, limit, _describe(rule, value, limit) + against)
 
 
 def _changed(rule: Rule) -> str:
     return f" {rule.change[0]} {rule.change[1]:g}" if rule.change else ""
 
 
-def _told(rule: Rule, value: float, limit: float) -> str:
-    """The outcome in words for a reader who does not know the rule."""
+def _describe(rule: Rule, value: float, limit: float) -> str:
+    """The outcome in a sentence that can be read without the rule."""
     if rule.measure == "collapsed_layers":
         layers = f"{value:.0f} layer{'' if value == 1 else 's'}"
-        return f"the router sends nearly everything to one expert in {layers}, {_asked(rule.sign, _show(limit))}"
+        return f"the router sends nearly everything to one expert in {layers}, {_required(rule.sign, _show(limit))}"
     groups = {"original": "the original languages", "expanded": "the new languages"}
     ends = {bound: f"({bound} end of the interval)" for bound in BOUNDS}
     of = " ".join(groups.get(word) or ends.get(word) or language_name(word) for word in rule.of)
     if rule.measure in ("retention", "gain"):
         what = f"kept of {of or 'all text'}" if rule.measure == "retention" else f"gained on {of or 'all text'}"
-        return f"{100 * value:.1f}% {what}, {_asked(rule.sign, f'{100 * limit:.4g}%')}"
+        return f"{100 * value:.1f}% {what}, {_required(rule.sign, f'{100 * limit:.4g}%')}"
     if rule.measure == "contamination":
-        return f"{100 * value:.1f}% of items and documents were seen in training, {_asked(rule.sign, f'{100 * limit:.4g}%')}"
+        seen = f"{100 * value:.1f}% of items and documents were seen in training"
+        return f"{seen}, {_required(rule.sign, f'{100 * limit:.4g}%')}"
     name = rule.measure.replace("_", " ") if rule.measure in TEXT_MEASURES else rule.measure
     where = f" {'in' if rule.measure in TEXT_MEASURES else 'on'} {of}" if of else ""
-    return f"{_show(value)} {name}{where}, {_asked(rule.sign, _show(limit))}"
+    return f"{_show(value)} {name}{where}, {_required(rule.sign, _show(limit))}"
 
 
-def _asked(sign: str, limit: str) -> str:
+def _required(sign: str, limit: str) -> str:
     words = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than", "==": "exactly"}
-    return f"{words[sign]} {limit} asked"
+    return f"{words[sign]} {limit} required"
 
 
-def _maybe(rule: Rule, model: Judged, base: Judged | None, resamples: int, seed: int) -> float | None:
+def _maybe(rule: Rule, model: ModelResults, base: ModelResults | None, resamples: int, seed: int) -> float | None:
     try:
         return _measure(rule, model, base, resamples, seed)
     except Missing:
@@ -157,9 +162,9 @@ def _maybe(rule: Rule, model: Judged, base: Judged | None, resamples: int, seed:
 
 
 def _both(
-    rule: Rule, model: Judged, base: Judged | None, other: Judged | None, resamples: int, seed: int
+    rule: Rule, model: ModelResults, base: ModelResults | None, other: ModelResults | None, resamples: int, seed: int
 ) -> tuple[float, float, str]:
-    """(the model's value, the limit, on what they were taken): on the same documents for text, and the same items for tasks."""
+    """(the model's value, the limit, ", N documents" for text). Text is compared on the documents that both scored."""
     if other is None:
         return _measure(rule, model, base, resamples, seed), float(rule.limit), ""
     if rule.measure in ("bits_per_byte", "perplexity"):
@@ -173,7 +178,7 @@ def _both(
     return _measure(rule, model, base, resamples, seed), _measure(rule, other, base, resamples, seed), ""
 
 
-def _measure(rule: Rule, model: Judged, base: Judged | None, resamples: int, seed: int) -> float:
+def _measure(rule: Rule, model: ModelResults, base: ModelResults | None, resamples: int, seed: int) -> float:
     of, bound = rule.of, ""
     if of and of[-1] in BOUNDS:
         of, bound = of[:-1], of[-1]
@@ -181,7 +186,7 @@ def _measure(rule: Rule, model: Judged, base: Judged | None, resamples: int, see
         raise Missing(f"'{rule.measure}' has no '{bound}' end; retention and gain have")
     if rule.measure in ("retention", "gain"):
         if base is None:
-            raise Missing("the base was not evaluated, so nothing can be said of what was kept or gained")
+            raise Missing("the base was not evaluated, so retention and gain are unknown")
         if base.scores.artifact == model.scores.artifact:
             return 1.0 if rule.measure == "retention" else 0.0
         return _kept_or_gained(rule.measure, bound, _change(base.scores, model.scores, rule, resamples, seed))
@@ -196,7 +201,7 @@ def _measure(rule: Rule, model: Judged, base: Judged | None, resamples: int, see
     if (task, rule.measure) in model.tasks:
         return model.tasks[task, rule.measure]
     known = ", ".join([*TEXT_MEASURES, *sorted(model.numbers), *sorted(f"{each}.{name}" for name, each in model.tasks)])
-    raise Missing(f"there is no measure '{'.'.join([rule.measure, *rule.of])}' of {model.name}; there are {known}")
+    raise Missing(f"there is no measure '{'.'.join([rule.measure, *rule.of])}' of {model.name}; available: {known}")
 
 
 def _kept_or_gained(measure: str, bound: str, change: Change) -> float:
@@ -216,7 +221,7 @@ def _change(before: Scores, after: Scores, rule: Rule, resamples: int, seed: int
 
 
 def _labels(scores: Scores, of: tuple[str, ...]) -> dict[str, str]:
-    """{"language": "el", "domain": "code"} for ("el", "code"): each word is a group, a language or a domain that there is."""
+    """{"language": "el", "domain": "code"} for ("el", "code"): each word is a group, language or domain."""
     labels: dict[str, str] = {}
     for word in of:
         if word == "all":

@@ -1,9 +1,10 @@
-"""News: what the sources hold that was not trained on before, and whether that is enough to train on; and what to train on then.
+"""New documents: which documents were not trained on before, whether they suffice to retrain, and what to train on
+then.
 
-New is a training document (tasks/documents/split.py) of an original or expanded language whose id is in none of the `documents` that were
-packed for the models judged so far. Tokens are counted by the champion's own tokenizer. `refresh` sets the expanded languages' old
-documents apart but for a share, so that a night's few steps are spent on what is new.
-Price: one read of the ids, and of the new texts (0.5M tokens a second); `refresh` 20 bytes a document.
+A document is new if it is a training document (tasks/documents/split.py) of an original or expanded language and its id
+is in none of the `documents` packed for the models evaluated so far. Tokens are counted with the champion's tokenizer.
+`refresh` excludes known documents of the expanded languages except for a share, so that the few steps of a scheduled
+run are spent on new ones. Cost: reading all ids and the new texts (0.5M tokens/s); `refresh`: 20 bytes per document.
 """
 
 from __future__ import annotations
@@ -26,35 +27,35 @@ from eclectus.tasks.step import step
 TEXTS_AT_ONCE = 512
 
 
-class NewsSettings(Settings):
-    """How much has to be new before training again is worth it."""
+class NewDocumentsSettings(Settings):
+    """How much new data triggers a retraining."""
 
     retrain_documents: int = Field(
         200,
         ge=0,
-        description="Training runs again from this many new training documents on; 'retrain_tokens' must be met too.",
+        description="New training documents needed for a retraining; 'retrain_tokens' must be met too.",
         json_schema_extra=BASIC,
     )
     retrain_tokens: int = Field(
         50_000,
         ge=0,
-        description="... and from this many new tokens on, as the champion's tokenizer counts.",
+        description="New tokens needed for a retraining, counted with the champion's tokenizer.",
         json_schema_extra=BASIC,
     )
     retrain_languages: int = Field(
         1,
         ge=0,
-        description="However few the documents: training runs again when this many of the languages set here are new; 0: never for that.",
+        description="New languages that trigger a retraining, however few their documents; 0: they never do.",
     )
 
 
 class RefreshSettings(Settings):
-    """What a retraining reads beside what is new."""
+    """What a retraining reads in addition to new documents."""
 
     retrain_replay: float = Field(
         1.0,
         ge=0,
-        description="Documents of expanded languages that the champion knows already and reads again, for each one that is new.",
+        description="Known documents of expanded languages to read again, per new document.",
     )
     seed: int = SEED
 
@@ -62,19 +63,20 @@ class RefreshSettings(Settings):
 @step(makes="report", version=1)
 def news(
     documents: Artifact,
-    settings: NewsSettings,
+    settings: NewDocumentsSettings,
     out: Draft,
     seen: list[Artifact] | None = None,
     model: Artifact | None = None,
 ) -> None:
-    """Counts what is new and decides. documents, seen: with split; seen: trained on before. model: the one trained last, if any."""
+    """Counts new documents and decides whether to train.
+
+    documents: with split. seen: the documents trained on before, with split. model: the model trained last, if any.
+    """
     known = known_ids(seen or [])
-    languages = {
-        language
-        for artifact in seen or ()
-        for batch in read_batches(artifact, ["language"], TRAINING)
-        for language in batch["language"].unique().to_pylist()
-    }
+    languages: set[str] = set()
+    for artifact in seen or ():
+        for batch in read_batches(artifact, ["language"], TRAINING):
+            languages.update(batch["language"].unique().to_pylist())
     tokens = load_tokenizer(model.path) if model else None
     counts: Counter[str] = Counter()
     new_tokens = 0
@@ -83,36 +85,36 @@ def news(
         counts.update(row["language"] for row in fresh)
         if tokens and fresh:
             new_tokens += sum(map(len, token_ids(tokens, [row["text"] for row in fresh])))
-    told = decide(dict(counts), new_tokens, sorted(set(counts) - languages), settings, model is not None)
-    write_json(out.file("news.json"), told)
-    out.rows = told["new_documents"]
-    out.statistics = told
+    decision = decide(dict(counts), new_tokens, sorted(set(counts) - languages), settings, model is not None)
+    write_json(out.file("news.json"), decision)
+    out.rows = decision["new_documents"]
+    out.statistics = decision
 
 
 def decide(
-    counts: dict[str, int], tokens: int, new_languages: list[str], settings: NewsSettings, trained_before: bool
+    counts: dict[str, int], tokens: int, new_languages: list[str], settings: NewDocumentsSettings, trained_before: bool
 ) -> dict[str, Any]:
-    """The numbers, `train` and the `reason` in words. counts: new documents by language."""
+    """The numbers, whether to `train`, and the `reason`. counts: new documents by language."""
     documents = sum(counts.values())
-    told = {"new_documents": documents, "by_language": counts, "new_tokens": tokens, "new_languages": new_languages}
+    numbers = {"new_documents": documents, "by_language": counts, "new_tokens": tokens, "new_languages": new_languages}
     if not trained_before:
-        return {**told, "train": True, "reason": "nothing was trained for this line yet"}
+        return {**numbers, "train": True, "reason": "nothing was trained for this line yet"}
     if settings.retrain_languages and len(new_languages) >= settings.retrain_languages:
-        return {**told, "train": True, "reason": f"languages never trained on: {', '.join(new_languages)}"}
+        return {**numbers, "train": True, "reason": f"languages never trained on: {', '.join(new_languages)}"}
     if not documents:
-        return {**told, "train": False, "reason": "nothing is new"}
-    wanted = (("documents", documents, settings.retrain_documents), ("tokens", tokens, settings.retrain_tokens))
-    missing = [f"{value} of {least} {name}" for name, value, least in wanted if value < least]
+        return {**numbers, "train": False, "reason": "nothing is new"}
+    needed = (("documents", documents, settings.retrain_documents), ("tokens", tokens, settings.retrain_tokens))
+    missing = [f"{value} of {least} {name}" for name, value, least in needed if value < least]
     if missing:
-        return {**told, "train": False, "reason": f"not enough is new: {' and '.join(missing)}"}
-    return {**told, "train": True, "reason": f"{documents} new documents with {tokens} tokens"}
+        return {**numbers, "train": False, "reason": f"not enough is new: {' and '.join(missing)}"}
+    return {**numbers, "train": True, "reason": f"{documents} new documents with {tokens} tokens"}
 
 
 @step(makes="documents", version=1)
 def refresh(documents: Artifact, settings: RefreshSettings, out: Draft, seen: list[Artifact] | None = None) -> None:
-    """Sets documents of expanded languages that were trained on before apart, but for the share that is read again.
+    """Excludes documents of expanded languages that were trained on before, except for the share that is read again.
 
-    All stay where none is new: training on for the sake of other languages must not starve.
+    If none is new, all stay: a retraining because of other languages still needs text of these.
     """
     known = known_ids(seen or [])
     table = read_table(documents, ["document", "split", "group"])
@@ -123,14 +125,14 @@ def refresh(documents: Artifact, settings: RefreshSettings, out: Draft, seen: li
     rows = np.flatnonzero(old)
     again = min(len(rows), round(settings.retrain_replay * new)) if new else len(rows)
     order = np.argsort(draws([ids[row] for row in rows], "refresh", settings.seed), kind="stable")
-    apart = np.zeros(len(ids), bool)
-    apart[rows[order[again:]]] = True
-    relabel(documents, {"split": pc.if_else(pa.array(apart), "apart", table["split"])}, out)
-    out.statistics = {"new": new, "read_again": again, "set_apart": int(apart.sum())}
+    excluded = np.zeros(len(ids), bool)
+    excluded[rows[order[again:]]] = True
+    relabel(documents, {"split": pc.if_else(pa.array(excluded), "apart", table["split"])}, out)
+    out.statistics = {"new": new, "read_again": again, "set_apart": int(excluded.sum())}
 
 
 def known_ids(seen: list[Artifact]) -> set[str]:
-    """Ids of all documents of wanted languages in these artifacts, whatever a budget or a refresh set apart among them."""
+    """Ids of all documents of wanted languages in these artifacts, also of those a budget or refresh excluded."""
     known: set[str] = set()
     for artifact in seen:
         for batch in read_batches(artifact, ["document"], [("group", "!=", "other")]):

@@ -1,10 +1,10 @@
-"""Promotion: a checkpoint is judged by its gate against base and champion, and the decision goes into the books.
+"""Promotion: the gate decides on a checkpoint against base and champion, and the decision is recorded.
 
-    decision = decide(gate, Candidate(checkpoint, {"text": ..., "tasks": ...}), base)          inside a run
-    candidate, label = find_candidate(home, checkpoint)                                        what the lineage knows of one
+    decision = decide(gate, Candidate(checkpoint, {"text": ..., "tasks": ...}), base)          # inside a run
+    candidate, name, run = find_candidate(home, checkpoint)                                    # by lineage
 
-`decide` runs the step `gate`, so rules, numbers and evaluations lie in an artifact with lineage; and records the decision
-(storage/lineage/champions.py). A refused model is a challenger with the reason, never an error.
+`decide` runs the step `gate`, so rules, numbers and evaluations are in an artifact with lineage, and records the
+decision (storage/lineage/champions.py). A refused model is recorded with the reason; it is not an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STEPS = {"text": "evaluate", "tasks": "benchmark", "contamination": "contaminati
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint and what is known of it. evaluations: artifacts by kind: `text`, `tasks`, `contamination`."""
+    """A checkpoint with its evaluations, by kind: `text`, `tasks`, `contamination`."""
 
     checkpoint: Artifact
     evaluations: dict[str, Artifact] = field(default_factory=dict)
@@ -39,23 +39,24 @@ def decide(
     seed: int = 0,
     others: Sequence[Candidate] = (),
 ) -> Decision:
-    """Judges a candidate for its line and records what came of it. Call it in a run. Raises EclectusError without evaluation.
+    """Runs the gate on a candidate and records the decision. Needs a run. Raises EclectusError without evaluation.
 
-    others: evaluated in the same run. If the champion is among them, it is judged by that; else by what it was promoted with.
+    others: models evaluated in the same run. If the champion is among them, that evaluation is used; else the one it
+    was promoted with.
     """
     run = require_run("promote.decide")
     holder = champion(run.home, gate_file.line)
-    reigning = None
+    opponent = None
     if holder and holder.checkpoint != candidate.checkpoint.digest:
-        anew = next((each.evaluations for each in others if each.checkpoint.digest == holder.checkpoint), None)
-        reigning = anew or {
-            kind: run.home.store.find(f"evaluation-{digest}") for kind, digest in holder.evaluations.items()
-        }
+        opponent = next((each.evaluations for each in others if each.checkpoint.digest == holder.checkpoint), None)
+        if not opponent:
+            find = run.home.store.find
+            opponent = {kind: find(f"evaluation-{digest}") for kind, digest in holder.evaluations.items()}
     outcome = gate(
         label=f"gate {gate_file.line}",
         candidate=candidate.evaluations,
         base=base.evaluations if base else None,
-        champion=reigning,
+        champion=opponent,
         settings=GateSettings(
             gate_line=gate_file.line,
             gate_model=gate_file.model,
@@ -64,15 +65,15 @@ def decide(
             seed=seed,
         ),
     )
-    told = outcome.statistics
+    result = outcome.statistics
     decision = Decision(
         gate_file.line,
-        PROMOTED if told["passed"] else REFUSED,
+        PROMOTED if result["passed"] else REFUSED,
         candidate.checkpoint.digest,
-        told["reason"],
+        result["reason"],
         {kind: each.digest for kind, each in candidate.evaluations.items()},
         outcome.digest,
-        told["rules"],
+        result["rules"],
     )
     if holder is None or holder.checkpoint != decision.checkpoint or decision.verdict != holder.verdict:
         record(run.home, decision, run.id)
@@ -80,40 +81,39 @@ def decide(
 
 
 def find_candidate(home: Home, checkpoint: Artifact, run: str | None = None) -> tuple[Candidate, str, str]:
-    """(the checkpoint with its latest evaluations, the model's name there, the run that made them). run: only of that run.
+    """(the checkpoint with its latest evaluations, the model's name in them, their run). run: only evaluations of it.
 
-    Raises EclectusError when the lineage knows of no evaluation of it.
+    Raises EclectusError when lineage has no evaluation of the checkpoint.
     """
     found: dict[str, Artifact] = {}
-    name, last = "", ""
+    name, evaluated_in = "", ""
     with connect(home) as connection:
         for kind, step in STEPS.items():
+            # Contamination has the evaluation of text as its input, not the checkpoint.
+            read = checkpoint if kind != "contamination" else found.get("text")
             rows = connection.execute(
                 """
-                select o.artifact, s.label, s.run from steps s join step_inputs i using (step) join step_outputs o using (step)
+                select o.artifact, s.label, s.run
+                from steps s join step_inputs i using (step) join step_outputs o using (step)
                 where s.name = ? and i.artifact = ? and s.state in ('completed', 'reused') and (? is null or s.run = ?)
                 order by s.ended desc limit 1
                 """,
-                [
-                    step,
-                    checkpoint.digest if kind != "contamination" else getattr(found.get("text"), "digest", ""),
-                    run,
-                    run,
-                ],
+                [step, read.digest if read else "", run, run],
             ).fetchall()
-            for digest, label, of in rows:
+            for digest, label, of_run in rows:
                 found[kind] = home.store.find(f"evaluation-{digest}")
                 if kind == "text":
-                    name, last = label.removeprefix("evaluate "), of
+                    name, evaluated_in = label.removeprefix("evaluate "), of_run
     if "text" not in found:
         raise EclectusError(
-            f"{checkpoint.name} was never evaluated here; run: eclectus evaluate --evaluate-checkpoints {checkpoint.name}"
+            f"{checkpoint.name} was never evaluated here; run: "
+            f"eclectus evaluate --evaluate-checkpoints {checkpoint.name}"
         )
-    return Candidate(checkpoint, found), name, last
+    return Candidate(checkpoint, found), name, evaluated_in
 
 
 def find_base(home: Home, name: str, run: str) -> Candidate | None:
-    """The model of this name that was evaluated in a run, as what the candidate is compared with; None where there is none."""
+    """The model of this name that was evaluated in a run, for comparison with a candidate; None if there is none."""
     with connect(home) as connection:
         row = connection.execute(
             """

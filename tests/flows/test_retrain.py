@@ -21,7 +21,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.champions import champion
 from eclectus.storage.lineage.connection import query
-from eclectus.tasks.promotion.new_documents import NewsSettings, decide
+from eclectus.tasks.promotion.new_documents import NewDocumentsSettings, decide
 from tests.support.dense_bases import write_base
 from tests.support.displays import NullDisplay
 
@@ -214,4 +214,4 @@ def test_a_line_that_retraining_makes_no_model_for_is_refused_before_any_work(ni
 )
 def test_documents_and_tokens_must_both_be_met_or_a_language_be_new(documents, tokens, languages, trains):
     counts = {"el": documents} if documents else {}
-    assert decide(counts, tokens, languages, NewsSettings(), trained_before=True)["train"] is trains
+    assert decide(counts, tokens, languages, NewDocumentsSettings(), trained_before=True)["train"] is trains

@@ -25,8 +25,8 @@ def places(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "source",
     [
-        "/etc/passwd", "../secret.jsonl", "documents/../../secret.jsonl", "{0}/secret.jsonl", "../*.jsonl", "{0}/s*", "~/x.jsonl",
-        "dataset:../data", "dataset:/etc:config", "{0}/root-beside", "linked.jsonl", "/*/passwd",
+        "/etc/passwd", "../secret.jsonl", "documents/../../secret.jsonl", "{0}/secret.jsonl", "../*.jsonl", "{0}/s*",
+        "~/x.jsonl", "dataset:../data", "dataset:/etc:config", "{0}/root-beside", "linked.jsonl", "/*/passwd",
     ],
 )  # fmt: skip
 def test_a_path_that_leads_out_is_refused_before_any_work(places, home, source):

@@ -105,7 +105,7 @@ def test_a_base_that_was_trained_over_is_not_called_the_bases_own(home, tmp_path
     )
     export_mixture(home, str(tmp_path / "moe"), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "dense model's own" not in card and "SHA-256" not in card
+    assert "unchanged from the dense model" not in card and "SHA-256" not in card
 
 
 def test_a_folder_without_a_model_is_named(home, tmp_path):

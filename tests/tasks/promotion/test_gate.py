@@ -16,7 +16,7 @@ from eclectus.storage.lineage.connection import query
 from eclectus.tasks.evaluation.evaluate import EvaluateSettings, evaluate
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.promotion.gate import Gate, read_gates
-from eclectus.tasks.promotion.gate_rules import Judged, Rule, check
+from eclectus.tasks.promotion.gate_rules import ModelResults, Rule, check
 from eclectus.tasks.promotion.promote import Candidate, decide
 from tests.support.made_up_scores import made_up
 from tests.support.small_world import SEGMENT, make_world, write_model
@@ -83,7 +83,7 @@ def test_a_damaged_model_fails_the_gate_and_a_good_one_passes_and_both_are_in_th
     bad = decide(rules, scored(world, changed(world, damage), "stage 2"), base)
     assert bad.verdict == REFUSED
     assert [rule["passed"] for rule in bad.rules] == [False, False, True]
-    assert "% kept of the original languages, at least 98% asked (rule 'retention.original >= 0.98')" in bad.reason
+    assert "% kept of the original languages, at least 98% required (rule 'retention.original >= 0.98')" in bad.reason
     assert (
         "bits per byte in Greek, at most" in bad.reason and "(rule 'bits_per_byte.el <= champion * 1.01')" in bad.reason
     )
@@ -138,7 +138,7 @@ def judged(tmp_path_factory):
     def model(name, english, greek):
         scores = made_up(place, name, [english] * 20 + [greek] * 20, group)
         scores = replace(scores, artifact=replace(scores.artifact, digest=name))
-        return Judged(name, scores, {("arc_easy", "acc"): english / 10}, {"collapsed_layers": 0.0})
+        return ModelResults(name, scores, {("arc_easy", "acc"): english / 10}, {"collapsed_layers": 0.0})
 
     return {
         "base": model("base", 4.0, 8.0),
@@ -174,7 +174,7 @@ def test_a_rule_holds_or_not_with_its_number(judged, rule, passed, value):
     ("rule", "told"),
     [
         ("retention.hu >= 0.98", "no held-out text of 'hu' was scored"),
-        ("acc.piqa >= 0.5", "there is no measure 'acc.piqa' of model; there are"),
+        ("acc.piqa >= 0.5", "there is no measure 'acc.piqa' of model; available:"),
         ("bits_per_byte.en.low <= 2", "has no 'low' end"),
         ("contamination <= 0.05", "there is no measure 'contamination'"),
     ],
