@@ -189,8 +189,9 @@ def _search(sources: list[Artifact], trained: set[str], items: _Items) -> int:
     hit = np.zeros(len(grams), bool)
     best = np.zeros(len(items.rows), np.int64)
     where: list[str | None] = [None] * len(items.rows)
-    compared = 0
-    for compared, (document, text) in enumerate(_trained_texts(sources, trained), 1):
+    compared: set[str] = set()
+    for document, text in _trained_texts(sources, trained):
+        compared.add(document)
         words = hash_words(text)
         in_text = np.concatenate([grams[:0], *(hash_grams(words, length) for length in items.lengths)])
         at = np.flatnonzero(np.isin(grams, in_text[positions_of(in_text, grams, ascending=True) >= 0]))
@@ -202,7 +203,7 @@ def _search(sources: list[Artifact], trained: set[str], items: _Items) -> int:
     found_of = np.bincount(owners[hit], minlength=len(items.rows)) if len(items.rows) else np.zeros(0, int)
     for row, number, count, document in zip(items.rows, found_of, items.counts, where, strict=True):
         row |= {"overlap": float(number / count) if count else None, "document": document}
-    return compared
+    return len(compared)
 
 
 def _write(
