@@ -21,7 +21,6 @@ from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.champions import champion
 from eclectus.storage.lineage.connection import query
-from eclectus.tasks.promotion.new_documents import NewDocumentsSettings, decide
 from tests.support.dense_bases import write_base
 from tests.support.displays import NullDisplay
 
@@ -200,18 +199,3 @@ def test_a_line_that_retraining_makes_no_model_for_is_refused_before_any_work(ni
         given = {**SMALL, "sources": [str(nights.folder / "sources")], "gate": str(gate), "retrain_line": line}
         with pytest.raises(EclectusError, match=complaint):
             retrain.fn(RetrainParameters(**given))
-
-
-@pytest.mark.parametrize(
-    ("documents", "tokens", "languages", "trains"),
-    [
-        (200, 50_000, [], True),
-        (199, 50_000, [], False),
-        (200, 49_999, [], False),
-        (0, 0, [], False),
-        (1, 1, ["el"], True),
-    ],
-)
-def test_documents_and_tokens_must_both_be_met_or_a_language_be_new(documents, tokens, languages, trains):
-    counts = {"el": documents} if documents else {}
-    assert decide(counts, tokens, languages, NewDocumentsSettings(), trained_before=True)["train"] is trains

@@ -1,4 +1,4 @@
-"""What steps do in trouble: a secret in what they are told, a full disk, two at once, one killed while the other waits."""
+"""Steps in trouble: a secret in a message, a full disk, two at once, one killed while the other waits."""
 
 import os
 import signal
@@ -114,7 +114,8 @@ def work(settings: HowSettings, out):
 home = Home.open(sys.argv[1])
 with Journal(home.journal, f"run-{time.time_ns()}") as journal:
     journal.event("run_started", flow="main", parameters={}, packages={})
-    run = Run(id=journal.run, home=home, journal=journal, known=KnownKeys(home.keys, home.store), flow="main", displays=[Says()])
+    keys = KnownKeys(home.keys, home.store)
+    run = Run(id=journal.run, home=home, journal=journal, known=keys, flow="main", displays=[Says()])
     with activate(run):
         for size in map(int, sys.argv[2].split(",")):
             try:
@@ -162,7 +163,8 @@ def test_a_full_disk_is_named_keeps_what_was_done_and_hurts_nothing_else(tmp_pat
     place.mkdir()
     script = (
         'mount -t tmpfs -o size=3m tmpfs "$0" && "$1" -c "$2" "$0/home" 100000,9000000,200000 && '
-        '"$1" -m eclectus --home "$0/home" sql "select state, count(*) as n from steps group by state order by state" --json && '
+        '"$1" -m eclectus --home "$0/home" sql --json '
+        '"select state, count(*) as n from steps group by state order by state" && '
         '"$1" -m eclectus --home "$0/home" verify'
     )
     process = start("unshare", "--map-root-user", "--mount", "sh", "-c", script, str(place), sys.executable, PROGRAM)

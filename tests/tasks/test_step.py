@@ -94,7 +94,8 @@ def test_a_damaged_artifact_is_made_again(run):
 def test_lineage_knows_inputs_outputs_settings_seed_and_metrics(run):
     made = count(letters=letters(settings=CountSettings(letters=4, seed=7)), settings=CountSettings(seed=7))
     upstream = query(
-        "select o.artifact, i.kind, i.artifact from step_outputs o join step_inputs i using (step) where o.kind = 'report'",
+        "select o.artifact, i.kind, i.artifact from step_outputs o join step_inputs i using (step) "
+        "where o.kind = 'report'",
         run.home,
     )[1]
     assert upstream[0][:2] == (made.digest, "documents")

@@ -1,4 +1,4 @@
-"""Benchmarks: equal to plain lm-evaluation-harness on the same checkpoint, for Lory on its export; bad input named, the rest asked."""
+"""Benchmarks: equal to plain lm-evaluation-harness (for Lory: on its export); a bad task is named, the others run."""
 
 import functools
 import gzip

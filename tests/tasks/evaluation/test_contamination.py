@@ -42,7 +42,7 @@ def world(tmp_path_factory):
 
 
 def leaky(world):
-    """(documents with one question and one held-out document planted in the training text, id of the planted held-out one)."""
+    """(documents with a question and a held-out document in the training text, id of that held-out document)."""
     rows = texts()
     held = next(row for row in rows if row["split"] == "heldout" and row["domain"] == "docs")
     copy = f"An extract.\n{held['text']}\nThe end."

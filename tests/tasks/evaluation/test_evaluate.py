@@ -1,4 +1,4 @@
-"""Evaluation: exact against an independent computation, whatever the batch; every model on the same tokens; bad input named."""
+"""Evaluation: equal to an independent computation for any batch; every model on the same tokens; bad input named."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def rows(artifact, name="documents"):
 
 
 def bits_token_by_token(world, checkpoint, language, domain) -> tuple[float, float]:
-    """(bits, bytes) of the first two documents of a stream, the slow way: for each token, its window cut out and run alone."""
+    """(bits, bytes) of the first two documents of a stream, with one forward pass per token over its own window."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path).eval()
     words = load_tokenizer(world.tokenizer.path)
     held = [("split", "==", "heldout"), ("language", "==", language), ("domain", "==", domain)]
