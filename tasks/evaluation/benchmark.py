@@ -39,6 +39,9 @@ from eclectus.tasks.training.run_training import WORKERS, WorkerSettings, resume
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
+    from eclectus.models.training.loop import Report
+    from eclectus.models.training.process import Process
+
 
 class BenchmarkSettings(WorkerSettings):
     """The benchmark tasks; the same settings make models comparable."""
@@ -167,8 +170,8 @@ class _Asker:
 
 
 def answer_here(
-    process: Any,
-    report: Any,
+    process: Process,
+    report: Report,
     checkpoint: str,
     name: str,
     tokenizer_path: str,

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +42,10 @@ from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.settings import SEED, RuntimeSetting
 from eclectus.tasks.step import step
 from eclectus.tasks.training.run_training import WORKERS, WorkerSettings, resume_directory, run_training
+
+if TYPE_CHECKING:
+    from eclectus.models.training.loop import Report
+    from eclectus.models.training.process import Process
 
 LONGEST_WINDOW = 2048
 
@@ -131,8 +135,8 @@ def evaluate(
 
 
 def evaluate_here(
-    process: Any,
-    report: Any,
+    process: Process,
+    report: Report,
     checkpoint: str,
     name: str,
     streams: str,

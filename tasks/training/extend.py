@@ -28,6 +28,8 @@ from eclectus.tasks.training.upcycle import UpcycleSettings
 
 if TYPE_CHECKING:
     from eclectus.models.extension.methods import Recipe
+    from eclectus.models.training.loop import Report
+    from eclectus.models.training.process import Process
 
 Stage = Literal["post_pretrain", "review"]
 Method = Literal[
@@ -180,8 +182,8 @@ def extend(
 
 
 def train_stage(
-    process: Any,
-    report: Any,
+    process: Process,
+    report: Report,
     instances: str,
     checkpoint: str,
     settings: dict[str, Any],

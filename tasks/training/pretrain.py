@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -31,6 +31,10 @@ from eclectus.tasks.training.run_training import (
     resume_directory,
     run_training,
 )
+
+if TYPE_CHECKING:
+    from eclectus.models.training.loop import Report
+    from eclectus.models.training.process import Process
 
 
 class ArchitectureSettings(Settings):
@@ -222,8 +226,8 @@ def _check_dense_start(start: Artifact, length: int) -> None:
 
 
 def train_stage(
-    process: Any,
-    report: Any,
+    process: Process,
+    report: Report,
     instances: str,
     tokenizer: str,
     settings: dict[str, Any],

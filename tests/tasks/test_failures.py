@@ -69,7 +69,7 @@ def test_a_planted_secret_is_in_no_file_of_the_home_and_on_no_screen(run, monkey
     assert artifact.statistics["with"] == "***"
 
 
-def test_a_changed_setting_beside_a_secret_is_still_named(run, monkeypatch):
+def test_a_changed_setting_next_to_a_secret_is_still_named(run, monkeypatch):
     monkeypatch.setenv("MY_API_TOKEN", SECRET)
     for more in ("one", "two"):
         look(settings=PlaceSettings(sources=[SECRET, more]))

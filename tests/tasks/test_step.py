@@ -55,7 +55,7 @@ def test_a_step_with_equal_settings_and_inputs_is_reused(run):
     assert query("select state from steps order by started", run.home)[1] == [("completed",), ("reused",)]
 
 
-def test_an_interrupt_that_somebody_swallowed_lets_no_other_step_begin(run, interrupts):
+def test_no_step_begins_after_an_interrupt_that_was_swallowed(run, interrupts):
     interrupts(signal.default_int_handler)
     letters(settings=CountSettings())
     with interrupts_noted(run):

@@ -127,7 +127,7 @@ def test_the_batch_changes_nothing(world, questions, model):
         assert json.loads(left["responses"]) == pytest.approx(json.loads(right["responses"]), abs=2e-4)
 
 
-def test_a_yaml_task_of_ones_own_is_asked_with_as_many_examples_as_wanted(world, questions):
+def test_a_users_yaml_task_runs_with_the_wanted_number_of_examples(world, questions):
     path = str(questions / "capitals.yaml")
     ours = ask(world, world.models["dense"], benchmark_tasks=[path])
     (row,) = rows(ours, "scores")
@@ -152,7 +152,7 @@ def test_every_item_is_kept_with_question_answers_and_log_likelihoods(world, que
     assert (about["limit"], about["seed"]) == (3, 0) and about["lm_eval"]
 
 
-def test_what_cannot_be_asked_is_named_and_the_rest_is_asked(world, questions):
+def test_a_task_that_cannot_run_is_named_and_the_others_run(world, questions):
     ours = ask(
         world,
         world.models["dense"],
@@ -188,7 +188,7 @@ def test_logits_that_are_no_numbers_give_no_score(world, questions):
     assert all(row["score"] is None and row["missing"] == len(GOALS) for row in rows(ours, "scores"))
 
 
-def test_an_examination_that_was_cut_off_goes_on_from_its_answers(world, questions, run, monkeypatch):
+def test_an_interrupted_benchmark_resumes_from_its_answers(world, questions, run, monkeypatch):
     from eclectus.models.evaluation import lm_eval as harness
 
     given = {"benchmark_tasks": ["piqa"], "benchmark_files": [str(questions)]}
@@ -247,7 +247,7 @@ def test_the_language_of_a_task_stands_in_its_name(task, language):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({}, "there is no task to run"),
         ({"benchmark_files": ["/nowhere"]}, "names /nowhere, which does not exist"),
@@ -255,8 +255,8 @@ def test_the_language_of_a_task_stands_in_its_name(task, language):
         ({"benchmark_tasks": ["nonsense"]}, "no task could be run on checkpoint-.*nonsense"),
     ],
 )
-def test_settings_that_ask_nothing_are_errors_that_say_so(world, settings, told):
-    with pytest.raises(EclectusError, match=told):
+def test_settings_without_a_task_that_can_run_are_errors(world, settings, message):
+    with pytest.raises(EclectusError, match=message):
         ask(world, world.models["dense"], **settings)
 
 

@@ -1,4 +1,4 @@
-"""Exports of mixtures: what the card says is what the books say, and what is asked for wrongly is named."""
+"""Export of mixtures: the card agrees with lineage, and a wrong argument is named."""
 
 import json
 
@@ -73,7 +73,7 @@ def base_model(settings, out) -> None:
     write_base(out.path, "mistral")
 
 
-def test_the_card_is_written_from_the_books(run, tmp_path):
+def test_the_card_is_written_from_lineage(run, tmp_path):
     from eclectus.storage.artifact import Artifact, Draft
     from eclectus.tasks.training.upcycle import UpcycleSettings
     from eclectus.tasks.training.upcycle import upcycle as upcycle_step

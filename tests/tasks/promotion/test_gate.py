@@ -70,14 +70,14 @@ def damage(model):
     model.lm_head.weight.mul_(3)
 
 
-def soothe(model):
-    """Surer of nothing, an untrained model is less wrong."""
+def calibrate(model):
+    """An untrained model with flatter predictions scores better."""
     model.lm_head.weight.mul_(0.5)
 
 
-def test_a_damaged_model_fails_the_gate_and_a_good_one_passes_and_both_are_in_the_books(world, base, run):
+def test_a_damaged_model_fails_the_gate_and_a_good_one_passes_and_both_are_recorded(world, base, run):
     rules = Gate("extended", "stage 2", "dense", RULES)
-    good = decide(rules, scored(world, changed(world, soothe), "stage 2"), base)
+    good = decide(rules, scored(world, changed(world, calibrate), "stage 2"), base)
     assert good.verdict == PROMOTED and good.reason == "all 3 rules hold"
     assert good.rules[1]["reason"] == "there is no other champion"
     bad = decide(rules, scored(world, changed(world, damage), "stage 2"), base)
@@ -97,15 +97,15 @@ def test_a_damaged_model_fails_the_gate_and_a_good_one_passes_and_both_are_in_th
     assert {("candidate.text",), ("base.text",), ("champion.text",)} <= set(inputs)
 
 
-def test_the_champion_judged_again_stays_champion_without_a_second_entry(world, base, run):
+def test_a_champion_that_passes_again_stays_champion_without_a_second_entry(world, base, run):
     rules = Gate("again", "stage 2", "dense", ["retention.all >= 0.5"])
-    model = scored(world, changed(world, soothe), "stage 2")
+    model = scored(world, changed(world, calibrate), "stage 2")
     first, second = decide(rules, model, base), decide(rules, model, base)
     assert first.verdict == second.verdict == PROMOTED
     assert len(decisions(run.home, "again")) == 1
 
 
-def test_the_command_judges_what_was_evaluated_and_a_person_may_overrule_it(world, base, run, tmp_path, monkeypatch):
+def test_the_command_decides_on_an_evaluated_model_and_a_user_may_overrule_it(world, base, run, tmp_path, monkeypatch):
     bad = changed(world, damage)
     scored(world, bad, "stage 2")
     (tmp_path / "gate.yaml").write_text(
@@ -130,9 +130,9 @@ def test_the_command_judges_what_was_evaluated_and_a_person_may_overrule_it(worl
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory):
+def results(tmp_path_factory):
     """A model with made-up scores, better than its base in Greek and 2% worse in English."""
-    place = tmp_path_factory.mktemp("judged")
+    place = tmp_path_factory.mktemp("results")
     group = ["original"] * 20 + ["expanded"] * 20
 
     def model(name, english, greek):
@@ -164,14 +164,14 @@ def judged(tmp_path_factory):
         ("collapsed_layers <= 0", True, 0.0),
     ],
 )
-def test_a_rule_holds_or_not_with_its_number(judged, rule, passed, value):
-    outcome = check(Rule.read(rule), judged["model"], judged["base"], judged["champion"], 200, 0)
+def test_a_rule_holds_or_not_with_its_number(results, rule, passed, value):
+    outcome = check(Rule.read(rule), results["model"], results["base"], results["champion"], 200, 0)
     assert outcome.passed is passed
     assert outcome.value == pytest.approx(value, rel=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("rule", "told"),
+    ("rule", "message"),
     [
         ("retention.hu >= 0.98", "no held-out text of 'hu' was scored"),
         ("acc.piqa >= 0.5", "there is no measure 'acc.piqa' of model; available:"),
@@ -179,25 +179,25 @@ def test_a_rule_holds_or_not_with_its_number(judged, rule, passed, value):
         ("contamination <= 0.05", "there is no measure 'contamination'"),
     ],
 )
-def test_a_measure_that_is_not_there_fails_its_rule_and_says_so(judged, rule, told):
-    outcome = check(Rule.read(rule), judged["model"], judged["base"], None, 200, 0)
-    assert not outcome.passed and told in outcome.reason
+def test_a_missing_measure_fails_its_rule_and_is_named(results, rule, message):
+    outcome = check(Rule.read(rule), results["model"], results["base"], None, 200, 0)
+    assert not outcome.passed and message in outcome.reason
 
 
-def test_without_a_champion_its_rules_hold_and_without_a_base_nothing_is_known_of_what_was_kept(judged):
-    outcome = check(Rule.read("bits_per_byte.el <= champion"), judged["model"], None, None, 200, 0)
+def test_without_a_champion_its_rules_hold_and_without_a_base_retention_is_unknown(results):
+    outcome = check(Rule.read("bits_per_byte.el <= champion"), results["model"], None, None, 200, 0)
     assert outcome.passed and outcome.reason == "there is no other champion"
-    outcome = check(Rule.read("retention.en >= 0.9"), judged["model"], None, None, 200, 0)
+    outcome = check(Rule.read("retention.en >= 0.9"), results["model"], None, None, 200, 0)
     assert not outcome.passed and "the base was not evaluated" in outcome.reason
 
 
-def test_numbers_that_are_none_never_pass(judged):
-    broken = replace(judged["model"], numbers={"collapsed_layers": math.nan})
+def test_numbers_that_are_none_never_pass(results):
+    broken = replace(results["model"], numbers={"collapsed_layers": math.nan})
     assert not check(Rule.read("collapsed_layers <= 0"), broken, None, None, 200, 0).passed
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("[]", "has no 'lines'"),
         ("lines: {a: {rules: []}}", "line 'a': 'rules' must be a list of rules"),
@@ -207,10 +207,10 @@ def test_numbers_that_are_none_never_pass(judged):
         ("lines: [", "is not YAML"),
     ],
 )
-def test_a_gate_file_that_is_wrong_is_an_error_that_names_line_and_rule(tmp_path, content, told):
+def test_a_gate_file_that_is_wrong_is_an_error_that_names_line_and_rule(tmp_path, content, message):
     path = tmp_path / "gate.yaml"
     path.write_text(content)
-    with pytest.raises(EclectusError, match=told):
+    with pytest.raises(EclectusError, match=message):
         read_gates(path)
 
 
@@ -219,7 +219,7 @@ def test_the_shipped_gate_can_be_read():
     assert {line: each.model for line, each in gates.items()} == {"extended": "stage 2", "lory": "lory"}
 
 
-def test_a_collapsed_router_is_told_from_a_live_one():
+def test_a_collapsed_router_is_distinguished_from_a_working_one():
     from eclectus.tasks.evaluation.routing_statistics import describe_layers
 
     def rows(shares):

@@ -1,4 +1,4 @@
-"""Promotion: what the lineage has of a checkpoint, and against which evaluation of the champion a candidate is compared."""
+"""Promotion: the evaluations of a checkpoint by lineage, and which evaluation of the champion the gate compares with."""
 
 import json
 

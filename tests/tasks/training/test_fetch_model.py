@@ -26,7 +26,7 @@ def test_a_gguf_file_becomes_a_stock_checkpoint_of_the_same_function(home, tmp_p
     assert artifact.statistics["base_model"] == "tiny.gguf"
 
 
-def test_an_upcycled_folder_brings_its_proof_along(home, tmp_path):
+def test_an_upcycled_folder_is_fetched_with_its_verification(home, tmp_path):
     upcycle(write_base(tmp_path / "base", "llama"), tmp_path / "moe", experts=3)
     assert fetched(home, tmp_path / "moe").file("upcycle.json").is_file()
 

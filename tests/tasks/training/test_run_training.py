@@ -174,7 +174,7 @@ def test_a_lory_checkpoint_says_how_each_domain_and_language_is_routed(pretraine
         torch.testing.assert_close(shares.sum(-1), torch.ones(2))
 
 
-def test_a_dense_checkpoint_can_take_the_warm_ups_place(world, instances, pretrained):
+def test_a_dense_checkpoint_can_replace_the_warm_up(world, instances, pretrained):
     twin = stage(world, instances, "dense", pretrained["dense"], dense_start="given")
     lory = stage(world, instances, "lory", pretrained["dense"], dense_start="given", model_width=9999)
     assert twin.statistics["steps"] == lory.statistics["steps"] == 8
@@ -296,7 +296,7 @@ def test_the_hash_of_the_original_weights_never_changes(extended):
     assert frozen == {proof["base_digest"]}
 
 
-def test_a_damaged_checkpoint_stands_in_the_books_and_is_told(run):
+def test_a_damaged_checkpoint_is_recorded_and_shown(run):
     display = NullDisplay()
     run.displays.append(display)
     run.step = "s1"
