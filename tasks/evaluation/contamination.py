@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,7 @@ def contamination(
         items.add("text", row["document"], held[row["document"]], row)
     for row in _questions(benchmark):
         items.add("task", f"{row['task']}/{row['item']}", f"{row['question']} {row['target']}", row)
-    searched = _search(trained, ids, items)
+    searched = _search(_trained_texts(trained, ids), items)
     _write(
         items, sorted(ids & names), benchmark, {"trained_documents": len(ids), "compared_with": searched}, settings, out
     )
@@ -183,14 +183,14 @@ def _trained_texts(sources: list[Artifact], trained: set[str]) -> Iterator[tuple
             report_progress(len(seen))
 
 
-def _search(sources: list[Artifact], trained: set[str], items: _Items) -> int:
+def _search(trained_texts: Iterable[tuple[str, str]], items: _Items) -> int:
     """Adds `overlap` and `document` (the one with most of the item) to the items; returns the documents compared."""
     grams, owners = items.index()
     hit = np.zeros(len(grams), bool)
     best = np.zeros(len(items.rows), np.int64)
     where: list[str | None] = [None] * len(items.rows)
     compared: set[str] = set()
-    for document, text in _trained_texts(sources, trained):
+    for document, text in trained_texts:
         compared.add(document)
         words = hash_words(text)
         in_text = np.concatenate([grams[:0], *(hash_grams(words, length) for length in items.lengths)])
@@ -201,8 +201,8 @@ def _search(sources: list[Artifact], trained: set[str], items: _Items) -> int:
         for item, count in zip(held[better], counts[better], strict=True):
             best[item], where[item] = count, document
     found_of = np.bincount(owners[hit], minlength=len(items.rows)) if len(items.rows) else np.zeros(0, int)
-    for row, number, count, document in zip(items.rows, found_of, items.counts, where, strict=True):
-        row |= {"overlap": float(number / count) if count else None, "document": document}
+    for row, number, count, source in zip(items.rows, found_of, items.counts, where, strict=True):
+        row |= {"overlap": float(number / count) if count else None, "document": source}
     return len(compared)
 
 
