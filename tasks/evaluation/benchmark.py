@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import tempfile
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -92,7 +93,8 @@ def _fingerprint(settings: BenchmarkSettings) -> dict[str, str]:
     """Digests of what the step reads besides artifacts: users' files and the version of the harness."""
     wanted = settings.wanted()
     files = local_questions(settings.benchmark_files)
-    read = {f"questions {name}": hash_file(files[name]) for name in files if any(name == each.name for each in wanted)}
+    names = {each.name for each in wanted}
+    read = {f"questions {name}": hash_file(path) for name, path in files.items() if name in names}
     read |= {f"task {each.name}": hash_file(each.path) for each in wanted if each.path}
     Harness.check_installed()
     return read | {"lm_eval": hashlib.sha256(version().encode()).hexdigest()}
@@ -109,28 +111,42 @@ def benchmark(checkpoint: Artifact, tokenizer: Artifact, settings: BenchmarkSett
         )
     tokenizer_path = checkpoint.path if checkpoint.file("tokenizer.json").is_file() else tokenizer.path
     _check_vocabulary(checkpoint, tokenizer_path)
-    items, scores, left_out = [], [], {}
+    results = _Results()
     with resume_directory("benchmark", checkpoint, settings.key_values(), version()) as kept, _quiet():
         ask = _Asker(checkpoint, tokenizer_path, kept / "answers", settings)
         for each in wanted:
-            try:
-                tasks, groups = harness.load(each)
-            except EclectusError as error:
-                left_out[each.name] = str(error)
-                continue
-            for name, task in tasks.items():
-                try:
-                    rows, score = _run_task(name, task, ask, settings)
-                except EclectusError as error:
-                    left_out[name] = str(error)
-                    continue
-                items += rows
-                scores += score
-            scores += [row for name, members in groups.items() for row in group_rows(name, members, scores)]
+            results.add(each, harness, ask, settings)
         _load.cache_clear()
-    if not scores:
-        raise EclectusError(f"no task could be run on {checkpoint.name}: {'; '.join(left_out.values())}")
-    _write(items, scores, left_out, settings, out)
+    if not results.scores:
+        raise EclectusError(f"no task could be run on {checkpoint.name}: {'; '.join(results.left_out.values())}")
+    _write(results, settings, out)
+
+
+@dataclass
+class _Results:
+    """Rows of items, rows of scores, and tasks that could not be run with the reason."""
+
+    items: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, wanted: Wanted, harness: Harness, ask: _Asker, settings: BenchmarkSettings) -> None:
+        """Runs a task, or the tasks of a group or tag."""
+        try:
+            tasks, groups = harness.load(wanted)
+        except EclectusError as error:
+            self.left_out[wanted.name] = str(error)
+            return
+        for name, task in tasks.items():
+            try:
+                items, scores = _run_task(name, task, ask, settings)
+            except EclectusError as error:
+                self.left_out[name] = str(error)
+                continue
+            self.items += items
+            self.scores += scores
+        for name, members in groups.items():
+            self.scores += group_rows(name, members, self.scores)
 
 
 class _Asker:
@@ -274,13 +290,8 @@ def _sender(ask: _Asker, task: str) -> Any:
     return Sender()
 
 
-def _write(
-    items: list[dict[str, Any]],
-    scores: list[dict[str, Any]],
-    left_out: dict[str, str],
-    settings: BenchmarkSettings,
-    out: Draft,
-) -> None:
+def _write(results: _Results, settings: BenchmarkSettings, out: Draft) -> None:
+    items, scores = results.items, results.scores
     for rows, fields, name in ((items, FIELDS, "items"), (scores, SCORE_FIELDS, "scores")):
         table = pa.Table.from_pylist(rows, schema=pa.schema(list(fields.items())))
         pq.write_table(table, out.file(f"{name}.parquet"), compression="zstd")
@@ -290,7 +301,7 @@ def _write(
     out.rows = len({(row["task"], row["item"]) for row in items})
     out.statistics = {
         "scores": {f"{row['task']} {row['metric']}": row["score"] for row in scores},
-        "left_out": left_out,
+        "left_out": results.left_out,
         "items_missing": sum(row["missing"] for row in scores if not row["group"]),
         "items_cut": sum(row["cut"] for row in scores if not row["group"]),
         "limit": settings.benchmark_limit or None,

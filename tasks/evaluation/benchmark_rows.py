@@ -115,16 +115,16 @@ def group_rows(name: str, members: list[str], scores: list[dict[str, Any]]) -> l
             continue
         weights = np.array([part["items"] for part in parts], float)
         score = float(np.average([part["score"] for part in parts], weights=weights))
-        rows.append(
-            parts[0]
-            | {
-                "task": name,
-                "score": round(score, 6),
-                "standard_error": None,
-                "items": int(weights.sum()),
-                "group": True,
-            }
-            | {"language": language_of(name), "metric": metric_name}
-            | {field: sum(part[field] for part in parts) for field in ("missing", "cut")}
-        )
+        of_group = {
+            "task": name,
+            "language": language_of(name),
+            "metric": metric_name,
+            "score": round(score, 6),
+            "standard_error": None,
+            "items": int(weights.sum()),
+            "missing": sum(part["missing"] for part in parts),
+            "cut": sum(part["cut"] for part in parts),
+            "group": True,
+        }
+        rows.append(parts[0] | of_group)
     return rows

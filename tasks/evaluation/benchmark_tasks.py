@@ -198,8 +198,10 @@ class Harness:
         loaded = manager.load([{"group": "eclectus", "task": parts}])
         if wanted.name == "mmlu" and self._olmo:
             return loaded["tasks"], {"mmlu": names}
-        groups = {name: [task.task_name for task in group.get_all_tasks()] for name, group in loaded["groups"].items()}
-        groups.pop("eclectus")
+        groups = {}
+        for name, group in loaded["groups"].items():
+            if name != "eclectus":
+                groups[name] = [task.task_name for task in group.get_all_tasks()]
         return loaded["tasks"], groups
 
     def _local(self, name: str) -> dict[str, Any]:

@@ -40,6 +40,10 @@ from eclectus.tasks.step import step
 
 ROWS_AT_ONCE = 256
 
+ITEM_FIELDS = {
+    "kind": pa.string(), "item": pa.string(), "words": pa.int64(), "overlap": pa.float64(), "seen": pa.bool_(),
+    "document": pa.string(),
+}  # fmt: skip
 SHARE_FIELDS = {
     "kind": pa.string(), "name": pa.string(), "items": pa.int64(), "seen": pa.int64(), "share": pa.float64(),
     "mean_overlap": pa.float64(), "score": pa.float64(), "score_unseen": pa.float64(),
@@ -216,20 +220,7 @@ def _write(
 ) -> None:
     for row in items.rows:
         row["seen"] = row["overlap"] is not None and row["overlap"] >= settings.contamination_share
-    columns = ("kind", "item", "words", "overlap", "seen", "document")
-    table = pa.table(
-        {name: [row[name] for row in items.rows] for name in columns},
-        schema=pa.schema(
-            [
-                ("kind", pa.string()),
-                ("item", pa.string()),
-                ("words", pa.int64()),
-                ("overlap", pa.float64()),
-                ("seen", pa.bool_()),
-                ("document", pa.string()),
-            ]
-        ),
-    )
+    table = pa.Table.from_pylist(items.rows, schema=pa.schema(list(ITEM_FIELDS.items())))
     pq.write_table(table, out.file("items.parquet"), compression="zstd")
     shares = _shares(items, benchmark)
     fields = pa.schema(list(SHARE_FIELDS.items()))

@@ -53,25 +53,23 @@ def collapsed_layers(rows: list[dict[str, Any]]) -> list[int]:
 
 
 def _describe(layer: int, kinds: dict[tuple[str, str], dict[int, tuple[float, int]]]) -> LayerRouting:
-    experts = 1 + max(expert for shares in kinds.values() for expert in shares)
-    table = {kind: np.array([shares.get(e, (0.0, 0))[0] for e in range(experts)]) for kind, shares in kinds.items()}
-    counts = {kind: float(shares[0][1]) for kind, shares in kinds.items()}
-    languages = sorted({language for language, _ in table})
-    by_language = {
-        language: np.average(
-            [table[kind] for kind in table if kind[0] == language],
-            axis=0,
-            weights=[counts[kind] for kind in table if kind[0] == language],
-        )
-        for language in languages
-    }
+    """kinds: {(language, domain): {expert: (share, number routed)}}."""
+    experts = 1 + max(max(shares) for shares in kinds.values())
+    table: dict[tuple[str, str], np.ndarray] = {}
+    for kind, shares in kinds.items():
+        table[kind] = np.zeros(experts)
+        for expert, (share, _) in shares.items():
+            table[kind][expert] = share
+    by_language: dict[str, np.ndarray] = {}
+    domains: list[float] = []
+    for language in sorted({language for language, _ in table}):
+        own = [kind for kind in table if kind[0] == language]
+        routed = [float(kinds[kind][0][1]) for kind in own]
+        by_language[language] = np.average([table[kind] for kind in own], axis=0, weights=routed)
+        if len(own) > 1:
+            domains.append(_information([table[kind] for kind in own]))
     mean = np.mean(list(by_language.values()), axis=0)
     entropy = _entropy(mean) / np.log2(experts) if experts > 1 else 1.0
-    domains = [
-        _information([table[kind] for kind in table if kind[0] == language])
-        for language in languages
-        if sum(kind[0] == language for kind in table) > 1
-    ]
     return LayerRouting(
         layer,
         experts,

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -202,12 +203,8 @@ def compare(before: Scores, after: Scores, resamples: int, seed: int, **labels: 
 
 def divergence(shares: dict[str, list[float]]) -> float:
     """Mean Jensen-Shannon divergence, in bits, between the mean routings of each two kinds of text."""
-    names = sorted(shares)
-    values = [
-        _jensen_shannon(np.array(shares[one]), np.array(shares[two]))
-        for number, one in enumerate(names)
-        for two in names[number + 1 :]
-    ]
+    pairs = combinations(sorted(shares), 2)
+    values = [_jensen_shannon(np.array(shares[one]), np.array(shares[two])) for one, two in pairs]
     return float(np.mean(values)) if values else 0.0
 
 
