@@ -25,7 +25,7 @@ from eclectus.storage.lineage.history import Made, read_history
 from eclectus.tasks.evaluation.contamination import packed_documents
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.promotion.new_documents import NewDocumentsSettings, RefreshSettings, news, refresh
-from eclectus.tasks.run import require_run, say
+from eclectus.tasks.run import notify, require_run
 
 EXTENDING = ("upcycle", "add_experts", "extend")
 

@@ -30,7 +30,7 @@ class Display(Protocol):
 
     def step_ended(self, label: str, state: str, reason: str, seconds: float, output: Artifact | None) -> None: ...
 
-    def said(self, name: str, text: str) -> None:
+    def notified(self, name: str, text: str) -> None:
         """A message of the run: a decision with its reason, or a warning. name: title of the Prefect artifact."""
 
     def linked(self, name: str, address: str, what: str) -> None:
@@ -121,10 +121,10 @@ def progress(total: float | None, what: str, unit: str) -> Callable[[float], Non
     return report_progress
 
 
-def say(name: str, text: str) -> None:
+def notify(name: str, text: str) -> None:
     """Shows a message on all displays: a decision with its reason, or a warning. name: of the Prefect artifact."""
     for display in _current.displays if _current else ():
-        display.said(name, text)
+        display.notified(name, text)
 
 
 def track(items: Iterable[T], total: int | None, what: str, unit: str) -> Iterator[T]:

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.run import current_run, metric, progress, require_run, say
+from eclectus.tasks.run import current_run, metric, notify, progress, require_run
 from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting, Settings
 from eclectus.tasks.training.workers import TrainWorkers
 
@@ -124,7 +124,7 @@ def run_training(settings: WorkerSettings, call: Callable[..., Any], arguments: 
             report_progress(values["done"])
         elif kind == "damaged":
             metric("damaged_checkpoints", 1, values["step"])
-            say("warning", values["text"])
+            notify("warning", values["text"])
 
     if settings.training_workers == 0:
         from eclectus.models.training.loop import TrainingFailed

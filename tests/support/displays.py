@@ -15,7 +15,7 @@ class NullDisplay:
 
     def step_ended(self, *_) -> None: ...
 
-    def said(self, name: str, text: str) -> None:
+    def notified(self, name: str, text: str) -> None:
         self.texts.append(text)
 
     def linked(self, *_) -> None: ...
