@@ -236,7 +236,7 @@ class MainParameters(EvaluateParameters):
     leading: ClassVar[tuple[str, ...]] = ()
 
 
-class RetrainParameters(NewsSettings, RefreshSettings, EvaluationParameters):  # type: ignore[misc]
+class RetrainParameters(NewDocumentsSettings, RefreshSettings, EvaluationParameters):  # type: ignore[misc]
     """Scheduled retraining: lists its sources, trains on from the champion, promotes what passes the gate."""
 
     leading: ClassVar[tuple[str, ...]] = ("retraining",)

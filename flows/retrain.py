@@ -52,20 +52,20 @@ def retrain(parameters: RetrainParameters = RetrainParameters()) -> Retrained:
             documents=documents,
             seen=_packed(_history([each.checkpoint for each in past])),
             model=current or (find(f"checkpoint-{past[-1].checkpoint}") if past else None),
-            settings=NewsSettings.of(parameters),
+            settings=NewDocumentsSettings.of(parameters),
         )
         reason = found.statistics["reason"]
         if not found.statistics["train"]:
             last = past[-1]
             outcome = f"checkpoint-{last.checkpoint[:12]}, was {last.verdict} ({last.reason})"
-            say("retrain", f"Not trained: {reason}. The last evaluated model of line '{gate.line}', {outcome}.")
+            notify("retrain", f"Not trained: {reason}. The last evaluated model of line '{gate.line}', {outcome}.")
             return Retrained(found, None)
-        say("retrain", f"Training: {reason}.")
+        notify("retrain", f"Training: {reason}.")
         curated, models = _train_on(current, parameters) if current else _train_first(parameters)
         evaluated = evaluate_models(curated, models, parameters, {gate.line: gate})
         decision = evaluated.decisions.get(gate.line)
         outcome = f"{decision.verdict}: {decision.reason}" if decision else "; ".join(evaluated.left_out)
-        say("retrain", f"Trained: {reason}. The gate of line '{gate.line}': {outcome}.")
+        notify("retrain", f"Trained: {reason}. The gate of line '{gate.line}': {outcome}.")
         return Retrained(found, evaluated)
 
 

@@ -112,7 +112,7 @@ class PrefectPages:
                 address = f"{served}/{Path(output.path).name}/{page.name}"
                 self.linked(f"open {label}", address, f"{page.name} of the step '{label}'")
 
-    def said(self, name: str, text: str) -> None:
+    def notified(self, name: str, text: str) -> None:
         _attach("markdown", name, text, "Decision of this run, with its reason.")
         get_logger("eclectus").info(text)
 

@@ -88,7 +88,7 @@ class Terminal:
         outcome = word if state in ("failed", "cancelled") else f"{word}: {reason}"
         self.console.print(line + Text(outcome, style="dim"), soft_wrap=True)
 
-    def said(self, name: str, text: str) -> None:
+    def notified(self, name: str, text: str) -> None:
         self.print(f"  {text}")
 
     def linked(self, name: str, address: str, what: str) -> None:
