@@ -26,6 +26,7 @@ def documents(home, *kinds):
             "group": GROUPS[language],
             "split": split,
             "text": f"{language} text number {number}, with a few words",
+            "bytes": 33,
         }
         for language, split, numbers in kinds
         for number in numbers
