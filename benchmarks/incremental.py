@@ -1,4 +1,4 @@
-"""What a corpus that grew by 1% costs, step by step up to grouping, against the whole corpus from nothing.
+"""Cost of 1% new documents, by step up to grouping, compared with curating the whole corpus from scratch.
 
     python benchmarks/incremental.py CORPUS [CHARACTERS]
 
@@ -37,7 +37,7 @@ STEPS = ("ingest", "languages", "split", "train_embedding", "embed", "neighbors"
 
 
 class Clock:
-    """A display that notes the CPU seconds of each step."""
+    """A display that records the CPU seconds of each step."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,8 +1,8 @@
-"""Accuracy and speed of language detection: python benchmarks/languages.py [CORPUS] [documents a file]
+"""Accuracy and speed of language detection: python benchmarks/languages.py [CORPUS] [documents per file]
 
 CORPUS: a folder of .jsonl or .jsonl.gz with text and language (data/corpus). For each detector: documents/s,
 accuracy, and at the default confidence the share of correct ones that is excluded and of kept ones that is wrong. Junk
-(random bytes in base 64, digits, tables of hexadecimal) should be set apart.
+(random bytes in base 64, digits, tables of hexadecimal) should be excluded.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def main(folder: Path, most: int) -> None:
         speed = len(rows) / (time.process_time() - begun)
         right = np.array([language == true for (language, _), (_, true) in zip(detected, rows, strict=True)])
         kept = np.array([confidence >= threshold for _, confidence in detected])
-        apart = np.mean([detect(text, detector)[1] < threshold for text in junk()])
+        excluded = np.mean([detect(text, detector)[1] < threshold for text in junk()])
         print(
-            f"{detector:>16}: {speed:.0f} documents/s a core, {right.mean():.4f} right; set apart though right "
-            f"{1 - kept[right].mean():.4f}, kept though wrong {1 - right[kept].mean():.4f}; junk set apart {apart:.2f}"
+            f"{detector:>16}: {speed:.0f} documents/s per core, {right.mean():.4f} right; excluded though right "
+            f"{1 - kept[right].mean():.4f}, kept though wrong {1 - right[kept].mean():.4f}; junk {excluded:.2f}"
         )
 
 

@@ -1,15 +1,15 @@
 """Lory's claims: Lory, its dense twin and its baselines on the same text, active parameters, tokens and order.
 
     python benchmarks/lory_claims.py --prepare .claims --corpus ../shared/corpus      once: the pipeline, 7 minutes
-    python benchmarks/lory_claims.py --run .claims --seeds 3 --minutes 30 --out out     again to go on after a stop
+    python benchmarks/lory_claims.py --run .claims --seeds 3 --minutes 30 --out out     the same command resumes
 
 All models start from the same dense warm-up and go through `eclectus.models.training.loop`. Scores are without
 look-ahead: windows overlap, and their first tokens, at least a segment, are not scored (Expert Choice looks ahead by
 nature: it is marked, and scored again with fixed thresholds). Every second held-out document of a domain is for
 choosing settings; the others are reported. Trainings run in processes of their own, most important first (--parts).
-After each the tables and all numbers so far are written to $OUT (or --out); the same command skips what is there, so a
-run that is cut short loses only what was under way. Nothing is begun that could not end within --minutes. Price at size
-laptop: 5 to 10 minutes a training on half of a busy core (top-k 25), 6 trainings for Lory and its twin, 15 for the
+After each the tables and all numbers so far are written to $OUT (or --out); the same command skips what is there, so an
+interrupted run loses only unfinished trainings. No training starts that could not end within --minutes. Cost at size
+laptop: 5 to 10 minutes per training on half of a busy core (top-k 25), 6 trainings for Lory and its twin, 15 for the
 peers, 36 for the study, 21 more for `more`. Other text: --corpus, --domains, --split-seed; a GPU: --size 30m or 100m.
 """
 
@@ -79,13 +79,13 @@ def jobs(parts: list[str], seeds: list[int]) -> list[Any]:
 
 
 def end_with_parent() -> None:
-    """A parent that was killed cannot end its workers."""
+    """Ends this worker when its parent is killed."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def work_on(tasks: Any, results: Any, size: Any, data: Path, work: Path) -> None:
-    """A worker process: trains what it is handed until it is ended, or its parent is gone."""
+    """A worker process: runs the jobs that it receives until it is ended, or its parent is gone."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     import torch
     from lory_claims_jobs import run_job
@@ -232,7 +232,7 @@ def digest(data: Path, vocabulary: int) -> str:
 
 
 def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier run with the same settings left. Another's is refused, not mixed in."""
+    """Results of an earlier run with the same settings; raises for results with other settings."""
     if not path.is_file():
         return {"times": [], "results": []}
     found = json.loads(path.read_text())
@@ -314,7 +314,7 @@ def main() -> None:
 
 
 def sources(arguments: argparse.Namespace) -> list[str]:
-    """The files of the corpus that were asked for."""
+    """The requested files of the corpus."""
     found = {path.name.split(".")[1]: str(path) for path in sorted(Path(arguments.corpus).glob("en.*.jsonl*"))}
     if not found:
         raise SystemExit(

@@ -160,7 +160,7 @@ def _training_arrays(packed: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _places(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Every place of the stretches that begin there and have these sizes."""
+    """All positions of the ranges with these starts and sizes."""
     ends = np.cumsum(sizes)
     return np.repeat(begins - ends + sizes, sizes) + np.arange(ends[-1])
 

@@ -41,10 +41,9 @@ class Size:
     """A model size and how it is trained. shape: fields of LlamaConfig; the rest as in `Plan` and `LoryConfig`.
 
     experts, segment: E and T. context: tokens of a window that are only read, at least the longest T that is compared
-    (0: T).
-    jobs: trainings side by side on one GPU. windows: most windows of held-out text to score. cut: characters of the
-    passages into which training documents are cut, 0 for none: where documents are longer than instances, grouping them
-    can do little.
+    (0: T). jobs: trainings at the same time on one GPU. windows: most windows of held-out text to score. cut:
+    characters of the passages into which training documents are cut, 0 for none: if documents are longer than
+    instances, grouping them has little effect.
     """
 
     shape: dict[str, Any]
@@ -128,7 +127,7 @@ class Job:
 
 
 class Shuffled(Instances):
-    """Instances in an order of their own for each seed, so that seeds differ in data too."""
+    """Instances in a different order for each seed, so that seeds differ in data too."""
 
     def __init__(self, place: Path, seed: int) -> None:
         super().__init__(place)

@@ -1,4 +1,4 @@
-"""The tables of `lory_claims.py`, as Markdown, from the results of whatever trainings have ended."""
+"""The tables of `lory_claims.py`, as Markdown, from the results of the finished trainings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Runs = dict[tuple[str, str, str], dict[int, dict[str, Any]]]
 
 
 def collect(results: list[dict[str, Any]]) -> Runs:
-    """The results that hold scores; Expert Choice's causal scores stand as a model of their own."""
+    """The results that hold scores; Expert Choice's causal scores are listed as a separate model."""
     runs: Runs = defaultdict(dict)
     for result in results:
         job = result["job"]
@@ -79,7 +79,7 @@ def spread(values: list[float], digits: int = 1, signed: bool = True) -> str:
 
 
 def report(size: str, results: list[dict[str, Any]], times: list[dict[str, Any]], surroundings: str) -> str:
-    """Everything that can be said so far."""
+    """The tables of all results so far."""
     runs = collect(results)
     main = [key for key in runs if not key[1]]
     order = list(TITLES)
@@ -198,11 +198,11 @@ def _variants(runs: Runs, keys: list[tuple[str, str, str]]) -> str:
     rows = [["defaults", str(len(defaults)), *_against_dense(runs, ("lory", "", "similarity")), ""]]
     for key in sorted(keys, key=lambda key: np.mean(changes(runs, key, CHOICE).get(EVERYTHING, [0]))):
         seeds = [seed for seed in runs[key] if seed in twins and seed in defaults]
-        beside = [
+        to_defaults = [
             100 * (perplexities(runs[key][s], CHOICE)[EVERYTHING] / perplexities(defaults[s], CHOICE)[EVERYTHING] - 1)
             for s in seeds
         ]
-        rows.append([key[1], str(len(runs[key])), *_against_dense(runs, key), spread(beside, 2)])
+        rows.append([key[1], str(len(runs[key])), *_against_dense(runs, key), spread(to_defaults, 2)])
     head = ["variant of Lory", "seeds", "validation, % against dense", "test, % against dense"]
     head.append("validation, % against the defaults, same seeds")
     return "### The switch and other settings, perplexity\n\n" + table(head, rows)

@@ -1,13 +1,13 @@
 """A Lory training step compared with its dense twin's, and our merge with the direct one, measured in one run.
 
-    python benchmarks/lory_step.py                                   tiny and mid sizes, CPU (and CUDA where there is)
+    python benchmarks/lory_step.py                                   tiny and mid sizes, CPU (and CUDA if available)
     python benchmarks/lory_step.py --hidden 1024 --ffn 2816 --layers 4 --length 4096 --batch 4 --device cuda
 
-Twin: a stock LlamaForCausalLM of the same shape. A step is forward, loss and backward; the optimizer, whose price goes
-with the parameters (E times the FFN's), is timed apart. The contenders take turns, so that a busy machine slows all of
-them; the fastest turn of each counts (of its CPU seconds with --cpu-seconds). Memory is the peak of what a step
-allocates on top of model and inputs, from the CUDA allocator or the CPU profiler. CUDA runs in bf16 autocast, the CPU
-in fp32.
+Twin: a stock LlamaForCausalLM of the same shape. A step is forward, loss and backward; the optimizer, whose cost
+is proportional to the parameters (E times the FFN's), is timed separately. The variants take turns, so that a busy
+machine slows all of them; the fastest turn of each counts (of its CPU seconds with --cpu-seconds). Memory is the peak
+of what a step allocates on top of model and inputs, from the CUDA allocator or the CPU profiler. CUDA runs in bf16
+autocast, the CPU in fp32.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def optimizer_step(model: torch.nn.Module) -> Callable[[], None]:
 
 
 def fastest(steps: dict[str, Callable[[], None]], device: str, turns: int, cpu_seconds: bool) -> dict[str, float]:
-    """Seconds of each contender's fastest turn, after two turns of warming up."""
+    """Seconds of each variant's fastest turn, after two turns of warm-up."""
     clock, best = time.process_time if cpu_seconds else time.perf_counter, dict.fromkeys(steps, float("inf"))
     for turn in range(turns + 2):
         for name, step in steps.items():
@@ -112,7 +112,7 @@ def fastest(steps: dict[str, Callable[[], None]], device: str, turns: int, cpu_s
 
 
 def peak_bytes(step: Callable[[], None], device: str) -> int:
-    """Memory that a step needs on top of what is there before it."""
+    """Memory that a step allocates in addition to what is in use before it."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -140,7 +140,7 @@ def contender(size: argparse.Namespace, name: str) -> Callable[[], None]:
 
 
 def report(size: argparse.Namespace) -> None:
-    """Print the ratios for one size on one device."""
+    """Prints the ratios for one size on one device."""
     shape = " ".join(f"{key} {value}" for key, value in vars(size).items() if key != "size")
     print(f"\n{shape}")
     print(f"{'':18}{'ms':>10}{'ratio':>8}{'MiB':>10}{'ratio':>8}")
@@ -158,7 +158,7 @@ def report(size: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Parse the size, run on every device asked for."""
+    """Parses the size and runs on every requested device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=[*SIZES, "all"], default="all", help="a named size, or all of them")
     for name, kind in (("hidden", "width"), ("ffn", "FFN width"), ("layers", "layers"), ("heads", "heads"),

@@ -7,11 +7,11 @@
 Sizes (lpr_sizes.py): laptop, a dense Llama trained here on the original languages; smollm, a pretrained base, shortened
 and labelled so without a GPU; tiny, to see that everything works. Jobs run in worker processes in order of priority:
 base and every method for the first seed, the other learning rates of the baselines, the other seeds, the sweeps. After
-each job OUT.json and OUT.md are written anew. When the minutes are over what runs is ended, and the tables say how many
-seeds they hold; what is done is kept under --work, by its settings, and the same command goes on from there. (Settings,
+each job OUT.json and OUT.md are rewritten. When the minutes are over, running jobs are ended, and the tables say how
+many seeds they hold; results are kept under --work, by settings, and the same command resumes from them. (By settings,
 not code: after a change of code remove that folder.)
 
-Price at size laptop: 87 jobs, five minutes of one core for the base and a half to one and a half for each other.
+Cost at size laptop: 87 jobs, five minutes of one core for the base and 0.5 to 1.5 minutes for each other.
 
 Retention is 100 * base / method in bits per byte of held-out text of the original languages. Every baseline trains as
 many steps on the same text as stage 1; those with replay mix the review's text in and train as many steps as both
@@ -20,8 +20,8 @@ part that is not reported, by the expanded languages, in the baselines' favour; 
 without a GPU: one rate). Our own settings were chosen on `valid` too, once.
 
 The base of size laptop reads 30% of the expanded languages, in documents that stage 1 does not have. MoE-LPR freezes
-embeddings and attention, so what it can reach depends on how well the base has learnt those for the new languages; real
-bases (the paper's Qwen, SmolLM less so) have seen billions of tokens of them. `--set foreign_share=0.03
+embeddings and attention, so what it can reach depends on how well the base has learned those for the new languages;
+real bases (the paper's Qwen, SmolLM less so) have seen billions of tokens of them. `--set foreign_share=0.03
 base_steps=2000` gives a base that hardly knows them, and MoE-LPR then falls far behind full fine-tuning
 (docs/benchmarks.md).
 """
@@ -151,7 +151,7 @@ def prepare(size: Size, chosen: argparse.Namespace) -> tuple[Path, dict[str, Any
 
 
 def text_of(data: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-    """What of the text a job depends on: the base not on that of the extension, and few jobs on that of the review."""
+    """The parts of the text that a job depends on: the base not on the extension's, few jobs on the review's."""
     parts, fields = set(), set()
     if job["kind"] != "review" and not job.get("replay_share"):
         parts, fields = parts | {"review"}, fields | {"review_original_share", "review_ratio"}
@@ -166,7 +166,7 @@ def digest(value: Any) -> str:
 
 
 class Board:
-    """What was measured so far; written whole after every job."""
+    """The results so far; rewritten after every job."""
 
     def __init__(self, chosen: argparse.Namespace, size: Size, data: dict[str, Any]) -> None:
         import transformers
@@ -195,7 +195,7 @@ class Board:
         self._out.with_suffix(".md").write_text(markdown(self.about, self.results, self.errors))
 
     def resolve(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The job with its learning rate, its key and the places of what it reads and writes filled in."""
+        """The job with its learning rate, its key and the paths that it reads and writes filled in."""
         by_name = {each["name"]: each for each in self.results}
         if job.get("best_of"):
             tried = [by_name[name] for name in job["best_of"] if name in by_name]
@@ -208,7 +208,7 @@ class Board:
         return {**job, **place, **({"start": start["out"]} if start else {})}
 
     def known(self, job: dict[str, Any]) -> dict[str, Any] | None:
-        """The result of a job with the same settings, if it was kept, with what it left for later jobs."""
+        """The stored result of a job with the same settings, if its files for later jobs exist."""
         path = self.jobs / f"{job['key']}.json"
         if not path.exists() or (job["kind"] in ("base", "upcycle", "stage1") and not Path(job["out"]).exists()):
             return None

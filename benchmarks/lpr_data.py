@@ -1,14 +1,13 @@
 """The text of `lpr_claims.py`: from a folder of documents to instances and held-out streams, the same for every method.
 
     base        original languages with a small share of the expanded ones, as web text has
-    expanded    the new languages, equal tokens of each as far as there are: what stage 1 and every baseline trains on
+    expanded    the new languages, equal tokens of each as far as possible: stage 1 and every baseline train on them
     review      documents cut to half an instance: originals below 1% of stage 1's tokens, expanded ones twice that
     valid       held out: learning rates and weights of losses are chosen on it
     held        held out: reported, and never looked at before
 
 Documents are split by the hash of their text; those that begin alike count as copies and are dropped. Nothing of
-tasks/, no pyarrow, no pydantic, so that this runs where only PyTorch and transformers are. Price: tokenising, about 1
-MB/s.
+tasks/, no pyarrow, no pydantic, so that this runs with only PyTorch and transformers. Cost: tokenising, about 1 MB/s.
 """
 
 from __future__ import annotations
@@ -163,14 +162,14 @@ def train_tokenizer(documents: list[dict[str, Any]], mixture: Mixture) -> Any:
 
 
 def _shares(total: float, mixture: Mixture) -> dict[str, float]:
-    """How much of the base's text is of each language."""
+    """Share of each language in the base's text."""
     foreign = total * mixture.foreign_share / len(mixture.expanded)
     original = total * (1 - mixture.foreign_share) / len(mixture.original)
     return {**dict.fromkeys(mixture.expanded, foreign), **dict.fromkeys(mixture.original, original)}
 
 
 class _Draw:
-    """Documents for each part, tokenised when first drawn, in one shuffled order a language."""
+    """Documents for each part, tokenised when first drawn, in one shuffled order per language."""
 
     def __init__(self, documents: list[dict[str, Any]], tokenizer: Any, mixture: Mixture) -> None:
         self._mixture, self._tokenizer, self._shuffle = mixture, tokenizer, random.Random(1)
@@ -258,7 +257,7 @@ def _write_instances(
 
 
 def _write_held(documents: list[dict[str, Any]], end: int, streams: Sequence[str], path: Path) -> None:
-    """Streams by language: tokens, the document of each token (-1 at its end), bytes a token of each document."""
+    """Streams by language: tokens, the document of each token (-1 at its end), bytes per token of each document."""
     documents.sort(key=lambda each: streams.index(each["language"]))
     tokens, owners, lengths = [], [], dict.fromkeys(streams, 0)
     for number, each in enumerate(documents):

@@ -174,7 +174,7 @@ class Queue:
 
 
 def words(point: dict[str, Any]) -> str:
-    """Settings as they stand in a table."""
+    """Settings as shown in a table."""
     return ", ".join(
         f"{name} {value:g}" if not isinstance(value, str) else f"{name} {value}" for name, value in point.items()
     )

@@ -21,7 +21,7 @@ ORDER = (
 
 
 def markdown(about: dict[str, Any], results: list[dict[str, Any]], errors: list[str]) -> str:
-    """Everything that was measured, as Markdown."""
+    """All results, as Markdown."""
     size = about["size"]
     lines = ["# MoE-LPR: languages learnt and kept", ""]
     if size["note"]:
@@ -61,7 +61,7 @@ def size_tables(about: dict[str, Any], results: list[dict[str, Any]]) -> list[st
 
 
 def data_lines(about: dict[str, Any]) -> list[str]:
-    """What was trained on, and how much of the original languages came back in the review."""
+    """The training text, and the share of original languages in the review."""
     size, data = about["size"], about["data"]
     lines = []
     for part in ("base", "expanded", "review"):
@@ -149,7 +149,7 @@ def task_table(about: dict[str, Any], bases: dict[int, Any], methods: dict[str, 
 
 
 def proofs(results: list[dict[str, Any]]) -> list[str]:
-    """What was checked while it ran."""
+    """The checks made during the runs."""
     upcycled = [each for each in results if each["kind"] == "upcycle"]
     staged = [each for each in results if each["kind"] in ("stage1", "review")]
     reviewed = [each for each in staged if each["kind"] == "review"]

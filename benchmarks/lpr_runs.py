@@ -1,14 +1,14 @@
 """The trainings behind `lpr_claims.py`: each job is one function call in a worker process, and gives one result.
 
     base      a dense Llama trained here, or a pretrained model unpacked to a folder
-    upcycle   the base as a mixture, with its proof; copies, or random new experts
+    upcycle   the base as a mixture, with the check of equality; copies, or random new experts
     stage1    post-pretraining on the expanded languages; scored as "no review"
     review    the review on a stage-1 checkpoint
     single    the baselines and ablations of one stage
 
-All train with `eclectus.models.training.loop.train` and the objectives of `eclectus.models.training.objectives`: what
-is measured is what ships. Jobs hand checkpoints to each other in a folder. Each is scored on both held-out parts,
-`valid` and `held` (lpr_data).
+All train with `eclectus.models.training.loop.train` and the objectives of `eclectus.models.training.objectives`: the
+benchmark runs the production code. Jobs hand checkpoints to each other in a folder. Each is scored on both held-out
+parts, `valid` and `held` (lpr_data).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def open_pretrained(source: str, out: Path) -> torch.nn.Module:
 
 
 def make_moe(job: dict[str, Any]) -> dict[str, Any]:
-    """Upcycles the base; the result is the proof."""
+    """Upcycles the base; returns the report of the check."""
     report = upcycle(job["start"], job["out"], seed=job["seed"], **job["upcycle"])
     return {"proof": report.proof, "max_abs_delta": report.max_abs_delta, "base_digest": report.base_digest}
 

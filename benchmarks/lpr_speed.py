@@ -3,9 +3,9 @@
     python benchmarks/lpr_speed.py
 
 A step is forward, loss, backward, clipping and AdamW. bf16 autocast on CUDA, fp32 on the CPU; transformers' experts run
-on `grouped_mm` too. On CUDA each contender has several turns, of which the fastest counts, and its peak of allocated
-memory. On a CPU, which others may use too, the contenders take turns by single steps, the fastest counts, in CPU
-seconds of one thread; memory is what a process of its own grows by from before the model is made to its end.
+on `grouped_mm` too. On CUDA each variant has several turns, of which the fastest counts, and its peak of allocated
+memory. On a CPU, which may be shared, the variants take turns by single steps, the fastest counts, in CPU seconds of
+one thread; memory is the growth of a separate process from before the model is made to its end.
 """
 
 from __future__ import annotations
