@@ -99,7 +99,9 @@ class Commands:
     """The commands of a parser, each with one line of help, which the parser's own help lists by group."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._parsers = parser.add_subparsers(metavar="COMMAND", required=True, help=argparse.SUPPRESS)
+        self._parsers = parser.add_subparsers(
+            prog=parser.prog, metavar="COMMAND", required=True, help=argparse.SUPPRESS
+        )
         self.help: dict[str, str] = {}
 
     def add_parser(self, name: str, help: str, description: str | None = None) -> argparse.ArgumentParser:
