@@ -65,10 +65,10 @@ def evaluate_models(
     benchmarks = _benchmark(curated, checkpoints, parameters, left_out)
     seen = _contaminations(curated, checkpoints, evaluations, benchmarks, parameters)
     kinds = {"text": evaluations, "tasks": benchmarks, "contamination": seen}
-    candidates = {
-        name: Candidate(checkpoints[name], {kind: each[name] for kind, each in kinds.items() if name in each})
-        for name in evaluations
-    }
+    candidates: dict[str, Candidate] = {}
+    for name in evaluations:
+        results = {kind: by_model[name] for kind, by_model in kinds.items() if name in by_model}
+        candidates[name] = Candidate(checkpoints[name], results)
     decisions = _decide(gates, candidates, parameters, left_out)
     page = report(
         evaluations=evaluations,

@@ -122,9 +122,9 @@ def _export(chosen: argparse.Namespace) -> None:
     lory = model_type(checkpoint_folder(home, chosen.checkpoint)[0]) == "lory"
     allowed, others = (MERGED_BY, ("dtype", "extract_base")) if lory else (("dtype", "extract_base"), MERGED_BY)
     if wrong := [name for name in others if getattr(chosen, name)]:
-        kind = "a Lory model" if lory else "a mixture"
+        kind = "a Lory model" if lory else "not a Lory model"
         raise EclectusError(
-            f"--{wrong[0].replace('_', '-')} does not apply to {chosen.checkpoint}, {kind}; its options: "
+            f"--{wrong[0].replace('_', '-')} does not apply to {chosen.checkpoint}, which is {kind}; its options: "
             f"{', '.join('--' + name.replace('_', '-') for name in allowed)}"
         )
     if lory:

@@ -56,7 +56,7 @@ def test_upcycle_and_export_from_the_command_line(capsys, tmp_path):
         (["upcycle", "BASE", "OUT", "--experts", "4,4,4"], "names 3 layers, the base has 2"),
         (["upcycle", "/nowhere/at/all", "OUT"], "does not exist"),
         (["export", "BASE", "OUT"], "expected an upcycled one"),
-        (["export", "BASE", "OUT", "--language", "el"], "no Lory model"),
+        (["export", "BASE", "OUT", "--language", "el"], "which is not a Lory model"),
         (["export", "nothing-123", "OUT"], "match 'nothing-123'"),
     ],
 )
