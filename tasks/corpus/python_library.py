@@ -1,7 +1,7 @@
-"""Python's own standard library as text: its sources (domain code) and what it says of itself (domain programming-docs).
+"""Python's own standard library as text: its sources (domain code) and its documentation (domain programming-docs).
 
-The two domains read different modules, chosen by a hash of the module's name, so that no docstring stands in both.
-Regular expressions, not `ast`: the sources are 10 MB, and parsing them costs 10 s where finding the borders costs 1.
+The two domains read different modules, chosen by a hash of the module's name, so that no docstring is in both. The
+code is split with regular expressions, not `ast`: the sources are 10 MB, which take 10 s to parse and 1 s to search.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eclectus.tasks.corpus.text import Document, cut, merge_short
 LICENCE = "PSF-2.0"
 SOURCE = "python"
 VERSION = platform.python_version()
-# Other people's packages, tables, and tools with little text of their own; then the tests and generated tables.
+# Third-party packages, tables, and tools with little text of their own; then the tests and generated tables.
 LEFT_OUT = {
     "site-packages",
     "dist-packages",
@@ -74,7 +74,7 @@ def _entry(module: str, match: re.Match[str]) -> str:
 
 
 def _dedented(text: str) -> str:
-    """A docstring as `inspect.cleandoc` shows it, without the tabs of its code."""
+    """A docstring as `inspect.cleandoc` gives it, with tabs expanded."""
     lines = text.expandtabs().strip("\n").split("\n")
     margins = [len(line) - len(line.lstrip()) for line in lines[1:] if line.strip()]
     margin = min(margins, default=0)
@@ -108,7 +108,7 @@ def _modules() -> list[tuple[str, Path]]:
                 found.append((".".join(path.relative_to(root).with_suffix("").parts), path))
     if not found:
         raise EclectusError(
-            f"no sources of Python's standard library under {root}, which the default corpus reads: use a Python that is "
+            f"no sources of Python's standard library under {root}, which the default corpus reads: use a Python "
             f"installed with its library's .py files, or give your own documents instead"
         )
     return sorted(found)

@@ -1,7 +1,8 @@
 """Documents of natural size: cutting long texts at paragraph borders, dropping repeats, keeping to a byte budget.
 
-Price: linear in the text. A repeat is a document more than half of whose word 8-grams were seen in earlier documents
-(licence families, plays that quote each other): such pairs, one in training and one held out, would flatter every model.
+Price: linear in the text. A repeat is a document more than half of whose word 8-grams stand in earlier documents
+(licence families, plays that quote each other): such a pair, one in training and one held out, would flatter every
+model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Document:
-    """One line of the corpus. id is stable: it names the place in the source, not the text."""
+    """One line of the corpus. id is stable: it names the position in the source, not the text."""
 
     id: str
     text: str
@@ -52,7 +53,7 @@ def cut(text: str, maximum: int) -> list[str]:
 
 
 def _parts(text: str, maximum: int) -> Iterator[tuple[str, str]]:
-    """The smallest units that `cut` keeps whole, each with the joint that binds it to the one before."""
+    """The smallest units that `cut` keeps whole, each with the separator before it."""
     for paragraph in re.split(r"\n\s*\n", text):
         if len(paragraph) <= maximum:
             if paragraph.strip():
@@ -70,7 +71,7 @@ def _parts(text: str, maximum: int) -> Iterator[tuple[str, str]]:
 
 
 def merge_short(pieces: Iterable[str], minimum: int, joint: str = "\n\n") -> list[str]:
-    """Joins a piece shorter than `minimum` characters to the one before it (the first, to the one after)."""
+    """Joins a piece shorter than `minimum` characters to the previous one (the first, to the next)."""
     merged: list[str] = []
     for piece in pieces:
         if merged and (len(piece) < minimum or len(merged[-1]) < minimum):
@@ -81,7 +82,7 @@ def merge_short(pieces: Iterable[str], minimum: int, joint: str = "\n\n") -> lis
 
 
 def without_repeats(documents: Iterable[Document], share: float) -> list[Document]:
-    """Drops documents whose text was seen, or more than `share` of whose word 8-grams were seen in those kept before."""
+    """Drops documents whose text, or more than `share` of whose word 8-grams, stands in documents kept earlier."""
     seen: set[int] = set()
     texts: set[str] = set()
     kept = []
@@ -91,7 +92,7 @@ def without_repeats(documents: Iterable[Document], share: float) -> list[Documen
         words = WORD.findall(document.text.lower())
         starts = range(max(1, len(words) - SHINGLE_WORDS + 1))
         shingles = [hash(tuple(words[start : start + SHINGLE_WORDS])) for start in starts]
-        # Every second shingle is looked up, all are remembered: the same answer at half the price.
+        # Every second shingle is looked up, all are stored: the same answer at half the price.
         probe = shingles[::SHINGLE_STEP]
         if sum(shingle in seen for shingle in probe) > share * len(probe):
             continue

@@ -1,7 +1,8 @@
-"""Lookup of ids in sorted arrays, and a growing set of digests at 16 bytes per member (a Python set takes about 100).
+"""Lookup of ids in arrays, and a growing set of digests at 16 bytes per member (a Python set takes about 100).
 
-Recent members of the set live in a Python set; when that is full it becomes a sorted array, and arrays of similar size
-are merged (a log-structured merge tree), so that a member is moved log2(n / RECENT) times and found by as many searches.
+Recent members of the set live in a Python set; when that is full it becomes a sorted array, and arrays of similar
+size are merged (a log-structured merge tree), so that a member is moved log2(n / RECENT) times and found by as many
+searches.
 """
 
 from __future__ import annotations

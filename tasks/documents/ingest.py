@@ -1,13 +1,13 @@
 """Ingest: any sources in, one `documents` artifact out; every document is kept, rejected or a duplicate, and counted.
 
-A document's id is the first 32 hex digits of the SHA-256 of its text, exactly as it stands: equal id, equal text. So an exact
-duplicate is dropped the second time, whatever file it is in. What is bad goes to `rejected.parquet` with file, line, reason
-and first characters; `duplicates.parquet` names the document that each duplicate equals. Nothing bad is fatal, but to keep
-nothing at all is an error. Memory: one row group of text, and 16 bytes a document (tasks/documents/digest_set.py).
+A document's id is the first 32 hex digits of the SHA-256 of its exact text: equal id, equal text. An exact duplicate
+is dropped, whatever file it is in. Bad input goes to `rejected.parquet` with file, line, reason and first characters;
+`duplicates.parquet` names the document that each duplicate equals. No bad record is fatal, but to keep no document is
+an error. Memory: the text of one row group, and 16 bytes per document (tasks/documents/digest_set.py).
 
-A document's domain is its record's field; else what its file's name says (`en.code.jsonl.gz` -> code, shard numbers and
-words like `train` say nothing), for text files the folder's name; else "unknown".
-Price: one core reads, hashes and writes 60 to 120 MB of JSON lines a second.
+A document's domain is its record's field; else it is taken from the file's name (`en.code.jsonl.gz` -> code; shard
+numbers and words like `train` are ignored), for text files from the folder's name; else it is "unknown". Price: one
+core reads, hashes and writes 60 to 120 MB of JSON lines per second.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class IngestSettings(Settings):
     id_field: str = Field("id", description="Field that holds a document's own name, kept for tracing; may be absent.")
     language_field: str = Field("language", description="Field that holds a document's language; may be absent.")
     domain_field: str = Field("domain", description="Field that holds a document's domain; may be absent.")
-    source_field: str = Field("source", description="Field that says where a document is from; else the file's name.")
+    source_field: str = Field("source", description="Field that gives a document's source; else the file's name.")
     text_suffixes: list[str] = Field(
         [".txt", ".md", ".rst"], description="Suffixes of files that are one document each, as plain text."
     )
@@ -90,7 +90,7 @@ def fingerprint(settings: IngestSettings) -> dict[str, str]:
 
 @step(makes="documents", version=1, fingerprint=fingerprint)
 def ingest(settings: IngestSettings, out: Draft) -> None:
-    """Reads the sources into documents. Raises EclectusError when not one document is left."""
+    """Reads the sources into documents. Raises EclectusError if no document is kept."""
     found = check_sources(settings)
     with _Intake(settings, out) as intake:
         _read_all(found.sources, settings, intake)
@@ -112,12 +112,12 @@ def ingest(settings: IngestSettings, out: Draft) -> None:
 
 
 def read_rejected(documents: Artifact) -> pa.Table:
-    """What `ingest` could not take: file, line, reason, detail, start."""
+    """The records that `ingest` rejected: file, line, reason, detail, start."""
     return pq.read_table(documents.file("rejected.parquet"))
 
 
 def read_duplicates(documents: Artifact) -> pa.Table:
-    """What `ingest` dropped as equal to another: file, line, name, document (the one that was kept)."""
+    """The exact duplicates that `ingest` dropped: file, line, name, document (the one that was kept)."""
     return pq.read_table(documents.file("duplicates.parquet"))
 
 
@@ -159,7 +159,7 @@ class _Candidate:
 
 
 class _Table:
-    """A Parquet file of small rows, written a few thousand at a time."""
+    """A Parquet file of small rows, written 5,000 at a time."""
 
     def __init__(self, out: Draft, name: str, schema: pa.Schema) -> None:
         self._writer = pq.ParquetWriter(out.file(name), schema, compression="zstd")
@@ -186,7 +186,7 @@ class _Table:
 
 
 class _Intake:
-    """Takes records one by one, and writes them away as documents, rejected or duplicates."""
+    """Accepts records one by one and writes them as documents, rejected records or duplicates."""
 
     def __init__(self, settings: IngestSettings, out: Draft) -> None:
         self._settings = settings
@@ -211,7 +211,10 @@ class _Intake:
         return len(self._waiting)
 
     def take(self, source: Source, line: int | None, record: Record | Fault) -> None:
-        content = record if isinstance(record, Fault) else self._text(record)
+        if isinstance(record, Fault):
+            self._reject(source, line, record)
+            return
+        content = self._text(record)
         if isinstance(content, Fault):
             self._reject(source, line, content)
             return
@@ -222,11 +225,11 @@ class _Intake:
                 line,
                 hashlib.sha256(content).digest()[:16],
                 {
-                    "name": _word(record.get(settings.id_field)),
+                    "name": _as_name(record.get(settings.id_field)),
                     "text": record[settings.text_field],
-                    "language": _word(record.get(settings.language_field)),
-                    "domain": _word(record.get(settings.domain_field)) or source.domain or UNKNOWN,
-                    "source": _word(record.get(settings.source_field)) or source.name,
+                    "language": _as_name(record.get(settings.language_field)),
+                    "domain": _as_name(record.get(settings.domain_field)) or source.domain or UNKNOWN,
+                    "source": _as_name(record.get(settings.source_field)) or source.name,
                     "bytes": len(content),
                 },
             )
@@ -236,7 +239,7 @@ class _Intake:
             self._flush()
 
     def _text(self, record: Record) -> bytes | Fault:
-        """The record's text as UTF-8, or why it is none."""
+        """The record's text as UTF-8, or why it is rejected."""
         field = self._settings.text_field
         text = record.get(field)
         if not isinstance(text, str):
@@ -247,13 +250,13 @@ class _Intake:
             return Fault("wrong type", f"field '{field}' is of type {kind}; expected a string", start_of(str(text)))
         characters = len(text)
         if characters > self._settings.maximum_characters:
-            limit = f"{characters:,} characters; at most {self._settings.maximum_characters:,} are taken"
+            limit = f"{characters:,} characters; at most {self._settings.maximum_characters:,} are allowed"
             return Fault("too long", limit, start_of(text))
         stripped = len(text.strip())
         if not stripped:
             return Fault("empty", f"field '{field}' holds no text", start_of(text))
         if stripped < self._settings.minimum_characters:
-            limit = f"{stripped:,} characters; at least {self._settings.minimum_characters:,} are wanted"
+            limit = f"{stripped:,} characters; at least {self._settings.minimum_characters:,} are required"
             return Fault("too short", limit, start_of(text))
         try:
             return text.encode()
@@ -297,13 +300,13 @@ class _Intake:
         if kind is None:
             self._flush()
         for table in (self.rejected, self.duplicates, self._documents):
-            # After an error, on a full disk above all, closing fails as well and would hide the first reason.
+            # After an error such as a full disk, closing fails as well and would hide the first error.
             with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
                 table.close()
 
 
-def _word(value: Any) -> str | None:
-    """A field that names something, as text; numbers are taken, anything else is as good as absent."""
+def _as_name(value: Any) -> str | None:
+    """A field that names something, as text; numbers are accepted, any other type counts as absent."""
     if isinstance(value, str):
         return value.strip().encode("utf-8", "replace").decode() or None
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -1,8 +1,8 @@
-"""Language codes: what a record, a setting or a detector gives, as ISO 639-1 if the language has such a code, else ISO 639-3.
+"""Language codes: ISO 639-1 if the language has such a code, else ISO 639-3, whatever a record or a detector gives.
 
-`ell_Grek`, `gre`, `EL`, `el-GR` and `Greek` all become `el`; `zh-cn` and `cmn` become `zh`. The codes and the English names
-come from the library langcodes. Its `standardize_tag` is not used: it turns `als`, fastText's code for Alemannic, into
-Albanian, Tagalog into `fil` and Twi into `ak`, and leaves `ckb` as it is. _ALIASES has what differs.
+`ell_Grek`, `gre`, `EL`, `el-GR` and `Greek` all become `el`; `zh-cn` and `cmn` become `zh`. The codes and the English
+names come from the library langcodes. Its `standardize_tag` is not used: it turns `als`, fastText's code for
+Alemannic, into Albanian, Tagalog into `fil` and Twi into `ak`, and leaves `ckb` as it is. _ALIASES has what differs.
 """
 
 from __future__ import annotations

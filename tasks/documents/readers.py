@@ -1,9 +1,10 @@
-"""Reading sources record by record, in bounded memory, with a fault instead of an exception for whatever is bad.
+"""Reading sources record by record, in bounded memory; bad input gives a Fault, not an exception.
 
-JSON lines are split and parsed here, not by `datasets`, which stops a whole file at its first bad line; a line that is longer
-than `LONGEST_LINE` is passed over without being held. A `.json` file may be one array of records, up to that size. A truncated or damaged archive gives its whole lines and then one
-fault; a damaged Parquet row group one fault, and the next group is read. Data set ids stream through `datasets`.
-Price: about 300 MB/s of JSON lines on one core (orjson), decompression included about 150.
+JSON lines are split and parsed here, not by `datasets`, which stops a whole file at its first bad line; a line longer
+than `LONGEST_LINE` is skipped without being held in memory. A `.json` file may be one array of records, up to that
+size. A truncated or damaged archive gives its whole lines and then one fault; a damaged Parquet row group gives one
+fault, and the next group is read. Data set ids stream through `datasets`. Price: about 300 MB/s of JSON lines on one
+core (orjson), about 150 with decompression.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import orjson
 import pyarrow as pa
@@ -25,8 +26,11 @@ import zstandard
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.sources import Source, parse_dataset
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 LONGEST_LINE = 64 * 2**20
-ROWS_A_BATCH = 256
+ROWS_PER_BATCH = 256
 COMPRESSED_AT_ONCE = 32 * 2**10
 START = 200
 
@@ -35,11 +39,15 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Fault:
-    """Why something is no document. reason: a class to count by. detail: the sentence. start: its first characters."""
+    """Why some input is not a record. reason: category, to count by. detail: message. start: its first characters."""
 
     reason: str
     detail: str
     start: str = ""
+
+
+Numbered = tuple[int | None, Record | Fault]
+"""Line or row number from 1 (None for a whole file), and the record or fault."""
 
 
 class Position:
@@ -51,35 +59,43 @@ class Position:
 
 def read_records(
     source: Source, text_field: str, columns: list[str], longest_text: int, position: Position
-) -> Iterator[tuple[int | None, Record | Fault]]:
-    """(line or row number from 1, record or fault) for everything in the source; the number is None for whole files.
+) -> Iterator[Numbered]:
+    """Every record or fault of the source, with its line or row number.
 
-    columns: the only fields that are wanted. longest_text: in characters; longer text files are not read whole.
-    Raises EclectusError when a data set on the hub breaks off: half of it must not pass for the whole.
+    columns: the fields to read. longest_text: in characters; longer text files are not read to their end.
+    Raises EclectusError when a data set on the hub breaks off, so that half of it is not taken for the whole.
     """
     if source.kind == "dataset":
         return _read_dataset(source, columns)
     if source.kind == "parquet":
         return _read_parquet(source, text_field, columns)
+    read: Callable[[io.BufferedReader, str, int], Iterator[Numbered]] = _read_lines
     if source.kind == "text":
         read = _read_text
-    else:
-        read = _read_json if Path(source.name.removesuffix(source.compression or "")).suffix == ".json" else _read_lines
+    elif Path(source.name.removesuffix(source.compression or "")).suffix == ".json":
+        read = _read_json
     return _read_file(source, read, text_field, longest_text, position)
 
 
 def start_of(content: bytes | str) -> str:
-    """The first 200 characters of anything, fit for a table."""
+    """The first 200 characters of some input, as valid UTF-8."""
     text = content[: 4 * START].decode("utf-8", "replace") if isinstance(content, bytes) else content
     return text[:START].encode("utf-8", "replace").decode()
 
 
 def _read_file(
-    source: Source, read: Any, text_field: str, longest_text: int, position: Position
-) -> Iterator[tuple[int | None, Record | Fault]]:
-    line = 0
+    source: Source,
+    read: Callable[[io.BufferedReader, str, int], Iterator[Numbered]],
+    text_field: str,
+    longest_text: int,
+    position: Position,
+) -> Iterator[Numbered]:
+    line: int | None = 0
     try:
-        with open(source.place, "rb", buffering=2**20) as file, _decompressed(file, source.compression) as handle:
+        with (
+            io.BufferedReader(io.FileIO(source.path), 2**20) as file,
+            _decompressed(file, source.compression) as handle,
+        ):
             for line, record in read(handle, text_field, longest_text):
                 if line is not None and line % 64 == 0:
                     position.bytes = file.tell()
@@ -87,12 +103,12 @@ def _read_file(
     except (EOFError, zlib.error, zstandard.ZstdError) as error:
         whole = f" after line {line}" if source.kind == "json lines" else ""
         state = "truncated" if isinstance(error, EOFError) else "damaged"
-        yield (line + 1 if whole else None), Fault("damaged archive", f"the archive is {state}{whole} ({error})")
+        yield (line or 0) + 1 if whole else None, Fault("damaged archive", f"the archive is {state}{whole} ({error})")
     except OSError as error:
         yield None, Fault("unreadable", f"cannot be read ({error.strerror or error})")
 
 
-def _decompressed(file: BinaryIO, compression: str | None) -> BinaryIO:
+def _decompressed(file: io.BufferedReader, compression: str | None) -> io.BufferedReader:
     if compression is None:
         return file
     return io.BufferedReader(_Decompressed(file, _gzip if compression == ".gz" else _zstandard), 2**20)
@@ -107,14 +123,14 @@ def _zstandard() -> Any:
 
 
 class _Decompressed(io.RawIOBase):
-    """A stream of gzip members or zstd frames, one after another.
+    """A stream of concatenated gzip members or zstd frames.
 
-    Python's gzip loses what it has unpacked of a truncated file, and zstandard's reader does not notice that it is
-    truncated; this one gives every whole byte and then raises EOFError.
+    Python's gzip discards what it has unpacked of a truncated file, and zstandard's reader does not notice that
+    it is truncated; this one gives every whole byte and then raises EOFError.
     """
 
     def __init__(self, file: BinaryIO, begin: Callable[[], Any]) -> None:
-        """begin: makes a decompressor with `decompress`, `eof` and `unused_data`."""
+        """begin: creates a decompressor with `decompress`, `eof` and `unused_data`."""
         self._file = file
         self._begin = begin
         self._member: Any = None
@@ -123,11 +139,12 @@ class _Decompressed(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        target = memoryview(buffer).cast("B")
         while not self._ready:
             compressed = b""
             if self._member is not None and self._member.eof:
-                # Zeros after a member are padding to a block of tape.
+                # Zeros after a member pad it to a block, as on tapes.
                 compressed, self._member = self._member.unused_data.lstrip(b"\0"), None
             compressed = compressed or self._file.read(COMPRESSED_AT_ONCE)
             if not compressed:
@@ -136,13 +153,13 @@ class _Decompressed(io.RawIOBase):
                 return 0
             self._member = self._member or self._begin()
             self._ready = memoryview(self._member.decompress(compressed))
-        size = min(len(buffer), len(self._ready))
-        buffer[:size] = self._ready[:size]
+        size = min(len(target), len(self._ready))
+        target[:size] = self._ready[:size]
         self._ready = self._ready[size:]
         return size
 
 
-def _read_lines(handle: BinaryIO, text_field: str, longest_text: int) -> Iterator[tuple[int, Record | Fault]]:
+def _read_lines(handle: BinaryIO, text_field: str, longest_text: int) -> Iterator[Numbered]:
     number = 0
     while line := handle.readline(LONGEST_LINE):
         number += 1
@@ -167,15 +184,17 @@ def _read_lines(handle: BinaryIO, text_field: str, longest_text: int) -> Iterato
         yield number, record
 
 
-def _read_json(handle: BinaryIO, text_field: str, longest_text: int) -> Iterator[tuple[int, Record | Fault]]:
-    """A `.json` file: an array of records where it begins like one and is not too large to hold, else JSON lines."""
+def _read_json(handle: io.BufferedReader, text_field: str, longest_text: int) -> Iterator[Numbered]:
+    """A `.json` file: an array of records if it begins like one and is not too large to hold, else JSON lines."""
     if not handle.peek(1).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from _read_lines(handle, text_field, longest_text)
         return
     content = handle.read(LONGEST_LINE)
     if handle.peek(1):
-        told = f"a JSON array of more than {LONGEST_LINE:,} bytes is not read; write one record a line (jq -c '.[]')"
-        yield 1, Fault("too long", told, start_of(content))
+        detail = (
+            f"a JSON array of more than {LONGEST_LINE:,} bytes is not read; write one record per line (jq -c '.[]')"
+        )
+        yield 1, Fault("too long", detail, start_of(content))
         return
     try:
         items = orjson.loads(content.removeprefix(b"\xef\xbb\xbf"))
@@ -184,13 +203,13 @@ def _read_json(handle: BinaryIO, text_field: str, longest_text: int) -> Iterator
         return
     for number, record in enumerate(items, 1):
         if not isinstance(record, dict):
-            told = f"item {number} of the array is a JSON {_json_type(record)}; expected an object"
-            record = Fault("not a record", told, start_of(str(record)))
+            detail = f"item {number} of the array is a JSON {_json_type(record)}; expected an object"
+            record = Fault("not a record", detail, start_of(str(record)))
         yield number, record
 
 
 def _parse_again(line: bytes, error: ValueError) -> Any:
-    """What a line is that orjson refused: some writers put NaN into JSON, which Python's own parser takes."""
+    """A line that orjson refused: some writers put NaN into JSON, which Python's own parser accepts."""
     try:
         text = line.decode()
     except UnicodeDecodeError as fault:
@@ -202,7 +221,7 @@ def _parse_again(line: bytes, error: ValueError) -> Any:
         return Fault("not JSON", f"the line is not JSON ({error})", start_of(line))
 
 
-def _read_text(handle: BinaryIO, text_field: str, longest_text: int) -> Iterator[tuple[None, Record | Fault]]:
+def _read_text(handle: BinaryIO, text_field: str, longest_text: int) -> Iterator[Numbered]:
     content = handle.read(4 * longest_text + 4)
     if len(content) > 4 * longest_text + 3:
         yield None, Fault("too long", f"the text is longer than {longest_text:,} characters", start_of(content))
@@ -214,9 +233,9 @@ def _read_text(handle: BinaryIO, text_field: str, longest_text: int) -> Iterator
         yield None, Fault("not UTF-8", f"the file is not UTF-8 ({where})", start_of(content))
 
 
-def _read_parquet(source: Source, text_field: str, columns: list[str]) -> Iterator[tuple[int | None, Record | Fault]]:
+def _read_parquet(source: Source, text_field: str, columns: list[str]) -> Iterator[Numbered]:
     try:
-        file = pq.ParquetFile(source.place, buffer_size=2**20, pre_buffer=False)
+        file = pq.ParquetFile(source.path, buffer_size=2**20, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         yield None, Fault("unreadable", f"cannot be read as Parquet ({_first_line(error)})")
         return
@@ -230,7 +249,7 @@ def _read_parquet(source: Source, text_field: str, columns: list[str]) -> Iterat
         for group in range(file.num_row_groups):
             row, end = done, done + file.metadata.row_group(group).num_rows
             try:
-                for batch in file.iter_batches(ROWS_A_BATCH, row_groups=[group], columns=names):
+                for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=names):
                     for record in _rows(batch):
                         row += 1
                         yield row, record
@@ -240,7 +259,7 @@ def _read_parquet(source: Source, text_field: str, columns: list[str]) -> Iterat
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[Record | Fault]:
-    """Rows as records. Parquet does not check that strings are UTF-8, so they are taken as bytes and decoded one by one."""
+    """Rows as records. Parquet does not check that strings are UTF-8, so they are decoded here one by one."""
     columns = []
     for column in batch.columns:
         text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
@@ -256,7 +275,7 @@ def _rows(batch: pa.RecordBatch) -> Iterator[Record | Fault]:
             yield Fault("not UTF-8", f"the row is not UTF-8 ({where})", start_of(fault.object))
 
 
-def _read_dataset(source: Source, columns: list[str]) -> Iterator[tuple[int | None, Record | Fault]]:
+def _read_dataset(source: Source, columns: list[str]) -> Iterator[Numbered]:
     row = 0
     try:
         for row, record in enumerate(_open_dataset(source, columns), 1):
@@ -264,23 +283,24 @@ def _read_dataset(source: Source, columns: list[str]) -> Iterator[tuple[int | No
     except EclectusError:
         raise
     except Exception as error:
-        name = parse_dataset(source.place)[0]
-        # `datasets` and its file systems raise anything; only a folder of one's own may be damaged and still go on.
+        name = parse_dataset(source.path)[0]
+        # `datasets` and its file systems raise any exception; only a damaged local folder is no reason to stop.
         if not os.path.isdir(name):
             raise EclectusError(
-                f"data set '{name}' broke off after {row:,} records ({_first_line(error)}); run again, or download it first"
+                f"data set '{name}' broke off after {row:,} records ({_first_line(error)}); "
+                "run again, or download it first"
             ) from error
         yield row + 1, Fault("unreadable", f"the data set breaks off after record {row} ({_first_line(error)})")
 
 
 def _open_dataset(source: Source, columns: list[str]) -> Any:
-    """A stream of records, of the wanted columns only."""
+    """A stream of records with these columns only."""
     import datasets
 
-    name, revision, config, split = parse_dataset(source.place)
-    place = Path(name).expanduser()
-    if any((place / file).is_file() for file in ("dataset_dict.json", "state.json")):
-        saved = datasets.load_from_disk(str(place))
+    name, revision, config, split = parse_dataset(source.path)
+    folder = Path(name).expanduser()
+    if any((folder / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        saved = datasets.load_from_disk(str(folder))
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
                 raise EclectusError(f"data set '{name}' has no split '{split}'; it has {', '.join(saved)}")

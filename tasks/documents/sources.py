@@ -1,10 +1,11 @@
-"""Sources: what a person wrote, turned into the files and data sets that it means, each with a name and a digest.
+"""Sources: the entries of the setting `sources`, resolved to files and data sets, each with a name and a digest.
 
-A source is a file, a folder (read recursively), a glob, or `dataset:NAME[@REVISION][:CONFIG[:SPLIT]]`, where NAME is a
-Hugging Face data set id or a local folder that `datasets` can open (a saved one included). A path is always a path: only the
-prefix `dataset:` reaches for the hub. Files are known by suffix: .jsonl, .ndjson, .json (JSON lines, or one array), .parquet and the
-text suffixes, all but Parquet also as .gz or .zst. In folders and globs, hidden files are passed over, other suffixes counted.
-Price: listing is one walk; `fingerprints` reads every local byte once (SHA-256, 1 to 2 GB/s a core, all cores).
+An entry is a file, a folder (read recursively), a glob, or `dataset:NAME[@REVISION][:CONFIG[:SPLIT]]`, where NAME is
+a Hugging Face data set id or a local folder that `datasets` can open (a saved one included). A path is always a path:
+only the prefix `dataset:` accesses the hub. Files are recognised by suffix: .jsonl, .ndjson, .json (JSON lines, or
+one array), .parquet and the text suffixes, all but Parquet also as .gz or .zst. In folders and globs, hidden files
+are skipped, and files with other suffixes are counted. Price: listing is one walk; `fingerprints` reads every local
+byte once (SHA-256, 1 to 2 GB/s per core, all cores).
 """
 
 from __future__ import annotations
@@ -30,25 +31,28 @@ DATASET = "dataset:"
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 COMPRESSIONS = (".gz", ".zst")
 DATASET_FILES = ("dataset_dict.json", "state.json")
-FINGERPRINTS_A_SOURCE = 64
+FINGERPRINTS_PER_ENTRY = 64
 
-# File names that say nothing of their content: what shards and splits are usually called.
+# Words in file names that say nothing about the content: the usual names of shards and splits.
 _NO_DOMAIN = re.compile(
     r"(train|test|valid|validation|data|part|shard|chunk|default|documents|dump|output|split)?", re.I
 )
 _SHARD = re.compile(r"([-_.]?\d+)?([-_]of[-_]\d+)?$")
 
 
+Kind = Literal["json lines", "parquet", "text", "dataset"]
+
+
 @dataclass(frozen=True)
 class Source:
     """One file or data set to read.
 
-    place: where it lies, for opening. name: what tables call it, free of this machine's folders. origin: the position of the
-    setting that named it. domain: what its name says of its content, or None.
+    path: of the file, or the entry of the data set. name: as in tables, without folders of this machine.
+    origin: index of the entry that named it. domain: taken from its name, or None.
     """
 
-    kind: Literal["json lines", "parquet", "text", "dataset"]
-    place: str
+    kind: Kind
+    path: str
     name: str
     origin: int
     domain: str | None = None
@@ -56,40 +60,40 @@ class Source:
 
     @property
     def size(self) -> int:
-        """Bytes on disk; 0 for data sets and for files that cannot be looked at."""
+        """Bytes on disk; 0 for data sets and for files that cannot be accessed."""
         try:
-            return os.stat(self.place).st_size if self.kind != "dataset" else 0
+            return os.stat(self.path).st_size if self.kind != "dataset" else 0
         except OSError:
             return 0
 
 
 @dataclass(frozen=True)
 class Found:
-    """The sources, in the order of reading, and how many files of folders and globs were passed over, by suffix."""
+    """The sources, in the order of reading, and how many files of folders and globs were ignored, by suffix."""
 
     sources: list[Source]
     ignored: dict[str, int]
 
 
-def find_sources(written: list[str], text_suffixes: list[str]) -> Found:
-    """Resolves what a person wrote. A file that is reached twice is read once.
+def find_sources(entries: list[str], text_suffixes: list[str]) -> Found:
+    """Resolves the entries. A file that several entries name is read once.
 
-    Raises EclectusError for no source at all, a missing path, an empty glob or folder, and an unknown suffix.
+    Raises EclectusError for an empty list, a missing path, an empty glob or folder, and an unknown suffix.
     """
-    if not written:
+    if not entries:
         raise EclectusError("no sources are set; set 'sources' to files, folders, globs or dataset:OWNER/NAME")
     found: dict[str, Source] = {}
     ignored: dict[str, int] = {}
-    for origin, entry in enumerate(written):
+    for origin, entry in enumerate(entries):
         for source in _resolve(entry.strip(), origin, text_suffixes, ignored):
             if source.kind != "dataset":
-                check_path(source.place, f"source '{entry}'")
-            found.setdefault(source.place if source.kind == "dataset" else os.path.realpath(source.place), source)
+                check_path(source.path, f"source '{entry}'")
+            found.setdefault(source.path if source.kind == "dataset" else os.path.realpath(source.path), source)
     return Found(_with_unique_names(list(found.values())), dict(sorted(ignored.items())))
 
 
 def fingerprints(sources: Iterable[Source]) -> dict[str, str]:
-    """Name -> digest of everything that is read, for the key of a step; a source of many files gets one digest.
+    """Name -> digest of everything that is read, for the key of a step; an entry of many files gets one digest.
 
     Raises EclectusError when a data set on the hub cannot be reached.
     """
@@ -101,7 +105,7 @@ def fingerprints(sources: Iterable[Source]) -> dict[str, str]:
         by_origin.setdefault(source.origin, {})[source.name] = digest
     result = {}
     for origin, named in by_origin.items():
-        if len(named) > FINGERPRINTS_A_SOURCE:
+        if len(named) > FINGERPRINTS_PER_ENTRY:
             listing = hashlib.sha256(json.dumps(sorted(named.items())).encode()).hexdigest()
             result[f"source.{origin}.{len(named)}-files"] = f"files-{listing}"
         else:
@@ -153,10 +157,11 @@ def _resolve(entry: str, origin: int, text_suffixes: list[str], ignored: dict[st
 
 
 def _as_source(path: Path, top: Path, origin: int, text_suffixes: list[str]) -> Source | None:
-    """The source that a file is, or None if its suffix is unknown."""
+    """The file as a source, or None if its suffix is unknown."""
     compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else None
     bare = path.with_suffix("") if compression else path
     suffix = bare.suffix.lower()
+    kind: Kind
     if suffix in JSON_LINES:
         kind = "json lines"
     elif suffix == ".parquet" and compression is None:
@@ -171,7 +176,7 @@ def _as_source(path: Path, top: Path, origin: int, text_suffixes: list[str]) -> 
 
 
 def _meaningful(name: str) -> str | None:
-    """`en.code-00001-of-00010` -> `code`; None for names that only number a shard, a split or a language."""
+    """`en.code-00001-of-00010` -> `code`; None for a name that only gives a shard, a split or a language."""
     words = [_SHARD.sub("", word) for word in name.split(".")]
     if is_language(words[0]):
         words = words[1:]
@@ -181,9 +186,9 @@ def _meaningful(name: str) -> str | None:
 
 def _walk(folder: Path) -> list[Path]:
     files = []
-    for place, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(place) / name for name in sorted(names) if not name.startswith(".")]
+        files += [Path(parent) / name for name in sorted(names) if not name.startswith(".")]
     return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
 
 
@@ -214,13 +219,13 @@ def _dataset_name(entry: str) -> str:
 
 
 def _with_unique_names(sources: list[Source]) -> list[Source]:
-    """Two settings may hold files of one name: the later ones get the number of their setting in front."""
+    """Two entries may hold files of the same name: later ones get the index of their entry as a prefix."""
     seen: set[str] = set()
     unique = []
     for source in sources:
         name = source.name if source.name not in seen else f"{source.origin}/{source.name}"
         seen.add(name)
-        unique.append(Source(source.kind, source.place, name, source.origin, source.domain, source.compression))
+        unique.append(Source(source.kind, source.path, name, source.origin, source.domain, source.compression))
     return unique
 
 
@@ -228,8 +233,8 @@ def _digest(source: Source) -> str:
     if source.kind == "dataset":
         return _dataset_digest(source)
     try:
-        status = os.stat(source.place)
-        return f"file-{_hash_unchanged(source.place, status.st_size, status.st_mtime_ns)}"
+        status = os.stat(source.path)
+        return f"file-{_hash_unchanged(source.path, status.st_size, status.st_mtime_ns)}"
     except OSError as error:
         return f"unreadable-{error.strerror}"
 
@@ -240,7 +245,8 @@ def _hash_unchanged(path: str, size: int, modified: int) -> str:
 
 
 def _dataset_digest(source: Source) -> str:
-    name, revision, config, split = parse_dataset(source.place)
+    name, revision, config, split = parse_dataset(source.path)
+    content: str | list[tuple[str, str]]
     if Path(name).is_dir():
         content = [(path.relative_to(name).as_posix(), hash_file(path)) for path in _walk(Path(name))]
     else:
@@ -250,7 +256,7 @@ def _dataset_digest(source: Source) -> str:
 
 @functools.lru_cache(maxsize=1000)
 def _hub_commit(name: str, revision: str | None) -> str:
-    """The commit that a data set on the hub is at: what makes a key change when its owner changes it."""
+    """The current commit of a data set on the hub, so that a key changes when the data set does."""
     from huggingface_hub import HfApi
 
     try:

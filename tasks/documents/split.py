@@ -1,12 +1,13 @@
-"""Split: which documents are held out, decided document by document before anything is trained.
+"""Split: which documents are held out, decided document by document before any training.
 
-A document's draw is a number in [0, 1) out of the hash of its id and the seed. Within a stratum (language and domain) those
-with draws below a threshold are held out. The threshold is `heldout_fraction`, raised in steps of 2^(1/4) until the stratum
-gives `heldout_minimum` documents, or lowered until it gives at most `heldout_maximum`. So more documents do not reshuffle
-the old ones: a stratum's threshold only falls as it grows, and no trained document becomes a held-out one. Only strata of
-less than five times the minimum differ: they give the lowest fifth of the draws, and every language of two or more documents
-holds out one and trains on one. Documents of group `other` go to neither: their split is `apart`.
-Price: one pass over ids and labels, 12 bytes of memory a document.
+A document's draw is a number in [0, 1), from a hash of its id and the seed. Within a stratum (language and domain),
+documents with draws below a threshold are held out. The threshold is `heldout_fraction`, raised in steps of 2^(1/4)
+until the stratum gives `heldout_minimum` documents, or lowered until it gives at most `heldout_maximum`. So a growing
+corpus does not reshuffle its documents: a stratum's threshold only falls as it grows, and no training document
+becomes a held-out one. The exception is a stratum of less than five times the minimum: it gives the lowest fifth of
+its draws, and every language of two or more documents holds out at least one and trains on at least one. Documents of
+group `other` are in neither: their split is `apart`. Price: one pass over ids and labels, 12 bytes of memory per
+document.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ STEP = 2**0.25
 
 
 class SplitSettings(Settings):
-    """How many documents are held out, of each language and domain."""
+    """How many documents of each language and domain are held out."""
 
     heldout_fraction: float = Field(
-        0.05, gt=0, le=0.5, description="Share of the documents of each language and domain that is held out."
+        0.05, gt=0, le=0.5, description="Share of the documents of each language and domain to hold out."
     )
     heldout_minimum: int = Field(
         10, ge=1, description="At least this many documents of each language and domain that has five times as many."
@@ -56,7 +57,7 @@ class SplitSettings(Settings):
 
 @step(makes="documents", version=2)
 def split(documents: Artifact, settings: SplitSettings, out: Draft) -> None:
-    """Fills split. Raises EclectusError when nothing is left to train on."""
+    """Fills the column split. Raises EclectusError if no document is left to train on."""
     strata: dict[tuple[str, str], int] = {}
     drawn, stratum_of = [], []
     for batch in read_batches(documents, ["document", "language", "domain", "group"]):
@@ -67,8 +68,8 @@ def split(documents: Artifact, settings: SplitSettings, out: Draft) -> None:
     choice = assign(draw, stratum, list(strata), settings)
     if not (choice == TRAIN).any():
         raise EclectusError(
-            f"no document is left to train on: {len(choice)} documents, {int((choice == APART).sum())} of them set apart; "
-            "add documents, or lower 'language_confidence'"
+            f"no document is left to train on: {len(choice)} documents, {int((choice == APART).sum())} of them "
+            "excluded; add documents, or lower 'language_confidence'"
         )
     relabel(documents, {"split": pa.array(SPLITS[choice])}, out)
     out.statistics = _statistics(choice, stratum, strata)
@@ -79,7 +80,7 @@ def split(documents: Artifact, settings: SplitSettings, out: Draft) -> None:
 def assign(draw: np.ndarray, stratum: np.ndarray, strata: list[tuple[str, str]], settings: SplitSettings) -> np.ndarray:
     """The split of each document, as an index into SPLITS [N] int8.
 
-    draw [N]: in [0, 1). stratum [N]: which of `strata` (language, domain) each is in; -1 is none.
+    draw [N]: in [0, 1). stratum [N]: index into `strata` (language, domain); -1 is none.
     """
     choice = np.full(len(draw), TRAIN, np.int8)
     choice[stratum < 0] = APART

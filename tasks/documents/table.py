@@ -1,8 +1,8 @@
 """The `documents` artifact: a folder of Parquet parts, one row per document, written and read in bounded memory.
 
-Columns: document (id: the first 32 hex digits of the SHA-256 of the text's UTF-8 bytes), name (the record's own id, or
-null), text, language, language_confidence, domain, source, bytes (UTF-8 length), group (original, expanded, other), split
-(train, heldout, or apart: in neither). Row order is the order of ingestion.
+Columns: document (id: the first 32 hex digits of the SHA-256 of the text's UTF-8 bytes), name (the record's own id,
+or null), text, language, language_confidence, domain, source, bytes (UTF-8 length), group (original, expanded,
+other), split (train, heldout, or apart: in neither). Row order is the order of ingestion.
 
     documents/part-*.parquet    all columns, as ingested
     labels/part-*.parquet       the columns in LABELS, row by row, as a later step set them; they override the former
@@ -45,13 +45,13 @@ SCHEMA = pa.schema(
 LABELS = ("language", "language_confidence", "group", "split")
 
 Where = Sequence[tuple[str, str, Any]]
-"""Conditions that all hold, as in `pyarrow.parquet.read_table(filters=...)`: (column, "==", value), (column, "in", list)."""
+"""Conditions that must all hold, as `filters` in pyarrow: (column, "==", value), (column, "in", list), ..."""
 
 TRAINING: Where = (("split", "==", "train"), ("group", "!=", "other"))
 
 
 class DocumentsWriter:
-    """Writes tables of documents into a draft, part by part; after `close` there is at least one part, if only an empty one."""
+    """Writes tables of documents into a draft, part by part; `close` leaves at least one part, perhaps an empty one."""
 
     def __init__(self, out: Draft) -> None:
         self._out = out

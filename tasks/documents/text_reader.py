@@ -1,7 +1,8 @@
 """Texts of documents by row number, reading only the row groups that hold them.
 
-`pyarrow.dataset.take` scans the whole data set for any ten rows (1.0 s of 25,000 documents); the row groups' sizes stand in
-the footers, so that the ones needed can be read alone (0.03 s each). Price: one row group, ROWS_PER_GROUP texts, in memory.
+`pyarrow.dataset.take` scans the whole data set for any ten rows (1.0 s for 25,000 documents). Here the row groups'
+sizes are taken from the Parquet footers, and only those needed are read (0.03 s each). Memory: one row group,
+ROWS_PER_GROUP texts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from eclectus.tasks.documents.table import parts
 
 
 class TextReader:
-    """Reads texts of one documents artifact; keep it for many reads, the footers are read once."""
+    """Reads texts of one documents artifact. The footers are read once, so one reader should serve many reads."""
 
     def __init__(self, documents: Artifact) -> None:
         self._paths = parts(documents)
@@ -37,6 +38,6 @@ class TextReader:
             with pq.ParquetFile(self._paths[number]) as file:
                 column = file.read_row_group(inside, columns=["text"])["text"]
             here = np.flatnonzero(groups == group)
-            for place, text in zip(here, column.take(rows[here] - self._begins[group]).to_pylist(), strict=True):
-                texts[place] = text or ""
+            for position, text in zip(here, column.take(rows[here] - self._begins[group]).to_pylist(), strict=True):
+                texts[position] = text or ""
         return texts

@@ -1,13 +1,14 @@
-"""Similarity chains through a k-nearest-neighbour graph, compiled (docs/methods.md 1.6: Lory's batching, with ICP's starts).
+"""Similarity chains through a k-nearest-neighbour graph, compiled (docs/methods.md 1.6: Lory's batching, ICP's
+starts).
 
     symmetrise: i and j are joined if either lists the other          (the larger similarity counts)
     start at the unused document of the smallest degree               (ties: the lowest row)
     append the most similar unused neighbour of the LAST document     (ties: the lowest row)
-    when it has none, start again
+    if it has none, start again
 
-Reverse edges are laid out by counting, never sorted, and every document's edges are looked at once when it becomes the
-last, so the price is linear in the edges: 1M documents with k = 20 in about 2 s on one core after compilation, and 8 bytes
-of extra memory an edge (reverse row, similarity; 12 for float64 similarities) plus 37 a document.
+Reverse edges are placed by counting, never sorted, and every document's edges are visited once, when it becomes the
+last, so the price is linear in the edges: 1M documents with k = 20 in about 2 s on one core after compilation. Extra
+memory: 8 bytes per edge (reverse row, similarity; 12 for float64 similarities) and 37 per document.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from eclectus.tasks.grouping.compiled import compiled
 
 @compiled
 def _reverse_edges(neighbors: np.ndarray, similarities: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Who lists me: offsets int64 [N + 1], rows int32 [edges], similarities [edges] of their dtype; and a row out of range, or -1."""
+    """Reverse adjacency in CSR form: offsets int64 [N + 1], rows int32 [edges], similarities [edges] of their dtype.
+
+    Fourth: the first row that lists a neighbour out of range, or -1.
+    """
     count, k = neighbors.shape
     offsets = np.zeros(count + 1, np.int64)
     for i in range(count):
@@ -34,20 +38,20 @@ def _reverse_edges(neighbors: np.ndarray, similarities: np.ndarray) -> tuple[np.
         offsets[i + 1] += offsets[i]
     rows = np.empty(offsets[count], np.int32)
     values = np.empty(offsets[count], similarities.dtype)
-    place = offsets[:-1].copy()
+    slot = offsets[:-1].copy()
     for i in range(count):
         for c in range(k):
             j = neighbors[i, c]
             if j >= 0 and j != i and not np.isnan(similarities[i, c]):
-                rows[place[j]] = i
-                values[place[j]] = similarities[i, c]
-                place[j] += 1
+                rows[slot[j]] = i
+                values[slot[j]] = similarities[i, c]
+                slot[j] += 1
     return offsets, rows, values, -1
 
 
 @compiled
 def _starts(neighbors: np.ndarray, similarities: np.ndarray, offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Every document, int32 [N], by degree in the symmetrised graph, then by row (a counting sort)."""
+    """All documents, int32 [N], sorted by degree in the symmetrised graph, then by row (a counting sort)."""
     count, k = neighbors.shape
     degrees = np.zeros(count, np.int32)
     seen_by = np.full(count, -1, np.int32)
@@ -65,15 +69,15 @@ def _starts(neighbors: np.ndarray, similarities: np.ndarray, offsets: np.ndarray
                 degree += 1
         degrees[i] = degree
         largest = max(largest, degree)
-    place = np.zeros(largest + 2, np.int64)
+    slot = np.zeros(largest + 2, np.int64)
     for i in range(count):
-        place[degrees[i] + 1] += 1
+        slot[degrees[i] + 1] += 1
     for degree in range(largest + 1):
-        place[degree + 1] += place[degree]
+        slot[degree + 1] += slot[degree]
     ordered = np.empty(count, np.int32)
     for i in range(count):
-        ordered[place[degrees[i]]] = i
-        place[degrees[i]] += 1
+        ordered[slot[degrees[i]]] = i
+        slot[degrees[i]] += 1
     return ordered
 
 
@@ -86,7 +90,7 @@ def _walk(
     values: np.ndarray,
     starts: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The order int64 [N], and where it started again, bool [N]."""
+    """The order int64 [N], and where a new chain begins, bool [N]."""
     count, k = neighbors.shape
     order = np.empty(count, np.int64)
     restarts = np.zeros(count, np.bool_)
@@ -127,7 +131,7 @@ def chain_with_restarts(neighbors: np.ndarray, similarities: np.ndarray) -> tupl
 
     neighbors: int [N, k], row numbers; below 0 is padding, and a document's own row is ignored.
     similarities: float [N, k]; an edge whose similarity is NaN is ignored.
-    Raises EclectusError when the shapes differ, the rows are no integers, or one is N or more.
+    Raises EclectusError when the shapes differ, the rows are not integers, or one is N or more.
     """
     neighbors, similarities = np.asarray(neighbors), np.asarray(similarities)
     if neighbors.ndim != 2 or neighbors.shape != similarities.shape:
@@ -140,7 +144,7 @@ def chain_with_restarts(neighbors: np.ndarray, similarities: np.ndarray) -> tupl
         raise EclectusError(
             f"{len(neighbors)} documents in one partition; at most 2**31 can be chained: partition more finely"
         )
-    # Rounding would make ties of what is none, so both precisions that the compiler knows are taken as they are.
+    # Rounding to float32 would create ties, so both precisions that numba supports are kept.
     if similarities.dtype not in (np.float32, np.float64):
         similarities = similarities.astype(np.float32)
     if neighbors.dtype.kind == "u":

@@ -10,9 +10,9 @@ import numpy as np
 
 
 def create_matrix(path: Path, dtype: Any, shape: tuple[int, int]) -> np.memmap:
-    """A new `.npy` file of this shape, mapped for writing.
+    """A new `.npy` file of this shape, mapped for writing. Raises OSError if the disk is full.
 
-    Its space is taken now: a write to a mapped page that the disk has no room for kills the process (SIGBUS). Raises OSError.
+    The space is allocated now: a write to a mapped page for which the disk has no room kills the process (SIGBUS).
     """
     matrix = np.lib.format.open_memmap(path, "w+", dtype, shape)
     with open(path, "r+b") as file:

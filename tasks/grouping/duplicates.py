@@ -1,14 +1,15 @@
 """Near-duplicates: pairs of neighbours with a high cosine, confirmed by the overlap of their whole texts.
 
-    candidates    neighbour lists, cosine >= threshold
-    overlap       Jaccard similarity of the sets of 5-character shingles (scikit-learn's HashingVectorizer), candidates only;
-                  what was measured before in this home is kept by the two ids, so a grown corpus measures new pairs only
-    survivors     held-out documents first, then the longest, then the lowest row: a document is dropped if it is near, in
-                  cosine and in text, to one that stays: a neighbour, the original of a dropped neighbour, or one of the
-                  SURVIVORS longest of its cluster (more copies than a list has places form a cluster)
+    candidates    pairs in neighbour lists with cosine >= threshold
+    overlap       Jaccard similarity of the sets of 5-character shingles (scikit-learn's HashingVectorizer), for
+                  candidates only; overlaps measured earlier in this home are reused by the two ids, so that a grown
+                  corpus measures new pairs only
+    survivors     held-out documents first, then the longest, then the lowest row: a document is dropped if it is near,
+                  in cosine and in text, to one that stays: a neighbour, the original of a dropped neighbour, or one of
+                  the SURVIVORS longest of its cluster (more copies than a list has entries form a cluster)
 
-Price: about 1 MB of candidate text a second to shingle, and 5 microseconds a pair; documents without a close neighbour cost
-nothing.
+Price: shingling about 1 MB of candidate text per second, and 5 microseconds per pair; documents without a close
+neighbour cost nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ PAIRS_AT_A_TIME = 8_192
 SURVIVORS = 16
 OVERLAPS = "overlaps.parquet"
 MEASURE = f"characters {SHINGLE} of {FEATURES}"
-"""What an overlap is; overlaps of before are kept while it is the same."""
+"""How overlaps are measured; earlier overlaps are reused only if it is the same."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Duplicate:
 
 
 def candidate_pairs(rows: np.ndarray, similarities: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs int64 [P, 2] (lower row first, sorted, each once) of neighbours at least this similar, and their cosines [P]."""
+    """Pairs int64 [P, 2] of neighbours at least this similar (lower row first, sorted, unique), and cosines [P]."""
     pairs, cosines = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)]
     for begin in range(0, len(rows), 2**16):
         part = similarities[begin : begin + 2**16]
@@ -64,7 +65,7 @@ def candidate_pairs(rows: np.ndarray, similarities: np.ndarray, threshold: float
 
 @compiled
 def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many numbers two ascending arrays share."""
+    """Size of the intersection of two ascending arrays."""
     i, j, shared = 0, 0, 0
     while i < len(a) and j < len(b):
         if a[i] == b[j]:
@@ -79,7 +80,7 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 
 
 class Overlaps:
-    """How much the texts of pairs of documents overlap: measured when first asked for, remembered from run to run."""
+    """Text overlap of pairs of documents: measured at the first request, reused from run to run."""
 
     def __init__(self, documents: Artifact, ids: np.ndarray) -> None:
         """ids: of all documents, bytes [N]."""
@@ -90,7 +91,7 @@ class Overlaps:
         self.reused = 0
 
     def of(self, pairs: np.ndarray) -> np.ndarray:
-        """Jaccard similarity float64 [P] of pairs of rows [P, 2], lower row first; documents without any shingle do not overlap."""
+        """Jaccard similarity float64 [P] of pairs of rows [P, 2], lower row first; 0 if both have no shingle."""
         missing = [pair for pair in map(tuple, pairs.tolist()) if pair not in self._known]
         for begin in range(0, len(missing), PAIRS_AT_A_TIME):
             part = missing[begin : begin + PAIRS_AT_A_TIME]
@@ -102,8 +103,8 @@ class Overlaps:
                 self._known[a, b] = common / union if union else 0.0
         return np.array([self._known[a, b] for a, b in pairs.tolist()], np.float64)
 
-    def remember(self, pairs: np.ndarray) -> None:
-        """Takes what groupings of before measured of these pairs of rows [P, 2]; each is hashed before it is believed."""
+    def load_earlier(self, pairs: np.ndarray) -> None:
+        """Loads overlaps of these pairs of rows [P, 2] from earlier groupings, after verifying their hashes."""
         keys = self._keys(pairs)
         for artifact in earlier("grouping", overlaps=MEASURE):
             missing = np.array([tuple(pair) not in self._known for pair in pairs.tolist()], bool)
@@ -112,16 +113,15 @@ class Overlaps:
             with contextlib.suppress(OSError, pa.ArrowException, KeyError):
                 table = pq.read_table(artifact.file(OVERLAPS))
                 first, second = (table[name].to_numpy().astype("S32") for name in ("document", "other"))
-                before = np.char.add(first, second)
-                place = positions_of(keys, before)
-                hit = np.flatnonzero((place >= 0) & missing)
+                position = positions_of(keys, np.char.add(first, second))
+                hit = np.flatnonzero((position >= 0) & missing)
                 if len(hit) and is_whole(artifact):
-                    found = table["overlap"].to_numpy()[place[hit]].tolist()
+                    found = table["overlap"].to_numpy()[position[hit]].tolist()
                     self._known |= dict(zip(map(tuple, pairs[hit].tolist()), found, strict=True))
         self.reused = len(self._known)
 
     def write(self, out: Draft) -> None:
-        """Keeps all that is known for later runs: document, other (ids, the smaller first), overlap; sorted."""
+        """Writes all known overlaps for later runs: document, other (ids, the smaller first), overlap; sorted."""
         pairs = np.array(list(self._known), np.int64).reshape(-1, 2)
         keys = self._keys(pairs)
         order = np.argsort(keys, kind="stable")
@@ -134,7 +134,7 @@ class Overlaps:
         pq.write_table(pa.table(columns), out.file(OVERLAPS), compression="zstd")
 
     def _keys(self, pairs: np.ndarray) -> np.ndarray:
-        """Both ids of each pair in one string, the smaller first: bytes [P]."""
+        """Both ids of each pair as one string, the smaller first: bytes [P]."""
         ids = np.sort(self._ids[pairs].reshape(-1, 2), axis=1)
         return np.char.add(ids[:, 0], ids[:, 1])
 
@@ -170,23 +170,23 @@ def near_duplicates(
     similarity: float,
     overlap: float,
 ) -> list[Duplicate]:
-    """The train documents to drop, by row; each names a document that stays, to which it is near itself.
+    """The train documents to drop, by row; each names a document that stays, to which it is near.
 
     vectors: [N, D]. neighbors, similarities: [N, k]. train, heldout: bool [N]; held-out ones are never dropped, and
-    documents that are neither play no part. sizes: bytes, int [N].
-    similarity, overlap: what a pair must reach in cosine and in Jaccard similarity to be duplicates.
+    documents that are neither are ignored. sizes: bytes, int [N].
+    similarity, overlap: thresholds of cosine and Jaccard similarity for a pair of duplicates.
     """
     pairs, _ = candidate_pairs(neighbors, similarities, similarity)
     pairs = pairs[(train | heldout)[pairs].all(axis=1) & train[pairs].any(axis=1)]
-    # Much shorter documents share too few shingles; texts that repeat themselves are why this is no tighter.
+    # Much shorter documents share too few shingles. Not tighter than 0.5, because texts may repeat themselves.
     lengths = np.sort(sizes[pairs], axis=1)
     pairs = pairs[lengths[:, 0] >= 0.5 * overlap * lengths[:, 1]]
     if len(pairs) == 0:
         return []
-    overlaps.remember(pairs)
-    judge = _Judge(vectors, overlaps, similarity, overlap)
-    judge.compare(pairs)
-    edges = pairs[judge.confirmed(pairs)]
+    overlaps.load_earlier(pairs)
+    comparison = _PairComparison(vectors, overlaps, similarity, overlap)
+    comparison.compare(pairs)
+    edges = pairs[comparison.confirmed(pairs)]
     near: dict[int, list[int]] = defaultdict(list)
     for a, b in edges.tolist():
         near[a].append(b)
@@ -197,17 +197,19 @@ def near_duplicates(
     for row in sorted(near, key=lambda row: (not heldout[row], -sizes[row], row)):
         others = survivors[int(cluster[row])]
         reached = {original[other] for other in near[row] if other in original} | set(others[:SURVIVORS])
-        best = None if heldout[row] else _most_alike(row, sorted(reached), judge)
+        best = None if heldout[row] else _most_alike(row, sorted(reached), comparison)
         original[row] = row if best is None else best
         if best is None:
             others.append(row)
     return [
-        Duplicate(row, kept, *judge.known[_key(row, kept)]) for row, kept in sorted(original.items()) if row != kept
+        Duplicate(row, kept, *comparison.known[_key(row, kept)])
+        for row, kept in sorted(original.items())
+        if row != kept
     ]
 
 
 def _clusters(edges: np.ndarray, count: int) -> np.ndarray:
-    """A number for every document [N]: equal for those that edges [E, 2] connect."""
+    """Cluster number of every document [N]: equal for documents that edges [E, 2] connect."""
     import scipy.sparse
     from scipy.sparse.csgraph import connected_components
 
@@ -216,16 +218,16 @@ def _clusters(edges: np.ndarray, count: int) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
-def _most_alike(row: int, survivors: list[int], judge: _Judge) -> int | None:
-    """The survivor whose text overlaps most with the document `row`, of those near enough; None if none is."""
-    unknown = [_key(row, kept) for kept in survivors if _key(row, kept) not in judge.known]
-    judge.compare(np.array(unknown, np.int64).reshape(-1, 2))
-    near = [each for each in survivors if judge.is_near(row, each)]
-    return max(near, key=lambda each: (judge.known[_key(row, each)][::-1], -each)) if near else None
+def _most_alike(row: int, survivors: list[int], comparison: _PairComparison) -> int | None:
+    """The survivor, among those near enough, whose text overlaps most with document `row`; None if there is none."""
+    unknown = [_key(row, kept) for kept in survivors if _key(row, kept) not in comparison.known]
+    comparison.compare(np.array(unknown, np.int64).reshape(-1, 2))
+    near = [each for each in survivors if comparison.is_near(row, each)]
+    return max(near, key=lambda each: (comparison.known[_key(row, each)][::-1], -each)) if near else None
 
 
-class _Judge:
-    """Cosine and overlap of pairs, remembered."""
+class _PairComparison:
+    """Cosine and overlap of pairs, cached."""
 
     def __init__(self, vectors: np.ndarray, overlaps: Overlaps, similarity: float, overlap: float) -> None:
         self._vectors, self._overlaps, self._similarity, self._overlap = vectors, overlaps, similarity, overlap

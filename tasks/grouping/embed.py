@@ -4,9 +4,9 @@
     the others          embedded (`eclectus.tasks.grouping.encoder`), batch by batch into logs that outlive a killed run
     result              embeddings.npy [N, D], row i = document i, L2-normalised; ids.npy [N]
 
-Price: the model's own `encode` time for the new documents, plus starting the actors (about 8 s: imports). A static model
-gives a document the same bits in every corpus. A transformer's last bits depend on the batch (1e-7 in a cosine); a document
-keeps the bits that it got first.
+Price: the model's own `encode` time for the new documents, plus starting the actors (about 8 s: imports). A static
+model gives a document the same bits in every corpus. A transformer's last bits depend on the batch (1e-7 in a
+cosine); a document keeps the bits that it got first.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _earlier_embeddings(key: str, ids: np.ndarray) -> list[StoredVectors]:
 def _write_vectors(
     known: list[StoredVectors], where: np.ndarray, dimension: int, settings: EmbedSettings, out: Draft
 ) -> int:
-    """Writes embeddings.npy from `known`, as `locate` found it; returns how many documents have no embedding (zeros)."""
+    """Writes embeddings.npy from `known`, as `locate` found it; returns how many documents have none (zeros)."""
     target = create_matrix(out.file("embeddings.npy"), settings.embedding_precision, (len(where), dimension))
     empty = 0
     for begin in range(0, len(where), ROWS_AT_ONCE):

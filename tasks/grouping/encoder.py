@@ -1,8 +1,8 @@
 """Encoders: an embedding model in this process or in a pool of Ray actors, which log every finished batch.
 
-Each actor loads the model once. Documents are sorted by length within windows and cut into chunks; an actor appends every
-finished batch to its own log in the home's `work` folder, so that a killed run loses at most one batch per worker. A static
-model embeds up to 50,000 documents in this process.
+Each actor loads the model once. Documents are sorted by length within windows and cut into chunks; an actor appends
+every finished batch to its own log in the home's `work` folder, so that a killed run loses at most one batch per
+worker. A static model embeds up to 50,000 documents in this process.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Encoder:
         return digest.hexdigest()
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """Unit vectors [N, D] in the stored precision; zeros if the model gives zeros or a number that is not finite."""
+        """Unit vectors [N, D] in the stored precision; zeros if the model gives zeros, infinities or NaN."""
         cut = [text[: self.settings.embedding_maximum_characters] for text in texts]
         vectors = np.asarray(self._encode(cut), np.float64).reshape(len(texts), -1)
         vectors[~np.isfinite(vectors).all(axis=1)] = 0
@@ -140,7 +140,7 @@ class EncoderPool:
         return self._digest
 
     def embed(self, rows: np.ndarray, ids: np.ndarray, work: Path) -> None:
-        """Embeds these rows [n] of the documents and appends them to logs in `work`. ids: of all documents, bytes [N]."""
+        """Embeds these rows [n] of the documents into logs in `work`. ids: of all documents, bytes [N]."""
         if len(rows) == 0:
             return
         chunks = self._cut(rows)

@@ -1,9 +1,9 @@
-"""Grouping: an order of the training documents in which neighbours in the order are alike (docs/methods.md 1.6).
+"""Grouping: an order of the training documents in which adjacent documents are similar (docs/methods.md 1.6).
 
     1. near-duplicates are dropped (`eclectus.tasks.grouping.duplicates`), train copies of held-out documents among them
     2. each partition's neighbour graph is chained (`eclectus.tasks.grouping.chain`), partitions in parallel
-    3. the partitions are stitched at their ends: the next one is that whose first document is most like the last one
-    4. the order is measured (`eclectus.tasks.grouping.quality`), and so are the instances that it will give
+    3. the partitions are joined: the next one is that whose first document is most similar to the last one so far
+    4. the order and the instances that it will give are measured (`eclectus.tasks.grouping.quality`)
 
 `random` and `domain` are the baselines: the same documents without the neighbours. Held-out documents are never in the
 order. Price: linear in the edges of the graph.
@@ -35,11 +35,11 @@ from eclectus.tasks.step import step
 
 
 class GroupSettings(Settings):
-    """How documents are brought into an order."""
+    """How the order of the documents is found."""
 
     grouping: Literal["similarity", "random", "domain"] = Field(
         "similarity",
-        description="Order of the documents: chains of similar ones, at random, or domain by domain at random.",
+        description="Order of the documents: chains of similar ones, random, or random within each domain.",
         json_schema_extra=BASIC,
     )
     duplicate_drop: bool = Field(
@@ -57,8 +57,8 @@ class GroupSettings(Settings):
     group_instance_bytes: int = Field(
         2048,
         ge=64,
-        description="Bytes of text that an instance is taken to hold in the quality numbers of the grouping, which come before "
-        "any token is counted.",
+        description="Assumed bytes of text per instance in the quality numbers of the grouping, which are computed "
+        "before tokens are counted.",
     )
     group_threads: int = RuntimeSetting(0, "Partitions chained at the same time; 0 takes all CPUs.", ge=0)
     seed: int = SEED
@@ -66,8 +66,8 @@ class GroupSettings(Settings):
 
 @step(makes="grouping", version=2)
 def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settings: GroupSettings, out: Draft) -> None:
-    """Writes order.parquet (row, document, chain, partition, similarity to the document before), duplicates.parquet,
-    overlaps.parquet (what was measured to find them) and quality.png; rows of the artifact: documents in the order.
+    """Writes order.parquet (row, document, chain, partition, similarity to the previous document), duplicates.parquet,
+    overlaps.parquet (the overlaps measured) and quality.png. Rows of the artifact: documents in the order.
     """
     corpus = _Corpus.read(documents, embeddings, neighbors)
     overlaps, dropped = Overlaps(documents, corpus.ids), []
@@ -86,8 +86,8 @@ def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settin
     kept = corpus.split == "train"
     kept[[each.row for each in dropped]] = False
     partitions = _chain_partitions(corpus, kept, settings)
-    order, restarts = _lay_out(corpus, partitions, kept, settings)
-    numbers, behind = _measure(corpus, order, restarts, partitions, settings)
+    order, restarts = _ordered(corpus, partitions, kept, settings)
+    numbers, samples = _quality(corpus, order, restarts, partitions, settings)
     numbers |= _planned_instances(corpus, order, settings)
     numbers |= _counts(corpus, order, restarts, dropped)
     columns = {
@@ -104,7 +104,7 @@ def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settin
     types = [pa.int64(), pa.string(), pa.int64(), pa.string(), pa.float32(), pa.float32()]
     _write(out, "duplicates.parquet", as_columns(dropped, corpus.ids), types)
     overlaps.write(out)
-    draw(out.file("quality.png"), behind, numbers)
+    draw(out.file("quality.png"), samples, numbers)
     out.rows = len(order)
     out.statistics = {"grouping": settings.grouping, "overlaps": MEASURE, **numbers}
     for name, value in numbers.items():
@@ -115,8 +115,8 @@ def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settin
 def chain(neighbors: np.ndarray, similarities: np.ndarray) -> np.ndarray:
     """The order of all documents, int64 [N]: greedy similarity chains with minimum-degree starts (docs/methods.md 1.6).
 
-    neighbors: int [N, k] row numbers, below 0 is padding. similarities: float [N, k]. Linear in N k; 8 bytes of extra
-    memory an edge for float32 similarities, 12 for float64. Raises EclectusError when the two do not fit each other.
+    neighbors: int [N, k] row numbers, below 0 is padding. similarities: float [N, k]. Linear in N k; extra memory of 8
+    bytes per edge for float32 similarities, 12 for float64. Raises EclectusError if the shapes differ.
     """
     from eclectus.tasks.grouping.chain import chain_with_restarts
 
@@ -125,7 +125,7 @@ def chain(neighbors: np.ndarray, similarities: np.ndarray) -> np.ndarray:
 
 @dataclass
 class _Corpus:
-    """What grouping looks at, [N] each: ids, split, bytes, domains, partition labels; vectors and lists on disk."""
+    """The inputs of grouping, [N] each: ids, split, bytes, domains, partition labels; vectors and lists on disk."""
 
     ids: np.ndarray
     split: np.ndarray
@@ -154,7 +154,7 @@ class _Corpus:
         for name, rows in ((embeddings.name, len(corpus.vectors)), (neighbors.name, len(corpus.neighbors))):
             if rows != len(corpus.ids):
                 raise EclectusError(
-                    f"{name} has {rows} rows and {documents.name} {len(corpus.ids)}; make it of these documents"
+                    f"{name} has {rows} rows and {documents.name} {len(corpus.ids)}; make it from these documents"
                 )
         return corpus
 
@@ -178,13 +178,13 @@ def _chain_partitions(corpus: _Corpus, kept: np.ndarray, settings: GroupSettings
 
 
 def _chain_partition(corpus: _Corpus, rows: np.ndarray, local: np.ndarray) -> _Chained:
-    """Chains the documents `rows`. local: int64 [N], their numbers within the partition, -1 for what is not in the order."""
+    """Chains the documents `rows`. local: int64 [N], their numbers within the partition, -1 if not in the order."""
     from eclectus.tasks.grouping.chain import chain_with_restarts
 
     lists, similarities = np.asarray(corpus.neighbors[rows]), np.asarray(corpus.similarities[rows])
     near = np.where(lists < 0, -1, local[lists])
     had, left = (lists >= 0).sum(axis=1), (near >= 0).sum(axis=1)
-    # A document whose list was mostly duplicates and held-out ones would be alone: it is given those that come next.
+    # A list of mostly dropped and held-out documents is replaced by the nearest of the documents that are left.
     poor = np.flatnonzero((left < had / 4) & (left < len(rows) - 1))
     if len(poor):
         found, cosines = exact_neighbors(corpus.vectors, rows[poor], rows, near.shape[1])
@@ -196,14 +196,14 @@ def _chain_partition(corpus: _Corpus, rows: np.ndarray, local: np.ndarray) -> _C
     return _Chained(rows[order], restarts, np.where(np.isfinite(best), best, np.nan)[order])
 
 
-def _lay_out(
+def _ordered(
     corpus: _Corpus, partitions: list[_Chained], kept: np.ndarray, settings: GroupSettings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The order of the kept rows, int64 [M], and where chains begin, bool [M]; without similarity, one chain a block."""
+    """The order of the kept rows, int64 [M], and where chains begin, bool [M]; a baseline has one chain per block."""
     if settings.grouping == "similarity":
-        stitched = _stitched(corpus.vectors, [each for each in partitions if len(each.rows)])
-        rows = [each.rows for each in stitched] or [np.empty(0, np.int64)]
-        return np.concatenate(rows), np.concatenate([each.restarts for each in stitched] or [np.empty(0, bool)])
+        joined = _joined(corpus.vectors, [each for each in partitions if len(each.rows)])
+        rows = [each.rows for each in joined] or [np.empty(0, np.int64)]
+        return np.concatenate(rows), np.concatenate([each.restarts for each in joined] or [np.empty(0, bool)])
     order = np.flatnonzero(kept)[np.random.default_rng(settings.seed).permutation(int(kept.sum()))]
     restarts = np.zeros(len(order), bool)
     if settings.grouping == "domain":
@@ -214,8 +214,8 @@ def _lay_out(
     return order, restarts
 
 
-def _stitched(vectors: np.ndarray, partitions: list[_Chained]) -> list[_Chained]:
-    """The partitions in an order: from the first, always the one whose first document is most like the last one so far."""
+def _joined(vectors: np.ndarray, partitions: list[_Chained]) -> list[_Chained]:
+    """The partitions in order: after the first, always the one whose first document is most similar to the last."""
     if len(partitions) < 3:
         return partitions
     heads = np.array([each.rows[0] for each in partitions])
@@ -229,21 +229,21 @@ def _stitched(vectors: np.ndarray, partitions: list[_Chained]) -> list[_Chained]
 
 
 def _planned_instances(corpus: _Corpus, order: np.ndarray, settings: GroupSettings) -> dict[str, float | None]:
-    """How alike the documents of an instance will be, and those on either side of its border after the shuffle."""
+    """Similarity of the documents within the future instances, and across their borders after the shuffle."""
     spans = plan(corpus.sizes[order], settings.group_instance_bytes, True, settings.seed)
     return instance_quality(
         corpus.vectors, order[spans.position], spans.firsts, spans.size, corpus.domains, settings.seed
     )
 
 
-def _measure(
+def _quality(
     corpus: _Corpus, order: np.ndarray, restarts: np.ndarray, partitions: list[_Chained], settings: GroupSettings
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     best = np.full(len(corpus.ids), np.nan, np.float32)
     for each in partitions:
         best[each.rows] = each.best
     blocks = corpus.labels[order] if settings.grouping != "random" else np.zeros(len(order), np.int64)
-    numbers, behind = order_quality(
+    numbers, samples = order_quality(
         corpus.vectors, order, blocks, restarts, best[order], corpus.domains[order], settings.seed
     )
     if settings.grouping == "similarity":
@@ -257,7 +257,7 @@ def _measure(
             }
             for name, each in zip(corpus.names, partitions, strict=True)
         ]
-    return numbers, behind
+    return numbers, samples
 
 
 def _counts(corpus: _Corpus, order: np.ndarray, restarts: np.ndarray, dropped: list[Any]) -> dict[str, int]:

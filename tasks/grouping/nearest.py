@@ -1,11 +1,11 @@
 """Nearest neighbours by cosine within one partition, with faiss: exact, or an inverted index whose recall is measured.
 
     exact     a blocked matrix product
-    IVF       k-means centroids of a sample; `nprobe` doubled until the recall of a sample of queries against exact search
-              reaches the target
-    shards    of a huge partition: one shard is in memory at a time, lists are merged shard by shard
+    IVF       k-means centroids of a sample; `nprobe` is doubled until the recall of a sample of queries, against exact
+              search, reaches the target
+    shards    of a very large partition: one shard is in memory at a time, lists are merged shard by shard
 
-Similarities are computed again for the pairs found, always in the same way, so that they do not depend on blocks or
+The similarities of the pairs found are recomputed, always in the same way, so that they do not depend on blocks or
 threads; ties go to the lower row.
 """
 
@@ -26,7 +26,7 @@ SLACK = 4
 BLOCK = 4_096
 EXACT_ROWS = 200_000
 SAMPLE = 256
-POINTS_A_CENTROID = 64
+POINTS_PER_CENTROID = 64
 ITERATIONS = 10
 
 
@@ -36,7 +36,7 @@ class NeighborSettings(Settings):
     neighbors_k: int = Field(20, ge=1, description="Neighbours kept for each document.")
     neighbors_partition: Literal["language", "language+domain", "none"] = Field(
         "language",
-        description="Within what neighbours are searched: a language, a domain of a language, or everything.",
+        description="Scope of the neighbour search: a language, a domain of a language, or everything.",
     )
     neighbors_exact_below: int = Field(
         20_000, ge=0, description="Partitions with fewer documents are searched exactly, larger ones by an IVF index."
@@ -50,13 +50,13 @@ class NeighborSettings(Settings):
     neighbors_shard_rows: int = Field(
         2_000_000,
         ge=1_000,
-        description="Documents whose index is held in memory at a time; larger partitions go in shards.",
+        description="Documents whose index is held in memory at a time; larger partitions are searched in shards.",
     )
     neighbors_growth: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="Lists found before are updated while at most this share of a partition is new; 0 always searches anew.",
+        description="Earlier lists are updated while at most this share of a partition is new; 0 always searches.",
     )
     neighbors_threads: int = RuntimeSetting(0, "CPU threads for the search; 0 takes all.", ge=0)
     seed: int = SEED
@@ -103,12 +103,13 @@ class Lists:
         self.similarities[rows] = np.nan
 
     def flush(self) -> None:
-        self.rows.flush()
-        self.similarities.flush()
+        for matrix in (self.rows, self.similarities):
+            if isinstance(matrix, np.memmap):
+                matrix.flush()
 
 
 def search(vectors: np.ndarray, partition: Partition, lists: Lists, settings: NeighborSettings) -> dict[str, Any]:
-    """Fills the lists of one partition; returns method, recall and what else is worth knowing of the search."""
+    """Fills the lists of one partition; returns method, recall and, for an index, its parameters."""
     rows = partition.rows
     if len(rows) < settings.neighbors_exact_below or len(rows) <= settings.neighbors_k:
         for shard in _shards(rows, settings):
@@ -132,13 +133,13 @@ def search(vectors: np.ndarray, partition: Partition, lists: Lists, settings: Ne
 
 
 def unit(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """These rows in memory, float32, length 1 (embeddings may be stored in half precision)."""
+    """These rows in memory, as unit vectors in float32 (embeddings may be stored in half precision)."""
     block = np.asarray(vectors[rows], np.float32)
     return block / np.sqrt((block * block).sum(axis=1, keepdims=True))
 
 
 class _Exact:
-    """All vectors of a shard, searched one by one."""
+    """Exact search over all vectors of a shard."""
 
     def __init__(self, vectors: np.ndarray) -> None:
         self.vectors = vectors
@@ -150,7 +151,7 @@ class _Exact:
 
 
 class _Inverted(_Exact):
-    """The vectors of a shard by nearest centroid; a search looks into the `nprobe` nearest cells."""
+    """The vectors of a shard by nearest centroid; a search scans the `nprobe` nearest cells."""
 
     def __init__(self, vectors: np.ndarray, centroids: np.ndarray) -> None:
         import faiss
@@ -178,7 +179,7 @@ def train_centroids(
     import faiss
 
     count = int(min(65_536, max(1, 4 * np.sqrt(len(rows))), len(rows)))
-    sample = np.sort(random.choice(rows, min(len(rows), POINTS_A_CENTROID * count), replace=False))
+    sample = np.sort(random.choice(rows, min(len(rows), POINTS_PER_CENTROID * count), replace=False))
     kmeans = faiss.Kmeans(
         vectors.shape[1],
         count,
@@ -186,14 +187,16 @@ def train_centroids(
         seed=settings.seed % 2**31,
         spherical=True,
         min_points_per_centroid=1,
-        max_points_per_centroid=POINTS_A_CENTROID,
+        max_points_per_centroid=POINTS_PER_CENTROID,
     )
     kmeans.train(unit(vectors, sample))
+    if kmeans.centroids is None:
+        raise RuntimeError("faiss trained no centroids")
     return kmeans.centroids
 
 
 def _tune(index: _Inverted, queries: np.ndarray, settings: NeighborSettings) -> int:
-    """The smallest power of two (or all cells) at which the sample's recall in this shard reaches the target."""
+    """The smallest power of two, or the number of cells, at which the sample's recall in this shard is high enough."""
     k = settings.neighbors_k + 1
     wanted = index.exact(queries, k)
     cells, nprobe = index._index.nlist, 1
@@ -205,7 +208,7 @@ def _tune(index: _Inverted, queries: np.ndarray, settings: NeighborSettings) -> 
 
 
 def recall_sample(rows: np.ndarray, settings: NeighborSettings) -> np.ndarray:
-    """The rows, ascending, by which recall is measured."""
+    """The rows, ascending, on which recall is measured."""
     random = np.random.default_rng([settings.seed, len(rows), 1])
     return np.sort(random.choice(rows, min(SAMPLE, len(rows)), replace=False))
 
@@ -213,7 +216,7 @@ def recall_sample(rows: np.ndarray, settings: NeighborSettings) -> np.ndarray:
 def measured_recall(
     vectors: np.ndarray, rows: np.ndarray, queries: np.ndarray, lists: Lists, settings: NeighborSettings
 ) -> float:
-    """Share of the exact neighbours of the queries (rows) that their finished lists hold."""
+    """Share of the exact neighbours of the queries (rows) that are in their lists."""
     exact = exact_neighbors(vectors, queries, rows, settings.neighbors_k)[0]
     return _share_found(lists.rows[queries], exact)
 
@@ -221,7 +224,7 @@ def measured_recall(
 def exact_neighbors(
     vectors: np.ndarray, queries: np.ndarray, rows: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of `rows` for each of `queries` (both row numbers): rows int64 [n, k], -1 is padding, and cosines."""
+    """The k nearest of `rows` for each of `queries` (row numbers): rows int64 [n, k], -1 is padding, and cosines."""
     lists = Lists(np.full((len(queries), k), -1), np.full((len(queries), k), np.nan, np.float32))
     sample = unit(vectors, queries)
     for begin in range(0, len(rows), EXACT_ROWS):
@@ -249,8 +252,8 @@ def _search_shard(
     for begin in range(0, len(queries), BLOCK):
         block = queries[begin : begin + BLOCK]
         sample = unit(vectors, block)
-        places = index.search(sample, k + 1 + SLACK)
-        found = np.where(places < 0, -1, shard[places])
+        positions = index.search(sample, k + 1 + SLACK)
+        found = np.where(positions < 0, -1, shard[positions])
         found[found == block[:, None]] = -1
         lists.merge(block, found, similarities_of(vectors, sample, found))
 

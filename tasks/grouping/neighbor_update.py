@@ -1,12 +1,12 @@
-"""Neighbour lists of a corpus that has grown: updated, not searched again.
+"""Neighbour lists of a corpus that has grown: updated instead of searched again.
 
-    carried     documents that were here before keep their lists, with the rows renumbered; a list that names a document
-                which is gone is searched again, as a new document's is
+    kept        documents that were there keep their lists, with rows renumbered; a list that names a removed document
+                is searched again, like that of a new document
     new         searched exactly among all documents of the partition
-    merged      every carried list against the new documents only: those nearer than its last place enter it
+    merged      every kept list is compared with the new documents only; those nearer than its last entry are inserted
 
-Price for n documents of which m are new: one matrix product of n x m, against one of n x n, and no index. Exact lists come
-out as a full search gives them; the lists of an index keep the recall that they had, which is measured again.
+Price for n documents of which m are new: one matrix product of n x m, instead of n x n, and no index. Exact lists equal
+those of a full search; the lists of an index keep their recall, which is measured again.
 """
 
 from __future__ import annotations
@@ -43,29 +43,29 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Earlier:
-    """Neighbour lists of before. to_new: int64 [documents then], the row that each has now, or -1 if it is gone."""
+    """Earlier neighbour lists. to_new: int64 [documents then], the row of each now, or -1 if it is gone."""
 
     artifact: Artifact
     to_new: np.ndarray
 
     @property
     def in_order(self) -> bool:
-        """Whether the documents still come in the order of then, so that ties need no second look."""
+        """Whether the documents kept their order, so that the order of ties stays valid."""
         here = self.to_new[self.to_new >= 0]
         return bool((np.diff(here) > 0).all())
 
 
 def made_of(embeddings: Artifact, settings: NeighborSettings) -> dict[str, Any]:
-    """What is kept with the lists, so that a later run can tell whether to go on from them."""
+    """What the lists were made from, stored with them, so that a later run knows whether to update them."""
     return {"embeddings": embeddings.digest, "settings": settings.key_values()}
 
 
 def find_earlier(
     embeddings: Artifact, settings: NeighborSettings, names: list[str], labels: np.ndarray
 ) -> Earlier | None:
-    """The whole lists in this home, made under these settings by the same embedding model, that share most documents.
+    """The intact lists in this home with these settings and the same embedding model that share most documents.
 
-    names, labels: the partitions of now; a document that changed its partition counts as gone.
+    names, labels: the present partitions; a document that changed its partition counts as removed.
     """
     if settings.neighbors_growth == 0 or not embeddings.file("ids.npy").is_file():
         return None
@@ -74,9 +74,9 @@ def find_earlier(
     best: tuple[int, Earlier] | None = None
     for artifact in earlier("neighbors"):
         with contextlib.suppress(EclectusError, OSError, ValueError):
-            told = json.loads(artifact.file(MADE_OF).read_text())
-            before = of_this_model.get(told["embeddings"])
-            if told["settings"] != settings.key_values() or before is None:
+            made_from = json.loads(artifact.file(MADE_OF).read_text())
+            before = of_this_model.get(made_from["embeddings"])
+            if made_from["settings"] != settings.key_values() or before is None:
                 continue
             found = Earlier(artifact, _rows_now(artifact, before, ids, names, labels))
             shared = int((found.to_new >= 0).sum())
@@ -99,9 +99,9 @@ def _rows_now(
     return np.where((rows >= 0) & same, rows, -1)
 
 
-def carry_over(earlier: Earlier, lists: Lists) -> np.ndarray:
-    """Copies the lists that are still whole into `lists`, renumbered; returns which rows now have theirs, bool [N]."""
-    carried = np.zeros(len(lists.rows), bool)
+def copy_lists(earlier: Earlier, lists: Lists) -> np.ndarray:
+    """Copies the lists without removed documents into `lists`, renumbered; returns which rows have one, bool [N]."""
+    kept = np.zeros(len(lists.rows), bool)
     rows = np.load(earlier.artifact.file("neighbors.npy"), mmap_mode="r")
     similarities = np.load(earlier.artifact.file("similarities.npy"), mmap_mode="r")
     in_order = earlier.in_order
@@ -113,107 +113,106 @@ def carry_over(earlier: Earlier, lists: Lists) -> np.ndarray:
         lists.rows[target[whole]] = renumbered[whole]
         lists.similarities[target[whole]] = similarities[begin : begin + len(part)][whole]
         if not in_order:
-            # Merging nothing sorts the lists: documents of equal similarity come by row.
+            # Merging nothing sorts the lists, so that documents of equal similarity are in order of row.
             none = np.empty((int(whole.sum()), 0))
             lists.merge(target[whole], none.astype(np.int64), none.astype(np.float32))
-        carried[target[whole]] = True
-    return carried
+        kept[target[whole]] = True
+    return kept
 
 
 def update(
     vectors: np.ndarray,
     partition: Partition,
     earlier: Earlier,
-    carried: np.ndarray,
+    kept: np.ndarray,
     lists: Lists,
     settings: NeighborSettings,
 ) -> dict[str, Any] | None:
-    """Brings the lists of one partition up to date and describes them; None, and the lists empty, when a search is due.
+    """Updates the lists of one partition and describes them; clears them and returns None if a search is needed.
 
-    carried: bool [N], the documents whose lists are those of before.
+    kept: bool [N], the documents that have their earlier lists.
     """
-    new = partition.rows[~carried[partition.rows]]
-    method = {told["partition"]: told["method"] for told in earlier.artifact.statistics["partitions"]}.get(
-        partition.name
-    )
-    # A language that was not there before may be one without any embedding.
+    new = partition.rows[~kept[partition.rows]]
+    methods = {each["partition"]: each["method"] for each in earlier.artifact.statistics["partitions"]}
+    method = methods.get(partition.name)
+    # A partition may be new, or one without any embedding.
     if method is None or len(new) > settings.neighbors_growth * len(partition.rows):
         lists.clear(partition.rows)
         return None
     if len(new):
-        _meet(vectors, new, partition.rows, carried, lists)
+        _insert_new(vectors, new, partition.rows, kept, lists)
     recall = 1.0
     if method != "exact":
-        # A sample of the sample: at 1% new documents the recall of the lists of before, measured in full then, hardly moves.
+        # A quarter of the sample: few new documents hardly change the recall, which was measured on all of it before.
         sample = recall_sample(partition.rows, settings)[::RECALL_STRIDE]
         recall = measured_recall(vectors, partition.rows, sample, lists, settings)
     return {"method": method, "recall": round(recall, 4), "updated": len(new)}
 
 
-def _meet(vectors: np.ndarray, new: np.ndarray, rows: np.ndarray, carried: np.ndarray, lists: Lists) -> None:
-    """Fills the lists of the new documents (rows) from `rows`, all of the partition, and enters them into the carried lists.
+def _insert_new(vectors: np.ndarray, new: np.ndarray, rows: np.ndarray, kept: np.ndarray, lists: Lists) -> None:
+    """Fills the lists of the new documents (rows) from `rows`, all of the partition, and inserts them into kept lists.
 
-    Every cosine is computed once, blockwise, in both directions' service; few of them pass the last place of a list.
+    Every cosine is computed once, blockwise, for both directions; few of them exceed the last entry of a list.
     """
     sample, k = unit(vectors, new), lists.rows.shape[1]
-    best = _Best(len(new), k + 1 + SLACK)
+    best = _BestRows(len(new), k + 1 + SLACK)
     step = max(MINIMUM_BLOCK, PRODUCTS // len(new))
     for begin in range(0, len(rows), step):
         block = rows[begin : begin + step]
         queries = unit(vectors, block)
         cosines = queries @ sample.T
-        best.take(cosines, block)
-        old = np.flatnonzero(carried[block])
+        best.add(cosines, block)
+        old = np.flatnonzero(kept[block])
         last = np.where(lists.rows[block[old], -1] < 0, -np.inf, lists.similarities[block[old], -1])
-        place, column = np.nonzero(cosines[old] > last[:, None] - np.float32(ROUNDING))
-        if len(place):
-            entered = np.unique(place)
-            columns = _by_row(place, column, cosines[old], k)
+        line, column = np.nonzero(cosines[old] > last[:, None] - np.float32(ROUNDING))
+        if len(line):
+            changed = np.unique(line)
+            columns = _by_row(line, column, cosines[old], k)
             found = np.where(columns < 0, -1, new[columns])
-            # A list that is searched again belongs to a document that others may already list.
-            listed = lists.rows[block[old[entered]]]
+            # The list of an old document is searched again here: others may already list that document.
+            listed = lists.rows[block[old[changed]]]
             found[(found[:, :, None] == listed[:, None, :]).any(axis=2)] = -1
-            lists.merge(block[old[entered]], found, similarities_of(vectors, queries[old[entered]], found))
+            lists.merge(block[old[changed]], found, similarities_of(vectors, queries[old[changed]], found))
     found = best.rows
     found[found == new[:, None]] = -1
     lists.clear(new)
     lists.merge(new, found, similarities_of(vectors, sample, found))
 
 
-def _by_row(place: np.ndarray, column: np.ndarray, cosines: np.ndarray, most: int) -> np.ndarray:
-    """Pairs (row, column), sorted by row, as one line a row that occurs: its `most` best columns at most, padded with -1."""
-    starts = np.flatnonzero(np.diff(place, prepend=-1))
-    if (np.diff(np.append(starts, len(place))) > most).any():
-        order = np.lexsort((column, -cosines[place, column], place))
-        place, column = place[order], column[order]
-    line = np.cumsum(np.diff(place, prepend=-1) > 0) - 1
-    rank = np.arange(len(place)) - starts[line]
+def _by_row(row: np.ndarray, column: np.ndarray, cosines: np.ndarray, most: int) -> np.ndarray:
+    """Pairs (row, column), sorted by row, as one line per row that occurs: its `most` best columns, padded with -1."""
+    starts = np.flatnonzero(np.diff(row, prepend=-1))
+    if (np.diff(np.append(starts, len(row))) > most).any():
+        order = np.lexsort((column, -cosines[row, column], row))
+        row, column = row[order], column[order]
+    line = np.cumsum(np.diff(row, prepend=-1) > 0) - 1
+    rank = np.arange(len(row)) - starts[line]
     inside = rank < most
     lines = np.full((len(starts), int(rank[inside].max()) + 1), -1)
     lines[line[inside], rank[inside]] = column[inside]
     return lines
 
 
-class _Best:
+class _BestRows:
     """The best rows seen so far for each of m documents: `rows` int64 [m, width], -1 is padding."""
 
     def __init__(self, count: int, width: int) -> None:
         self.rows = np.full((count, width), -1)
         self._cosines = np.full((count, width), -np.inf, np.float32)
 
-    def take(self, cosines: np.ndarray, rows: np.ndarray) -> None:
+    def add(self, cosines: np.ndarray, rows: np.ndarray) -> None:
         """cosines: [n, m] of these rows [n] with the m documents."""
         width = self.rows.shape[1]
         hits = cosines > self._cosines.min(axis=1)
         if hits.sum() > 4 * self.rows.size:
             top = np.argpartition(-cosines, min(width, len(rows)) - 1, axis=0)[:width].T
         else:
-            place, column = np.nonzero(hits)
+            row, column = np.nonzero(hits)
             if len(column) == 0:
                 return
             order = np.argsort(column, kind="stable")
-            place, column = place[order], column[order]
-            lines = _by_row(column, place, cosines.T, width)
+            row, column = row[order], column[order]
+            lines = _by_row(column, row, cosines.T, width)
             top = np.full((len(self.rows), lines.shape[1]), -1)
             top[np.unique(column)] = lines
         near = np.where(top < 0, -np.inf, np.take_along_axis(cosines.T, np.maximum(top, 0), axis=1))

@@ -1,13 +1,13 @@
 """The nearest neighbours of every document within its partition, by cosine, with faiss.
 
     small partition     exact: a blocked matrix product
-    large partition     IVF: k-means centroids of a sample; `nprobe` doubled until the recall of a sample of queries against
-                        exact search reaches the target; the recall of the finished lists is measured and reported
-    huge partition      in shards: one shard's index is in memory at a time, lists are merged shard by shard
-    grown corpus        the lists of before are updated (`eclectus.tasks.grouping.neighbor_update`)
+    large partition     IVF: k-means centroids of a sample; `nprobe` is doubled until the recall of a sample of queries,
+                        against exact search, reaches the target; the recall of the final lists is measured
+    very large          in shards: one shard's index is in memory at a time, lists are merged shard by shard
+    grown corpus        earlier lists are updated (`eclectus.tasks.grouping.neighbor_update`)
 
-Documents without a (finite, non-zero) embedding have no neighbours and are listed.
-Price on 2 cores: exact 100k x 384 takes 4 minutes; IVF 32 s at recall .99, 1M 17 minutes (design.md).
+Documents without a (finite, non-zero) embedding have no neighbours and are listed in isolated.npy.
+Price on 2 cores: exact 100k x 384 takes 4 minutes; IVF 32 s at recall .99, 1M 17 minutes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.grouping.nearest import Lists, NeighborSettings, Partition, search
-from eclectus.tasks.grouping.neighbor_update import MADE_OF, carry_over, find_earlier, made_of, update
+from eclectus.tasks.grouping.neighbor_update import MADE_OF, copy_lists, find_earlier, made_of, update
 from eclectus.tasks.run import metric, progress
 from eclectus.tasks.step import step
 
@@ -43,16 +43,16 @@ def neighbors(documents: Artifact, embeddings: Artifact, settings: NeighborSetti
     usable = usable_rows(vectors)
     lists = Lists.create(out, len(labels), settings.neighbors_k)
     earlier = find_earlier(embeddings, settings, names, labels)
-    carried = carry_over(earlier, lists) if earlier else np.zeros(len(labels), bool)
+    kept = copy_lists(earlier, lists) if earlier else np.zeros(len(labels), bool)
     report_progress, done, searched = progress(int(usable.sum()), "searching neighbours", "documents"), 0, []
     for number, name in enumerate(names):
         partition = Partition(name, np.flatnonzero((labels == number) & usable))
-        how = update(vectors, partition, earlier, carried, lists, settings) if earlier else None
-        how = how or search(vectors, partition, lists, settings)
-        searched.append({"partition": name, "documents": int((labels == number).sum()), **how})
+        described = update(vectors, partition, earlier, kept, lists, settings) if earlier else None
+        described = described or search(vectors, partition, lists, settings)
+        searched.append({"partition": name, "documents": int((labels == number).sum()), **described})
         done += len(partition.rows)
         report_progress(done)
-        metric("neighbors_recall", how["recall"], partition=name)
+        metric("neighbors_recall", described["recall"], partition=name)
     lists.flush()
     np.save(out.file("partition.npy"), labels)
     out.file("partitions.json").write_text(json.dumps(names, ensure_ascii=False, indent=1))
@@ -83,7 +83,7 @@ def partition_labels(documents: Artifact, by: str) -> tuple[list[str], np.ndarra
 
 
 def usable_rows(vectors: np.ndarray) -> np.ndarray:
-    """Which rows hold an embedding, bool [N]: finite everywhere, and not all zero."""
+    """Which rows have an embedding, bool [N]: all finite, and not all zero."""
     usable = np.zeros(len(vectors), bool)
     for begin in range(0, len(vectors), 2**16):
         block = np.asarray(vectors[begin : begin + 2**16])

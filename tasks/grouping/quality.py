@@ -1,12 +1,12 @@
-"""How good a grouping is, in numbers and in a picture, before a single step is trained (docs/methods.md 1.6).
+"""How good a grouping is, in numbers and in a picture, before any training (docs/methods.md 1.6).
 
     adjacent similarity     mean cosine of documents that follow each other in the order
-    random                  the same after a shuffle within each partition: the floor
-    best neighbour          mean cosine with the nearest document of the graph: the ceiling
+    random                  the same after a shuffle within each partition: the lower bound
+    best neighbour          mean cosine with the nearest document of the graph: the upper bound
     restarts                share of documents at which a new chain begins
 
 and, once instances are packed, the domain purity of an instance and the similarity across adjacent instances, which the
-shuffle of instances should have brought down to that of random ones. Price: one gather of the embeddings a number.
+shuffle of instances should lower to that of random ones. Price: at most PAIRS pairs of embeddings are read per number.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EDGES = (-0.2, 1.0)
 
 
 def pair_similarities(vectors: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosines float32 [P] of the rows a [P] with the rows b [P]; NaN where one has no embedding."""
+    """Cosines float32 [P] of the rows a [P] with the rows b [P]; NaN if one has no embedding."""
     cosines = np.empty(len(a), np.float32)
     with np.errstate(invalid="ignore", divide="ignore"):
         for begin in range(0, len(a), BLOCK):
@@ -35,7 +35,7 @@ def pair_similarities(vectors: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.n
 
 
 def mean(values: np.ndarray) -> float | None:
-    """The mean of the numbers that are finite, rounded; None if there are none."""
+    """The mean of the finite numbers, rounded; None if there are none."""
     values = values[np.isfinite(values)]
     return round(float(values.mean(dtype=np.float64)), 4) if len(values) else None
 
@@ -49,22 +49,22 @@ def order_quality(
     domains: np.ndarray,
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The numbers of an order, and the similarities behind them (adjacent, random, best) for the picture.
+    """The numbers of an order, and the similarities (adjacent, random, best) that the picture shows.
 
     vectors: [N, D]. order: rows int64 [M]. partitions: int [M], restarts: bool [M], in that order.
-    best: float [M], similarity to the nearest document that is in the order. domains: str [M].
-    At most PAIRS pairs are looked at, drawn under the seed.
+    best: float [M], similarity to the nearest document in the order. domains: str [M].
+    At most PAIRS pairs are evaluated, drawn under the seed.
     """
     random = np.random.default_rng([seed, 1])
     inside = np.flatnonzero(partitions[1:] == partitions[:-1])
-    chosen = inside if len(inside) <= PAIRS else np.sort(random.choice(inside, PAIRS, replace=False))
+    chosen = _sample(inside, random)
     adjacent = pair_similarities(vectors, order[chosen], order[chosen + 1])
     shuffled = _shuffled_within(partitions, random)
-    strangers = pair_similarities(vectors, order[shuffled[chosen]], order[shuffled[chosen + 1]])
+    at_random = pair_similarities(vectors, order[shuffled[chosen]], order[shuffled[chosen + 1]])
     restart = restarts[chosen + 1]
     numbers = {
         "adjacent_similarity": mean(adjacent),
-        "random_similarity": mean(strangers),
+        "random_similarity": mean(at_random),
         "best_neighbor_similarity": mean(best),
         "similarity_inside_chains": mean(adjacent[~restart]),
         "similarity_at_restarts": mean(adjacent[restart]),
@@ -72,7 +72,7 @@ def order_quality(
         "adjacent_same_domain": _share(domains[chosen] == domains[chosen + 1]),
         "random_same_domain": _share(domains[shuffled[chosen]] == domains[shuffled[chosen + 1]]),
     }
-    return numbers, {"adjacent": adjacent, "random": strangers, "best neighbour": best}
+    return numbers, {"adjacent": adjacent, "random": at_random, "best neighbour": best}
 
 
 def instance_quality(
@@ -85,18 +85,16 @@ def instance_quality(
 ) -> dict[str, float | None]:
     """The numbers of packed instances.
 
-    vectors: [N, D], of all documents. rows: int64 [P], the documents (rows of `vectors`) that the instances hold, instance
-    after instance in training order. offsets: int64 [I + 1], where each instance begins in `rows`. tokens: int [P], tokens
-    of that document in that instance. domains: [N], one label a document. Price: PAIRS gathers at most.
+    vectors: [N, D], of all documents. rows: int64 [P], the documents (rows of `vectors`) of the instances, instance
+    after instance in training order. offsets: int64 [I + 1], where each instance begins in `rows`. tokens: int [P],
+    tokens of that document in that instance. domains: [N], one label per document.
     """
     random = np.random.default_rng([seed, 2])
     instance = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     inside = np.flatnonzero((instance[1:] == instance[:-1]) & (rows[1:] != rows[:-1]))
     across = np.flatnonzero(instance[1:] != instance[:-1])
-    inside, across = (
-        x if len(x) <= PAIRS else np.sort(random.choice(x, PAIRS, replace=False)) for x in (inside, across)
-    )
-    # Long documents stand at more borders than short ones, so the floor is taken at the borders of random instances.
+    inside, across = _sample(inside, random), _sample(across, random)
+    # Long documents are at more borders than short ones, so the baseline is taken at the borders of random instances.
     count = len(offsets) - 1
     a = random.integers(0, max(1, count), min(PAIRS, count) if count > 1 else 0)
     b = (a + random.integers(1, max(2, count), len(a))) % max(1, count)
@@ -112,7 +110,7 @@ def instance_quality(
 
 
 def draw(path: Path, similarities: dict[str, np.ndarray], numbers: dict[str, Any]) -> None:
-    """Writes the picture: how similar adjacent, random and nearest documents are. Equal input gives equal bytes."""
+    """Writes the histogram of similarities of adjacent, random and nearest documents. Equal input gives equal bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -134,19 +132,24 @@ def draw(path: Path, similarities: dict[str, np.ndarray], numbers: dict[str, Any
     figure.savefig(path, metadata={"Software": None})
 
 
+def _sample(positions: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """At most PAIRS of the positions, ascending."""
+    return positions if len(positions) <= PAIRS else np.sort(random.choice(positions, PAIRS, replace=False))
+
+
 def _shuffled_within(partitions: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A permutation [M] that leaves every position in its partition."""
+    """A permutation [M] within each partition."""
     shuffled = np.empty(len(partitions), np.int64)
     shuffled[np.argsort(partitions, kind="stable")] = np.lexsort((random.random(len(partitions)), partitions))
     return shuffled
 
 
 def _purity(instance: np.ndarray, labels: np.ndarray, tokens: np.ndarray) -> float | None:
-    """Mean over instances of the share of tokens that are of the instance's commonest label."""
+    """Mean over instances of the share of tokens that have the instance's most frequent label."""
     if len(instance) == 0:
         return None
-    pairs, place = np.unique(np.stack([instance, labels], axis=1), axis=0, return_inverse=True)
-    counts = np.bincount(place.ravel(), weights=tokens)
+    pairs, pair = np.unique(np.stack([instance, labels], axis=1), axis=0, return_inverse=True)
+    counts = np.bincount(pair.ravel(), weights=tokens)
     largest, total = np.zeros(instance[-1] + 1), np.zeros(instance[-1] + 1)
     np.maximum.at(largest, pairs[:, 0], counts)
     np.add.at(total, pairs[:, 0], counts)

@@ -1,15 +1,15 @@
-"""A sentence embedding trained on the corpus itself, in half a minute, offline, for every language that is in it.
+"""A sentence embedding trained on the corpus itself, in half a minute, offline, for every language of the corpus.
 
-    tokenizer       byte-level BPE over lower-cased words (every script; nothing is unknown)
+    tokenizer       byte-level BPE over lower-cased words (every script; no unknown token)
     start           latent semantic analysis: the right singular vectors of the TF-IDF matrix, times idf
     training        two random spans of one document attract each other, those of other documents repel: InfoNCE with
-                    in-batch negatives, which is what Contriever does (docs/methods.md 1.6 embeds with Contriever)
+                    in-batch negatives, as in Contriever, which docs/methods.md 1.6 embeds with
     result          a sentence-transformers `StaticEmbedding` directory: the mean of the token vectors
 
-A step touches the few thousand tokens of its spans and nothing else, so gradients are written out by hand and Adam is the
-lazy one (moments of touched rows): NumPy and SciPy do it, and seconds of imports (torch, sentence-transformers) are saved,
-in training and in embedding. Price for 10 MB on 2 cores: 3 s of tokenizer training, 2 s of singular vectors, 5 s of
-contrastive steps; then some 2,000 documents/s to embed. Only the train split is read.
+A step changes only the few thousand tokens of its spans, so gradients are written out by hand and Adam is lazy
+(moments of these rows only): NumPy and SciPy suffice, and seconds of imports (torch, sentence-transformers) are
+saved, in training and in embedding. Price for 10 MB on 2 cores: 3 s of tokenizer training, 2 s of singular vectors, 5
+s of contrastive steps; then some 2,000 documents/s to embed. Only the train split is read.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ IN_TRAIN = [("split", "not in", ["heldout", "apart"])]
 
 
 class EmbeddingText(Settings):
-    """What of a document is embedded."""
+    """Which part of a document is embedded."""
 
     embedding_maximum_characters: int = Field(
         8000,
         ge=1,
-        description="Characters of a document that are embedded, from its beginning; the rest is not looked at.",
+        description="Characters of a document that are embedded, from its beginning; the rest is ignored.",
     )
 
 
 class StaticEmbeddingSettings(EmbeddingText):
-    """How the corpus's own embedding model is trained."""
+    """How the embedding model is trained on the corpus."""
 
     embedding_dimension: int = Field(
-        256, ge=8, le=4096, description="Numbers in an embedding of the corpus-trained model."
+        256, ge=8, le=4096, description="Dimension of the embeddings of the corpus-trained model."
     )
     embedding_vocabulary: int = Field(
         24_000, ge=300, description="Tokens in the vocabulary of the corpus-trained embedding model."
@@ -67,11 +67,9 @@ class StaticEmbeddingSettings(EmbeddingText):
     embedding_steps: int = Field(
         200,
         ge=0,
-        description="Contrastive training steps of the embedding model; 0 leaves latent semantic analysis as it is.",
+        description="Contrastive training steps of the embedding model; 0 keeps the latent semantic analysis.",
     )
-    embedding_pairs: int = Field(
-        256, ge=2, description="Documents in a contrastive step, each giving two random spans."
-    )
+    embedding_pairs: int = Field(256, ge=2, description="Documents per contrastive step, each giving two random spans.")
     embedding_span: int = Field(
         64, ge=4, description="Longest span in tokens; a document's spans are at most half of it."
     )
@@ -80,13 +78,13 @@ class StaticEmbeddingSettings(EmbeddingText):
     )
     embedding_temperature: float = Field(0.1, gt=0, description="Temperature of the contrastive loss.")
     embedding_sample: int = Field(
-        20_000, ge=1, description="Most documents that the embedding model is trained on, drawn at random."
+        20_000, ge=1, description="Maximum number of documents to train the embedding model on, drawn at random."
     )
     embedding_growth: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="An earlier embedding model of this corpus is kept while at most this share of the documents is new to it.",
+        description="An earlier embedding model is reused while at most this share of the documents is new to it.",
     )
     seed: int = SEED
 
@@ -95,8 +93,8 @@ class StaticEmbeddingSettings(EmbeddingText):
 def train_embedding(documents: Artifact, settings: StaticEmbeddingSettings, out: Draft) -> None:
     """Trains a static embedding on the train split; the artifact's directory loads with `SentenceTransformer(path)`.
 
-    A model trained here before with the same settings is kept while no more than `embedding_growth` of the documents are
-    new to it, so that a growing corpus is embedded incrementally.
+    An earlier model with the same settings is reused while at most `embedding_growth` of the documents are new to it,
+    so that a growing corpus is embedded incrementally.
     """
     seen = train_ids(documents)
     if len(seen) == 0:
@@ -120,13 +118,13 @@ def train_embedding(documents: Artifact, settings: StaticEmbeddingSettings, out:
 
 
 def train_ids(documents: Artifact) -> np.ndarray:
-    """Ids of the documents of the train split (all of them before there is one), ascending, as bytes [N]."""
+    """Ids of the documents of the train split (of all documents if there is none yet), ascending, bytes [N]."""
     kept = read_table(documents, ["document"], IN_TRAIN)["document"]
     return np.sort(np.array(kept.to_pylist(), dtype="S32"))
 
 
 def sample_texts(documents: Artifact, settings: StaticEmbeddingSettings) -> list[str]:
-    """At most `embedding_sample` texts of the train split, each cut, in the order of the documents."""
+    """At most `embedding_sample` truncated texts of the train split, in the order of the documents."""
     total = 0
     for batch in _train_batches(documents, ["split"]):
         total += len(batch)
@@ -143,12 +141,13 @@ def sample_texts(documents: Artifact, settings: StaticEmbeddingSettings) -> list
 
 
 def fit(texts: list[str], settings: StaticEmbeddingSettings) -> tuple[StaticModel, dict[str, Any]]:
-    """The trained model, and what is worth telling of it: vocabulary, tokens, first and last loss."""
+    """The trained model, and its statistics: vocabulary, tokens, first and last loss."""
     from threadpoolctl import threadpool_limits
 
     tokenizer = train_tokenizer(texts, settings.embedding_vocabulary)
     tokens, lengths = flat_tokens(tokenizer, texts)
-    # The products are small: a second BLAS thread mostly spins (6 times the CPU time on 2 busy cores), and rounds otherwise.
+    # The products are small: a second BLAS thread mostly spins (6 times the CPU time on 2 busy cores), and rounds
+    # differently.
     with threadpool_limits(1, user_api="blas"):
         weights = start_weights(tokens, lengths, tokenizer.get_vocab_size(), settings)
         weights, losses = contrast(weights, tokens, lengths, settings)
@@ -159,7 +158,7 @@ def fit(texts: list[str], settings: StaticEmbeddingSettings) -> tuple[StaticMode
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
-    """A byte-level BPE over lower-cased words, numbers and runs of signs. Returns a `tokenizers.Tokenizer`."""
+    """A byte-level BPE over lower-cased words, numbers and runs of symbols. Returns a `tokenizers.Tokenizer`."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -183,9 +182,9 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
 def start_weights(
     tokens: np.ndarray, lengths: np.ndarray, vocabulary: int, settings: StaticEmbeddingSettings
 ) -> np.ndarray:
-    """Token vectors float32 [V, D] before training: latent semantic analysis, or random ones for fewer documents than D.
+    """Token vectors float32 [V, D] before training, times idf: latent semantic analysis, or random for few documents.
 
-    tokens: int32, all documents end to end. lengths: int [N], tokens of each. Both kinds are weighted by idf.
+    tokens: int32, all documents end to end. lengths: int [N], tokens of each.
     """
     import scipy.sparse
 
@@ -209,9 +208,9 @@ def start_weights(
 
 
 def right_singular_vectors(matrix: Any, count: int, seed: int) -> np.ndarray:
-    """The first right singular vectors [V, count] of a sparse matrix [N, V], about: Halko's randomised subspace iteration.
+    """The first right singular vectors [V, count] of a sparse matrix [N, V], by Halko's randomised subspace iteration.
 
-    Price: six passes over the entries for each of count + 10 columns; rows, not columns, are orthogonalised.
+    Approximate. Price: six passes over the entries for each of count + 10 columns.
     """
     wide = min(count + OVERSAMPLED, matrix.shape[0])
     across = matrix.T.tocsr()
@@ -239,11 +238,11 @@ def contrast(
     for number in range(settings.embedding_steps):
         rows = random.choice(usable, pairs, replace=False)
         spans, sizes = _two_spans(random, starts[rows], lengths[rows], settings.embedding_span)
-        touched, places = np.unique(tokens[spans], return_inverse=True)
-        average = averaging_matrix(places.astype(np.int32), sizes, len(touched))
-        loss, slope = _info_nce(average @ table[touched], settings.embedding_temperature)
+        used, positions = np.unique(tokens[spans], return_inverse=True)
+        average = averaging_matrix(positions.astype(np.int32), sizes, len(used))
+        loss, gradient = _info_nce(average @ table[used], settings.embedding_temperature)
         rate = settings.embedding_learning_rate * (1 - number / settings.embedding_steps)
-        adam.step(table, touched, average.T @ slope, rate)
+        adam.step(table, used, average.T @ gradient, rate)
         losses.append(loss)
         metric("embedding_loss", loss, at_step=number)
         report_progress(number + 1)
@@ -260,32 +259,32 @@ def _info_nce(means: np.ndarray, temperature: float) -> tuple[float, np.ndarray]
     one, other = np.split(unit, 2)
     logits = one @ other.T / np.float32(temperature)
     diagonal = np.arange(len(one))
-    loss, slope = 0.0, np.zeros_like(logits)
+    loss, gradient = 0.0, np.zeros_like(logits)
     for axis in (1, 0):
         shifted = logits - logits.max(axis=axis, keepdims=True)
         shares = np.exp(shifted)
         total = shares.sum(axis=axis, keepdims=True)
         loss += float((np.log(total).ravel() - shifted[diagonal, diagonal]).mean()) / 2
-        slope += shares / total
-    slope[diagonal, diagonal] -= 2
-    slope /= np.float32(2 * len(one) * temperature)
-    into_unit = np.concatenate([slope @ other, slope.T @ one])
+        gradient += shares / total
+    gradient[diagonal, diagonal] -= 2
+    gradient /= np.float32(2 * len(one) * temperature)
+    into_unit = np.concatenate([gradient @ other, gradient.T @ one])
     return loss, (into_unit - unit * (into_unit * unit).sum(axis=1, keepdims=True)) / norms
 
 
 class _LazyAdam:
-    """Adam for a table [V, D] of which a step touches few rows: the others keep their moments, and stay."""
+    """Adam for a table [V, D] of which a step changes few rows: the others keep their values and moments."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._first, self._second = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         self._steps = 0
 
-    def step(self, table: np.ndarray, rows: np.ndarray, slope: np.ndarray, rate: float) -> None:
-        """Moves these rows [n], each named once, by their gradients `slope` [n, D]."""
+    def step(self, table: np.ndarray, rows: np.ndarray, gradient: np.ndarray, rate: float) -> None:
+        """Updates these rows [n], without repeats, by their gradients [n, D]."""
         self._steps += 1
         rate *= math.sqrt(1 - float(BETAS[1]) ** self._steps) / (1 - float(BETAS[0]) ** self._steps)
         for begin in range(0, len(rows), IN_CACHE):
-            part, here = slope[begin : begin + IN_CACHE], rows[begin : begin + IN_CACHE]
+            part, here = gradient[begin : begin + IN_CACHE], rows[begin : begin + IN_CACHE]
             first = BETAS[0] * self._first[here] + (1 - BETAS[0]) * part
             second = BETAS[1] * self._second[here] + (1 - BETAS[1]) * part * part
             self._first[here], self._second[here] = first, second
@@ -304,7 +303,7 @@ def _two_spans(
 
 
 def _earlier_model(seen: np.ndarray, settings: StaticEmbeddingSettings) -> Artifact | None:
-    """The model in this home with these settings to which fewest documents are new, at most the allowed share."""
+    """The model in this home with these settings to which the fewest documents are new, at most the allowed share."""
     if settings.embedding_growth == 0:
         return None
     best: tuple[float, Artifact] | None = None

@@ -1,13 +1,13 @@
-"""Budget: how many training tokens each language may give, by a limit or by a weight; the rest is set apart.
+"""Budget: how many training tokens each language may contribute, by a limit or by a weight; the rest is excluded.
 
     language_budgets   el=5M                       at most 5 million tokens of Greek
-    language_weights   en=1 el=2 hu=1              shares of the training tokens; the language that is shortest for its
-                                                   weight sets the scale, so nothing is repeated
+    language_weights   en=1 el=2 hu=1              shares of the training tokens; the language that is shortest
+                                                   for its weight sets the scale, so nothing is repeated
 
-Tokens are counted as bytes over the language's own bytes per token, which is measured on a sample with the tokenizer. A
-language's documents are taken in the order of a draw from their ids and the seed, so a larger budget only adds to a
-smaller one. What is over the budget keeps its row, with the split `apart`; held-out documents stay.
-Price: a sample to tokenise and three passes over the labels, 18 bytes of memory a document.
+Tokens are estimated as bytes over the language's bytes per token, measured with the tokenizer on a sample. A language's
+documents are taken in the order of a draw from their ids and the seed, so that a larger budget only adds documents to a
+smaller one. Documents over the budget keep their row, with the split `apart`; held-out documents stay.
+Price: tokenising the sample and three passes over the labels, 18 bytes of memory per document.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class BudgetSettings(Settings):
     """How much of each language is trained on."""
 
     language_budgets: list[str] = Field(
-        [], description="Most training tokens of a language, as LANGUAGE=TOKENS, such as el=5M; others have no limit."
+        [],
+        description="Maximum training tokens of a language, as LANGUAGE=TOKENS, such as el=5M; others have no limit.",
     )
     language_weights: list[str] = Field(
         [],
@@ -70,7 +71,7 @@ def amounts(entries: list[str]) -> dict[str, float]:
 
 @step(makes="documents", version=2)
 def budget(documents: Artifact, tokenizer: Artifact, settings: BudgetSettings, out: Draft) -> None:
-    """Sets training documents over their language's budget apart. Raises EclectusError for a language without any."""
+    """Excludes training documents over their language's budget. Raises EclectusError if a named language has none."""
     ratio = _bytes_per_token(documents, load_tokenizer(tokenizer.path))
     names = sorted(ratio)
     draw, language, tokens = [], [], []
@@ -82,8 +83,8 @@ def budget(documents: Artifact, tokenizer: Artifact, settings: BudgetSettings, o
     if not tokens:
         raise EclectusError("no document is in the train split to give a budget to; add documents or hold out less")
     draw_N, language_N, tokens_N = np.concatenate(draw), np.concatenate(language), np.concatenate(tokens)
-    there = {name: float(tokens_N[language_N == number].sum()) for number, name in enumerate(names)}
-    limits = limits_of(there, settings)
+    available = {name: float(tokens_N[language_N == number].sum()) for number, name in enumerate(names)}
+    limits = limits_of(available, settings)
     keep = np.ones(len(draw_N), bool)
     for name, limit in limits.items():
         rows = np.flatnonzero(language_N == names.index(name))
@@ -96,7 +97,7 @@ def budget(documents: Artifact, tokenizer: Artifact, settings: BudgetSettings, o
         "languages": {
             name: {
                 "tokens": round(float(tokens_N[keep & (language_N == number)].sum())),
-                "available": round(there[name]),
+                "available": round(available[name]),
                 "limit": round(limits[name]) if name in limits else None,
                 "documents": int((keep & (language_N == number)).sum()),
                 "bytes_per_token": round(ratio[name], 3),
@@ -108,24 +109,24 @@ def budget(documents: Artifact, tokenizer: Artifact, settings: BudgetSettings, o
         metric("budget_tokens", each["tokens"], language=language)
 
 
-def limits_of(there: dict[str, float], settings: BudgetSettings) -> dict[str, float]:
-    """Language -> most training tokens, for the limited ones. there: language -> tokens that the corpus has."""
+def limits_of(available: dict[str, float], settings: BudgetSettings) -> dict[str, float]:
+    """Language -> maximum training tokens, of the limited languages. available: language -> tokens in the corpus."""
     limits, weights = amounts(settings.language_budgets), amounts(settings.language_weights)
-    for name, asked in (("language_budgets", limits), ("language_weights", weights)):
-        for language in asked:
-            if not there.get(language):
-                found = ", ".join(f"{each} {tokens:.3g}" for each, tokens in there.items()) or "nothing"
+    for name, amount in (("language_budgets", limits), ("language_weights", weights)):
+        for language in amount:
+            if not available.get(language):
+                found = ", ".join(f"{each} {tokens:.3g}" for each, tokens in available.items()) or "nothing"
                 raise EclectusError(
                     f"'{name}' names language '{language}', which has no training tokens; found: {found}"
                 )
     if weights:
-        scale = min(min(there[each], limits.get(each, np.inf)) / weight for each, weight in weights.items())
+        scale = min(min(available[each], limits.get(each, np.inf)) / weight for each, weight in weights.items())
         limits |= {language: weight * scale for language, weight in weights.items()}
     return limits
 
 
 def _bytes_per_token(documents: Artifact, tokenizer: Any) -> dict[str, float]:
-    """Language -> UTF-8 bytes a token, from the first documents of each; every document ends with one more token."""
+    """Language -> UTF-8 bytes per token, from the first documents of each; every document has an end token."""
     texts: dict[str, list[str]] = defaultdict(list)
     for batch in read_batches(documents, ["text", "language"], TRAINING):
         for text, language in zip(batch["text"].to_pylist(), batch["language"].to_pylist(), strict=True):
@@ -139,7 +140,7 @@ def _bytes_per_token(documents: Artifact, tokenizer: Any) -> dict[str, float]:
 
 
 def _over(draw: np.ndarray, tokens: np.ndarray, limit: float) -> np.ndarray:
-    """Which documents of one language [n] are over its limit, as positions: all but those that fit by draw, at least one."""
+    """Positions of the documents of one language [n] over its limit; at least one document stays within it."""
     order = np.argsort(draw, kind="stable")
     fits = int((np.cumsum(tokens[order]) <= limit * (1 + 1e-9)).sum())
     return order[max(1, fits) :]

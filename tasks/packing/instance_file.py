@@ -1,8 +1,8 @@
-"""The token file of an `instances` artifact: one file that NumPy, Arrow and `datasets.load_from_disk` read alike.
+"""The token file of an `instances` artifact: one file that NumPy, Arrow and `datasets.load_from_disk` all read.
 
-The artifact's folder is a `datasets` folder: an Arrow stream of one record batch with a column `input_ids` [M, L]. The numbers of
-one batch lie end to end, so NumPy maps them where they are, at the offset that `instances.json` tells, without pyarrow. The
-file is laid out empty (from a sparse file), then filled through that map: any size in bounded memory, on disk once.
+The artifact's folder is a `datasets` folder: an Arrow stream of one record batch with a column `input_ids` [M, L]. A
+batch's numbers are contiguous, so NumPy maps them in place, at the offset given in `instances.json`, without pyarrow.
+The file is first written empty (from a sparse file), then filled through that map: any size in bounded memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TOKENS, POSITIONS = "input_ids", "position_ids"
 
 @dataclass(frozen=True)
 class Matrix:
-    """Where a matrix [rows, columns] lies: `np.memmap(file, dtype, "r", offset, (rows, columns))`."""
+    """Location of a matrix [rows, columns]: `np.memmap(file, dtype, "r", offset, (rows, columns))`."""
 
     file: str
     dtype: str
@@ -33,7 +33,7 @@ class Matrix:
 
 
 def lay_out(out: Draft, columns: dict[str, np.dtype], rows: int, length: int) -> dict[str, Matrix]:
-    """Writes the token file, all zeros, and says where each column's numbers lie."""
+    """Writes the token file, all zeros, and returns where each column's matrix is."""
     with tempfile.TemporaryDirectory(dir=out.path.parent, prefix="empty-") as scratch:
         arrays = []
         for name, kind in columns.items():
@@ -53,18 +53,18 @@ def lay_out(out: Draft, columns: dict[str, np.dtype], rows: int, length: int) ->
         }
 
 
-def open_matrix(out: Draft, place: Matrix) -> np.memmap:
-    """The matrix, to be written to."""
-    return np.memmap(out.file(place.file), place.dtype, "r+", place.offset, (place.rows, place.columns))
+def open_matrix(out: Draft, matrix: Matrix) -> np.memmap:
+    """The matrix, mapped for writing."""
+    return np.memmap(out.file(matrix.file), matrix.dtype, "r+", matrix.offset, (matrix.rows, matrix.columns))
 
 
 def describe(out: Draft, matrices: dict[str, Matrix], digest: str) -> None:
-    """Writes what `datasets.load_from_disk` asks for. digest: of the contents, by which `datasets` names what it caches."""
+    """Writes the metadata for `datasets.load_from_disk`. digest: of the contents; it names what `datasets` caches."""
     features = {
         name: {"feature": {"dtype": each.dtype, "_type": "Value"}, "length": each.columns, "_type": "Sequence"}
         for name, each in matrices.items()
     }
-    state = {
+    state: dict[str, object] = {
         "_data_files": [{"filename": FILE}],
         "_fingerprint": hashlib.sha256(digest.encode()).hexdigest()[:16],
         "_format_columns": None,

@@ -1,13 +1,13 @@
-"""Packing: documents along their chains become instances of L tokens, shuffled as instances.
+"""Packing: documents along their chains become instances of L tokens; the instances are shuffled.
 
     tokens of the documents, each followed by the end-of-document token, concatenated in the grouping's order,
-    cut every L tokens (a document may go on in the next instance), then the instances are permuted under a seed.
+    cut every L tokens (a document may continue in the next instance), then the instances are permuted under a seed.
 
-The shuffle matters: documents shall be similar within an instance, not across adjacent ones (docs/methods.md 1.6); where the
-embeddings are given, both are measured. Remainder policy: the last, incomplete stretch is dropped, or padded. Texts are
-tokenised once, by all cores, in the order in which they are stored, into a scratch file; instances then gather from it, a
-million tokens at a time, so memory stays bounded by 100 bytes a document. Price: tokenising, 0.5 to 1M tokens/s on 2 cores;
-the rest takes a tenth of it.
+The shuffle matters: documents should be similar within an instance, not across adjacent instances (docs/methods.md
+1.6); if embeddings are given, both similarities are measured. The last, incomplete instance is dropped, or padded.
+Texts are tokenised once, on all cores, in storage order, into a scratch file; instances are then gathered from it, a
+million tokens at a time, so memory is bounded by 100 bytes per document. Price: tokenising, 0.5 to 1M tokens/s on 2
+cores; the rest takes a tenth of it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PackSettings(Settings):
     )
     pack_remainder: Literal["drop", "pad"] = Field(
         "drop",
-        description="What becomes of the last stretch shorter than an instance: dropped, or padded and not trained on.",
+        description="What to do with the last, incomplete instance: drop it, or pad it (padding is not trained on).",
     )
     pack_group: Literal["original", "expanded", "all"] = Field(
         "all",
@@ -56,7 +56,8 @@ class PackSettings(Settings):
     )
     pack_position_ids: bool = Field(
         False,
-        description="Also store position_ids, which begin at 0 with every document, for trainers whose attention shall not cross documents.",
+        description="Also store position_ids, which restart at 0 with every document, for trainers whose attention "
+        "must not cross documents.",
     )
     seed: int = SEED
 
@@ -72,30 +73,31 @@ def pack(
 ) -> None:
     """Packs the training documents into instances, along a grouping or, without one, in random order.
 
-    embeddings: of these documents, in any order; with them the statistics say how alike an instance's documents are.
+    embeddings: of these documents, in any order; if given, the statistics include the similarity of documents within
+    and across instances.
     """
-    words = load_tokenizer(tokenizer.path)
+    tokens = load_tokenizer(tokenizer.path)
     rows = _rows_to_pack(documents, settings)
     if len(rows) == 0:
         raise EclectusError(
             f"no training document belongs to the group '{settings.pack_group}'; see the languages settings"
         )
     with tempfile.TemporaryDirectory(dir=out.path.parent, prefix="tokens-") as scratch:
-        flat, starts = _tokenize(documents, words, rows, Path(scratch) / "flat")
+        flat, starts = _tokenize(documents, tokens, rows, Path(scratch) / "flat")
         order = _order(rows, grouping, settings.seed)
         spans = plan(np.diff(starts)[order], settings.instance_tokens, settings.pack_remainder == "pad", settings.seed)
         if spans.count == 0:
             raise EclectusError(
-                f"{len(order)} documents of group '{settings.pack_group}' give {spans.total} tokens, too few for one instance "
-                f"of {spans.length}; add text, lower instance_tokens, or set pack_remainder to pad"
+                f"{len(order)} documents of group '{settings.pack_group}' give {spans.total} tokens, too few for one "
+                f"instance of {spans.length}; add text, lower instance_tokens, or set pack_remainder to pad"
             )
-        matrices = _write_instances(flat, starts[order], spans, words.eos_token_id, settings.pack_position_ids, out)
+        matrices = _write_instances(flat, starts[order], spans, tokens.eos_token_id, settings.pack_position_ids, out)
         del flat
     about = read_table(documents, ABOUT).take(pa.array(rows[order]))
     meta = {
         "length": spans.length,
-        "vocabulary": len(words),
-        "end_of_document": words.eos_token_id,
+        "vocabulary": len(tokens),
+        "end_of_document": tokens.eos_token_id,
         "remainder": settings.pack_remainder,
         "matrices": as_json(matrices),
     }
@@ -122,7 +124,7 @@ def _rows_to_pack(documents: Artifact, settings: PackSettings) -> np.ndarray:
 
 
 def _tokenize(documents: Artifact, tokenizer: Any, rows: np.ndarray, scratch: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(flat tokens of the chosen rows in row order, starts [len(rows) + 1]); the tokens live in a scratch file."""
+    """(tokens of these rows end to end in a scratch file, start of each row [len(rows) + 1])."""
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     lengths, report_progress, seen, done = [np.zeros(1, np.int64)], progress(len(rows), "tokenising", "documents"), 0, 0
     wanted = np.zeros(documents.manifest()["rows"], bool)
@@ -157,7 +159,7 @@ def _order(rows: np.ndarray, grouping: Artifact | None, seed: int) -> np.ndarray
 def _write_instances(
     flat: np.ndarray, starts: np.ndarray, spans: Spans, padding: int, with_positions: bool, out: Draft
 ) -> dict[str, Matrix]:
-    """Gathers the tokens of every instance, block by block. starts: of the documents in the order."""
+    """Gathers the tokens of every instance, block by block. starts: first token of each document in the order."""
     columns = {TOKENS: flat.dtype}
     if with_positions:
         columns[POSITIONS] = np.dtype(np.uint16 if spans.length <= 2**16 else np.uint32)
@@ -192,7 +194,7 @@ def _write_instances(
 def _describe(about: pa.Table, rows: np.ndarray, spans: Spans, meta: dict[str, Any], out: Draft) -> None:
     """Writes spans, the `documents` table and `instances.json`, and the statistics.
 
-    about: the documents in the order. rows: int64, their rows in the documents artifact.
+    about: columns ABOUT of the documents in the order. rows: int64, their rows in the documents artifact.
     """
     labels = {name: about[name].combine_chunks().fill_null("").dictionary_encode() for name in ("language", "domain")}
     names = {name: column.dictionary.to_pylist() for name, column in labels.items()}
@@ -203,14 +205,14 @@ def _describe(about: pa.Table, rows: np.ndarray, spans: Spans, meta: dict[str, A
     table = [spans.to, spans.size, rows[spans.position], codes["language"], codes["domain"]]
     np.save(out.file("spans.npy"), np.stack(table, axis=1))
     spread = about.take(pa.array(spans.position))
-    places = {
+    locations = {
         "instance": pa.array(spans.to // spans.length),
         "instance_offset": pa.array(spans.to % spans.length, pa.int32()),
         "tokens": pa.array(spans.size, pa.int32()),
         "document_offset": pa.array(spans.offset, pa.int32()),
     }
     pq.write_table(
-        pa.table({**{name: spread[name] for name in ABOUT}, **places}),
+        pa.table({**{name: spread[name] for name in ABOUT}, **locations}),
         out.file("documents.parquet"),
         compression="zstd",
     )
@@ -232,7 +234,7 @@ def _describe(about: pa.Table, rows: np.ndarray, spans: Spans, meta: dict[str, A
 
 
 def _quality(about: pa.Table, spans: Spans, embeddings: Artifact, seed: int) -> dict[str, float | None]:
-    """How alike the documents of an instance are, and those on either side of its border (`eclectus.tasks.grouping.quality`)."""
+    """Similarity of the documents within an instance and across its border (`eclectus.tasks.grouping.quality`)."""
     ids = np.load(embeddings.file("ids.npy"))
     wanted = np.array(about["document"].to_pylist(), ids.dtype)
     rows = positions_of(wanted, ids)

@@ -1,11 +1,10 @@
-"""Replay: the documents of the review stage, some of every language, at random (docs/methods.md 2.4).
+"""Replay: the documents of the review stage, a random sample of every language (docs/methods.md 2.4).
 
 The paper reviews 50,000 documents of each of three original languages and 100,000 of each of three expanded ones: one
-original document to two expanded. Counts that are left automatic keep that ratio over all languages together, at the largest
-size up to the paper's that the corpus has without repeating: a language that has less gives all it has. Only documents of
-the train split are drawn, so none is held out; a language's sample under one seed grows with its count, and never changes
-when documents of others are added.
-Price: two passes over the documents, 10 bytes of memory each.
+original document to two expanded. Automatic counts keep that ratio over all languages together, at the largest size
+up to the paper's that the corpus allows without repetition: a language with fewer documents gives all of them. Only
+documents of the train split are drawn. A language's sample under one seed grows with its count, and does not change
+when documents of other languages are added. Price: two passes over the documents, 10 bytes of memory per document.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ ORIGINALS_PER_EXPANDED = 0.5
 
 
 class ReplaySettings(Settings):
-    """How many documents the review sees."""
+    """How many documents the review stage trains on."""
 
     review_original_documents: int = Field(
         0, ge=0, description="Documents of each original language in the review; 0 keeps the paper's 1:2 to expanded."
@@ -43,9 +42,9 @@ class ReplaySettings(Settings):
 
 @step(makes="documents", version=1)
 def replay(documents: Artifact, settings: ReplaySettings, out: Draft, grouping: Artifact | None = None) -> None:
-    """Draws the review documents. Raises EclectusError when a group has none to draw from.
+    """Draws the review documents. Raises EclectusError if a group has none to draw from.
 
-    grouping: only documents that it kept are drawn, so none that nearly equals a held-out document.
+    grouping: if given, only documents that it kept are drawn, so none that is a near-duplicate of a held-out one.
     """
     strata: dict[tuple[str, str], int] = {}
     draw, stratum = [], []
@@ -82,9 +81,9 @@ def replay(documents: Artifact, settings: ReplaySettings, out: Draft, grouping: 
 
 
 def review_counts(available: dict[tuple[str, str], int], settings: ReplaySettings) -> dict[str, int]:
-    """Documents to draw of each language, by group. available: (group, language) -> documents that may be drawn.
+    """Documents to draw per language, by group. available: (group, language) -> documents that may be drawn.
 
-    Raises EclectusError when a group has no document.
+    Raises EclectusError if a group has no document.
     """
     sizes = {group: [n for (g, _), n in available.items() if g == group and n] for group in ("original", "expanded")}
     for group, each in sizes.items():
@@ -94,7 +93,7 @@ def review_counts(available: dict[tuple[str, str], int], settings: ReplaySetting
                 f"add documents of '{group}_languages' to the train split"
             )
     originals, expandeds = len(sizes["original"]), len(sizes["expanded"])
-    # How many documents of each original language go with one of each expanded language, at the paper's ratio.
+    # Documents of each original language per document of each expanded language, at the paper's ratio.
     share = ORIGINALS_PER_EXPANDED * expandeds / originals
     expanded = settings.review_expanded_documents
     if not expanded:
@@ -105,7 +104,7 @@ def review_counts(available: dict[tuple[str, str], int], settings: ReplaySetting
 
 
 def _stratum(strata: dict[tuple[str, str], int], group: str, language: str, split: str) -> int:
-    """The number of the (group, language) that may be drawn from, or -1."""
+    """The number of the (group, language), or -1 if the document may not be drawn."""
     if split != "train" or group == "other":
         return -1
     return strata.setdefault((group, language), len(strata))

@@ -1,8 +1,8 @@
 """Tokenizer: a byte-level BPE trained on the corpus, or any Hugging Face tokenizer by name or path.
 
-Byte-level BPE knows every text of every language from 256 bytes up, so nothing is ever unknown. It is trained on training
-documents only, on an equal number of bytes of every language, so that no language gets all merges.
-Price: about 1 second a megabyte.
+Byte-level BPE covers every text from 256 bytes up, so no token is ever unknown. It is trained on training documents
+only, on an equal number of bytes of every language, so that no language takes all merges. Price: about 1 second per
+megabyte.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ TRAINED_HERE = "train"
 class TokenizerSettings(Settings):
     tokenizer: str = Field(
         TRAINED_HERE,
-        description="'train' trains a byte-level BPE on the corpus; anything else is a Hugging Face tokenizer: a name or a path.",
+        description="'train' trains a byte-level BPE on the corpus; anything else is the name or path of a "
+        "Hugging Face tokenizer.",
         json_schema_extra=BASIC,
     )
     tokenizer_vocabulary: int = Field(
@@ -38,30 +39,30 @@ class TokenizerSettings(Settings):
         json_schema_extra=BASIC,
     )
     tokenizer_sample_megabytes: float = Field(
-        8.0, gt=0, description="Text to train the tokenizer on, in MB over all languages, each language an equal part."
+        8.0, gt=0, description="Text to train the tokenizer on, in MB over all languages, in equal parts."
     )
 
 
 @step(makes="tokenizer", version=1)
 def tokenizer(documents: Artifact, settings: TokenizerSettings, out: Draft) -> None:
-    """Trains or fetches the tokenizer: a directory that `AutoTokenizer.from_pretrained` opens."""
+    """Trains or downloads the tokenizer: a directory that `AutoTokenizer.from_pretrained` opens."""
     tokens = _train(documents, settings) if settings.tokenizer == TRAINED_HERE else _fetch(settings.tokenizer)
     tokens.save_pretrained(str(out.path))
     out.rows = len(tokens)
     out.statistics = {"vocabulary": len(tokens), "end_of_document": tokens.eos_token, "origin": settings.tokenizer}
 
 
-def load_tokenizer(place: str | Path) -> Any:
-    """The tokenizer in a directory, with an end-of-document token. Runs no code from the directory."""
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer in a folder, with an end-of-document token. Runs no code from the folder."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
 
 
 def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The token ids of each text, whole, without any special token: text that spells one stays text.
+    """The token ids of each whole text, without special tokens: text that spells one stays text.
 
-    Runs on all cores (TOKENIZERS_PARALLELISM). A tokenizer without a Rust back-end goes its own way.
+    Runs on all cores (TOKENIZERS_PARALLELISM); a tokenizer without a Rust back-end runs on one.
     """
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:
@@ -90,7 +91,7 @@ def _train(documents: Artifact, settings: TokenizerSettings) -> Any:
 
 
 def _sample(documents: Artifact, budget: int) -> Iterator[str]:
-    """Texts of the training split, up to an equal number of bytes a language."""
+    """Texts of the training split, up to an equal number of bytes per language."""
     languages = {
         language
         for batch in read_batches(documents, ["language"], TRAINING)

@@ -1,12 +1,13 @@
-"""Documents about a few topics in a few languages, and embeddings with known neighbours, for tests."""
+"""Documents about a few topics or of a few groups, and embeddings with known neighbours, for tests."""
 
 import hashlib
 import json
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 
-from eclectus.tasks.documents.table import DocumentsWriter
+from eclectus.tasks.documents.table import DocumentsWriter, read_table
 
 TOPICS = {
     "en/sea": "harbour sail tide anchor vessel captain reef storm gull rope mast island shore wave compass crew",
@@ -17,8 +18,12 @@ TOPICS = {
 }
 
 
+GROUPS = {"en": "original", "es": "original", "el": "expanded", "tr": "expanded", "fr": "other"}
+WORDS = {"en": "river town ", "es": "ciudad río ", "el": "ποτάμι πόλη ", "tr": "nehir şehir ", "fr": "fleuve ville "}
+
+
 def topical(counts, seed=0, words=60):
-    """Rows (text, language, domain): `counts` maps a key of TOPICS to how many documents, interleaved."""
+    """Rows (text, language, domain), interleaved; counts: key of TOPICS -> number of documents."""
     random = np.random.default_rng(seed)
     rows = []
     for key, count in counts.items():
@@ -30,13 +35,42 @@ def topical(counts, seed=0, words=60):
     return [rows[i] for i in random.permutation(len(rows))]
 
 
+def numbered(store, counts):
+    """A documents artifact with groups; counts: (language, domain) -> number of documents."""
+    return write_documents(
+        store,
+        [
+            {
+                "text": f"{WORDS[language] * (1 + i % 7)}{domain} {i}",
+                "language": language,
+                "domain": domain,
+                "group": GROUPS[language],
+            }
+            for (language, domain), count in counts.items()
+            for i in range(count)
+        ],
+    )
+
+
+def tally(documents, *names):
+    """How many documents have each combination of values of these columns."""
+    return Counter(tuple(row[name] for name in names) for row in read_table(documents).to_pylist())
+
+
+def splits(documents):
+    """Id -> split."""
+    return {row["document"]: row["split"] for row in read_table(documents).to_pylist()}
+
+
 def write_documents(store, rows):
-    """A documents artifact; what a row lacks is filled in."""
+    """A documents artifact of these rows; missing columns are filled in."""
     with store.draft("documents") as out:
         with DocumentsWriter(out) as writer:
             for start in range(0, len(rows), 64):
                 part = [{"split": "train", **row} for row in rows[start : start + 64]]
-                columns = {name: [row.get(name) for row in part] for name in ("text", "language", "domain", "split")}
+                columns = {}
+                for name in ("text", "language", "domain", "split", "group"):
+                    columns[name] = [row.get(name) for row in part]
                 columns["document"] = [hashlib.sha256(row["text"].encode()).hexdigest()[:32] for row in part]
                 columns["bytes"] = [len(row["text"].encode()) for row in part]
                 writer.write(pa.table(columns))
@@ -44,7 +78,7 @@ def write_documents(store, rows):
 
 
 def write_embeddings(store, vectors, ids=None, key=None):
-    """An embeddings artifact of these vectors [N, D], perhaps with the documents' ids and the model's key."""
+    """An embeddings artifact of these vectors [N, D], optionally with the documents' ids and the model's key."""
     with store.draft("embeddings") as out:
         np.save(out.file("embeddings.npy"), np.asarray(vectors, np.float32))
         if ids is not None:
@@ -55,7 +89,7 @@ def write_embeddings(store, vectors, ids=None, key=None):
 
 
 def make(store, step, **arguments):
-    """What a step makes of these arguments, outside a run."""
+    """The artifact that a step makes of these arguments, outside a run."""
     with store.draft(step.makes) as out:
         step.function(**arguments, out=out)
         return store.commit(out)

@@ -1,4 +1,4 @@
-"""The default corpus, from the real installed packages: deterministic, distinct, in its languages, within its bounds."""
+"""The default corpus, from the installed packages: deterministic, distinct, in its languages, within its bounds."""
 
 import importlib.metadata
 import json

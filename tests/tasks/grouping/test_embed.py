@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -18,6 +19,7 @@ from eclectus.tasks.grouping.embed import EmbedSettings, embed, model_fingerprin
 from eclectus.tasks.grouping.embedding_log import Log, read_logs
 from eclectus.tasks.grouping.encoder import Encoder
 from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings, train_embedding
+from eclectus.tasks.grouping.static_model import StaticModel
 from eclectus.tasks.run import Run, activate
 from tests.support.topics import TOPICS, make, topical, write_documents
 
@@ -62,13 +64,22 @@ def vectors(artifact):
     return np.load(artifact.file("embeddings.npy"))
 
 
-def test_row_i_is_document_i_of_length_one(run, model):
+@pytest.mark.slow
+def test_embeddings_are_those_of_sentence_transformers(run, model):
     from sentence_transformers import SentenceTransformer
 
     artifact = embed(documents=write_documents(run.home.store, ROWS), model=model, settings=EmbedSettings())
     expected = SentenceTransformer(model.path, device="cpu").encode([row["text"] for row in ROWS])
     assert np.allclose(vectors(artifact), expected, atol=1e-6)
     assert np.allclose(np.linalg.norm(vectors(artifact), axis=1), 1, atol=1e-6)
+    assert artifact.statistics["documents"] == len(ROWS)
+    assert artifact.statistics["reused"] == 0
+
+
+def test_row_i_is_the_unit_mean_vector_of_document_i(run, model):
+    artifact = embed(documents=write_documents(run.home.store, ROWS), model=model, settings=EmbedSettings())
+    means = StaticModel.load(Path(model.path)).encode([row["text"] for row in ROWS])
+    assert np.allclose(vectors(artifact), means / np.linalg.norm(means, axis=1, keepdims=True), atol=1e-6)
     assert artifact.statistics["documents"] == len(ROWS)
     assert artifact.statistics["reused"] == 0
 
@@ -155,10 +166,11 @@ def test_a_transformer_on_two_actors_in_several_chunks(run, transformer):
     assert len(read_logs(work)) == 2
 
 
-def test_a_changed_model_folder_is_a_changed_input(transformer):
-    settings = EmbedSettings(embedding_model=str(transformer))
+def test_a_changed_model_folder_is_a_changed_input(tmp_path):
+    (tmp_path / "modules.json").write_text("[]")
+    settings = EmbedSettings(embedding_model=str(tmp_path))
     before = model_fingerprint(settings)
-    (transformer / "note.txt").write_text("changed")
+    (tmp_path / "note.txt").write_text("changed")
     assert model_fingerprint(settings) != before
     assert model_fingerprint(EmbedSettings()) == {}
 

@@ -6,7 +6,7 @@ from eclectus.storage.artifact import ArtifactStore
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.grouping import duplicates as module
 from eclectus.tasks.grouping.duplicates import Overlaps, candidate_pairs
-from eclectus.tasks.grouping.group import GroupSettings, _Chained, _stitched, group
+from eclectus.tasks.grouping.group import GroupSettings, _Chained, _joined, group
 from eclectus.tasks.grouping.neighbors import NeighborSettings, neighbors
 from eclectus.tasks.grouping.quality import instance_quality
 from tests.support.topics import TOPICS, make, topical, unit_vectors, write_documents, write_embeddings
@@ -211,13 +211,13 @@ def test_a_grouping_without_a_pair_is_no_hindrance_to_the_next(home):
     assert again.statistics["duplicates"] == 1
 
 
-def test_partitions_are_stitched_where_their_ends_are_most_alike():
+def test_partitions_are_joined_where_their_ends_are_most_alike():
     angles = np.radians([0, 10, 80, 90, 20, 30, 40, 70])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     chained = [
         _Chained(np.array(rows), np.array([True, False]), np.zeros(2)) for rows in ([0, 1], [2, 3], [4, 5], [6, 7])
     ]
-    assert [each.rows.tolist() for each in _stitched(vectors, chained)] == [[0, 1], [4, 5], [6, 7], [2, 3]]
+    assert [each.rows.tolist() for each in _joined(vectors, chained)] == [[0, 1], [4, 5], [6, 7], [2, 3]]
 
 
 @pytest.mark.parametrize("how", ["similarity", "random", "domain"])
