@@ -11,7 +11,8 @@ from eclectus.tasks.documents.table import DocumentsWriter, read_table
 
 TOPICS = {
     "en/sea": "harbour sail tide anchor vessel captain reef storm gull rope mast island shore wave compass crew",
-    "en/law": "court clause appeal verdict statute judge witness contract penalty hearing counsel evidence tribunal oath",
+    "en/law": "court clause appeal verdict statute judge witness "
+    "contract penalty hearing counsel evidence tribunal oath",
     "en/code": "function variable compile branch pointer thread module loop array buffer socket kernel stack cache",
     "el/sea": "λιμάνι πανί παλίρροια άγκυρα σκάφος καπετάνιος ύφαλος θύελλα γλάρος σχοινί κατάρτι νησί ακτή κύμα",
     "zh/law": "法院 条款 上诉 判决 法规 法官 证人 合同 处罚 听证 律师 证据 法庭 誓言 原告 被告",

@@ -59,7 +59,7 @@ def test_a_document_is_named_by_the_hash_of_its_text_and_keeps_its_own_name(stor
     assert (second["name"], second["language"], second["domain"], second["source"]) == (None, None, "a", "a.jsonl")
 
 
-def test_every_bad_line_is_set_apart_with_file_line_reason_and_start(store, tmp_path):
+def test_every_bad_line_is_rejected_with_file_line_reason_and_start(store, tmp_path):
     content = (
         b"\xef\xbb\xbf"
         + lines({"text": GREEK})
@@ -166,7 +166,7 @@ def test_a_damaged_or_unreadable_file_in_the_middle_is_a_fault_and_the_others_ar
     ]
 
 
-def test_parquet_rows_of_wrong_type_or_bad_utf8_are_set_apart_one_by_one(store, tmp_path):
+def test_parquet_rows_of_wrong_type_or_bad_utf8_are_rejected_one_by_one(store, tmp_path):
     texts = pa.array([GREEK.encode(), b"caf\xe9", None, b"fine"], pa.binary()).cast(pa.string(), safe=False)
     pq.write_table(pa.table({"body": texts, "number": [1, 2, 3, 4]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"body": [1.5, 2.5]}), tmp_path / "b.parquet")
@@ -305,7 +305,7 @@ def test_nothing_kept_is_an_error_with_the_first_reason(store, tmp_path):
         run(store, [tmp_path / "empty.jsonl"])
 
 
-def test_globs_read_each_file_once_and_equal_names_stay_apart(tmp_path):
+def test_globs_read_each_file_once_and_equal_names_stay_distinct(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.jsonl").write_bytes(lines({"text": folder}))

@@ -145,23 +145,23 @@ def test_an_earlier_label_is_reused_for_the_same_document(run, tmp_path, monkeyp
 
     old = list(TEXTS.values())
     label_in_run(old)
-    asked, detect_in_samples = [], language_detection.detect_in_samples
+    classified, detect_in_samples = [], language_detection.detect_in_samples
 
     def recorded(samples, detector):
-        asked.append(samples)
+        classified.append(samples)
         return detect_in_samples(samples, detector)
 
     monkeypatch.setattr(language_detection, "detect_in_samples", recorded)
     grown = label_in_run([f"{TEXTS['hu']} 1", *old[::-1], f"{TEXTS['el']} 2"], expanded_languages=["el", "hu"])
-    assert len(asked) == 2 and grown.statistics["reused"] == len(old)
+    assert len(classified) == 2 and grown.statistics["reused"] == len(old)
     assert [row[0] for row in columns(grown, "language")] == ["hu", *list(TEXTS)[::-1], "el"]
     alone = label(
         run.home.store, tmp_path, [{"text": row[0]} for row in columns(grown, "text")], expanded_languages=["el", "hu"]
     )
     assert grown.digest == alone.digest
-    asked.clear()
+    classified.clear()
     label_in_run(old, language_detector="pycld2")
-    assert len(asked) == len(old)
+    assert len(classified) == len(old)
 
 
 @pytest.mark.slow
@@ -179,6 +179,6 @@ if CORPUS.is_dir():
         with gzip.open(CORPUS / file, "rt") as handle:
             records = [json.loads(line) for _, line in zip(range(150), handle, strict=False)]
         least = LanguageSettings().language_confidence
-        judged = [(record["language"], *detect(record["text"])) for record in records]
-        right = sum(label == found and confidence >= least for label, found, confidence in judged)
+        detected = [(record["language"], *detect(record["text"])) for record in records]
+        right = sum(label == found and confidence >= least for label, found, confidence in detected)
         assert right >= 0.97 * len(records)

@@ -55,7 +55,7 @@ def test_texts_are_linked_not_written_again(labelled):
     ],
 )
 @pytest.mark.parametrize("columns", [["text"], ["document", "text", "split"], ["domain"], ["language", "bytes"], None])
-def test_what_is_asked_for_is_what_a_whole_read_would_filter(labelled, where, columns):
+def test_a_filtered_read_equals_the_filter_of_a_whole_read(labelled, where, columns):
     _, after = labelled
     expected = read_table(after).filter(pq.filters_to_expression(where)).select(columns or module.SCHEMA.names)
     assert read_table(after, columns, where).to_pylist() == expected.to_pylist()

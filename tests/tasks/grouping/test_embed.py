@@ -224,8 +224,8 @@ from eclectus.storage.step_keys import KnownKeys
 from eclectus.tasks.grouping.embed import EmbedSettings, embed
 from eclectus.tasks.run import Run, activate
 
-place, name, model = sys.argv[1:]
-home = Home.open(place)
+folder, name, model = sys.argv[1:]
+home = Home.open(folder)
 with activate(Run("killed", home, Journal(home.journal, "killed"), KnownKeys(home.keys, home.store))):
     settings = EmbedSettings(embedding_model=model, embedding_batch=1, embedding_workers=1)
     print(embed(documents=home.store.find(name), settings=settings).statistics["reused"], flush=True)

@@ -67,8 +67,12 @@ def test_every_document_is_in_the_order_once_or_a_reported_duplicate_or_held_out
     dropped = [each["row"] for each in duplicates_of(grouping)]
     assert sorted([*order, *dropped, 11, 30, 31]) == list(range(len(rows)))
     assert len(dropped) == 7
-    told = grouping.statistics
-    assert told["grouped"] + told["duplicates"] + told["heldout"] + told["apart"] == told["documents"] == len(rows)
+    statistics = grouping.statistics
+    assert (
+        statistics["grouped"] + statistics["duplicates"] + statistics["heldout"] + statistics["apart"]
+        == statistics["documents"]
+        == len(rows)
+    )
 
 
 def test_the_same_bytes_twice_and_other_orders_under_other_seeds(store, tmp_path):
@@ -81,13 +85,17 @@ def test_the_same_bytes_twice_and_other_orders_under_other_seeds(store, tmp_path
 
 def test_adjacent_documents_are_more_alike_than_at_random_and_less_than_the_best_neighbours(store):
     rows = topical(dict.fromkeys(TOPICS, 40))
-    told = grouped(store, rows).statistics
-    assert told["random_similarity"] + 0.1 < told["adjacent_similarity"] < told["best_neighbor_similarity"]
-    assert told["adjacent_same_domain"] > 0.8 > told["random_same_domain"]
+    statistics = grouped(store, rows).statistics
+    assert (
+        statistics["random_similarity"] + 0.1
+        < statistics["adjacent_similarity"]
+        < statistics["best_neighbor_similarity"]
+    )
+    assert statistics["adjacent_same_domain"] > 0.8 > statistics["random_same_domain"]
     random = grouped(store, rows, grouping="random").statistics
-    assert random["adjacent_similarity"] < told["adjacent_similarity"]
+    assert random["adjacent_similarity"] < statistics["adjacent_similarity"]
     domain = grouped(store, rows, grouping="domain").statistics
-    assert random["adjacent_similarity"] < domain["adjacent_similarity"] < told["adjacent_similarity"]
+    assert random["adjacent_similarity"] < domain["adjacent_similarity"] < statistics["adjacent_similarity"]
 
 
 def test_partitions_follow_each_other_and_chains_are_numbered(store):
@@ -130,8 +138,8 @@ def test_a_document_whose_neighbours_were_all_duplicates_is_given_others(store):
     grouping = grouped(store, rows, k=5)
     order = order_of(grouping)
     longest = order["row"].index(49)
-    beside = [order["chain"][i] for i in (longest - 1, longest + 1) if 0 <= i < len(order["row"])]
-    assert order["chain"][longest] in beside
+    adjacent = [order["chain"][i] for i in (longest - 1, longest + 1) if 0 <= i < len(order["row"])]
+    assert order["chain"][longest] in adjacent
 
 
 def test_alike_in_vector_but_not_in_text_is_no_duplicate(store):
@@ -222,14 +230,14 @@ def test_partitions_are_joined_where_their_ends_are_most_alike():
 
 @pytest.mark.parametrize("how", ["similarity", "random", "domain"])
 def test_every_grouping_says_how_alike_its_instances_will_be(store, how):
-    told = grouped(store, topical({"en/sea": 60, "en/law": 60, "en/code": 60}), grouping=how).statistics
-    assert told["instance_domain_purity"] >= told["random_domain_purity"] - 0.1
+    statistics = grouped(store, topical({"en/sea": 60, "en/law": 60, "en/code": 60}), grouping=how).statistics
+    assert statistics["instance_domain_purity"] >= statistics["random_domain_purity"] - 0.1
     if how == "similarity":
         assert (
-            told["instance_domain_purity"] > 0.8
-            and told["similarity_within_instances"] > told["similarity_across_random_instances"]
+            statistics["instance_domain_purity"] > 0.8
+            and statistics["similarity_within_instances"] > statistics["similarity_across_random_instances"]
         )
-        assert abs(told["similarity_across_instances"] - told["similarity_across_random_instances"]) < 0.2
+        assert abs(statistics["similarity_across_instances"] - statistics["similarity_across_random_instances"]) < 0.2
 
 
 def test_instances_of_like_documents_are_purer_and_their_seams_are_random():
@@ -238,7 +246,7 @@ def test_instances_of_like_documents_are_purer_and_their_seams_are_random():
     rows = np.argsort(labels, kind="stable")
     instances = np.random.default_rng(0).permutation(100)
     packed = rows.reshape(100, 4)[instances].ravel()
-    told = instance_quality(vectors, packed, np.arange(0, 401, 4), np.full(400, 10), labels)
-    assert told["instance_domain_purity"] > 0.98 > told["random_domain_purity"]
-    assert told["similarity_within_instances"] > told["similarity_across_random_instances"] + 0.1
-    assert abs(told["similarity_across_instances"] - told["similarity_across_random_instances"]) < 0.15
+    statistics = instance_quality(vectors, packed, np.arange(0, 401, 4), np.full(400, 10), labels)
+    assert statistics["instance_domain_purity"] > 0.98 > statistics["random_domain_purity"]
+    assert statistics["similarity_within_instances"] > statistics["similarity_across_random_instances"] + 0.1
+    assert abs(statistics["similarity_across_instances"] - statistics["similarity_across_random_instances"]) < 0.15

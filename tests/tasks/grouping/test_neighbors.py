@@ -51,17 +51,17 @@ def test_shards_threads_and_repetition_change_no_bit(store):
     assert others[-1] == first
 
 
-def test_index_reaches_the_recall_that_was_asked_for_and_reports_it(store):
+def test_index_reaches_its_target_recall_and_reports_it(store):
     vectors = unit_vectors(3000, 16, clusters=200)
     _, exact = search(store, vectors, {"en/sea": 3000}, neighbors_k=10)
     _, artifact = search(
         store, vectors, {"en/sea": 3000}, neighbors_k=10, neighbors_exact_below=100, neighbors_recall_target=0.95
     )
-    told = artifact.statistics["partitions"][0]
+    statistics = artifact.statistics["partitions"][0]
     found = np.mean([np.isin(a, b).mean() for a, b in zip(lists(exact)[0], lists(artifact)[0], strict=True)])
-    assert told["method"] == "ivf"
-    assert told["recall"] >= 0.93
-    assert abs(found - told["recall"]) < 0.03
+    assert statistics["method"] == "ivf"
+    assert statistics["recall"] >= 0.93
+    assert abs(found - statistics["recall"]) < 0.03
 
 
 def test_index_is_the_same_twice(store):
@@ -80,7 +80,7 @@ def test_lists_are_padded_where_the_partition_is_smaller_than_k(store):
     assert (rows != np.arange(23)[:, None]).all()
 
 
-def test_documents_without_an_embedding_are_listed_and_nobodys_neighbour(store):
+def test_documents_without_an_embedding_are_listed_and_are_no_neighbours(store):
     vectors = unit_vectors(40, 8)
     vectors[3] = 0
     vectors[7, 2] = np.nan
@@ -151,7 +151,7 @@ def test_lists_of_a_grown_corpus_equal_a_new_search(run, shuffled):
     assert same_lists(second, grown(run.home.store, rows, vectors, neighbors_k=8, neighbors_growth=0))
 
 
-def test_lists_with_documents_that_are_gone_are_searched_again(run):
+def test_lists_with_removed_documents_are_searched_again(run):
     rows, vectors = topical({"en/sea": 300}), unit_vectors(300, 16)
     grown(run.home.store, rows, vectors, neighbors_k=8)
     left = np.delete(np.arange(300), [5, 100])
@@ -162,7 +162,7 @@ def test_lists_with_documents_that_are_gone_are_searched_again(run):
     )
 
 
-def test_a_corpus_that_grew_much_is_searched_anew(run):
+def test_a_corpus_that_grew_much_is_searched_again(run):
     rows, vectors = topical({"en/sea": 300}), unit_vectors(300, 16)
     grown(run.home.store, rows[:200], vectors[:200])
     second = grown(run.home.store, rows, vectors)

@@ -71,11 +71,13 @@ def test_every_token_of_every_document_is_where_the_table_says(world, remainder)
         assert here.tolist() == ids[row["document"]][begin : begin + row["tokens"]]
         seen[row["document"]] += row["tokens"]
     total = sum(map(len, ids.values()))
-    told = artifact.statistics
-    assert sum(seen.values()) == total - told["tokens_dropped"] == told["tokens"] - told["tokens_padded"]
-    assert told["tokens_dropped"] == (total % LENGTH if remainder == "drop" else 0)
-    assert told["documents"] + told["documents_dropped"] == len(ids)
-    assert sum(size > 0 for size in seen.values()) == told["documents"]
+    statistics = artifact.statistics
+    assert (
+        sum(seen.values()) == total - statistics["tokens_dropped"] == statistics["tokens"] - statistics["tokens_padded"]
+    )
+    assert statistics["tokens_dropped"] == (total % LENGTH if remainder == "drop" else 0)
+    assert statistics["documents"] + statistics["documents_dropped"] == len(ids)
+    assert sum(size > 0 for size in seen.values()) == statistics["documents"]
 
 
 def test_padding_is_not_trained_on(world):
@@ -92,23 +94,23 @@ def test_documents_follow_each_other_as_the_grouping_says(world):
     artifact = world.pack(grouping=grouping_of(world.store, rows))
     table = pq.read_table(artifact.file("documents.parquet"), columns=["document", "instance", "document_offset"])
     documents = read_table(world.documents, ["document"])["document"].to_pylist()
-    place = {documents[row]: number for number, row in enumerate(rows)}
+    position = {documents[row]: number for number, row in enumerate(rows)}
     for before, after in zip(table.to_pylist(), table.to_pylist()[1:], strict=False):
         if before["instance"] == after["instance"]:
-            assert place[after["document"]] == place[before["document"]] + 1
+            assert position[after["document"]] == position[before["document"]] + 1
             assert after["document_offset"] == 0
-    assert set(table["document"].to_pylist()) <= set(place)
+    assert set(table["document"].to_pylist()) <= set(position)
 
 
 def test_opens_as_a_dataset_as_arrow_and_as_numpy_with_equal_numbers(world):
     from datasets import load_from_disk
 
     artifact = world.pack()
-    place = artifact.path
-    dataset = load_from_disk(place)
-    arrow = pa.ipc.open_stream(pa.memory_map(f"{place}/data-00000-of-00001.arrow")).read_all()
+    folder = artifact.path
+    dataset = load_from_disk(folder)
+    arrow = pa.ipc.open_stream(pa.memory_map(f"{folder}/data-00000-of-00001.arrow")).read_all()
     at = json.loads(artifact.file("instances.json").read_text())["matrices"]["input_ids"]
-    tokens = np.memmap(f"{place}/{at['file']}", at["dtype"], "r", at["offset"], (at["rows"], at["columns"]))
+    tokens = np.memmap(f"{folder}/{at['file']}", at["dtype"], "r", at["offset"], (at["rows"], at["columns"]))
     assert dataset.column_names == ["input_ids"]
     assert len(dataset) == len(arrow) == len(tokens) == artifact.statistics["instances"]
     assert tokens.dtype == np.uint16
@@ -158,10 +160,10 @@ def test_statistics_say_how_alike_the_documents_of_an_instance_are(world):
     embeddings = write_embeddings(
         world.store, vectors[shuffled], np.array(table["document"].to_pylist())[shuffled], "key"
     )
-    told = world.pack(grouping=chained, embeddings=embeddings).statistics
+    statistics = world.pack(grouping=chained, embeddings=embeddings).statistics
     at_random = world.pack(embeddings=embeddings).statistics
-    assert told["instance_domain_purity"] > at_random["instance_domain_purity"]
-    assert told["similarity_within_instances"] > told["similarity_across_instances"] + 0.2
+    assert statistics["instance_domain_purity"] > at_random["instance_domain_purity"]
+    assert statistics["similarity_within_instances"] > statistics["similarity_across_instances"] + 0.2
     missing = write_embeddings(world.store, vectors[:-1], table["document"].to_pylist()[:-1], "key")
     with pytest.raises(EclectusError, match="lacks documents"):
         world.pack(embeddings=missing)
