@@ -169,7 +169,7 @@ def _insert_new(vectors: np.ndarray, new: np.ndarray, rows: np.ndarray, kept: np
             changed = np.unique(line)
             columns = _by_row(line, column, cosines[old], k)
             found = np.where(columns < 0, -1, new[columns])
-            # The list of an old document is searched again here: others may already list that document.
+            # `new` includes old documents whose list was dropped, and kept lists may hold those already.
             listed = lists.rows[block[old[changed]]]
             found[(found[:, :, None] == listed[:, None, :]).any(axis=2)] = -1
             lists.merge(block[old[changed]], found, similarities_of(vectors, queries[old[changed]], found))
