@@ -104,6 +104,7 @@ def test_wrong_input_is_named(neighbors, similarities, words):
         chain(neighbors, similarities)
 
 
+@pytest.mark.slow
 def test_compiles_where_nothing_can_be_cached(tmp_path):
     program = (
         "import numba.core.caching as c\n"

@@ -47,7 +47,7 @@ def world(tmp_path_factory):
     rows = topical(dict.fromkeys(TOPICS, 12), words=40)
     rows += [
         {"text": "word " * 2000, "language": "en", "domain": "long"},
-        {"text": "x", "language": "en", "domain": None},
+        {"text": "x y z", "language": "en", "domain": None},
     ]
     return World(ArtifactStore(tmp_path_factory.mktemp("store")), rows)
 
