@@ -11,9 +11,10 @@ Dash = Literal["solid", "dotted", "dashed", "dashdot"]
 
 @dataclass(frozen=True)
 class Series:
-    """The values of one model, or one row of a map. x, y, labels (shown on hover) and intervals (of x) have equal lengths.
+    """The values of one model, or one row of a map.
 
-    In bars, dots and maps y is the number of the chart's row, in a map x is the column and `shares` the values.
+    x, y, labels (shown on hover) and intervals (of x) have equal lengths. In bars, dots and maps y is the number of the
+    chart's row; in a map x is the column and `shares` are the values.
     """
 
     name: str
@@ -28,9 +29,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """name: of its element on the page. rows: labels of the vertical axis of bars, dots and maps, top first.
+    """A chart of the report.
 
-    shaded: a range of x. y_range: fixed limits instead of those of the values. highest: the share that has a map's full colour.
+    name: id of its element on the page. rows: labels of the vertical axis of bars, dots and maps, top first. shaded: a
+    range of x. y_range: fixed limits instead of those of the values. highest: the share with a map's full colour.
     """
 
     name: str

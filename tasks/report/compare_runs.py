@@ -1,8 +1,8 @@
-"""Comparison of any runs: metrics with their spread over seeds, settings that differ, curves over each other.
+"""Comparison of runs: metrics with their spread over seeds, settings that differ, and training curves.
 
-Runs whose settings are equal but for the seed form one group; a group's value is the mean over its runs, its spread their sample
-standard deviation (none for one run). A step that was reused tells the numbers of the step that made its artifact, so runs that share
-work can be compared. Price: three queries over the journals.
+Runs whose settings are equal except for the seed form one group. A group's value is the mean over its runs, its spread
+their sample standard deviation (none for a single run). A reused step has the metrics of the step that made its
+artifact, so that runs that share work can be compared. Price: three queries over the journals.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from eclectus.storage.lineage.runs import find_run
 if TYPE_CHECKING:
     import duckdb
 
-# Settings that name a run's seed, its place or its source of questions, not what it does.
+# Settings in which the runs of a group may differ.
 SEEDS = ("seed",)
 CURVES = ("loss", "next_token_loss")
+# Label of the step, metric, and what it was measured on.
 Measure = tuple[str, str, str]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """settings: the flow's parameters and the code's version. values: by (step's label, metric, of what) the last value.
+    """settings: the flow's parameters and the code version. values: the last one of each measure.
 
-    curves: by (step's label, metric): [(training step, value)].
+    curves: by label of the step and metric: [(training step, value)].
     """
 
     run: str
@@ -43,13 +44,13 @@ class ComparedRun:
 
 @dataclass
 class Group:
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ only in the seed."""
 
     name: str
     runs: list[ComparedRun] = field(default_factory=list)
 
     def value(self, measure: Measure) -> tuple[float, float | None, int] | None:
-        """(mean, standard deviation, runs) of a measure; None where no run has it."""
+        """(mean, standard deviation, number of runs) of a measure; None if no run has it."""
         found = [run.values[measure] for run in self.runs if measure in run.values]
         if not found:
             return None
@@ -58,7 +59,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """groups in the order of their first run. differing: by setting, its value in each group."""
+    """groups: in the order of their first run. differing: by setting, its value in each group."""
 
     groups: list[Group]
     differing: dict[str, list[Any]]
@@ -92,10 +93,10 @@ def measure_name(measure: Measure) -> str:
 
 
 def _read(connection: duckdb.DuckDBPyConnection, run: str) -> ComparedRun:
-    state, parameters, code = connection.execute(
+    ((state, parameters, code),) = connection.execute(
         "select state, parameters, code_version from runs where run = ?", [run]
-    ).fetchone()
-    # Of each step the one that made what this run used: itself, or an earlier one that was reused.
+    ).fetchall()
+    # For each step, the step that made the artifact that this run used: itself, or an earlier one if it was reused.
     rows = connection.execute(
         """
         with used as (

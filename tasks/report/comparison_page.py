@@ -1,4 +1,4 @@
-"""The page of a comparison of runs: what differs, the measures beside each other with their spread, curves over each other."""
+"""The page of a comparison of runs: settings that differ, measures with their spread, and training curves."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ def write_page(comparison: Comparison, measures: list[Measure]) -> str:
     values = Table(
         "Measures", ["measure", *names],
         [[Cell(measure_name(each)), *_cells(comparison, each)] for each in measures],
-        note="Mean over the runs of a group; under it the standard deviation over its seeds, where it has several.",
+        note="Mean over the runs of a group; below it the standard deviation over its seeds, if it has several.",
     )  # fmt: skip
+    number = sum(len(group.runs) for group in comparison.groups)
     return render(
         "compare.html.j2",
         title="Comparison of runs",
-        subtitle=f"{sum(len(group.runs) for group in comparison.groups)} runs in {len(names)} groups; runs of a group differ in nothing but the seed.",
+        subtitle=f"{number} runs in {len(names)} groups; runs of a group differ only in the seed.",
         tables=[each for each in (runs, settings, values) if each.rows],
-        colours={group.name: COLOURS[number % len(COLOURS)] for number, group in enumerate(comparison.groups)},
+        colours={group.name: COLOURS[at % len(COLOURS)] for at, group in enumerate(comparison.groups)},
         curves=_curves(comparison),
     )
 

@@ -14,9 +14,9 @@ from eclectus.tasks.evaluation.task_scores import Answers
 from eclectus.tasks.report import figures, tables
 from eclectus.tasks.report.chart import Chart
 from eclectus.tasks.report.forgetting import forgetting_table, tasks_table
+from eclectus.tasks.report.formatting import count, listed
 from eclectus.tasks.report.tables import Facts, Table
-from eclectus.tasks.report.verdict import LORY, Comparer, Verdict, judge
-from eclectus.tasks.report.words import count, listed
+from eclectus.tasks.report.verdict import LORY, Comparer, Verdict, make_verdict
 
 
 @dataclass
@@ -31,7 +31,7 @@ class RoutingPart:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A text that follows a sample's prompt. routing: the routers' weights on the prompt, one line per layer; empty for dense models."""
+    """A text that follows a prompt. routing: the routers' weights on the prompt, one line per layer; empty if dense."""
 
     name: str
     text: str
@@ -73,7 +73,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class Extras:
-    """Results other than scores on held-out text: task scores by model, decisions of gates, and models that were not evaluated."""
+    """Results other than held-out scores: tasks by model, decisions of gates, models that were not evaluated."""
 
     answers: dict[str, Answers]
     gates: list[dict[str, Any]]
@@ -103,12 +103,13 @@ def collect_contents(
     digests = {name: checkpoint.digest for name, checkpoint in checkpoints.items()}
     subtitle = (
         f"Models: {listed(list(comparer.scores))}. Scored on {count(len(base.document))} held-out documents in "
-        f"{len(base.values('language'))} languages ({count(base.tokens.sum())} tokens, windows of {base.about['window']})."
+        f"{len(base.values('language'))} languages ({count(base.tokens.sum())} tokens, windows of "
+        f"{base.about['window']})."
     )
     forgetting, tasks = forgetting_table(comparer, extras.answers), tasks_table(extras.answers, comparer.seen)
     by_domain = tables.scores_by_domain(comparer) if base.values("domain", group="original") else None
-    verdict = judge(comparer, _frozen(checkpoints, history), extras.gates)
-    verdict.notes += [f"Left out: {each}" for each in extras.notes()]
+    verdict = make_verdict(comparer, _frozen(checkpoints, history), extras.gates)
+    verdict.notes += [f"Not evaluated: {each}" for each in extras.notes()]
     return Contents(
         title=title,
         subtitle=subtitle,
@@ -129,7 +130,7 @@ def collect_contents(
 
 
 def _frozen(checkpoints: dict[str, Artifact], history: History) -> bool | None:
-    """Whether the extended models hold the upcycled model's original weights bit by bit; None where nothing was extended."""
+    """Whether the original weights are bit-identical after the extension; None if there was no extension."""
     before = {made.statistics.get("base_digest") for made in history.steps("upcycle")}
     after = {each.statistics["frozen_sha256"] for each in checkpoints.values() if "frozen_sha256" in each.statistics}
     return after == before if after and before else None
@@ -154,14 +155,14 @@ def _routing(scores: dict[str, Scores], curves: list[Chart]) -> list[RoutingPart
 def _routers(scores: Scores, number: int) -> RoutingPart:
     if _is_lory(scores):
         text = (
-            "Mean mixture weight of each expert over the segments of a domain's held-out text. Mean Jensen-Shannon divergence "
-            f"between domains, in bits: {_divergences(scores, 'domain', group='original')}."
+            "Mean mixture weight of each expert over the segments of a domain's held-out text. Mean Jensen-Shannon "
+            f"divergence between domains, in bits: {_divergences(scores, 'domain', group='original')}."
         )
         charts = figures.lory_routing(scores, f"routing-{number}")
         return RoutingPart(f"{scores.name}: experts by domain", text, charts, tables.routing_table(scores))
     text = (
-        "Mean router probability of each expert over the tokens of a language. Mean Jensen-Shannon divergence between "
-        f"languages, in bits: {_divergences(scores, 'language')}."
+        "Mean router probability of each expert over the tokens of a language. Mean Jensen-Shannon divergence "
+        f"between languages, in bits: {_divergences(scores, 'language')}."
     )
     charts = figures.moe_routing(scores, f"routing-{number}")
     return RoutingPart(f"{scores.name}: experts by language", text, charts, tables.routing_table(scores))
@@ -187,7 +188,7 @@ def _samples(scores: dict[str, Scores], most: int) -> list[Sample]:
         seen[sample["language"]] = seen.get(sample["language"], 0) + 1
         if seen[sample["language"]] > most:
             continue
-        texts = [Continuation("the document itself", _shown(sample["original"]))]
+        texts = [Continuation("original document", _shown(sample["original"]))]
         for name, each in scores.items():
             texts += _continuations(name, each, sample["document"], sample["prompt"])
         title = f"{language_name(sample['language'])}, {sample['domain']}"

@@ -1,19 +1,18 @@
-"""The data report: what came in, where every record went, and chains to read, before a single step is trained.
+"""The data report: what was ingested, where every record went, and chains of documents to read before training.
 
-    accounting   records = kept + rejected + exact duplicates; kept = grouped + near-duplicates + held out + set apart
-    contents     languages, domains, lengths; what was rejected and why, with the first few; near-duplicates side by side
-    grouping     its numbers and picture, the purity of instances, and some chains as they stand
+    accounting   records = kept + rejected + exact duplicates; kept = grouped + near-duplicates + held out + excluded
+    contents     languages, domains, lengths; rejected records with reasons and examples; near-duplicates side by side
+    grouping     its statistics and picture, the purity of instances, and some chains
 
-Files: `data.html` (one page, offline, no script) and `data.md`. People's texts are escaped in both. Price: a second; text is
-read of the shown documents only.
+Files: `data.html` (one page, offline, no script) and `data.md`. Users' texts are escaped in both. Price: a second; only
+the text of the shown documents is read.
 """
 
 from __future__ import annotations
 
 import base64
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,19 +22,21 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents.language_codes import language_name
 from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.documents.text_reader import TextReader
+from eclectus.tasks.report.formatting import count, in_words, size
+from eclectus.tasks.report.markdown import facts_markdown, safe, table_markdown
+from eclectus.tasks.report.page import render
+from eclectus.tasks.report.tables import Cell, Facts, Table, documents_table, instances_table
 from eclectus.tasks.settings import SEED, Settings
 from eclectus.tasks.step import step
 
-if TYPE_CHECKING:
-    from eclectus.tasks.report.tables import Facts, Table
-
-TEMPLATES = Path(__file__).parent
 QUANTILES = [0.1, 0.5, 0.9, 1.0]
 SHOWN_CHARACTERS = 400
 SHOWN_REJECTED = 8
 SHOWN_DUPLICATES = 3
+SHOWN_AS = {"set apart": "excluded"}
 
 
 class DataReportSettings(Settings):
@@ -48,7 +49,7 @@ class DataReportSettings(Settings):
 
 @dataclass(frozen=True)
 class Excerpt:
-    """The beginning of a document. about: what stands over it."""
+    """The beginning of a document. about: its heading."""
 
     about: str
     text: str
@@ -56,7 +57,7 @@ class Excerpt:
 
 @dataclass
 class DataContents:
-    """Everything that the page and its Markdown twin say."""
+    """Everything that the page and its Markdown version show."""
 
     subtitle: str
     tables: list[Table]
@@ -66,7 +67,7 @@ class DataContents:
     picture: str = ""
 
 
-@step(makes="report", version=1)
+@step(makes="report", version=2)
 def data_report(
     ingested: Artifact,
     documents: Artifact,
@@ -75,15 +76,14 @@ def data_report(
     settings: DataReportSettings,
     out: Draft,
 ) -> None:
-    """Writes the report. ingested: as read; documents: the same with languages and split; instances: by what they are for."""
-    from eclectus.tasks.report.tables import documents_table, instances_table
+    """Writes the report. ingested: as read; documents: with languages and split; instances: by training stage."""
 
     given = {name: each for name, each in instances.items() if each is not None}
     accounts = account(ingested, documents, grouping)
     contents = DataContents(
         subtitle=_subtitle(accounts),
         tables=[_accounts_table(accounts), documents_table(documents), _lengths_table(documents)],
-        facts=facts_markdown(grouping, given),
+        facts=_facts(grouping, given),
         chains=_chains(documents, grouping, settings),
         duplicates=_duplicates(documents, grouping),
         picture=base64.b64encode(grouping.file("quality.png").read_bytes()).decode(),
@@ -96,20 +96,20 @@ def data_report(
 
 
 def account(ingested: Artifact, documents: Artifact, grouping: Artifact) -> dict[str, int]:
-    """Where every record went: `records` is the sum of all other counts. Raises EclectusError when it is not.
+    """Where every record went: `records` is the sum of all other counts. Raises EclectusError if it is not.
 
-    Apart are documents of no wanted language, of uncertain language, or over their language's budget.
+    Excluded are documents of other or uncertain languages, or over their language's budget.
     """
-    told = ingested.statistics
+    statistics = ingested.statistics
     splits = read_table(documents, ["split"])["split"]
     split = {each["values"]: each["counts"] for each in pc.value_counts(splits).to_pylist()}
     train = splits.to_numpy() == "train"
     order = pq.read_table(grouping.file("order.parquet"), columns=["row"])["row"].to_numpy()
     near = pq.read_table(grouping.file("duplicates.parquet"), columns=["row"])["row"].to_numpy()
     accounts = {
-        "records": told["documents"] + told["rejected"] + told["duplicates"],
-        "rejected": told["rejected"],
-        "exact duplicates": told["duplicates"],
+        "records": statistics["documents"] + statistics["rejected"] + statistics["duplicates"],
+        "rejected": statistics["rejected"],
+        "exact duplicates": statistics["duplicates"],
         "near-duplicates": int(train[near].sum()),
         "grouped for training": int(train[order].sum()),
         "held out": split.get("heldout", 0),
@@ -121,30 +121,21 @@ def account(ingested: Artifact, documents: Artifact, grouping: Artifact) -> dict
 
 
 def _subtitle(accounts: dict[str, int]) -> str:
-    from eclectus.tasks.report.words import count
-
     kept, total = accounts["grouped for training"], accounts["records"]
     return f"{count(total)} records read, {count(kept)} grouped for training ({100 * kept / max(1, total):.1f}%)."
 
 
 def _accounts_table(accounts: dict[str, int]) -> Table:
-    from eclectus.tasks.report.tables import Cell, Table
-    from eclectus.tasks.report.words import count
-
     total = max(1, accounts["records"])
     rows = [
-        [Cell(name), Cell(count(number)), Cell(f"{100 * number / total:.1f}%")]
+        [Cell(SHOWN_AS.get(name, name)), Cell(count(number)), Cell(f"{100 * number / total:.1f}%")]
         for name, number in [*list(accounts.items())[1:], ("all records", accounts["records"])]
     ]
-    note = "Set apart: of no wanted language, of uncertain language, or over a language's budget."
+    note = "Excluded: of another or an uncertain language, or over a language's budget."
     return Table("Where every record went", ["", "records", "share"], rows, last=True, note=note)
 
 
 def _lengths_table(documents: Artifact) -> Table:
-    from eclectus.tasks.documents.language_codes import language_name
-    from eclectus.tasks.report.tables import Cell, Table
-    from eclectus.tasks.report.words import count, size
-
     table = read_table(documents, ["language", "bytes", "group"], [("group", "!=", "other")])
     languages, sizes = table["language"].to_numpy(), table["bytes"].to_numpy()
     rows = []
@@ -153,13 +144,10 @@ def _lengths_table(documents: Artifact) -> Table:
         spread = np.quantile(here, QUANTILES, method="lower")
         rows.append([Cell(language_name(language)), Cell(count(len(here))), *(Cell(size(each)) for each in spread)])
     head = ["language", "documents", "shortest tenth", "median", "longest tenth", "longest"]
-    return Table("Lengths", head, rows, note="Of documents in the wanted languages, held-out ones among them.")
+    return Table("Lengths", head, rows, note="Of documents in the chosen languages, held-out ones included.")
 
 
 def _rejected_table(ingested: Artifact) -> Table | None:
-    from eclectus.tasks.report.tables import Cell, Table
-    from eclectus.tasks.report.words import count
-
     rejected = pq.read_table(ingested.file("rejected.parquet"))
     if len(rejected) == 0:
         return None
@@ -174,13 +162,13 @@ def _rejected_table(ingested: Artifact) -> Table | None:
     return Table("Rejected", ["where", "why"], rows, note=f"The first of {count(len(rejected))}: {reasons}.")
 
 
-def facts_markdown(grouping: Artifact, instances: dict[str, Artifact]) -> list[Facts]:
-    from eclectus.tasks.report.tables import Facts
-    from eclectus.tasks.report.words import in_words
-
+def _facts(grouping: Artifact, instances: dict[str, Artifact]) -> list[Facts]:
     def numbers(title: str, statistics: dict[str, Any]) -> Facts:
-        shown = {name: value for name, value in statistics.items() if isinstance(value, int | float | str)}
-        return Facts(title, [(in_words(name), f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in shown.items()])  # fmt: skip
+        facts = Facts(title)
+        for name, value in statistics.items():
+            if isinstance(value, int | float | str):
+                facts.pairs.append((in_words(name), f"{value:.4g}" if isinstance(value, float) else str(value)))
+        return facts
 
     facts = [numbers("Grouping", grouping.statistics)]
     facts += [numbers(f"Partition {each['partition']}", each) for each in grouping.statistics.get("partitions", [])]
@@ -191,7 +179,7 @@ def facts_markdown(grouping: Artifact, instances: dict[str, Artifact]) -> list[F
 
 
 def _chains(documents: Artifact, grouping: Artifact, settings: DataReportSettings) -> dict[str, list[Excerpt]]:
-    """The beginnings of some chains of two documents or more, drawn under the seed, as evenly by partition as can be."""
+    """The first documents of some chains, drawn with the seed, as evenly over partitions as possible."""
     order = pq.read_table(grouping.file("order.parquet"))
     chain = order["chain"].to_numpy()
     if len(chain) == 0:
@@ -216,7 +204,7 @@ def _chains(documents: Artifact, grouping: Artifact, settings: DataReportSetting
 
 
 def _duplicates(documents: Artifact, grouping: Artifact) -> dict[str, list[Excerpt]]:
-    """The near-duplicates that overlap least: the ones to doubt."""
+    """The near-duplicates that overlap least, which are the likeliest mistakes."""
     table = pq.read_table(grouping.file("duplicates.parquet")).sort_by([("overlap", "ascending"), ("row", "ascending")])
     return {
         f"cosine {each['similarity']:.3f}, overlap {each['overlap']:.3f}": _excerpts(
@@ -234,30 +222,23 @@ def _excerpts(
     for number, (about, text) in enumerate(zip(names, TextReader(documents).read(rows), strict=True)):
         title = (prefixes[number] if prefixes else "") + f"{about['name'] or about['document']}, {about['domain']}"
         if similarities[number] is not None:
-            title += f", similarity to the one before {similarities[number]:.3f}"
+            title += f", similarity to the previous {similarities[number]:.3f}"
         excerpts.append(Excerpt(title, text.strip()[:SHOWN_CHARACTERS] + ("…" if len(text) > SHOWN_CHARACTERS else "")))
     return excerpts
 
 
 def _page(contents: DataContents) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    style = Markup((TEMPLATES / "page.css").read_text("utf-8"))
-    return environment.get_template("data.html.j2").render(contents=contents, css=style)
+    return render("data.html.j2", contents=contents, colours={})
 
 
 def _markdown(contents: DataContents) -> str:
-    from eclectus.tasks.report.markdown import facts_markdown, safe, table_markdown
-
     parts = [
         "# Data report",
         safe(contents.subtitle),
         *map(table_markdown, contents.tables),
         *map(facts_markdown, contents.facts),
     ]
-    for title, groups in (("Chains to read", contents.chains), ("Near-duplicates to doubt", contents.duplicates)):
+    for title, groups in (("Chains to read", contents.chains), ("Near-duplicates to check", contents.duplicates)):
         if groups:
             parts.append(f"## {title}")
         for name, excerpts in groups.items():

@@ -1,8 +1,9 @@
 """Charts drawn by matplotlib from one description: SVG for the page, PNG for Markdown and Prefect.
 
-The layout is our own arithmetic in units of one SVG pixel, not matplotlib's constrained layout: a chart is as tall as its rows need, so
-that it holds one model or twenty, and drawing takes half the time. On the page, text has the page's font, colours follow its theme
-(CSS variables), the legend is HTML, and a transparent shape with a <title> over each value shows it on hover. Price: 40 ms per chart.
+The layout is computed here, in SVG pixels, instead of by matplotlib's constrained layout: a chart is as tall as its
+rows need, with one model or with twenty, and drawing takes half the time. On the page, text has the page's font,
+colours follow its theme (CSS variables), the legend is HTML, and a transparent shape with a <title> over each value
+shows it on hover. Price: 40 ms per chart.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def draw_png(charts: list[Chart], columns: int = 1) -> bytes:
 
 @contextlib.contextmanager
 def _drawing_settings() -> Iterator[None]:
-    """Text stays text, '$' in a label starts no formula, and a glyph that the font lacks is a box in the picture only."""
+    """Text stays text, '$' in a label starts no formula, and glyphs that the pictures' font lacks raise no warning."""
     import matplotlib
 
     settings = {"svg.fonttype": "none", "svg.hashsalt": "eclectus", "text.parse_math": False, "font.size": FONT_SIZE}
@@ -107,7 +108,7 @@ def _draw(charts: list[Chart], columns: int, captions: bool) -> tuple[Figure, li
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where a chart's parts lie, in units of a pixel: left of and above the plot, the plot's height, and the whole height."""
+    """The layout of a chart in pixels: left of and above the plot, the plot's height, and the whole height."""
 
     chart: Chart
     left: float
@@ -121,7 +122,7 @@ class _Frame:
     def of(cls, chart: Chart, captions: bool) -> _Frame:
         rows = [_text_width(shorten(row)) for row in chart.rows]
         left = 10 + max(rows, default=6 * CHARACTER_WIDTH)
-        top = GAP + (TEXT_LINE + 4 if chart.y_label else 0)
+        top: float = GAP + (TEXT_LINE + 4 if chart.y_label else 0)
         title: tuple[str, ...] = ()
         columns = 1
         if captions:
@@ -187,19 +188,20 @@ def _draw_lines(axes: Axes, chart: Chart) -> None:
 
 def _draw_bars(axes: Axes, chart: Chart) -> None:
     for number, each in enumerate(chart.series):
-        axes.barh(_row_places(chart, number), each.x, _bar_share(chart) * 0.92, color=each.colour)
+        axes.barh(_row_positions(chart, number), each.x, _bar_share(chart) * 0.92, color=each.colour)
 
 
 def _draw_dots(axes: Axes, chart: Chart) -> None:
     axes.axvline(0, color=SOFT, linewidth=1)
     for number, each in enumerate(chart.series):
-        places = _row_places(chart, number)
-        axes.hlines(places, *zip(*each.intervals, strict=True), colors=each.colour, linewidth=2)
-        axes.plot(each.x, places, "o", color=each.colour, markersize=6)
+        positions = _row_positions(chart, number)
+        low, high = zip(*each.intervals, strict=True)
+        axes.hlines(positions, low, high, colors=each.colour, linewidth=2)
+        axes.plot(each.x, positions, "o", color=each.colour, markersize=6)
 
 
 def _draw_map(axes: Axes, chart: Chart) -> None:
-    """Cells as rectangles of one colour that covers the more the higher the share."""
+    """Cells as rectangles of one colour, more opaque for higher shares."""
     from matplotlib.patches import Rectangle
 
     columns = 1 + max(int(max(each.x)) for each in chart.series)
@@ -218,8 +220,8 @@ def _bar_share(chart: Chart) -> float:
     return BAR / (len(chart.series) * BAR + GAP)
 
 
-def _row_places(chart: Chart, number: int) -> list[float]:
-    """Where a series lies within each of its rows."""
+def _row_positions(chart: Chart, number: int) -> list[float]:
+    """Positions of a series on the vertical axis, side by side with the others of its row."""
     return [row + (number - (len(chart.series) - 1) / 2) * _bar_share(chart) for row in chart.series[number].y]
 
 
@@ -230,6 +232,7 @@ def _write_captions(figure: Figure, axes: Axes, frame: _Frame, left: float, top:
     figure.text(
         (left + GAP) / width, (top - GAP / 2) / height, "\n".join(frame.title), color=INK, weight="bold", va="top"
     )
+    legend_top = top - GAP - TEXT_LINE * len(frame.title)
     lines = frame.chart.kind == "lines"
     handles = [
         Line2D([], [], color=each.colour, linestyle=each.dash if lines else "solid", linewidth=2 if lines else 7)
@@ -238,14 +241,14 @@ def _write_captions(figure: Figure, axes: Axes, frame: _Frame, left: float, top:
     if handles:
         axes.legend(
             handles, [shorten(each.name) for each in frame.chart.legend], frameon=False, ncols=frame.legend_columns,
-            loc="upper left", bbox_to_anchor=((left + GAP) / width, (top - GAP - TEXT_LINE * len(frame.title)) / height),
+            loc="upper left", bbox_to_anchor=((left + GAP) / width, legend_top / height),
             bbox_transform=figure.transFigure, borderpad=0, borderaxespad=0, labelcolor=INK, handlelength=1.6,
             labelspacing=0.25, columnspacing=1.2,
         )  # fmt: skip
 
 
 def _clean(root: ET.Element, name: str) -> None:
-    """Removes what the page has no use for and sets the theme's colours; ids get the chart's name, so that they stay unique."""
+    """Removes what the page does not use and sets the theme's colours; ids are prefixed with the chart's name."""
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.endswith(("}metadata", "}style")) or (child.tag.endswith("}g") and not len(child)):
@@ -280,10 +283,10 @@ def _shortened(key: str, value: str, name: str) -> str:
 
 
 def _hover_shapes(chart: Chart, axes: Axes, height: float) -> ET.Element:
-    """A transparent shape over each value, whose <title> says it. height: of the SVG, whose y runs down."""
+    """A transparent shape over each value, with its label as <title>. height: of the SVG, whose y axis points down."""
     group = ET.Element("g", {"class": "values"})
 
-    def place(x: float, y: float) -> Point:
+    def pixel(x: float, y: float) -> Point:
         right, up = axes.transData.transform((x, y))
         return float(right), height - float(up)
 
@@ -292,17 +295,17 @@ def _hover_shapes(chart: Chart, axes: Axes, height: float) -> ET.Element:
         ET.SubElement(element, "title").text = shorten(label, 200)
 
     for number, each in enumerate(chart.series):
-        rows = list(each.y) if chart.kind in ("lines", "map") else _row_places(chart, number)
+        rows = list(each.y) if chart.kind in ("lines", "map") else _row_positions(chart, number)
         points = list(zip(each.x, rows, each.labels, strict=True))
         if chart.kind == "lines":
             points = _spread(points, max(2, HOVER_POINTS // len(chart.series)))
         for x, y, label in points:
-            right, down = place(x, y)
+            right, down = pixel(x, y)
             if chart.kind in ("lines", "dots"):
                 add("circle", label, cx=right, cy=down, r=HOVER_RADIUS)
                 continue
-            left = place(0 if chart.kind == "bars" else x - 0.5, y)[0]
-            end = right if chart.kind == "bars" else place(x + 0.5, y)[0]
+            left = pixel(0 if chart.kind == "bars" else x - 0.5, y)[0]
+            end = right if chart.kind == "bars" else pixel(x + 0.5, y)[0]
             half = (BAR if chart.kind == "bars" else MAP_ROW) / 2
             add("rect", label, x=min(left, end), y=down - half, width=abs(end - left), height=2 * half)
     return group

@@ -1,4 +1,4 @@
-"""The charts of the report: which series each one has, in which colours, and what a value says on hover."""
+"""The charts of the report: their series, colours, and the labels of their values."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from eclectus.storage.lineage.history import History
 from eclectus.tasks.documents.language_codes import language_name
 from eclectus.tasks.evaluation.scores import Change, Scores
 from eclectus.tasks.report.chart import Chart, Dash, Series
+from eclectus.tasks.report.formatting import interval, percent
 from eclectus.tasks.report.verdict import BASE, LORY, STAGE_1, STAGE_2, Comparer
-from eclectus.tasks.report.words import interval, percent
 
 COLOURS = {BASE: "#7d8ba1", LORY: "#e08a2e", STAGE_1: "#9b7fe0", STAGE_2: "#22a38b"}
 FURTHER = ("#d45c7a", "#4f9bd9", "#8fae3c", "#c98a9b", "#b8863b", "#5fb7c4", "#a35fb8", "#6d7fd1")
@@ -102,7 +102,7 @@ def by_position(comparer: Comparer) -> list[Chart]:
 
 
 def loss_curves(history: History, checkpoints: dict[str, str]) -> list[Chart]:
-    """Training loss of every model, with the warm-up that it started from; one chart each for pre-training and extension.
+    """Training loss of every model and of its warm-up; one chart for pre-training, one for extension.
 
     checkpoints: digests by model.
     """

@@ -1,21 +1,21 @@
-"""The forgetting report: for every language and task, what each model has against the base, with 95% intervals.
+"""Gains and forgetting: each model against the base, for every language and task, with 95% intervals.
 
-Languages are compared in bits per byte over the documents that both models scored, tasks in their leading metric over the items that
-both answered; both by a paired bootstrap. *Kept* is 100% where nothing was lost; *gained* is the part of the base's bits that a model
-saves.
+Languages are compared in bits per byte on the documents that both models scored, tasks in their main metric on the
+items that both answered; both by a paired bootstrap. *Kept* is 100% if nothing was lost; *saved* is the relative
+reduction in bits.
 """
 
 from __future__ import annotations
 
 from eclectus.tasks.documents.language_codes import language_name
 from eclectus.tasks.evaluation.task_scores import Answers, compare_answers
+from eclectus.tasks.report.formatting import count, interval, number, percent
 from eclectus.tasks.report.tables import Cell, Table
 from eclectus.tasks.report.verdict import RETAINED, Comparer
-from eclectus.tasks.report.words import count, interval, number, percent
 
 
 def forgetting_table(comparer: Comparer, answers: dict[str, Answers]) -> Table | None:
-    """One row a language and a task, one column a model; None where there is nothing to compare with the base."""
+    """One row per language and per task, one column per model; None if there is no model besides the base."""
     base = comparer.base.name
     others = [name for name in comparer.scores if name != base]
     if not others:
@@ -27,15 +27,16 @@ def forgetting_table(comparer: Comparer, answers: dict[str, Answers]) -> Table |
     ]
     rows += [_task_row(comparer, answers, others, task) for task in _tasks(answers.get(base))]
     note = (
-        f"Against {base}. Original languages: how much is kept (its bits per byte over the model's). Expanded languages: how many of its "
-        "bits are saved. Tasks: difference in points. Under it the 95% interval of a paired bootstrap over documents or items; coloured "
-        f"where it leaves out no change (for what is kept: good from {RETAINED}% on)."
+        f"Against {base}. Original languages: how much is kept ({base}'s bits per byte divided by the model's). "
+        "Expanded languages: relative reduction in bits. Tasks: difference in points. Below each value: the 95% interval of a "
+        "paired bootstrap over documents or items. Coloured if the change is significant (for what is kept: good from "
+        f"{RETAINED}% on)."
     )
     return Table("Gained and forgotten", ["", base, *others, "documents or items"], rows, False, note)
 
 
 def tasks_table(answers: dict[str, Answers], seen: dict[str, dict[tuple[str, str], float]]) -> Table | None:
-    """Scores of every model on every task, beside how many of its questions were seen in training."""
+    """Scores of every model on every task, and the share of its questions that were seen in training."""
     names = list(dict.fromkeys(task for each in answers.values() for task in each.scores))
     if not names:
         return None
@@ -58,8 +59,9 @@ def tasks_table(answers: dict[str, Answers], seen: dict[str, dict[tuple[str, str
         )
         rows.append([*cells, Cell(count(one["items"]), small)])
     note = (
-        "Asked through lm-evaluation-harness. Under a score its standard error. Seen: the largest share, over the models, of questions whose "
-        "words stand in documents that the model was trained on. Items that a model could not answer are left out of its score."
+        "Measured with lm-evaluation-harness. Below each score: its standard error. Seen in training: the share of "
+        "questions whose words occur in training documents, for the model with the largest share. Items that a model "
+        "could not answer do not count in its score."
     )
     return Table("Tasks", ["task", *answers, "seen in training", "items"], rows, False, note)
 
@@ -67,7 +69,7 @@ def tasks_table(answers: dict[str, Answers], seen: dict[str, dict[tuple[str, str
 def _score_cell(answers: Answers, task: str) -> Cell:
     row = answers.scores.get(task)
     if row is None:
-        return Cell("not asked", answers.about["left_out"].get(task, ""))
+        return Cell("not run", answers.about["left_out"].get(task, ""))
     spread = f"± {row['standard_error']:.3f}" if row["standard_error"] is not None else ""
     return Cell(number(row["score"]) or "none", spread)
 

@@ -1,8 +1,9 @@
-"""The lineage graph as inline SVG: what was made of what, top to bottom.
+"""The lineage graph as inline SVG, from the sources at the top to the models at the bottom.
 
-A layered drawing (Sugiyama): lines that other lines imply are left out (transitive reduction); layers by longest path from the
-sources; a line over several layers gets a place of its own in each, so that it passes beside boxes; within a layer, order by
-the mean place of neighbours (the barycentre heuristic), a few sweeps down and up. Enough for the dozens of artifacts of a run.
+A layered drawing (Sugiyama): edges implied by others are left out (transitive reduction); layers by longest path from
+the sources; an edge over several layers gets a slot in each, so that it passes between the boxes; within a layer, nodes
+are ordered by the mean position of their neighbours (the barycentre heuristic), in a few sweeps down and up. Enough for
+the dozens of artifacts of a run.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ Node = str | tuple[str, str, int]
 
 @dataclass
 class Drawing:
-    """layers of nodes: digests of boxes, and (source, target, layer) where a line passes. ways: each line's nodes in order."""
+    """layers: digests of boxes, and (source, target, layer) where an edge passes. paths: each edge's nodes in order."""
 
     layers: list[list[Node]]
-    ways: list[list[Node]] = field(default_factory=list)
+    paths: list[list[Node]] = field(default_factory=list)
 
 
-def draw(made: dict[str, Made], marked: dict[str, str]) -> Markup:
-    """An SVG of these artifacts, in order of making. marked: names of the models by digest. Empty without artifacts."""
+def draw_lineage(made: dict[str, Made], models: dict[str, str]) -> Markup:
+    """An SVG of these artifacts, in the order of creation. models: names by digest. Empty without artifacts."""
     if not made:
         return Markup("")
     drawing = _lay_out({digest: _direct(digest, made) for digest in made})
@@ -43,8 +44,8 @@ def draw(made: dict[str, Made], marked: dict[str, str]) -> Markup:
         for node in layer:
             left[node] = (x, 6 + row * (HEIGHT + GAP_Y))
             x += _width(node) + GAP_X
-    lines = Markup("").join(_line(way, left) for way in drawing.ways)
-    boxes = Markup("").join(_box(each, *left[digest], marked.get(digest)) for digest, each in made.items())
+    lines = Markup("").join(_edge(path, left) for path in drawing.paths)
+    boxes = Markup("").join(_box(each, *left[digest], models.get(digest)) for digest, each in made.items())
     return Markup(
         '<svg class="lineage" role="img" aria-label="Lineage of the models" width="{x:.0f}" height="{y:.0f}" '
         'viewBox="0 0 {x:.0f} {y:.0f}"><g class="lines">{lines}</g><g class="boxes">{boxes}</g></svg>'
@@ -52,7 +53,7 @@ def draw(made: dict[str, Made], marked: dict[str, str]) -> Markup:
 
 
 def _direct(digest: str, made: dict[str, Made]) -> list[str]:
-    """What it was made of, without what those were made of themselves."""
+    """Its inputs without those that are upstream of another input."""
     sources = [source for source in dict.fromkeys(made[digest].inputs.values()) if source in made]
     return [source for source in sources if not any(source in _all_sources(other, made) for other in sources)]
 
@@ -80,7 +81,7 @@ def _lay_out(sources: dict[str, list[str]]) -> Drawing:
             passes = [(source, digest, level) for level in range(depth[source] + 1, depth[digest])]
             for level, node in enumerate(passes, depth[source] + 1):
                 drawing.layers[level].append(node)
-            drawing.ways.append([source, *passes, digest])
+            drawing.paths.append([source, *passes, digest])
     _order(drawing)
     return drawing
 
@@ -88,43 +89,44 @@ def _lay_out(sources: dict[str, list[str]]) -> Drawing:
 def _order(drawing: Drawing) -> None:
     above: dict[Node, list[Node]] = {}
     below: dict[Node, list[Node]] = {}
-    for way in drawing.ways:
-        for upper, lower in itertools.pairwise(way):
+    for path in drawing.paths:
+        for upper, lower in itertools.pairwise(path):
             above.setdefault(lower, []).append(upper)
             below.setdefault(upper, []).append(lower)
     for sweep in range(SWEEPS):
         near, layers = (above, drawing.layers) if sweep % 2 == 0 else (below, drawing.layers[::-1])
-        place: dict[Node, float] = {}
+        position: dict[Node, float] = {}
         for layer in layers:
             kept = {node: (number + 0.5) / len(layer) for number, node in enumerate(layer)}
             middle = {
-                node: sum(place[other] for other in near[node]) / len(near[node]) if near.get(node) else kept[node]
+                node: sum(position[other] for other in near[node]) / len(near[node]) if near.get(node) else kept[node]
                 for node in layer
             }
             layer.sort(key=middle.__getitem__)
-            place |= {node: (number + 0.5) / len(layer) for number, node in enumerate(layer)}
+            position |= {node: (number + 0.5) / len(layer) for number, node in enumerate(layer)}
 
 
 def _width(node: Node) -> int:
     return WIDTH if isinstance(node, str) else LINE_WIDTH
 
 
-def _line(way: list[Node], left: dict[Node, tuple[float, float]]) -> Markup:
-    """A curve from under the first node to above the last, straight down past the boxes of the layers between."""
-    centre = {node: left[node][0] + _width(node) / 2 for node in way}
-    path = f"M{centre[way[0]]:.0f} {left[way[0]][1] + HEIGHT:.0f}"
-    for upper, lower in itertools.pairwise(way):
+def _edge(path: list[Node], left: dict[Node, tuple[float, float]]) -> Markup:
+    """A curve from below the first node to above the last, straight down past the boxes of the layers between."""
+    centre = {node: left[node][0] + _width(node) / 2 for node in path}
+    line = f"M{centre[path[0]]:.0f} {left[path[0]][1] + HEIGHT:.0f}"
+    for upper, lower in itertools.pairwise(path):
         y1, y2 = left[upper][1] + HEIGHT, left[lower][1]
         bend = (y1 + y2) / 2
-        path += f"C{centre[upper]:.0f} {bend:.0f} {centre[lower]:.0f} {bend:.0f} {centre[lower]:.0f} {y2:.0f}"
-        path += f"V{y2 + HEIGHT:.0f}" if lower != way[-1] else ""
-    return Markup('<path d="{}"/>').format(path)
+        line += f"C{centre[upper]:.0f} {bend:.0f} {centre[lower]:.0f} {bend:.0f} {centre[lower]:.0f} {y2:.0f}"
+        line += f"V{y2 + HEIGHT:.0f}" if lower != path[-1] else ""
+    return Markup('<path d="{}"/>').format(line)
 
 
 def _box(made: Made, x: float, y: float, model: str | None) -> Markup:
     label = model or made.label
     return Markup(
-        '<g class="{kind}" transform="translate({x:.0f} {y:.0f})"><title>{title}</title><rect width="{w}" height="{h}" rx="8"/>'
+        '<g class="{kind}" transform="translate({x:.0f} {y:.0f})"><title>{title}</title>'
+        '<rect width="{w}" height="{h}" rx="8"/>'
         '<text x="10" y="19">{label}</text><text x="10" y="36" class="name">{name}</text></g>'
     ).format(
         kind=f"{made.kind}{' model' if model else ''}",

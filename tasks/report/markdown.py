@@ -1,4 +1,4 @@
-"""The report's Markdown twin, for pull requests: verdict, tables, samples and settings; pictures lie beside it."""
+"""The report as Markdown, for pull requests: verdict, tables, samples and settings, with links to the pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ACTIVE = re.compile(r"([\\`*_\[\]|~#!])")
 
 
 def write_markdown(contents: Contents) -> str:
-    """The whole report as GitHub-flavoured Markdown; people's texts cannot become markup in it."""
+    """The whole report as GitHub-flavoured Markdown; no text of a user becomes markup in it."""
     parts = [f"# {safe(contents.title)}", safe(contents.subtitle)]
     parts.append(f"**{safe(contents.verdict.headline)}**")
     parts += [f"- **{safe(tile.value)}** {safe(tile.what)} ({safe(tile.detail)})" for tile in contents.verdict.tiles]
@@ -31,7 +31,7 @@ def write_markdown(contents: Contents) -> str:
         parts += [table_markdown(part.table) for part in contents.routing if part.table]
         parts += ["![Routing](pictures/routing.png)"]
     if contents.samples:
-        parts += ["## What the models write"]
+        parts += ["## Samples"]
         for sample in contents.samples:
             lines = [f"**{safe(sample.title)}**", "", f"> {safe(sample.prompt)}", ""]
             parts.append("\n".join([*lines, *(f"- {safe(each.name)}: {safe(each.text)}" for each in sample.texts)]))
@@ -62,5 +62,5 @@ def facts_markdown(facts: Facts) -> str:
 
 
 def safe(text: str) -> str:
-    """One line that reads as it is: HTML and Markdown in it are escaped."""
+    """One line with HTML and Markdown in it escaped."""
     return _ACTIVE.sub(r"\\\1", html.escape(" ".join(str(text).split()), quote=False))

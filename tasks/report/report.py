@@ -1,11 +1,14 @@
 """The report: one HTML page that opens offline: what was gained, what was forgotten, and how the models were made.
 
-    verdict     sentences and the numbers that the page opens with      tables, figures, graph    what it shows
-    contents    all of it, once for the page and its Markdown           chart, drawing            charts, drawn once for both
-    page        HTML, style and script
+    verdict            sentences and the numbers that the page opens with
+    tables, figures    tables and charts; graph: the lineage
+    contents           all of it, once for the page and its Markdown version
+    drawing            charts as SVG for the page, as PNG for Markdown and Prefect
+    page               HTML, style and script
 
-Files: `report.html`, `report.md`, `tables.json`, `pictures/*.png`. Texts come from users' documents and models: the template escapes all
-of them, and the page's content policy blocks every request. Price: seconds, and some hundred kB.
+Files: `report.html`, `report.md`, `tables.json`, `pictures/*.png`. Texts come from users' documents and models: the
+template escapes all of them, and the page's content security policy blocks every request. Price: 3 s and 130 kB for
+four models.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from eclectus.tasks.evaluation.task_scores import Answers
 from eclectus.tasks.report.contents import Contents, Extras, collect_contents
 from eclectus.tasks.report.drawing import draw_png
 from eclectus.tasks.report.figures import colour
-from eclectus.tasks.report.graph import draw
+from eclectus.tasks.report.graph import draw_lineage
 from eclectus.tasks.report.markdown import write_markdown
 from eclectus.tasks.report.page import render
 from eclectus.tasks.report.verdict import Comparer
@@ -124,7 +127,7 @@ def _history(checkpoints: list[Artifact]) -> History:
 
 def _page(contents: Contents, checkpoints: dict[str, Artifact], history: History, names: list[str]) -> str:
     values: dict[str, Any] = {each.name: getattr(contents, each.name) for each in fields(contents)}
-    lineage = draw(history.made, {checkpoint.digest: name for name, checkpoint in checkpoints.items()})
+    lineage = draw_lineage(history.made, {checkpoint.digest: name for name, checkpoint in checkpoints.items()})
     sections = {
         "scores": "Scores",
         "training": "Training" if contents.loss_charts else "",

@@ -1,4 +1,4 @@
-"""The tables of the report, once for the page and its Markdown twin."""
+"""The tables of the report, for the page and its Markdown version."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from eclectus.storage.lineage.history import History
 from eclectus.tasks.documents.language_codes import language_name
 from eclectus.tasks.documents.table import read_batches
 from eclectus.tasks.evaluation.scores import Scores
+from eclectus.tasks.report.formatting import count, in_words, number, percent, size
 from eclectus.tasks.report.verdict import Comparer, tone
-from eclectus.tasks.report.words import count, in_words, number, percent, size
 
 
 @dataclass(frozen=True)
 class Cell:
-    """text, what stands small under it, more of that where there is room, and its tone: good, bad, even or none."""
+    """small: a second line, in small type. more: its rest, on wide screens. tone: good, bad, even or empty."""
 
     text: str
     small: str = ""
@@ -67,9 +67,10 @@ def scores_by_language(comparer: Comparer) -> Table:
 
 
 _NOTE = (
-    "Bits per byte; lower is better. Under it the change against the dense model, or the first (coloured where the 95% interval "
-    "of a paired bootstrap over documents leaves out zero), and the perplexity per token. Seen in training: documents half of whose "
-    "eight-word sequences stand in training documents, for the model that saw most."
+    "Bits per byte; lower is better. Below each value: the change against the dense model, or the first one (coloured "
+    "if the 95% interval of a paired bootstrap over documents excludes zero), and the perplexity per token (ppl). Seen "
+    "in training: documents with at least half of their eight-word sequences in training documents, for the model that "
+    "saw most."
 )
 
 
@@ -78,7 +79,7 @@ def _scores_head(first: str, comparer: Comparer) -> list[str]:
 
 
 def _seen_cells(comparer: Comparer, labels: dict[str, str]) -> list[Cell]:
-    """How much of this text any of the models saw in training, where that is known."""
+    """The largest share of this text that a model saw in training, where that is known."""
     if not comparer.seen:
         return []
     kind = next((each for each in ("language", "domain") if each in labels), "")
@@ -97,7 +98,7 @@ def _scores_row(title: str, comparer: Comparer, under: str = "", **labels: str) 
 
 
 def routing_table(scores: Scores) -> Table:
-    """The routers of a model in numbers, layer by layer."""
+    """Entropy, utilisation and specialisation of a model's routers, one row per layer."""
     rows = [
         [
             Cell(f"layer {each.layer}", tone="bad" if each.collapsed else ""),
@@ -110,15 +111,16 @@ def routing_table(scores: Scores) -> Table:
         for each in scores.layer_routing
     ]
     note = (
-        "Entropy of the mean routing, 1 where all experts count alike; experts in use: with a mean weight over a quarter of an equal share. "
-        "Specialisation: bits that the choice of expert tells of the language, and of the domain within one."
+        "Entropy: of the mean routing, 1 if all experts are used equally. Experts in use: those with a mean weight over "
+        "a quarter of an equal share. Specialisation: mutual information of expert and language, and of expert and "
+        "domain within a language, in bits."
     )
     head = ["", "entropy", "experts in use", "largest share", "specialisation, language", "specialisation, domain"]
     return Table(f"Routers of {scores.name}", head, rows, False, note)
 
 
 def gate_table(decision: dict[str, Any]) -> Table:
-    """The rules of a gate and what became of each."""
+    """The rules of a gate and their outcomes."""
     rows = [
         [
             Cell(rule["rule"]),
@@ -131,7 +133,7 @@ def gate_table(decision: dict[str, Any]) -> Table:
 
 
 def documents_table(documents: Artifact) -> Table:
-    """Documents and bytes by language and domain, for training and held out."""
+    """Documents and bytes by language and domain, in the training and the held-out split."""
     sums: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     for batch in read_batches(documents, ["language", "domain", "group", "split", "bytes"]):
         for language, domain, group, split, length in zip(
@@ -156,7 +158,7 @@ def documents_table(documents: Artifact) -> Table:
     if others:
         rows.append(
             [
-                Cell("other languages, or language not sure", "set apart"),
+                Cell("other or uncertain language", "excluded"),
                 Cell(count(sum(each[0] for each in others)), size(sum(each[1] for each in others))),
                 Cell(""),
             ]
@@ -165,7 +167,7 @@ def documents_table(documents: Artifact) -> Table:
 
 
 def instances_table(instances: dict[str, Artifact]) -> Table | None:
-    """What was packed for each stage of training."""
+    """The packed instances of each training stage."""
     names = ("instances", "tokens", "documents", "documents_an_instance")
     rows = [
         [Cell(name), *(Cell(_plain(each.statistics[field]) if field in each.statistics else "") for field in names)]
@@ -175,7 +177,7 @@ def instances_table(instances: dict[str, Artifact]) -> Table | None:
 
 
 def models_table(scores: dict[str, Scores], checkpoints: dict[str, Artifact]) -> Table:
-    """What each model is, and what its last stage of training was."""
+    """Class and size of each model, and its last training stage."""
     fields = ("parameters", "parameters_trained", "steps", "tokens")
     rows = []
     for name, checkpoint in checkpoints.items():
@@ -187,10 +189,10 @@ def models_table(scores: dict[str, Scores], checkpoints: dict[str, Artifact]) ->
 
 
 def data_facts(documents: Artifact, grouping: Artifact | None, history: History) -> list[Facts]:
-    """What was taken, refused and dropped, how well documents were grouped, and how exact the upcycling was."""
+    """Documents ingested, rejected and dropped, statistics of the grouping, and the check of the upcycling."""
     ingest = next((made.statistics for made in history.steps("ingest")), documents.statistics)
     taken = Facts(
-        "Intake", _scalars({key: ingest.get(key) for key in ("documents", "rejected", "duplicates", "bytes")})
+        "Ingested", _scalars({key: ingest.get(key) for key in ("documents", "rejected", "duplicates", "bytes")})
     )
     taken.pairs += [
         (f"rejected: {reason}", count(total)) for reason, total in ingest.get("rejected_by_reason", {}).items()
@@ -201,10 +203,10 @@ def data_facts(documents: Artifact, grouping: Artifact | None, history: History)
     proof = {
         "base_parameters": "parameters before",
         "parameters": "parameters after",
-        "experts": "experts in a layer",
-        "top_k": "experts for a token",
-        "max_abs_delta": "largest difference of any logit at step 0",
-        "tolerance": "tolerated",
+        "experts": "experts per layer",
+        "top_k": "experts per token",
+        "max_abs_delta": "largest logit difference at step 0",
+        "tolerance": "tolerance",
     }
     facts += [
         Facts("Upcycling", _scalars({name: made.statistics.get(key) for key, name in proof.items()}))
@@ -214,7 +216,7 @@ def data_facts(documents: Artifact, grouping: Artifact | None, history: History)
 
 
 def settings_facts(history: History) -> list[Facts]:
-    """The settings of every step upstream of the models, in order of making."""
+    """The settings of every step upstream of the models, in the order of execution."""
     return [
         Facts(f"{made.label} → {made.name}", [(name, _plain(value)) for name, value in made.settings.items()])
         for made in history.made.values()
@@ -229,7 +231,7 @@ def version_pairs(history: History) -> list[tuple[str, str]]:
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Numbers and words, with nested ones named after what they are in; tables of more than a dozen are left out."""
+    """Numbers and texts; nested ones get their parent's name as prefix. Dictionaries of over 12 entries are left out."""
     pairs: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{prefix}{in_words(str(key))}"

@@ -1,7 +1,7 @@
-"""The verdict: what was gained and what was forgotten, in sentences that follow from the numbers, whichever way they fall.
+"""The verdict: what was gained and what was forgotten, in sentences that follow from the numbers in either direction.
 
-Retention is the base model's bits per byte over the model's: 100% is nothing forgotten, 98% is 2% more bits for the same text.
-A difference counts as one only where the 95% interval of the paired bootstrap leaves out zero.
+Retention is the base model's bits per byte divided by the model's: 100% means nothing was forgotten, 98% means 2% more
+bits for the same text. A difference counts only if the 95% interval of the paired bootstrap excludes zero.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from typing import Any
 
 from eclectus.tasks.documents.language_codes import language_name
 from eclectus.tasks.evaluation.scores import Change, Scores, compare
-from eclectus.tasks.report.words import interval, listed, percent
+from eclectus.tasks.report.formatting import interval, listed, number, percent
 
-# Percent of the original languages that must be kept for the page to call it good: within 1%.
+# Percent: a retention of at least this much is shown as good.
 RETAINED = 99
 BASE, LORY, STAGE_1, STAGE_2 = "dense", "lory", "stage 1", "stage 2"
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One number that the page opens with. tone: good, bad or even."""
+    """One number at the top of the page. tone: good, bad or even."""
 
     value: str
     what: str
@@ -30,7 +30,7 @@ class Tile:
 
 @dataclass
 class Verdict:
-    """headline: the page in one line. tiles and sentences, most important first; notes: what the numbers leave out."""
+    """headline: the page in one line. tiles, sentences: most important first. notes: limits of the numbers."""
 
     headline: str = ""
     tiles: list[Tile] = field(default_factory=list)
@@ -49,62 +49,60 @@ class Comparer:
     seen: dict[str, dict[tuple[str, str], float]] = field(default_factory=dict)
 
     @property
-    def base(self) -> Scores | None:
-        """The dense model, else the first of all."""
-        return self.scores.get(BASE) or next(iter(self.scores.values()), None)
+    def base(self) -> Scores:
+        """The dense model, else the first one. Needs at least one model."""
+        return self.scores.get(BASE) or next(iter(self.scores.values()))
 
     def change(self, name: str, **labels: str) -> Change | None:
         """From the base to this model; None for the base itself and where there are no such documents."""
-        if self.base is None or name not in self.scores or name == self.base.name:
+        if name not in self.scores or name == self.base.name:
             return None
         return compare(self.base, self.scores[name], self.resamples, self.seed, **labels)
 
 
-def judge(comparer: Comparer, frozen: bool | None = None, gates: list[dict[str, Any]] | None = None) -> Verdict:
-    """The verdict over the models that there are. frozen: whether every original weight is as it was, None if not known.
+def make_verdict(comparer: Comparer, frozen: bool | None = None, gates: list[dict[str, Any]] | None = None) -> Verdict:
+    """The verdict on the evaluated models. frozen: whether every original weight is unchanged, None if not known.
 
-    gates: what each line's gate decided (`decision.json` of tasks/promotion/gate.py, with the model's name as `model`).
+    gates: the decision of each line's gate (`decision.json` of tasks/promotion/gate.py, with the name as `model`).
     """
     verdict = Verdict()
-    if comparer.base is None:
-        verdict.sentences.append("No model was evaluated.")
-        return verdict
     for each in gates or []:
-        _judge_gate(each, verdict)
+        _add_gate(each, verdict)
     if comparer.base.name == BASE and LORY in comparer.scores:
-        _judge_lory(comparer, verdict)
+        _add_lory(comparer, verdict)
     last = next((name for name in (STAGE_2, STAGE_1) if name in comparer.scores), None)
     if last and comparer.base.name != last:
-        _judge_new_languages(comparer, last, verdict)
-        _judge_retention(comparer, last, verdict)
+        _add_new_languages(comparer, last, verdict)
+        _add_retention(comparer, last, verdict)
         if frozen is not None:
             verdict.sentences.append(
                 "Every original weight is bit-identical after the extension."
                 if frozen
-                else "The original weights are NOT those of the dense base after the extension: something changed them."
+                else "After the extension the original weights are NOT those of the dense base: they were changed."
             )
     for name in comparer.scores:
         if name not in (BASE, LORY, STAGE_1, STAGE_2) and name != comparer.base.name:
-            _judge_other(comparer, name, verdict)
+            _add_other(comparer, name, verdict)
     if not verdict.sentences:
         verdict.sentences.append(
-            f"Only {comparer.base.name} was evaluated: {comparer.base.bits_per_byte():.3f} bits per byte on held-out text."
+            f"Only {comparer.base.name} was evaluated: {number(comparer.base.bits_per_byte())} bits per byte on held-out "
+            "text."
         )
-    _note(comparer, verdict)
+    _add_notes(comparer, verdict)
     verdict.headline = _headline(verdict, gates or [])
     return verdict
 
 
-def _judge_gate(decision: dict[str, Any], verdict: Verdict) -> None:
+def _add_gate(decision: dict[str, Any], verdict: Verdict) -> None:
     held = sum(rule["passed"] for rule in decision["rules"])
-    told = f"{held} of {len(decision['rules'])} rules hold"
+    detail = f"{held} of {len(decision['rules'])} rules hold"
     word = "promoted" if decision["passed"] else "refused"
     tint = "good" if decision["passed"] else "bad"
-    verdict.tiles.append(Tile(word, f"{decision['model']}, by the gate of line '{decision['line']}'", told, tint))
+    verdict.tiles.append(Tile(word, f"{decision['model']}, by the gate of line '{decision['line']}'", detail, tint))
 
 
 def _headline(verdict: Verdict, gates: list[dict[str, Any]]) -> str:
-    """What a reader in a hurry has to know: the gate's word where there is one, else the first finding."""
+    """The decision of the gates if there are any, else the first finding."""
     if not gates:
         return verdict.sentences[0].split(". ")[0].rstrip(".") + "."
     parts = []
@@ -117,12 +115,13 @@ def _headline(verdict: Verdict, gates: list[dict[str, Any]]) -> str:
 
 
 def tone(change: Change) -> str:
+    """good, bad, or even where the change is not significant."""
     if not change.clear:
         return "even"
     return "good" if change.bits < 0 else "bad"
 
 
-def _judge_lory(comparer: Comparer, verdict: Verdict) -> None:
+def _add_lory(comparer: Comparer, verdict: Verdict) -> None:
     change = comparer.change(LORY, group="original")
     if change is None:
         return
@@ -141,13 +140,13 @@ def _judge_lory(comparer: Comparer, verdict: Verdict) -> None:
         )
     )
     text = (
-        f"Lory is {word} its dense twin on held-out {_languages(comparer, 'original')} text that neither was trained on: {measure} "
-        f"{percent(relative)} (95% interval {interval(around)}), {change.after:.3f} bits per byte against {change.before:.3f}, "
-        "look-ahead excluded."
+        f"Lory is {word} its dense twin on held-out {_languages(comparer, 'original')} text that neither was trained "
+        f"on: {measure} {percent(relative)} (95% interval {interval(around)}), {change.after:.3f} bits per byte "
+        f"against {change.before:.3f}, look-ahead excluded."
     )
     prompt_only = comparer.scores[LORY].bits_per_byte_by_prompt(group="original")
     if prompt_only is not None:
-        text += f" Routed once a window, by its context alone, it has {prompt_only:.3f}."
+        text += f" Routed once per window, by its context alone, it has {prompt_only:.3f}."
     domains = {
         domain: comparer.change(LORY, group="original", domain=domain)
         for domain in comparer.base.values("domain", group="original")
@@ -162,23 +161,23 @@ def _by_domain(domains: dict[str, Change]) -> str:
     better = sum(each.bits < 0 for each in domains.values())
     best, worst = ordered[0], ordered[-1]
     return (
-        f" It is ahead on {better} of {len(domains)} domains: most on {best} ({percent(domains[best].bits)} bits per byte), "
-        f"least on {worst} ({percent(domains[worst].bits)})."
+        f" It has fewer bits per byte on {better} of {len(domains)} domains: best on {best} "
+        f"({percent(domains[best].bits)}), worst on {worst} ({percent(domains[worst].bits)})."
     )
 
 
-def _judge_new_languages(comparer: Comparer, last: str, verdict: Verdict) -> None:
+def _add_new_languages(comparer: Comparer, last: str, verdict: Verdict) -> None:
     change = comparer.change(last, group="expanded")
     if change is None:
-        verdict.sentences.append("No held-out text in a new language: what the extension gained is not known.")
+        verdict.sentences.append("There is no held-out text in a new language: what the extension gained is unknown.")
         return
     new = _languages(comparer, "expanded")
     verdict.tiles.append(
         Tile(percent(change.bits), f"bits per byte on new languages ({new})", f"dense base to {last}", tone(change))
     )
-    path = [f"{comparer.base.bits_per_byte(group='expanded'):.3f} (dense base)"]
+    path = [f"{number(comparer.base.bits_per_byte(group='expanded'))} (dense base)"]
     path += [
-        f"{comparer.scores[name].bits_per_byte(group='expanded'):.3f} ({name})"
+        f"{number(comparer.scores[name].bits_per_byte(group='expanded'))} ({name})"
         for name in (STAGE_1, STAGE_2)
         if name in comparer.scores
     ]
@@ -189,7 +188,7 @@ def _judge_new_languages(comparer: Comparer, last: str, verdict: Verdict) -> Non
     )
 
 
-def _judge_retention(comparer: Comparer, last: str, verdict: Verdict) -> None:
+def _add_retention(comparer: Comparer, last: str, verdict: Verdict) -> None:
     change = comparer.change(last, group="original")
     if change is None:
         return
@@ -211,11 +210,12 @@ def _judge_retention(comparer: Comparer, last: str, verdict: Verdict) -> None:
     first = comparer.change(STAGE_1, group="original") if last == STAGE_2 else None
     if first is not None:
         moved = kept - 100 * first.retention
-        text += f"; after stage 1 it was {100 * first.retention:.1f}%, so the review {'won back' if moved >= 0 else 'lost'} {abs(moved):.1f} points"
+        word = "recovered" if moved >= 0 else "lost"
+        text += f"; after stage 1 it was {100 * first.retention:.1f}%, so the review {word} {abs(moved):.1f} points"
     verdict.sentences.append(text + ".")
 
 
-def _judge_other(comparer: Comparer, name: str, verdict: Verdict) -> None:
+def _add_other(comparer: Comparer, name: str, verdict: Verdict) -> None:
     change = comparer.change(name)
     if change is not None:
         verdict.tiles.append(
@@ -227,19 +227,19 @@ def _judge_other(comparer: Comparer, name: str, verdict: Verdict) -> None:
             )
         )
         verdict.sentences.append(
-            f"{name} scores {change.after:.3f} bits per byte on held-out text, {comparer.base.name} {change.before:.3f}: "
+            f"{name} has {change.after:.3f} bits per byte on held-out text, {comparer.base.name} {change.before:.3f}: "
             f"{percent(change.bits)} (95% interval {interval(change.bits_interval)})."
         )
 
 
-def _note(comparer: Comparer, verdict: Verdict) -> None:
-    """What the numbers leave out."""
+def _add_notes(comparer: Comparer, verdict: Verdict) -> None:
+    """Text that could not be scored, collapsed routers, and scores that are not comparable token by token."""
     missing = sorted(
         {code for each in comparer.scores.values() for code in each.about["languages_without_held_out_text"]}
     )
     if missing:
         names = listed([language_name(code) for code in missing])
-        verdict.notes.append(f"There is no held-out text long enough to score in {names}: nothing is said about it.")
+        verdict.notes.append(f"No held-out text in {names} is long enough to be scored.")
     short = sorted({stream for each in comparer.scores.values() for stream in each.about["too_short_to_score"]})
     if short:
         verdict.notes.append(f"Too little held-out text to score: {'; '.join(short)}.")
@@ -248,11 +248,12 @@ def _note(comparer: Comparer, verdict: Verdict) -> None:
         if collapsed:
             verdict.notes.insert(
                 0,
-                f"Collapse alarm: the router of {name} sends nearly everything to one expert in layer {listed(collapsed)}.",
+                f"Router collapse: {name} sends nearly all tokens to one expert in layer {listed(collapsed)}.",
             )
     if len({(each.about["window"], int(each.tokens.sum())) for each in comparer.scores.values()}) > 1:
         verdict.notes.append(
-            "The models were not scored on the same tokens; they are compared on the documents that both scored, in bits per byte."
+            "The models were not scored on the same tokens; each pair is compared in bits per byte on the documents "
+            "that both scored."
         )
 
 

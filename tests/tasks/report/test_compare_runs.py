@@ -1,4 +1,4 @@
-"""Comparison of runs: means with their spread over seeds, settings that differ, curves over each other, reused steps included."""
+"""Comparison of runs: means with their spread over seeds, settings that differ, curves, reused steps included."""
 
 import re
 
@@ -29,7 +29,10 @@ def write_run(home, run, seed, loss, k=20, reuses=None):
             journal.event(
                 "step_ended", step=step, name=label.split()[0], label=label, flow="main", key=step, version=1,
                 state="reused" if reused else "completed", reason="", seconds=1, settings={}, inputs={},
-                output={"kind": kind, "artifact": digest, "rows": 1, "bytes": 1, "created": "2026-11-22T05:10:13Z", "path": "p", "statistics": {}},
+                output={
+                    "kind": kind, "artifact": digest, "rows": 1, "bytes": 1, "created": "2026-11-22T05:10:13Z",
+                    "path": "p", "statistics": {},
+                },
             )  # fmt: skip
         journal.event("run_ended", state="completed", seconds=2)
 

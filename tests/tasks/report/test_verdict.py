@@ -1,12 +1,12 @@
-"""What the report says of scores made up for the purpose: changes, their intervals, the verdict, the lineage's graph."""
+"""The verdict on made-up scores: changes, their intervals, sentences; the lineage graph."""
 
 import numpy as np
 import pytest
 
 from eclectus.storage.lineage.history import Made
 from eclectus.tasks.evaluation.scores import compare, divergence
-from eclectus.tasks.report.graph import draw
-from eclectus.tasks.report.verdict import Comparer, judge
+from eclectus.tasks.report.graph import draw_lineage
+from eclectus.tasks.report.verdict import Comparer, make_verdict
 from tests.support.made_up_scores import made_up
 
 
@@ -39,7 +39,7 @@ def test_an_interval_holds_the_truth_about_as_often_as_it_says(tmp_path):
 def test_the_verdict_on_lory_follows_the_numbers(tmp_path, factor, word, tone):
     nats = np.linspace(3, 5, 40)
     scores = {"dense": made_up(tmp_path, "dense", nats), "lory": made_up(tmp_path, "lory", nats * factor)}
-    verdict = judge(Comparer(scores, 200, 0))
+    verdict = make_verdict(Comparer(scores, 200, 0))
     assert f"Lory is {word} its dense twin on held-out English text" in verdict.sentences[0]
     assert [tile.tone for tile in verdict.tiles] == [tone]
 
@@ -48,16 +48,16 @@ def test_the_verdict_on_an_extension_says_what_was_learned_and_what_was_kept(tmp
     group = ["original"] * 20 + ["expanded"] * 20
     nats = {"dense": [4.0] * 20 + [8.0] * 20, "stage 1": [5.0] * 20 + [4.0] * 20, "stage 2": [4.1] * 20 + [4.2] * 20}
     scores = {name: made_up(tmp_path, name, values, group, ["hu"]) for name, values in nats.items()}
-    verdict = judge(Comparer(scores, 200, 0), frozen=False)
+    verdict = make_verdict(Comparer(scores, 200, 0), frozen=False)
     assert (
         "The extension learned Greek: bits per byte went 2.000 (dense base) → 1.000 (stage 1) → 1.050 (stage 2)"
         in verdict.sentences[0]
     )
     assert "Of English, 97.6% is kept after stage 2" in verdict.sentences[1]
-    assert "after stage 1 it was 80.0%, so the review won back 17.6 points" in verdict.sentences[1]
+    assert "after stage 1 it was 80.0%, so the review recovered 17.6 points" in verdict.sentences[1]
     assert "NOT those of the dense base" in verdict.sentences[2]
     assert [tile.tone for tile in verdict.tiles] == ["good", "bad"]
-    assert verdict.notes == ["There is no held-out text long enough to score in Hungarian: nothing is said about it."]
+    assert verdict.notes == ["No held-out text in Hungarian is long enough to be scored."]
 
 
 def test_divergence_is_zero_for_equal_routing_and_one_for_disjoint():
@@ -71,12 +71,12 @@ def test_the_graph_leaves_out_lines_that_others_imply_and_escapes_labels():
         return Made(name, "checkpoint", "s", f"<{name}>", {}, {i: i for i in inputs}, {})
 
     made = {"a": make("a", []), "b": make("b", ["a"]), "c": make("c", ["a", "b"])}
-    drawn = str(draw(made, {"c": "the model"}))
+    drawn = str(draw_lineage(made, {"c": "the model"}))
     assert drawn.count("<path") == 2
     assert drawn.count("<rect") == 3
     assert "&lt;a&gt;" in drawn and "<a>" not in drawn
     assert 'class="checkpoint model"' in drawn
-    assert str(draw({}, {})) == ""
+    assert str(draw_lineage({}, {})) == ""
 
 
 def test_a_collapsed_router_raises_an_alarm(tmp_path):
@@ -87,7 +87,5 @@ def test_a_collapsed_router_raises_an_alarm(tmp_path):
         for e in range(4)
     ]
     scores.__dict__["routing"] = dead
-    verdict = judge(Comparer({"stage 2": scores}, 200, 0))
-    assert verdict.notes[0].startswith(
-        "Collapse alarm: the router of stage 2 sends nearly everything to one expert in layer 1"
-    )
+    verdict = make_verdict(Comparer({"stage 2": scores}, 200, 0))
+    assert verdict.notes[0].startswith("Router collapse: stage 2 sends nearly all tokens to one expert in layer 1")

@@ -1,4 +1,4 @@
-"""How numbers and names read on the page: signed percentages, counts, languages by their English names, settings in words."""
+"""How numbers and names read on the page: signed percentages, counts, sizes, lists, names of settings."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ def percent(change: float, digits: int = 1) -> str:
 
 
 def interval(low_high: tuple[float, float], digits: int = 1) -> str:
+    """Both ends as `percent` writes them: '−2.0% to +1.0%'."""
     return f"{percent(low_high[0], digits)} to {percent(low_high[1], digits)}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
+    """Empty for None."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
@@ -23,7 +25,7 @@ def count(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes as people read them."""
+    """Bytes in a unit that fits: 1500 is '1.5 kB'."""
     for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if value >= factor:
             return f"{value / factor:.1f} {unit}"
