@@ -111,7 +111,7 @@ def routing_table(scores: Scores) -> Table:
         for each in scores.layer_routing
     ]
     note = (
-        "Entropy: of the mean routing, 1 if all experts are used equally. Experts in use: those with a mean weight over "
+        "Entropy: of the mean routing, 1 if all experts are used equally. Experts in use: with a mean weight over "
         "a quarter of an equal share. Specialisation: mutual information of expert and language, and of expert and "
         "domain within a language, in bits."
     )
@@ -231,7 +231,7 @@ def version_pairs(history: History) -> list[tuple[str, str]]:
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Numbers and texts; nested ones get their parent's name as prefix. Dictionaries of over 12 entries are left out."""
+    """Numbers and texts; nested ones with their parent's name as prefix. Dictionaries of over 12 entries are left out."""
     pairs: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{prefix}{in_words(str(key))}"

@@ -85,8 +85,8 @@ def make_verdict(comparer: Comparer, frozen: bool | None = None, gates: list[dic
             _add_other(comparer, name, verdict)
     if not verdict.sentences:
         verdict.sentences.append(
-            f"Only {comparer.base.name} was evaluated: {number(comparer.base.bits_per_byte())} bits per byte on held-out "
-            "text."
+            f"Only {comparer.base.name} was evaluated: {number(comparer.base.bits_per_byte())} bits per byte "
+            "on held-out text."
         )
     _add_notes(comparer, verdict)
     verdict.headline = _headline(verdict, gates or [])

@@ -1,8 +1,8 @@
-"""A local deployment as a user meets it: `eclectus up`, a deployment's form, a run that is watched and cancelled, one that ends, `down`.
+"""A local deployment as a user meets it: `eclectus up`, a form, a run that is cancelled, one that completes, `down`.
 
-A real server, worker and Ray, and real mouse and keys in headless Chromium; 7 minutes on two cores at load 7. Every page that a person
-would look at is kept as a picture, 1440 and here and there 390 pixels wide: in $ECLECTUS_SCREENSHOTS if that names a folder, else under
-pytest's temporary folder.
+A real server, worker and Ray, and real mouse and keys in headless Chromium; 7 minutes on two cores at load 7. Every page
+that a user would look at is kept as a screenshot, 1440 and sometimes 390 pixels wide: in $ECLECTUS_SCREENSHOTS if that
+names a folder, else in pytest's temporary folder.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ FIELDS = """[...document.querySelectorAll('label')].map(label => {
   const values = toggle ? [toggle.getAttribute('aria-checked')]
     : choice ? [...choice.selectedOptions].map(each => each.value)
     : [...box.querySelectorAll('textarea, input')].map(each => each.value);
-  return {label: label.innerText.trim().replace(' (Optional)', ''), box, values, help: box.querySelector('article')?.innerText.trim()};
+  const help = box.querySelector('article')?.innerText.trim();
+  return {label: label.innerText.trim().replace(' (Optional)', ''), box, values, help};
 }).filter(Boolean)"""
 SHOWN = f"{FIELDS}.map(field => [field.label, field.help, field.values])"
 
