@@ -75,8 +75,10 @@ def _drawing_settings() -> Iterator[None]:
     """Text stays text, '$' in a label starts no formula, and glyphs that the pictures' font lacks raise no warning."""
     import matplotlib
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "eclectus", "text.parse_math": False, "font.size": FONT_SIZE}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rc("svg", fonttype="none", hashsalt="eclectus")
+        matplotlib.rc("text", parse_math=False)
+        matplotlib.rc("font", size=FONT_SIZE)
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 

@@ -28,9 +28,9 @@ def forgetting_table(comparer: Comparer, answers: dict[str, Answers]) -> Table |
     rows += [_task_row(comparer, answers, others, task) for task in _tasks(answers.get(base))]
     note = (
         f"Against {base}. Original languages: how much is kept ({base}'s bits per byte divided by the model's). "
-        "Expanded languages: relative reduction in bits. Tasks: difference in points. Below each value: the 95% interval "
-        "of a paired bootstrap over documents or items. Coloured if the change is significant (for what is kept: good from "
-        f"{RETAINED}% on)."
+        "Expanded languages: relative reduction in bits. Tasks: difference in points. Below each value: the 95% "
+        "interval of a paired bootstrap over documents or items. Coloured if the change is significant (for what is "
+        f"kept: good from {RETAINED}% on)."
     )
     return Table("Gained and forgotten", ["", base, *others, "documents or items"], rows, False, note)
 

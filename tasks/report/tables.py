@@ -231,7 +231,7 @@ def version_pairs(history: History) -> list[tuple[str, str]]:
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Numbers and texts; nested ones with their parent's name as prefix. Dictionaries of over 12 entries are left out."""
+    """Numbers and texts; nested ones with their parent's name as prefix; dictionaries of over 12 are left out."""
     pairs: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{prefix}{in_words(str(key))}"
@@ -239,7 +239,7 @@ def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             if len(value) <= 12:
                 pairs += _scalars(value, f"{name}: ")
         elif isinstance(value, str | int | float) and not isinstance(value, bool):
-            pairs.append((name, size(value) if key == "bytes" else _plain(value)))
+            pairs.append((name, size(value) if key == "bytes" and not isinstance(value, str) else _plain(value)))
     return pairs
 
 

@@ -1,8 +1,8 @@
 """A local deployment as a user meets it: `eclectus up`, a form, a run that is cancelled, one that completes, `down`.
 
-A real server, worker and Ray, and real mouse and keys in headless Chromium; 7 minutes on two cores at load 7. Every page
-that a user would look at is kept as a screenshot, 1440 and sometimes 390 pixels wide: in $ECLECTUS_SCREENSHOTS if that
-names a folder, else in pytest's temporary folder.
+A real server, worker and Ray, and real mouse and keys in headless Chromium; 7 minutes on two cores at load 7. Every
+page that a user would look at is kept as a screenshot, 1440 and sometimes 390 pixels wide: in $ECLECTUS_SCREENSHOTS if
+that names a folder, else in pytest's temporary folder.
 """
 
 from __future__ import annotations
