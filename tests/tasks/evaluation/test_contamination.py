@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -41,14 +42,27 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def leaky(world):
-    """(documents with a question and a held-out document in the training text, id of that held-out document)."""
+@pytest.fixture(scope="module")
+def leaky(world, tmp_path_factory):
+    """Documents with a question and a held-out document in the training text, and the dense model's scores on them."""
     rows = texts()
     held = next(row for row in rows if row["split"] == "heldout" and row["domain"] == "docs")
     copy = f"An extract.\n{held['text']}\nThe end."
     planted = [{**rows[1], "text": LEAKED, "split": "train"}, {**rows[1], "text": copy, "split": "train"}]
     documents = write_documents(world.store, rows + planted)
-    return documents, hashlib.sha256(held["text"].encode()).hexdigest()[:32]
+    folder = tmp_path_factory.mktemp("questions")
+    with gzip.open(folder / "piqa.jsonl.gz", "wt") as lines:
+        lines.write("\n".join(map(json.dumps, QUESTIONS)))
+    with world.store.draft("evaluation") as draft:
+        settings = BenchmarkSettings(benchmark_files=[str(folder)], training_workers=0)
+        benchmark.function(world.models["dense"], world.tokenizer, settings, draft)
+        answers = world.store.commit(draft)
+    with world.store.draft("evaluation") as draft:
+        settings = EvaluateSettings(evaluation_context=SEGMENT, evaluation_samples=0, training_workers=0)
+        evaluate.function(documents, world.tokenizer, world.models["dense"], settings, draft)
+        evaluation = world.store.commit(draft)
+    held_id = hashlib.sha256(held["text"].encode()).hexdigest()[:32]
+    return SimpleNamespace(documents=documents, held=held_id, answers=answers, evaluation=evaluation)
 
 
 def instances(world, documents, also=()):
@@ -62,68 +76,55 @@ def instances(world, documents, also=()):
         return world.store.commit(draft)
 
 
-def examined(world, documents, tmp_path):
-    with gzip.open(tmp_path / "piqa.jsonl.gz", "wt") as lines:
-        lines.write("\n".join(map(json.dumps, QUESTIONS)))
-    with world.store.draft("evaluation") as draft:
-        settings = BenchmarkSettings(benchmark_files=[str(tmp_path)], training_workers=0)
-        benchmark.function(world.models["dense"], world.tokenizer, settings, draft)
-        asked = world.store.commit(draft)
-    with world.store.draft("evaluation") as draft:
-        settings = EvaluateSettings(evaluation_context=SEGMENT, evaluation_samples=0, training_workers=0)
-        evaluate.function(documents, world.tokenizer, world.models["dense"], settings, draft)
-        return asked, world.store.commit(draft)
-
-
-def compare(world, documents, packed, evaluation, asked, **settings):
+def compare(world, leaky, packed, tasks=True):
     with world.store.draft("evaluation") as draft:
         contamination.function(
-            documents, [documents], packed, evaluation, ContaminationSettings(**settings), draft, benchmark=asked
+            leaky.documents,
+            [leaky.documents],
+            packed,
+            leaky.evaluation,
+            ContaminationSettings(),
+            draft,
+            benchmark=leaky.answers if tasks else None,
         )
         return world.store.commit(draft)
 
 
-def test_planted_leakage_is_found_with_the_document_that_holds_it(world, tmp_path):
-    documents, held = leaky(world)
-    asked, evaluation = examined(world, documents, tmp_path)
-    found = compare(world, documents, [instances(world, documents)], evaluation, asked)
+def test_planted_leakage_is_found_with_the_document_that_holds_it(world, leaky):
+    found = compare(world, leaky, [instances(world, leaky.documents)])
     items = {row["item"]: row for row in pq.read_table(found.file("items.parquet")).to_pylist()}
     assert [items[f"piqa/{n}"]["seen"] for n in range(3)] == [False, True, False]
     assert items["piqa/1"]["overlap"] > 0.5 and items["piqa/0"]["overlap"] == 0
     planted = {row["document"] for row in items.values() if row["item"] == "piqa/1"}
     assert planted == {hashlib.sha256(LEAKED.encode()).hexdigest()[:32]}
-    assert items[held]["overlap"] == 1 and items[held]["seen"]
+    assert items[leaky.held]["overlap"] == 1 and items[leaky.held]["seen"]
     shares = {(row["kind"], row["name"]): row for row in pq.read_table(found.file("shares.parquet")).to_pylist()}
     task = shares["task", "piqa"]
     assert (task["items"], task["seen"]) == (3, 1) and task["share"] == pytest.approx(1 / 3)
-    answers = pq.read_table(asked.file("items.parquet")).to_pylist()
+    answers = pq.read_table(leaky.answers.file("items.parquet")).to_pylist()
     unseen = [row["value"] for row in answers if row["metric"] == "acc" and row["item"] != 1]
     assert task["score_unseen"] == pytest.approx(np.mean(unseen))
     assert shares["domain", "docs"]["seen"] >= 1
     assert found.statistics["held_out_documents_that_were_trained_on"] == 0
 
 
-def test_a_held_out_document_that_was_packed_is_named_by_its_id(world, tmp_path):
-    asked, evaluation = examined(world, world.documents, tmp_path)
-    scored = pq.read_table(evaluation.file("documents.parquet"))["document"].to_pylist()
-    packed = [instances(world, world.documents, also=scored[:1])]
-    about = json.loads(compare(world, world.documents, packed, evaluation, asked).file("about.json").read_text())
+def test_a_held_out_document_that_was_packed_is_named_by_its_id(world, leaky):
+    scored = pq.read_table(leaky.evaluation.file("documents.parquet"))["document"].to_pylist()
+    packed = [instances(world, leaky.documents, also=scored[:1])]
+    about = json.loads(compare(world, leaky, packed).file("about.json").read_text())
     assert about["held_out_documents_that_were_trained_on"] == 1 and about["same"] == scored[:1]
 
 
-def test_only_what_was_packed_counts_as_trained_on(world, tmp_path):
-    documents, _held = leaky(world)
-    _, evaluation = examined(world, documents, tmp_path)
+def test_only_what_was_packed_counts_as_trained_on(world, leaky):
     with world.store.draft("instances") as draft:
         pq.write_table(pa.table({"document": ["0" * 32]}), draft.file("documents.parquet"))
         nothing = world.store.commit(draft)
-    assert compare(world, documents, [nothing], evaluation, None).statistics["seen"] == 0
+    assert compare(world, leaky, [nothing], tasks=False).statistics["seen"] == 0
 
 
-def test_a_model_of_unknown_training_is_an_error_that_says_so(world, tmp_path):
-    _, evaluation = examined(world, world.documents, tmp_path)
+def test_a_model_of_unknown_training_is_an_error_that_says_so(world, leaky):
     with pytest.raises(EclectusError, match="no instances are upstream"):
-        compare(world, world.documents, [], evaluation, None)
+        compare(world, leaky, [], tasks=False)
 
 
 @pytest.mark.parametrize(
