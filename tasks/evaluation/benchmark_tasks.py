@@ -158,7 +158,6 @@ class Harness:
         self.check_installed()
         self._files = local_questions(files)
         self._olmo = _olmo_root() if OLMO in files else None
-        self._folders_by_name: dict[str, set[Path]] | None = None
 
     def load(self, wanted: Wanted) -> tuple[dict[str, Task], dict[str, list[str]]]:
         """(tasks by name, task names by group), ready to run. Raises EclectusError for a task that cannot be loaded."""
@@ -166,7 +165,7 @@ class Harness:
 
         if wanted.name.startswith(TRANSLATION):
             return {wanted.name: self._translation(wanted)}, {}
-        folders = [wanted.path.parent] if wanted.path else sorted(self._folders(wanted.name))
+        folders = [wanted.path.parent] if wanted.path else sorted(folders_by_name().get(wanted.name, ()))
         if not folders:
             raise EclectusError(f"lm-evaluation-harness {version()} has no task, group or tag '{wanted.name}'")
         with _hub_within_reach() as reached:
@@ -229,18 +228,21 @@ class Harness:
         shots = {} if wanted.shots is None else {"num_fewshot": wanted.shots}
         return ConfigurableTask(config=config | {"task": wanted.name} | shots | self._local(wanted.name))
 
-    def _folders(self, name: str) -> set[Path]:
-        """The harness's folders whose YAML files define a task, group or tag of this name."""
-        if self._folders_by_name is None:
-            import lm_eval.tasks
 
-            self._folders_by_name = {}
-            for path in Path(lm_eval.tasks.__file__).parent.glob("**/*.yaml"):
-                text = path.read_text("utf-8")
-                named = _NAMED.findall(text) + [each for block in _TAGS.findall(text) for each in _ENTRY.findall(block)]
-                for each in named:
-                    self._folders_by_name.setdefault(each, set()).add(path.parent)
-        return self._folders_by_name.get(name, set())
+@cache
+def folders_by_name() -> dict[str, set[Path]]:
+    """By name of a task, group or tag: the harness's folders whose YAML files define it."""
+    import lm_eval.tasks
+
+    folders: dict[str, set[Path]] = {}
+    for path in Path(lm_eval.tasks.__file__).parent.glob("**/*.yaml"):
+        text = path.read_text("utf-8")
+        names = _NAMED.findall(text)
+        for tags in _TAGS.findall(text):
+            names += _ENTRY.findall(tags)
+        for name in names:
+            folders.setdefault(name, set()).add(path.parent)
+    return folders
 
 
 def version() -> str:
