@@ -14,7 +14,7 @@ from eclectus.storage.atomic_write import replacing
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import STORAGE_VERSION
-from eclectus.storage.lineage.macros import MACROS, NODE
+from eclectus.storage.lineage.macros import NODE, macros
 from eclectus.storage.lineage.tables import create_placeholders, create_views, text
 
 _UPSTREAM = f"""
@@ -62,7 +62,7 @@ def bundle(home: Home, run: str, out: Path) -> Path:
             for name, sql in TABLES.items():
                 connection.execute(f"create table bundle.{name} as {sql}", [run] if "$1" in sql else [])
             connection.execute("use bundle")
-            for name, body in MACROS.items():
+            for name, body in macros(bundled=True).items():
                 connection.execute(f"create macro {name} as {body}")
     except (OSError, duckdb.IOException) as error:
         raise EclectusError(f"{out} cannot be written: {str(error).splitlines()[0]}") from error

@@ -59,6 +59,9 @@ _MATCHES = f"""
                      and cast('0x' || rpad({_TYPED}[1:15], 15, 'f') as ubigint)
       and {_TYPED} <> '' and starts_with(artifact, {_TYPED})
       and (not contains(x, '-') or starts_with(x, kind || '-'))"""
+# In place of the view `nodes`, so that the journals, which are not compacted yet, are read once per question.
+_NODES_ONCE = """new_nodes as materialized (from live_nodes),
+         nodes as not materialized (from compacted_nodes union all from new_nodes), """
 # The list hides DuckDB's overestimated row count, so that the join builds its hash table of the rows found, not of all.
 # Times are joined first: they select the row groups that hold what was found, and no text of the others is read.
 _FOUND = """
@@ -73,11 +76,11 @@ _SHOWN = """
     group by kind, artifact order by made nulls first, name"""
 
 _LINEAGE = f"""table
-    with start as materialized ({_MATCHES}), {_FOUND}
+    with {{nodes}}start as materialized ({_MATCHES}), {_FOUND}
     {_SHOWN}"""
 
 _TRACE = f"""table
-    with held as materialized (
+    with {{nodes}}held as materialized (
              select 'instances' as kind, instances as artifact,
                     count(distinct instance) as instances, sum(tokens) as tokens
              from documents where document = x or name = x group by instances
@@ -126,14 +129,17 @@ _DIFFERENCE = """table
         where d.a is distinct from d.b  -- plain a and b are the parameters
         order by list_position(['run', 'package', 'step', 'setting', 'input', 'output', 'metric'], what), label, name"""
 
-# Name and parameters -> SQL, in the order in which they are created.
-MACROS = {
-    "reached(start, up)": _REACHED,
-    "upstream(x)": _LINEAGE.format(up=True),
-    "downstream(x)": _LINEAGE.format(up=False),
-    "trace(x)": _TRACE.format(up=False),
-    "difference(a, b)": _DIFFERENCE,
-}
+
+def macros(bundled: bool = False) -> dict[str, str]:
+    """Name and parameters -> SQL, in the order of creation. bundled: `nodes` and `edges` are tables, not views."""
+    nodes = "" if bundled else _NODES_ONCE
+    return {
+        "reached(start, up)": _REACHED,
+        "upstream(x)": _LINEAGE.format(nodes=nodes, up=True),
+        "downstream(x)": _LINEAGE.format(nodes=nodes, up=False),
+        "trace(x)": _TRACE.format(nodes=nodes, up=False),
+        "difference(a, b)": _DIFFERENCE,
+    }
 
 
 def edges(source: str) -> str:

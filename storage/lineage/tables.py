@@ -26,7 +26,7 @@ from eclectus.storage.artifact import EMPTY, hash_file
 from eclectus.storage.atomic_write import replacing, temporary_path
 from eclectus.storage.home import Home
 from eclectus.storage.journal import DECISIONS, EVENTS, METRICS
-from eclectus.storage.lineage.macros import EDGES, MACROS, NODES, PARTS, edges, nodes
+from eclectus.storage.lineage.macros import EDGES, NODES, PARTS, edges, macros, nodes
 
 OUTPUT = (
     "STRUCT(kind VARCHAR, artifact VARCHAR, rows BIGINT, bytes BIGINT, "
@@ -200,10 +200,11 @@ def definitions(home: Home, prefix: str = "") -> Iterator[tuple[str, str]]:
     yield "view champions", _CHAMPIONS
     yield "view documents", _documents(prefix, home)
     yield "view edges", f"select output, input from compacted_edges union all {edges('live_events')}"
-    yield "view nodes", f"from compacted_nodes union all {nodes('live_events')}"
+    yield "view live_nodes", nodes("live_events")
+    yield "view nodes", "from compacted_nodes union all from live_nodes"
     yield "view held_documents", _held_documents(prefix, home)
     yield "view routing", _routing(prefix, home)
-    for name, body in MACROS.items():
+    for name, body in macros().items():
         yield f"macro {name}", body
 
 
