@@ -44,7 +44,7 @@ def test_a_lost_file_and_a_lost_directory_are_found(home):
     assert home.store.faults(artifact) == f"{artifact.name} is gone"
 
 
-def test_a_damaged_artifact_is_set_aside_and_made_again(home):
+def test_a_damaged_artifact_is_quarantined_and_made_again(home):
     artifact = made(home.store)
     artifact.file("b.txt").write_text("x")
     assert made(home.store) == artifact

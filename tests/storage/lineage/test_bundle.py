@@ -1,4 +1,4 @@
-"""A bundle answers without the home as the home does, in the shell that people have."""
+"""A bundle answers without the home as the home does, in the stable `duckdb` shell."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def in_the_shell(database, sql):
     return json.loads(asked.stdout or "[]")
 
 
-def test_every_table_of_a_run_is_real_and_says_what_the_views_say(home, tmp_path):
+def test_every_table_of_a_run_is_real_and_has_the_rows_of_the_views(home, tmp_path):
     write_history(home)
     place = bundle(home, NEW, tmp_path / "run.duckdb")
     with duckdb.connect(str(place), read_only=True) as lineage:

@@ -112,7 +112,7 @@ def test_what_the_lineage_does_not_know_is_left_alone(home):
     assert planned.unneeded == [] and planned.unknown == 1
 
 
-def test_the_command_shows_first_and_frees_when_told(history, capsys):
+def test_the_command_shows_first_and_frees_with_yes(history, capsys):
     words = ["--home", str(history.root), "gc", "--runs", "1"]
     main([*words, "--json"])
     shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

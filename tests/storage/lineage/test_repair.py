@@ -35,7 +35,7 @@ def test_a_damaged_index_is_made_again_and_every_answer_stays(home, folder):
 
 
 @pytest.mark.parametrize("stream", ["events", "metrics"])
-def test_a_damaged_part_of_the_journal_is_set_aside_and_told_and_the_rest_answers(home, stream):
+def test_a_damaged_part_of_the_journal_is_quarantined_with_a_warning_and_the_rest_answers(home, stream):
     for run in ("r1", "r2"):
         write_chain(home, run, range(3))
         compact(home)
@@ -47,8 +47,8 @@ def test_a_damaged_part_of_the_journal_is_set_aside_and_told_and_the_rest_answer
     with connect(home) as connection:
         left = connection.execute(f"select distinct run from {stream}").fetchall()
     assert left == [("r2",)]
-    (told,) = faults(home)
-    assert part.name in told and "put it back from a copy" in told
+    (fault,) = faults(home)
+    assert part.name in fault and "put it back from a copy" in fault
     part.write_bytes(whole)
     next((home.journal / "damaged").iterdir()).unlink()
     assert len(everything(home)["runs"]) == 2
@@ -67,7 +67,7 @@ def test_a_damaged_table_of_an_artifact_sets_that_artifact_aside(home):
     assert len(list(home.store.root.glob(".damaged/instances-*"))) == 1
 
 
-def test_a_home_of_yesterdays_columns_answers_and_is_mended(home):
+def test_a_home_with_an_earlier_versions_columns_answers_and_is_repaired(home):
     """Empty files and parts that an earlier version wrote, which lack columns of today."""
     write_chain(home, "r1", range(3))
     compact(home)

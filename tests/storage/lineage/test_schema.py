@@ -17,10 +17,10 @@ SECTIONS = {
 
 
 @pytest.fixture(scope="module")
-def books(tmp_path_factory):
+def lineage(tmp_path_factory):
     from eclectus.storage.home import Home
 
-    home = Home.open(tmp_path_factory.mktemp("books") / "home")
+    home = Home.open(tmp_path_factory.mktemp("lineage") / "home")
     write_history(home)
     with connect(home) as connection:
         yield connection
@@ -34,17 +34,17 @@ def test_the_page_names_every_table_and_macro():
 
 
 @pytest.mark.parametrize("title", SECTIONS)
-def test_columns_and_types_are_those_on_the_page(books, title):
+def test_columns_and_types_are_those_on_the_page(lineage, title):
     documented = re.findall(r"^\| (\w+) \| ([A-Z][\w(), ]*) \|", SECTIONS[title], re.M)
     source = re.sub(r"\b[xab]\b(?=[,)])", "'nothing'", title)
-    found = books.execute(f"describe from {source}").fetchall()
+    found = lineage.execute(f"describe from {source}").fetchall()
     assert [(name, kind) for name, kind, *_ in found] == documented
 
 
 @pytest.mark.parametrize("title", SECTIONS)
-def test_the_example_on_the_page_answers(books, title):
+def test_the_example_on_the_page_answers(lineage, title):
     (example,) = re.findall(r"```sql\n(.*?)```", SECTIONS[title], re.S)
-    assert books.execute(example).fetchall(), example
+    assert lineage.execute(example).fetchall(), example
 
 
 def test_the_example_in_python_runs(tmp_path, monkeypatch, capsys):

@@ -186,7 +186,7 @@ def test_difference_names_settings_inputs_and_metrics(home):
     assert query("from difference('r1', 'r1')", home)[1] == []
 
 
-def test_a_spoiled_line_is_set_apart_and_reported_and_hides_nothing_else(home):
+def test_a_damaged_line_is_quarantined_and_reported_and_hides_nothing_else(home):
     write_chain(home, "r1", range(3))
     path = next(path for path in home.journal.glob("events/*.ndjson") if path.stem != "none")
     lines = path.read_text().splitlines(keepends=True)
