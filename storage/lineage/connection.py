@@ -37,27 +37,27 @@ def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
     Only lineage can be read through it, and nothing can be written: DuckDB itself refuses COPY, ATTACH, EXPORT, INSTALL
     and other files. Temporary tables are allowed. Raises EclectusError when there is no home.
     """
-    from eclectus.storage.lineage.read_only_files import PREFIX, ReadOnlyFiles
+    from eclectus.storage.lineage.read_only_files import PREFIX, ROOT, ReadOnlyFiles
 
     home = home if isinstance(home, Home) else Home.open(home)
     home.refresh()
     create_placeholders(home)
     repair(home)
-    roots = [home.journal, *(home.store.root / kind for kind in ("instances", "documents", "evaluation"))]
-    files = ReadOnlyFiles(roots, partial(replaced, home, GRACE / 2))
-    cached = home.journal / "views" / f"{_digest(home, PREFIX)}.duckdb"
+    folders = [home.journal, *(home.store.root / kind for kind in ("instances", "documents", "evaluation"))]
+    files = ReadOnlyFiles(home.root, folders, partial(replaced, home, GRACE / 2))
+    cached = home.journal / "views" / f"{_digest(home, ROOT)}.duckdb"
     # DuckDB is read-only for a file only. This one holds the views alone, and is removed once it is open.
     with tempfile.TemporaryDirectory(prefix="eclectus-") as scratch:
         path = Path(scratch) / "lineage.duckdb"
         try:
-            _copy_views(home, path, files, PREFIX, cached)
+            _copy_views(home, path, files, ROOT, cached)
             connection = _open(path)
         except duckdb.Error:
             # A cached file that cannot be opened is damaged, and made again.
             path.unlink(missing_ok=True)
             cached.unlink(missing_ok=True)
             try:
-                _copy_views(home, path, files, PREFIX, cached)
+                _copy_views(home, path, files, ROOT, cached)
                 connection = _open(path)
             except duckdb.Error as error:
                 why = str(error).splitlines()[0]
@@ -129,7 +129,7 @@ def query(sql: str, home: Home | None = None) -> tuple[list[str], list[tuple[Any
             raise EclectusError(f"the query failed: {str(error).strip()}") from error
 
 
-def _copy_views(home: Home, path: Path, files: ReadOnlyFiles, prefix: str, cached: Path) -> None:
+def _copy_views(home: Home, path: Path, files: ReadOnlyFiles, root: str, cached: Path) -> None:
     """A database with the views at `path`, copied from `cached` where that exists: creating one takes half a second."""
     if cached.exists():
         shutil.copyfile(cached, path)
@@ -138,7 +138,7 @@ def _copy_views(home: Home, path: Path, files: ReadOnlyFiles, prefix: str, cache
         connection.register_filesystem(files)
         connection.execute(f"attach {text(path)} as books (block_size 16384)")
         connection.execute("use books")
-        create_views(connection, home, prefix)
+        create_views(connection, home, root)
     # A read-only home is queried all the same.
     with contextlib.suppress(OSError):
         cached.parent.mkdir(exist_ok=True)
@@ -161,5 +161,5 @@ def _opens(database: Path) -> bool:
     return True
 
 
-def _digest(home: Home, prefix: str = "") -> str:
-    return hashlib.sha256(repr([duckdb.__version__, *definitions(home, prefix)]).encode()).hexdigest()[:32]
+def _digest(home: Home, root: str | None = None) -> str:
+    return hashlib.sha256(repr([duckdb.__version__, *definitions(home, root)]).encode()).hexdigest()[:32]

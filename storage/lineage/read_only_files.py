@@ -2,7 +2,7 @@
 
 DuckDB's own setting (`enable_external_access = false` with `allowed_directories`) still lets COPY, ATTACH and EXPORT
 write into the directories that views may read. So the connection's local file system is disabled, and views read
-through this one (`books:///absolute/path`), which opens files for reading only, and only below its roots. No measurable
+through this one (`books://./journal/...`), which opens files for reading only, and only below its folders. No measurable
 cost: Parquet and JSON are read in large blocks.
 """
 
@@ -23,10 +23,12 @@ from eclectus.storage.journal import DECISIONS, EVENTS, METRICS
 
 PROTOCOL = "books"
 PREFIX = f"{PROTOCOL}://"
+# What the root is called in views, which are then the same in every home.
+ROOT = f"{PREFIX}."
 
 
 class ReadOnlyFiles(AbstractFileSystem):
-    """Local files below `roots`, symbolic links resolved first. Everything else raises PermissionError.
+    """Local files below the folders of a root, symbolic links resolved first. Others raise PermissionError.
 
     replaced: returns journals and parts, as `events/NAME`, that are no longer listed, since others replace them.
     """
@@ -34,10 +36,11 @@ class ReadOnlyFiles(AbstractFileSystem):
     protocol = PROTOCOL
     cachable = False
 
-    def __init__(self, roots: list[Path], replaced: Callable[[], set[str]] = set, **options: Any) -> None:
+    def __init__(self, root: Path, folders: list[Path], replaced: Callable[[], set[str]] = set, **options: Any) -> None:
         super().__init__(**options)
         self._replaced = replaced
-        self._roots = [os.path.realpath(root) for root in roots]
+        self._root = root
+        self._folders = [os.path.realpath(folder) for folder in folders]
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> Any:
         if mode not in ("r", "rb"):
@@ -60,9 +63,9 @@ class ReadOnlyFiles(AbstractFileSystem):
         return datetime.datetime.fromtimestamp(os.stat(self._inside(path)).st_mtime, datetime.UTC)
 
     def glob(self, path: str, maxdepth: int | None = None, **_: Any) -> list[str]:
-        pattern = self._strip_protocol(path)
-        # The path up to the first wildcard must lie below a root, and so must every match, links and `..` resolved.
-        self._inside(pattern[: len(pattern) - len(pattern.lstrip("/"))] + pattern.split("*")[0].strip("/"))
+        pattern = os.path.join(self._root, self._strip_protocol(path))
+        # The path up to the first wildcard must lie below a folder, and so must every match, links and `..` resolved.
+        self._inside(pattern.split("*")[0].rstrip("/"))
         replaced = self._replaced()
         return sorted(self._inside(found) for found in glob.glob(pattern) if not _belongs_to(found, replaced))
 
@@ -72,8 +75,8 @@ class ReadOnlyFiles(AbstractFileSystem):
         return [self.info(each) for each in found] if detail else found
 
     def _inside(self, path: str) -> str:
-        resolved = os.path.realpath(self._strip_protocol(path))
-        if not any(resolved == root or resolved.startswith(root + os.sep) for root in self._roots):
+        resolved = os.path.realpath(os.path.join(self._root, self._strip_protocol(path)))
+        if not any(resolved == folder or resolved.startswith(folder + os.sep) for folder in self._folders):
             raise PermissionError(f"{path} is not part of the lineage")
         return resolved
 

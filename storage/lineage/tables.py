@@ -180,30 +180,45 @@ _CHAMPIONS = """
     from decisions where verdict = 'promoted' group by line"""
 
 
-def create_views(connection: duckdb.DuckDBPyConnection, home: Home, prefix: str = "") -> None:
-    """Creates every view and macro in the connection's database. prefix: of the file system that reads the files."""
-    for name, body in definitions(home, prefix):
+@dataclass(frozen=True)
+class _Files:
+    """Files of a home as they are named in views, with `root` in place of the home's path."""
+
+    home: Home
+    root: str
+
+    def glob(self, folder: Path, pattern: str) -> str:
+        return text(f"{self.root}/{folder.relative_to(self.home.root).as_posix()}/{pattern}")
+
+
+def create_views(connection: duckdb.DuckDBPyConnection, home: Home, root: str | None = None) -> None:
+    """Creates every view and macro in the connection's database. root: as in `definitions`."""
+    for name, body in definitions(home, root):
         connection.execute(f"create {name} as {body}")
 
 
-def definitions(home: Home, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(`view NAME` or `macro NAME(x)`, SQL) of all that `create_views` creates, in order."""
-    yield "view contents", _parquet(prefix, home.journal / "contents", CONTENTS)
+def definitions(home: Home, root: str | None = None) -> Iterator[tuple[str, str]]:
+    """(`view NAME` or `macro NAME(x)`, SQL) of all that `create_views` creates, in order.
+
+    root: what the home's folder is called in the views; its path where left out.
+    """
+    files = _Files(home, root or str(home.root))
+    yield "view contents", _parquet(files, home.journal / "contents", CONTENTS)
     for stream in COLUMNS:
-        yield f"view {stream}", _stream(prefix, home, stream, COLUMNS[stream])
-    live = f"with highest as materialized ({_highest(EVENTS)}) select * from ({_live(prefix, home, EVENTS)})"
+        yield f"view {stream}", _stream(files, stream, COLUMNS[stream])
+    live = f"with highest as materialized ({_highest(EVENTS)}) select * from ({_live(files, EVENTS)})"
     yield "view live_events", live
-    yield "view compacted_edges", _parquet(prefix, home.journal / "edges", EDGES)
-    yield "view compacted_nodes", _parquet(prefix, home.journal / "nodes", NODES)
+    yield "view compacted_edges", _parquet(files, home.journal / "edges", EDGES)
+    yield "view compacted_nodes", _parquet(files, home.journal / "nodes", NODES)
     for name, view in VIEWS.items():
-        yield f"view {name}", view.sql.format(events=f"({_stream(prefix, home, EVENTS, view.columns.split())}) events")
+        yield f"view {name}", view.sql.format(events=f"({_stream(files, EVENTS, view.columns.split())}) events")
     yield "view champions", _CHAMPIONS
-    yield "view documents", _documents(prefix, home)
+    yield "view documents", _documents(files)
     yield "view edges", f"select output, input from compacted_edges union all {edges('live_events')}"
     yield "view live_nodes", nodes("live_events")
     yield "view nodes", "from compacted_nodes union all from live_nodes"
-    yield "view held_documents", _held_documents(prefix, home)
-    yield "view routing", _routing(prefix, home)
+    yield "view held_documents", _held_documents(files)
+    yield "view routing", _routing(files)
     for name, body in macros().items():
         yield f"macro {name}", body
 
@@ -295,28 +310,28 @@ def _nothing(columns: dict[str, str]) -> str:
     return "select " + ", ".join(f'null::{kind} as "{name}"' for name, kind in columns.items()) + " where false"
 
 
-def _parquet(prefix: str, folder: Path, columns: dict[str, str], part: bool = False) -> str:
+def _parquet(files: _Files, folder: Path, columns: dict[str, str], part: bool = False) -> str:
     """SQL over the Parquet files of a folder; a column that an older file lacks is null. part: adds the file's name."""
     if not any(folder.glob("*.parquet")):
         return _nothing({**columns, "part": "VARCHAR"} if part else columns)
     chosen = _cast(columns)
     added = ", parse_filename(filename) as part" if part else ""
-    glob = text(f"{prefix}{folder}/*.parquet")
+    glob = files.glob(folder, "*.parquet")
     return f"select {chosen}{added} from read_parquet({glob}, union_by_name = true, filename = true)"
 
 
-def _stream(prefix: str, home: Home, stream: str, chosen: Iterable[str]) -> str:
+def _stream(files: _Files, stream: str, chosen: Iterable[str]) -> str:
     """SQL: the chosen columns of a stream's compacted rows, of each journal from its highest part, and its live rows.
 
     The contents are read once and first: of a part that appears later, the journals are read instead.
     """
     columns = {**COLUMNS[stream], "journal": "VARCHAR"}
-    parts = _parquet(prefix, home.journal / stream, columns, part=True)
+    parts = _parquet(files, files.home.journal / stream, columns, part=True)
     names = _names(chosen)
     return (
         f"with highest as materialized ({_highest(stream)}) "
         f"select {names} from ({parts}) semi join highest using (journal, part) "
-        f"union all select {names} from ({_live(prefix, home, stream)})"
+        f"union all select {names} from ({_live(files, stream)})"
     )
 
 
@@ -324,12 +339,12 @@ def _highest(stream: str) -> str:
     return f"select journal, max(part) as part from contents where stream = '{stream}' group by journal"
 
 
-def _live(prefix: str, home: Home, stream: str) -> str:
+def _live(files: _Files, stream: str) -> str:
     """SQL over the journals that are not in `highest`. Incomplete lines are read as nulls and left out."""
-    folder, columns = home.journal / stream, COLUMNS[stream]
+    folder, columns = files.home.journal / stream, COLUMNS[stream]
     if not any(folder.glob("*.ndjson")):
         return _nothing({**columns, "journal": "VARCHAR"})
-    rows = raw(text(f"{prefix}{folder}/*.ndjson"), stream)
+    rows = raw(files.glob(folder, "*.ndjson"), stream)
     new = f"select * from ({rows}) anti join highest using (journal)"
     return folded(new) if stream == EVENTS else new
 
@@ -344,26 +359,26 @@ def raw(files: str, stream: str) -> str:
     )
 
 
-def _documents(prefix: str, home: Home) -> str:
+def _documents(files: _Files) -> str:
     """Documents of the instances in the store, and of freed ones whose table was kept in the journal."""
     globs = [
-        (home.store.root / "instances", "*/documents.parquet", "split_part(filename, '/', -2)"),
-        (home.journal / "documents", "*.parquet", "split_part(parse_filename(filename), '.', 1)"),
+        (files.home.store.root / "instances", "*/documents.parquet", "split_part(filename, '/', -2)"),
+        (files.home.journal / "documents", "*.parquet", "split_part(parse_filename(filename), '.', 1)"),
     ]
-    return _of_artifacts(prefix, globs, DOCUMENTS, "instances", "instances")
+    return _of_artifacts(files, globs, DOCUMENTS, "instances", "instances")
 
 
-def _held_documents(prefix: str, home: Home) -> str:
+def _held_documents(files: _Files) -> str:
     """The documents of artifacts of kind `documents`: those in the store, and freed ones whose list was kept."""
     globs = [
-        (home.store.root / "documents", "*/documents/*.parquet", "split_part(filename, '/', -3)"),
-        (home.journal / "held", "*.parquet", "split_part(parse_filename(filename), '.', 1)"),
+        (files.home.store.root / "documents", "*/documents/*.parquet", "split_part(filename, '/', -3)"),
+        (files.home.journal / "held", "*.parquet", "split_part(parse_filename(filename), '.', 1)"),
     ]
-    return _of_artifacts(prefix, globs, HELD, "documents", "artifact")
+    return _of_artifacts(files, globs, HELD, "documents", "artifact")
 
 
 def _of_artifacts(
-    prefix: str, globs: list[tuple[Path, str, str]], columns: dict[str, str], kind: str, column: str
+    files: _Files, globs: list[tuple[Path, str, str]], columns: dict[str, str], kind: str, column: str
 ) -> str:
     """SQL over files of artifacts of a kind, with the artifact's whole digest as `column`.
 
@@ -371,7 +386,7 @@ def _of_artifacts(
     """
     chosen = _cast(columns)
     tables = [
-        f"select {chosen}, {digits} as digits from read_parquet({text(f'{prefix}{folder}/{pattern}')}, "
+        f"select {chosen}, {digits} as digits from read_parquet({files.glob(folder, pattern)}, "
         "union_by_name = true, filename = true)"
         for folder, pattern, digits in globs
         if any(folder.glob(pattern))
@@ -384,15 +399,15 @@ def _of_artifacts(
     )
 
 
-def _routing(prefix: str, home: Home) -> str:
+def _routing(files: _Files) -> str:
     """Routing statistics of evaluated models (tasks/evaluation/evaluate.py)."""
-    folder, pattern = home.store.root / "evaluation", "*/routing.parquet"
+    folder, pattern = files.home.store.root / "evaluation", "*/routing.parquet"
     if not any(folder.glob(pattern)):
         return _nothing({**ROUTING, "evaluation": "VARCHAR"})
     chosen = _cast(ROUTING)
     rows = (
         f"select {chosen}, split_part(filename, '/', -2) as digits from "
-        f"read_parquet({text(f'{prefix}{folder}/{pattern}')}, union_by_name = true, filename = true)"
+        f"read_parquet({files.glob(folder, pattern)}, union_by_name = true, filename = true)"
     )
     whole = "select distinct artifact as evaluation from step_outputs where kind = 'evaluation'"
     return (

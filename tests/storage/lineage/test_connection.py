@@ -73,7 +73,7 @@ def test_a_number_that_is_not_finite_becomes_null_with_its_name(home):
 def test_a_half_written_last_line_hides_nothing_else(home):
     with Journal(home.journal, "r1") as journal:
         write_step(journal, "s1")
-    path = next(home.journal.glob("events/*.ndjson"))
+    path = next(home.journal.glob("events/r1*.ndjson"))
     with open(path, "a") as handle:
         handle.write('{"event": "step_started", "st')
     assert query("select step from steps", home)[1] == [("s1",)]
