@@ -64,9 +64,9 @@ def decisions(home: Home, line: str | None = None) -> list[Decision]:
             [line, line],
         ).fetchall()
     found = []
-    for *about, evaluations, gate, rules, by, run, logged in rows:
-        decided = (json.loads(evaluations or "{}"), gate, json.loads(rules or "[]"))
-        found.append(Decision(*about, *decided, by, run, logged))
+    for named, verdict, checkpoint, reason, evaluations, gate, rules, by, run, logged in rows:
+        digests, outcomes = json.loads(evaluations or "{}"), json.loads(rules or "[]")
+        found.append(Decision(named, verdict, checkpoint, reason, digests, gate, outcomes, by, run, logged))
     return found
 
 
