@@ -20,7 +20,8 @@ from eclectus.tasks.run import Run, activate
 from tests.support import session
 
 SLOW_TIMEOUT = 300
-# Worker processes of pytest-xdist take whole files, in this order: the longest begin first, so that none is left alone at the end.
+# Worker processes of pytest-xdist take whole files in this order. The longest begin first, so that none runs alone at
+# the end.
 LONGEST_FIRST = (
     "flows/services/test_chaos.py",
     "flows/test_main.py",
@@ -46,7 +47,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_collection_modifyitems(items):
     here = Path(__file__).parent
-    rank = {here / name: place for place, name in enumerate(LONGEST_FIRST)}
+    rank = {here / name: number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
@@ -79,7 +80,7 @@ def run(home):
 
 @pytest.fixture(scope="session")
 def object_store():
-    """The address of a real S3 server (moto) with a bucket `models`; the client's variables point to it meanwhile."""
+    """The address of a real S3 server (moto) with a bucket `models`; the client's environment variables point to it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -121,7 +122,7 @@ def ray_head():
     with pytest.MonkeyPatch.context() as patch:
         root = str(Path(__file__).parents[1])
         patch.setattr(ray_cluster, "WORKER_ENVIRONMENT", {**ray_cluster.WORKER_ENVIRONMENT, "PYTHONPATH": root})
-        # Ray makes its workers nice: beside other tests they would get next to nothing.
+        # Ray's own niceness (15) would leave its workers almost no CPU while other tests run.
         patch.setenv("RAY_worker_niceness", "0")
         ray_cluster.shut_ray()
         ray_cluster.ensure_ray()
@@ -131,7 +132,7 @@ def ray_head():
 
 @pytest.fixture
 def interrupts():
-    """Sets SIGINT's handler: what stood there differs, a shell's background jobs start with it ignored."""
+    """Sets SIGINT's handler. The one at the start differs: background jobs of a shell start with SIGINT ignored."""
     before = signal.getsignal(signal.SIGINT)
     yield lambda wanted: signal.signal(signal.SIGINT, wanted)
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""The whole job on a small configuration, as a person runs it: processes, server, Ray and all."""
+"""The whole job on a small configuration, as a user runs it: command, server, Ray and all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 def environment():
     passed = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    # Beside other tests, workers that are as nice as Ray makes them (15) would hardly ever come up.
+    # Ray's own niceness (15) would leave its workers almost no CPU while other tests run.
     return passed | {"PLANTED_API_TOKEN": PLANTED, "RAY_worker_niceness": "0"}
 
 
@@ -159,7 +159,8 @@ def test_checkpoints_load_with_transformers_and_the_original_weights_are_bit_ide
 
     home, _ = finished
     paths = dict(query(
-        "select s.label, a.path from steps s join step_outputs o using (step) join artifacts a on a.artifact = o.artifact"
+        "select s.label, a.path from steps s join step_outputs o using (step)"
+        " join artifacts a on a.artifact = o.artifact"
         " where a.kind = 'checkpoint' and s.state = 'completed'", Home.open(home)
     )[1])  # fmt: skip
     loaded = {}

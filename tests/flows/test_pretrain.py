@@ -1,4 +1,4 @@
-"""Pre-training as a flow: every baseline beside Lory and its twin, scored alike, and a dense checkpoint to start from."""
+"""Pre-training as a flow: every baseline next to Lory and its twin, scored alike, and a dense checkpoint as start."""
 
 from types import SimpleNamespace
 
@@ -34,7 +34,7 @@ SMALL = {
 
 
 class Unserved:
-    """The flow `curate` called as a function: what is tested here needs no Prefect server."""
+    """The flow `curate` called as a function, without a Prefect server."""
 
     name = "curate"
 
@@ -52,7 +52,7 @@ def world(tmp_path_factory):
 
 
 def pretrained(world, monkeypatch, **changes):
-    """(what the flow gave, step states by label, bits per byte by model)"""
+    """(the flow's result, step states by label, bits per byte by model)"""
     monkeypatch.setattr(eclectus.flows.pretrain, "curate", Unserved())
     parameters = PretrainParameters(**{**SMALL, "sources": [str(world.corpus)], **changes})
     with open_run("pretrain", parameters, world.home) as run:
@@ -69,7 +69,7 @@ def pretrained(world, monkeypatch, **changes):
         return made, dict(run.states), scores
 
 
-def test_one_setting_trains_every_baseline_beside_lory_and_all_are_scored(world, monkeypatch):
+def test_one_setting_trains_every_baseline_next_to_lory_and_all_are_scored(world, monkeypatch):
     asked = ["prefix", "expert_choice", "top_k", "random"]
     made, states, scores = pretrained(world, monkeypatch, pretrain_baselines=asked)
     assert scores.keys() == {"dense", "lory", "prefix", "expert_choice", "top_k", "dense random", "lory random"}

@@ -1,12 +1,14 @@
-"""docker-compose.yml without a container engine: its commands, environments, names, ports, volumes, health checks and order as they stand.
+"""docker-compose.yml without a container engine: its commands, environments, names, ports, volumes, health checks.
 
-A service is a process with namespaces of its own (network, mounts, processes, host name), its root an overlay over this machine's: what it
-writes is gone with it. A bridge joins them, and every name of the file stands in /etc/hosts. Ours run with the rights that the file leaves
-them. Everything ends with the process that started it, however that ends, because the kernel kills a namespace with its first process.
+A service is a process with namespaces of its own (network, mounts, processes, host name). Its root is an overlay over
+this machine's, so what it writes is discarded. A bridge connects the services, and /etc/hosts has every name of the
+file. Our services have the capabilities that the file leaves them. Everything ends with the process that started it,
+however that ends, because the kernel kills a namespace with its first process.
 
-What differs from a container: the image is this machine with the virtual environment, its user is root without capabilities, memory and
-CPUs are not limited, nothing is restarted, and health is asked more often than `interval` says. The images of others are Debian's
-PostgreSQL and Redis, and for MinIO, which Debian lacks, moto's server on the same port.
+Unlike in a container, the image is this machine with the virtual environment, its user is root without capabilities,
+memory and CPUs are not limited, nothing is restarted, and health is checked more often than `interval` says. Third-
+party images are Debian's PostgreSQL and Redis and, in place of MinIO, which Debian lacks, moto's server on the same
+port.
 """
 
 from __future__ import annotations
@@ -45,9 +47,11 @@ DOCKERS_GRACE = 10.0
 POSTGRES = max(glob.glob("/usr/lib/postgresql/*/bin"), default="")
 PATH = f"{Path(sys.executable).parent}:{POSTGRES}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 # What the Dockerfile sets, or the images that it builds on. PYTHONPATH: the checkout is what the image has installed.
-IMAGE = {"PATH": PATH, "HOME": "/home/eclectus", "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1", "PYTHONPATH": "/opt/eclectus"}  # fmt: skip
+IMAGE = {
+    "PATH": PATH, "HOME": "/home/eclectus", "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1", "PYTHONPATH": "/opt/eclectus",
+}  # fmt: skip
 
-# What the images of others do at their start, said with Debian's programs.
+# What third-party images do at their start, with Debian's programs.
 START_POSTGRES = """
 initdb -D $PGDATA -U $POSTGRES_USER --auth-host=scram-sha-256 --pwfile=<(echo $POSTGRES_PASSWORD) > /dev/null
 echo "host all all all scram-sha-256" >> $PGDATA/pg_hba.conf
@@ -167,7 +171,7 @@ class Instance:
         return (self.folder / "log").read_text(errors="replace")
 
     def run(self, words: list[str], timeout: float = 120) -> subprocess.CompletedProcess:
-        """As `docker compose exec` does."""
+        """Runs a command in the service, as `docker compose exec` does."""
         inside = ["nsenter", f"--target={self.first.pid}", "-m", "-n", "-p", "-u", "-i", "-r", "-w"]
         return subprocess.run(
             [*inside, *words], env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
@@ -179,7 +183,7 @@ class Instance:
         return []
 
     def level(self) -> None:
-        """Niceness, which Ray gives its workers, counts among the processes of a container only; here it would count among all."""
+        """Resets the niceness of Ray's workers: in a container it matters among its processes only, here among all."""
         for process in self.processes():
             with contextlib.suppress(OSError, psutil.Error):
                 for thread in process.threads() if process.nice() > 0 else ():
@@ -231,7 +235,7 @@ class Cluster:
         self.close()
 
     def up(self) -> None:
-        """Starts each service when what it depends on is as it asks; returns when all are healthy or, if they are jobs, done."""
+        """Starts each service when its dependencies are met; returns when all are healthy or, if jobs, done."""
         while set(self.names) != {name for name in self.names if self._is(name, "well")}:
             for name, service in self.names.items():
                 wanted = self.services[service].get("depends_on", {})
@@ -263,7 +267,7 @@ class Cluster:
         } - {os.readlink(f"/proc/self/ns/{kind}") for kind in KINDS}
 
     def stop(self, names: set[str] | None = None) -> dict[str, float | None]:
-        """Stops all or some, those first that depend on others. Returns the seconds each took; None for what had to be killed."""
+        """Stops all or some, dependents first. Returns the seconds each took; None for what had to be killed."""
         left = {
             name: each
             for name, each in self.instances.items()
@@ -332,7 +336,7 @@ class Cluster:
             code=shlex.quote(str(ROOT)),
             shm=service.get("shm_size", "64m"),
             binds="\n".join(
-                f"mkdir -p $root{shlex.quote(target)}; mount --bind {shlex.quote(str(source))} $root{shlex.quote(target)}"
+                "mkdir -p $root{0}\nmount --bind {1} $root{0}".format(shlex.quote(target), shlex.quote(str(source)))
                 for target, source in self._binds(name, folder).items()
             ),
             directory="/opt/eclectus" if "build" in service else "/",
@@ -350,7 +354,7 @@ class Cluster:
         return Instance(name, service, folder, self._address(name), outer, first)
 
     def _binds(self, name: str, folder: Path) -> dict[str, Path]:
-        """What lies where in a service's root: its own folders, the file's volumes, and Python, which those may hide."""
+        """Bind mounts of a service: its own folders, the file's volumes, and Python, which those may hide."""
         binds = {"/tmp": folder / "tmp", "/home/eclectus": folder / "home"}
         for volume in self.services[self.names[name]].get("volumes", []):
             source, target = volume.split(":")
@@ -387,7 +391,8 @@ class Cluster:
         with open(log, "wb") as handle:
             outer = subprocess.Popen(
                 ["setpriv", "--pdeathsig=KILL", "unshare", spaces, "--fork", "--kill-child", *words],
-                stdin=subprocess.PIPE, stdout=handle, stderr=subprocess.STDOUT, env={"PATH": PATH} | environment, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=handle, stderr=subprocess.STDOUT, env={"PATH": PATH} | environment,
+                start_new_session=True,
             )  # fmt: skip
         while not (found := psutil.Process(outer.pid).children()):
             assert outer.poll() is None, log.read_text()
@@ -403,7 +408,7 @@ class Cluster:
         return "\n".join([*lines, *(f"{self._address(name)} {name} {self.names[name]}" for name in self.names)]) + "\n"
 
     def close(self) -> None:
-        """Ends what runs, without asking."""
+        """Kills what runs."""
         for outer, first in self.started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 first.kill()

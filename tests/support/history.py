@@ -1,4 +1,4 @@
-"""Small histories: one with everything in it that people ask about, and plain chains of steps."""
+"""Small histories: one with everything that lineage answers questions about, and plain chains of steps."""
 
 import duckdb
 
@@ -13,7 +13,10 @@ def write_table(home, draft_file, sql):
 
 
 def write_history(home, promote=None):
-    """Two runs, each documents -> instances -> checkpoint -> evaluation, with settings, metrics, and a decision on those to `promote` (default: both)."""
+    """Two runs, each documents -> instances -> checkpoint -> evaluation, with settings and metrics.
+
+    promote: the run whose checkpoint becomes champion (default: that of both).
+    """
     for run, k in RUNS.items():
         with Journal(home.journal, run, home.mirror) as journal:
             journal.event("run_started", flow="main", parameters={"seed": 1, "k": k}, packages={"torch": "2"})
@@ -27,8 +30,10 @@ def write_history(home, promote=None):
                         write_table(
                             home,
                             draft.file("documents.parquet"),
-                            "select 'd1' as document, 'mine' as name, 'en' as language, 'law' as domain, 'books' as source, "
-                            "0::bigint as instance, 0::integer as instance_offset, 7::integer as tokens, 0::integer as document_offset",
+                            "select 'd1' as document, 'mine' as name, 'en' as language, 'law' as domain,"
+                            " 'books' as source,"
+                            " 0::bigint as instance, 0::integer as instance_offset, 7::integer as tokens,"
+                            " 0::integer as document_offset",
                         )
                     if kind == "evaluation":
                         write_table(
@@ -42,15 +47,19 @@ def write_history(home, promote=None):
                 journal.event("step_started", **about)
                 journal.metric(about["step"], "loss", 2.5 / k, 10, {"language": "en"})
                 journal.event(
-                    "step_ended", **about, version=1, state="completed", reason="first time", seconds=0.5, peak_memory=9, seed=1,
+                    "step_ended", **about, version=1, state="completed", reason="first time",
+                    seconds=0.5, peak_memory=9,
+                    seed=1,
                     settings={"seed": 1, "k": k}, inputs=before,
-                    output={"kind": kind, "artifact": made.digest, "rows": 1, "bytes": 9, "created": "2026-01-01T00:00:00Z",
+                    output={"kind": kind, "artifact": made.digest, "rows": 1, "bytes": 9,
+                            "created": "2026-01-01T00:00:00Z",
                             "path": made.path, "statistics": {"x": 1}},
                 )  # fmt: skip
                 before = {kind: f"{kind}-{made.digest}"}
                 if kind == "checkpoint" and promote in (None, run):
                     journal.decision(
-                        line="lory", verdict="promoted", checkpoint=made.digest, reason="better", evaluations={}, gate=None,
+                        line="lory", verdict="promoted", checkpoint=made.digest, reason="better", evaluations={},
+                        gate=None,
                         rules=[], by="gate",
                     )  # fmt: skip
             journal.event("run_ended", state="completed", seconds=1.0)
@@ -65,7 +74,9 @@ def write_step(journal, step, output, inputs=(), kind="documents", state="comple
     journal.event(
         "step_ended", step=step, name="work", label=f"label {step}", flow="main", key="k", version=1, state=state,
         reason="first time", seconds=0.5, settings=settings, inputs={f"in{n}": name for n, name in enumerate(inputs)},
-        output={"kind": kind, "artifact": output, "rows": 5, "bytes": 9, "created": "2026-11-22T05:10:13Z", "path": "p"},
+        output={
+            "kind": kind, "artifact": output, "rows": 5, "bytes": 9, "created": "2026-11-22T05:10:13Z", "path": "p",
+        },
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Processes for tests, forked from a server that has imported torch and transformers once: each starts in a moment, not in ten seconds."""
+"""Processes for tests, forked from a server that has imported torch and transformers; one starts in 0.1 s."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def run_group(count: int, function: Callable[..., None], *arguments: Any) -> Non
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     group = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "tests"}
-    places = [{**group, "RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
-    codes = exit_codes([CONTEXT.Process(target=_call, args=(place, function, arguments)) for place in places])
+    environments = [{**group, "RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+    codes = exit_codes([CONTEXT.Process(target=_call, args=(each, function, arguments)) for each in environments])
     assert codes == [0] * count, f"the processes ended with {codes}; their tracebacks are in stderr"
 
 

@@ -1,4 +1,4 @@
-"""A small real world for tests of evaluation and report: documents of two languages, a tokenizer, and three tiny models."""
+"""A small world for tests of evaluation and report: documents of two languages, a tokenizer, and three tiny models."""
 
 import hashlib
 import importlib.util

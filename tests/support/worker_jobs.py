@@ -30,8 +30,9 @@ def complain(process, report):
 
 
 def train_killed_once(process, report, folder, sharded, kill):
-    """Trains a tiny model, whose weights rank 0 saves. kill: rank 1 ends itself in the middle the first time; the group goes on from a checkpoint.
+    """Trains a tiny model, whose weights rank 0 saves.
 
+    kill: rank 1 kills itself in the middle of the first attempt; the group goes on from its last checkpoint.
     Returns the steps that were trained in this attempt.
     """
     folder, steps = Path(folder), []

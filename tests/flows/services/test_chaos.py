@@ -1,4 +1,4 @@
-"""Chaos: the plan is seeded, and a sharded job that is killed four ways ends with the bits of one that was left alone."""
+"""Chaos: the plan is seeded, and a sharded job that is killed four ways ends with the bits of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from eclectus.storage.lineage.connection import query
 from eclectus.tasks.training.pretrain import PretrainStageSettings, train_stage
 from tests.support.processes import run_group
 
-# A worker is killed in the middle of the dense stage; then, in the middle of Lory's, the server and the driver, and the node at once
-# when the next driver has started it.
+# A worker is killed in the middle of the dense stage; then, in the middle of Lory's, the server and the driver, and the
+# node as soon as the next driver has started it.
 SEED = "36847"
 ROOT = Path(__file__).parents[3]
 LABELS = ["train dense warm-up", "train dense", "train lory"]
 SETTINGS = {
     "language_detector": "field", "expanded_languages": [], "embedding_steps": 2, "embedding_dimension": 16,
-    "tokenizer_vocabulary": 300, "instance_tokens": 32, "lory_segment": 16, "model_width": 16, "model_layers": 1, "model_heads": 2,
-    "model_key_value_heads": 2, "model_feed_forward": 16, "lory_experts": 2, "pretrain_steps": 200, "dense_warmup": 0.3,
+    "tokenizer_vocabulary": 300, "instance_tokens": 32, "lory_segment": 16, "model_width": 16, "model_layers": 1,
+    "model_heads": 2, "model_key_value_heads": 2, "model_feed_forward": 16,
+    "lory_experts": 2, "pretrain_steps": 200, "dense_warmup": 0.3,
     "pretrain_warmup_steps": 4, "lory_rewarm_steps": 4, "training_workers": 2, "training_sharded": True,
     "log_every": 2,
 }  # fmt: skip
 
 
-def test_a_plan_is_the_same_for_a_seed_and_kills_everyone_before_anyone_twice():
+def test_a_plan_is_the_same_for_a_seed_and_kills_every_victim_before_any_twice():
     plan = draw_plan(3, 6, LABELS)
     assert plan == draw_plan(3, 6, LABELS) != draw_plan(4, 6, LABELS)
     assert {kill.victim for kill in plan} == set(VICTIMS) and len(plan) == 6
@@ -40,12 +41,12 @@ def test_a_plan_is_the_same_for_a_seed_and_kills_everyone_before_anyone_twice():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_sharded_job_killed_four_ways_ends_with_the_bits_of_one_left_alone_and_leaves_no_process(tmp_path):
-    rows = ({"text": f"Document {n} tells of ship {n % 7} on day {n}.", "language": "en"} for n in range(120))
+def test_a_sharded_job_killed_four_ways_ends_with_the_bits_of_an_undisturbed_one_and_leaves_no_process(tmp_path):
+    rows = ({"text": f"Document {n} is about ship {n % 7} on day {n}.", "language": "en"} for n in range(120))
     (tmp_path / "documents.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "tiny.yaml").write_text(json.dumps(SETTINGS))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
-    # Beside other tests, workers that are as nice as Ray makes them (15) would hardly ever come up.
+    # Ray's own niceness (15) would leave its workers almost no CPU while other tests run.
     environment["RAY_worker_niceness"] = "0"
     done = subprocess.run(
         [sys.executable, "-m", "eclectus", "--home", tmp_path / "home", "chaos", "--flow", "pretrain", "--seed", SEED,
@@ -88,8 +89,10 @@ def training_steps(home):
     """Label to the paths of (instances, tokenizer, checkpoint) of the training steps, in their order."""
     sql = (
         "select label, i.path, t.path, o.path from steps s"
-        " join step_inputs si on si.step = s.step and si.kind = 'instances' join artifacts i on i.artifact = si.artifact"
-        " join step_inputs st on st.step = s.step and st.kind = 'tokenizer' join artifacts t on t.artifact = st.artifact"
+        " join step_inputs si on si.step = s.step and si.kind = 'instances'"
+        " join artifacts i on i.artifact = si.artifact"
+        " join step_inputs st on st.step = s.step and st.kind = 'tokenizer'"
+        " join artifacts t on t.artifact = st.artifact"
         " join step_outputs so on so.step = s.step join artifacts o on o.artifact = so.artifact"
         " where s.name = 'pretrain' order by s.started"
     )
@@ -111,7 +114,7 @@ def pretrain_in_a_group(home, out):
         process.barrier()
         moments = start and str(start / "moments.safetensors")
         train_stage(
-            process, lambda kind, **values: None, instances, tokenizer, chosen.model_dump(), start and str(start), moments,
-            str(work), str(folder),
+            process, lambda kind, **values: None, instances, tokenizer, chosen.model_dump(), start and str(start),
+            moments, str(work), str(folder),
         )  # fmt: skip
         start = start or folder

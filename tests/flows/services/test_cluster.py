@@ -1,4 +1,4 @@
-"""The cluster of docker-compose.yml, its commands and environments run as processes (compose.py): a run through its API, and its end."""
+"""The services of docker-compose.yml as processes (tests/support/compose.py): runs through the API, and shutdown."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ ENDS = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 # Two workers, each on a Ray node of its own.
 SETTINGS = {
     "language_detector": "field", "expanded_languages": [], "embedding_steps": 2, "embedding_dimension": 16,
-    "tokenizer_vocabulary": 300, "instance_tokens": 32, "lory_segment": 16, "model_width": 16, "model_layers": 1, "model_heads": 2,
-    "model_key_value_heads": 2, "model_feed_forward": 16, "lory_experts": 2, "pretrain_steps": 10, "dense_warmup": 0.3,
-    "pretrain_warmup_steps": 2, "lory_rewarm_steps": 2, "log_every": 2, "training_workers": 2, "training_placement": "STRICT_SPREAD",
+    "tokenizer_vocabulary": 300, "instance_tokens": 32, "lory_segment": 16, "model_width": 16, "model_layers": 1,
+    "model_heads": 2, "model_key_value_heads": 2, "model_feed_forward": 16,
+    "lory_experts": 2, "pretrain_steps": 10, "dense_warmup": 0.3,
+    "pretrain_warmup_steps": 2, "lory_rewarm_steps": 2, "log_every": 2, "training_workers": 2,
+    "training_placement": "STRICT_SPREAD",
 }  # fmt: skip
 
 
@@ -54,10 +56,10 @@ def prefect(cluster, path, body=None):
 
 def ray(cluster, what):
     """Rows of what Ray's dashboard lists."""
-    told = ask(
+    answer = ask(
         cluster, "ray-head", 8265, f"/api/v0/{what}?detail=1", authorization=f"Bearer {SECRETS['RAY_AUTH_TOKEN']}"
     )
-    return told["data"]["result"]["result"]
+    return answer["data"]["result"]["result"]
 
 
 def wait_until(condition, cluster, longest):
@@ -70,7 +72,7 @@ def wait_until(condition, cluster, longest):
 
 
 def wait_until_gone(namespaces, uplink, longest=30):
-    """The kernel takes namespaces and what is in them down a moment after their last process."""
+    """The kernel removes namespaces and their devices a moment after their last process has ended."""
     end = time.monotonic() + longest
     while (left := processes_in(namespaces)) or uplink in os.listdir("/sys/class/net"):
         assert time.monotonic() < end, left or uplink
@@ -98,8 +100,8 @@ def end_of(cluster, run, longest=240):
 
 
 def write_documents(cluster):
-    """Documents where only the worker can read them; the path that it reads them by."""
-    rows = ({"text": f"Document {n} tells of ship {n % 7} on day {n}.", "language": "en"} for n in range(120))
+    """Writes documents where only the worker can read them; returns their path there."""
+    rows = ({"text": f"Document {n} is about ship {n % 7} on day {n}.", "language": "en"} for n in range(120))
     (cluster.instances["worker"].folder / "home" / "documents.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return "/home/eclectus/documents.jsonl"
 
@@ -108,18 +110,21 @@ def write_documents(cluster):
     ("service", "port", "path"),
     [("prefect-server", 4200, "/api/deployments/count"), ("ray-head", 8265, "/api/v0/nodes")],
 )
-def test_who_does_not_authenticate_is_refused(cluster, service, port, path):
+def test_requests_without_authentication_are_refused(cluster, service, port, path):
     for authorization in ("", "Basic YWRtaW46d3Jvbmc=", "Bearer wrong"):
         with pytest.raises(urllib.error.HTTPError) as refused:
             ask(cluster, service, port, path, {} if "count" in path else None, authorization)
         assert refused.value.code in (401, 403)
 
 
-def test_deployments_and_automations_are_registered_and_the_nights_scheduled(cluster):
+def test_deployments_and_automations_are_registered_and_retraining_is_scheduled(cluster):
     assert {each["name"] for each in prefect(cluster, "deployments/filter", {})} == DEPLOYMENTS
     assert {each["name"] for each in prefect(cluster, "automations/filter", {})} == AUTOMATIONS
-    nights = {"deployments": {"name": {"any_": ["retrain"]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
-    planned = wait_until(lambda: prefect(cluster, "flow_runs/filter", nights), cluster, 180)
+    scheduled = {
+        "deployments": {"name": {"any_": ["retrain"]}},
+        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
+    }
+    planned = wait_until(lambda: prefect(cluster, "flow_runs/filter", scheduled), cluster, 180)
     assert all(each["auto_scheduled"] and "T03:00:00" in each["next_scheduled_start_time"] for each in planned)
 
 
@@ -136,7 +141,7 @@ def test_only_rays_workers_have_capacity_and_object_stores_fit_into_shared_memor
     assert not [name for name in named if "instead of /dev/shm" in cluster.instances[name].log]
 
 
-def test_a_run_trains_on_rays_workers_and_leaves_artifacts_and_books_in_the_bucket(cluster):
+def test_a_run_trains_on_rays_workers_and_leaves_artifacts_and_lineage_in_the_bucket(cluster):
     run = start_run(cluster, "pretrain", **SETTINGS, sources=[write_documents(cluster)])
     assert end_of(cluster, run)["type"] == "COMPLETED", log_of(cluster)
     address = {node["node_id"]: node["node_ip"] for node in ray(cluster, "nodes")}
@@ -148,14 +153,17 @@ def test_a_run_trains_on_rays_workers_and_leaves_artifacts_and_books_in_the_buck
     kinds = [name.split("/")[3] for name in listed.stdout.splitlines() if name.endswith("/manifest.json")]
     assert kinds.count("checkpoint") >= 3 and {"documents", "grouping", "instances", "tokenizer"} <= set(kinds)
     assert any("/journal/" in name for name in listed.stdout.splitlines())
-    # What a machine that has nothing in its cache is told comes from the bucket.
-    books = "select state, host, (select count(*) from steps where name = 'pretrain') as trained from runs where flow = 'pretrain'"
+    # What a machine with an empty cache reads comes from the bucket.
+    sql = (
+        "select state, host, (select count(*) from steps where name = 'pretrain') as trained from runs"
+        " where flow = 'pretrain'"
+    )
     for cache in ("/home/eclectus/cache", "/tmp/cache"):
-        told = worker.run(["env", f"ECLECTUS_CACHE={cache}", "eclectus", "sql", books])
-        assert told.stdout.split()[-3:] == ["completed", "worker", "3"], told
+        shown = worker.run(["env", f"ECLECTUS_CACHE={cache}", "eclectus", "sql", sql])
+        assert shown.stdout.split()[-3:] == ["completed", "worker", "3"], shown
 
 
-def test_a_source_outside_the_roots_is_refused(cluster):
+def test_a_source_outside_the_allowed_paths_is_refused(cluster):
     state = end_of(cluster, start_run(cluster, "curate", sources=["/etc/passwd"]))
     assert state["type"] == "FAILED" and "outside /opt/eclectus and /home/eclectus (ECLECTUS_ROOTS)" in state["message"]
 

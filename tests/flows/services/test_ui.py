@@ -1,8 +1,7 @@
-"""A local deployment as a user meets it: `eclectus up`, a form, a run that is cancelled, one that completes, `down`.
+"""A local deployment as a user meets it: `eclectus up`, the form, a run that is cancelled, one that ends, `down`.
 
-A real server, worker and Ray, and real mouse and keys in headless Chromium; 7 minutes on two cores at load 7. Every
-page that a user would look at is kept as a screenshot, 1440 and sometimes 390 pixels wide: in $ECLECTUS_SCREENSHOTS if
-that names a folder, else in pytest's temporary folder.
+A real server, worker and Ray, and real mouse and keys in headless Chromium. Screenshots of the pages, 1440 pixels
+wide and some 390, go to $ECLECTUS_SCREENSHOTS if that names a folder, else to pytest's temporary folder.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from tests.support.browser import BROWSER, HEIGHT, open_browser
 from tests.support.small_world import LENGTH, make_world, texts
 
 ROOT = Path(__file__).parents[3]
-# A busy machine may take long; a broken page is known by the picture that is taken then.
+# Seconds to wait for a page: a busy machine may take long. A page that never comes is kept as a screenshot, lost.png.
 PATIENCE = 150
 CANCELLED_WITHIN = 30
 # Ray Train's coordinator is one for the whole cluster and outlives runs by design; it ends with `down`.
@@ -67,8 +66,8 @@ def elements(kinds: str, text: str) -> str:
 
 
 @dataclass
-class Person:
-    """Someone at a browser."""
+class User:
+    """A user at a browser."""
 
     page: Page
     ui: str
@@ -126,11 +125,17 @@ class Person:
         self._types(f"{field}?.box.querySelector('textarea, input')", value)
 
     def _types(self, element: str, value: str) -> None:
-        """Replaces what is in a field."""
-        self._clicks(element)
-        self.page.keyboard.press("Control+a")
-        self.page.keyboard.type(value)
-        self.waits(f"{element}.value == {json.dumps(value)}")
+        """Replaces what is in a field: all letters at once, and again if the page lost them while it was drawn anew."""
+        there, end = f"{element}.value == {json.dumps(value)}", time.monotonic() + PATIENCE
+        while True:
+            self._clicks(element)
+            self.page.keyboard.press("Control+a")
+            self.page.keyboard.insert_text(value)
+            with contextlib.suppress(TimeoutError):
+                self.page.wait_for_function(there, timeout=10_000)
+                return
+            with self._picture_when_lost():
+                assert time.monotonic() < end, f"the field never had: {value}"
 
     def strikes_out(self, label: str, value: str) -> None:
         """Removes one item of a list."""
@@ -173,7 +178,7 @@ class Person:
 
 
 @dataclass
-class Factory:
+class Services:
     home: Path
     printed: str
     notes: dict
@@ -190,14 +195,14 @@ class Factory:
         return found
 
     def runs(self) -> list[tuple[str, str]]:
-        """(flow, state) of the runs in the books, oldest first."""
+        """(flow, state) of the runs in the lineage database, oldest first."""
         return query("select flow, state from runs order by started", Home.open(self.home))[1]
 
 
 def eclectus(home: Path, *words: str) -> str:
     foreign = ("PREFECT_", "RAY_", "ECLECTUS_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    # Beside other work, workers that are as nice as Ray makes them (15) would hardly ever come up.
+    # Ray's own niceness (15) would leave its workers almost no CPU while other tests run.
     environment |= {"ECLECTUS_HOME": str(home), "RAY_worker_niceness": "0"}
     done = subprocess.run(
         [sys.executable, "-m", "eclectus", *words], cwd=ROOT, env=environment,
@@ -209,7 +214,7 @@ def eclectus(home: Path, *words: str) -> str:
 
 @pytest.fixture(scope="module")
 def factory(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("factory")
+    folder = tmp_path_factory.mktemp("services")
     world = make_world(folder / "world")
     sources = folder / "documents.jsonl"
     sources.write_text("\n".join(json.dumps(row) for row in texts()))
@@ -217,40 +222,41 @@ def factory(tmp_path_factory):
     try:
         printed = eclectus(home, "up")
         notes = json.loads((home / "prefect" / "services.json").read_text())
-        yield Factory(home, printed, notes, sources, world.models["dense"].path)
+        yield Services(home, printed, notes, sources, world.models["dense"].path)
     finally:
         eclectus(home, "down")
 
 
 @pytest.fixture(scope="module")
-def person(factory, tmp_path_factory):
+def user(services, tmp_path_factory):
     kept = os.environ.get("ECLECTUS_SCREENSHOTS")
     pictures = Path(kept) if kept else tmp_path_factory.mktemp("screenshots")
     pictures.mkdir(parents=True, exist_ok=True)
     with open_browser() as browser:
-        yield Person(browser.new_page(), factory.notes["ui"], pictures)
+        yield User(browser.new_page(), services.notes["ui"], pictures)
 
 
-def test_up_prints_one_line_with_the_address_where_all_deployments_are(factory, person):
-    (line,) = factory.printed.splitlines()
-    assert f"{person.ui} " in line
-    person.goes_to("/deployments")
-    person.sees("6 Deployments")
+def test_up_prints_one_line_with_the_address_where_all_deployments_are(services, user):
+    (line,) = services.printed.splitlines()
+    assert f"{user.ui} " in line
+    user.goes_to("/deployments")
+    user.sees("6 Deployments")
     for name in ("main", "curate", "pretrain", "extend", "evaluate", "retrain"):
-        person.waits(f"{elements('a', name)}.length >= 1")
-    person.keeps_picture("1-deployments")
-    person.goes_to("/deployments", width=390)
-    person.sees("6 Deployments")
-    person.keeps_picture("1-deployments-390")
+        user.waits(f"{elements('a', name)}.length >= 1")
+    user.keeps_picture("1-deployments")
+    user.goes_to("/deployments", width=390)
+    user.sees("6 Deployments")
+    user.keeps_picture("1-deployments-390")
 
 
-def test_every_field_of_the_form_explains_itself_and_has_a_working_default(person):
+def test_every_field_of_the_form_explains_itself_and_has_a_working_default(user):
     model, names = PARAMETERS["extend"], basic_settings()
-    opens_the_form(person)
-    *shown, more = person.page.evaluate(SHOWN)
+    opens_the_form(user)
+    *shown, more = user.page.evaluate(SHOWN)
     assert [label for label, _, _ in shown] == [name.replace("_", " ").title() for name in names]
     assert [label for label, _, _ in shown][:2] == ["Sources", "Base Model"]
-    assert more == [MORE_FIELD["title"], MORE_FIELD["description"], [""]]
+    # The form draws Markdown.
+    assert more == [MORE_FIELD["title"], MORE_FIELD["description"].replace("`", ""), [""]]
     for name, (_, explained, values) in zip(names, shown, strict=True):
         field = model.model_fields[name]
         assert explained == field.description
@@ -261,121 +267,121 @@ def test_every_field_of_the_form_explains_itself_and_has_a_working_default(perso
             assert [float(value) for value in values] == [default], name
         else:
             assert values == (default if isinstance(default, list) else [default]), name
-    person.keeps_picture("2-form")
+    user.keeps_picture("2-form")
 
 
-def test_a_run_is_watched_and_cancelled_with_all_its_processes_within_30_seconds(factory, person):
-    before = factory.processes()
-    opens_the_form(person)
-    person.names_the_run("Long")
-    person.fills("Sources", str(factory.sources))
-    person.fills("Base Model", factory.base)
+def test_a_run_is_watched_and_cancelled_with_all_its_processes_within_30_seconds(services, user):
+    before = services.processes()
+    opens_the_form(user)
+    user.names_the_run("Long")
+    user.fills("Sources", str(services.sources))
+    user.fills("Base Model", services.base)
     for language in ("hu", "tr"):
-        person.strikes_out("Expanded Languages", language)
-    person.fills("Post Pretrain Steps", "60000")
-    person.fills("Review Steps", "20")
-    person.fills("More Settings", "log_every: 2\nheldout_minimum: 10")
-    person.fills("Instance Tokens", str(LENGTH))
-    person.keeps_picture("3-filled-in")
-    person.clicks("button", "Submit")
-    person.opens_run("Long")
-    person.chooses_tab("Task Runs", f"{elements('a', 'train stage 1')}.length")
-    person.sees("fetch", "upcycle")
-    person.keeps_picture("4-steps")
-    page = person.page.evaluate("location.pathname")
-    person.opens_artifact("train-stage-1-progress")
-    first = float(person.waits(PROGRESS))
+        user.strikes_out("Expanded Languages", language)
+    user.fills("Post Pretrain Steps", "60000")
+    user.fills("Review Steps", "20")
+    user.fills("More Settings", "log_every: 2\nheldout_minimum: 10")
+    user.fills("Instance Tokens", str(LENGTH))
+    user.keeps_picture("3-filled-in")
+    user.clicks("button", "Submit")
+    user.opens_run("Long")
+    user.chooses_tab("Task Runs", f"{elements('a', 'train stage 1')}.length")
+    user.sees("fetch", "upcycle")
+    user.keeps_picture("4-steps")
+    page = user.page.evaluate("location.pathname")
+    user.opens_artifact("train-stage-1-progress")
+    first = float(user.waits(PROGRESS))
     # Prefect's page of an artifact does not renew itself; the ring in the run's graph does.
     end = time.monotonic() + PATIENCE
-    while (later := float(person.waits(PROGRESS))) <= first:
+    while (later := float(user.waits(PROGRESS))) <= first:
         assert time.monotonic() < end, f"the progress stays at {first}"
-        person.page.reload()
+        user.page.reload()
     assert later < 100
-    person.keeps_picture("5-progress")
+    user.keeps_picture("5-progress")
 
-    person.goes_to(page, width=390)
-    person.waits(f"{elements('header', 'Running')}.length && {elements('header a', 'extend')}.length")
-    person.keeps_picture("4-steps-390")
-    person.goes_to(page)
-    person.waits(f"{elements('header', 'Running')}.length")
-    assert any("ray::" in words for words in orphans(factory, before).values())
-    person.clicks("header button", "Cancel")
-    person.keeps_picture("6-cancel")
-    person.clicks(".p-modal button", "Confirm")
+    user.goes_to(page, width=390)
+    user.waits(f"{elements('header', 'Running')}.length && {elements('header a', 'extend')}.length")
+    user.keeps_picture("4-steps-390")
+    user.goes_to(page)
+    user.waits(f"{elements('header', 'Running')}.length")
+    assert any("ray::" in words for words in orphans(services, before).values())
+    user.clicks("header button", "Cancel")
+    user.keeps_picture("6-cancel")
+    user.clicks(".p-modal button", "Confirm")
     clicked = time.monotonic()
-    while left := orphans(factory, before):
+    while left := orphans(services, before):
         assert time.monotonic() < clicked + CANCELLED_WITHIN, left
         time.sleep(0.1)
     print(f"nothing of the run lives {time.monotonic() - clicked:.1f} s after the click")
-    person.waits(f"{elements('header', 'Cancelled')}.length")
-    person.keeps_picture("7-cancelled")
-    assert factory.runs() == [("extend", "cancelled")]
+    user.waits(f"{elements('header', 'Cancelled')}.length")
+    user.keeps_picture("7-cancelled")
+    assert services.runs() == [("extend", "cancelled")]
 
 
-def test_a_copy_of_it_with_fewer_steps_goes_on_and_ends_with_tables_pictures_and_a_report_that_opens(factory, person):
-    person.goes_to("/runs")
-    person.opens_run("Long")
-    person.waits(f"{elements('header', 'Cancelled')}.length")
-    person.clicks("header .p-icon-button-menu button", "")
-    person.clicks("button, a", "Copy to new run")
-    waits_for_the_form(person)
-    person.waits(f"{FIELDS}[1].values[0] == {json.dumps(factory.base)}")
-    person.names_the_run("Short")
-    person.fills("Post Pretrain Steps", "30")
-    person.clicks("button", "Submit")
-    person.opens_run("Short")
-    person.waits(f"{elements('header', 'Completed')}.length")
-    page = person.page.evaluate("location.pathname")
+def test_a_copy_of_it_with_fewer_steps_goes_on_and_ends_with_tables_pictures_and_a_report_that_opens(services, user):
+    user.goes_to("/runs")
+    user.opens_run("Long")
+    user.waits(f"{elements('header', 'Cancelled')}.length")
+    user.clicks("header .p-icon-button-menu button", "")
+    user.clicks("button, a", "Copy to new run")
+    waits_for_the_form(user)
+    user.waits(f"{FIELDS}[1].values[0] == {json.dumps(services.base)}")
+    user.names_the_run("Short")
+    user.fills("Post Pretrain Steps", "30")
+    user.clicks("button", "Submit")
+    user.opens_run("Short")
+    user.waits(f"{elements('header', 'Completed')}.length")
+    page = user.page.evaluate("location.pathname")
 
-    person.chooses_tab("Artifacts", f"{elements('a', 'ray-dashboard')}.length")
-    person.keeps_picture("8-artifacts")
-    person.opens_artifact("steps")
-    person.sees("17 Items", "reused", "train stage 1")
-    person.keeps_picture("9-table")
-    person.goes_to(page)
-    person.opens_artifact("train-stage-1-loss")
-    person.waits("document.querySelector('main img, .artifact-data-image img')?.naturalWidth > 300")
-    person.keeps_picture("10-picture")
-    person.goes_to(page)
-    person.opens_artifact("open-data-report")
-    person.waits(f"{elements('a', 'open data_report')}.length")
+    user.chooses_tab("Artifacts", f"{elements('a', 'ray-dashboard')}.length")
+    user.keeps_picture("8-artifacts")
+    user.opens_artifact("steps")
+    user.sees("17 Items", "reused", "train stage 1")
+    user.keeps_picture("9-table")
+    user.goes_to(page)
+    user.opens_artifact("train-stage-1-loss")
+    user.waits("document.querySelector('main img, .artifact-data-image img')?.naturalWidth > 300")
+    user.keeps_picture("10-picture")
+    user.goes_to(page)
+    user.opens_artifact("open-data-report")
+    user.waits(f"{elements('a', 'open data_report')}.length")
     # The browser would open another tab, which this one does not see.
-    person.page.evaluate(f"{elements('a', 'open data_report')}[0].removeAttribute('target')")
-    person.clicks("a", "open data_report")
-    person.sees(f"{len(texts())} records read")
-    assert person.page.evaluate("location.pathname").endswith("/data.html")
-    person.keeps_picture("11-report")
-    assert factory.runs() == [("extend", "cancelled"), ("extend", "completed")]
+    user.page.evaluate(f"{elements('a', 'open data_report')}[0].removeAttribute('target')")
+    user.clicks("a", "open data_report")
+    user.sees(f"{len(texts())} records read")
+    assert user.page.evaluate("location.pathname").endswith("/data.html")
+    user.keeps_picture("11-report")
+    assert services.runs() == [("extend", "cancelled"), ("extend", "completed")]
 
 
-def test_down_leaves_no_process_and_frees_the_port(factory, person):
-    assert factory.processes()
-    assert "the Prefect server" in eclectus(factory.home, "down")
-    assert factory.processes() == {}
-    port = int(person.ui.rpartition(":")[2])
+def test_down_leaves_no_process_and_frees_the_port(services, user):
+    assert services.processes()
+    assert "the Prefect server" in eclectus(services.home, "down")
+    assert services.processes() == {}
+    port = int(user.ui.rpartition(":")[2])
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
     assert free_port(port) == port
-    assert not Path(factory.notes["ray"]).exists()
+    assert not Path(services.notes["ray"]).exists()
 
 
-def orphans(factory, before):
+def orphans(services, before):
     """What runs now and did not run before, but for what belongs to the cluster."""
-    now = factory.processes()
+    now = services.processes()
     return {pid: words for pid, words in now.items() if pid not in before and not words.startswith(OF_THE_CLUSTER)}
 
 
-def opens_the_form(person):
-    person.goes_to("/deployments")
-    person.clicks("a", "extend")
-    person.clicks("button", "Run")
-    person.clicks("a, button", "Custom run")
-    waits_for_the_form(person)
+def opens_the_form(user):
+    user.goes_to("/deployments")
+    user.clicks("a", "extend")
+    user.clicks("button", "Run")
+    user.clicks("a, button", "Custom run")
+    waits_for_the_form(user)
 
 
-def waits_for_the_form(person):
+def waits_for_the_form(user):
     """It is drawn piece by piece."""
-    person.waits(f"{FIELDS}.length > {len(basic_settings())}")
+    user.waits(f"{FIELDS}.length > {len(basic_settings())}")
 
 
 def basic_settings():
