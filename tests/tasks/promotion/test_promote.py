@@ -1,4 +1,4 @@
-"""Promotion: the evaluations of a checkpoint by lineage, and which evaluation of the champion the gate compares with."""
+"""Promotion: the evaluations of a checkpoint by lineage, and which evaluation of the champion the gate uses."""
 
 import json
 
