@@ -41,8 +41,10 @@ LONGEST_FIRST = (
     "tasks/evaluation/test_evaluate.py",
 )  # fmt: skip
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Several processes share the cores; threads that spin while they wait take them from each other.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Several processes share the cores. Threads that spin while they wait would take them from each other: 200 s in place
+    # of 8 were seen.
+    for name, value in {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}.items():
+        os.environ.setdefault(name, value)
 
 
 def pytest_collection_modifyitems(items):
@@ -60,6 +62,13 @@ def session_folder(tmp_path_factory):
     own = tmp_path_factory.getbasetemp()
     session.FOLDER = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
     session.FOLDER.mkdir(exist_ok=True)
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """Tests compute with tiny matrices; an encoder that one of them loads sets torch's threads for the whole process."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture
