@@ -213,7 +213,7 @@ def eclectus(home: Path, *words: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def factory(tmp_path_factory):
+def services(tmp_path_factory):
     folder = tmp_path_factory.mktemp("services")
     world = make_world(folder / "world")
     sources = folder / "documents.jsonl"
