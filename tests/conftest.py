@@ -41,8 +41,8 @@ LONGEST_FIRST = (
     "tasks/evaluation/test_evaluate.py",
 )  # fmt: skip
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Several processes share the cores. Threads that spin while they wait would take them from each other: 200 s in place
-    # of 8 were seen.
+    # Several processes share the cores; OpenMP threads that spin while they wait would take them from each other: 200 s
+    # instead of 8 were seen.
     for name, value in {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}.items():
         os.environ.setdefault(name, value)
 
@@ -66,7 +66,7 @@ def session_folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_torch_thread():
-    """Tests compute with tiny matrices; an encoder that one of them loads sets torch's threads for the whole process."""
+    """Tests compute with tiny matrices, and an encoder that one of them loads sets torch's threads for the process."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 

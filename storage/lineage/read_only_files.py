@@ -2,8 +2,8 @@
 
 DuckDB's own setting (`enable_external_access = false` with `allowed_directories`) still lets COPY, ATTACH and EXPORT
 write into the directories that views may read. So the connection's local file system is disabled, and views read
-through this one (`books://./journal/...`), which opens files for reading only, and only below its folders. No measurable
-cost: Parquet and JSON are read in large blocks.
+through this one (`books://./journal/...`), which opens files for reading only, and only below its folders. No
+measurable cost: Parquet and JSON are read in large blocks.
 """
 
 from __future__ import annotations
