@@ -40,7 +40,7 @@ def test_a_plan_is_the_same_for_a_seed_and_kills_every_victim_before_any_twice()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_sharded_job_killed_four_ways_ends_with_the_bits_of_an_undisturbed_one_and_leaves_no_process(tmp_path):
     rows = ({"text": f"Document {n} is about ship {n % 7} on day {n}.", "language": "en"} for n in range(120))
     (tmp_path / "documents.jsonl").write_text("\n".join(map(json.dumps, rows)))
