@@ -20,8 +20,8 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def count(value: float) -> str:
-    """A whole number with thin spaces for thousands."""
-    return f"{round(value):,}".replace(",", "\u2009")
+    """A whole number with narrow no-break spaces between thousands."""
+    return f"{round(value):,}".replace(",", "\u202f")
 
 
 def size(value: float) -> str:
