@@ -81,8 +81,11 @@ def compare_runs(home: Home, names: list[str]) -> Comparison:
         groups.setdefault(same, Group(LETTERS[len(groups) % len(LETTERS)])).runs.append(run)
     listed = list(groups.values())
     keys = dict.fromkeys(key for group in listed for key in group.runs[0].settings)
-    settings = {key: [group.runs[0].settings.get(key) for group in listed] for key in keys if key not in SEEDS}
-    differing = {key: values for key, values in settings.items() if any(value != values[0] for value in values)}
+    differing = {}
+    for key in keys:
+        values = [group.runs[0].settings.get(key) for group in listed]
+        if key not in SEEDS and values.count(values[0]) < len(values):
+            differing[key] = values
     return Comparison(listed, differing)
 
 

@@ -28,7 +28,7 @@ def write_page(comparison: Comparison, measures: list[Measure]) -> str:
     )  # fmt: skip
     settings = Table(
         "Settings that differ", ["setting", *names],
-        [[Cell(name), *(Cell(_plain(value)) for value in values)] for name, values in comparison.differing.items()],
+        [[Cell(name), *map(Cell, map(_plain, values))] for name, values in comparison.differing.items()],
     )  # fmt: skip
     values = Table(
         "Measures", ["measure", *names],

@@ -91,11 +91,12 @@ def _draw(charts: list[Chart], columns: int, captions: bool) -> tuple[Figure, li
 
     frames = [_Frame.of(chart, captions) for chart in charts]
     lines = [frames[at : at + columns] for at in range(0, len(frames), columns)]
-    width, height = columns * WIDTH, sum(max(frame.height for frame in line) for line in lines)
+    heights = [max(frame.height for frame in line) for line in lines]
+    width, height = columns * WIDTH, sum(heights)
     figure = Figure((width / 72, height / 72), dpi=72, facecolor="none")
     FigureCanvasAgg(figure)
-    drawn, top = [], float(height)
-    for line in lines:
+    drawn, top = [], height
+    for line, line_height in zip(lines, heights, strict=True):
         for column, frame in enumerate(line):
             left, bottom = column * WIDTH + frame.left, top - frame.top - frame.plot
             box = (left / width, bottom / height, (WIDTH - frame.left - GAP) / width, frame.plot / height)
@@ -104,7 +105,7 @@ def _draw(charts: list[Chart], columns: int, captions: bool) -> tuple[Figure, li
             if captions:
                 _write_captions(figure, axes, frame, column * WIDTH, top)
             drawn.append(axes)
-        top -= max(frame.height for frame in line)
+        top -= line_height
     return figure, drawn
 
 

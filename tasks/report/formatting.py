@@ -38,5 +38,5 @@ def listed(words: list[str]) -> str:
 
 
 def in_words(name: str) -> str:
-    """'documents_an_instance' as 'documents an instance'."""
-    return name.replace("_", " ")
+    """'documents_an_instance' as 'documents per instance'."""
+    return name.replace("_an_", "_per_").replace("_", " ")

@@ -9,6 +9,7 @@ the dozens of artifacts of a run.
 from __future__ import annotations
 
 import itertools
+import statistics
 from dataclasses import dataclass, field
 
 from markupsafe import Markup
@@ -36,7 +37,7 @@ def draw_lineage(made: dict[str, Made], models: dict[str, str]) -> Markup:
     if not made:
         return Markup("")
     drawing = _lay_out({digest: _direct(digest, made) for digest in made})
-    widths = [sum(_width(node) + GAP_X for node in layer) for layer in drawing.layers]
+    widths = [sum(map(_width, layer)) + len(layer) * GAP_X for layer in drawing.layers]
     total_x, total_y = max(widths) + GAP_X, len(drawing.layers) * (HEIGHT + GAP_Y) - GAP_Y + 12
     left: dict[Node, tuple[float, float]] = {}
     for row, (layer, wide) in enumerate(zip(drawing.layers, widths, strict=True)):
@@ -55,7 +56,8 @@ def draw_lineage(made: dict[str, Made], models: dict[str, str]) -> Markup:
 def _direct(digest: str, made: dict[str, Made]) -> list[str]:
     """Its inputs without those that are upstream of another input."""
     sources = [source for source in dict.fromkeys(made[digest].inputs.values()) if source in made]
-    return [source for source in sources if not any(source in _all_sources(other, made) for other in sources)]
+    upstream = set[str]().union(*(_all_sources(source, made) for source in sources))
+    return [source for source in sources if source not in upstream]
 
 
 def _all_sources(digest: str, made: dict[str, Made]) -> set[str]:
@@ -97,12 +99,11 @@ def _order(drawing: Drawing) -> None:
         near, layers = (above, drawing.layers) if sweep % 2 == 0 else (below, drawing.layers[::-1])
         position: dict[Node, float] = {}
         for layer in layers:
-            kept = {node: (number + 0.5) / len(layer) for number, node in enumerate(layer)}
-            middle = {
-                node: sum(position[other] for other in near[node]) / len(near[node]) if near.get(node) else kept[node]
-                for node in layer
-            }
-            layer.sort(key=middle.__getitem__)
+            wanted = {node: (number + 0.5) / len(layer) for number, node in enumerate(layer)}
+            for node in layer:
+                if near.get(node):
+                    wanted[node] = statistics.fmean(position[other] for other in near[node])
+            layer.sort(key=wanted.__getitem__)
             position |= {node: (number + 0.5) / len(layer) for number, node in enumerate(layer)}
 
 

@@ -108,8 +108,11 @@ def _plain_tables(contents: Contents) -> list[dict[str, Any]]:
     """The tables of scores as rows of text, for Prefect's UI."""
     plain = []
     for table in [*contents.gates, *contents.tables]:
-        rows = [[f"{cell.text} {cell.small}".strip() for cell in row] for row in table.rows]
-        plain.append({"title": table.title, "rows": [dict(zip(table.head, row, strict=True)) for row in rows]})
+        rows = []
+        for row in table.rows:
+            texts = (f"{cell.text} {cell.small}".strip() for cell in row)
+            rows.append(dict(zip(table.head, texts, strict=True)))
+        plain.append({"title": table.title, "rows": rows})
     return plain
 
 

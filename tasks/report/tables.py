@@ -144,16 +144,13 @@ def documents_table(documents: Artifact) -> Table:
             total[held] += 1
             total[held + 1] += length or 0
     order = {"original": 0, "expanded": 1}
-    rows = [
-        [
-            Cell(f"{language_name(language)}, {domain}", group),
-            *(Cell(count(values[at]), size(values[at + 1])) for at in (0, 2)),
-        ]
-        for (group, language, domain), values in sorted(
-            sums.items(), key=lambda item: (order.get(item[0][0], 2), item[0])
-        )
-        if group != "other"
-    ]
+    rows = []
+    for key in sorted(sums, key=lambda key: (order.get(key[0], 2), key)):
+        group, language, domain = key
+        if group != "other":
+            train, train_bytes, held, held_bytes = sums[key]
+            name = Cell(f"{language_name(language)}, {domain}", group)
+            rows.append([name, Cell(count(train), size(train_bytes)), Cell(count(held), size(held_bytes))])
     others = [values for (group, _, _), values in sums.items() if group == "other"]
     if others:
         rows.append(
@@ -169,11 +166,13 @@ def documents_table(documents: Artifact) -> Table:
 def instances_table(instances: dict[str, Artifact]) -> Table | None:
     """The packed instances of each training stage."""
     names = ("instances", "tokens", "documents", "documents_an_instance")
-    rows = [
-        [Cell(name), *(Cell(_plain(each.statistics[field]) if field in each.statistics else "") for field in names)]
-        for name, each in instances.items()
-    ]
+    rows = [[Cell(name), *_cells(each.statistics, names)] for name, each in instances.items()]
     return Table("Instances packed", ["for", *map(in_words, names)], rows) if rows else None
+
+
+def _cells(values: dict[str, Any], fields: tuple[str, ...]) -> list[Cell]:
+    """One cell per field, empty where there is no value."""
+    return [Cell(_plain(values[field]) if field in values else "") for field in fields]
 
 
 def models_table(scores: dict[str, Scores], checkpoints: dict[str, Artifact]) -> Table:
@@ -183,8 +182,7 @@ def models_table(scores: dict[str, Scores], checkpoints: dict[str, Artifact]) ->
     for name, checkpoint in checkpoints.items():
         about = scores[name].about if name in scores else {}
         values = checkpoint.statistics | {key: about[key] for key in ("model", "parameters") if key in about}
-        cells = [Cell(_plain(values[field]) if field in values else "") for field in fields]
-        rows.append([Cell(name, checkpoint.name), Cell(str(values.get("model", ""))), *cells])
+        rows.append([Cell(name, checkpoint.name), Cell(str(values.get("model", ""))), *_cells(values, fields)])
     return Table("Models", ["model", "class", "parameters", "trained in the last stage", "steps", "tokens"], rows)
 
 
@@ -208,20 +206,20 @@ def data_facts(documents: Artifact, grouping: Artifact | None, history: History)
         "max_abs_delta": "largest logit difference at step 0",
         "tolerance": "tolerance",
     }
-    facts += [
-        Facts("Upcycling", _scalars({name: made.statistics.get(key) for key, name in proof.items()}))
-        for made in history.steps("upcycle")
-    ]
+    for made in history.steps("upcycle"):
+        numbers = {name: made.statistics.get(key) for key, name in proof.items()}
+        facts.append(Facts("Upcycling", _scalars(numbers)))
     return [each for each in facts if each.pairs]
 
 
 def settings_facts(history: History) -> list[Facts]:
     """The settings of every step upstream of the models, in the order of execution."""
-    return [
-        Facts(f"{made.label} → {made.name}", [(name, _plain(value)) for name, value in made.settings.items()])
-        for made in history.made.values()
-        if made.settings
-    ]
+    facts = []
+    for made in history.made.values():
+        if made.settings:
+            pairs = [(name, _plain(value)) for name, value in made.settings.items()]
+            facts.append(Facts(f"{made.label} → {made.name}", pairs))
+    return facts
 
 
 def version_pairs(history: History) -> list[tuple[str, str]]:
