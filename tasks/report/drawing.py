@@ -124,7 +124,7 @@ class _Frame:
     @classmethod
     def of(cls, chart: Chart, captions: bool) -> _Frame:
         rows = [_text_width(shorten(row)) for row in chart.rows]
-        left = 10 + max(rows, default=6 * CHARACTER_WIDTH)
+        left = min(10 + max(rows, default=6 * CHARACTER_WIDTH), WIDTH / 2)
         top: float = GAP + (TEXT_LINE + 4 if chart.y_label else 0)
         title: tuple[str, ...] = ()
         columns = 1

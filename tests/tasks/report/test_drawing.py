@@ -24,7 +24,7 @@ def series(kind, number, name):
 def chart(kind, models):
     names = [HOSTILE, *(f"a model with a long name {number}" for number in range(1, models))]
     found = tuple(series(kind, number, name) for number, name in enumerate(names))
-    rows = {"lines": (), "map": tuple(names)}.get(kind, ("English", HOSTILE, "tr"))
+    rows = {"lines": (), "map": tuple(names)}.get(kind, ("English", HOSTILE, "漢" * 40))
     return Chart("c", HOSTILE, kind, found, "training step", "nats", rows=rows)
 
 
