@@ -92,10 +92,7 @@ def _read_file(
 ) -> Iterator[Numbered]:
     line: int | None = 0
     try:
-        with (
-            io.BufferedReader(io.FileIO(source.path), 2**20) as file,
-            _decompressed(file, source.compression) as handle,
-        ):
+        with _opened(source.path) as file, _decompressed(file, source.compression) as handle:
             for line, record in read(handle, text_field, longest_text):
                 if line is not None and line % 64 == 0:
                     position.bytes = file.tell()
@@ -106,6 +103,10 @@ def _read_file(
         yield (line or 0) + 1 if whole else None, Fault("damaged archive", f"the archive is {state}{whole} ({error})")
     except OSError as error:
         yield None, Fault("unreadable", f"cannot be read ({error.strerror or error})")
+
+
+def _opened(path: str) -> io.BufferedReader:
+    return io.BufferedReader(io.FileIO(path), 2**20)
 
 
 def _decompressed(file: io.BufferedReader, compression: str | None) -> io.BufferedReader:
