@@ -346,7 +346,7 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
             seed: of the routers' initial weights.
             shared_memory: make a layer's experts views of one FFN, so that the model is no larger than the dense one.
                 They need memory of their own before any of them changes
-                (`eclectus.models.training.parallel.part_experts`).
+                (`eclectus.models.training.parallel.copy_shared_experts`).
             config: any other LoryConfig field.
         """
         fields = {key: value for key, value in llama.config.to_dict().items() if key not in ("model_type", "auto_map")}

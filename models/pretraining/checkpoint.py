@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from eclectus.models.lory.model import expand_dense_tensors
+from eclectus.models.lory.dense import expand_dense_tensors
 from eclectus.models.training.parallel import gather_model
 from eclectus.models.training.process import Process
 from eclectus.models.training.resume import whole_tensors

@@ -25,7 +25,7 @@ from eclectus.models.training.metrics import Window
 from eclectus.models.training.optimizer import load_moments, make_optimizer, read_moments, set_rate
 from eclectus.models.training.parallel import (
     compile_blocks,
-    part_experts,
+    copy_shared_experts,
     recompute_blocks,
     replicate,
     shard,
@@ -79,7 +79,7 @@ def train(
         # Moves and shards layer by layer: no device ever holds the whole model.
         shard(model, process)
     model.to(process.device)
-    part_experts(model)
+    copy_shared_experts(model)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(named, plan)
     load_moments(optimizer, named, moments or {})

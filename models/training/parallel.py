@@ -36,7 +36,7 @@ def shard(model: nn.Module, process: Process) -> None:
         raise ValueError(f"{type(model).__name__} has no _no_split_modules, so it cannot be sharded; train it with DDP")
     mesh = init_device_mesh(process.device.type, (process.world,))
     for layer in layers:
-        part_experts(layer)
+        copy_shared_experts(layer)
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
@@ -135,7 +135,7 @@ def config_of(model: nn.Module) -> Any:
     return getattr(model, "module", model).config
 
 
-def part_experts(module: nn.Module) -> None:
+def copy_shared_experts(module: nn.Module) -> None:
     """Copies parameters whose elements share memory, as experts that are views of one FFN do, in place."""
     for parameter in module.parameters():
         if 0 in parameter.stride():

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from eclectus.models import LoryConfig, LoryForCausalLM
 from eclectus.models.lory.dense import expand_dense_tensors
 from eclectus.models.lory.merge import reference_merged_ffn
-from eclectus.models.training.parallel import part_experts
+from eclectus.models.training.parallel import copy_shared_experts
 
 T = 8
 SHAPE = dict(
@@ -281,7 +281,7 @@ def test_experts_share_the_memory_of_one_until_they_are_copied():
         one = sum(dense.get_parameter(source).nbytes for source in sources)
         assert shared.get_parameter(name).untyped_storage().nbytes() == one
         assert parted.get_parameter(name).untyped_storage().nbytes() == 4 * one
-    part_experts(shared)
+    copy_shared_experts(shared)
     for (name, parameter), own in zip(shared.named_parameters(), parted.parameters(), strict=True):
         assert parameter.is_contiguous()
         assert torch.equal(parameter, own), name

@@ -36,7 +36,7 @@ class Killed(Exception):
 
 def tiny_lory(seed=0):
     # A router of 4 x 16 and experts of 4 x ..: neither divides by 3; one width is cut unevenly on purpose.
-    # Its experts are views of one FFN, as the stages make them: training parts them.
+    # Its experts are views of one FFN, as the stages make them: training copies them.
     shape = dict(num_experts=3, segment_length=LENGTH // 3, router_initializer_range=0.3)
     return LoryForCausalLM.from_dense(tiny_dense(seed), seed=seed, shared_memory=True, **shape)
 
