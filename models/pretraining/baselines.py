@@ -37,6 +37,7 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -297,7 +298,7 @@ def _routers(model: nn.Module, rows: int, deviation: float, seed: int) -> dict[s
     }
 
 
-def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
+def _load(model: PreTrainedModel, state: dict[str, Tensor]) -> None:
     missing, unexpected = model.load_state_dict(state, strict=False)
     wrong = [name for name in missing if not name.endswith((".threshold", "lm_head.weight"))] + unexpected
     if wrong:
