@@ -44,9 +44,9 @@ FIELDS = """[...document.querySelectorAll('label')].map(label => {
   let box = label;
   while (box && !box.querySelector('fieldset')) box = box.parentElement;
   if (!box || [...box.querySelectorAll('label')].filter(each => each.innerText.trim()).length != 1) return null;
-  const toggle = box.querySelector('[role=switch]'), choice = box.querySelector('select');
+  const toggle = box.querySelector('[role=switch]'), choice = box.querySelector('.p-select-button__value');
   const values = toggle ? [toggle.getAttribute('aria-checked')]
-    : choice ? [...choice.selectedOptions].map(each => each.value)
+    : choice ? [choice.innerText.trim()]
     : [...box.querySelectorAll('textarea, input')].map(each => each.value);
   const help = box.querySelector('article')?.innerText.trim();
   return {label: label.innerText.trim().replace(' (Optional)', ''), box, values, help};
