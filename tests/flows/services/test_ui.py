@@ -165,6 +165,8 @@ class User:
             try:
                 return self._finds(element).as_element().click(timeout=10_000)
             except Error as error:
+                # Prefect's note that its server was slow to answer lies over the buttons.
+                self.page.evaluate("document.querySelectorAll('.p-toast').forEach(note => note.remove())")
                 with self._picture_when_lost():
                     assert time.monotonic() < end, f"{element} could not be clicked: {error}"
 
