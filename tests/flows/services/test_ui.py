@@ -166,7 +166,7 @@ class User:
                 return self._finds(element).as_element().click(timeout=10_000)
             except Error as error:
                 # Prefect's note that its server was slow to answer lies over the buttons.
-                self.page.evaluate("document.querySelectorAll('.p-toast').forEach(note => note.remove())")
+                self.page.evaluate("document.querySelectorAll('.p-toast__card').forEach(note => note.remove())")
                 with self._picture_when_lost():
                     assert time.monotonic() < end, f"{element} could not be clicked: {error}"
 
