@@ -37,7 +37,7 @@ LONGEST_FIRST = (
     "models/training/test_sharded.py",
     "tasks/training/test_workers.py",
     "storage/test_mirror.py",
-    "storage/lineage/test_graph.py",
+    "storage/lineage/test_macros.py",
     "tasks/evaluation/test_evaluate.py",
 )  # fmt: skip
 if "PYTEST_XDIST_WORKER" in os.environ:
