@@ -289,7 +289,7 @@ def main() -> None:
     parser.add_argument("--timed", default="dense,lory,prefix,expert_choice,top_k", help="models to time; '' for none")
     parser.add_argument("--compiled", action="store_true", help="time the models under torch.compile too")
     parser.add_argument("--tokens", type=float, help="training tokens, instead of the size's")
-    parser.add_argument("--batch", type=int, help="instances a step, instead of the size's")
+    parser.add_argument("--batch", type=int, help="instances per step, instead of the size's")
     parser.add_argument("--length", type=int, help="tokens in an instance, instead of the size's")
     parser.add_argument("--segment", type=int, help="tokens in a segment, instead of the size's")
     parser.add_argument("--learning-rate", type=float, help="peak rate, instead of the size's")

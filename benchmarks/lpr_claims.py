@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS, help="what to compare MoE-LPR with")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other values of a size's fields")
     parser.add_argument("--minutes", type=float, default=60.0, help="when to stop, from the start of the program")
-    parser.add_argument("--workers", type=int, default=0, help="processes; 0: 10 on a GPU, one a core on a CPU")
+    parser.add_argument("--workers", type=int, default=0, help="processes; 0: 10 on a GPU, one per core on a CPU")
     parser.add_argument("--work", type=Path, default=Path("home/lpr-claims"), help="for text, checkpoints and results")
     parser.add_argument("--out", type=Path, default=Path("home/lpr-claims/report"), help="tables, without ending")
     parser.add_argument("--no-sweeps", action="store_true")

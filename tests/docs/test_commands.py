@@ -72,7 +72,7 @@ def history(tmp_path_factory):
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch):
+def workspace(tmp_path, monkeypatch):
     """A working folder with all that the commands name, and a home that nothing is written to."""
     document = '{"text": "a document that is long enough to be kept by every filter there is", "language": "en"}\n'
     for name in ("my-documents.jsonl", "my-documents/one.jsonl", "data/corpus/en.legal.jsonl"):
@@ -106,7 +106,7 @@ def test_a_command_that_asks_is_answered(words, history, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("words", eclectus_commands(lambda words: words[0] in FLOWS and not helps(words)))
-def test_a_flow_gets_to_its_first_step(words, desk, monkeypatch):
+def test_a_flow_gets_to_its_first_step(words, workspace, monkeypatch):
     def stop(*_):
         raise Parsed
 
@@ -118,7 +118,7 @@ def test_a_flow_gets_to_its_first_step(words, desk, monkeypatch):
 @pytest.mark.parametrize(
     "words", eclectus_commands(lambda words: words[0] not in (*FLOWS, *ASKING) and not helps(words))
 )
-def test_options_of_other_commands_are_known(words, desk, monkeypatch):
+def test_options_of_other_commands_are_known(words, workspace, monkeypatch):
     read, depth = argparse.ArgumentParser.parse_known_args, itertools.count()
 
     def parse(self, *arguments, **options):
@@ -195,15 +195,15 @@ def test_python_is_valid_and_imports_what_exists(text):
 
 
 @pytest.mark.slow
-def test_the_usage_page_works_on_real_checkpoints_and_instances(desk, tmp_path):
+def test_the_usage_page_works_on_real_checkpoints_and_instances(workspace, tmp_path):
     from eclectus.tasks.packing.pack import PackSettings, pack
     from tests.support.dense_bases import write_base
     from tests.support.small_world import make_world
 
-    write_base(desk / "path/to/model", "llama")
+    write_base(workspace / "path/to/model", "llama")
     for parameter in eclectus_commands(lambda words: words[0] in ("upcycle", "export") and "--domain" not in words):
         main(["my-mixture" if word.startswith("checkpoint-") else word for word in parameter.values[0]])
-    assert all((desk / name / "config.json").exists() for name in ("my-mixture", "my-export", "my-base"))
+    assert all((workspace / name / "config.json").exists() for name in ("my-mixture", "my-export", "my-base"))
 
     world = make_world(tmp_path / "world")
     with world.store.draft("instances") as draft:
