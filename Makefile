@@ -48,7 +48,8 @@ test: setup
 	@$(PYTEST) -m "not slow"
 
 test-slow: setup services
-	@$(PYTEST) -m slow
+	@$(PYTEST) -m "slow and not alone"
+	@$(BIN)/python -m pytest -m alone
 
 test-all: test test-slow
 

@@ -101,8 +101,6 @@ def repair_index(home: Home) -> None:
             whole = {Path(file).stem.rpartition("-")[0] for file, found in made if found == [*columns]}
             for part in _parts(home, EVENTS):
                 if part.stem not in whole:
-                    for old in (home.journal / name).glob(f"{part.stem}-*.parquet"):
-                        old.unlink()
                     stale.add(part)
         chosen = ", ".join(f'"{name}"' for name in COLUMNS[EVENTS])
         for part in sorted(stale):
@@ -220,15 +218,19 @@ def _write_part(
 
 
 def _write_index(connection: duckdb.DuckDBPyConnection, home: Home, stem: str) -> None:
-    """Writes the edges and nodes of the table `part`, for the part of this name."""
+    """Writes the edges and nodes of the table `part`, for the part of this name, in place of those that it has."""
     tables = {
-        "edges": f"select * from ({edges('part')}) order by output",
-        "nodes": f"select * from ({nodes('part')}) order by placed",
+        "edges": f"select * from ({edges('part')}) order by output, input",
+        "nodes": f"select * from ({nodes('part')}) order by placed, node, made, made_by",
     }
     for name, sql in tables.items():
         with temporary_path(home.journal / name / "part") as temporary:
             digest = _copy_to(connection, temporary, sql, "snappy")
-            os.rename(temporary, home.journal / name / f"{stem}-{digest}.parquet")
+            written = home.journal / name / f"{stem}-{digest}.parquet"
+            os.rename(temporary, written)
+        for old in (home.journal / name).glob(f"{stem}-*.parquet"):
+            if old != written:
+                old.unlink(missing_ok=True)
 
 
 def _copy_to(connection: duckdb.DuckDBPyConnection, path: Path, sql: str, compression: str) -> str:

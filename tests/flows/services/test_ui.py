@@ -35,6 +35,7 @@ CANCELLED_WITHIN = 30
 OF_THE_CLUSTER = ("ray::_AutoscalingCoordinatorActor",)
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.timeout(600),
     pytest.mark.skipif(BROWSER is None, reason="there is no Chromium"),
 ]
@@ -235,7 +236,7 @@ def user(services, tmp_path_factory):
     pictures = Path(kept) if kept else tmp_path_factory.mktemp("screenshots")
     pictures.mkdir(parents=True, exist_ok=True)
     with open_browser() as browser:
-        yield User(browser.new_page(), services.notes["ui"], pictures)
+        yield User(browser.new_page(reduced_motion="reduce"), services.notes["ui"], pictures)
 
 
 def test_up_prints_one_line_with_the_address_where_all_deployments_are(services, user):
