@@ -29,7 +29,9 @@ def read_table(page: str, heading: str, first: str) -> dict[str, dict[str, str]]
     """Rows by first cell, of the table under a heading whose first column is called `first`. Raises ValueError."""
     section = page.split(f"\n{heading}\n", 1)[-1] if f"\n{heading}\n" in page else ""
     for block in re.findall(r"(?:^\|.*\n)+", re.split(r"\n## ", section)[0], re.MULTILINE):
-        lines = [[cell.strip(" *`") for cell in line.split("|")[1:-1]] for line in block.splitlines()]
+        lines = []
+        for line in block.splitlines():
+            lines.append([cell.strip(" *`") for cell in line.split("|")[1:-1]])
         if lines[0][0] == first:
             return {row[0]: dict(zip(lines[0][1:], row[1:], strict=True)) for row in lines[2:]}
     raise ValueError(f"docs/benchmarks.md has no table '{first}' under '{heading}'")

@@ -85,7 +85,10 @@ def review_counts(available: dict[tuple[str, str], int], settings: ReplaySetting
 
     Raises EclectusError if a group has no document.
     """
-    sizes = {group: [n for (g, _), n in available.items() if g == group and n] for group in ("original", "expanded")}
+    sizes: dict[str, list[int]] = {"original": [], "expanded": []}
+    for (group, _), documents in available.items():
+        if documents and group in sizes:
+            sizes[group].append(documents)
     for group, each in sizes.items():
         if not each:
             raise EclectusError(
