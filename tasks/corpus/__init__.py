@@ -102,7 +102,7 @@ class CorpusSummary:
 def write_corpus(out: Path, settings: CorpusSettings) -> CorpusSummary:
     """Writes `out/<language>.<domain>.jsonl` and `out/SOURCES`.
 
-    One document per line: id, text, language, domain, source. Each file is written atomically.
+    One document per line: id, work, text, language, domain, source. Each file is written atomically.
     Raises EclectusError naming the packages that are not installed and the command that installs them.
     """
     require(_packages(settings))
@@ -169,7 +169,7 @@ def _length(document: Document) -> int:
 
 
 def _line(document: Document) -> str:
-    fields = {name: getattr(document, name) for name in ("id", "text", "language", "domain", "source")}
+    fields = {name: getattr(document, name) for name in ("id", "work", "text", "language", "domain", "source")}
     return json.dumps(fields, ensure_ascii=False) + "\n"
 
 

@@ -75,8 +75,9 @@ def interface(languages: Iterable[str], minimum_words: int, document_bytes: int)
             prose = [
                 (positions.get(message, ("~", 0))[0], text) for message, text in _prose(pairs, language, minimum_words)
             ]
-            for number, text in enumerate(_grouped(prose, document_bytes)):
-                yield Document(f"{package.name}/{language}/{number:04}", text, language, "interface", package.name)
+            name = f"{package.name}/{language}"
+            for number, (file, text) in enumerate(_grouped(prose, document_bytes)):
+                yield Document(f"{name}/{number:04}", f"{name}/{file}", text, language, "interface", package.name)
 
 
 def _catalog(files: dict[str, Path], language: str) -> dict[str, str]:
@@ -185,17 +186,23 @@ def _is_prose(text: str, minimum_words: int) -> bool:
     )
 
 
-def _grouped(prose: Iterable[tuple[str, str]], document_bytes: int) -> Iterator[str]:
-    """Neighbouring texts as documents: closed when full, or half full where a new source file begins."""
+def _grouped(prose: Iterable[tuple[str, str]], document_bytes: int) -> Iterator[tuple[str, str]]:
+    """Neighbouring texts as documents: closed when full, or half full where a new source file begins.
+
+    Each with its work: the first file of a run of documents of which each begins with the file that the one before it
+    ended in.
+    """
     lines: list[str] = []
     size = 0
-    at = ""
+    at = work = ""
     for file, text in prose:
         if lines and (size >= document_bytes or (file != at and size >= document_bytes // 2)):
-            yield "\n".join(lines)
+            yield work, "\n".join(lines)
             lines, size = [], 0
+            work = work if file == at else file
+        work = work or file
         lines.append(text)
         size += len(text.encode()) + 1
         at = file
     if lines:
-        yield "\n".join(lines)
+        yield work, "\n".join(lines)

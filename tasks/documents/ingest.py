@@ -6,8 +6,9 @@ is dropped, whatever file it is in. Bad input goes to `rejected.parquet` with fi
 an error. Memory: the text of one row group, and 16 bytes per document (tasks/documents/digest_set.py).
 
 A document's domain is its record's field; else it is taken from the file's name (`en.code.jsonl.gz` -> code; shard
-numbers and words like `train` are ignored), for text files from the folder's name; else it is "unknown". Price: one
-core reads, hashes and writes 60 to 120 MB of JSON lines per second.
+numbers and words like `train` are ignored), for text files from the folder's name; else it is "unknown". Its work is
+its record's field or follows from its id (tasks/documents/works.py). Price: one core reads, hashes and writes 60 to 120
+MB of JSON lines per second.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from eclectus.tasks.documents.digest_set import DigestSet
 from eclectus.tasks.documents.readers import Fault, Position, Record, read_records, start_of
 from eclectus.tasks.documents.sources import Found, Source, find_sources, fingerprints
 from eclectus.tasks.documents.table import ROWS_PER_GROUP, DocumentsWriter
+from eclectus.tasks.documents.works import work_of_name
 from eclectus.tasks.run import metric, progress
 from eclectus.tasks.settings import BASIC, RuntimeSetting, Settings
 from eclectus.tasks.step import step
@@ -64,6 +66,11 @@ class IngestSettings(Settings):
     language_field: str = Field("language", description="Field that holds a document's language; may be absent.")
     domain_field: str = Field("domain", description="Field that holds a document's domain; may be absent.")
     source_field: str = Field("source", description="Field that gives a document's source; else the file's name.")
+    work_field: str = Field(
+        "work",
+        description="Field that names the work (book, page, file) of which a document is a piece; pieces of one work "
+        "are held out together. If absent, the id up to a final # and number; else each document is a work.",
+    )
     text_suffixes: list[str] = Field(
         [".txt", ".md", ".rst"], description="Suffixes of files that are one document each, as plain text."
     )
@@ -88,7 +95,7 @@ def fingerprint(settings: IngestSettings) -> dict[str, str]:
     return fingerprints(check_sources(settings).sources)
 
 
-@step(makes="documents", version=1, fingerprint=fingerprint)
+@step(makes="documents", version=2, fingerprint=fingerprint)
 def ingest(settings: IngestSettings, out: Draft) -> None:
     """Reads the sources into documents. Raises EclectusError if no document is kept."""
     found = check_sources(settings)
@@ -127,13 +134,8 @@ def histogram(lengths: Counter[int]) -> list[list[int]]:
 
 
 def _read_all(sources: list[Source], settings: IngestSettings, intake: _Intake) -> None:
-    columns = [
-        settings.text_field,
-        settings.id_field,
-        settings.language_field,
-        settings.domain_field,
-        settings.source_field,
-    ]
+    fields = ("text", "id", "language", "domain", "source", "work")
+    columns = list(dict.fromkeys(getattr(settings, f"{name}_field") for name in fields))
     report_progress, done = progress(sum(source.size for source in sources) or None, "reading", "bytes"), 0
     for source in sources:
         position = Position()
@@ -219,17 +221,20 @@ class _Intake:
             self._reject(source, line, content)
             return
         settings = self._settings
+        name = _as_name(record.get(settings.id_field))
+        origin = _as_name(record.get(settings.source_field)) or source.name
         self._waiting.append(
             _Candidate(
                 source.name,
                 line,
                 hashlib.sha256(content).digest()[:16],
                 {
-                    "name": _as_name(record.get(settings.id_field)),
+                    "name": name,
+                    "work": _as_name(record.get(settings.work_field)) or work_of_name(name, origin),
                     "text": record[settings.text_field],
                     "language": _as_name(record.get(settings.language_field)),
                     "domain": _as_name(record.get(settings.domain_field)) or source.domain or UNKNOWN,
-                    "source": _as_name(record.get(settings.source_field)) or source.name,
+                    "source": origin,
                     "bytes": len(content),
                 },
             )

@@ -1,8 +1,9 @@
 """The `documents` artifact: a folder of Parquet parts, one row per document, written and read in bounded memory.
 
 Columns: document (id: the first 32 hex digits of the SHA-256 of the text's UTF-8 bytes), name (the record's own id,
-or null), text, language, language_confidence, domain, source, bytes (UTF-8 length), group (original, expanded,
-other), split (train, heldout, or apart: in neither). Row order is the order of ingestion.
+or null), work (of which the document is a piece; its own id where it is a whole work: tasks/documents/works.py), text,
+language, language_confidence, domain, source, bytes (UTF-8 length), group (original, expanded, other), split (train,
+heldout, or apart: in neither). Row order is the order of ingestion.
 
     documents/part-*.parquet    all columns, as ingested
     labels/part-*.parquet       the columns in LABELS, row by row, as a later step set them; they override the former
@@ -25,6 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eclectus.storage.artifact import Artifact, Draft
+from eclectus.tasks.documents.works import works_of
 
 ROWS_PER_PART = 200_000
 ROWS_PER_GROUP = 2_000
@@ -32,6 +34,7 @@ SCHEMA = pa.schema(
     [
         ("document", pa.string()),
         ("name", pa.string()),
+        ("work", pa.string()),
         ("text", pa.string()),
         ("language", pa.string()),
         ("language_confidence", pa.float32()),
@@ -69,6 +72,9 @@ class DocumentsWriter:
             table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
             for field in SCHEMA
         ]
+        work, document = SCHEMA.names.index("work"), SCHEMA.names.index("document")
+        own = pc.fill_null(pc.equal(columns[work], columns[document]), False)
+        columns[work] = pc.if_else(own, pa.scalar(None, pa.string()), columns[work])
         writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=ROWS_PER_GROUP)
         self._rows_in_part += len(table)
         self.rows += len(table)
@@ -168,10 +174,18 @@ def _matching_rows(file: pq.ParquetFile, path: Path, names: list[str], where: Wh
     original = [name for name in columns if name not in labelled]
     table = pa.table({"row": np.arange(file.metadata.num_rows)})
     if original:
-        table = _with_columns(table, file.read(original))
+        table = _with_columns(table, _with_works(file, original) if "work" in original else file.read(original))
     if labelled:
         table = _with_columns(table, pq.read_table(labels, columns=labelled))
     return table.filter(pq.filters_to_expression(list(where))) if where else table
+
+
+def _with_works(file: pq.ParquetFile, names: list[str]) -> pa.Table:
+    """These columns of one part, `work` among them; artifacts made before it have names and sources to tell it by."""
+    told_by = ["work"] if "work" in file.schema_arrow.names else ["name", "source"]
+    others = [name for name in names if name != "work"]
+    table = file.read(list(dict.fromkeys([*others, "document", *told_by])))
+    return table.select(others).append_column("work", works_of(table))
 
 
 def _with_columns(table: pa.Table, more: pa.Table) -> pa.Table:

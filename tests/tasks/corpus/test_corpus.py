@@ -7,13 +7,14 @@ import struct
 import subprocess
 import sys
 from collections import defaultdict
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.corpus import CorpusSettings, CorpusSummary, write_corpus
-from eclectus.tasks.corpus.catalogs import read_catalog
+from eclectus.tasks.corpus.catalogs import PACKAGES, _grouped, read_catalog
 from eclectus.tasks.corpus.text import Document, cut, within_budget, without_repeats
 from eclectus.tasks.documents.language_detection import detect
 
@@ -47,13 +48,13 @@ def test_every_language_and_domain_has_its_file(corpus):
 
 
 @pytest.mark.slow
-def test_every_line_has_exactly_the_five_fields_and_agrees_with_its_file(corpus):
+def test_every_line_has_exactly_the_six_fields_and_agrees_with_its_file(corpus):
     for file in corpus.files:
         rows = [json.loads(line) for line in file.path.read_text("utf-8").splitlines()]
         assert len(rows) == file.documents
         assert sum(len(row["text"].encode()) for row in rows) == file.bytes
         for row in rows:
-            assert list(row) == ["id", "text", "language", "domain", "source"]
+            assert list(row) == ["id", "work", "text", "language", "domain", "source"]
             assert (row["language"], row["domain"]) == (file.language, file.domain)
 
 
@@ -61,6 +62,21 @@ def test_every_line_has_exactly_the_five_fields_and_agrees_with_its_file(corpus)
 def test_ids_and_texts_are_unique(documents):
     assert len({document["id"] for document in documents}) == len(documents)
     assert len({document["text"] for document in documents}) == len(documents)
+
+
+@pytest.mark.slow
+def test_pieces_of_one_play_speech_licence_module_or_file_share_a_work(documents):
+    works = {document["id"]: document["work"] for document in documents}
+    assert len({work for work in works.values() if work.startswith("shakespeare/")}) > 20
+    assert {work for name, work in works.items() if name.startswith("ataturk/nutuk")} == {"ataturk/nutuk"}
+    for name, work in works.items():
+        if not name.startswith(("ataturk/nutuk", *(f"{package.name}/" for package in PACKAGES))):
+            assert work == name.rpartition("/")[0]
+    interface = [document for document in documents if document["domain"] == "interface"]
+    assert 300 < len({document["work"] for document in interface}) < len(interface)
+    assert len({(document["work"], document["language"]) for document in interface}) == len(
+        {document["work"] for document in interface}
+    )
 
 
 @pytest.mark.slow
@@ -184,7 +200,16 @@ def test_cutting_loses_no_word_and_exceeds_no_maximum():
 def test_repeats_are_dropped_and_the_budget_never_exceeded():
     words = [f"word{number}" for number in range(400)]
     texts = [" ".join(words[:100]), " ".join(words[20:120]), " ".join(words[:100]), " ".join(words[200:300])]
-    documents = [Document(str(number), text, "en", "code", "test") for number, text in enumerate(texts)]
+    documents = [Document(str(number), "one", text, "en", "code", "test") for number, text in enumerate(texts)]
     assert [document.id for document in without_repeats(documents, 0.5)] == ["0", "3"]
     assert sum(document.bytes for document in within_budget(documents, 2_000)) <= 2_000
     assert within_budget(documents, 10**9) == documents
+
+
+def test_documents_that_share_a_source_file_share_a_work():
+    messages = [("a.py", "x" * 40)] + [("b.py", "y" * 40)] * 5 + [("c.py", "z" * 40)] * 4
+    grouped = list(_grouped(messages, 100))
+    assert [work for work, _ in grouped] == ["a.py", "a.py", "c.py", "c.py"]
+    files = [set(text) - {"\n"} for _, text in grouped]
+    for (work, held), (other, trained) in combinations(zip([work for work, _ in grouped], files, strict=True), 2):
+        assert work == other or not held & trained
