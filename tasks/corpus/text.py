@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from eclectus.tasks.documents.normalise import normalised
+
 SHINGLE_WORDS = 8
 SHINGLE_STEP = 2
 SENTENCE_END = re.compile(r"(?<=[.!?;:。！？；])\s+")
@@ -92,9 +94,10 @@ def without_repeats(documents: Iterable[Document], share: float) -> list[Documen
     texts: set[str] = set()
     kept = []
     for document in documents:
-        if document.text in texts:
+        text = normalised(document.text)
+        if text in texts:
             continue
-        words = WORD.findall(document.text.lower())
+        words = WORD.findall(text)
         starts = range(max(1, len(words) - SHINGLE_WORDS + 1))
         shingles = [hash(tuple(words[start : start + SHINGLE_WORDS])) for start in starts]
         # Every second shingle is looked up, all are stored: the same answer at half the price.
@@ -102,7 +105,7 @@ def without_repeats(documents: Iterable[Document], share: float) -> list[Documen
         if sum(shingle in seen for shingle in probe) > share * len(probe):
             continue
         seen.update(shingles)
-        texts.add(document.text)
+        texts.add(text)
         kept.append(document)
     return kept
 

@@ -6,8 +6,8 @@
     overlap      share of an item's word n-grams that occur in a trained document; a shorter item is one n-gram
     seen         overlap of at least `contamination_share`
 
-Words are runs of letters or digits in lower case; a Chinese, Japanese or Thai character is a word of its own. Whether a
-held-out document is itself a trained one is checked by the documents' ids, which are hashes of their texts.
+Words are runs of letters or digits of normalised text; a Chinese, Japanese or Thai character is a word of its own.
+Whether a held-out document is itself a trained one is checked by the documents' ids, which are hashes of their texts.
 
 Files:
     items.parquet    overlap of each item, and a trained document that contains it
@@ -65,7 +65,7 @@ class ContaminationSettings(Settings):
     )
 
 
-@step(makes="evaluation", version=1)
+@step(makes="evaluation", version=2)
 def contamination(
     documents: Artifact,
     trained: list[Artifact],

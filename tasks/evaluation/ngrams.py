@@ -1,6 +1,7 @@
 """Word n-grams as 64-bit hashes: of texts [W] and of their n-grams [W - n + 1].
 
-Words are runs of letters or digits in lower case; a Chinese, Japanese or Thai character is a word of its own.
+Words are runs of letters or digits of the normalised text (tasks/documents/normalise.py); a Chinese, Japanese or Thai
+character is a word of its own.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import re
 
 import numpy as np
+
+from eclectus.tasks.documents.normalise import normalised
 
 _WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_]+")
 # Odd multipliers keep a rolling polynomial hash of 64 bits invertible in each word.
@@ -18,7 +21,7 @@ def hash_words(text: str) -> np.ndarray:
     """A 64-bit hash of each word [W]."""
     from pandas.util import hash_array
 
-    words = _WORD.findall(text.lower())
+    words = _WORD.findall(normalised(text))
     if not words:
         return np.zeros(0, np.uint64)
     return hash_array(np.array(words, object), categorize=False)

@@ -1,6 +1,6 @@
 """Passages: the share of a text's windows of 50 bytes that stand word for word in the training text.
 
-    normalised       text in one form: composed, without case, white space as one space
+    normalised       text in the form in which texts are compared (tasks/documents/normalise.py)
     window           every run of `window` bytes of a normalised text, at every byte; windows cross no text's border
     hash             sum over the window of R[byte] * B^-j mod 2^64: one running sum over the text gives all of them
     seen_share       windows of a scored text whose hash occurs in a trained text / windows of the scored text
@@ -15,10 +15,11 @@ of scored text. Two windows share a hash by chance once in 10^19 pairs.
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+
+from eclectus.tasks.documents.normalise import normalised
 
 WINDOW = 50
 # Bytes hashed at once: the arrays of a block stay in the processor's cache.
@@ -116,6 +117,5 @@ def _joined(texts: Iterable[str | bytes]) -> Iterator[tuple[int, bytes]]:
 
 def _bytes(text: str | bytes) -> bytes:
     plain = text if isinstance(text, str) else text.decode("utf-8", "replace")
-    composed = unicodedata.normalize("NFC", unicodedata.normalize("NFC", plain).casefold())
     # A lone surrogate has no bytes.
-    return " ".join(composed.split()).encode("utf-8", "replace")
+    return normalised(plain).encode("utf-8", "replace")
