@@ -157,7 +157,7 @@ class Trainings:
         if self._longest.get(False, 0.0) > deadline - time.monotonic():
             return None
         for job in self._wanted:
-            if job.warm in self._warm:
+            if not job.warm or job.warm in self._warm:
                 self._wanted.remove(job)
                 return job
             if job.warm not in self._begun:

@@ -26,11 +26,12 @@ from eclectus.models.pretraining import stages
 from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM
 from eclectus.models.pretraining.checkpoint import duplicated_moments
 from eclectus.models.training import objectives
+from eclectus.models.training.flops import count_parameters, step_flops
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import Plan, train
 from eclectus.models.training.process import Process
 
-MODELS = ("dense", "lory", "prefix", "expert_choice", "segment_choice", "top_k")
+MODELS = ("dense", "lory", "prefix", "expert_choice", "segment_choice", "top_k", "dense_wide")
 NEVER = 10**9
 
 logging.disable_progress_bar()
@@ -98,8 +99,13 @@ class Job:
     """One training. model: one of MODELS, or "warmup". variant: name of a deviation from the defaults, which are the
     other fields.
 
+    dense_wide is the control of equal FLOPs: a dense model with an FFN so wide that a step costs what Lory's does. It
+    starts from no warm-up, whose shapes do not fit, but trains from step 0 by the same plan.
+
     experts, segment: 0 takes the size's. router_init: standard deviation of the routers' initial weights, in units of
-    1/sqrt(width): about that of their logits.
+    1/sqrt(width): about that of their logits. cuts, active: of top_k: parts that an FFN is cut into, and experts per
+    token; each has FFNs of experts * cuts. capacity: of expert_choice. pool: of emo: experts in a document's pool, 0
+    for a random number.
     """
 
     model: str
@@ -115,11 +121,15 @@ class Job:
     moments: str = "carry"
     dense_share: float = 0.05
     first_segment: str = "stop_gradient"
+    cuts: int = 2
+    active: int = 2
+    capacity: float = 1.0
+    pool: int = 0
 
     @property
     def warm(self) -> str:
-        """Name of the dense warm-up that this job starts from."""
-        return f"{self.grouping}-{self.seed}-{self.dense_share}"
+        """Name of the dense warm-up that this job starts from; empty if it starts from none."""
+        return "" if self.model == "dense_wide" else f"{self.grouping}-{self.seed}-{self.dense_share}"
 
     @property
     def name(self) -> str:
@@ -151,9 +161,9 @@ class MetricsLog:
 def plan_of(size: Size, job: Job) -> Plan:
     """Warm-up of the rate over the first 5% of the steps, cosine to a tenth."""
     switch = max(1, round(job.dense_share * size.steps))
-    warm, dense = job.model == "warmup", job.model == "dense"
+    warm, dense = job.model == "warmup", job.model in ("dense", "dense_wide")
     return Plan(
-        start=0 if warm else switch,
+        start=0 if warm or not job.warm else switch,
         stop=switch if warm else size.steps,
         total=size.steps,
         batch=size.batch,
@@ -172,12 +182,13 @@ def plan_of(size: Size, job: Job) -> Plan:
 def build(job: Job, size: Size, dense: LlamaForCausalLM, moments: dict[str, torch.Tensor]) -> tuple:
     """(model, AdamW's moments for it, objective) of a job, out of the dense warm-up."""
     experts, seed, segment = job.experts or size.experts, job.seed, job.segment or size.segment
-    if job.model in ("dense", "warmup"):
+    if job.model in ("dense", "warmup", "dense_wide"):
         return dense, moments, objectives.next_token()
     if job.model == "top_k":
-        model, carried, objective = stages.top_k_of_dense(dense, moments, (), experts, 2, seed)
+        model, carried, objective = stages.top_k_of_dense(dense, moments, (), experts, job.active, seed, job.cuts)
     elif job.model == "expert_choice":
-        model, carried, objective = stages.expert_choice_from_dense(dense, moments, (), experts, seed)
+        given = (dense, moments, (), experts, seed)
+        model, carried, objective = stages.expert_choice_from_dense(*given, capacity=job.capacity)
     elif job.model == "segment_choice":
         model = ExpertChoiceForCausalLM.from_dense(dense, experts, segment, seed=seed)
         carried, objective = duplicated_moments(moments, experts), objectives.next_token()
@@ -202,21 +213,23 @@ def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
     instances = Shuffled(work / job.grouping, job.seed)
     warm = work / "warm" / job.warm
     torch.manual_seed(job.seed)
-    if job.model == "warmup":
-        dense, moments = LlamaForCausalLM(config_of(size)), {}
+    if job.model in ("warmup", "dense_wide"):
+        dense, moments = LlamaForCausalLM(config_of(size, job)), {}
     else:
         dense = LlamaForCausalLM.from_pretrained(warm, dtype=torch.float32)
         moments = load_file(warm / "moments.safetensors")
     model, moments, objective = build(job, size, dense, moments)
     plan = plan_of(size, job)
+    cost = cost_of(model, plan, size)
+    computed = time.process_time()
     after = train(model, instances, objective, plan, process, work / "none", log, moments)
-    trained = time.monotonic()
+    trained, computed = time.monotonic(), time.process_time() - computed
     result: dict[str, Any] = {
         "steps": plan.stop - plan.start,
         "tokens": size.steps * size.batch * size.length,
         "epochs": round(size.steps * size.batch / len(instances), 2),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "active_parameters": active_parameters(model),
+        **cost,
+        "cpu_seconds": round(computed, 1),
         "training": log.rows[-1],
         "losses": [round(row["loss"], 4) for row in log.rows],
     }
@@ -235,18 +248,35 @@ def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
     return result
 
 
-def config_of(size: Size) -> LlamaConfig:
-    return LlamaConfig(vocab_size=size.vocabulary, max_position_embeddings=size.length, **size.shape)
+def config_of(size: Size, job: Job | None = None) -> LlamaConfig:
+    """The dense shape; that of `dense_wide` is as wide as Lory's FLOPs allow."""
+    config = LlamaConfig(vocab_size=size.vocabulary, max_position_embeddings=size.length, **size.shape)
+    if job is None or job.model != "dense_wide":
+        return config
+    experts, segment = job.experts or size.experts, job.segment or size.segment
+    return stages.equal_flops_config(config, experts, size.length, segment_length=segment)
 
 
-def active_parameters(model: nn.Module) -> int:
-    """Parameters that one token passes through: the experts count as one dense FFN."""
-    experts = [(name, p.numel()) for name, p in model.named_parameters() if ".mlp.experts" in name]
-    total = sum(p.numel() for p in model.parameters())
-    config = model.config
-    copies = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", 1)
-    chosen = config.num_experts_per_tok if hasattr(config, "num_local_experts") else 1
-    return total - sum(count for _, count in experts) * (copies - chosen) // copies
+def cost_of(model: nn.Module, plan: Plan, size: Size) -> dict[str, Any]:
+    """Parameters, and FLOPs per step and over the whole training, warm-up included; ratios are to the dense twin.
+
+    flops_relative is of matrix products alone, as torch's FlopCounterMode counts them on CPU; with attention, which is
+    the same in all models of a size, it is nearer to 1.
+    """
+    with torch.device("meta"):
+        twin = step_flops(LlamaForCausalLM(config_of(size)), plan, 1, size.length)
+    flops = step_flops(model, plan, 1, size.length)
+    total = twin.times(plan.start) + flops.times(plan.stop - plan.start)
+    parameters, active = count_parameters(model)
+    return {
+        "parameters": parameters,
+        "active_parameters": active,
+        "flops_per_step": flops.total,
+        "attention_flops_per_step": flops.attention,
+        "flops_relative": round(flops.relative(twin), 4),
+        "flops_relative_with_attention": round(flops.total / twin.total, 4),
+        "training_flops": total.total,
+    }
 
 
 def scored(
@@ -299,7 +329,7 @@ def step_times(size: Size, work: Path, models: list[str], compiled: bool) -> lis
     for name in models:
         for compile_it in (False, True) if compiled else (False,):
             torch.manual_seed(0)
-            dense = LlamaForCausalLM(config_of(size))
+            dense = LlamaForCausalLM(config_of(size, Job(name)))
             model, _, objective = build(Job(name), size, dense, {})
             if compile_it:
                 model.compile()

@@ -11,7 +11,7 @@ from eclectus.flows.parameters import CurateParameters, PretrainParameters
 from eclectus.flows.run import once, open_run
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.training.fetch_model import FetchSettings, fetch
-from eclectus.tasks.training.pretrain import PretrainStageSettings
+from eclectus.tasks.training.pretrain import FROM_SCRATCH, PretrainStageSettings
 from eclectus.tasks.training.pretrain import pretrain as train
 
 
@@ -59,5 +59,5 @@ def pretrain(parameters: PretrainParameters = PretrainParameters()) -> Pretraine
                 for model in ("dense", "lory"):
                     baselines[f"{model} random"] = stage(at_random, start, model, f"{model} random")
             else:
-                baselines[name] = stage(curated, warm, name, name)
+                baselines[name] = stage(curated, None if name in FROM_SCRATCH else warm, name, name)
         return Pretrained(curated, dense, lory, baselines)

@@ -4,17 +4,17 @@ Expert Choice (Zhou et al., arXiv 2202.09368): every expert takes its best token
 
     S = softmax(x W)                      [n, E] over the n tokens of a batch
     expert e takes its n c / E best       c: capacity, 1 for as many FFN passes as in the dense twin
-    y = sum over the experts that took x of  E S[x, e] FFN_e(x)
+    y = sum over the experts that took x of  (E / c) S[x, e] FFN_e(x)
 
 It is NOT causal: whether a token is taken depends on later tokens and on other rows. `calibrate` replaces the choice by
 a fixed threshold per expert, the mean of the lowest scores that were taken in training: causal, at about the same load.
 A unit of T > 1 tokens gives the paper's segment-level Expert Choice, routed by the previous segment, as in Lory. The
-factor E keeps a model that starts from copies of one dense FFN near the dense one; it is a constant scale of the down
+factor E / c keeps a model that starts from copies of one dense FFN near the dense one; it is a constant scale of the down
 projections.
 
-Top-k: transformers' Mixtral with G copies of the dense FFN, each cut into K narrower experts; a token takes the K best
-of G K experts, together as wide as one dense FFN. With routers equal across the K cuts the start equals the dense model
-exactly (virtual groups, arXiv 2410.07524).
+Top-k: transformers' Mixtral with G copies of the dense FFN, each cut into C narrower experts; a token takes the K best
+of G C experts. By default K = C: together as wide as one dense FFN. With routers equal across the C cuts the start
+equals the dense model exactly (virtual groups, arXiv 2410.07524) for any multiple K of C.
 
 Both start from a dense model; prefix routing is LoryConfig(routing="prefix"), the dense twin a LlamaForCausalLM.
 Cost: a dense step and the gathering of tokens; G or E times the FFN's parameters.
@@ -125,12 +125,12 @@ class ExpertChoiceFFN(nn.Module):
         if self.cutoffs is not None:
             self.cutoffs.append(weight_EK[:, -1].detach())
         y = apply_merged(x[taken_EK].view(experts, most * tokens, width), self.experts).view(experts * most, -1)
-        y = y * (experts * weight_EK).view(-1, 1)
+        y = y * (experts / self.config.capacity * weight_EK).view(-1, 1)
         return y.new_zeros(units, tokens * width).index_add(0, taken_EK.flatten(), y).view(x.shape)
 
     def _by_threshold(self, x: Tensor, scores: Tensor) -> Tensor:
         """As `_by_batch`, but an expert takes all units whose score reaches its threshold; it computes all of them."""
-        weights = torch.where(scores >= self.threshold, scores, 0.0) * scores.shape[1]
+        weights = torch.where(scores >= self.threshold, scores, 0.0) * (scores.shape[1] / self.config.capacity)
         each = [
             apply_merged(x.flatten(0, 1).unsqueeze(0), self.experts[e : e + 1]).view(x.shape)
             * weights[:, e, None, None]
@@ -217,15 +217,21 @@ def top_k_from_dense(
     router_initializer_range: float = 0.02,
     balance: float = 0.01,
     seed: int = 0,
+    cuts: int | None = None,
 ) -> MixtralForCausalLM:
-    """A Mixtral of `copies * top_k` experts, each 1/top_k of the dense FFN wide, with the dense model's logits.
+    """A Mixtral of `copies * cuts` experts, each 1/cuts of the dense FFN wide, with the dense model's logits.
 
-    balance: coefficient of transformers' own load-balancing loss. Raises ValueError if top_k does not divide the FFN's
-    width.
+    cuts: by default top_k, so that a token's experts are together as wide as the dense FFN. balance: coefficient of
+    transformers' own load-balancing loss. Raises ValueError if cuts does not divide the FFN's width and top_k.
     """
     dense = llama.config
-    if dense.intermediate_size % top_k:
-        raise ValueError(f"the FFN is {dense.intermediate_size} wide, which top_k {top_k} does not divide.")
+    cuts = cuts or top_k
+    if dense.intermediate_size % cuts:
+        raise ValueError(f"the FFN is {dense.intermediate_size} wide, which top_k {cuts} does not divide.")
+    if top_k % cuts or top_k > copies * cuts:
+        raise ValueError(
+            f"top_k is {top_k}: with FFNs cut into {cuts} it must be a multiple of {cuts}, at most {copies * cuts}."
+        )
     same = (
         "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim rms_norm_eps "
         "rope_parameters max_position_embeddings tie_word_embeddings initializer_range bos_token_id eos_token_id "
@@ -233,49 +239,49 @@ def top_k_from_dense(
     )
     config = MixtralConfig(
         **{name: getattr(dense, name) for name in same.split()},
-        intermediate_size=_aligned(dense.intermediate_size // top_k),
-        num_local_experts=copies * top_k,
+        intermediate_size=_aligned(dense.intermediate_size // cuts),
+        num_local_experts=copies * cuts,
         num_experts_per_tok=top_k,
         router_aux_loss_coef=balance,
         sliding_window=None,
     )
     model = MixtralForCausalLM(config)
-    state = _cut_experts(llama.state_dict(), copies, top_k, gate_up_scale=1.0, down_scale=top_k)
+    state = _cut_experts(llama.state_dict(), copies, cuts, gate_up_scale=1.0, down_scale=cuts)
     drawn = _routers(model, copies, router_initializer_range, seed)
-    _load(model, state | {name: router.repeat(top_k, 1) for name, router in drawn.items()})
+    _load(model, state | {name: router.repeat(cuts, 1) for name, router in drawn.items()})
     return model.train(llama.training)
 
 
-def top_k_moments(moments: Mapping[str, Tensor], copies: int, top_k: int) -> dict[str, Tensor]:
+def top_k_moments(moments: Mapping[str, Tensor], copies: int, cuts: int) -> dict[str, Tensor]:
     """AdamW's moments of a dense model, converted for the result of `top_k_from_dense`.
 
-    An expert sees 1/copies of the tokens; its down projection is top_k times as large, its gradient top_k times
-    smaller.
+    An expert sees 1/copies of the dense gradient; its down projection is `cuts` times as large, its gradient `cuts`
+    times smaller.
     """
     cut: dict[str, Tensor] = {}
     for what, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
         dense = {n.removesuffix(f".{what}"): value for n, value in moments.items() if n.endswith(f".{what}")}
-        scales = copies**-power, (copies * top_k) ** -power
-        cut |= {f"{name}.{what}": value for name, value in _cut_experts(dense, copies, top_k, *scales).items()}
+        scales = copies**-power, (copies * cuts) ** -power
+        cut |= {f"{name}.{what}": value for name, value in _cut_experts(dense, copies, cuts, *scales).items()}
     steps = [value for name, value in moments.items() if name.endswith(".step")]
     names = {name.removesuffix(".exp_avg") for name in cut if name.endswith(".exp_avg")}
     return cut | {f"{name}.step": steps[0] for name in names if steps}
 
 
 def _cut_experts(
-    dense: Mapping[str, Tensor], copies: int, top_k: int, gate_up_scale: float, down_scale: float
+    dense: Mapping[str, Tensor], copies: int, cuts: int, gate_up_scale: float, down_scale: float
 ) -> dict[str, Tensor]:
     """From tensors by LLaMA's names to those by Mixtral's: expert `k * copies + g` is the k-th cut of copy g."""
     state = {name: value.clone() for name, value in dense.items() if ".mlp." not in name}
     for layer in range(sum(name.endswith(".mlp.gate_proj.weight") for name in dense)):
         gate, up, down = (dense[name] for name in dense_ffn_names(layer))
-        fill = _aligned(len(gate) // top_k) - len(gate) // top_k
-        gates = [F.pad(cut, (0, 0, 0, fill)) for cut in gate.chunk(top_k)]
-        ups = [F.pad(cut, (0, 0, 0, fill)) for cut in up.chunk(top_k)]
-        downs = [F.pad(cut, (0, fill)) for cut in down.chunk(top_k, dim=1)]
-        cuts = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
+        fill = _aligned(len(gate) // cuts) - len(gate) // cuts
+        gates = [F.pad(cut, (0, 0, 0, fill)) for cut in gate.chunk(cuts)]
+        ups = [F.pad(cut, (0, 0, 0, fill)) for cut in up.chunk(cuts)]
+        downs = [F.pad(cut, (0, fill)) for cut in down.chunk(cuts, dim=1)]
+        pairs = [torch.cat(pair) for pair in zip(gates, ups, strict=True)]
         experts = f"model.layers.{layer}.mlp.experts"
-        state[f"{experts}.gate_up_proj"] = torch.stack(cuts).repeat_interleave(copies, dim=0) * gate_up_scale
+        state[f"{experts}.gate_up_proj"] = torch.stack(pairs).repeat_interleave(copies, dim=0) * gate_up_scale
         state[f"{experts}.down_proj"] = torch.stack(downs).repeat_interleave(copies, dim=0) * down_scale
     return state
 

@@ -4,9 +4,11 @@
     lory             LoryForCausalLM, FFNs copied into E experts, routing as configured      docs/methods.md 1.2
     expert_choice    token-level Expert Choice of E experts, capacity 1                      docs/methods.md 1.7
     top_k            transformers' Mixtral of E K experts, each 1/K of the dense FFN wide    pretraining/baselines.py
+    dense_equal_flops  a dense model with a wider FFN, whose step costs what Lory's does: from scratch, as no FFN fits
 
-All have the dense model's active size, so that stages of equal steps see equal tokens and FLOPs. AdamW's moments are
-carried over: an expert that sees 1/E of the dense gradient gets 1/E of the first moment and 1/E^2 of the second.
+All but the last have the dense model's active size, so that stages of equal steps see equal tokens. Their FLOPs are not
+equal: merging costs Lory 4 E / (3 T) of the FFN's (models/training/flops.py). AdamW's moments are carried over: an
+expert that sees 1/E of the dense gradient gets 1/E of the first moment and 1/E^2 of the second.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from eclectus.models.lory.config import LoryConfig
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM, calibrate, top_k_from_dense, top_k_moments
 from eclectus.models.pretraining.checkpoint import duplicated_moments
 from eclectus.models.training import objectives
+from eclectus.models.training.flops import count_flops, equal_flops_width
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import Objective, Plan
 from eclectus.models.training.process import Process
@@ -42,11 +46,31 @@ def lory_from_dense(
     return model, duplicated_moments(moments, experts, share), objectives.lory(domains)
 
 
+def equal_flops_config(dense: LlamaConfig, experts: int, length: int, **config: Any) -> LlamaConfig:
+    """The dense configuration with an FFN so wide that a training step costs no less than this Lory model's.
+
+    length: tokens in an instance. config: other fields of LoryConfig; segment_length decides most.
+    """
+    fields = {name: value for name, value in dense.to_dict().items() if name not in ("model_type", "auto_map")}
+    with torch.device("meta"):
+        lory = LoryForCausalLM(LoryConfig(**{**fields, "num_experts": experts, **config}))
+    width = equal_flops_width(dense, count_flops(lory, 1, length), 1, length)
+    return LlamaConfig(**{**dense.to_dict(), "intermediate_size": width})
+
+
 def expert_choice_from_dense(
-    dense: LlamaForCausalLM, moments: dict[str, torch.Tensor], domains: Sequence[str], experts: int, seed: int
+    dense: LlamaForCausalLM,
+    moments: dict[str, torch.Tensor],
+    domains: Sequence[str],
+    experts: int,
+    seed: int,
+    **config: Any,
 ) -> tuple[ExpertChoiceForCausalLM, dict[str, torch.Tensor], Objective]:
-    """(model, moments, objective). After training, `make_causal` replaces the choice within a batch by thresholds."""
-    model = ExpertChoiceForCausalLM.from_dense(dense, experts, seed=seed)
+    """(model, moments, objective). After training, `make_causal` replaces the choice within a batch by thresholds.
+
+    config: other arguments of `ExpertChoiceForCausalLM.from_dense`.
+    """
+    model = ExpertChoiceForCausalLM.from_dense(dense, experts, seed=seed, **config)
     return model, duplicated_moments(moments, experts), objectives.next_token(domains)
 
 
@@ -57,12 +81,13 @@ def top_k_of_dense(
     experts: int,
     top_k: int,
     seed: int,
+    cuts: int | None = None,
 ) -> tuple[Any, dict[str, torch.Tensor], Objective]:
-    """(model, moments, objective). Raises ValueError if top_k does not divide the FFN's width."""
-    model = top_k_from_dense(dense, copies=experts, top_k=top_k, seed=seed)
+    """(model, moments, objective). top_k, cuts: as in `top_k_from_dense`, which raises ValueError if they do not fit."""
+    model = top_k_from_dense(dense, copies=experts, top_k=top_k, seed=seed, cuts=cuts)
     # A loop over experts is fastest on CPU; on CUDA it would wait for the device at every expert.
     model.set_experts_implementation("masked" if torch.cuda.is_available() else "eager")
-    return model, top_k_moments(moments, experts, top_k), objectives.balanced(domains)
+    return model, top_k_moments(moments, experts, cuts or top_k), objectives.balanced(domains)
 
 
 def make_causal(model: ExpertChoiceForCausalLM, instances: Instances, plan: Plan, process: Process) -> None:

@@ -15,6 +15,7 @@ import time
 import torch
 from torch import nn
 
+from eclectus.models.training.flops import count_parameters
 from eclectus.models.training.parallel import config_of
 
 # Dense bf16 FLOP/s by a part of the device's name; longer names first.
@@ -43,14 +44,13 @@ def flops_per_token(model: nn.Module, length: int) -> float:
 
 def active_parameters(model: nn.Module) -> int:
     """Parameters that a token is multiplied with: matrices, norms, and those experts that it passes through."""
-    config, active = config_of(model), 0
-    chosen = getattr(config, "num_experts_per_tok", None) or 1
-    for name, parameter in model.named_parameters():
-        if ".mlp.experts" in name and parameter.ndim == 3:
-            active += parameter.numel() // parameter.shape[0] * min(chosen, parameter.shape[0])
-        elif "embed_tokens" not in name or config.tie_word_embeddings:
-            active += parameter.numel()
-    return active
+    _, active = count_parameters(model)
+    lookups = (
+        0
+        if config_of(model).tie_word_embeddings
+        else sum(parameter.numel() for name, parameter in model.named_parameters() if "embed_tokens" in name)
+    )
+    return active - lookups
 
 
 def peak_flops(device: torch.device) -> float:

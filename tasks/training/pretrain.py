@@ -5,10 +5,12 @@
     lory            steps [w, total)   every FFN duplicated into E experts, random routers, a second warm-up of the rate
     expert_choice   steps [w, total)   baseline: experts choose their tokens (models/pretraining/stages.py)
     top_k           steps [w, total)   baseline: tokens choose their experts, transformers' Mixtral
+    dense_equal_flops  steps [0, total)  control: a dense model with an FFN so wide that its step costs what Lory's does
 
-A LLaMA checkpoint can replace the warm-up (`dense_start`); then w = 0.
-All stages continue from the same weights and AdamW moments and read the same instances in the same order, so only the
-model differs (docs/methods.md 1.5). AdamW's moments are carried over the switch: an expert with weight 1/E gets 1/E of
+A LLaMA checkpoint can replace the warm-up (`dense_start`); then w = 0. The control does not fit the warm-up's shapes,
+so it trains from scratch, on the same instances in the same order at the same rates.
+All other stages continue from the same weights and AdamW moments and read the same instances in the same order, so only
+the model differs (docs/methods.md 1.5). AdamW's moments are carried over the switch: an expert with weight 1/E gets 1/E of
 the dense gradient, so its first moment is divided by E and its second by E squared, and update sizes stay the same.
 """
 
@@ -35,6 +37,11 @@ from eclectus.tasks.training.run_training import (
 if TYPE_CHECKING:
     from eclectus.models.training.loop import Report
     from eclectus.models.training.process import Process
+
+
+# Stages that train a stock LLaMA, and those that start from random weights.
+DENSE = ("warmup", "dense", "dense_equal_flops")
+FROM_SCRATCH = ("warmup", "dense_equal_flops")
 
 
 class ArchitectureSettings(Settings):
@@ -99,10 +106,11 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
         description="Dense LLaMA checkpoint to start from instead of a warm-up from scratch: a folder, a .gguf file or "
         "a name on the hub. Its tokenizer is used; model settings have no effect. Empty: train one.",
     )
-    pretrain_baselines: list[Literal["prefix", "expert_choice", "top_k", "random"]] = Field(
+    pretrain_baselines: list[Literal["prefix", "expert_choice", "top_k", "dense_equal_flops", "random"]] = Field(
         [],
         description="Baselines to train besides Lory and its dense twin, for the same steps: prefix (Lory routed once, "
-        "by the first segment), expert_choice and top_k (token-level mixtures of equal active size), random (Lory and "
+        "by the first segment), expert_choice and top_k (token-level mixtures of equal active size), dense_equal_flops "
+        "(a dense model with a wider feed-forward network, whose step costs as many FLOPs as Lory's), random (Lory and "
         "twin on instances of documents in random order).",
     )
     baseline_top_k: int = Field(
@@ -130,6 +138,11 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
 
     def check_together(self) -> None:
         super().check_together()
+        if self.dense_start and "dense_equal_flops" in self.pretrain_baselines:
+            raise EclectusError(
+                "pretrain_baselines has dense_equal_flops, which trains from scratch and cannot be compared with models "
+                "that start from dense_start; leave out one of the two"
+            )
         fixed = self.dense_start or self.model_preset != "custom"
         if not fixed and (self.model_width % self.model_heads or self.model_heads % self.model_key_value_heads):
             raise EclectusError(
@@ -153,9 +166,14 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
 class PretrainStageSettings(PretrainSettings):
     """Settings of the step `pretrain`: one stage."""
 
-    pretrain_stage: Literal["warmup", "dense", "lory", "expert_choice", "top_k"] = Field(
+    pretrain_stage: Literal["warmup", "dense", "lory", "expert_choice", "top_k", "dense_equal_flops"] = Field(
         description="Which stage: dense warm-up, dense twin, Lory or a baseline."
     )
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the stage starts from random weights, at step 0."""
+        return self.pretrain_stage in FROM_SCRATCH
 
     @property
     def routed(self) -> bool:
@@ -167,22 +185,30 @@ class PretrainStageSettings(PretrainSettings):
         # The list of baselines changes no stage; the checkpoint to start from is an input.
         values = {k: v for k, v in super().key_values().items() if k != "pretrain_baselines"}
         values["dense_start"] = bool(self.dense_start)
-        if self.pretrain_stage in ("warmup", "dense"):
-            values = {k: v for k, v in values.items() if k not in LorySettings.model_fields}
+        if self.pretrain_stage in DENSE:
+            # Lory's FLOPs, which the control must equal, depend on these.
+            kept = (
+                {"lory_experts", "lory_segment", "lory_routing"} if self.pretrain_stage == "dense_equal_flops" else ()
+            )
+            values = {k: v for k, v in values.items() if k not in LorySettings.model_fields or k in kept}
         if self.pretrain_stage != "top_k":
             values.pop("baseline_top_k")
         return values
 
 
-@step(makes="checkpoint", version=2)
+@step(makes="checkpoint", version=3)
 def pretrain(
     instances: Artifact, tokenizer: Artifact, settings: PretrainStageSettings, out: Draft, start: Artifact | None = None
 ) -> None:
-    """Trains one stage. start: the dense checkpoint that all stages but `warmup` start from."""
-    if (settings.pretrain_stage == "warmup") != (start is None):
+    """Trains one stage. start: the dense checkpoint to start from, for all stages but those of FROM_SCRATCH."""
+    if settings.from_scratch != (start is None):
         raise EclectusError(
-            f"stage '{settings.pretrain_stage}' of pre-training starts from the dense warm-up; only the warm-up starts "
-            "from nothing"
+            f"stage '{settings.pretrain_stage}' of pre-training starts from "
+            + (
+                "nothing, but was given a checkpoint"
+                if settings.from_scratch
+                else "the dense warm-up; give it as start"
+            )
         )
     settings.check_together()
     length = json.loads(instances.file("instances.json").read_text())["length"]
@@ -236,10 +262,15 @@ def train_stage(
     work: str,
     out: str,
 ) -> dict[str, Any]:
-    """Runs on every training worker; rank 0 writes the checkpoint into `out`. Returns its statistics."""
+    """Runs on every training worker; rank 0 writes the checkpoint into `out`. Returns its statistics.
+
+    training_flops is over all steps from 0, the dense warm-up's too; the seconds are of this stage alone.
+    """
     from eclectus.models.pretraining.checkpoint import load_moments_file, save_model
     from eclectus.models.pretraining.routing_profiles import routing_profiles, write_profiles
     from eclectus.models.pretraining.stages import make_causal
+    from eclectus.models.training.clock import TrainingClock
+    from eclectus.models.training.flops import count_parameters, step_flops
     from eclectus.models.training.instances import Instances
     from eclectus.models.training.loop import train
     from eclectus.tasks.packing.tokenizer import load_tokenizer
@@ -247,12 +278,11 @@ def train_stage(
     chosen = PretrainStageSettings(**settings)
     data, tokens = Instances(instances), load_tokenizer(tokenizer)
     stage, switch = chosen.pretrain_stage, chosen.switch_step
+    clock = TrainingClock(report, process, Path(work))
     dense, dense_moments = _dense(start, chosen, data, tokens), load_moments_file(moments)
-    model, state, objective = _model_of_stage(chosen, dense, dense_moments, data.domains)
-    del dense, dense_moments
-    rewarmed = stage not in ("warmup", "dense") and switch and chosen.lory_rewarm_steps
+    rewarmed = stage not in DENSE and switch and chosen.lory_rewarm_steps
     plan = chosen.plan(
-        start=0 if stage == "warmup" else switch,
+        start=0 if chosen.from_scratch else switch,
         stop=switch if stage == "warmup" else chosen.pretrain_steps,
         total=chosen.pretrain_steps,
         batch=chosen.pretrain_batch,
@@ -261,8 +291,13 @@ def train_stage(
         rewarm=(switch, chosen.lory_rewarm_steps) if rewarmed else None,
         compiled=chosen.training_compiled,
     )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    after = train(model, data, objective, plan, process, Path(work), report, state)
+    before = step_flops(dense, plan, process.world, data.length).times(plan.start)
+    model, state, objective = _model_of_stage(chosen, dense, dense_moments, data)
+    del dense, dense_moments
+    parameters, active = count_parameters(model)
+    flops = step_flops(model, plan, process.world, data.length)
+    after = train(model, data, objective, plan, process, Path(work), clock.report, state)
+    seconds = clock.read()
     profiles = None
     if stage == "expert_choice":
         make_causal(model, data, plan, process)
@@ -274,6 +309,11 @@ def train_stage(
     return {
         "model": type(model).__name__,
         "parameters": parameters,
+        "active_parameters": active,
+        "flops_per_step": flops.total,
+        "attention_flops_per_step": flops.attention,
+        "training_flops": (before + flops.times(plan.stop - plan.start)).total,
+        **seconds,
         "steps": plan.stop,
         "tokens": plan.stop * plan.batch * data.length,
         "epochs": round(plan.stop * plan.batch / len(data), 3),
@@ -313,13 +353,25 @@ def _dense(start: str | None, settings: PretrainStageSettings, data: Any, tokeni
 
 
 def _model_of_stage(
-    settings: PretrainStageSettings, dense: Any, moments: dict[str, Any], domains: list[str]
+    settings: PretrainStageSettings, dense: Any, moments: dict[str, Any], data: Any
 ) -> tuple[Any, dict[str, Any], Any]:
     """(model, its AdamW moments, objective) of the stage, made from the dense model and its moments."""
+    import torch
+
     from eclectus.models.pretraining import stages
     from eclectus.models.training import objectives
 
-    stage = settings.pretrain_stage
+    stage, domains = settings.pretrain_stage, data.domains
+    if stage == "dense_equal_flops":
+        config = stages.equal_flops_config(
+            dense.config,
+            settings.lory_experts,
+            data.length,
+            segment_length=settings.lory_segment,
+            routing=settings.lory_routing,
+        )
+        torch.manual_seed(settings.seed)
+        return type(dense)(config), {}, objectives.next_token(domains)
     if stage in ("warmup", "dense"):
         return dense, moments, objectives.next_token(domains)
     moments = moments if settings.lory_moments == "carry" else {}

@@ -1,0 +1,56 @@
+"""Seconds that a training took, over all its processes and restarts.
+
+    training_seconds   on the clock, of rank 0
+    cpu_seconds        of CPU cores, summed over processes and their threads: comparable between models however many
+                       cores each had
+    gpu_seconds        seconds on the clock times GPUs; only on GPUs
+
+What was spent before a restart is read from a file under the training's `work` folder, which is written with every row
+of metrics; steps that a restart repeats count twice, because they were computed twice.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eclectus.models.training.process import Process
+
+
+class TrainingClock:
+    """Measures from its construction to `read`; `report` goes to the training loop in place of the given function."""
+
+    def __init__(self, report: Callable[..., None], process: Process, work: Path) -> None:
+        self._report, self._process = report, process
+        self._path = work / f"seconds-{process.rank}.json"
+        self._before = json.loads(self._path.read_text()) if self._path.is_file() else [0.0, 0.0]
+        self._begun = time.monotonic(), time.process_time()
+
+    def report(self, kind: str, **values: Any) -> None:
+        """As the given function, and stores the seconds so far with every row of metrics."""
+        self._report(kind, **values)
+        if kind == "metrics":
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self._path.with_suffix(".part")
+            partial.write_text(json.dumps(self._now()))
+            partial.replace(self._path)
+
+    def read(self) -> dict[str, float]:
+        """The seconds so far. All processes must call it."""
+        wall, cpu = self._now()
+        seconds = {
+            "training_seconds": round(wall, 2),
+            "cpu_seconds": round(float(self._process.sum(torch.tensor(cpu, device=self._process.device))), 2),
+        }
+        if self._process.device.type == "cuda":
+            seconds["gpu_seconds"] = round(wall * self._process.world, 2)
+        return seconds
+
+    def _now(self) -> list[float]:
+        now = time.monotonic(), time.process_time()
+        return [old + end - begin for old, end, begin in zip(self._before, now, self._begun, strict=True)]
