@@ -9,8 +9,8 @@ Expert Choice (Zhou et al., arXiv 2202.09368): every expert takes its best token
 It is NOT causal: whether a token is taken depends on later tokens and on other rows. `calibrate` replaces the choice by
 a fixed threshold per expert, the mean of the lowest scores that were taken in training: causal, at about the same load.
 A unit of T > 1 tokens gives the paper's segment-level Expert Choice, routed by the previous segment, as in Lory. The
-factor E / c keeps a model that starts from copies of one dense FFN near the dense one; it is a constant scale of the down
-projections.
+factor E / c keeps a model that starts from copies of one dense FFN near the dense one; it is a constant scale of the
+down projections.
 
 Top-k: transformers' Mixtral with G copies of the dense FFN, each cut into C narrower experts; a token takes the K best
 of G C experts. By default K = C: together as wide as one dense FFN. With routers equal across the C cuts the start

@@ -83,7 +83,7 @@ def top_k_of_dense(
     seed: int,
     cuts: int | None = None,
 ) -> tuple[Any, dict[str, torch.Tensor], Objective]:
-    """(model, moments, objective). top_k, cuts: as in `top_k_from_dense`, which raises ValueError if they do not fit."""
+    """(model, moments, objective). top_k, cuts: as in `top_k_from_dense`, which raises ValueError for others."""
     model = top_k_from_dense(dense, copies=experts, top_k=top_k, seed=seed, cuts=cuts)
     # A loop over experts is fastest on CPU; on CUDA it would wait for the device at every expert.
     model.set_experts_implementation("masked" if torch.cuda.is_available() else "eager")

@@ -9,9 +9,11 @@
 
 A LLaMA checkpoint can replace the warm-up (`dense_start`); then w = 0. The control does not fit the warm-up's shapes,
 so it trains from scratch, on the same instances in the same order at the same rates.
-All other stages continue from the same weights and AdamW moments and read the same instances in the same order, so only
-the model differs (docs/methods.md 1.5). AdamW's moments are carried over the switch: an expert with weight 1/E gets 1/E of
-the dense gradient, so its first moment is divided by E and its second by E squared, and update sizes stay the same.
+All other stages continue from the same weights and AdamW moments and read the same instances in the same order, so
+only the model differs (docs/methods.md 1.5). FLOPs do not count as equal (1.8): each checkpoint's statistics hold those
+of a step and of the whole training, all and active parameters, and seconds. AdamW's moments are carried over the
+switch: an expert with weight 1/E gets 1/E of the dense gradient, so its first moment is divided by E and its second by
+E squared, and update sizes stay the same.
 """
 
 from __future__ import annotations
@@ -140,8 +142,8 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
         super().check_together()
         if self.dense_start and "dense_equal_flops" in self.pretrain_baselines:
             raise EclectusError(
-                "pretrain_baselines has dense_equal_flops, which trains from scratch and cannot be compared with models "
-                "that start from dense_start; leave out one of the two"
+                "pretrain_baselines has dense_equal_flops, which trains from scratch and is no control of models that "
+                "start from dense_start; leave out one of the two"
             )
         fixed = self.dense_start or self.model_preset != "custom"
         if not fixed and (self.model_width % self.model_heads or self.model_heads % self.model_key_value_heads):

@@ -13,7 +13,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.connection import query
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.training.extend import ExtendStageSettings, extend
-from eclectus.tasks.training.pretrain import PretrainStageSettings, pretrain
+from eclectus.tasks.training.pretrain import PretrainSettings, PretrainStageSettings, pretrain
 from eclectus.tasks.training.run_training import WorkerSettings, run_training
 from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
 from tests.support.displays import NullDisplay
@@ -144,6 +144,48 @@ def test_every_baseline_trains_from_the_same_warm_up_at_equal_active_size_and_ca
     edited[0, 40] += 1
     moved = (loaded(edited).logits - before).abs().amax(dim=(0, 2))
     assert moved[:32].max() < 1e-6 < 1e-4 < moved[40], "no later token is looked at, but for Lory's own segment"
+
+
+def test_the_control_of_equal_flops_trains_from_scratch_on_the_same_data(world, instances, pretrained):
+    control = stage(world, instances, "dense_equal_flops")
+    dense, lory = pretrained["dense"].statistics, pretrained["lory"].statistics
+    assert control.statistics["model"] == "LlamaForCausalLM"
+    assert control.statistics["steps"] == lory["steps"] and control.statistics["tokens"] == lory["tokens"]
+    assert lory["flops_per_step"] > dense["flops_per_step"]
+    assert 1 <= control.statistics["flops_per_step"] / lory["flops_per_step"] < 1.05
+    width = AutoModelForCausalLM.from_pretrained(control.path).config.intermediate_size
+    assert width > SMALL["model_feed_forward"] and width % 8 == 0
+    with pytest.raises(EclectusError, match="starts from nothing"):
+        stage(world, instances, "dense_equal_flops", pretrained["warmup"])
+
+
+def test_the_controls_key_holds_what_decides_lorys_flops_and_nothing_else_of_lory():
+    def key(**changes):
+        return PretrainStageSettings(pretrain_stage="dense_equal_flops", **{**SMALL, **changes}).key_values()
+
+    for changes in ({"lory_experts": 2}, {"lory_segment": 32}, {"lory_routing": "prefix"}):
+        assert key(**changes) != key()
+    for changes in ({"lory_router_init": 0.3}, {"lory_rewarm_steps": 1}, {"lory_moments": "reset"}):
+        assert key(**changes) == key()
+
+
+def test_the_control_of_equal_flops_is_refused_next_to_models_that_start_trained():
+    settings = PretrainSettings(**SMALL, dense_start="a/model", pretrain_baselines=["dense_equal_flops"])
+    with pytest.raises(EclectusError, match="leave out one of the two"):
+        settings.check_together()
+
+
+def test_every_pretrained_checkpoint_says_what_it_cost(pretrained):
+    for name, each in pretrained.items():
+        about = each.statistics
+        assert about["cpu_seconds"] > 0 and about["training_seconds"] > 0
+        assert 0 < about["attention_flops_per_step"] < about["flops_per_step"]
+        # The warm-up's two steps are part of every model that starts from it.
+        before, own = (0, 2) if name == "warmup" else (2, 6)
+        warm_up = pretrained["warmup"].statistics["flops_per_step"]
+        assert about["training_flops"] == before * warm_up + own * about["flops_per_step"]
+    dense, lory = pretrained["dense"].statistics, pretrained["lory"].statistics
+    assert dense["active_parameters"] == dense["parameters"] < lory["active_parameters"] < lory["parameters"]
 
 
 def test_a_segment_as_long_as_an_instance_is_refused_where_something_is_routed(world, instances, pretrained):
