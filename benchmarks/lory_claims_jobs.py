@@ -264,7 +264,8 @@ def cost_of(model: nn.Module, plan: Plan, size: Size) -> dict[str, Any]:
     the same in all models of a size, it is nearer to 1.
     """
     with torch.device("meta"):
-        twin = step_flops(LlamaForCausalLM(config_of(size)), plan, 1, size.length)
+        dense = LlamaForCausalLM(config_of(size))
+    twin = step_flops(dense, plan, 1, size.length)
     flops = step_flops(model, plan, 1, size.length)
     total = twin.times(plan.start) + flops.times(plan.stop - plan.start)
     parameters, active = count_parameters(model)

@@ -10,6 +10,7 @@ import numpy as np
 TITLES = {
     "dense": "dense twin",
     "lory": "Lory",
+    "dense_wide": "dense, FFN as wide as Lory's FLOPs",
     "prefix": "prefix routing",
     "expert_choice": "Expert Choice, tokens (looks ahead)",
     "expert_choice_threshold": "Expert Choice, tokens, by threshold (causal)",
