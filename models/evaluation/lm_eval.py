@@ -45,6 +45,8 @@ class HarnessModel(HFLM):
         process: this process among those that divide the requests.
         kept: directory for the answers so far; None to store none.
         report_progress: called with (answers, requests) of this process.
+        encode: token ids of each text, without special tokens; by default the tokenizer's. Questions are texts: a
+            special token that one spells is encoded as text, unlike in HFLM.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class HarnessModel(HFLM):
         process: Process,
         kept: Path | None,
         report_progress: Callable[[int, int], None],
+        encode: Callable[[list[str]], list[list[int]]] | None = None,
     ) -> None:
         mixed = "bfloat16" if process.device.type == "cuda" else None
         super().__init__(
@@ -63,8 +66,47 @@ class HarnessModel(HFLM):
         )
         self._process, self._kept, self._report_progress = process, kept, report_progress
         self._known: dict[str, Any] | None = None
+        self._encode = encode or self._encode_as_text
+        self._frames: dict[bool | None, tuple[list[int], list[int]]] = {}
         # (context, continuation) of requests that were truncated on the left.
         self.cut: set[tuple[str, str]] = set()
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
+    ) -> list[int]:
+        """HFLM's token ids, with the special tokens that the tokenizer adds to a text but none from within it."""
+        before, after = self._frame(self.add_bos_token if add_special_tokens is None else add_special_tokens)
+        ids = [*before, *self._encode([string])[0], *after]
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens, mask), both [B, L], padded on the left, truncated on the left to `left_truncate_len`."""
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        longest, padding = max(map(len, rows)), self.tokenizer.pad_token_id or 0
+        tokens = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        return tokens, mask
+
+    def _encode_as_text(self, texts: list[str]) -> list[list[int]]:
+        given = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return self.tokenizer(texts, **given)["input_ids"]
+
+    def _frame(self, special: bool | None) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer puts before and after a text; None: as it is configured."""
+        if special not in self._frames:
+            given = {} if special is None else {"add_special_tokens": special}
+            made = self.tokenizer("a", return_special_tokens_mask=True, verbose=False, **given)
+            added, ids = made["special_tokens_mask"], made["input_ids"]
+            first = added.index(0) if 0 in added else len(added)
+            last = len(added) - added[::-1].index(0) if 0 in added else len(added)
+            self._frames[special] = ids[:first], ids[last:]
+        return self._frames[special]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None

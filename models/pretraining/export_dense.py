@@ -168,7 +168,7 @@ def _tokens_of(model: LoryForCausalLM, prompt: str) -> Tensor:
     folder = _folder_of(model)
     if not _tokenizer_files(folder):
         raise ValueError(f"{folder} has no tokenizer to encode the prompt with; give prompt_ids.")
-    ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt")["input_ids"]
+    ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt", split_special_tokens=True)["input_ids"]
     if not ids.numel():
         raise ValueError("The prompt has no token; give a text to merge the experts by.")
     return ids

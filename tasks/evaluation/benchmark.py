@@ -31,6 +31,7 @@ from eclectus.storage.artifact import Artifact, Draft, hash_file
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.evaluation.benchmark_rows import FIELDS, SCORE_FIELDS, group_rows, item_rows, score_rows
 from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, local_questions, version, wanted_tasks
+from eclectus.tasks.packing.text_tokens import TextTokens
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.run import metric
 from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting
@@ -100,7 +101,7 @@ def _fingerprint(settings: BenchmarkSettings) -> dict[str, str]:
     return read | {"lm_eval": hashlib.sha256(version().encode()).hexdigest()}
 
 
-@step(makes="evaluation", version=1, fingerprint=_fingerprint)
+@step(makes="evaluation", version=2, fingerprint=_fingerprint)
 def benchmark(checkpoint: Artifact, tokenizer: Artifact, settings: BenchmarkSettings, out: Draft) -> None:
     """Runs benchmark tasks on a checkpoint, with its own tokenizer if it has one, else with the given one."""
     harness = Harness(settings.benchmark_files)
@@ -209,7 +210,8 @@ def answer_here(
     def report_progress(done: int, total: int) -> None:
         report("progress", done=done, total=total)
 
-    answering = make_harness_model(model, tokenizer, length, batch, process, Path(kept), report_progress)
+    encode = TextTokens(tokenizer)
+    answering = make_harness_model(model, tokenizer, length, batch, process, Path(kept), report_progress, encode)
     asked = [
         Instance(kind, {}, tuple(arguments), number)
         for number, arguments in enumerate(json.loads(Path(requests).read_text("utf-8")))

@@ -13,6 +13,7 @@ from typing import Any
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.table import read_batches
+from eclectus.tasks.packing.text_tokens import TextTokens
 
 TEXTS_AT_ONCE = 512
 UNKNOWN = "unknown"
@@ -42,7 +43,7 @@ def read_held_out(documents: Artifact, tokenizer: Any, most: int) -> HeldOut:
 
     Raises EclectusError if there are none.
     """
-    chosen, held = _choose(documents, most), HeldOut()
+    chosen, held, encode = _choose(documents, most), HeldOut(), TextTokens(tokenizer)
     rows: list[tuple[str, str, str, str, int, list[int]]] = []
     names = ["document", "language", "domain", "group", "split", "bytes", "text"]
     for batch in read_batches(documents, ["language", "group"], [("group", "!=", "other")]):
@@ -52,12 +53,10 @@ def read_held_out(documents: Artifact, tokenizer: Any, most: int) -> HeldOut:
         if not len(batch):
             continue
         columns = {name: batch[name].to_pylist() for name in names}
-        ids = tokenizer(columns["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+        encoded = encode(columns["text"])
         domains = [domain or UNKNOWN for domain in columns["domain"]]
         rows += zip(
-            columns["language"], domains, columns["document"], columns["group"], columns["bytes"], ids, strict=True
+            columns["language"], domains, columns["document"], columns["group"], columns["bytes"], encoded, strict=True
         )
     for language, domain, document, group, size, ids in sorted(rows, key=lambda row: row[:3]):
         if not ids:

@@ -26,6 +26,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.language_codes import normalise
 from eclectus.tasks.documents.split import draws
 from eclectus.tasks.documents.table import TRAINING, read_batches, read_table, relabel
+from eclectus.tasks.packing.text_tokens import token_ids
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.run import metric
 from eclectus.tasks.settings import SEED, Settings
@@ -69,7 +70,7 @@ def amounts(entries: list[str]) -> dict[str, float]:
     return result
 
 
-@step(makes="documents", version=2)
+@step(makes="documents", version=3)
 def budget(documents: Artifact, tokenizer: Artifact, settings: BudgetSettings, out: Draft) -> None:
     """Excludes training documents over their language's budget. Raises EclectusError if a named language has none."""
     ratio = _bytes_per_token(documents, load_tokenizer(tokenizer.path))
@@ -134,7 +135,7 @@ def _bytes_per_token(documents: Artifact, tokenizer: Any) -> dict[str, float]:
                 texts[language].append(text[:SAMPLE_CHARACTERS])
     ratio = {}
     for language, sample in texts.items():
-        tokens = sum(len(ids) + 1 for ids in tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
+        tokens = sum(len(ids) + 1 for ids in token_ids(tokenizer, sample))
         ratio[language] = sum(len(text.encode()) for text in sample) / tokens
     return ratio
 

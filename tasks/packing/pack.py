@@ -32,7 +32,8 @@ from eclectus.tasks.documents.table import read_batches, read_table
 from eclectus.tasks.grouping.instance_layout import Spans, plan
 from eclectus.tasks.grouping.quality import instance_quality
 from eclectus.tasks.packing.instance_file import POSITIONS, TOKENS, Matrix, as_json, describe, lay_out, open_matrix
-from eclectus.tasks.packing.tokenizer import load_tokenizer, token_ids
+from eclectus.tasks.packing.text_tokens import TextTokens
+from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.run import metric, progress
 from eclectus.tasks.settings import BASIC, SEED, Settings
 from eclectus.tasks.step import step
@@ -62,7 +63,7 @@ class PackSettings(Settings):
     seed: int = SEED
 
 
-@step(makes="instances", version=2)
+@step(makes="instances", version=3)
 def pack(
     documents: Artifact,
     tokenizer: Artifact,
@@ -77,13 +78,14 @@ def pack(
     and across instances.
     """
     tokens = load_tokenizer(tokenizer.path)
+    encode = TextTokens(tokens)
     rows = _rows_to_pack(documents, settings)
     if len(rows) == 0:
         raise EclectusError(
             f"no training document belongs to the group '{settings.pack_group}'; see the languages settings"
         )
     with tempfile.TemporaryDirectory(dir=out.path.parent, prefix="tokens-") as scratch:
-        flat, starts = _tokenize(documents, tokens, rows, Path(scratch) / "flat")
+        flat, starts = _tokenize(documents, encode, tokens, rows, Path(scratch) / "flat")
         order = _order(rows, grouping, settings.seed)
         spans = plan(np.diff(starts)[order], settings.instance_tokens, settings.pack_remainder == "pad", settings.seed)
         if spans.count == 0:
@@ -102,6 +104,7 @@ def pack(
         "matrices": as_json(matrices),
     }
     _describe(about, rows[order], spans, meta, out)
+    out.statistics |= {"control_tokens_in_texts": encode.respelled, "control_tokens_not_spelled": encode.lost}
     if embeddings is not None:
         quality = _quality(about, spans, embeddings, settings.seed)
         out.statistics |= quality
@@ -123,7 +126,9 @@ def _rows_to_pack(documents: Artifact, settings: PackSettings) -> np.ndarray:
     return np.concatenate(rows) if rows else np.empty(0, np.int64)
 
 
-def _tokenize(documents: Artifact, tokenizer: Any, rows: np.ndarray, scratch: Path) -> tuple[np.ndarray, np.ndarray]:
+def _tokenize(
+    documents: Artifact, encode: TextTokens, tokenizer: Any, rows: np.ndarray, scratch: Path
+) -> tuple[np.ndarray, np.ndarray]:
     """(tokens of these rows end to end in a scratch file, start of each row [len(rows) + 1])."""
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     lengths, report_progress, seen, done = [np.zeros(1, np.int64)], progress(len(rows), "tokenising", "documents"), 0, 0
@@ -133,7 +138,7 @@ def _tokenize(documents: Artifact, tokenizer: Any, rows: np.ndarray, scratch: Pa
         for batch in read_batches(documents, ["text"], rows=TEXTS_AT_ONCE):
             texts = batch["text"].filter(pa.array(wanted[seen : seen + len(batch)])).to_pylist()
             seen += len(batch)
-            ids = token_ids(tokenizer, texts)
+            ids = encode(texts)
             sizes = np.fromiter(map(len, ids), np.int64, len(ids))
             ends = np.cumsum(sizes + 1)
             tokens = np.full(ends[-1] if len(ends) else 0, tokenizer.eos_token_id, kind)

@@ -59,20 +59,6 @@ def load_tokenizer(folder: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
 
 
-def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The token ids of each whole text, without special tokens: text that spells one stays text.
-
-    Runs on all cores (TOKENIZERS_PARALLELISM); a tokenizer without a Rust back-end runs on one.
-    """
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is None:
-        return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    fast.no_truncation()
-    fast.no_padding()
-    fast.encode_special_tokens = True
-    return [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)]
-
-
 def _train(documents: Artifact, settings: TokenizerSettings) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

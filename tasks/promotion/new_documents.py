@@ -20,7 +20,8 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact, Draft, write_json
 from eclectus.tasks.documents.split import draws
 from eclectus.tasks.documents.table import TRAINING, read_batches, read_table, relabel
-from eclectus.tasks.packing.tokenizer import load_tokenizer, token_ids
+from eclectus.tasks.packing.text_tokens import TextTokens
+from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.settings import BASIC, SEED, Settings
 from eclectus.tasks.step import step
 
@@ -60,7 +61,7 @@ class RefreshSettings(Settings):
     seed: int = SEED
 
 
-@step(makes="report", version=1)
+@step(makes="report", version=2)
 def news(
     documents: Artifact,
     settings: NewDocumentsSettings,
@@ -77,14 +78,14 @@ def news(
     for artifact in seen or ():
         for batch in read_batches(artifact, ["language"], TRAINING):
             languages.update(batch["language"].unique().to_pylist())
-    tokens = load_tokenizer(model.path) if model else None
+    encode = TextTokens(load_tokenizer(model.path)) if model else None
     counts: Counter[str] = Counter()
     new_tokens = 0
     for batch in read_batches(documents, ["document", "language", "text"], TRAINING, TEXTS_AT_ONCE):
         fresh = [row for row in batch.to_pylist() if row["document"] not in known]
         counts.update(row["language"] for row in fresh)
-        if tokens and fresh:
-            new_tokens += sum(map(len, token_ids(tokens, [row["text"] for row in fresh])))
+        if encode and fresh:
+            new_tokens += sum(map(len, encode([row["text"] for row in fresh])))
     decision = decide(dict(counts), new_tokens, sorted(set(counts) - languages), settings, model is not None)
     write_json(out.file("news.json"), decision)
     out.rows = decision["new_documents"]

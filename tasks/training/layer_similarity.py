@@ -16,6 +16,7 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.table import read_batches
+from eclectus.tasks.packing.text_tokens import TextTokens
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.run import metric
 from eclectus.tasks.settings import BASIC, Settings
@@ -45,7 +46,7 @@ class LayerSimilaritySettings(Settings):
     )
 
 
-@step(makes="report", version=1)
+@step(makes="report", version=2)
 def layer_similarity(documents: Artifact, checkpoint: Artifact, settings: LayerSimilaritySettings, out: Draft) -> None:
     """Measures the similarity of known and new languages in each layer and distributes the budget of new experts.
 
@@ -86,12 +87,13 @@ def _samples(documents: Artifact, tokenizer: Any, tokens: int) -> tuple[dict[str
     import torch
 
     ids: dict[str, list[int]] = defaultdict(list)
+    encode = TextTokens(tokenizer)
     groups: dict[str, str] = {}
     for batch in read_batches(documents, ["text", "language", "group", "split"]):
         for text, language, group, split in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             if split == "train" and group != "other" and len(ids[language]) < tokens:
                 groups[language] = group
-                ids[language] += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                ids[language] += encode([text])[0]
     rows = {language: min(len(each), tokens) // LENGTH for language, each in ids.items() if language in groups}
     if short := sorted(language for language, count in rows.items() if count == 0):
         raise EclectusError(

@@ -118,6 +118,35 @@ def test_lory_scores_a_question_as_plain_lm_eval_scores_its_export_for_that_prom
         assert json.loads(items[item]["responses"]) == pytest.approx(logs[item], abs=2e-4)
 
 
+def test_a_question_is_text_whatever_it_spells_and_special_tokens_stand_around_it_as_in_the_harness(world):
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoModelForCausalLM
+
+    from eclectus.models.evaluation.lm_eval import HarnessModel
+    from eclectus.models.training.process import Process
+
+    words = load_tokenizer(world.tokenizer.path)
+    model = AutoModelForCausalLM.from_pretrained(world.models["dense"].path)
+    end, texts = words.eos_token, ["copy this", "a longer question", "x"]
+    for template in (None, f"{end} $A", f"{end} $A {end}"):
+        if template:
+            words.backend_tokenizer.post_processor = TemplateProcessing(template, None, [(end, words.eos_token_id)])
+        ours = HarnessModel(model, words, 64, 4, Process.current(), None, lambda *_: None)
+        plain = HFLM(pretrained=model, tokenizer=words, max_length=64)
+        for special in (None, True, False):
+            assert [ours.tok_encode(text, special) for text in texts] == [
+                plain.tok_encode(text, special) for text in texts
+            ]
+        for cut in (None, 2):
+            padded = ours.tok_batch_encode(texts, "left", cut), plain.tok_batch_encode(texts, "left", cut)
+            for one, other in zip(*padded, strict=True):
+                assert one.tolist() == other.tolist()
+        assert words.eos_token_id not in ours.tok_encode(f"what does {end} mean", False)
+        assert words.eos_token_id in plain.tok_encode(f"what does {end} mean", False)
+        assert words.decode(ours.tok_encode(f"what does {end} mean", False)) == f"what does {end} mean"
+
+
 @pytest.mark.parametrize("model", ["dense", "lory", "stage 2"])
 def test_the_batch_changes_nothing(world, questions, model):
     one, many = (

@@ -1,0 +1,150 @@
+"""Texts to token ids: the one way in for every text that is packed, scored, counted or asked.
+
+A text never yields a control token (end of document, beginning, padding, mask, ...), whatever it spells: a document
+about tokenizers that quotes "</s>" must not end there, in training or in evaluation. Three ways lead to one:
+
+    added token    the tokenizer cuts "<|endoftext|>" out of the text     -> special tokens are encoded as text
+    not marked     it does so for a control token not marked as special   -> a copy of the tokenizer marks it
+    vocabulary     Unigram, WordLevel, WordPiece or BPE hold "</s>" as    -> spelled with the fewest other pieces, or
+                   a piece like any other                                    the unknown token where there are none
+
+The token of unknown text stays what it is, unless it also ends or begins documents: then unknown text is dropped.
+Price: what the tokenizer takes, and 2% for the check.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Set
+from functools import cached_property
+from typing import Any
+
+# A character that no piece holds costs more than any number of pieces.
+MISSING = 1_000_000
+
+
+def _control_ids(tokenizer: Any, unknown: Set[int]) -> frozenset[int]:
+    """Ids of the tokens that stand for something else than text. unknown: ids of unknown text, which is text."""
+    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    borders = {getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "bos", "sep", "cls")}
+    return frozenset((marked | set(tokenizer.all_special_ids)) - (unknown - borders))
+
+
+class TextTokens:
+    """Encodes texts with a transformers tokenizer.
+
+    control: ids that never come out of a text. respelled: control tokens that the vocabulary held as a piece and that
+    texts spelled, so far; lost: those among them that the other pieces could not spell.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.respelled = self.lost = 0
+        self._tokenizer, self._model = tokenizer, _model_of(getattr(tokenizer, "backend_tokenizer", None))
+        self._unknown = {each for each in (tokenizer.unk_token_id, self._model["unk_id"]) if each is not None}
+        self.control = _control_ids(tokenizer, self._unknown)
+        self._backend = _text_backend(tokenizer, self.control)
+        self._instead: dict[int, tuple[list[int], bool]] = {}
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """The token ids of each whole text, without special tokens. Runs on all cores (TOKENIZERS_PARALLELISM)."""
+        if self._backend is None:
+            given = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+            every = self._tokenizer(texts, **given)["input_ids"]
+        else:
+            # Other users of this tokenizer may have set these.
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = True
+            every = [each.ids for each in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [ids if self.control.isdisjoint(ids) else self._respell(ids) for ids in every]
+
+    def _respell(self, ids: list[int]) -> list[int]:
+        result: list[int] = []
+        for each in ids:
+            if each not in self.control:
+                result.append(each)
+                continue
+            if each not in self._instead:
+                self._instead[each] = self._spelling(each)
+            pieces, whole = self._instead[each]
+            result += pieces
+            self.respelled += 1
+            self.lost += not whole
+        return result
+
+    def _spelling(self, control: int) -> tuple[list[int], bool]:
+        """(the fewest other pieces that spell this token, whether they spell all of it)."""
+        if control in self._unknown:
+            return [], False
+        text = self._tokenizer.convert_ids_to_tokens(control)
+        filler = sorted(self._unknown - self.control)[:1]
+        best: list[tuple[int, list[int]]] = [(0, [])]
+        for end in range(1, len(text) + 1):
+            ways = []
+            for start in range(end):
+                if (pieces := self._pieces(text[start:end], start > 0)) is not None:
+                    ways.append((best[start][0] + len(pieces), best[start][1] + pieces))
+            ways.append((best[end - 1][0] + MISSING, best[end - 1][1] + filler))
+            best.append(min(ways, key=lambda way: way[0]))
+        cost, pieces = best[-1]
+        return pieces, cost < MISSING
+
+    def _pieces(self, text: str, inside: bool) -> list[int] | None:
+        """The ordinary piece of the model's alphabet, or the bytes of a single character, None if it has neither."""
+        prefix = self._model["continuing_subword_prefix"] or "" if inside else ""
+        piece = self._id(prefix + text)
+        if piece is not None:
+            return [piece]
+        if len(text) > 1 or not self._model["byte_fallback"]:
+            return None
+        every = [self._id(f"<0x{byte:02X}>") for byte in text.encode("utf-8", "replace")]
+        pieces = [each for each in every if each is not None]
+        return pieces if len(pieces) == len(every) else None
+
+    def _id(self, piece: str) -> int | None:
+        """The id of an ordinary piece."""
+        found = self._vocabulary.get(piece)
+        return None if found in self._not_ordinary else found
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab()
+
+    @cached_property
+    def _not_ordinary(self) -> set[int]:
+        return {*self.control, *self._unknown, *self._tokenizer.added_tokens_decoder}
+
+
+def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The token ids of each whole text, without control tokens: a text that spells one stays text."""
+    return TextTokens(tokenizer)(texts)
+
+
+def _model_of(backend: Any) -> dict[str, Any]:
+    """unk_id, byte_fallback and continuing_subword_prefix of a Rust tokenizer's model."""
+    result = dict.fromkeys(("unk_id", "byte_fallback", "continuing_subword_prefix"))
+    if backend is None:
+        return result
+    if type(backend.model).__name__ == "Unigram":
+        # The only kind whose settings can be read from its JSON alone.
+        return result | {name: value for name, value in json.loads(backend.to_str())["model"].items() if name in result}
+    name = getattr(backend.model, "unk_token", None)
+    return {key: getattr(backend.model, key, None) for key in result} | {
+        "unk_id": None if name is None else backend.token_to_id(name)
+    }
+
+
+def _text_backend(tokenizer: Any, control: frozenset[int]) -> Any:
+    """The Rust tokenizer that encodes every control token as text, or None if there is none.
+
+    It is the given one, or a copy if that one does not know all control tokens for special.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or all(
+        token.special for number, token in tokenizer.added_tokens_decoder.items() if number in control
+    ):
+        return backend
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
+        token["special"] |= token["id"] in control
+    return type(backend).from_str(json.dumps(state))
