@@ -165,8 +165,6 @@ def _decide(
                 gate,
                 candidates[gate.model],
                 candidates.get(gate.base),
-                parameters.report_resamples,
-                parameters.seed,
                 list(candidates.values()),
             )
         else:

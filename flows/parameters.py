@@ -21,7 +21,7 @@ from eclectus.tasks.documents.split import SplitSettings
 from eclectus.tasks.evaluation.benchmark import BenchmarkSettings
 from eclectus.tasks.evaluation.contamination import ContaminationSettings
 from eclectus.tasks.evaluation.evaluate import EvaluateSettings
-from eclectus.tasks.evaluation.scores import BootstrapSettings
+from eclectus.tasks.evaluation.scores import IntervalSettings
 from eclectus.tasks.grouping.embed import EmbedSettings
 from eclectus.tasks.grouping.group import GroupSettings
 from eclectus.tasks.grouping.nearest import NeighborSettings
@@ -281,7 +281,7 @@ GROUPS: dict[str, tuple[type[Settings], ...]] = {
     "all training": (TrainingSettings,),
     "evaluation": (EvaluateSettings, BenchmarkSettings, ContaminationSettings, EvaluateParameters),
     "retraining": (NewDocumentsSettings, RefreshSettings, RetrainParameters),
-    "reports": (DataReportSettings, BootstrapSettings, ReportSettings),
+    "reports": (DataReportSettings, IntervalSettings, ReportSettings),
     "where it runs": (WorkerSettings,),
 }
 

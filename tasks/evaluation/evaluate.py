@@ -6,8 +6,8 @@ measure is bits per byte, because perplexity per token cannot be compared across
 bytes are counted in proportion to its scored tokens; the end-of-document token is read but not scored.
 
 Files:
-    documents.parquet   bits, bytes and tokens per document, for paired comparisons; for Lory also `bits_by_prompt`
-                        (routed once per window, by its context alone)
+    documents.parquet   work, bits, bytes and tokens per document, for paired comparisons; for Lory also
+                        `bits_by_prompt` (routed once per window, by its context alone)
     scores.parquet      by language, by domain, by both, over all
     positions.parquet   by position in the window; `scored` is false for context
     routing.parquet     share of each expert in each layer, by language and domain

@@ -28,6 +28,7 @@ class HeldOut:
     """
 
     documents: list[str] = field(default_factory=list)
+    works: list[str] = field(default_factory=list)
     languages: list[str] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
@@ -44,8 +45,8 @@ def read_held_out(documents: Artifact, tokenizer: Any, most: int) -> HeldOut:
     Raises EclectusError if there are none.
     """
     chosen, held, encode = _choose(documents, most), HeldOut(), TextTokens(tokenizer)
-    rows: list[tuple[str, str, str, str, int, list[int]]] = []
-    names = ["document", "language", "domain", "group", "split", "bytes", "text"]
+    rows: list[tuple[str, str, str, str, str, int, list[int]]] = []
+    names = ["document", "work", "language", "domain", "group", "split", "bytes", "text"]
     for batch in read_batches(documents, ["language", "group"], [("group", "!=", "other")]):
         held.known |= set(batch["language"].unique().to_pylist())
     wanted = [("document", "in", sorted(chosen)), ("split", "==", "heldout")]
@@ -55,13 +56,13 @@ def read_held_out(documents: Artifact, tokenizer: Any, most: int) -> HeldOut:
         columns = {name: batch[name].to_pylist() for name in names}
         encoded = encode(columns["text"])
         domains = [domain or UNKNOWN for domain in columns["domain"]]
-        rows += zip(
-            columns["language"], domains, columns["document"], columns["group"], columns["bytes"], encoded, strict=True
-        )
-    for language, domain, document, group, size, ids in sorted(rows, key=lambda row: row[:3]):
+        labels = (columns["language"], domains, columns["document"], columns["work"], columns["group"])
+        rows += zip(*labels, columns["bytes"], encoded, strict=True)
+    for language, domain, document, work, group, size, ids in sorted(rows, key=lambda row: row[:3]):
         if not ids:
             continue
         held.documents.append(document)
+        held.works.append(work)
         held.languages.append(language)
         held.domains.append(domain)
         held.groups.append(group)

@@ -31,6 +31,7 @@ def write_documents(held: HeldOut, sums: Sums, by_prompt: np.ndarray | None, out
     table = pa.table(
         {
             "document": held.documents,
+            "work": held.works,
             "language": held.languages,
             "domain": held.domains,
             "group": held.groups,

@@ -1,40 +1,45 @@
-"""Scores of one model by document, and paired comparisons of two models with a bootstrap over documents.
+"""Scores of one model by document, in one training or in several that differ only in the seed.
 
-Two models are compared on the documents that both scored. The same documents are resampled for both, so the difficulty
-of a document cancels out and the interval is that of the difference. 1,000 resamples of 1,000 documents take 20 ms.
+Two models are compared by tasks/evaluation/changes.py.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from eclectus.storage.artifact import Artifact
+from eclectus.storage.errors import EclectusError
 from eclectus.tasks.evaluation.routing_statistics import LayerRouting, describe_layers
-from eclectus.tasks.settings import SEED, Settings
+from eclectus.tasks.settings import RuntimeSetting, Settings
 
-DRAWS_AT_ONCE = 4_000_000
+REPEAT = re.compile(r"^(?P<model>.+) seed (?P<seed>-?\d+)$")
 
 
-class BootstrapSettings(Settings):
-    """The bootstrap behind confidence intervals."""
+class IntervalSettings(Settings):
+    """The 95% intervals of reports and gates."""
 
-    report_resamples: int = Field(1000, ge=100, description="Bootstrap resamples over documents for the 95% intervals.")
-    seed: int = SEED
+    report_resamples: int = RuntimeSetting(
+        1000, ge=100, description="Ignored: intervals are computed without resampling (docs/evaluation.md)."
+    )
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The evaluation of one model, by document: arrays [D] of ids, labels and sums."""
+    """The evaluation of one model, by document: arrays [D] of ids, labels and sums.
+
+    work: what a document is a piece of; None for evaluations that did not know it. repeats: further trainings of the
+    model, by seed; means over trainings are given as such, all else is of the first one.
+    """
 
     name: str
     artifact: Artifact
@@ -47,6 +52,8 @@ class Scores:
     tokens: np.ndarray
     # Bits under prompt-only routing; None for models without it.
     bits_by_prompt: np.ndarray | None = None
+    work: np.ndarray | None = None
+    repeats: dict[int, Scores] = field(default_factory=dict)
 
     @classmethod
     def read(cls, name: str, evaluation: Artifact) -> Scores:
@@ -56,7 +63,29 @@ class Scores:
         by_prompt = None
         if "bits_by_prompt" in table.column_names and table["bits_by_prompt"].null_count < len(table):
             by_prompt = table["bits_by_prompt"].to_numpy(zero_copy_only=False)
-        return cls(name, evaluation, **arrays, bits_by_prompt=by_prompt)
+        work = table["work"].to_numpy(zero_copy_only=False) if "work" in table.column_names else None
+        return cls(name, evaluation, **arrays, bits_by_prompt=by_prompt, work=work)
+
+    @property
+    def works(self) -> np.ndarray:
+        """The work of each document [D], its own id where none is known."""
+        return self.document if self.work is None else self.work
+
+    @property
+    def trainings(self) -> dict[int | None, Scores]:
+        """Every training by seed; None stands for the first one, whose seed is that of the run."""
+        first: dict[int | None, Scores] = {None: self}
+        return first | {seed: each for seed, each in self.repeats.items()}
+
+    @property
+    def first(self) -> Scores:
+        """The first training alone."""
+        return replace(self, repeats={})
+
+    def rows(self, documents: np.ndarray) -> np.ndarray:
+        """Rows [N] of these documents [N], all of which must be there."""
+        order = np.argsort(self.document)
+        return order[np.searchsorted(self.document, documents, sorter=order)]
 
     def where(self, **labels: str) -> np.ndarray:
         """Mask [D] of the documents with these labels: `where(group="original", domain="code")`."""
@@ -66,21 +95,33 @@ class Scores:
         return chosen
 
     def bits_per_byte(self, **labels: str) -> float | None:
-        """Over the documents with these labels; None when there are none."""
-        chosen = self.where(**labels)
-        return float(self.bits[chosen].sum() / self.bytes[chosen].sum()) if chosen.any() else None
+        """Over the documents with these labels, the mean over trainings; None when there are none."""
+        return _mean([each._rate(each.bits, each.bytes, labels) for each in self.trainings.values()])
+
+    def spread(self, **labels: str) -> float | None:
+        """Relative standard deviation of `bits_per_byte` between trainings; None if there are not several."""
+        rates = [each._rate(each.bits, each.bytes, labels) for each in self.trainings.values()]
+        known = [math.log(rate) for rate in rates if rate is not None]
+        return float(np.std(known, ddof=1)) if len(known) > 1 else None
 
     def bits_per_byte_by_prompt(self, **labels: str) -> float | None:
         """`bits_per_byte` when routed once per window by its context (docs/methods.md 1.4); None if the same."""
-        chosen = self.where(**labels)
-        if self.bits_by_prompt is None or not chosen.any():
-            return None
-        return float(self.bits_by_prompt[chosen].sum() / self.bytes[chosen].sum())
+        by_training = self.trainings.values()
+        return _mean(
+            [
+                None if each.bits_by_prompt is None else each._rate(each.bits_by_prompt, each.bytes, labels)
+                for each in by_training
+            ]
+        )
 
     def perplexity(self, **labels: str) -> float | None:
-        """Per token."""
+        """Per token, the mean over trainings."""
+        costs = [each._rate(each.bits, each.tokens, labels) for each in self.trainings.values()]
+        return _mean([None if cost is None else 2**cost for cost in costs])
+
+    def _rate(self, bits: np.ndarray, units: np.ndarray, labels: dict[str, str]) -> float | None:
         chosen = self.where(**labels)
-        return float(2 ** (self.bits[chosen].sum() / self.tokens[chosen].sum())) if chosen.any() else None
+        return float(bits[chosen].sum() / units[chosen].sum()) if chosen.any() else None
 
     def values(self, label: str, **labels: str) -> list[str]:
         """The values of a label among these documents, sorted."""
@@ -133,72 +174,20 @@ class Scores:
         return {name: (sums[name] / counts[name]).tolist() for name in sorted(sums) if counts[name]}
 
 
-@dataclass(frozen=True)
-class Change:
-    """Relative changes from one model to another on the same documents (-0.05 is 5% less), with 95% intervals.
+def read_trainings(evaluations: dict[str, Artifact], repeats: dict[str, Artifact] | None = None) -> dict[str, Scores]:
+    """Scores by model. repeats: evaluations of further trainings of these models, by name as "lory seed 1".
 
-    before, after: bits per byte. bits: change of bits per byte. perplexity: change of perplexity per token; None if the
-    two models did not score the same tokens.
+    Raises EclectusError for a repeat whose name has no seed.
     """
-
-    before: float
-    after: float
-    bits: float
-    bits_interval: tuple[float, float]
-    perplexity: float | None
-    perplexity_interval: tuple[float, float] | None
-    documents: int
-
-    @property
-    def clear(self) -> bool:
-        """Whether the interval excludes zero."""
-        low, high = self.bits_interval
-        return low > 0 or high < 0
-
-    @property
-    def retention(self) -> float:
-        """Bits per byte of the first model over the second's; 1 is nothing forgotten (docs/methods.md 2.5)."""
-        return 1 / (1 + self.bits)
-
-    @property
-    def retention_interval(self) -> tuple[float, float]:
-        low, high = self.bits_interval
-        return 1 / (1 + high), 1 / (1 + low)
-
-    @property
-    def gain(self) -> float:
-        """Part of the first model's bits that the second saves."""
-        return -self.bits
-
-    @property
-    def gain_interval(self) -> tuple[float, float]:
-        low, high = self.bits_interval
-        return -high, -low
-
-
-def compare(before: Scores, after: Scores, resamples: int, seed: int, **labels: str) -> Change | None:
-    """The change from one model to another over the documents with these labels that both scored; None if none."""
-    _, one, two = np.intersect1d(before.document, after.document, return_indices=True)
-    chosen = before.where(**labels)[one]
-    one, two = one[chosen], two[chosen]
-    if not len(one):
-        return None
-    sums = np.stack(
-        [before.bits[one], before.bytes[one], before.tokens[one], after.bits[two], after.bytes[two], after.tokens[two]],
-        axis=1,
-    ).astype(float)
-    drawn = _resample(sums, resamples, seed)
-    total = sums.sum(0)
-    same = bool((before.tokens[one] == after.tokens[two]).all())
-    return Change(
-        float(total[0] / total[1]),
-        float(total[3] / total[4]),
-        float(_bits_change(total)),
-        _interval(_bits_change(drawn)),
-        float(_perplexity_change(total)) if same else None,
-        _interval(_perplexity_change(drawn)) if same else None,
-        len(one),
-    )
+    further: dict[str, dict[int, Scores]] = defaultdict(dict)
+    for name, evaluation in (repeats or {}).items():
+        found = REPEAT.match(name)
+        if found is None:
+            raise EclectusError(f"'{name}' names no training; expected a model and its seed, as in 'lory seed 1'")
+        further[found["model"]][int(found["seed"])] = Scores.read(name, evaluation)
+    return {
+        name: replace(Scores.read(name, evaluation), repeats=further[name]) for name, evaluation in evaluations.items()
+    }
 
 
 def divergence(shares: dict[str, list[float]]) -> float:
@@ -206,30 +195,6 @@ def divergence(shares: dict[str, list[float]]) -> float:
     pairs = combinations(sorted(shares), 2)
     values = [_jensen_shannon(np.array(shares[one]), np.array(shares[two])) for one, two in pairs]
     return float(np.mean(values)) if values else 0.0
-
-
-def _resample(sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Sums [R, C] over R resamples, with replacement, of documents [D, C]."""
-    generator, count = np.random.default_rng(seed), len(sums)
-    parts, left = [], resamples
-    while left:
-        size = min(left, max(1, DRAWS_AT_ONCE // count))
-        parts.append(generator.multinomial(count, np.full(count, 1 / count), size=size) @ sums)
-        left -= size
-    return np.concatenate(parts)
-
-
-def _bits_change(sums: np.ndarray) -> np.ndarray:
-    return (sums[..., 3] / sums[..., 4]) / (sums[..., 0] / sums[..., 1]) - 1
-
-
-def _perplexity_change(sums: np.ndarray) -> np.ndarray:
-    return 2 ** (sums[..., 3] / sums[..., 5] - sums[..., 0] / sums[..., 2]) - 1
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _jensen_shannon(one: np.ndarray, two: np.ndarray) -> float:
@@ -240,3 +205,8 @@ def _jensen_shannon(one: np.ndarray, two: np.ndarray) -> float:
         return float((shares[positive] * np.log2(shares[positive] / middle[positive])).sum())
 
     return max(0.0, (against(one) + against(two)) / 2) if math.isfinite(one.sum() + two.sum()) else math.nan
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -1,6 +1,6 @@
-"""Scores of one model on benchmark tasks, and paired comparisons of two models with a bootstrap over items.
+"""Scores of one model on benchmark tasks, and paired comparisons of two models, with intervals over the questions.
 
-Two models are compared on the items that both could answer; the same items are resampled for both.
+Two models are compared on the items that both could answer, as one training of each: tasks/evaluation/intervals.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from eclectus.storage.artifact import Artifact
+from eclectus.tasks.evaluation.intervals import ALPHA, estimate
 
 # The main metric of a task: the first of these that it has, else its own first.
 PREFERRED = ("acc", "exact_match", "em", "f1")
@@ -51,11 +52,15 @@ class Answers:
 
 @dataclass(frozen=True)
 class Difference:
-    """Scores of two models on the same items, and the 95% interval of their difference."""
+    """Scores of two models on the same items, the 95% interval of their difference, and p of no difference.
+
+    Interval and p are None for a single item.
+    """
 
     before: float
     after: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
+    p: float | None
     items: int
 
     @property
@@ -69,10 +74,10 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        return self.interval[0] > 0 or self.interval[1] < 0
+        return self.p is not None and self.p < ALPHA
 
 
-def compare_answers(before: Answers, after: Answers, task: str, resamples: int, seed: int) -> Difference | None:
+def compare_answers(before: Answers, after: Answers, task: str) -> Difference | None:
     """The difference on a task's main metric over the items that both answered; None if there are none."""
     row = before.scores.get(task)
     if row is None or task not in after.scores:
@@ -82,10 +87,15 @@ def compare_answers(before: Answers, after: Answers, task: str, resamples: int, 
     if not items:
         return None
     pairs = np.array([(one[item], two[item]) for item in items])
-    draws = np.random.default_rng(seed).multinomial(len(items), np.full(len(items), 1 / len(items)), size=resamples)
-    differences = draws @ (pairs[:, 1] - pairs[:, 0]) / len(items)
-    low, high = np.quantile(differences, [0.025, 0.975])
-    return Difference(float(pairs[:, 0].mean()), float(pairs[:, 1].mean()), (float(low), float(high)), len(items))
+    before_score, after_score = pairs.mean(0).tolist()
+    around = p = None
+    if len(items) > 1:
+        change = pairs[:, 1] - pairs[:, 0]
+        shares = np.full(len(items), 1 / len(items))
+        found = estimate(change.mean(keepdims=True), ((change - change.mean()) * shares)[None], shares)
+        low, high = found.interval()
+        around, p = (float(low), float(high)), float(found.p())
+    return Difference(before_score, after_score, around, p, len(items))
 
 
 def _preference(row: dict[str, Any]) -> int:

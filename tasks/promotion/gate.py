@@ -6,11 +6,12 @@
         base: dense             the model that retention and `base` refer to
         rules:
           - retention.original >= 0.99
-          - bits_per_byte.expanded <= champion
+          - bits_per_byte.expanded <= champion + 2 * spread
+    default_spread: 0.01        what `spread` is while nobody measured it (tasks/promotion/spread.py); optional
 
 The step below is a pure function: rules and evaluations in, `decision.json` out (which rules hold, with numbers and
 reasons). The champions are in the journal (storage/lineage/champions.py); tasks/promotion/promote.py combines the two.
-Cost: a bootstrap per rule, milliseconds.
+Cost: milliseconds per rule.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.evaluation.routing_statistics import collapsed_layers
-from eclectus.tasks.evaluation.scores import BootstrapSettings, Scores
-from eclectus.tasks.promotion.gate_rules import ModelResults, Rule, check
+from eclectus.tasks.evaluation.scores import Scores, read_trainings
+from eclectus.tasks.promotion.gate_rules import Missing, ModelResults, Rule, check, text_of
+from eclectus.tasks.promotion.spread import DEFAULT, Spreads, measure_spread
+from eclectus.tasks.settings import Settings
 from eclectus.tasks.step import step
+
+CANDIDATE, BASE = "candidate", "base"
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,21 @@ class Gate:
     model: str
     base: str
     rules: list[str]
+    default_spread: float = DEFAULT
 
 
-class GateSettings(BootstrapSettings):
+class GateSettings(Settings):
     """The rules that a model must meet."""
 
     gate_line: str = Field("default", description="Line of champions that the model would join.")
     gate_model: str = Field("", description="Name of the model in its run, for display.")
     gate_rules: list[str] = Field([], description="Rules, as in configs/gate.yaml; all must hold.")
+    gate_default_spread: float = Field(
+        DEFAULT, ge=0, description="Relative spread of bits per byte between trainings, where none was measured."
+    )
+    gate_earlier_spreads: dict[str, tuple[float, int]] = Field(
+        {}, description="Spread and number of trainings by text, measured at an earlier decision of the line."
+    )
 
 
 def read_gates(path: str | Path) -> dict[str, Gate]:
@@ -61,10 +73,15 @@ def read_gates(path: str | Path) -> dict[str, Gate]:
     lines = content.get("lines") if isinstance(content, dict) else None
     if not isinstance(lines, dict) or not lines:
         raise EclectusError(f"gate file {path} has no 'lines'; see configs/gate.yaml for an example")
-    return {str(line): _read_gate(path, str(line), each) for line, each in lines.items()}
+    spread = content.get("default_spread", DEFAULT)
+    if isinstance(spread, bool) or not isinstance(spread, int | float) or not 0 <= spread < 1:
+        raise EclectusError(
+            f"gate file {path}: default_spread is {spread!r}; expected a share of bits per byte, such as 0.01"
+        )
+    return {str(line): _read_gate(path, str(line), each, float(spread)) for line, each in lines.items()}
 
 
-def _read_gate(path: str | Path, line: str, content: Any) -> Gate:
+def _read_gate(path: str | Path, line: str, content: Any, default_spread: float) -> Gate:
     known = {"model", "base", "rules"}
     if not isinstance(content, dict) or set(content) - known:
         wrong = ", ".join(map(str, sorted(set(content) - known))) if isinstance(content, dict) else str(content)
@@ -81,29 +98,33 @@ def _read_gate(path: str | Path, line: str, content: Any) -> Gate:
             Rule.read(rule)
         except EclectusError as error:
             raise EclectusError(f"gate file {path}, line '{line}': {error}") from error
-    return Gate(line, str(content.get("model", "stage 2")), str(content.get("base", "dense")), rules)
+    return Gate(line, str(content.get("model", "stage 2")), str(content.get("base", "dense")), rules, default_spread)
 
 
-@step(makes="evaluation", version=1)
+@step(makes="evaluation", version=2)
 def gate(
     candidate: dict[str, Artifact],
     settings: GateSettings,
     out: Draft,
     base: dict[str, Artifact] | None = None,
     champion: dict[str, Artifact] | None = None,
+    repeats: dict[str, Artifact] | None = None,
 ) -> None:
     """Checks every rule on a model's evaluations.
 
     candidate, base, champion: by kind, `text` (tasks/evaluation/evaluate.py) and optionally `tasks`
     (tasks/evaluation/benchmark.py) and `contamination` (tasks/evaluation/contamination.py).
+    repeats: evaluations on text of further trainings, as "candidate seed 1" and "base seed 1".
     """
-    model = read_results("the candidate", candidate)
-    start = read_results("the base", base) if base else None
+    given = {CANDIDATE: candidate, BASE: base or {}}
+    texts = {name: each["text"] for name, each in given.items() if "text" in each}
+    scores = read_trainings(texts, repeats)
+    model = read_results("the candidate", candidate, scores.get(CANDIDATE))
+    start = read_results("the base", base, scores.get(BASE)) if base else None
     best = read_results("the champion", champion) if champion else None
-    outcomes = [
-        check(Rule.read(rule), model, start, best, settings.report_resamples, settings.seed)
-        for rule in settings.gate_rules
-    ]
+    rules = [Rule.read(rule) for rule in settings.gate_rules]
+    spreads = Spreads(settings.gate_earlier_spreads, settings.gate_default_spread)
+    outcomes = [check(rule, model, start, best, spreads) for rule in rules]
     failed = [each for each in outcomes if not each.passed]
     reason = (
         "; ".join(f"{each.reason} (rule '{each.rule}')" for each in failed)
@@ -117,12 +138,30 @@ def gate(
         "passed": not failed,
         "reason": reason,
         "rules": [each.row() for each in outcomes],
+        "spreads": _measured_spreads(rules, model),
     }
     out.file("decision.json").write_text(json.dumps(out.statistics, indent=1, ensure_ascii=False), "utf-8")
 
 
-def read_results(name: str, evaluations: dict[str, Artifact]) -> ModelResults:
-    """A model's evaluations as the rules read them. Raises EclectusError if the one on held-out text is missing."""
+def _measured_spreads(rules: list[Rule], model: ModelResults) -> dict[str, tuple[float, int]]:
+    """(relative spread, trainings) by text of the rules with a spread, as far as this run measured it."""
+    measured = {}
+    for rule in rules:
+        if rule.spread:
+            try:
+                text, labels = text_of(rule, model)
+            except Missing:
+                continue
+            if spread := measure_spread(model.scores, labels):
+                measured[text] = spread
+    return measured
+
+
+def read_results(name: str, evaluations: dict[str, Artifact], scores: Scores | None = None) -> ModelResults:
+    """A model's evaluations as the rules read them. Raises EclectusError if the one on held-out text is missing.
+
+    scores: those on held-out text, if they were read already.
+    """
     if "text" not in evaluations:
         raise EclectusError(f"{name} has no evaluation on held-out text; evaluate it first")
     tasks: dict[tuple[str, str], float] = {}
@@ -130,7 +169,7 @@ def read_results(name: str, evaluations: dict[str, Artifact]) -> ModelResults:
         for row in pq.read_table(evaluations["tasks"].file("scores.parquet")).to_pylist():
             if row["score"] is not None:
                 tasks[row["task"], row["metric"]] = row["score"]
-    scores = Scores.read(name, evaluations["text"])
+    scores = scores or Scores.read(name, evaluations["text"])
     numbers = {"collapsed_layers": float(len(collapsed_layers(scores.routing)))}
     if evaluations.get("contamination"):
         numbers["contamination"] = evaluations["contamination"].statistics["share"]

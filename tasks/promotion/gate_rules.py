@@ -1,14 +1,16 @@
 """The rules of a gate: reading a rule, and checking whether it holds. One rule is one line, as in configs/gate.yaml:
 
-    retention.en >= 0.99                 the base's bits per byte on English over the model's; 1 is nothing forgotten
-    retention.original.low >= 0.98       the lower end of its 95% interval (paired bootstrap over documents)
-    bits_per_byte.el <= champion         on the documents that both scored; `champion * 1.01` allows 1% more
-    acc.arc_easy >= base - 0.02          a metric of a task, against the model that training started from
-    contamination <= 0.01                share of items and documents that were seen in training
-    collapsed_layers <= 0                layers whose router has collapsed
+    retention.en >= 0.99                    the base's bits per byte on English over the model's; 1 is nothing forgotten
+    retention.original.low >= 0.98          the lower end of its 95% interval (tasks/evaluation/changes.py)
+    bits_per_byte.el <= champion            on the documents that both scored; `champion * 1.01` allows 1% more
+    bits_per_byte.el <= champion + 2 * spread    allows what two trainings of the same model may differ by (spread.py)
+    acc.arc_easy >= base - 0.02             a metric of a task, against the model that training started from
+    contamination <= 0.01                   share of items and documents that were seen in training
+    collapsed_layers <= 0                   layers whose router has collapsed
 
 A name is a measure and, after dots, what it is measured on: a language, `original` or `expanded`, a domain, a task. A
-missing measure fails its rule and is reported; a comparison with the champion holds if there is none.
+missing measure fails its rule and is reported; a comparison with the champion holds if there is none. A rule is about
+one checkpoint: its values are those of this training, ends of intervals cover the run's other trainings too.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ import numpy as np
 
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.language_codes import language_name
-from eclectus.tasks.evaluation.scores import Change, Scores, compare
+from eclectus.tasks.evaluation.changes import Change, compare
+from eclectus.tasks.evaluation.scores import Scores
+from eclectus.tasks.promotion.spread import NOTHING_MEASURED, Spread, Spreads
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq
@@ -32,14 +36,16 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
 TEXT_MEASURES = ("bits_per_byte", "perplexity", "retention", "gain")
 BOUNDS = ("low", "high")
 _RULE = re.compile(r"^\s*([\w.\- ]+?)\s*(>=|<=|==|>|<)\s*(.+?)\s*$")
-_LIMIT = re.compile(r"^(champion|base)(?:\s*([*+-])\s*(\d+(?:\.\d+)?))?$")
+_NUMBER = r"\d+(?:\.\d+)?"
+_LIMIT = re.compile(rf"^(champion|base)(?:\s*([*+-])\s*({_NUMBER}))?$")
+_WITH_SPREAD = re.compile(rf"^(champion|base|-?{_NUMBER})\s*([+-])\s*(?:({_NUMBER})\s*\*\s*)?spread$")
 
 
 @dataclass(frozen=True)
 class Rule:
     """A rule. text: as written. of: what it is measured on. limit: a number, `champion` or `base`.
 
-    change: of a limit that names a model, as (sign, number).
+    change: of the limit, as (sign, number). spread: whether the number counts spreads.
     """
 
     text: str
@@ -48,6 +54,12 @@ class Rule:
     sign: str
     limit: float | str
     change: tuple[str, float] | None = None
+    spread: bool = False
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """`of` without an end of the interval."""
+        return self.of[:-1] if self.of and self.of[-1] in BOUNDS else self.of
 
     @classmethod
     def read(cls, text: str) -> Rule:
@@ -59,8 +71,12 @@ class Rule:
             )
         name, sign, limit = found.groups()
         measure, *of = name.split(".")
-        against = _LIMIT.match(limit)
-        if against:
+        if spread := _WITH_SPREAD.match(limit):
+            if measure not in TEXT_MEASURES:
+                raise EclectusError(f"rule '{text}': only {', '.join(TEXT_MEASURES)} have a spread; give a number")
+            start = spread[1] if spread[1] in ("champion", "base") else float(spread[1])
+            return cls(text, measure, tuple(of), sign, start, (spread[2], float(spread[3] or 1)), True)
+        if against := _LIMIT.match(limit):
             change = (against[2], float(against[3])) if against[2] else None
             return cls(text, measure, tuple(of), sign, against[1], change)
         try:
@@ -70,7 +86,7 @@ class Rule:
         if not math.isfinite(value):
             raise EclectusError(
                 f"rule '{text}' has the limit '{limit}'; expected a number, 'champion' or 'base', optionally followed "
-                "by '* 1.01' or '- 0.02'"
+                "by '* 1.01', '- 0.02' or '+ 2 * spread'"
             )
         return cls(text, measure, tuple(of), sign, value)
 
@@ -104,30 +120,53 @@ class Missing(Exception):
 
 
 def check(
-    rule: Rule, model: ModelResults, base: ModelResults | None, champion: ModelResults | None, resamples: int, seed: int
+    rule: Rule,
+    model: ModelResults,
+    base: ModelResults | None,
+    champion: ModelResults | None,
+    spreads: Spreads = NOTHING_MEASURED,
 ) -> Outcome:
     """Whether a rule holds for a model."""
     try:
         if rule.limit == "champion" and champion is None:
-            return Outcome(
-                rule.text, True, _maybe(rule, model, base, resamples, seed), None, "there is no other champion"
-            )
+            return Outcome(rule.text, True, _maybe(rule, model, base), None, "there is no other champion")
         other = {"champion": champion, "base": base}.get(rule.limit) if isinstance(rule.limit, str) else None
         if isinstance(rule.limit, str) and other is None:
             raise Missing(f"the {rule.limit} was not evaluated")
-        value, limit, on = _both(rule, model, base, other, resamples, seed)
+        value, limit, on = _both(rule, model, base, other)
+        spread = _spread(rule, model, spreads)
     except Missing as error:
         return Outcome(rule.text, False, None, None, str(error))
     if rule.change:
         sign, number = rule.change
-        limit = {"*": limit * number, "+": limit + number, "-": limit - number}[sign]
+        by = number * spread.of(rule.measure, limit) if spread else number
+        limit = {"*": limit * by, "+": limit + by, "-": limit - by}[sign]
     holds = math.isfinite(value) and OPERATORS[rule.sign](value, limit)
-    against = f" ({rule.limit}{_changed(rule)}{on})" if other else on
+    notes = [f"{rule.limit if other else f'{rule.limit:g}'}{_changed(rule)}"] if other or rule.change else []
+    notes += [on] if on else []
+    notes += [f"spread {100 * spread.relative:.2g}%, {spread.source}"] if spread else []
+    against = f" ({'; '.join(notes)})" if notes else ""
     return Outcome(rule.text, holds, value, limit, _describe(rule, value, limit) + against)
 
 
+def text_of(rule: Rule, model: ModelResults) -> tuple[str, dict[str, str]]:
+    """(name, labels) of the text that a rule of text is measured on."""
+    return ".".join(rule.labels), _labels(model.scores, rule.labels)
+
+
+def _spread(rule: Rule, model: ModelResults, spreads: Spreads) -> Spread | None:
+    if not rule.spread:
+        return None
+    text, labels = text_of(rule, model)
+    return spreads.on(text, model.scores, labels)
+
+
 def _changed(rule: Rule) -> str:
-    return f" {rule.change[0]} {rule.change[1]:g}" if rule.change else ""
+    if not rule.change:
+        return ""
+    sign, number = rule.change
+    times = f"{number:g} * " if number != 1 else ""
+    return f" {sign} {times}spread" if rule.spread else f" {sign} {number:g}"
 
 
 def _describe(rule: Rule, value: float, limit: float) -> str:
@@ -154,69 +193,78 @@ def _required(sign: str, limit: str) -> str:
     return f"{words[sign]} {limit} required"
 
 
-def _maybe(rule: Rule, model: ModelResults, base: ModelResults | None, resamples: int, seed: int) -> float | None:
+def _maybe(rule: Rule, model: ModelResults, base: ModelResults | None) -> float | None:
     try:
-        return _measure(rule, model, base, resamples, seed)
+        return _measure(rule, model, base)[0]
     except Missing:
         return None
 
 
 def _both(
-    rule: Rule, model: ModelResults, base: ModelResults | None, other: ModelResults | None, resamples: int, seed: int
+    rule: Rule, model: ModelResults, base: ModelResults | None, other: ModelResults | None
 ) -> tuple[float, float, str]:
-    """(the model's value, the limit, ", N documents" for text). Text is compared on the documents that both scored."""
+    """(the model's value, the limit, what the value is measured on, in words).
+
+    Text is compared on the documents that both scored, in the trainings that the rule is about.
+    """
+    value, on = _measure(rule, model, base)
     if other is None:
-        return _measure(rule, model, base, resamples, seed), float(rule.limit), ""
-    if rule.measure in ("bits_per_byte", "perplexity"):
-        change = _change(other.scores, model.scores, rule, resamples, seed)
-        if rule.measure == "bits_per_byte":
-            return change.after, change.before, f", {change.documents} documents"
-        if change.perplexity is None:
-            raise Missing("perplexities of different tokenizers cannot be compared; use bits_per_byte")
-        value = _measure(rule, model, base, resamples, seed)
-        return value, value / (1 + change.perplexity), f", {change.documents} documents"
-    return _measure(rule, model, base, resamples, seed), _measure(rule, other, base, resamples, seed), ""
+        return value, float(rule.limit), on
+    if rule.measure not in ("bits_per_byte", "perplexity"):
+        return value, _measure(rule, other, base)[0], on
+    change = _change(other.scores.first, model.scores.first, rule)
+    on = f"{change.documents} documents"
+    if rule.measure == "bits_per_byte":
+        return change.after, change.before, on
+    if change.perplexity is None:
+        raise Missing("perplexities of different tokenizers cannot be compared; use bits_per_byte")
+    return value, value / (1 + change.perplexity), on
 
 
-def _measure(rule: Rule, model: ModelResults, base: ModelResults | None, resamples: int, seed: int) -> float:
-    of, bound = rule.of, ""
-    if of and of[-1] in BOUNDS:
-        of, bound = of[:-1], of[-1]
+def _measure(rule: Rule, model: ModelResults, base: ModelResults | None) -> tuple[float, str]:
+    """(value, what an end of an interval covers, in words)."""
+    bound = rule.of[-1] if rule.labels != rule.of else ""
     if bound and rule.measure not in ("retention", "gain"):
         raise Missing(f"'{rule.measure}' has no '{bound}' end; retention and gain have")
     if rule.measure in ("retention", "gain"):
         if base is None:
             raise Missing("the base was not evaluated, so retention and gain are unknown")
         if base.scores.artifact == model.scores.artifact:
-            return 1.0 if rule.measure == "retention" else 0.0
-        return _kept_or_gained(rule.measure, bound, _change(base.scores, model.scores, rule, resamples, seed))
+            return (1.0 if rule.measure == "retention" else 0.0), ""
+        return _kept_or_gained(rule, bound, model.scores, base.scores)
     if rule.measure in TEXT_MEASURES:
-        value = getattr(model.scores, rule.measure)(**_labels(model.scores, of))
+        value = getattr(model.scores.first, rule.measure)(**_labels(model.scores, rule.of))
         if value is None:
-            raise Missing(f"no held-out text of '{'.'.join(of) or 'any language'}' was scored")
-        return value
-    if not of and rule.measure in model.numbers:
-        return model.numbers[rule.measure]
-    task = ".".join(of)
+            raise Missing(f"no held-out text of '{'.'.join(rule.of) or 'any language'}' was scored")
+        return value, ""
+    if not rule.of and rule.measure in model.numbers:
+        return model.numbers[rule.measure], ""
+    task = ".".join(rule.of)
     if (task, rule.measure) in model.tasks:
-        return model.tasks[task, rule.measure]
+        return model.tasks[task, rule.measure], ""
     known = ", ".join([*TEXT_MEASURES, *sorted(model.numbers), *sorted(f"{each}.{name}" for name, each in model.tasks)])
     raise Missing(f"there is no measure '{'.'.join([rule.measure, *rule.of])}' of {model.name}; available: {known}")
 
 
-def _kept_or_gained(measure: str, bound: str, change: Change) -> float:
-    """The measure itself, or the bound ("low" or "high") of its 95% interval."""
-    value, interval = change.gain, change.gain_interval
-    if measure == "retention":
-        value, interval = change.retention, change.retention_interval
-    return interval[BOUNDS.index(bound)] if bound else value
+def _kept_or_gained(rule: Rule, bound: str, model: Scores, base: Scores) -> tuple[float, str]:
+    """The measure itself, or the bound ("low" or "high") of its 95% interval and what that covers."""
+    if not bound:
+        change = _change(base.first, model.first, rule)
+        return (change.retention if rule.measure == "retention" else change.gain), ""
+    change = _change(base, model, rule)
+    interval = change.retention_interval if rule.measure == "retention" else change.gain_interval
+    if interval is None:
+        raise Missing(
+            f"the text of '{'.'.join(rule.labels) or 'any language'}' that both models scored is of one work, so "
+            f"{rule.measure} has no interval; hold out more works, or write the rule without '.{bound}'"
+        )
+    return interval[BOUNDS.index(bound)], f"95% interval {change.covers}"
 
 
-def _change(before: Scores, after: Scores, rule: Rule, resamples: int, seed: int) -> Change:
-    of = rule.of[:-1] if rule.of and rule.of[-1] in BOUNDS else rule.of
-    change = compare(before, after, resamples, seed, **_labels(before, of))
+def _change(before: Scores, after: Scores, rule: Rule) -> Change:
+    change = compare(before, after, **_labels(before, rule.labels))
     if change is None:
-        raise Missing(f"no held-out text of '{'.'.join(of) or 'any language'}' was scored for both models")
+        raise Missing(f"no held-out text of '{'.'.join(rule.labels) or 'any language'}' was scored for both models")
     return change
 
 

@@ -9,15 +9,16 @@ decision (storage/lineage/champions.py). A refused model is recorded with the re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
-from eclectus.storage.lineage.champions import PROMOTED, REFUSED, Decision, champion, record
+from eclectus.storage.lineage.champions import PROMOTED, REFUSED, Decision, champion, decisions, record
 from eclectus.storage.lineage.connection import connect
-from eclectus.tasks.promotion.gate import Gate, GateSettings, gate
+from eclectus.tasks.evaluation.scores import REPEAT
+from eclectus.tasks.promotion.gate import BASE, CANDIDATE, Gate, GateSettings, gate
 from eclectus.tasks.run import require_run
 
 STEPS = {"text": "evaluate", "tasks": "benchmark", "contamination": "contamination"}
@@ -35,14 +36,13 @@ def decide(
     gate_file: Gate,
     candidate: Candidate,
     base: Candidate | None,
-    resamples: int = 1000,
-    seed: int = 0,
     others: Sequence[Candidate] = (),
+    repeats: Mapping[str, Artifact] | None = None,
 ) -> Decision:
     """Runs the gate on a candidate and records the decision. Needs a run. Raises EclectusError without evaluation.
 
     others: models evaluated in the same run. If the champion is among them, that evaluation is used; else the one it
-    was promoted with.
+    was promoted with. repeats: evaluations of further trainings of the run's models, by name as "stage 2 seed 1".
     """
     run = require_run("promote.decide")
     holder = champion(run.home, gate_file.line)
@@ -57,12 +57,13 @@ def decide(
         candidate=candidate.evaluations,
         base=base.evaluations if base else None,
         champion=opponent,
+        repeats=_repeats(gate_file, repeats or {}) or None,
         settings=GateSettings(
             gate_line=gate_file.line,
             gate_model=gate_file.model,
             gate_rules=gate_file.rules,
-            report_resamples=resamples,
-            seed=seed,
+            gate_default_spread=gate_file.default_spread,
+            gate_earlier_spreads=_earlier_spreads(run.home, gate_file.line),
         ),
     )
     result = outcome.statistics
@@ -78,6 +79,30 @@ def decide(
     if holder is None or holder.checkpoint != decision.checkpoint or decision.verdict != holder.verdict:
         record(run.home, decision, run.id)
     return decision
+
+
+def _repeats(gate_file: Gate, repeats: Mapping[str, Artifact]) -> dict[str, Artifact]:
+    """Those of the candidate's model and of the base, under the names that the gate knows."""
+    chosen = {}
+    for name, evaluation in repeats.items():
+        found = REPEAT.match(name)
+        part = {gate_file.base: BASE, gate_file.model: CANDIDATE}.get(found["model"]) if found else None
+        if found and part:
+            chosen[f"{part} seed {found['seed']}"] = evaluation
+    return chosen
+
+
+def _earlier_spreads(home: Home, line: str) -> dict[str, tuple[float, int]]:
+    """Spreads by text that gates of this line measured, the latest of each; decisions whose gate is gone have none."""
+    spreads: dict[str, tuple[float, int]] = {}
+    for each in decisions(home, line):
+        if each.gate:
+            try:
+                measured = home.store.find(f"evaluation-{each.gate}").statistics.get("spreads", {})
+            except EclectusError:
+                continue
+            spreads |= {text: (relative, trainings) for text, (relative, trainings) in measured.items()}
+    return spreads
 
 
 def find_candidate(home: Home, checkpoint: Artifact, run: str | None = None) -> tuple[Candidate, str, str]:

@@ -33,7 +33,8 @@ def write_page(comparison: Comparison, measures: list[Measure]) -> str:
     values = Table(
         "Measures", ["measure", *names],
         [[Cell(measure_name(each)), *_cells(comparison, each)] for each in measures],
-        note="Mean over the runs of a group; below it the standard deviation over its seeds, if it has several.",
+        note="Mean over the runs of a group; below it the standard deviation between its trainings, if it has several: "
+        "no interval, on these documents. A group of one run is one training and says nothing about another seed.",
     )  # fmt: skip
     number = sum(len(group.runs) for group in comparison.groups)
     return render(

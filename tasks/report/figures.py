@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from eclectus.storage.lineage.history import History
 from eclectus.tasks.documents.language_codes import language_name
-from eclectus.tasks.evaluation.scores import Change, Scores
+from eclectus.tasks.evaluation.changes import Change
+from eclectus.tasks.evaluation.scores import Scores
 from eclectus.tasks.report.chart import Chart, Dash, Series
-from eclectus.tasks.report.formatting import interval, percent
+from eclectus.tasks.report.formatting import percent, within
+from eclectus.tasks.report.significance import coverage
 from eclectus.tasks.report.verdict import BASE, LORY, STAGE_1, STAGE_2, Comparer
 
 COLOURS = {BASE: "#7d8ba1", LORY: "#e08a2e", STAGE_1: "#9b7fe0", STAGE_2: "#22a38b"}
@@ -38,15 +40,18 @@ def score_charts(comparer: Comparer) -> list[Chart]:
 def by_domain(comparer: Comparer) -> list[Chart]:
     """Change of bits per byte against the base by domain of the original languages, with intervals."""
     domains = comparer.base.values("domain", group="original")
-    series = []
+    series, shown = [], []
     for name in comparer.scores:
         if name in (comparer.base.name, STAGE_1, STAGE_2):
             continue
         found = [(row, comparer.change(name, group="original", domain=domain)) for row, domain in enumerate(domains)]
         changes = [(row, change) for row, change in found if change]
         if changes:
+            shown += [change for _, change in changes]
             series.append(_changes(name, changes, domains, list(comparer.scores)))
-    title = f"Bits per byte by domain, against {comparer.base.name} (left is better; bars: 95% interval)"
+    title = (
+        f"Bits per byte by domain, against {comparer.base.name} (left is better; bars: 95% interval {coverage(shown)})"
+    )
     label = "change in bits per byte, percent"
     return [Chart("by-domain", title, "dots", tuple(series), label, rows=tuple(domains))] if series else []
 
@@ -187,17 +192,18 @@ def shown_layers(layers: list[int]) -> list[int]:
 
 def _changes(name: str, changes: list[tuple[int, Change]], domains: list[str], names: list[str]) -> Series:
     labels = [
-        f"{domains[row]}, {name}: {percent(each.bits)} ({interval(each.bits_interval)}), "
+        f"{domains[row]}, {name}: {percent(each.bits)} ({within(each.bits_interval, each.covers)}), "
         f"{each.before:.3f} to {each.after:.3f}, {each.documents} documents"
         for row, each in changes
     ]
+    ends = [each.bits_interval or (each.bits, each.bits) for _, each in changes]
     return Series(
         name,
         colour(name, names),
         x=tuple(100 * each.bits for _, each in changes),
         y=tuple(row for row, _ in changes),
         labels=tuple(labels),
-        intervals=tuple((100 * each.bits_interval[0], 100 * each.bits_interval[1]) for _, each in changes),
+        intervals=tuple((100 * low, 100 * high) for low, high in ends),
     )
 
 

@@ -1,17 +1,20 @@
 """Gains and forgetting: each model against the base, for every language and task, with 95% intervals.
 
 Languages are compared in bits per byte on the documents that both models scored, tasks in their main metric on the
-items that both answered; both by a paired bootstrap. *Kept* is 100% if nothing was lost; *saved* is the relative
-reduction in bits.
+items that both answered. *Kept* is 100% if nothing was lost; *saved* is the relative reduction in bits.
 """
 
 from __future__ import annotations
 
 from eclectus.tasks.documents.language_codes import language_name
-from eclectus.tasks.evaluation.task_scores import Answers, compare_answers
+from eclectus.tasks.evaluation.changes import Change
+from eclectus.tasks.evaluation.task_scores import Answers, Difference, compare_answers
 from eclectus.tasks.report.formatting import count, interval, number, percent
+from eclectus.tasks.report.significance import colour_note, coverage, significant
 from eclectus.tasks.report.tables import Cell, Table
 from eclectus.tasks.report.verdict import RETAINED, Comparer
+
+ONE_WORK = "one work: no interval"
 
 
 def forgetting_table(comparer: Comparer, answers: dict[str, Answers]) -> Table | None:
@@ -20,17 +23,45 @@ def forgetting_table(comparer: Comparer, answers: dict[str, Answers]) -> Table |
     others = [name for name in comparer.scores if name != base]
     if not others:
         return None
-    rows = [
-        _language_row(comparer, others, group, code)
-        for group in ("original", "expanded")
-        for code in comparer.base.values("language", group=group)
+    base_answers = answers.get(base)
+    texts = [
+        (group, code) for group in ("original", "expanded") for code in comparer.base.values("language", group=group)
     ]
-    rows += [_task_row(comparer, answers, others, task) for task in _tasks(answers.get(base))]
+    tasks = list(base_answers.scores) if base_answers else []
+    changes = {(code, name): comparer.change(name, language=code) for _, code in texts for name in others}
+    differences = {
+        (task, name): compare_answers(base_answers, answers[name], task) if base_answers and name in answers else None
+        for task in tasks
+        for name in others
+    }
+    # Languages and tasks are keys of one dictionary: a family of comparisons is a whole table.
+    found: dict[tuple[str, str, str], Change | Difference | None] = {
+        **{("text", *key): change for key, change in changes.items()},
+        **{("task", *key): difference for key, difference in differences.items()},
+    }
+    clear = significant(found)
+    rows = []
+    for group, code in texts:
+        cells = [_language_cell(group, changes[code, name], clear["text", code, name]) for name in others]
+        head = [
+            Cell(language_name(code), group),
+            Cell(number(comparer.base.bits_per_byte(language=code)), "bits per byte"),
+        ]
+        rows.append([*head, *cells, Cell(count(int(comparer.base.where(language=code).sum())))])
+    for task in tasks:
+        row = base_answers.scores[task] if base_answers else {}
+        cells = [
+            _task_cell(differences[task, name], clear["task", task, name], row["higher_is_better"]) for name in others
+        ]
+        rows.append(
+            [Cell(task, row["metric"]), Cell(number(row["score"]) or "none"), *cells, Cell(count(row["items"]))]
+        )
     note = (
         f"Against {base}. Original languages: how much is kept ({base}'s bits per byte divided by the model's). "
-        "Expanded languages: relative reduction in bits. Tasks: difference in points. Below each value: the 95% "
-        "interval of a paired bootstrap over documents or items. Coloured if the change is significant (for what is "
-        f"kept: good from {RETAINED}% on)."
+        "Expanded languages: relative reduction in bits. Tasks: difference in points. Below each value: its 95% "
+        f"interval, for text {coverage(changes.values())}"
+        f"{', for tasks on these questions, one training' if tasks else ''}. {colour_note(found.values())} "
+        f"What is kept is good from {RETAINED}% on."
     )
     return Table("Gained and forgotten", ["", base, *others, "documents or items"], rows, False, note)
 
@@ -59,7 +90,8 @@ def tasks_table(answers: dict[str, Answers], seen: dict[str, dict[tuple[str, str
         )
         rows.append([*cells, Cell(count(one["items"]), small)])
     note = (
-        "Measured with lm-evaluation-harness. Below each score: its standard error. Seen in training: the share of "
+        "Measured with lm-evaluation-harness. Below each score: its standard error over questions, one "
+        "training. Seen in training: the share of "
         "questions whose words occur in training documents, for the model with the largest share. Items that a model "
         "could not answer do not count in its score."
     )
@@ -74,49 +106,26 @@ def _score_cell(answers: Answers, task: str) -> Cell:
     return Cell(number(row["score"]) or "none", spread)
 
 
-def _tasks(answers: Answers | None) -> list[str]:
-    return list(answers.scores) if answers else []
+def _language_cell(group: str, change: Change | None, clear: bool) -> Cell:
+    if change is None:
+        return Cell("no text")
+    if group == "original":
+        kept, ends = 100 * change.retention, change.retention_interval
+        tint = "even" if not clear else "good" if kept >= RETAINED else "bad"
+        around = f"{100 * ends[0]:.1f}% to {100 * ends[1]:.1f}%" if ends else ONE_WORK
+        return Cell(f"{kept:.1f}% kept", around, number(change.after), tint)
+    tint = "even" if not clear else "good" if change.bits < 0 else "bad"
+    word = "saved" if change.bits <= 0 else "lost"
+    around = interval(change.bits_interval) if change.bits_interval else ONE_WORK
+    return Cell(f"{abs(100 * change.bits):.1f}% {word}", around, number(change.after), tint)
 
 
-def _language_row(comparer: Comparer, others: list[str], group: str, code: str) -> list[Cell]:
-    base = comparer.base.bits_per_byte(language=code)
-    cells = [Cell(language_name(code), group), Cell(number(base), "bits per byte")]
-    for name in others:
-        change = comparer.change(name, language=code)
-        if change is None:
-            cells.append(Cell("no text"))
-            continue
-        if group == "original":
-            kept, ends = 100 * change.retention, [100 * end for end in change.retention_interval]
-            tint = "even" if not change.clear else "good" if kept >= RETAINED else "bad"
-            cells.append(Cell(f"{kept:.1f}% kept", f"{ends[0]:.1f}% to {ends[1]:.1f}%", number(change.after), tint))
-        else:
-            tint = "even" if not change.clear else "good" if change.bits < 0 else "bad"
-            word = "saved" if change.bits <= 0 else "lost"
-            cells.append(
-                Cell(
-                    f"{abs(100 * change.bits):.1f}% {word}", interval(change.bits_interval), number(change.after), tint
-                )
-            )
-    return [*cells, Cell(count(int(comparer.base.where(language=code).sum())))]
-
-
-def _task_row(comparer: Comparer, answers: dict[str, Answers], others: list[str], task: str) -> list[Cell]:
-    row = answers[comparer.base.name].scores[task]
-    cells = [Cell(task, row["metric"]), Cell(number(row["score"]) or "none")]
-    for name in others:
-        found = (
-            compare_answers(answers[comparer.base.name], answers[name], task, comparer.resamples, comparer.seed)
-            if name in answers
-            else None
-        )
-        if found is None:
-            cells.append(Cell("not known"))
-            continue
-        better = (found.change > 0) == row["higher_is_better"]
-        tint = "even" if not found.clear else "good" if better else "bad"
-        kept = f"{found.kept:.1f}% kept" if found.kept is not None else ""
-        points = percent(found.change).removesuffix("%")
-        low, high = (percent(end).removesuffix("%") for end in found.interval)
-        cells.append(Cell(f"{points} points", f"{low} to {high}", kept, tint))
-    return [*cells, Cell(count(row["items"]))]
+def _task_cell(found: Difference | None, clear: bool, higher_is_better: bool) -> Cell:
+    if found is None:
+        return Cell("not known")
+    better = (found.change > 0) == higher_is_better
+    tint = "even" if not clear else "good" if better else "bad"
+    kept = f"{found.kept:.1f}% kept" if found.kept is not None else ""
+    points = percent(found.change).removesuffix("%")
+    ends = [percent(end).removesuffix("%") for end in found.interval or ()]
+    return Cell(f"{points} points", " to ".join(ends), kept, tint)

@@ -14,6 +14,11 @@ def interval(low_high: tuple[float, float], digits: int = 1) -> str:
     return f"{percent(low_high[0], digits)} to {percent(low_high[1], digits)}"
 
 
+def within(ends: tuple[float, float] | None, covers: str, digits: int = 1) -> str:
+    """'95% interval −2.0% to +1.0% on these documents, one training'. covers: Change.covers."""
+    return f"95% interval {interval(ends, digits)} {covers}" if ends else "no interval: all text is of one work"
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """Empty for None."""
     return "" if value is None else f"{value:.{digits}f}"

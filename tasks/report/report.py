@@ -23,7 +23,7 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.history import History, read_history
-from eclectus.tasks.evaluation.scores import BootstrapSettings, Scores
+from eclectus.tasks.evaluation.scores import IntervalSettings, read_trainings
 from eclectus.tasks.evaluation.task_scores import Answers
 from eclectus.tasks.report.contents import Contents, Extras, collect_contents
 from eclectus.tasks.report.drawing import draw_png
@@ -36,7 +36,7 @@ from eclectus.tasks.run import current_run
 from eclectus.tasks.step import step
 
 
-class ReportSettings(BootstrapSettings):
+class ReportSettings(IntervalSettings):
     """How the report is written."""
 
     report_title: str = Field("Eclectus report", description="Title of the report.")
@@ -46,7 +46,7 @@ class ReportSettings(BootstrapSettings):
     )
 
 
-@step(makes="report", version=3)
+@step(makes="report", version=4)
 def report(
     evaluations: dict[str, Artifact],
     checkpoints: dict[str, Artifact],
@@ -58,17 +58,19 @@ def report(
     benchmarks: dict[str, Artifact] | None = None,
     contaminations: dict[str, Artifact] | None = None,
     gates: dict[str, Artifact] | None = None,
+    repeats: dict[str, Artifact] | None = None,
 ) -> None:
     """Writes the report of these models: "dense", "lory", "stage 1", "stage 2" and any others by name.
 
     benchmarks, contaminations: by model (tasks/evaluation/benchmark.py, tasks/evaluation/contamination.py).
     gates: decisions by line (tasks/promotion/gate.py).
+    repeats: evaluations of further trainings of these models, by name as "lory seed 1".
     """
     if not evaluations:
         raise EclectusError("a report needs at least one evaluated model; evaluate a checkpoint first")
-    scores = {name: Scores.read(name, evaluation) for name, evaluation in evaluations.items()}
+    scores = read_trainings(evaluations, repeats)
     seen = {name: _seen(each) for name, each in (contaminations or {}).items() if name in scores}
-    comparer = Comparer(scores, settings.report_resamples, settings.seed, seen)
+    comparer = Comparer(scores, seen)
     extras = Extras(
         {name: Answers(name, each) for name, each in (benchmarks or {}).items() if name in scores},
         [each.statistics for each in (gates or {}).values()],

@@ -10,9 +10,11 @@ from eclectus.storage.artifact import Artifact
 from eclectus.storage.lineage.history import History
 from eclectus.tasks.documents.language_codes import language_name
 from eclectus.tasks.documents.table import read_batches
+from eclectus.tasks.evaluation.changes import Change
 from eclectus.tasks.evaluation.scores import Scores
 from eclectus.tasks.report.formatting import count, in_words, number, percent, size
-from eclectus.tasks.report.verdict import Comparer, tone
+from eclectus.tasks.report.significance import colour_note, coverage, tones
+from eclectus.tasks.report.verdict import Comparer
 
 
 @dataclass(frozen=True)
@@ -47,31 +49,55 @@ class Facts:
 def scores_by_domain(comparer: Comparer) -> Table:
     """Bits per byte of every model on the original languages, by domain."""
     domains = comparer.base.values("domain", group="original")
-    rows = [_scores_row(domain, comparer, group="original", domain=domain) for domain in domains]
+    rows = [(Cell(domain), {"group": "original", "domain": domain}) for domain in domains]
     if len(domains) > 1:
-        rows.append(_scores_row("all", comparer, group="original"))
+        rows.append((Cell("all"), {"group": "original"}))
     original = ", ".join(language_name(code) for code in comparer.base.values("language", group="original"))
-    return Table(
-        f"By domain, original languages ({original})", _scores_head("domain", comparer), rows, len(domains) > 1, _NOTE
-    )
+    return _scores_table(f"By domain, original languages ({original})", "domain", comparer, rows, len(domains) > 1)
 
 
 def scores_by_language(comparer: Comparer) -> Table:
     """Bits per byte of every model on every language."""
     rows = [
-        _scores_row(language_name(code), comparer, group, language=code)
+        (Cell(language_name(code), group), {"language": code})
         for group in ("original", "expanded")
         for code in comparer.base.values("language", group=group)
     ]
-    return Table("By language", _scores_head("language", comparer), rows, False, _NOTE)
+    return _scores_table("By language", "language", comparer, rows)
 
 
-_NOTE = (
-    "Bits per byte; lower is better. Below each value: the change against the dense model, or the first one (coloured "
-    "if the 95% interval of a paired bootstrap over documents excludes zero), and the perplexity per token (ppl). Seen "
-    "in training: documents with at least half of their eight-word sequences in training documents, for the model that "
-    "saw most."
-)
+def _scores_table(
+    title: str, first: str, comparer: Comparer, rows: list[tuple[Cell, dict[str, str]]], last: bool = False
+) -> Table:
+    """rows: the first cell, and the labels of the row's text."""
+    changes = {
+        (row, name): comparer.change(name, **labels) for row, (_, labels) in enumerate(rows) for name in comparer.scores
+    }
+    tints = tones(changes)
+    cells = []
+    for row, (head, labels) in enumerate(rows):
+        scored = [
+            _score_cell(each, changes[row, name], tints[row, name], labels) for name, each in comparer.scores.items()
+        ]
+        documents = count(int(comparer.base.where(**labels).sum()))
+        cells.append([head, *scored, *_seen_cells(comparer, labels), Cell(documents)])
+    several = " of several trainings the mean ± their standard deviation;" * any(
+        each.repeats for each in comparer.scores.values()
+    )
+    note = (
+        f"Bits per byte;{several} lower is better. Below each value: the change against the dense model, or the first "
+        f"one, and the perplexity per token (ppl). {colour_note(changes.values())} Tested "
+        f"{coverage(changes.values())}. Seen in training: documents with at least half of their eight-word sequences "
+        "in training documents, for the model that saw most."
+    )
+    return Table(title, _scores_head(first, comparer), cells, last, note)
+
+
+def _score_cell(scores: Scores, change: Change | None, tint: str, labels: dict[str, str]) -> Cell:
+    perplexity, spread, value = scores.perplexity(**labels), scores.spread(**labels), scores.bits_per_byte(**labels)
+    more = f"ppl {count(perplexity) if perplexity >= 1000 else f'{perplexity:.1f}'}" if perplexity else ""
+    around = f" ± {spread * value:.3f}" if spread is not None and value is not None else ""
+    return Cell(number(value) + around, percent(change.bits) if change else "", more, tint)
 
 
 def _scores_head(first: str, comparer: Comparer) -> list[str]:
@@ -85,16 +111,6 @@ def _seen_cells(comparer: Comparer, labels: dict[str, str]) -> list[Cell]:
     kind = next((each for each in ("language", "domain") if each in labels), "")
     shares = [each[kind, labels[kind]] for each in comparer.seen.values() if kind and (kind, labels[kind]) in each]
     return [Cell(f"{100 * max(shares):.1f}%" if shares else "", tone="bad" if shares and max(shares) > 0 else "")]
-
-
-def _scores_row(title: str, comparer: Comparer, under: str = "", **labels: str) -> list[Cell]:
-    cells = [Cell(title, under)]
-    for name, each in comparer.scores.items():
-        change, perplexity = comparer.change(name, **labels), each.perplexity(**labels)
-        more = f"ppl {count(perplexity) if perplexity >= 1000 else f'{perplexity:.1f}'}" if perplexity else ""
-        small, tint = (percent(change.bits), tone(change)) if change else ("", "")
-        cells.append(Cell(number(each.bits_per_byte(**labels)), small, more, tint))
-    return [*cells, *_seen_cells(comparer, labels), Cell(count(int(comparer.base.where(**labels).sum())))]
 
 
 def routing_table(scores: Scores) -> Table:

@@ -1,7 +1,8 @@
 """The verdict: what was gained and what was forgotten, in sentences that follow from the numbers in either direction.
 
 Retention is the base model's bits per byte divided by the model's: 100% means nothing was forgotten, 98% means 2% more
-bits for the same text. A difference counts only if the 95% interval of the paired bootstrap excludes zero.
+bits for the same text. A difference counts only if its 95% interval excludes zero, and every interval is given with
+what it covers: one training of each model says nothing about their methods (tasks/evaluation/changes.py).
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eclectus.tasks.documents.language_codes import language_name
-from eclectus.tasks.evaluation.scores import Change, Scores, compare
-from eclectus.tasks.report.formatting import interval, listed, number, percent
+from eclectus.tasks.evaluation.changes import Change, compare
+from eclectus.tasks.evaluation.scores import Scores
+from eclectus.tasks.report.formatting import count, listed, number, percent, within
+from eclectus.tasks.report.significance import significant, tone, tones
 
 # Percent: a retention of at least this much is shown as good.
 RETAINED = 99
@@ -40,11 +43,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Comparer:
-    """Compares models of a report with its base, with the report's bootstrap."""
+    """Compares models of a report with its base."""
 
     scores: dict[str, Scores]
-    resamples: int
-    seed: int
     # By model: the share seen in training, by (kind, name) of what was scored (tasks/evaluation/contamination.py).
     seen: dict[str, dict[tuple[str, str], float]] = field(default_factory=dict)
 
@@ -57,7 +58,7 @@ class Comparer:
         """From the base to this model; None for the base itself and where there are no such documents."""
         if name not in self.scores or name == self.base.name:
             return None
-        return compare(self.base, self.scores[name], self.resamples, self.seed, **labels)
+        return compare(self.base, self.scores[name], **labels)
 
 
 def make_verdict(comparer: Comparer, frozen: bool | None = None, gates: list[dict[str, Any]] | None = None) -> Verdict:
@@ -80,9 +81,7 @@ def make_verdict(comparer: Comparer, frozen: bool | None = None, gates: list[dic
                 if frozen
                 else "After the extension the original weights are NOT those of the dense base: they were changed."
             )
-    for name in comparer.scores:
-        if name not in (BASE, LORY, STAGE_1, STAGE_2) and name != comparer.base.name:
-            _add_other(comparer, name, verdict)
+    _add_others(comparer, verdict)
     if not verdict.sentences:
         verdict.sentences.append(
             f"Only {comparer.base.name} was evaluated: {number(comparer.base.bits_per_byte())} bits per byte "
@@ -114,35 +113,24 @@ def _headline(verdict: Verdict, gates: list[dict[str, Any]]) -> str:
     return " ".join(parts)
 
 
-def tone(change: Change) -> str:
-    """good, bad, or even where the change is not significant."""
-    if not change.clear:
-        return "even"
-    return "good" if change.bits < 0 else "bad"
-
-
 def _add_lory(comparer: Comparer, verdict: Verdict) -> None:
     change = comparer.change(LORY, group="original")
     if change is None:
         return
     relative, around = change.perplexity, change.perplexity_interval
-    if relative is None or around is None:
+    if relative is None:
         relative, around, measure = change.bits, change.bits_interval, "bits per byte"
     else:
         measure = "perplexity"
-    word = {"good": "better than", "bad": "worse than", "even": "about level with"}[tone(change)]
-    verdict.tiles.append(
-        Tile(
-            percent(relative),
-            f"{measure}, Lory against its dense twin",
-            f"95% interval {interval(around)}",
-            tone(change),
-        )
-    )
+    tint = "even" if around is None or around[0] <= 0 <= around[1] else "good" if relative < 0 else "bad"
+    word = {"good": "scores better than", "bad": "scores worse than", "even": "does not differ clearly from"}[tint]
+    detail = within(around, change.covers)
+    verdict.tiles.append(Tile(percent(relative), f"{measure}, Lory against its dense twin", detail, tint))
     text = (
-        f"Lory is {word} its dense twin on held-out {_languages(comparer, 'original')} text that neither was trained "
-        f"on: {measure} {percent(relative)} (95% interval {interval(around)}), {change.after:.3f} bits per byte "
-        f"against {change.before:.3f}, look-ahead excluded."
+        f"{'Lory' if change.of_method else 'This training of Lory'} {word} its dense twin on held-out "
+        f"{_languages(comparer, 'original')} text that neither was trained on: {measure} {percent(relative)} "
+        f"({detail}{_between(change)}), {change.after:.3f} bits per byte against {change.before:.3f}, look-ahead "
+        "excluded."
     )
     prompt_only = comparer.scores[LORY].bits_per_byte_by_prompt(group="original")
     if prompt_only is not None:
@@ -156,13 +144,18 @@ def _add_lory(comparer: Comparer, verdict: Verdict) -> None:
     verdict.sentences.append(text)
 
 
+def _between(change: Change) -> str:
+    return f"; standard deviation between trainings {100 * change.spread:.1f}%" if change.spread is not None else ""
+
+
 def _by_domain(domains: dict[str, Change]) -> str:
     ordered = sorted(domains, key=lambda domain: domains[domain].bits)
     better = sum(each.bits < 0 for each in domains.values())
     best, worst = ordered[0], ordered[-1]
     return (
         f" It has fewer bits per byte on {better} of {len(domains)} domains: best on {best} "
-        f"({percent(domains[best].bits)}), worst on {worst} ({percent(domains[worst].bits)})."
+        f"({percent(domains[best].bits)}), worst on {worst} ({percent(domains[worst].bits)}); significant on "
+        f"{sum(significant(domains).values())} of them (Holm over {len(domains)} comparisons)."
     )
 
 
@@ -173,7 +166,12 @@ def _add_new_languages(comparer: Comparer, last: str, verdict: Verdict) -> None:
         return
     new = _languages(comparer, "expanded")
     verdict.tiles.append(
-        Tile(percent(change.bits), f"bits per byte on new languages ({new})", f"dense base to {last}", tone(change))
+        Tile(
+            percent(change.bits),
+            f"bits per byte on new languages ({new}), dense base to {last}",
+            within(change.bits_interval, change.covers),
+            tone(change),
+        )
     )
     path = [f"{number(comparer.base.bits_per_byte(group='expanded'))} (dense base)"]
     path += [
@@ -183,8 +181,8 @@ def _add_new_languages(comparer: Comparer, last: str, verdict: Verdict) -> None:
     ]
     word = {"good": "learned", "bad": "did not learn", "even": "shows no clear change on"}[tone(change)]
     verdict.sentences.append(
-        f"The extension {word} {new}: bits per byte went {' → '.join(path)}, {percent(change.bits)} "
-        f"(95% interval {interval(change.bits_interval)})."
+        f"{'The extension' if change.trainings > 1 else 'This extension'} {word} {new}: bits per byte went "
+        f"{' → '.join(path)}, {percent(change.bits)} ({within(change.bits_interval, change.covers)}{_between(change)})."
     )
 
 
@@ -194,41 +192,46 @@ def _add_retention(comparer: Comparer, last: str, verdict: Verdict) -> None:
         return
     kept = 100 * change.retention
     original = _languages(comparer, "original")
-    low, high = (100 * end for end in change.retention_interval)
+    ends = change.retention_interval
+    around = "no interval: all text is of one work"
+    if ends:
+        around = f"95% interval {100 * ends[0]:.1f}% to {100 * ends[1]:.1f}% {change.covers}"
     verdict.tiles.append(
-        Tile(
-            f"{kept:.1f}%",
-            f"of {original} kept after {last}",
-            f"bits per byte {change.before:.3f} → {change.after:.3f}",
-            "good" if kept >= RETAINED else "bad",
-        )
+        Tile(f"{kept:.1f}%", f"of {original} kept after {last}", around, "good" if kept >= RETAINED else "bad")
     )
     text = (
-        f"Of {original}, {kept:.1f}% is kept after {last} (95% interval {low:.1f}% to {high:.1f}%; bits per byte "
+        f"Of {original}, {kept:.1f}% is kept after {last} ({around}{_between(change)}; bits per byte "
         f"{change.before:.3f} → {change.after:.3f})"
     )
     first = comparer.change(STAGE_1, group="original") if last == STAGE_2 else None
     if first is not None:
-        moved = kept - 100 * first.retention
-        word = "recovered" if moved >= 0 else "lost"
-        text += f"; after stage 1 it was {100 * first.retention:.1f}%, so the review {word} {abs(moved):.1f} points"
+        text += f"; after stage 1 it was {100 * first.retention:.1f}%, {_reviewed(comparer, kept, first)}"
     verdict.sentences.append(text + ".")
 
 
-def _add_other(comparer: Comparer, name: str, verdict: Verdict) -> None:
-    change = comparer.change(name)
-    if change is not None:
-        verdict.tiles.append(
-            Tile(
-                percent(change.bits),
-                f"bits per byte, {name} against {comparer.base.name}",
-                "all held-out text",
-                tone(change),
-            )
-        )
+def _reviewed(comparer: Comparer, kept: float, first: Change) -> str:
+    """What the review changed: a claim only if stage 2 differs clearly from stage 1."""
+    moved = kept - 100 * first.retention
+    change = compare(comparer.scores[STAGE_1], comparer.scores[STAGE_2], group="original")
+    if change is None or not change.clear:
+        return f"a difference of {abs(moved):.1f} points that is not clear"
+    return f"so the review {'recovered' if moved >= 0 else 'lost'} {abs(moved):.1f} points"
+
+
+def _add_others(comparer: Comparer, verdict: Verdict) -> None:
+    """Every model that is not of the two methods, against the base; tiles are coloured by Holm over all of them."""
+    shown = (BASE, LORY, STAGE_1, STAGE_2, comparer.base.name)
+    changes = {name: comparer.change(name) for name in comparer.scores if name not in shown}
+    tints = tones(changes)
+    for name, change in changes.items():
+        if change is None:
+            continue
+        around = within(change.bits_interval, change.covers)
+        what = f"bits per byte, {name} against {comparer.base.name}"
+        verdict.tiles.append(Tile(percent(change.bits), what, f"all held-out text; {around}", tints[name]))
         verdict.sentences.append(
             f"{name} has {change.after:.3f} bits per byte on held-out text, {comparer.base.name} {change.before:.3f}: "
-            f"{percent(change.bits)} (95% interval {interval(change.bits_interval)})."
+            f"{percent(change.bits)} ({around}{_between(change)})."
         )
 
 
@@ -255,6 +258,24 @@ def _add_notes(comparer: Comparer, verdict: Verdict) -> None:
             "The models were not scored on the same tokens; each pair is compared in bits per byte on the documents "
             "that both scored."
         )
+
+    verdict.notes += _limits(comparer)
+
+
+def _limits(comparer: Comparer) -> list[str]:
+    """What the intervals of this report do not cover."""
+    base, notes = comparer.base, []
+    works = len(set(base.works))
+    if works < len(base.document):
+        notes.append(
+            f"The {count(len(base.document))} documents are pieces of {count(works)} works; intervals are over works."
+        )
+    if len(comparer.scores) > 1 and any(len(each.trainings) == 1 for each in comparer.scores.values()):
+        notes.append(
+            "An interval on these documents, one training, does not say how another seed would do, and two trainings "
+            "of one model may differ by more than it: train with several seeds (--seeds 3) before judging a method."
+        )
+    return notes
 
 
 def _languages(comparer: Comparer, group: str) -> str:

@@ -165,7 +165,7 @@ def results(tmp_path_factory):
     ],
 )
 def test_a_rule_holds_or_not_with_its_number(results, rule, passed, value):
-    outcome = check(Rule.read(rule), results["model"], results["base"], results["champion"], 200, 0)
+    outcome = check(Rule.read(rule), results["model"], results["base"], results["champion"])
     assert outcome.passed is passed
     assert outcome.value == pytest.approx(value, rel=1e-9)
 
@@ -180,20 +180,20 @@ def test_a_rule_holds_or_not_with_its_number(results, rule, passed, value):
     ],
 )
 def test_a_missing_measure_fails_its_rule_and_is_named(results, rule, message):
-    outcome = check(Rule.read(rule), results["model"], results["base"], None, 200, 0)
+    outcome = check(Rule.read(rule), results["model"], results["base"], None)
     assert not outcome.passed and message in outcome.reason
 
 
 def test_without_a_champion_its_rules_hold_and_without_a_base_retention_is_unknown(results):
-    outcome = check(Rule.read("bits_per_byte.el <= champion"), results["model"], None, None, 200, 0)
+    outcome = check(Rule.read("bits_per_byte.el <= champion"), results["model"], None, None)
     assert outcome.passed and outcome.reason == "there is no other champion"
-    outcome = check(Rule.read("retention.en >= 0.9"), results["model"], None, None, 200, 0)
+    outcome = check(Rule.read("retention.en >= 0.9"), results["model"], None, None)
     assert not outcome.passed and "the base was not evaluated" in outcome.reason
 
 
 def test_numbers_that_are_none_never_pass(results):
     broken = replace(results["model"], numbers={"collapsed_layers": math.nan})
-    assert not check(Rule.read("collapsed_layers <= 0"), broken, None, None, 200, 0).passed
+    assert not check(Rule.read("collapsed_layers <= 0"), broken, None, None).passed
 
 
 @pytest.mark.parametrize(
