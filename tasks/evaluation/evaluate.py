@@ -84,7 +84,7 @@ class EvaluateSettings(WorkerSettings):
     seed: int = SEED
 
 
-@step(makes="evaluation", version=3)
+@step(makes="evaluation", version=4)
 def evaluate(
     documents: Artifact, tokenizer: Artifact, checkpoint: Artifact, settings: EvaluateSettings, out: Draft
 ) -> None:
