@@ -33,7 +33,8 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from lory_claims_data import GROUPINGS, prepare, unpack  # noqa: E402
+from lory_claims_data import GROUPINGS, held_out, prepare, unpack  # noqa: E402
+from lory_claims_intervals import Documents  # noqa: E402
 from lory_claims_tables import EVERYTHING, perplexities, report  # noqa: E402
 
 from eclectus.storage.atomic_write import write_atomically  # noqa: E402
@@ -64,16 +65,16 @@ def jobs(parts: list[str], seeds: list[int]) -> list[Any]:
 
     chosen = []
     if "main" in parts:
-        chosen += [Job(model, seed=seed) for seed in seeds for model in ("dense", "lory")]
+        chosen += [Job(model, seed=seed) for seed in seeds for model in ("dense", "lory", "dense_wide")]
     if "peers" in parts:
-        peers = [("expert_choice", "similarity"), ("prefix", "similarity"), ("dense", "random"), ("lory", "random")]
-        peers.append(("top_k", "similarity"))
+        peers = [("dense", "random"), ("lory", "random"), ("prefix", "similarity"), ("segment_choice", "similarity")]
+        peers += [("top_k", "similarity"), ("emo", "similarity"), ("expert_choice", "similarity")]
         chosen += [Job(model, grouping, seed) for seed in seeds for model, grouping in peers]
     for part, variants in (("study", STUDY), ("more", MORE)):
         if part in parts:
             chosen += [Job("lory", seed=seed, variant=n, **how) for seed in seeds for n, how in variants.items()]
     if "more" in parts:
-        models = [("segment_choice", "similarity"), ("dense", "domain"), ("lory", "domain")]
+        models = [("dense", "domain"), ("lory", "domain")]
         chosen += [Job(model, grouping, seed) for seed in seeds for model, grouping in models]
     return chosen
 
@@ -201,6 +202,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"peak rate {size.learning_rate:g}."
     )
     results: list[dict[str, Any]] = kept["results"]
+    documents = Documents(data, size.vocabulary, held_out(data, size.vocabulary, size.length, size.read_only)[3])
 
     def done(result: dict[str, Any]) -> None:
         results.append(result)
@@ -209,11 +211,11 @@ def run(arguments: argparse.Namespace) -> None:
             out / f"{name}.json",
             {"surroundings": surroundings, "settings": settings, "times": times, "results": results},
         )
-        (out / f"{name}.md").write_text(report(arguments.size, results, times, surroundings))
+        (out / f"{name}.md").write_text(report(arguments.size, results, times, surroundings, documents))
 
     print(f"{len(results)} trainings are kept from before, {len(wanted)} to do", flush=True)
     Trainings(wanted, size, data, work, workers).run(begun + 60 * arguments.minutes, done)
-    print(report(arguments.size, results, times, surroundings))
+    print(report(arguments.size, results, times, surroundings, documents))
     print(f"{len(results)} trainings in {time.monotonic() - begun:.0f} s; results in {out / name}.json and .md")
     if left := missing(asked, results):
         print(f"{len(left)} trainings failed or did not fit into the time; the same command resumes with them")

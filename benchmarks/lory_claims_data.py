@@ -5,14 +5,17 @@ instances, so that three orders of the same documents cost little more than one;
 reads them. Unpacking needs NumPy alone: `unpack` gives a directory that `eclectus.models.training.instances.Instances`
 opens.
 
-Every second held-out document of a domain is for choosing settings (`validation`), the others are what is reported
-(`test`).
+Works are held out whole. Every second held-out work of a domain is for choosing settings (`validation`), the others are
+what is reported (`test`). How much of each held-out document stands in the training text, by passages of 50 bytes, is
+kept with it (`held_seen`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ GROUPINGS = ("similarity", "random", "domain")
 PARTS = ("test", "validation")
 HELD_OUT_TOKENS = 40_000
 HELD_OUT_TOKENS_A_DOCUMENT = 4_000
+HELD_OUT_PIECES = 2
+HELD_OUT_SHARE = 0.1
 
 
 def passages(documents: Any, place: Path, characters: int) -> str:
@@ -71,7 +76,6 @@ def prepare(
     from eclectus.storage.artifact import ArtifactStore
     from eclectus.tasks.documents.ingest import IngestSettings, ingest
     from eclectus.tasks.documents.languages import LanguageSettings, languages
-    from eclectus.tasks.documents.split import SplitSettings, split
     from eclectus.tasks.grouping.embed import EmbedSettings, embed
     from eclectus.tasks.grouping.group import GroupSettings, group
     from eclectus.tasks.grouping.neighbors import NeighborSettings, neighbors
@@ -90,15 +94,17 @@ def prepare(
             print(f"{step.name}: {json.dumps(artifact.statistics)[:300]}", flush=True)
             return artifact
 
-        def curated(sources: list[str], limit: int) -> Any:
+        def curated(sources: list[str], limit: int, held: float) -> Any:
             documents = made(ingest, IngestSettings(sources=sources, documents_limit=limit))
             settings = LanguageSettings(original_languages=["en"], expanded_languages=[], language_detector="field")
             documents = made(languages, settings, documents=documents)
-            return made(split, SplitSettings(seed=seed), documents=documents)
+            with store.draft("documents") as draft:
+                hold_out_works(documents, held, seed, draft)
+                return store.commit(draft)
 
-        documents = whole = curated(sources, limit)
+        documents = whole = curated(sources, limit, HELD_OUT_SHARE)
         if cut:
-            documents = curated([passages(whole, Path(scratch), cut)], 0)
+            documents = curated([passages(whole, Path(scratch), cut)], 0, 0.0)
         model = made(train_embedding, StaticEmbeddingSettings(), documents=documents)
         vectors = made(embed, EmbedSettings(), documents=documents, model=model)
         nearest = made(neighbors, NeighborSettings(), documents=documents, embeddings=vectors)
@@ -115,6 +121,28 @@ def prepare(
             path = place / f"v{vocabulary}.npz"
             np.savez_compressed(path, **arrays)
             print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(arrays['flat']) / 1e6:.2f}M tokens", flush=True)
+
+
+def hold_out_works(documents: Any, share: float, seed: int, out: Any) -> None:
+    """Holds out a share of the works of each domain, at least one where there are two, with all their pieces."""
+    import pyarrow as pa
+
+    from eclectus.tasks.documents.table import read_batches, relabel
+
+    works, domains = [], []
+    for batch in read_batches(documents, ["document", "work", "domain"]):
+        columns = (batch[name].to_pylist() for name in ("document", "work", "domain"))
+        for document, work, domain in zip(*columns, strict=True):
+            works.append(work or document)
+            domains.append(domain)
+    of_domain: dict[str, set[str]] = {}
+    for work, domain in zip(works, domains, strict=True):
+        of_domain.setdefault(domain, set()).add(work)
+    held: set[str] = set()
+    for own in of_domain.values():
+        ordered = sorted(own, key=lambda work: _mixed(f"{seed} {work}"))
+        held.update(ordered[: max(1, round(share * len(own))) if share and len(own) > 1 else 0])
+    relabel(documents, {"split": pa.array(["heldout" if work in held else "train" for work in works])}, out)
 
 
 def _training_arrays(packed: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -166,24 +194,50 @@ def _places(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def _held_out_arrays(documents: Any, tokenizer: Any) -> dict[str, np.ndarray]:
-    """Held-out streams by domain, for `eclectus.models.evaluation.scoring.Windows`; long documents are cut."""
+    """Held-out streams by domain, for `eclectus.models.evaluation.scoring.Windows`; long documents and works are cut.
+
+    held_work: each document's work, numbered as they come. held_seen: share of its passages in the training text.
+    """
     from eclectus.models.evaluation.scoring import NO_DOCUMENT
+    from eclectus.tasks.documents.table import read_batches
     from eclectus.tasks.evaluation.held_out import read_held_out
+    from eclectus.tasks.evaluation.passages import seen_share
     from eclectus.tasks.packing.tokenizer import load_tokenizer
 
     words = load_tokenizer(tokenizer.path)
     held = read_held_out(documents, words, 10_000)
-    tokens, owners, ratio, domain_of, lengths = [], [], [], [], {}
-    for domain, size, ids in zip(held.domains, held.bytes, held.tokens, strict=True):
-        if lengths.get(domain, 0) >= HELD_OUT_TOKENS:
+    work_of, text_of = {}, {}
+    for batch in read_batches(documents, ["document", "work", "text"], [("split", "==", "heldout")], 512):
+        for document, work, text in zip(*(batch[name].to_pylist() for name in batch.schema.names), strict=True):
+            work_of[document], text_of[document] = work or document, text
+    tokens, owners, ratio, domain_of, lengths, pieces, scored = [], [], [], [], {}, Counter(), []
+    numbers: dict[str, int] = {}
+    # Pieces of a work stand together, so that the limits cut few works.
+    order = sorted(range(len(held.documents)), key=lambda i: (held.domains[i], _mixed(work_of[held.documents[i]])))
+    for i in order:
+        document, domain, ids = held.documents[i], held.domains[i], held.tokens[i]
+        work = work_of[document]
+        if lengths.get(domain, 0) >= HELD_OUT_TOKENS or pieces[work] == HELD_OUT_PIECES:
             continue
+        pieces[work] += 1
+        numbers.setdefault(work, len(numbers))
+        scored.append(document)
         kept = ids[:HELD_OUT_TOKENS_A_DOCUMENT]
         tokens += [*kept, words.eos_token_id]
         owners += [len(ratio)] * len(kept) + [NO_DOCUMENT]
         lengths[domain] = lengths.get(domain, 0) + len(kept) + 1
-        ratio.append(size / len(ids))
+        ratio.append(held.bytes[i] / len(ids))
         domain_of.append(list(lengths).index(domain))
+    whole = (
+        text
+        for batch in read_batches(documents, ["text"], [("split", "==", "train")], 512)
+        for text in batch["text"].to_pylist()
+    )
+    seen = seen_share([text_of[document] for document in scored], whole)
+    print(f"held out: {len(scored)} documents of {len(numbers)} works, {seen.mean():.3f} of their passages seen")
     return {
+        "held_work": np.array([numbers[work_of[document]] for document in scored], np.int32),
+        "held_seen": seen,
         "held_tokens": np.array(tokens, np.uint16),
         "held_owners": np.array(owners, np.int32),
         "held_lengths": np.array(list(lengths.values())),
@@ -191,6 +245,11 @@ def _held_out_arrays(documents: Any, tokenizer: Any) -> dict[str, np.ndarray]:
         "held_domain": np.array(domain_of, np.int16),
         "held_domains": np.array(list(lengths)),
     }
+
+
+def _mixed(work: str) -> bytes:
+    """A number for each work in an order that has nothing to do with its name."""
+    return hashlib.sha256(work.encode()).digest()
 
 
 def unpack(place: Path, vocabulary: int, grouping: str, out: Path, length: int) -> None:
@@ -248,7 +307,7 @@ def _cut_again(spans: np.ndarray, before: int, length: int) -> np.ndarray:
 def held_out(place: Path, vocabulary: int, length: int, context: int) -> tuple[Any, list[str], np.ndarray, np.ndarray]:
     """(windows in random order, domain names by stream, each document's stream and its part) of the held-out text.
 
-    The part is an index into PARTS; documents of a stream belong to the parts in turn.
+    The part is an index into PARTS; works of a stream belong to the parts in turn.
     """
     from eclectus.models.evaluation.scoring import Windows, plan_windows
 
@@ -259,5 +318,6 @@ def held_out(place: Path, vocabulary: int, length: int, context: int) -> tuple[A
     table = table[np.random.default_rng(0).permutation(len(table))]
     windows = Windows(held["held_tokens"], held["held_owners"], table, context, length, held["held_ratio"])
     domain_of = held["held_domain"].astype(np.int64)
-    places = np.arange(len(domain_of)) - np.searchsorted(domain_of, domain_of)
+    work = held["held_work"].astype(np.int64)
+    places = work - work[np.searchsorted(domain_of, domain_of)]
     return windows, held["held_domains"].tolist(), domain_of, places % len(PARTS)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from lory_claims_data import PARTS, held_out
+from lory_claims_routing import with_fixed_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -241,6 +242,9 @@ def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
         windows, *about = held_out(data, size.vocabulary, size.length, size.read_only)
         windows = replace(windows, table=windows.table[: size.windows])
         result["scores"] = scored(model, windows, *about, process)
+        if job.model == "lory" and not job.variant:
+            shares = [np.array(layer) for layer in result["scores"]["routing"]]
+            result["fixed_routing"] = with_fixed_weights(model, windows, shares, process)
         if job.model == "expert_choice":
             stages.make_causal(model, instances, plan, process)
             result["scores_by_threshold"] = scored(model, windows, *about, process)
@@ -289,7 +293,10 @@ def scored(
     process: Process,
     batch: int = 16,
 ) -> dict[str, Any]:
-    """Bits, bytes and tokens by part and domain, and the mean routing weights by layer and domain, on held-out text."""
+    """Bits, bytes and tokens by part and domain, and the mean routing weights by layer and domain, on held-out text.
+
+    by_document: the same by document, in the order of the held-out file, for intervals over works.
+    """
     sums = score(model, windows, len(domains), process, batch, lambda done, total: None)
     size = sums.tokens * windows.bytes_per_token
     columns = {"bits": sums.bits, "bytes": size, "tokens": sums.tokens}
@@ -304,6 +311,7 @@ def scored(
     return {
         "domains": domains,
         **parts,
+        "by_document": {name: values.round(2).tolist() for name, values in columns.items()},
         "bits_per_byte_by_position": (positions[:, 0] / np.maximum(positions[:, 1], 1)).round(4).tolist(),
         "routing": [layer.round(5).tolist() for layer in shares],
         "divergence": [round(divergence(layer), 5) for layer in shares],

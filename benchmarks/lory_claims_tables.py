@@ -6,9 +6,11 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
+from lory_claims_intervals import SEEN, Documents, cell, contrast
 
 TITLES = {
     "dense": "dense twin",
+    "dense_wide": "dense control of equal FLOPs",
     "lory": "Lory",
     "dense_wide": "dense, FFN as wide as Lory's FLOPs",
     "prefix": "prefix routing",
@@ -16,6 +18,7 @@ TITLES = {
     "expert_choice_threshold": "Expert Choice, tokens, by threshold (causal)",
     "segment_choice": "Expert Choice, segments (looks ahead)",
     "top_k": "top-2 of twice as many experts of half the width (Mixtral)",
+    "emo": "top-2 within a pool of experts for each document (EMO)",
 }
 EVERYTHING = "all"
 # Parts of the held-out text: settings are chosen on one, the other is reported.
@@ -79,13 +82,21 @@ def spread(values: list[float], digits: int = 1, signed: bool = True) -> str:
     return f"{mean} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else mean
 
 
-def report(size: str, results: list[dict[str, Any]], times: list[dict[str, Any]], surroundings: str) -> str:
-    """The tables of all results so far."""
+def report(
+    size: str,
+    results: list[dict[str, Any]],
+    times: list[dict[str, Any]],
+    surroundings: str,
+    documents: Documents | None = None,
+) -> str:
+    """The tables of all results so far. documents: the reported ones, for intervals."""
     runs = collect(results)
     main = [key for key in runs if not key[1]]
     order = list(TITLES)
     main.sort(key=lambda key: (key[2] != "similarity", key[2], order.index(key[0])))
     parts = [f"## Lory's claims at size {size}\n\n{surroundings}\n"]
+    if main and documents:
+        parts += [_claims(runs, main, documents), _contrasts(runs, documents), _fixed_routing(runs, documents)]
     if main:
         parts += [
             _by_domain(runs, main),
@@ -105,6 +116,89 @@ def report(size: str, results: list[dict[str, Any]], times: list[dict[str, Any]]
 
 def _label(key: tuple[str, str, str]) -> str:
     return TITLES[key[0]] + ("" if key[2] == "similarity" else f", {key[2]} batches")
+
+
+def _claims(runs: Runs, keys: list[tuple[str, str, str]], documents: Documents) -> str:
+    """Every model against its dense twin and the control of equal FLOPs, beside its cost."""
+    rows = []
+    for key in keys:
+        twin, wide = ("dense", "", key[2]), ("dense_wide", "", key[2])
+        found = contrast(runs, [(1, key), (-1, twin)], documents) if key != twin else None
+        against = contrast(runs, [(1, key), (-1, wide)], documents) if key != wide else None
+        one = max(runs[key].values(), key=lambda result: "flops_relative" in result)
+        cpu = [each["cpu_seconds"] for each in runs[key].values() if "cpu_seconds" in each]
+        rows.append(
+            [
+                _label(key),
+                str(len(runs[key])),
+                cell(found),
+                " ".join(f"{value:+.1f}" for value in found["by_seed"]) if found else "",
+                cell(against),
+                f"{one['flops_relative']:.2f}" if "flops_relative" in one else "",
+                f"{one['active_parameters'] / 1e6:.3f}M",
+                f"{one['parameters'] / 1e6:.2f}M",
+                f"{np.mean(cpu):.0f}" if cpu else "",
+            ]
+        )
+    head = [
+        "model",
+        "seeds",
+        "perplexity against the twin",
+        "by seed",
+        "against equal FLOPs",
+        "FLOPs, times the twin's",
+    ]
+    head += ["active", "all parameters", "CPU s"]
+    return (
+        f"### Claims: {documents.works} works, {len(documents.rows)} documents with at most {SEEN:.0%} of their "
+        "passages in the training text; 95% intervals over works and seeds\n\n" + table(head, rows)
+    )
+
+
+def _contrasts(runs: Runs, documents: Documents) -> str:
+    """Differences between models other than the twin."""
+    lory, random = ("lory", "", "similarity"), ("lory", "", "random")
+    twin, random_twin = ("dense", "", "similarity"), ("dense", "", "random")
+    pairs: dict[str, list[tuple[int, tuple[str, str, str]]]] = {
+        "Lory: similar against random batches": [(1, lory), (-1, random)],
+        "twin: similar against random batches": [(1, twin), (-1, random_twin)],
+        "Lory's gain: similar against random batches": [(1, lory), (-1, twin), (-1, random), (1, random_twin)],
+    }
+    for model in ("prefix", "segment_choice", "expert_choice_threshold", "top_k", "emo"):
+        pairs[f"Lory against {TITLES[model]}"] = [(1, lory), (-1, (model, "", "similarity"))]
+    rows = []
+    for name, terms in pairs.items():
+        if found := contrast(runs, terms, documents):
+            rows.append([name, str(found["seeds"]), cell(found), f"{found['p']:.2g}"])
+    return "### Contrasts, perplexity\n\n" + table(["what", "seeds", "change", "p"], rows) if rows else ""
+
+
+def _fixed_routing(runs: Runs, documents: Documents) -> str:
+    """Lory scored with weights that no router chose, against its own routing."""
+    rows = []
+    for grouping in ("similarity", "random"):
+        own: Runs = {}
+        for seed, result in runs.get(("lory", "", grouping), {}).items():
+            own.setdefault(("routed", "", ""), {})[seed] = result
+            others = []
+            for name, bits in result.get("fixed_routing", {}).items():
+                scores = {"by_document": {**result["scores"]["by_document"], "bits": bits}}
+                if name.startswith("other"):
+                    others.append(np.array(bits))
+                    continue
+                own.setdefault((name, "", ""), {})[seed] = {"scores": scores}
+            if others:
+                scores = {"by_document": {**result["scores"]["by_document"], "bits": np.mean(others, axis=0)}}
+                own.setdefault(("another", "", ""), {})[seed] = {"scores": scores}
+        for name, title in (
+            ("own", "its domain's mean"),
+            ("another", "another domain's"),
+            ("mean", "all domains' mean"),
+        ):
+            if found := contrast(own, [(1, (name, "", "")), (-1, ("routed", "", ""))], documents):
+                rows.append([f"Lory, {grouping} batches, weights of {title}", str(found["seeds"]), cell(found)])
+    title = "### Expert weights fixed by domain, perplexity against the model's own routing\n\n"
+    return title + table(["what", "seeds", "change"], rows) if rows else ""
 
 
 def _by_domain(runs: Runs, keys: list[tuple[str, str, str]]) -> str:

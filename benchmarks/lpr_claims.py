@@ -47,6 +47,7 @@ for name, value in {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_
 
 import torch  # noqa: E402
 from lpr_data import Mixture, pack  # noqa: E402
+from lpr_intervals import HeldOut  # noqa: E402
 from lpr_queue import METHODS, Queue  # noqa: E402
 from lpr_report import markdown, mean_of  # noqa: E402
 from lpr_runs import open_pretrained, run_job  # noqa: E402
@@ -101,10 +102,10 @@ def run(chosen: argparse.Namespace, deadline: float) -> None:
     if size.shape is None and not chosen.base_model:
         raise SystemExit("size smollm needs --base-model: a folder, a .gguf file or a hub name")
     packed, data = prepare(size, chosen)
-    board = Board(chosen, size, data)
+    board = Board(chosen, size, data, HeldOut(packed, Mixture(**data["mixture"])))
     board.write()
     work(Queue(size, chosen, packed).jobs(), board, deadline)
-    print(markdown(board.about, board.results, board.errors), flush=True)
+    print(markdown(board.about, board.results, board.errors, board.held), flush=True)
 
 
 def changed(size: Size, words: list[str]) -> Size:
@@ -168,7 +169,7 @@ def digest(value: Any) -> str:
 class Board:
     """The results so far; rewritten after every job."""
 
-    def __init__(self, chosen: argparse.Namespace, size: Size, data: dict[str, Any]) -> None:
+    def __init__(self, chosen: argparse.Namespace, size: Size, data: dict[str, Any], held: HeldOut) -> None:
         import transformers
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
@@ -185,14 +186,14 @@ class Board:
         self.results: list[dict[str, Any]] = []
         self.errors: list[str] = []
         self.jobs = chosen.work / "jobs"
-        self._out = chosen.out
+        self.held, self._out = held, chosen.out
         for folder in (self.jobs, chosen.out.parent):
             folder.mkdir(parents=True, exist_ok=True)
 
     def write(self) -> None:
         state = {"about": self.about, "results": self.results, "errors": self.errors}
         self._out.with_suffix(".json").write_text(json.dumps(state, indent=1))
-        self._out.with_suffix(".md").write_text(markdown(self.about, self.results, self.errors))
+        self._out.with_suffix(".md").write_text(markdown(self.about, self.results, self.errors, self.held))
 
     def resolve(self, job: dict[str, Any]) -> dict[str, Any]:
         """The job with its learning rate, its key and the paths that it reads and writes filled in."""

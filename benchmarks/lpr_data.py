@@ -6,16 +6,21 @@
     valid       held out: learning rates and weights of losses are chosen on it
     held        held out: reported, and never looked at before
 
-Documents are split by the hash of their text; those that begin alike count as copies and are dropped. Nothing of
-tasks/, no pyarrow, no pydantic, so that this runs with only PyTorch and transformers. Cost: tokenising, about 1 MB/s.
+Works are split, by the hash of their name: pieces of one work (the field `work`, else the `id` without its `#3`) are
+all held out or all trained on. At most PIECES of a work are scored; the rest of a held-out work is not used.
+Documents that begin alike count as copies and are dropped; what else of a held-out document stands in the training
+text is measured by passages (lpr_passages.py). Nothing of tasks/, no pyarrow, no pydantic, so that this runs with only
+PyTorch and transformers. Cost: tokenising, about 1 MB/s.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +30,9 @@ import numpy as np
 
 END = "<|endoftext|>"
 HELD_DOCUMENT = 8_000
+PIECES = 2
+# Of a domain's works, at most this share goes to `held`, and to `valid`.
+HELD_WORKS = 0.2
 SAME_BEGINNING = 200
 TOKENIZER_BYTES = 6_000_000
 
@@ -92,7 +100,7 @@ def read_documents(mixture: Mixture) -> Iterator[dict[str, Any]]:
     Files are JSON lines, .gz or not, with fields text, language and, where there is one, domain. Raises SystemExit
     naming a language that the folder does not hold enough of.
     """
-    groups: dict[str, dict[str, list[tuple[bytes, str]]]] = {
+    groups: dict[str, dict[str, list[tuple[bytes, bytes, str, str]]]] = {
         language: {} for language in (*mixture.original, *mixture.expanded)
     }
     paths = sorted(path for path in Path(mixture.corpus).glob("*.jsonl*") if path.suffix in (".jsonl", ".gz"))
@@ -108,7 +116,9 @@ def read_documents(mixture: Mixture) -> Iterator[dict[str, Any]]:
                 domains = groups.get(row.get("language") or named)
                 if domains is not None:
                     key = hashlib.sha256(row["text"].encode()).digest()
-                    domains.setdefault(row.get("domain") or "all", []).append((key, row["text"]))
+                    work = row.get("work") or re.sub(r"#\d+$", "", str(row.get("id") or key.hex()))
+                    rows = domains.setdefault(row.get("domain") or "all", [])
+                    rows.append((hashlib.sha256(work.encode()).digest(), key, work, row["text"]))
     if not paths:
         raise SystemExit(
             f"{mixture.corpus} holds no .jsonl or .jsonl.gz file: name a folder of documents with --corpus"
@@ -125,18 +135,27 @@ def read_documents(mixture: Mixture) -> Iterator[dict[str, Any]]:
             )
 
 
-def _split(rows: list[tuple[bytes, str]], held_bytes: float) -> Iterator[dict[str, Any]]:
-    """Split and text: the first go to `held`, the next to `valid`, each cut so that no document fills a part alone."""
-    sizes, seen = {"held": 0.0, "valid": 0.0}, set()
-    for _, text in rows:
-        if text[:SAME_BEGINNING] in seen:
-            continue
-        seen.add(text[:SAME_BEGINNING])
-        split = next((name for name, size in sizes.items() if size < held_bytes), "train")
+def _split(rows: list[tuple[bytes, bytes, str, str]], held_bytes: float) -> Iterator[dict[str, Any]]:
+    """Split, work and text of one domain, work by work: the first works go to `held`, the next to `valid`.
+
+    rows: (hash of the work, hash of the text, work, text), sorted. Texts are cut so that no document fills a part.
+    """
+    most = max(1, int(HELD_WORKS * len({row[2] for row in rows})))
+    sizes, works, seen = {"held": 0.0, "valid": 0.0}, {"held": 0, "valid": 0}, set()
+    for work, pieces in itertools.groupby(rows, key=lambda row: row[2]):
+        split = next((name for name in sizes if sizes[name] < held_bytes and works[name] < most), "train")
         if split != "train":
-            text = text[: min(HELD_DOCUMENT, int(4 * held_bytes) + 1)]
-            sizes[split] += len(text.encode())
-        yield {"split": split, "text": text}
+            works[split] += 1
+        taken = 0
+        for *_, text in pieces:
+            if text[:SAME_BEGINNING] in seen or (split != "train" and taken == PIECES):
+                continue
+            seen.add(text[:SAME_BEGINNING])
+            taken += 1
+            if split != "train":
+                text = text[: min(HELD_DOCUMENT, int(4 * held_bytes) + 1)]
+                sizes[split] += len(text.encode())
+            yield {"split": split, "work": work, "text": text}
 
 
 def train_tokenizer(documents: list[dict[str, Any]], mixture: Mixture) -> Any:
@@ -257,7 +276,8 @@ def _write_instances(
 
 
 def _write_held(documents: list[dict[str, Any]], end: int, streams: Sequence[str], path: Path) -> None:
-    """Streams by language: tokens, the document of each token (-1 at its end), bytes per token of each document."""
+    """Streams by language: tokens, the document of each token (-1 at its end), bytes per token, work and text of each
+    document."""
     documents.sort(key=lambda each: streams.index(each["language"]))
     tokens, owners, lengths = [], [], dict.fromkeys(streams, 0)
     for number, each in enumerate(documents):
@@ -273,4 +293,6 @@ def _write_held(documents: list[dict[str, Any]], end: int, streams: Sequence[str
         bytes_a_token=np.array(sizes),
         streams=np.array(streams),
         language=np.array([streams.index(each["language"]) for each in documents]),
+        work=np.array([each["work"] for each in documents]),
+        text=np.array([each["text"] for each in documents]),
     )

@@ -18,7 +18,7 @@ from lpr_sizes import Review, Size
 
 # Factors on the size's stage-1 learning rate to choose among; the second is tried first.
 RATES = {
-    "full": (1.0, 2.0, 4.0, 8.0),
+    "full": (0.25, 2.0, 4.0, 1.0, 0.5, 8.0),
     "moe_all": (1.0, 2.0, 4.0),
     "lora": (1.0, 3.0, 9.0),
     "llama_pro": (1.0, 2.0, 4.0),
@@ -121,7 +121,10 @@ class Queue:
         self._add(part, seed, "review", name, [start], title=title, sweep=sweep, batch=self._size.review_batch, **more)
 
     def _single(self, seed: int, method: str) -> None:
-        """A method of one stage: under the first seed at three learning rates, under the others at the best of them."""
+        """A method of one stage: under the first seed at several learning rates, under the others at the best of them.
+
+        Full fine-tuning, which everything is compared with, has all rates on every base.
+        """
         size = self._size
         replay = method in ("full_replay", "one_stage")
         part = FIRST if seed == self._seeds[0] else SEEDS
@@ -138,15 +141,16 @@ class Queue:
         # Where steps are few and dear, the middle one has to do.
         factors = factors if self._tunes else factors[1:2]
         factors = factors if tuned in self._chosen.methods else ()
+        own = method == "full" and seed < self._seeds[0] + self._chosen.bases
         tried = [f"{self._seeds[0]}/{tuned} x{factor:g}" for factor in factors]
         if not tried:
             self._add(part, seed, "single", method, [start], rate=size.stage1_rate, **more)
-        elif seed != self._seeds[0] or tuned != method:
+        elif (seed != self._seeds[0] and not own) or tuned != method:
             late = SEEDS if part == SEEDS else OTHER_RATES
             self._add(late, seed, "single", method, [start, *tried], best_of=tried, rate=0.0, **more)
         else:
             for factor in factors:
-                when = part if factor == self._rates[method][1] else OTHER_RATES
+                when = part if factor == self._rates[method][1] else max(part, OTHER_RATES)
                 rate = size.stage1_rate * factor
                 self._add(when, seed, "single", f"{method} x{factor:g}", [start], rate=rate, **more)
 

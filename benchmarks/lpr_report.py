@@ -6,6 +6,8 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
+from lpr_intervals import SEEN, HeldOut, Ratio
+
 TITLES = {
     "full": "full fine-tuning",
     "full_replay": "full fine-tuning with replay",
@@ -20,15 +22,15 @@ ORDER = (
 )
 
 
-def markdown(about: dict[str, Any], results: list[dict[str, Any]], errors: list[str]) -> str:
-    """All results, as Markdown."""
+def markdown(about: dict[str, Any], results: list[dict[str, Any]], errors: list[str], held: HeldOut) -> str:
+    """All results, as Markdown. held: the reported documents, for intervals."""
     size = about["size"]
     lines = ["# MoE-LPR: languages learnt and kept", ""]
     if size["note"]:
         lines += [f"**{size['note'][0].upper()}{size['note'][1:]}.**", ""]
     where = f"{about['device']}; torch {about['torch']}, transformers {about['transformers']}"
     lines += [f"{where}; `{about['command']}`", ""]
-    lines += size_tables(about, results)
+    lines += size_tables(about, results, held)
     if about.get("not_run"):
         lines += [f"Not run for lack of time, the same command resumes: {len(about['not_run'])} jobs", ""]
     if errors:
@@ -36,7 +38,7 @@ def markdown(about: dict[str, Any], results: list[dict[str, Any]], errors: list[
     return "\n".join(lines)
 
 
-def size_tables(about: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
+def size_tables(about: dict[str, Any], results: list[dict[str, Any]], held: HeldOut) -> list[str]:
     bases = {each["seed"]: each for each in results if each["kind"] == "base"}
     if not bases:
         return []
@@ -49,6 +51,7 @@ def size_tables(about: dict[str, Any], results: list[dict[str, Any]]) -> list[st
     for title in ORDER:
         if title in table.methods:
             lines.append(table.row(TITLES.get(title, title), table.methods[title], "held"))
+    lines += ["", *claims(about, table, held), *frontier(about, results, bases, held)]
     lines += ["", *proofs(results), "", *task_table(about, bases, table.methods)]
     sweeps = defaultdict(list)
     for each in results:
@@ -94,7 +97,7 @@ class Table:
         """part: `held` or `valid`. of full: the mean over the same seeds' expanded languages / full fine-tuning's."""
         means = [mean_of(run[part], self._expanded) for run in runs]
         keeps = [
-            100 * mean_of(self._base(run)[part], self._original) / mean_of(run[part], self._original) for run in runs
+            100 * mean_of(self.base_of(run)[part], self._original) / mean_of(run[part], self._original) for run in runs
         ]
         full = {run["seed"]: mean_of(run[part], self._expanded) for run in self.methods.get("full", [])}
         over = [
@@ -113,8 +116,69 @@ class Table:
         rates = sorted({run.get("rate") or 0.0 for run in runs})
         return row([*cells, f"{spread(keeps, 2)}%", " ".join(f"{rate:.1g}" for rate in rates), str(len(runs))])
 
-    def _base(self, run: dict[str, Any]) -> dict[str, Any]:
+    def base_of(self, run: dict[str, Any]) -> dict[str, Any]:
         return self._bases[run.get("base_seed", run["seed"])]
+
+
+def claims(about: dict[str, Any], table: Table, held: HeldOut) -> list[str]:
+    """Every method with 95% intervals over works and seeds, each with its base where there are as many bases."""
+    bases = len({table.base_of(run)["key"] for runs in table.methods.values() for run in runs})
+    lines = [
+        f"### Intervals of 95% over works and seeds; {bases} base{'s' if bases > 1 else ''}",
+        "",
+        f"Documents with at most {SEEN:.0%} of their passages in the training text: {'; '.join(held.counts())}.",
+        "",
+        row(["", "seeds", "new languages against the base", "against full fine-tuning", "retention"]),
+        row(["---"] * 5),
+    ]
+    full = {run["seed"]: run for run in table.methods.get("full", [])}
+    for title in [each for each in ORDER if each in table.methods]:
+        runs = table.methods[title]
+        own = [table.base_of(run) for run in runs]
+        paired = [run for run in runs if run["seed"] in full and title != "full"]
+        cells = [TITLES.get(title, title), str(len(runs)), change(held.ratio(own, runs, about["expanded"]))]
+        against = held.ratio([full[run["seed"]] for run in paired], paired, about["expanded"]) if paired else None
+        cells += [change(against) if against else "", retention(held.ratio(own, runs, about["original"]))]
+        lines.append(row(cells))
+    pairs = [("MoE-LPR", "no review"), ("MoE-LPR", "review without LPR"), ("review without LPR", "no review")]
+    lines += ["", row(["contrast", "seeds", "new languages", "original languages"]), row(["---"] * 4)]
+    for after, before in pairs:
+        ones = {run["seed"]: run for run in table.methods.get(before, [])}
+        twos = [run for run in table.methods.get(after, []) if run["seed"] in ones]
+        if twos:
+            both = [ones[run["seed"]] for run in twos], twos
+            cells = [f"{after} against {before}", str(len(twos))]
+            lines.append(row([*cells, *(change(held.ratio(*both, about[name])) for name in ("expanded", "original"))]))
+    return [*lines, ""]
+
+
+def change(ratio: Ratio) -> str:
+    return f"{100 * ratio.value:+.1f}% ({100 * ratio.low:+.1f} to {100 * ratio.high:+.1f})"
+
+
+def retention(ratio: Ratio) -> str:
+    ends = [100 / (1 + each) for each in (ratio.value, ratio.high, ratio.low)]
+    return f"{ends[0]:.2f}% ({ends[1]:.2f} to {ends[2]:.2f})"
+
+
+def frontier(about: dict[str, Any], results: list[dict[str, Any]], bases: dict[int, Any], held: HeldOut) -> list[str]:
+    """Gain in the new languages against retention of every training of a method, whatever its rate: which method keeps
+    more at the same gain? One line for each base."""
+    points = defaultdict(list)
+    for each in results:
+        if each.get("title") and each["kind"] in ("single", "review", "stage1") and not each.get("best_of"):
+            base = bases[each.get("base_seed", each["seed"])]
+            gain = -100 * held.ratio([base], [each], about["expanded"]).value
+            kept = 100 / (1 + held.ratio([base], [each], about["original"]).value)
+            label = each["title"] if each.get("sweep") else f"{each['rate']:.2g}"
+            title = "MoE-LPR, other settings" if each.get("sweep") else TITLES.get(each["title"], each["title"])
+            points[base["seed"], title].append((gain, kept, label))
+    lines = ["### Gain in the new languages and retention, at every rate (gain%, kept%: rate or setting)", ""]
+    lines += [row(["base", "method", "trainings"]), row(["---"] * 3)]
+    for (seed, title), found in sorted(points.items()):
+        cells = (f"{gain:.1f}, {kept:.1f}: {label}" for gain, kept, label in sorted(found))
+        lines.append(row([str(seed), title, "; ".join(cells)]))
+    return [*lines, ""]
 
 
 def by_method(results: list[dict[str, Any]], expanded: list[str]) -> dict[str, list[dict[str, Any]]]:

@@ -188,8 +188,13 @@ def same_digest(after: str, before: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def scores(model: torch.nn.Module, job: dict[str, Any]) -> dict[str, Any]:
-    """Bits per byte by language on both held-out parts, and tasks where the size has some and the job is reported."""
-    found: dict[str, Any] = {part: bits_per_byte(model, job, part) for part in ("valid", "held")}
+    """Bits per byte by language on both held-out parts, and tasks where the size has some and the job is reported.
+
+    documents: by part, bits of every document, and its scored bytes, in the order of the held-out file.
+    """
+    found: dict[str, Any] = {"documents": {}}
+    for part in ("valid", "held"):
+        found[part], found["documents"][part] = bits_per_byte(model, job, part)
     if job.get("tasks") and (job["kind"] == "base" or job.get("title")):
         from lpr_tasks import task_scores
 
@@ -205,8 +210,10 @@ def held_out(job: dict[str, Any], part: str) -> tuple[Any, Windows]:
     return held, Windows(held["tokens"], held["owners"], table, context, job["length"], held["bytes_a_token"])
 
 
-def bits_per_byte(model: torch.nn.Module, job: dict[str, Any], part: str) -> dict[str, float]:
-    """By language, on the documents of one part."""
+def bits_per_byte(
+    model: torch.nn.Module, job: dict[str, Any], part: str
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """(by language, bits and bytes by document) on the documents of one part."""
     held, windows = held_out(job, part)
     sums = score(model, windows, len(held["streams"]), Process.current(), 16, lambda *_: None)
     scored = sums.tokens * held["bytes_a_token"]
@@ -214,7 +221,7 @@ def bits_per_byte(model: torch.nn.Module, job: dict[str, Any], part: str) -> dic
     for number, language in enumerate(held["streams"].tolist()):
         own = held["language"] == number
         by_language[language] = float(sums.bits[own].sum() / scored[own].sum())
-    return by_language
+    return by_language, {"bits": sums.bits.round(3).tolist(), "bytes": scored.round(2).tolist()}
 
 
 @torch.no_grad()

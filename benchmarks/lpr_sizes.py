@@ -72,7 +72,7 @@ LAPTOP = Size(
     gamma=0.1,
     review_share=0.009,
     review_ratio=2.0,
-    held_bytes=24_000,
+    held_bytes=240_000,
     task_limit=0,
 )
 TINY = dataclasses.replace(
