@@ -33,7 +33,7 @@ class FixedRouting(nn.Module):
     def __init__(self, model: Any, weights: np.ndarray) -> None:
         super().__init__()
         self.model, self.config = model, model.config
-        self.weights = torch.from_numpy(weights).float()
+        self.weights = torch.from_numpy(weights.copy()).float()
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
         output = self.model(input_ids=input_ids, use_cache=False, expert_weights=self.weights.to(input_ids.device))
@@ -58,7 +58,7 @@ def with_fixed_weights(
         for domain in range(domains):
             own = replace(windows, table=windows.table[windows.table[:, 3] == domain])
             if len(own.table):
-                fixed = FixedRouting(model, np.ascontiguousarray(of_domain[domain]))
+                fixed = FixedRouting(model, of_domain[domain])
                 sums: Sums = score(fixed, own, domains, process, batch, lambda done, total: None)
                 bits += sums.bits
         found[name] = bits.round(2).tolist()
