@@ -12,7 +12,6 @@ TITLES = {
     "dense": "dense twin",
     "dense_wide": "dense control of equal FLOPs",
     "lory": "Lory",
-    "dense_wide": "dense, FFN as wide as Lory's FLOPs",
     "prefix": "prefix routing",
     "expert_choice": "Expert Choice, tokens (looks ahead)",
     "expert_choice_threshold": "Expert Choice, tokens, by threshold (causal)",
