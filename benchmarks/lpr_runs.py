@@ -29,14 +29,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from eclectus.models.evaluation.scoring import Windows, plan_windows, score
-from eclectus.models.extension.methods import MixedInstances, one_stage, open_method, untrained_digest
+from eclectus.models.extension.methods import MixedInstances, open_method, untrained_digest
 from eclectus.models.mixture.dense_base import REPORT
 from eclectus.models.mixture.experts import frozen_digest, set_trainable, split_experts
 from eclectus.models.mixture.export import export_checkpoint
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.training import objectives
-from eclectus.models.training.instances import Instances
-from eclectus.models.training.loop import Objective, Plan, autocast, train
+from eclectus.models.training.instances import Batch, Instances
+from eclectus.models.training.loop import Plan, autocast, train
+from eclectus.models.training.losses import Loss, Objective, Pass, Term
 from eclectus.models.training.process import Process
 from eclectus.models.training.router_losses import language_prior_loss
 
@@ -142,7 +143,7 @@ def train_single(job: dict[str, Any]) -> dict[str, Any]:
     if method == "moe_all":
         objective = objectives.post_pretrain(job["alpha"], 2, "paper")
     elif method == "one_stage":
-        objective = one_stage(job["alpha"], 2, "paper", job["gamma"], "paper", known_languages(job, data))
+        objective = objectives.one_stage(job["alpha"], 2, "paper", job["gamma"], "paper", known_languages(job, data))
     else:
         objective = objectives.next_token()
     trained = count(model, trained=True)
@@ -252,17 +253,30 @@ def count(model: torch.nn.Module, trained: bool = False) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad or not trained)
 
 
-def review_beyond(settings: Review, known: list[int]) -> Objective:
-    """A review that also pushes tokens of expanded languages away from the original expert (ours, not the paper's)."""
+def review_beyond(settings: Review, known: list[int], original_experts: int | list[int] = 1) -> Objective:
+    """A review that also pushes tokens of expanded languages away from the original experts (ours, not the paper's)."""
+    usual = objectives.review(settings.gamma, settings.form, known, original_experts)
+    return dataclasses.replace(usual, losses=[*usual.losses, Away(settings.away, known, original_experts)])
 
-    def objective(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        output = model(input_ids=batch.tokens, use_cache=False, output_router_logits=True)
-        original = torch.isin(batch.languages, torch.tensor(known, device=batch.languages.device))
-        prior = language_prior_loss(output.router_logits, original.flatten(), settings.form)
-        loss = objectives.next_token_loss(output.logits, batch.labels) + settings.gamma * prior
-        turned = [logits.roll(-1, dims=-1) for logits in output.router_logits]
-        added = (~original & (batch.languages >= 0)).flatten()
-        away = language_prior_loss(turned, added, "paper", original_experts=turned[0].shape[-1] - 1)
-        return loss + settings.away * away, {"lpr_loss": prior}
 
-    return objective
+class Away(Loss):
+    """Mean over tokens of other languages than the original ones of -log of the new experts' probability."""
+
+    name = "away_loss"
+
+    def __init__(self, weight: float, original_languages: list[int], original_experts: int | list[int]) -> None:
+        self.weight, self.languages, self.experts = weight, original_languages, original_experts
+
+    def count(self, batch: Batch) -> torch.Tensor:
+        return self.added(batch).sum()
+
+    def measure(self, done: Pass, statistic: torch.Tensor | None) -> tuple[torch.Tensor, dict[str, Term]]:
+        by_layer = done.output.router_logits
+        old = [self.experts] * len(by_layer) if isinstance(self.experts, int) else self.experts
+        # The new experts come first, so that the prior's sum over leading experts is theirs.
+        turned = [logits.roll(-each, dims=-1) for logits, each in zip(by_layer, old, strict=True)]
+        new = [logits.shape[-1] - each for logits, each in zip(by_layer, old, strict=True)]
+        return language_prior_loss(turned, self.added(done.batch), "paper", original_experts=new), {}
+
+    def added(self, batch: Batch) -> torch.Tensor:
+        return ~objectives.in_languages(batch, self.languages) & (batch.languages >= 0)

@@ -29,9 +29,8 @@ from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.mixture.dense_base import copy_side_files
 from eclectus.models.mixture.upcycle import StepZeroError
 from eclectus.models.training.instances import Batch
-from eclectus.models.training.loop import Objective
-from eclectus.models.training.objectives import next_token_loss
-from eclectus.models.training.parallel import config_of
+from eclectus.models.training.losses import Loss, Objective, Pass, Term
+from eclectus.models.training.objectives import NextToken, in_languages
 
 
 @dataclass(frozen=True)
@@ -141,28 +140,37 @@ def segment_prior_loss(router_weights: Sequence[Tensor], original_mask: Tensor, 
     return torch.stack(losses).mean()
 
 
+class SegmentPrior(Loss):
+    """`segment_prior_loss` over the tokens of original languages.
+
+    original_languages: their numbers in the batch's labels.
+    """
+
+    name = "lpr_loss"
+
+    def __init__(self, weight: float, original_languages: Sequence[int]) -> None:
+        self.weight, self.languages = weight, original_languages
+
+    def count(self, batch: Batch) -> Tensor:
+        return in_languages(batch, self.languages).sum()
+
+    def measure(self, done: Pass, statistic: Tensor | None) -> tuple[Tensor, dict[str, Term]]:
+        original, config = in_languages(done.batch, self.languages), done.config
+        segment = min(config.segment_length, original.shape[1])
+        return segment_prior_loss(done.output.router_weights, original, segment, config.original_experts), {}
+
+
 def post_pretrain_lory() -> Objective:
     """The objective of stage 1 on a Lory model; logs the new experts' share of the weight."""
 
-    def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        output = model(input_ids=batch.tokens, use_cache=False, output_router_weights=True)
-        old = config_of(model).original_experts
-        new = torch.stack([layer[..., old:].sum(-1).mean() for layer in output.router_weights]).mean()
-        return next_token_loss(output.logits, batch.labels), {"new_expert_weight": new.detach()}
+    def new_expert_weight(done: Pass) -> dict[str, Term]:
+        weights = torch.stack([layer.detach() for layer in done.output.router_weights])
+        new = weights[..., done.config.original_experts :].sum(-1)
+        return {"new_expert_weight": Term(new.sum(), new.new_tensor(new.numel()))}
 
-    return objective
+    return Objective([NextToken()], {"output_router_weights": True}, new_expert_weight)
 
 
 def review_lory(gamma: float, original_languages: Sequence[int]) -> Objective:
     """The objective of stage 2 on a Lory model. original_languages: their numbers in the batch's labels."""
-
-    def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        output = model(input_ids=batch.tokens, use_cache=False, output_router_weights=True)
-        loss = next_token_loss(output.logits, batch.labels)
-        original = torch.isin(batch.languages, torch.tensor(original_languages, device=batch.languages.device))
-        config = config_of(model)
-        segment = min(config.segment_length, batch.tokens.shape[1])
-        prior = segment_prior_loss(output.router_weights, original, segment, config.original_experts)
-        return loss + gamma * prior, {"next_token_loss": loss, "lpr_loss": prior}
-
-    return objective
+    return Objective([NextToken(), SegmentPrior(gamma, original_languages)], {"output_router_weights": True})

@@ -35,10 +35,8 @@ from eclectus.models.mixture.dense_base import REPORT, copy_side_files
 from eclectus.models.mixture.experts import Stage, set_trainable, split_experts, whole
 from eclectus.models.mixture.export import export_checkpoint
 from eclectus.models.mixture.families import family_of, with_both_generations, write_config
-from eclectus.models.training.instances import IGNORED, Batch, Instances, rows_at
-from eclectus.models.training.loop import Objective
-from eclectus.models.training.objectives import next_token_loss
-from eclectus.models.training.router_losses import BalanceScaling, PriorForm, balance_loss, language_prior_loss
+from eclectus.models.training.instances import Batch, Instances, rows_at
+from eclectus.models.training.objectives import one_stage as one_stage
 
 Method = Literal[
     "moe_lpr", "full", "lora", "llama_pro", "moe_all", "no_review", "no_lpr", "random_experts", "one_stage"
@@ -218,28 +216,6 @@ def untrained_digest(model: nn.Module) -> str:
             digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
             digest.update(tensor_bytes(whole(parameter)))
     return digest.hexdigest()
-
-
-def one_stage(
-    alpha: float,
-    top_k: int,
-    scaling: BalanceScaling,
-    gamma: float,
-    form: PriorForm,
-    original_languages: Sequence[int],
-) -> Objective:
-    """The objective of the one-stage ablation: next-token + alpha * balance + gamma * LPR on mixed data."""
-
-    def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        output = model(input_ids=batch.tokens, use_cache=False, output_router_logits=True)
-        loss = next_token_loss(output.logits, batch.labels)
-        balance = balance_loss(output.router_logits, top_k, scaling, mask=batch.labels != IGNORED)
-        original = torch.isin(batch.languages, torch.tensor(original_languages, device=batch.languages.device))
-        prior = language_prior_loss(output.router_logits, original.flatten(), form)
-        total = loss + alpha * balance + gamma * prior
-        return total, {"next_token_loss": loss, "balance_loss": balance, "lpr_loss": prior}
-
-    return objective
 
 
 class MixedInstances(Instances):

@@ -5,8 +5,8 @@ formula would compute the weight gradients of all groups or of none; ours stops 
 of a group are contiguous, `ends_E[i]` is where group i ends; both stay on the device.
 
 On CPU in fp32 grouped_mm is as fast as a loop of matrix products (0.13 ms against 0.13 ms for 512 rows of 64 x 128,
-13.3 against 13.1 ms for 2048 rows of 256 x 1024), so both devices use it; the loop is only for sizes whose rows do not
-start at multiples of 16 bytes, which the kernel refuses.
+13.3 against 13.1 ms for 2048 rows of 256 x 1024), so both devices use it; the loop is only for what the kernel refuses:
+sizes whose rows do not start at multiples of 16 bytes, and fp64.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ def combine_tokens(y_SH: Tensor, weights_TK: Tensor, permutation_S: Tensor) -> T
 
 def grouped_rows(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
     """`[S, F]`: the rows of group i times w[i]. Rows after the last end are undefined."""
-    if _aligned(x_SD) and _aligned(w_EDF):
+    if _grouped(x_SD) and _grouped(w_EDF):
         return torch.nn.functional.grouped_mm(x_SD, w_EDF, offs=ends_E)
     out_SF = x_SD.new_zeros(x_SD.shape[0], w_EDF.shape[2])
     start = 0
@@ -50,7 +50,7 @@ def grouped_rows(x_SD: Tensor, w_EDF: Tensor, ends_E: Tensor) -> Tensor:
 
 def grouped_outer(g_SF: Tensor, x_SD: Tensor, ends_E: Tensor) -> Tensor:
     """`[E, F, D]`: for each group, the sum over its rows of g outer x. Rows after the last end are ignored."""
-    if _aligned(g_SF) and _aligned(x_SD):
+    if _grouped(g_SF) and _grouped(x_SD):
         out_EFD = torch.nn.functional.grouped_mm(g_SF.T, x_SD, offs=ends_E)
         # On Blackwell the kernel leaves groups without rows unwritten (pytorch issue 172439).
         empty_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1)) == 0
@@ -63,9 +63,10 @@ def grouped_outer(g_SF: Tensor, x_SD: Tensor, ends_E: Tensor) -> Tensor:
     return out_EFD
 
 
-def _aligned(tensor: Tensor) -> bool:
-    """Whether every row and matrix starts at a multiple of 16 bytes, as the grouped kernel requires."""
-    return all(stride == 1 or stride * tensor.itemsize % 16 == 0 for stride in tensor.stride())
+def _grouped(tensor: Tensor) -> bool:
+    """Whether the grouped kernel takes the tensor: its dtype, and every row and matrix at a multiple of 16 bytes."""
+    aligned = all(stride == 1 or stride * tensor.itemsize % 16 == 0 for stride in tensor.stride())
+    return aligned and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _side_by_side(new: Tensor, frozen: Tensor, dtype: torch.dtype) -> Tensor:

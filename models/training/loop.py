@@ -2,7 +2,8 @@
 
     for step in range(start, stop):
         rows = a pure function of (step, seed)             every process takes its share of them
-        loss = objective(model, batch), backward           accumulated over micro-batches, averaged over processes
+        the number of items of each loss                   over all micro-batches and processes
+        its part of the objective, backward                for each micro-batch; gradients are averaged over processes
         clip, AdamW, schedule
         at intervals: metrics; a checkpoint of weights, AdamW moments and step
 
@@ -14,13 +15,14 @@ without gradients cost nothing here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from eclectus.models.training.instances import IGNORED, Batch, Instances
+from eclectus.models.training.instances import Batch, Instances
+from eclectus.models.training.losses import Objective, Step
 from eclectus.models.training.metrics import Window
 from eclectus.models.training.optimizer import load_moments, make_optimizer, read_moments, set_rate
 from eclectus.models.training.parallel import (
@@ -36,7 +38,6 @@ from eclectus.models.training.plan import Plan
 from eclectus.models.training.process import Process
 from eclectus.models.training.resume import resume, save_progress
 
-Objective = Callable[[nn.Module, Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 Report = Callable[..., None]
 
 
@@ -70,7 +71,7 @@ def train(
             f"batch of {plan.batch} instances cannot be shared by {process.world} processes; make it a multiple"
         )
     model.train()
-    window = Window(model, plan.batch * instances.length, instances.length, process)
+    window = Window(model, objective.weights(model), plan.batch * instances.length, instances.length, process)
     if plan.recomputed:
         recompute_blocks(model)
     if plan.compiled:
@@ -87,11 +88,15 @@ def train(
     wrapped, guard = replicate(model, process), GradientGuard(instances, plan, process, work)
     for step in range(begin, plan.stop):
         set_rate(optimizer, plan.rate(step))
-        for last, batch, weight in micro_batches(instances, step, plan, process):
-            with synced(wrapped, last), autocast(process.device):
-                loss, extra = objective(wrapped, batch)
-            (loss * weight).backward()
-            window.add(loss, extra, weight)
+        batches = micro_batches(instances, step, plan, process)
+        parts = Step(objective, batches, process)
+        with autocast(process.device):
+            parts.survey(wrapped)
+        for number in range(len(batches)):
+            with synced(wrapped, number + 1 == len(batches)), autocast(process.device):
+                loss, terms = parts.measure(wrapped, number)
+            loss.backward()
+            window.add(terms)
         norm = whole(nn.utils.clip_grad_norm_(named.values(), plan.clip))
         window.end_step(norm)
         guard.check(step, norm)
@@ -117,21 +122,11 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def micro_batches(
-    instances: Instances, step: int, plan: Plan, process: Process
-) -> Iterator[tuple[bool, Batch, torch.Tensor]]:
-    """(is it the last, batch, weight) for each micro-batch of this process's share of a step.
-
-    A micro-batch is weighted by its number of tokens to predict, so that the step's gradient is the mean over all these
-    tokens, independent of padding, micro-batches and processes. A batch of padding has weight 0.
-    """
+def micro_batches(instances: Instances, step: int, plan: Plan, process: Process) -> list[Batch]:
+    """The micro-batches of this process's share of a step, on the CPU; every process has the same number of them."""
     share = plan.batch // process.world
     rows = instances.rows_of_step(step, plan.batch, plan.seed)[process.rank * share : (process.rank + 1) * share]
-    batches = [instances.batch(rows[first : first + plan.micro_batch]) for first in range(0, share, plan.micro_batch)]
-    targets = torch.stack([(batch.labels[:, 1:] != IGNORED).sum() for batch in batches]).to(process.device).float()
-    weights = targets / process.mean(targets.sum()).clamp(min=1)
-    for number, batch in enumerate(batches):
-        yield number + 1 == len(batches), batch.to(process.device), weights[number]
+    return [instances.batch(rows[first : first + plan.micro_batch]) for first in range(0, share, plan.micro_batch)]
 
 
 class GradientGuard:

@@ -1,4 +1,8 @@
-"""The metrics of a training: means over the steps since the last row of metrics, kept on the device until read."""
+"""The metrics of a training: means over the steps since the last row of metrics, kept on the device until read.
+
+Every mean is over its own items (targets, tokens of original languages, segments, ...): sums and counts are added up
+over micro-batches, steps and processes, then divided.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,20 @@ import time
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from eclectus.models.training.losses import Term
 from eclectus.models.training.process import Process
 from eclectus.models.training.throughput import flops_per_token, peak_flops
 
 
 class Window:
-    """Running sums of the metrics, so that no step waits for the accelerator.
+    """Running sums of the metrics, so that no step waits for the accelerator."""
 
-    A scalar is averaged over the window; a pair [2] is a sum and a count, logged as their ratio if the count is not 0.
-    """
-
-    def __init__(self, model: nn.Module, tokens_per_step: int, length: int, process: Process) -> None:
-        """tokens_per_step: of all processes together. length: tokens per instance."""
+    def __init__(
+        self, model: nn.Module, weights: dict[str, float], tokens_per_step: int, length: int, process: Process
+    ) -> None:
+        """weights: of the losses in the objective. tokens_per_step: of all processes together. length: per instance."""
+        self._weights = weights
         self._tokens_per_step = tokens_per_step
         self._utilisation = flops_per_token(model, length) / (peak_flops(process.device) * process.world)
         self._sums: dict[str, torch.Tensor] = {}
@@ -27,12 +31,11 @@ class Window:
         self._since = time.monotonic()
         self.norm = torch.tensor(0.0)
 
-    def add(self, loss: torch.Tensor, extra: dict[str, torch.Tensor], weight: torch.Tensor) -> None:
-        """Adds one micro-batch. weight: its share of the step, as in the gradient."""
-        for name, value in {"loss": loss, **extra}.items():
-            # Only means are weighted; sums and counts are not.
-            value = value.detach().float()
-            self._sums[name] = self._sums.get(name, 0.0) + (value * weight if value.ndim == 0 else value)
+    def add(self, terms: dict[str, Term]) -> None:
+        """Adds one micro-batch."""
+        for name, term in terms.items():
+            pair = torch.stack([term.total.double(), term.count.double()])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def end_step(self, norm: torch.Tensor) -> None:
         """norm: that of the step's gradient, before clipping."""
@@ -40,16 +43,21 @@ class Window:
         self._steps += 1
 
     def read(self, process: Process, rate: float) -> dict[str, float]:
-        """Means over the window and all processes, and learning rate and throughput; starts a new window."""
-        pairs = torch.stack([F.pad(total.view(-1), (0, 2 - total.numel())) for total in self._sums.values()])
-        means = process.mean(pairs / self._steps).tolist()
+        """Means over the window and all processes, and learning rate and throughput; starts a new window.
+
+        `loss` is the objective: the weighted sum of its losses. What has no items in the window is left out.
+        """
+        pairs = process.sum(torch.stack(list(self._sums.values()))).tolist()
+        values = {name: total / count for name, (total, count) in zip(self._sums, pairs, strict=True) if count > 0}
+        loss = sum(weight * values.get(name, 0.0) for name, weight in self._weights.items())
+        if len(self._weights) == 1:
+            # The only loss is the objective.
+            values = {name: value for name, value in values.items() if name not in self._weights}
         seconds = time.monotonic() - self._since
-        values = {}
-        for (name, total), (mean, count) in zip(self._sums.items(), means, strict=True):
-            if total.ndim == 0 or count > 0:
-                values[name] = mean if total.ndim == 0 else mean / count
         tokens_per_second = self._tokens_per_step * self._steps / seconds
-        values |= {
+        values = {
+            "loss": loss,
+            **values,
             "gradient_norm": float(self.norm),
             "learning_rate": rate,
             "tokens_per_second": tokens_per_second,

@@ -1,127 +1,211 @@
-"""The objective of each training stage, as `objective(model, batch) -> (loss, other metrics)`.
+"""The objective of each training stage, as a weighted sum of losses (models/training/losses.py).
 
 next-token       mean cross-entropy of the next token                            dense, Lory: docs/methods.md 1.1
 balanced         next-token + transformers' own load-balancing loss              top-k: models/pretraining/baselines.py
 post-pretrain    next-token + alpha * balance over all tokens                    MoE-LPR stage 1: docs/methods.md 2.2
 review           next-token + gamma * LPR over tokens of original languages      MoE-LPR stage 2: docs/methods.md 2.3
+one-stage        next-token + alpha * balance + gamma * LPR                      MoE-LPR's ablation: docs/methods.md 2.5
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from eclectus.models.training.instances import IGNORED, Batch
-from eclectus.models.training.loop import Objective
-from eclectus.models.training.parallel import config_of
-from eclectus.models.training.router_losses import balance_loss, language_prior_loss
+from eclectus.models.training.losses import Loss, Objective, Pass, Term
+from eclectus.models.training.router_losses import (
+    BalanceScaling,
+    PriorForm,
+    at_least_fp32,
+    balance_loss,
+    count_choices,
+    language_prior_loss,
+)
+
+ROUTERS = {"output_router_logits": True}
 
 
-def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats, in fp32; 0 without targets. logits [B, L, V]; labels [B, L], IGNORED at padding."""
-    targets = labels[:, 1:].flatten()
-    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="sum")
+    targets = _targets(labels)
+    total = F.cross_entropy(at_least_fp32(logits).flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
     return total / (targets != IGNORED).sum().clamp(min=1)
 
 
-def loss_by_domain(
-    logits: torch.Tensor, batch: Batch, domains: Sequence[str]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """`next_token_loss`, and for each domain `loss/NAME`: [2], the sum of its losses and its tokens, detached.
+def _targets(labels: Tensor) -> Tensor:
+    """The next token of every position, `[B * L]`, IGNORED after the last; so the logits need not be cut and copied."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+
+
+def loss_by_domain(logits: Tensor, batch: Batch, domains: Sequence[str]) -> tuple[Tensor, dict[str, Term]]:
+    """`next_token_loss`, and for each domain `loss/NAME`: the sum of its losses and its tokens.
 
     domains: names by their numbers in batch.domains; if empty, only the loss is computed.
     """
     if not domains:
         return next_token_loss(logits, batch.labels), {}
-    labels = batch.labels[:, 1:].flatten()
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels, ignore_index=IGNORED, reduction="none")
-    real = (labels != IGNORED).to(losses.dtype)
+    targets = _targets(batch.labels)
+    losses = F.cross_entropy(at_least_fp32(logits).flatten(0, 1), targets, ignore_index=IGNORED, reduction="none")
+    real = (targets != IGNORED).to(losses.dtype)
     # The last column collects tokens of no domain, which are padding.
-    column = torch.where(labels != IGNORED, batch.domains[:, 1:].flatten(), -1) % (len(domains) + 1)
+    column = torch.where(targets != IGNORED, batch.domains.roll(-1, dims=1).flatten(), -1) % (len(domains) + 1)
     sums = losses.new_zeros(2, len(domains) + 1).index_add_(1, column, torch.stack([losses.detach(), real]))
-    return losses.sum() / real.sum().clamp(min=1), {f"loss/{name}": sums[:, i] for i, name in enumerate(domains)}
+    by_domain = {f"loss/{name}": Term(sums[0, i], sums[1, i]) for i, name in enumerate(domains)}
+    return losses.sum() / real.sum().clamp(min=1), by_domain
 
 
-def next_token(domains: Sequence[str] = ()) -> Objective:
-    """The objective of a dense model. domains: whose losses to log separately, as in `loss_by_domain`."""
+class NextToken(Loss):
+    """Cross-entropy of the next token, over all targets. domains: whose losses to log separately."""
 
-    def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return loss_by_domain(model(input_ids=batch.tokens, use_cache=False).logits, batch, domains)
+    name = "next_token_loss"
 
-    return objective
+    def __init__(self, domains: Sequence[str] = ()) -> None:
+        self.domains = domains
 
+    def count(self, batch: Batch) -> Tensor:
+        return (batch.labels[:, 1:] != IGNORED).sum()
 
-def balanced(domains: Sequence[str] = ()) -> Objective:
-    """The objective of a top-k mixture from transformers: next-token and the weighted auxiliary loss of its config."""
-
-    def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        output = model(input_ids=batch.tokens, use_cache=False, output_router_logits=True)
-        loss, by_domain = loss_by_domain(output.logits, batch, domains)
-        weight = config_of(model).router_aux_loss_coef
-        return loss + weight * output.aux_loss, {"next_token_loss": loss, "balance_loss": output.aux_loss, **by_domain}
-
-    return objective
+    def measure(self, done: Pass, statistic: Tensor | None) -> tuple[Tensor, dict[str, Term]]:
+        return loss_by_domain(done.output.logits, done.batch, self.domains)
 
 
-def lory(domains: Sequence[str] = ()) -> Objective:
-    """The objective of a Lory model: next-token alone; logs routing entropy and the share of experts in use."""
+class Balance(Loss):
+    """Load balance (`balance_loss`) over all tokens; its statistic is how many tokens of the step chose each expert."""
 
-    def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        output = model(input_ids=batch.tokens, use_cache=False, output_router_weights=True)
-        loss, by_domain = loss_by_domain(output.logits, batch, domains)
-        return loss, {**routing_metrics(output.router_weights or ()), **by_domain}
+    name = "balance_loss"
 
-    return objective
+    def __init__(self, weight: float, top_k: int, scaling: BalanceScaling) -> None:
+        self.weight, self.top_k, self.scaling = weight, top_k, scaling
 
+    def count(self, batch: Batch) -> Tensor:
+        return (batch.labels != IGNORED).sum()
 
-def routing_metrics(router_weights: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Entropy of routing in nats, and the share of experts with a weight over 2/E (docs/methods.md 1.7).
+    def statistic(self, done: Pass) -> Tensor:
+        """The choices of all layers, one after the other."""
+        logits, mask = self._routed(done)
+        return torch.cat(count_choices(logits, self._top_k(done), mask))
 
-    Both are means over all segments. router_weights: by layer [B, N, E]; empty with one expert or dense routing, which
-    gives no metrics.
-    """
-    if not router_weights:
-        return {}
-    weights = torch.stack([layer.detach() for layer in router_weights]).float()
-    entropy = -(weights * weights.clamp_min(1e-9).log()).sum(-1).mean()
-    used = (weights > 2 / weights.shape[-1]).float().mean()
-    return {"router_entropy": entropy, "expert_utilisation": used}
+    def measure(self, done: Pass, statistic: Tensor | None) -> tuple[Tensor, dict[str, Term]]:
+        logits, mask = self._routed(done)
+        choices = None if statistic is None else statistic.split([layer.shape[1] for layer in logits])
+        return balance_loss(logits, self._top_k(done), self.scaling, mask, choices), {}
 
+    def _top_k(self, done: Pass) -> int:
+        return self.top_k
 
-def post_pretrain(alpha: float, top_k: int, scaling: Literal["paper", "released"]) -> Objective:
-    """The objective of MoE-LPR's first stage."""
-
-    def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        output = model(input_ids=batch.tokens, use_cache=False, output_router_logits=True)
-        loss = next_token_loss(output.logits, batch.labels)
-        balance = balance_loss(output.router_logits, top_k, scaling, mask=batch.labels != IGNORED)
-        return loss + alpha * balance, {"next_token_loss": loss, "balance_loss": balance}
-
-    return objective
+    def _routed(self, done: Pass) -> tuple[Sequence[Tensor], Tensor]:
+        """Router logits by layer, and which of the tokens count."""
+        return done.output.router_logits, done.batch.labels != IGNORED
 
 
-def review(
-    gamma: float,
-    form: Literal["paper", "released"],
-    original_languages: Sequence[int],
-    original_experts: int | Sequence[int] = 1,
-) -> Objective:
-    """The objective of MoE-LPR's second stage.
+class TransformersBalance(Balance):
+    """The load-balancing loss of transformers: tokens of all layers together; weight and K are those of the config."""
+
+    def __init__(self) -> None:
+        self.scaling = "released"
+
+    def weight_in(self, config: Any) -> float:
+        return config.router_aux_loss_coef
+
+    def _top_k(self, done: Pass) -> int:
+        return done.config.num_experts_per_tok
+
+    def _routed(self, done: Pass) -> tuple[Sequence[Tensor], Tensor]:
+        by_layer, mask = super()._routed(done)
+        return [torch.cat(list(by_layer))], mask.flatten().repeat(len(by_layer))
+
+
+class LanguagePrior(Loss):
+    """Language priors routing (`language_prior_loss`), over the tokens of original languages.
 
     original_languages: numbers of these languages in the batch's labels. original_experts: as in `language_prior_loss`.
     """
 
-    def objective(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        output = model(input_ids=batch.tokens, use_cache=False, output_router_logits=True)
-        loss = next_token_loss(output.logits, batch.labels)
-        original = torch.isin(
-            batch.languages, torch.tensor(original_languages, device=batch.languages.device)
-        ).flatten()
-        prior = language_prior_loss(output.router_logits, original, form, original_experts)
-        return loss + gamma * prior, {"next_token_loss": loss, "lpr_loss": prior}
+    name = "lpr_loss"
 
-    return objective
+    def __init__(
+        self,
+        weight: float,
+        form: PriorForm,
+        original_languages: Sequence[int],
+        original_experts: int | Sequence[int] = 1,
+    ) -> None:
+        self.weight, self.form = weight, form
+        self.languages, self.experts = original_languages, original_experts
+
+    def count(self, batch: Batch) -> Tensor:
+        return in_languages(batch, self.languages).sum()
+
+    def measure(self, done: Pass, statistic: Tensor | None) -> tuple[Tensor, dict[str, Term]]:
+        original = in_languages(done.batch, self.languages)
+        return language_prior_loss(done.output.router_logits, original, self.form, self.experts), {}
+
+
+def in_languages(batch: Batch, languages: Sequence[int]) -> Tensor:
+    """`[B, L]`, true on tokens of these languages."""
+    return torch.isin(batch.languages, torch.tensor(languages, dtype=torch.int64, device=batch.languages.device))
+
+
+def next_token(domains: Sequence[str] = ()) -> Objective:
+    """The objective of a dense model. domains: whose losses to log separately, as in `loss_by_domain`."""
+    return Objective([NextToken(domains)])
+
+
+def balanced(domains: Sequence[str] = ()) -> Objective:
+    """The objective of a top-k mixture from transformers: next-token and the weighted auxiliary loss of its config."""
+    return Objective([NextToken(domains), TransformersBalance()], ROUTERS)
+
+
+def lory(domains: Sequence[str] = ()) -> Objective:
+    """The objective of a Lory model: next-token alone; logs routing entropy and the share of experts in use."""
+    return Objective(
+        [NextToken(domains)],
+        {"output_router_weights": True},
+        lambda done: routing_metrics(done.output.router_weights or ()),
+    )
+
+
+def routing_metrics(router_weights: Sequence[Tensor]) -> dict[str, Term]:
+    """Entropy of routing in nats, and the share of experts with a weight over 2/E (docs/methods.md 1.7).
+
+    Both are means over all layers and segments. router_weights: by layer [B, N, E]; empty with one expert or dense
+    routing, which gives no metrics.
+    """
+    if not router_weights:
+        return {}
+    weights = torch.stack([layer.detach() for layer in router_weights]).float()
+    entropy = -(weights * weights.clamp_min(1e-9).log()).sum(-1)
+    used = (weights > 2 / weights.shape[-1]).float().mean(-1)
+    segments = entropy.new_tensor(entropy.numel())
+    return {"router_entropy": Term(entropy.sum(), segments), "expert_utilisation": Term(used.sum(), segments)}
+
+
+def post_pretrain(alpha: float, top_k: int, scaling: BalanceScaling) -> Objective:
+    """The objective of MoE-LPR's first stage."""
+    return Objective([NextToken(), Balance(alpha, top_k, scaling)], ROUTERS)
+
+
+def review(
+    gamma: float, form: PriorForm, original_languages: Sequence[int], original_experts: int | Sequence[int] = 1
+) -> Objective:
+    """The objective of MoE-LPR's second stage. Languages and experts: as in `LanguagePrior`."""
+    return Objective([NextToken(), LanguagePrior(gamma, form, original_languages, original_experts)], ROUTERS)
+
+
+def one_stage(
+    alpha: float,
+    top_k: int,
+    scaling: BalanceScaling,
+    gamma: float,
+    form: PriorForm,
+    original_languages: Sequence[int],
+    original_experts: int | Sequence[int] = 1,
+) -> Objective:
+    """The objective of the one-stage ablation, on mixed data. Languages and experts: as in `LanguagePrior`."""
+    prior = LanguagePrior(gamma, form, original_languages, original_experts)
+    return Objective([NextToken(), Balance(alpha, top_k, scaling), prior], ROUTERS)

@@ -130,9 +130,14 @@ def gather_model(model: nn.Module, process: Process) -> None:
             module.__class__ = plain_class
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def config_of(model: nn.Module) -> Any:
     """The transformers configuration of a model, also inside DistributedDataParallel."""
-    return getattr(model, "module", model).config
+    return unwrapped(model).config
 
 
 def copy_shared_experts(module: nn.Module) -> None:

@@ -4,7 +4,9 @@
     LPR      = mean of -log G_0        over the tokens of original languages
 
 Both read `router_logits` as transformers 5 returns it: a tuple over layers of `[tokens, experts]`, before any softmax.
-Both cost one softmax over `[tokens, experts]` per layer, never wait for the device, and compute in at least fp32.
+Both cost one softmax over `[tokens, experts]` per layer, never wait for the device, and compute in at least fp32. f and
+P are over all tokens of a training step (`models/training/losses.py`): given the step's f (`choices`), the balance is
+linear in P, so that of the step is the mean of its micro-batches', weighted by their tokens.
 
 The paper's *released* code differs from the paper in both losses, and its coefficients were tuned with that code: the
 balance is not divided by K (uniform routing gives K, not 1), and the LPR applies cross-entropy to probabilities, a
@@ -22,33 +24,55 @@ PriorForm = Literal["paper", "released"]
 
 
 def balance_loss(
-    router_logits: Sequence[Tensor], top_k: int, scaling: BalanceScaling = "paper", mask: Tensor | None = None
+    router_logits: Sequence[Tensor],
+    top_k: int,
+    scaling: BalanceScaling = "paper",
+    mask: Tensor | None = None,
+    choices: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Load balance over experts, computed for each layer and averaged over layers (docs/methods.md 2.2).
 
     router_logits: by layer, `[tokens, experts]` raw logits.  top_k: experts per token.
     scaling: `paper` gives 1 under uniform routing, `released` gives top_k.
     mask: `[tokens]` (any shape with that many elements), true where a token counts, which padding does not.
+    choices: the result of `count_choices`, added up over all tokens of a training step, of which these may be a part;
+        the losses of the parts, weighted by their tokens, then average to the step's. None: these are all tokens.
     Returns a scalar; the gradient flows through the probabilities only, as in the paper.
     Raises ValueError for an empty list, an unknown scaling, or a top_k outside 1..experts.
     """
-    experts = _check_logits(router_logits)
     if scaling not in ("paper", "released"):
         raise ValueError(f"unknown balance scaling {scaling!r}: choose 'paper' or 'released'")
-    if not 1 <= top_k <= min(experts):
-        least = min(experts)
-        raise ValueError(f"top_k is {top_k}, but the router logits hold {least} experts: choose 1 to {least}")
+    if choices is None:
+        choices = count_choices(router_logits, top_k, mask)
     divisor = top_k if scaling == "paper" else 1
     losses = []
-    for logits in router_logits:
-        logits_TN = _at_least_fp32(logits)
+    for logits, choices_N in zip(router_logits, choices, strict=True):
+        logits_TN = at_least_fp32(logits)
         probabilities_TN = torch.log_softmax(logits_TN, dim=-1).exp()
-        with torch.no_grad():
-            chosen_TK = torch.topk(logits_TN, top_k, dim=-1).indices
-            chosen_TN = torch.zeros_like(logits_TN).scatter_(1, chosen_TK, 1.0)
-        share_N = _masked_mean(chosen_TN, mask) * (logits.shape[1] / divisor)
+        tokens = (choices_N.sum() // top_k).clamp(min=1)
+        share_N = choices_N.to(logits_TN.dtype) / tokens * (logits.shape[1] / divisor)
         losses.append((share_N * _masked_mean(probabilities_TN, mask)).sum())
     return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def count_choices(router_logits: Sequence[Tensor], top_k: int, mask: Tensor | None = None) -> list[Tensor]:
+    """By layer, how many tokens have each expert among their top K: `[experts]` int64. Arguments as in `balance_loss`.
+
+    Raises ValueError for an empty list or a top_k outside 1..experts.
+    """
+    least = min(_check_logits(router_logits))
+    if not 1 <= top_k <= least:
+        raise ValueError(f"top_k is {top_k}, but the router logits hold {least} experts: choose 1 to {least}")
+    counted = []
+    for logits in router_logits:
+        chosen_TK = torch.topk(at_least_fp32(logits), top_k, dim=-1).indices
+        counts_TK = torch.ones_like(chosen_TK)
+        if mask is not None:
+            counts_TK *= mask.reshape(-1, 1).to(device=counts_TK.device, dtype=counts_TK.dtype)
+        none_N = counts_TK.new_zeros(logits.shape[1])
+        counted.append(none_N.scatter_add_(0, chosen_TK.flatten(), counts_TK.flatten()))
+    return counted
 
 
 def language_prior_loss(
@@ -80,7 +104,7 @@ def language_prior_loss(
     mask_T = original_mask.reshape(-1).to(torch.bool)
     losses = []
     for logits, original in zip(router_logits, originals, strict=True):
-        scores_TN = _at_least_fp32(logits)
+        scores_TN = at_least_fp32(logits)
         if form == "released":
             scores_TN = torch.softmax(scores_TN, dim=-1)
         log_prior_T = torch.log_softmax(scores_TN, dim=-1)[:, :original].logsumexp(dim=-1)
@@ -101,7 +125,8 @@ def _check_logits(router_logits: Sequence[Tensor]) -> list[int]:
     return [logits.shape[1] for logits in router_logits]
 
 
-def _at_least_fp32(logits: Tensor) -> Tensor:
+def at_least_fp32(logits: Tensor) -> Tensor:
+    """The logits in fp32 if they are of half precision."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 

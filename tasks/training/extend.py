@@ -153,7 +153,7 @@ def recipe_of(method: Method) -> Recipe:
     return recipe(method)
 
 
-@step(makes="checkpoint", version=2)
+@step(makes="checkpoint", version=3)
 def extend(
     instances: Artifact, checkpoint: Artifact, settings: ExtendStageSettings, out: Draft, review: Artifact | None = None
 ) -> None:
@@ -296,7 +296,7 @@ def _note_training(out: Path, settings: ExtendStageSettings, data: Any) -> None:
 
 def _objective(settings: ExtendStageSettings, data: Any, checkpoint: str) -> Any:
     from eclectus.models.extension import lory as lory_extension
-    from eclectus.models.extension.methods import frozen_experts, one_stage
+    from eclectus.models.extension.methods import frozen_experts
     from eclectus.models.mixture.checkpoint_io import read_config
     from eclectus.models.training import objectives
 
@@ -304,13 +304,12 @@ def _objective(settings: ExtendStageSettings, data: Any, checkpoint: str) -> Any
     lory, top_k = config.get("model_type") == "lory", config.get("num_experts_per_tok")
     known = [number for number, language in enumerate(data.languages) if language in settings.original_languages]
     recipe, alpha, scaling = recipe_of(settings.extension_method), settings.balance_weight, settings.balance_scaling
+    gamma = settings.lpr_weight if recipe.prior else 0.0
+    prior = gamma, settings.lpr_loss, known, frozen_experts(checkpoint)
     if settings.extend_stage == "review":
-        gamma = settings.lpr_weight if recipe.prior else 0.0
-        if lory:
-            return lory_extension.review_lory(gamma, known)
-        return objectives.review(gamma, settings.lpr_loss, known, frozen_experts(checkpoint))
+        return lory_extension.review_lory(gamma, known) if lory else objectives.review(*prior)
     if lory:
         return lory_extension.post_pretrain_lory()
     if recipe.mixed:
-        return one_stage(alpha, config["num_experts_per_tok"], scaling, settings.lpr_weight, settings.lpr_loss, known)
+        return objectives.one_stage(alpha, config["num_experts_per_tok"], scaling, *prior)
     return objectives.post_pretrain(alpha, top_k, scaling) if top_k else objectives.next_token()

@@ -50,6 +50,35 @@ def write_instances(place, count=40, seed=0):
     return place
 
 
+def write_uneven_instances(place):
+    """24 instances in batches of 4, whose original language ("en") is spread unevenly.
+
+    A batch has no token of it or one, or one instance holds all of them; some instances are half padding, one is only
+    padding.
+    """
+    place = write_instances(place, count=24, seed=3)
+    en, el, tr = range(3)
+    # By instance: (tokens, language, domain) of its documents; what is missing is padding.
+    of_batch = [
+        [[(24, el, 0)], [(20, tr, 1), (1, en, 0), (3, el, 0)], [(24, en, 1)], [(12, tr, 0)]],
+        [[(24, el, 0)], [(24, tr, 1)], [(10, el, 0), (14, tr, 1)], [(24, el, 1)]],
+        [[(24, tr, 0)], [(24, el, 1)], [(9, tr, 0), (15, el, 1)], [(5, en, 0), (19, el, 1)]],
+        [[(24, en, 0)], [(11, en, 1), (13, en, 0)], [], [(24, en, 1)]],
+        [[(7, el, 1)], [(23, el, 0), (1, en, 0)], [(24, el, 1)], [(24, tr, 1)]],
+        [[(24, en, 0)], [(2, en, 1), (22, tr, 0)], [(24, el, 1)], [(24, el, 0)]],
+    ]
+    spans = []
+    for row, documents in enumerate(document for batch in of_batch for document in batch):
+        start = row * LENGTH
+        for tokens, language, domain in documents:
+            spans.append((start, tokens, len(spans), language, domain))
+            start += tokens
+    np.save(place / "spans.npy", np.array(spans, np.int64))
+    about = json.loads((place / "instances.json").read_text())
+    (place / "instances.json").write_text(json.dumps(about | {"languages": ["en", "el", "tr"]}))
+    return place
+
+
 def tiny_dense(seed=0):
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**SHAPE))

@@ -102,6 +102,25 @@ def test_gradients_equal_those_of_the_stock_model(frozen, sizes):
         assert ours.experts.frozen_gate_up.grad is None and ours.experts.frozen_down.grad is None
 
 
+def test_in_fp64_logits_and_gradients_equal_those_of_the_stock_model():
+    stock = random_mixtral().double()
+    stock.config._experts_implementation = "eager"
+    split = split_experts(copy.deepcopy(stock), 2)
+    set_trainable(split, "all")
+    found = []
+    for model in (stock, split):
+        logits = model(tokens()).logits
+        assert logits.dtype == torch.float64
+        cross_entropy(logits.flatten(0, 1), tokens().flatten()).backward()
+        found.append(logits.detach())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    for (_, ours), (_, theirs) in zip(moe_blocks(split), moe_blocks(stock), strict=True):
+        for matrix in ("gate_up", "down"):
+            parts = (getattr(ours.experts, f"{part}_{matrix}").grad for part in ("frozen", "new"))
+            expected = getattr(theirs.experts, f"{matrix}_proj").grad
+            torch.testing.assert_close(torch.cat(list(parts)), expected, rtol=1e-10, atol=1e-14)
+
+
 def test_all_trained_gives_the_original_experts_their_gradients_too():
     stock = random_mixtral()
     split = split_experts(copy.deepcopy(stock), 2)

@@ -15,7 +15,8 @@ from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM
 from eclectus.models.pretraining.checkpoint import duplicated_moments
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import TrainingFailed, train
-from eclectus.models.training.objectives import lory, next_token
+from eclectus.models.training.losses import Objective, Step
+from eclectus.models.training.objectives import NextToken, lory, next_token
 from eclectus.models.training.process import Process
 from tests.support.processes import run_group, run_process
 from tests.support.tiny_training import LENGTH, plan, tiny_dense, write_instances
@@ -126,14 +127,15 @@ def test_a_checkpoint_of_another_model_or_stage_is_refused(data, tmp_path):
         trained(data, tmp_path / "work", plan(start=6))
 
 
-class Spoiled:
-    """The objective, until `step` objectives have been computed; then NaN."""
+class Spoiled(NextToken):
+    """The next-token loss, until it was computed `after` times; then NaN."""
 
     def __init__(self, after):
+        super().__init__()
         self.left = after
 
-    def __call__(self, model, batch):
-        loss, extra = next_token()(model, batch)
+    def measure(self, done, statistic):
+        loss, extra = super().measure(done, statistic)
         self.left -= 1
         return loss * (float("nan") if self.left < 0 else 1.0), extra
 
@@ -141,7 +143,7 @@ class Spoiled:
 def test_a_loss_that_is_not_finite_names_step_and_batch_and_keeps_the_last_checkpoint(data, tmp_path):
     rows = data.rows_of_step(7, 4, 0).tolist()
     with pytest.raises(TrainingFailed) as failed:
-        trained(data, tmp_path / "work", objective=Spoiled(after=7 * 2))
+        trained(data, tmp_path / "work", objective=Objective([Spoiled(after=7 * 2)]))
     assert f"not finite at training step 7 (instances {rows})" in str(failed.value)
     assert "last good checkpoint is kept" in str(failed.value)
     weights, _ = trained(data, tmp_path / "undisturbed")
@@ -231,14 +233,13 @@ def test_the_first_step_after_duplication_is_the_dense_models(data, tmp_path):
 def test_losses_by_domain_leave_the_loss_as_it_is_and_average_to_it(data):
     model = tiny_dense().eval()
     batch = data.batch(np.array([0, 39]))
-    plain, nothing = next_token()(model, batch)
-    loss, extra = next_token(("a", "b"))(model, batch)
-    assert not nothing
+    plain, _ = next_token()(model, batch)
+    loss, terms = Step(next_token(("a", "b")), [batch], Process()).measure(model, 0)
     torch.testing.assert_close(loss, plain)
-    total = extra["loss/a"] + extra["loss/b"]
-    torch.testing.assert_close(total[0] / total[1], plain.detach())
-    assert total[1] == (batch.labels[:, 1:] >= 0).sum()
-    assert not extra["loss/a"].requires_grad
+    both = terms["loss/a"], terms["loss/b"]
+    torch.testing.assert_close(sum(term.total for term in both) / sum(term.count for term in both), plain.detach())
+    assert sum(term.count for term in both) == (batch.labels[:, 1:] >= 0).sum()
+    assert not any(term.total.requires_grad for term in terms.values())
 
 
 def test_a_domain_without_tokens_is_not_logged(data, tmp_path):

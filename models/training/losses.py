@@ -1,0 +1,160 @@
+"""A training objective: losses, each the mean over its own items of the whole step.
+
+    objective = sum over losses of  weight * (sum over the step's items) / (number of the step's items)
+
+The items of the next-token loss are targets, those of the language prior are tokens of original languages, and so on.
+How a step is cut into micro-batches and processes must not change the result, so a mean of means will not do:
+
+    count      every loss counts its items in every micro-batch, from the labels: no forward pass; one all-reduce of a
+               vector [losses] per step
+    weigh      the mean of a micro-batch is weighted by its share of the step's items
+
+A loss that is no sum over items names a statistic that it needs of the whole step before any gradient: the balance loss
+multiplies mean probabilities by the shares of all choices. It is summed over processes within the step (an all-reduce
+of [layers * experts] integers); with k > 1 micro-batches per process, k - 1 of them first pass through the model
+without gradients. Cost of that: (k - 1) / k of a forward pass, without the output layer; docs/methods.md 2.2.
+
+Logged means are joined in the same way, by their counts, over micro-batches, processes and steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eclectus.models.training.instances import Batch
+from eclectus.models.training.parallel import config_of, unwrapped
+from eclectus.models.training.process import Process
+
+
+@dataclass(frozen=True)
+class Term:
+    """A sum over some items of a micro-batch and their number, both scalars without gradient."""
+
+    total: Tensor
+    count: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """0 if there are no items."""
+        return self.total / self.count.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A micro-batch that passed through the model, as the losses see it."""
+
+    batch: Batch
+    output: Any
+    config: Any
+    """The model's configuration."""
+
+
+class Loss:
+    """One loss of an objective. name: in the metrics. weight: its factor in the objective."""
+
+    name: str
+    weight: float = 1.0
+
+    def weight_in(self, config: Any) -> float:
+        """The weight for a model with this configuration."""
+        return self.weight
+
+    def count(self, batch: Batch) -> Tensor:
+        """The number of items of the batch that this loss is a mean of: its denominator."""
+        raise NotImplementedError
+
+    def statistic(self, done: Pass) -> Tensor | None:
+        """What the loss needs summed over the whole step before its gradient; None: nothing."""
+        return None
+
+    def measure(self, done: Pass, statistic: Tensor | None) -> tuple[Tensor, dict[str, Term]]:
+        """(mean over the items of the micro-batch, 0 if it has none; other metrics). statistic: that of the step."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a stage minimises: a weighted sum of losses.
+
+    asks: further arguments of the model's forward pass. metrics: what else is logged.
+    """
+
+    losses: Sequence[Loss]
+    asks: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Callable[[Pass], dict[str, Term]] | None = None
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """(objective, means of its losses and metrics) of a batch that is a whole step of one process."""
+        loss, terms = Step(self, [batch], Process(device=batch.tokens.device)).measure(model, 0)
+        return loss, {name: term.mean for name, term in terms.items()}
+
+    def run(self, model: nn.Module, batch: Batch, **more: Any) -> Pass:
+        output = model(input_ids=batch.tokens, use_cache=False, **self.asks, **more)
+        return Pass(batch, output, config_of(model))
+
+    def weights(self, model: nn.Module) -> dict[str, float]:
+        """Name and weight of each loss."""
+        return {loss.name: loss.weight_in(config_of(model)) for loss in self.losses}
+
+
+class Step:
+    """A training step of all processes, seen from one of them: its micro-batches, and their shares of the step."""
+
+    def __init__(self, objective: Objective, batches: Sequence[Batch], process: Process) -> None:
+        """batches: the micro-batches of this process, as many as every other process has."""
+        self._objective, self._batches, self._process = objective, batches, process
+        counts = [torch.stack([loss.count(batch) for loss in objective.losses]) for batch in batches]
+        # [micro-batches, losses]
+        self._counts = torch.stack(counts).to(process.device).double()
+        # Gradients are averaged over processes, hence the mean. A loss without items in the whole step is 0.
+        mean = process.sum(self._counts.sum(0)).clamp(min=1) / process.world
+        self._shares = self._counts / mean
+        self._statistics: list[Tensor | None] | None = None
+
+    @torch.no_grad()
+    def survey(self, model: nn.Module) -> None:
+        """Computes what losses need of all micro-batches but the first, whose own pass adds to it.
+
+        Costs nothing for one micro-batch, nor for an objective without such losses.
+        """
+        if not any(type(loss).statistic is not Loss.statistic for loss in self._objective.losses):
+            return
+        for batch in self._batches[1:]:
+            # Gradients are not exchanged here, so DDP need not know of this pass.
+            done = self._objective.run(unwrapped(model), batch.to(self._process.device), logits_to_keep=1)
+            self._statistics = self._added(done)
+
+    def measure(self, model: nn.Module, number: int) -> tuple[Tensor, dict[str, Term]]:
+        """(the part of a micro-batch in the objective, with gradient; its terms, by name).
+
+        The sum of the parts over micro-batches, averaged over processes, is the objective of the step. The first
+        micro-batch comes first.
+        """
+        done = self._objective.run(model, self._batches[number].to(self._process.device))
+        if number == 0:
+            added = self._added(done)
+            self._statistics = [None if each is None else self._process.sum(each) for each in added]
+        assert self._statistics is not None, "the first micro-batch comes first"
+        parts: list[Tensor] = []
+        terms: dict[str, Term] = {}
+        for i, (loss, statistic) in enumerate(zip(self._objective.losses, self._statistics, strict=True)):
+            mean, metrics = loss.measure(done, statistic)
+            parts.append(loss.weight_in(done.config) * mean * self._shares[number, i])
+            count = self._counts[number, i]
+            terms |= {loss.name: Term(mean.detach() * count, count), **metrics}
+        if self._objective.metrics:
+            terms |= self._objective.metrics(done)
+        return torch.stack(parts).sum(), terms
+
+    def _added(self, done: Pass) -> list[Tensor | None]:
+        """The statistics of the micro-batches so far and this one."""
+        found = [loss.statistic(done) for loss in self._objective.losses]
+        if self._statistics is None:
+            return found
+        pairs = zip(self._statistics, found, strict=True)
+        return [None if old is None or new is None else old + new for old, new in pairs]
