@@ -15,6 +15,7 @@ without gradients cost nothing here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from eclectus.models.training.parallel import (
 )
 from eclectus.models.training.plan import Plan
 from eclectus.models.training.process import Process
+from eclectus.models.training.repeatable import switch_off_randomness
 from eclectus.models.training.resume import resume, save_progress
 
 Report = Callable[..., None]
@@ -59,9 +61,11 @@ def train(
     """Trains `model` in place from plan.start (or its last checkpoint under `work`) to plan.stop; returns AdamW's
     state.
 
-    A sharded plan leaves model and state sharded (`eclectus.models.training.parallel.gather_model`).
+    A sharded plan leaves model and state sharded (`eclectus.models.training.parallel.gather_model`). Dropout and other
+    randomness of the model's configuration is switched off, with a warning.
     moments: AdamW's state to start from, as this function returns it ({parameter name}.exp_avg and so on); None for
-    zeros. report: called as report("metrics", ...), report("progress", ...) and report("damaged", ...).
+    zeros. report: called as report("metrics", ...), report("progress", ...), report("damaged", ...) and
+    report("warning", ...).
     check: called with the step before every checkpoint is written; an exception from it ends the training.
     Raises TrainingFailed if the loss or a gradient is not finite, ValueError if the batch cannot be divided evenly or
     the checkpoint under `work` is of another training.
@@ -70,6 +74,7 @@ def train(
         raise ValueError(
             f"batch of {plan.batch} instances cannot be shared by {process.world} processes; make it a multiple"
         )
+    make_repeatable(model, process, report)
     model.train()
     window = Window(model, objective.weights(model), plan.batch * instances.length, instances.length, process)
     if plan.recomputed:
@@ -115,6 +120,18 @@ def train(
             save_progress(optimizer, named, ended, plan.start, process, work)
     process.barrier()
     return read_moments(optimizer, named)
+
+
+def make_repeatable(model: nn.Module, process: Process, report: Report) -> None:
+    """Switches off what would make training random, and warns of it."""
+    if (found := switch_off_randomness(model)) and process.is_main:
+        fields = ", ".join(f"{name} {value}" for name, value in found.items())
+        text = (
+            f"the model's configuration has {fields}: trained with 0 instead, so that training can be repeated and "
+            "resumed to the bit; its checkpoint says 0"
+        )
+        logging.getLogger("eclectus").warning(text)
+        report("warning", text=text)
 
 
 def autocast(device: torch.device) -> torch.autocast:

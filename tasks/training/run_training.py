@@ -125,6 +125,8 @@ def run_training(settings: WorkerSettings, call: Callable[..., Any], arguments: 
         elif kind == "damaged":
             metric("damaged_checkpoints", 1, values["step"])
             notify("warning", values["text"])
+        elif kind == "warning":
+            notify("warning", values["text"])
 
     if settings.training_workers == 0:
         from eclectus.models.training.loop import TrainingFailed
