@@ -154,8 +154,9 @@ def add_lora(model: PreTrainedModel, rank: int, seed: int = 0) -> nn.Module:
         raise ValueError(f"lora_rank is {rank}: choose 1 or more")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        scale = dict(r=rank, lora_alpha=2 * rank, lora_dropout=0.0)
-        config = LoraConfig(**scale, target_modules="all-linear", task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
         return get_peft_model(model, config)
 
 

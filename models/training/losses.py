@@ -91,7 +91,7 @@ class Objective:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(objective, means of its losses and metrics) of a batch that is a whole step of one process."""
         loss, terms = Step(self, [batch], Process(device=batch.tokens.device)).measure(model, 0)
-        return loss, {name: term.mean for name, term in terms.items()}
+        return loss, {name: term.mean.to(loss.dtype) for name, term in terms.items()}
 
     def run(self, model: nn.Module, batch: Batch, **more: Any) -> Pass:
         output = model(input_ids=batch.tokens, use_cache=False, **self.asks, **more)
@@ -144,7 +144,7 @@ class Step:
         terms: dict[str, Term] = {}
         for i, (loss, statistic) in enumerate(zip(self._objective.losses, self._statistics, strict=True)):
             mean, metrics = loss.measure(done, statistic)
-            parts.append(loss.weight_in(done.config) * mean * self._shares[number, i])
+            parts.append(loss.weight_in(done.config) * mean * self._shares[number, i].to(mean.dtype))
             count = self._counts[number, i]
             terms |= {loss.name: Term(mean.detach() * count, count), **metrics}
         if self._objective.metrics:
