@@ -75,16 +75,19 @@ def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
             )
 
         original = packed("original", documents, grouping, "original")
-        expanded = review = None
+        expanded = review = replayed = None
         if parameters.expanded_languages:
             expanded = packed("expanded", documents, grouping, "expanded")
-            replayed = replay(documents=documents, grouping=grouping, settings=ReplaySettings.of(parameters))
+            replayed = replay(
+                documents=documents, grouping=grouping, tokenizer=tokens, settings=ReplaySettings.of(parameters)
+            )
             review = packed("review", replayed, None, "all")
         page = data_report(
             ingested=ingested,
             documents=documents,
             grouping=grouping,
             instances={"original": original, "expanded": expanded, "review": review},
+            replayed=replayed,
             settings=DataReportSettings.of(parameters),
         )
         return Curated(ingested, documents, grouping, tokens, original, expanded, review, page)

@@ -73,7 +73,7 @@ def amounts(entries: list[str]) -> dict[str, float]:
 @step(makes="documents", version=3)
 def budget(documents: Artifact, tokenizer: Artifact, settings: BudgetSettings, out: Draft) -> None:
     """Excludes training documents over their language's budget. Raises EclectusError if a named language has none."""
-    ratio = _bytes_per_token(documents, load_tokenizer(tokenizer.path))
+    ratio = bytes_per_token(documents, load_tokenizer(tokenizer.path))
     names = sorted(ratio)
     draw, language, tokens = [], [], []
     for batch in read_batches(documents, ["document", "language", "bytes"], TRAINING):
@@ -126,7 +126,7 @@ def limits_of(available: dict[str, float], settings: BudgetSettings) -> dict[str
     return limits
 
 
-def _bytes_per_token(documents: Artifact, tokenizer: Any) -> dict[str, float]:
+def bytes_per_token(documents: Artifact, tokenizer: Any) -> dict[str, float]:
     """Language -> UTF-8 bytes per token, from the first documents of each; every document has an end token."""
     texts: dict[str, list[str]] = defaultdict(list)
     for batch in read_batches(documents, ["text", "language"], TRAINING):

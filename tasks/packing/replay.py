@@ -1,13 +1,25 @@
 """Replay: the documents of the review stage, a random sample of every language (docs/methods.md 2.4).
 
 The paper reviews 50,000 documents of each of three original languages and 100,000 of each of three expanded ones: one
-original document to two expanded. Automatic counts keep that ratio over all languages together, at the largest size
-up to the paper's that the corpus allows without repetition: a language with fewer documents gives all of them. Only
-documents of the train split are drawn. A language's sample under one seed grows with its count, and does not change
-when documents of other languages are added. Price: two passes over the documents, 10 bytes of memory per document.
+original document to two expanded, and the originals are less than 1% of stage 1's tokens. Both hold here for what is
+drawn, not for what was wanted:
+
+    share    tokens of the original documents <= review_original_share of the tokens of the text that stage 1 trains
+             on (the training documents of the expanded languages, each read once)
+    ratio    drawn original : drawn expanded documents, all languages together: 1:2, or that of the two settings;
+             where one group has too few documents, fewer of the other are drawn
+    spread   a group's documents are spread evenly over its languages; a language with fewer gives all of them
+
+A corpus of which this share is hardly anything gets at least LEAST_TOKENS of original text, and the log says that this
+is more than was asked for. Only documents of the train split are drawn; a language's sample under one seed is the
+beginning of one random order. Tokens are estimated from bytes, by a sample of each language, as in `budget`.
+Price: two passes over the documents and the sample's tokens, 30 bytes of memory per document.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,92 +30,197 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.split import draws
 from eclectus.tasks.documents.table import DocumentsWriter, read_batches
-from eclectus.tasks.run import metric, progress
+from eclectus.tasks.packing.budget import bytes_per_token
+from eclectus.tasks.packing.tokenizer import load_tokenizer
+from eclectus.tasks.run import describe, metric, notify, progress
 from eclectus.tasks.settings import SEED, Settings
 from eclectus.tasks.step import step
 
-PAPER_EXPANDED = 100_000
+PAPER_ORIGINAL, PAPER_EXPANDED = 50_000, 100_000
 ORIGINALS_PER_EXPANDED = 0.5
+# 16 instances of 512: what the routers are reviewed on should be more than a handful of documents.
+LEAST_TOKENS = 8_192
+# Without a tokenizer.
+BYTES_PER_TOKEN = 4.0
+GROUPS = ("original", "expanded")
 
 
 class ReplaySettings(Settings):
     """How many documents the review stage trains on."""
 
     review_original_documents: int = Field(
-        0, ge=0, description="Documents of each original language in the review; 0 keeps the paper's 1:2 to expanded."
+        0,
+        ge=0,
+        description="Documents of each original language in the review; 0 takes as many as review_original_share "
+        "allows, up to 50,000.",
     )
     review_expanded_documents: int = Field(
         0,
         ge=0,
-        description="Documents of each expanded language in the review; 0 takes as many as there are, up to 100,000.",
+        description="Documents of each expanded language in the review; 0 keeps the paper's ratio of two expanded "
+        "documents to an original one, up to 100,000.",
+    )
+    review_original_share: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="Most original text in the review, as a share of the tokens of stage 1's text (paper: under 0.01); "
+        "not applied where one of the two counts is given.",
     )
     seed: int = SEED
 
 
-@step(makes="documents", version=1)
-def replay(documents: Artifact, settings: ReplaySettings, out: Draft, grouping: Artifact | None = None) -> None:
+@dataclass(frozen=True)
+class Supply:
+    """The documents of one language that may be drawn. tokens: of each, estimated, in the order of the draw [n]."""
+
+    group: str
+    tokens: np.ndarray
+
+    def first(self, documents: int) -> float:
+        """Tokens of the first documents."""
+        return float(self.tokens[:documents].sum())
+
+
+@step(makes="documents", version=2)
+def replay(
+    documents: Artifact,
+    settings: ReplaySettings,
+    out: Draft,
+    grouping: Artifact | None = None,
+    tokenizer: Artifact | None = None,
+) -> None:
     """Draws the review documents. Raises EclectusError if a group has none to draw from.
 
     grouping: if given, only documents that it kept are drawn, so none that is a near-duplicate of a held-out one.
+    tokenizer: to count tokens; without it a token is taken for 4 bytes.
     """
+    ratio = bytes_per_token(documents, load_tokenizer(tokenizer.path)) if tokenizer else {}
     strata: dict[tuple[str, str], int] = {}
-    draw, stratum = [], []
-    for batch in read_batches(documents, ["document", "language", "group", "split"]):
+    draw, stratum, tokens = [], [], []
+    for batch in read_batches(documents, ["document", "language", "group", "split", "bytes"]):
         draw.append(draws(batch["document"].to_pylist(), "replay", settings.seed))
         columns = (batch[name].to_pylist() for name in ("group", "language", "split"))
         stratum.append(np.array([_stratum(strata, *row) for row in zip(*columns, strict=True)], np.int16))
-    draw_N = np.concatenate(draw or [np.zeros(0)])
+        each = np.array([ratio.get(language, BYTES_PER_TOKEN) for language in batch["language"].to_pylist()])
+        tokens.append(batch["bytes"].fill_null(0).to_numpy() / each)
+    draw_N, tokens_N = (np.concatenate(each or [np.zeros(0)]) for each in (draw, tokens))
     stratum_N = np.concatenate(stratum or [np.zeros(0, np.int16)])
     if grouping is not None:
         kept = pq.read_table(grouping.file("order.parquet"), columns=["row"])["row"].to_numpy()
         stratum_N[~np.isin(np.arange(len(stratum_N)), kept)] = -1
-    available = {key: int((stratum_N == number).sum()) for key, number in strata.items()}
-    counts = review_counts(available, settings)
+    rows = {}
+    for (_, language), number in strata.items():
+        here = np.flatnonzero(stratum_N == number)
+        rows[language] = here[np.argsort(draw_N[here], kind="stable")]
+    supply = {language: Supply(group, tokens_N[rows[language]]) for group, language in strata}
+    counts = review_counts(supply, settings)
     chosen = np.zeros(len(draw_N), bool)
-    for (group, _), number in strata.items():
-        rows = np.flatnonzero(stratum_N == number)
-        chosen[rows[np.argsort(draw_N[rows], kind="stable")[: counts[group]]]] = True
+    for language, count in counts.items():
+        chosen[rows[language][:count]] = True
     _write(documents, chosen, out)
-    out.statistics = {
-        "documents": int(chosen.sum()),
-        "languages": {
-            language: {
-                "group": group,
-                "documents": min(counts[group], there),
-                "wanted": counts[group],
-                "available": there,
-            }
-            for (group, language), there in sorted(available.items())
-        },
-    }
-    for language, each in out.statistics["languages"].items():
-        metric("replay_documents", each["documents"], language=language)
+    out.statistics = _statistics(supply, counts, settings)
+    for language, about in out.statistics["languages"].items():
+        metric("replay_documents", about["documents"], language=language)
+        metric("replay_tokens", about["tokens"], language=language)
+    metric("replay_share_of_stage1", out.statistics["share_of_stage1"])
+    notify("replay", _summary(out.statistics))
 
 
-def review_counts(available: dict[tuple[str, str], int], settings: ReplaySettings) -> dict[str, int]:
-    """Documents to draw per language, by group. available: (group, language) -> documents that may be drawn.
-
-    Raises EclectusError if a group has no document.
-    """
-    sizes: dict[str, list[int]] = {"original": [], "expanded": []}
-    for (group, _), documents in available.items():
-        if documents and group in sizes:
-            sizes[group].append(documents)
-    for group, each in sizes.items():
-        if not each:
+def review_counts(supply: dict[str, Supply], settings: ReplaySettings) -> dict[str, int]:
+    """Documents to draw by language. Raises EclectusError if a group has no document."""
+    available: dict[str, dict[str, int]] = {group: {} for group in GROUPS}
+    for language, each in supply.items():
+        if len(each.tokens):
+            available[each.group][language] = len(each.tokens)
+    for group, there in available.items():
+        if not there:
             raise EclectusError(
                 f"the review has no document of an {group} language to draw from; "
                 f"add documents of '{group}_languages' to the train split"
             )
-    originals, expandeds = len(sizes["original"]), len(sizes["expanded"])
-    # Documents of each original language per document of each expanded language, at the paper's ratio.
-    share = ORIGINALS_PER_EXPANDED * expandeds / originals
-    expanded = settings.review_expanded_documents
-    if not expanded:
-        most = int((settings.review_original_documents or max(sizes["original"])) / share)
-        expanded = max(1, min(PAPER_EXPANDED, max(sizes["expanded"]), most))
-    original = settings.review_original_documents or max(1, round(expanded * share))
-    return {"original": original, "expanded": expanded}
+    wanted = {"original": settings.review_original_documents, "expanded": settings.review_expanded_documents}
+    ratio = ORIGINALS_PER_EXPANDED
+    if all(wanted.values()):
+        originals, expandeds = (wanted[group] * len(available[group]) for group in GROUPS)
+        ratio = originals / expandeds
+    most = {}
+    for group, limit in zip(GROUPS, (PAPER_ORIGINAL, PAPER_EXPANDED), strict=True):
+        most[group] = {language: min(wanted[group] or limit, n) for language, n in available[group].items()}
+    original, expanded = (sum(most[group].values()) for group in GROUPS)
+    if not any(wanted.values()):
+        original = min(original, _within_share(supply, most["original"], settings))
+    original = max(1, min(original, int(expanded * ratio + 1e-9)))
+    expanded = max(1, min(expanded, int(original / ratio + 1e-9)))
+    return spread(most["original"], original) | spread(most["expanded"], expanded)
+
+
+def spread(most: dict[str, int], total: int) -> dict[str, int]:
+    """Divides a total as evenly as possible over languages, of which none can give more than its most."""
+    counts, left = {}, total
+    for position, language in enumerate(sorted(most, key=lambda each: (most[each], each))):
+        counts[language] = min(most[language], left // (len(most) - position))
+        left -= counts[language]
+    return counts
+
+
+def _within_share(supply: dict[str, Supply], most: dict[str, int], settings: ReplaySettings) -> int:
+    """The most original documents with at most the wanted share of stage 1's tokens, or with LEAST_TOKENS."""
+    limit = max(LEAST_TOKENS, settings.review_original_share * _stage1_tokens(supply))
+    fits, over = 0, sum(most.values()) + 1
+    while over - fits > 1:
+        middle = (fits + over) // 2
+        tokens = sum(supply[language].first(count) for language, count in spread(most, middle).items())
+        fits, over = (middle, over) if tokens <= limit else (fits, middle)
+    return fits
+
+
+def _stage1_tokens(supply: dict[str, Supply]) -> float:
+    return sum(float(each.tokens.sum()) for each in supply.values() if each.group == "expanded")
+
+
+def _statistics(supply: dict[str, Supply], counts: dict[str, int], settings: ReplaySettings) -> dict[str, Any]:
+    languages: dict[str, dict[str, Any]] = {
+        language: {
+            "group": each.group,
+            "documents": counts.get(language, 0),
+            "available": len(each.tokens),
+            "tokens": round(each.first(counts.get(language, 0))),
+        }
+        for language, each in sorted(supply.items())
+    }
+    totals = {
+        f"{group}_{what}": sum(each[what] for each in languages.values() if each["group"] == group)
+        for group in GROUPS
+        for what in ("documents", "tokens")
+    }
+    stage1 = max(1.0, _stage1_tokens(supply))
+    return {
+        "documents": totals["original_documents"] + totals["expanded_documents"],
+        **totals,
+        "expanded_documents_per_original": round(totals["expanded_documents"] / totals["original_documents"], 3),
+        "expanded_tokens_per_original": round(totals["expanded_tokens"] / max(1, totals["original_tokens"]), 3),
+        "stage1_tokens": round(stage1),
+        "share_of_stage1": round(totals["original_tokens"] / stage1, 6),
+        "share_wanted": settings.review_original_share,
+        "languages": languages,
+    }
+
+
+def _summary(drawn: dict[str, Any]) -> str:
+    """One paragraph: what is reviewed, its share of stage 1, and where it is not as in the paper."""
+    text = (
+        f"the review replays {drawn['original_documents']:,} original and {drawn['expanded_documents']:,} expanded "
+        f"documents (1:{drawn['expanded_documents_per_original']:.3g}; paper 1:2), about "
+        f"{describe(drawn['original_tokens'])} and {describe(drawn['expanded_tokens'])} tokens; the originals are "
+        f"{100 * drawn['share_of_stage1']:.2g}% of the {describe(drawn['stage1_tokens'])} tokens of stage 1's text"
+    )
+    if drawn["share_of_stage1"] > drawn["share_wanted"]:
+        text += (
+            f", more than review_original_share ({100 * drawn['share_wanted']:.2g}%): counts were given, or that share "
+            "of so little text would be too few documents to review; more text comes nearer to the paper"
+        )
+    return text
 
 
 def _stratum(strata: dict[tuple[str, str], int], group: str, language: str, split: str) -> int:

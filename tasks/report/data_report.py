@@ -67,7 +67,7 @@ class DataContents:
     picture: str = ""
 
 
-@step(makes="report", version=2)
+@step(makes="report", version=3)
 def data_report(
     ingested: Artifact,
     documents: Artifact,
@@ -75,15 +75,17 @@ def data_report(
     instances: dict[str, Artifact | None],
     settings: DataReportSettings,
     out: Draft,
+    replayed: Artifact | None = None,
 ) -> None:
-    """Writes the report. ingested: as read; documents: with languages and split; instances: by training stage."""
+    """Writes the report. ingested: as read; documents: with languages and split; instances: by training stage;
+    replayed: the documents of the review."""
 
     given = {name: each for name, each in instances.items() if each is not None}
     accounts = account(ingested, documents, grouping)
     contents = DataContents(
         subtitle=_subtitle(accounts),
         tables=[_accounts_table(accounts), documents_table(documents), _lengths_table(documents)],
-        facts=_facts(grouping, given),
+        facts=_facts(grouping, given, replayed),
         chains=_chains(documents, grouping, settings),
         duplicates=_duplicates(documents, grouping),
         picture=base64.b64encode(grouping.file("quality.png").read_bytes()).decode(),
@@ -162,7 +164,7 @@ def _rejected_table(ingested: Artifact) -> Table | None:
     return Table("Rejected", ["where", "why"], rows, note=f"The first of {count(len(rejected))}: {reasons}.")
 
 
-def _facts(grouping: Artifact, instances: dict[str, Artifact]) -> list[Facts]:
+def _facts(grouping: Artifact, instances: dict[str, Artifact], replayed: Artifact | None) -> list[Facts]:
     def numbers(title: str, statistics: dict[str, Any]) -> Facts:
         facts = Facts(title)
         for name, value in statistics.items():
@@ -175,6 +177,8 @@ def _facts(grouping: Artifact, instances: dict[str, Artifact]) -> list[Facts]:
     for name, each in instances.items():
         quality = {key: value for key, value in each.statistics.items() if "similarity" in key or "purity" in key}
         facts.append(numbers(f"Instances, {name}", quality))
+    if replayed is not None:
+        facts.append(numbers("Replay for the review", replayed.statistics))
     return [each for each in facts if each.pairs]
 
 

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.run import notify
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings
@@ -165,6 +166,8 @@ def extend(
         raise EclectusError(
             f"extension_method {settings.extension_method} needs the review's instances as well as the others"
         )
+    if settings.extend_stage == "review":
+        notify("review", _repeats(settings, instances))
     with resume_directory("extend", instances, checkpoint, review, settings.key_values()) as work:
         out.statistics = run_training(
             settings,
@@ -179,6 +182,18 @@ def extend(
             },
             what=f"training {settings.extend_stage.replace('_', '-')}",
         )
+
+
+def _repeats(settings: ExtendStageSettings, instances: Artifact) -> str:
+    """How often the review reads what it has, and how much of it is text of the original languages."""
+    packed, read = instances.statistics, settings.review_steps * settings.review_batch
+    by_language = packed.get("tokens_by_language", {})
+    known = sum(size for language, size in by_language.items() if language in settings.original_languages)
+    return (
+        f"the review reads its {packed['instances']:,} instances {read / max(1, packed['instances']):.3g} times "
+        f"({settings.review_steps} steps of {settings.review_batch}); {known:,} of their "
+        f"{sum(by_language.values()):,} tokens are of the original languages"
+    )
 
 
 def train_stage(
