@@ -4,16 +4,20 @@
     items        questions with their correct answers (tasks/evaluation/benchmark.py), and held-out documents
                  (tasks/evaluation/evaluate.py)
     overlap      share of an item's word n-grams that occur in a trained document; a shorter item is one n-gram
-    seen         overlap of at least `contamination_share`
+    passages     share of an item's windows of 50 bytes that occur in a trained document (tasks/evaluation/passages.py);
+                 finds copies that words miss (code, tables, languages without spaces) and says how long they are
+    seen         overlap of at least `contamination_share`, or passages of at least `contamination_passages`
 
-Words are runs of letters or digits of normalised text; a Chinese, Japanese or Thai character is a word of its own.
-Whether a held-out document is itself a trained one is checked by the documents' ids, which are hashes of their texts.
+Words are runs of letters or digits in lower case; a Chinese, Japanese or Thai character is a word of its own. Whether a
+held-out document is itself a trained one is checked by the documents' ids, which are hashes of their texts.
 
 Files:
-    items.parquet    overlap of each item, and a trained document that contains it
-    shares.parquet   by task, language and domain: items seen, and the score with and without them
+    items.parquet    overlap and passages of each item, and a trained document that contains most of it
+    shares.parquet   by task, language, domain and group: items seen, mean overlaps, and the score with and without the
+                     items seen, so that a reader sees what contamination changes
     about.json
-Cost: one pass over the trained documents, 2 to 4 MB/s per core; 16 bytes of memory per n-gram of the items.
+Cost: one pass over the trained documents, 2 to 4 MB/s per core, nearly all of it for words; 16 bytes of memory per
+n-gram of the items and 24 per byte of them.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from eclectus.storage.lineage.history import Made, read_history
 from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.documents.table import read_batches
 from eclectus.tasks.evaluation.ngrams import hash_grams, hash_words
+from eclectus.tasks.evaluation.passages import seen_share
 from eclectus.tasks.run import current_run, metric, progress
 from eclectus.tasks.settings import Settings
 from eclectus.tasks.step import step
@@ -42,11 +47,12 @@ ROWS_AT_ONCE = 256
 
 ITEM_FIELDS = {
     "kind": pa.string(), "item": pa.string(), "words": pa.int64(), "overlap": pa.float64(), "seen": pa.bool_(),
-    "document": pa.string(),
+    "document": pa.string(), "passages": pa.float64(),
 }  # fmt: skip
 SHARE_FIELDS = {
     "kind": pa.string(), "name": pa.string(), "items": pa.int64(), "seen": pa.int64(), "share": pa.float64(),
     "mean_overlap": pa.float64(), "score": pa.float64(), "score_unseen": pa.float64(),
+    "mean_passages": pa.float64(),
 }  # fmt: skip
 
 
@@ -59,6 +65,13 @@ class ContaminationSettings(Settings):
         gt=0,
         le=1,
         description="An item counts as seen when at least this share of its n-grams is in trained documents.",
+    )
+    contamination_window: int = Field(50, ge=8, description="Bytes of a passage that is looked for word for word.")
+    contamination_passages: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="An item also counts as seen when at least this share of its passages is in trained documents.",
     )
     contamination_shortest: int = Field(
         4, ge=1, description="Items with fewer words are not compared: they occur by chance."
@@ -149,6 +162,7 @@ class _Items:
     def __init__(self, settings: ContaminationSettings) -> None:
         self.settings = settings
         self.rows: list[dict[str, Any]] = []
+        self.texts: list[str] = []
         self._grams: list[np.ndarray] = []
         self.lengths: set[int] = set()
 
@@ -159,6 +173,7 @@ class _Items:
         grams = np.unique(hash_grams(words, length)) if known else np.zeros(0, np.uint64)
         self.lengths |= {length} if known else set()
         self._grams.append(grams)
+        self.texts.append(text)
         self.rows.append({"kind": kind, "item": name, "words": len(words), "row": row})
 
     def index(self) -> tuple[np.ndarray, np.ndarray]:
@@ -188,25 +203,33 @@ def _trained_texts(sources: list[Artifact], trained: set[str]) -> Iterator[tuple
 
 
 def _search(trained_texts: Iterable[tuple[str, str]], items: _Items) -> int:
-    """Adds `overlap` and `document` (the one with most of the item) to the items; returns the documents compared."""
+    """Adds `overlap`, `passages` and `document` (the one with most n-grams of the item); returns documents compared."""
     grams, owners = items.index()
     hit = np.zeros(len(grams), bool)
     best = np.zeros(len(items.rows), np.int64)
     where: list[str | None] = [None] * len(items.rows)
     compared: set[str] = set()
-    for document, text in trained_texts:
-        compared.add(document)
-        words = hash_words(text)
-        in_text = np.concatenate([grams[:0], *(hash_grams(words, length) for length in items.lengths)])
-        at = np.flatnonzero(np.isin(grams, in_text[positions_of(in_text, grams, ascending=True) >= 0]))
-        hit[at] = True
-        held, counts = np.unique(owners[at], return_counts=True)
-        better = counts > best[held]
-        for item, count in zip(held[better], counts[better], strict=True):
-            best[item], where[item] = count, document
+
+    def by_words() -> Iterator[str]:
+        """Compares the words of every trained text, and passes the text on."""
+        for document, text in trained_texts:
+            compared.add(document)
+            words = hash_words(text)
+            in_text = np.concatenate([grams[:0], *(hash_grams(words, length) for length in items.lengths)])
+            at = np.flatnonzero(np.isin(grams, in_text[positions_of(in_text, grams, ascending=True) >= 0]))
+            hit[at] = True
+            held, counts = np.unique(owners[at], return_counts=True)
+            better = counts > best[held]
+            for item, count in zip(held[better], counts[better], strict=True):
+                best[item], where[item] = count, document
+            yield text
+
+    passages = seen_share(items.texts, by_words(), items.settings.contamination_window)
     found_of = np.bincount(owners[hit], minlength=len(items.rows)) if len(items.rows) else np.zeros(0, int)
-    for row, number, count, source in zip(items.rows, found_of, items.counts, where, strict=True):
-        row |= {"overlap": float(number / count) if count else None, "document": source}
+    for number, row in enumerate(items.rows):
+        count = items.counts[number]
+        row |= {"overlap": float(found_of[number] / count) if count else None, "document": where[number]}
+        row["passages"] = None if np.isnan(passages[number]) else float(passages[number])
     return len(compared)
 
 
@@ -219,7 +242,8 @@ def _write(
     out: Draft,
 ) -> None:
     for row in items.rows:
-        row["seen"] = row["overlap"] is not None and row["overlap"] >= settings.contamination_share
+        row["seen"] = (row["overlap"] or 0.0) >= settings.contamination_share
+        row["seen"] |= (row["passages"] or 0.0) >= settings.contamination_passages
     table = pa.Table.from_pylist(items.rows, schema=pa.schema(list(ITEM_FIELDS.items())))
     pq.write_table(table, out.file("items.parquet"), compression="zstd")
     shares = _shares(items, benchmark)
@@ -227,15 +251,18 @@ def _write(
     pq.write_table(pa.Table.from_pylist(shares, schema=fields), out.file("shares.parquet"), compression="zstd")
     for row in shares:
         metric("contamination", row["share"], **{row["kind"]: row["name"]})
+        if row["mean_passages"] is not None:
+            metric("contamination_passages", row["mean_passages"], **{row["kind"]: row["name"]})
     seen = sum(row["seen"] for row in items.rows)
     out.rows = len(items.rows)
     out.statistics = {
         "items": len(items.rows),
         "seen": seen,
         "share": round(seen / len(items.rows), 6) if items.rows else 0.0,
-        "not_compared": sum(row["overlap"] is None for row in items.rows),
+        "not_compared": sum(row["overlap"] is None and row["passages"] is None for row in items.rows),
         "held_out_documents_that_were_trained_on": len(same),
         "words": settings.contamination_words,
+        "window": settings.contamination_window,
         **counts,
     }
     out.file("about.json").write_text(json.dumps(out.statistics | {"same": same}, indent=1), "utf-8")
@@ -250,10 +277,14 @@ def _shares(items: _Items, benchmark: Artifact | None) -> list[dict[str, Any]]:
         else:
             groups["language", row["row"]["language"]].append(row)
             groups["domain", row["row"]["domain"]].append(row)
+            groups["group", row["row"]["group"]].append(row)
     shares = []
     for (kind, name), rows in sorted(groups.items()):
         unseen = [row for row in rows if not row["seen"]]
-        overlaps = [row["overlap"] for row in rows if row["overlap"] is not None]
+        means = {}
+        for measure in ("overlap", "passages"):
+            known = [row[measure] for row in rows if row[measure] is not None]
+            means[f"mean_{measure}"] = float(np.mean(known)) if known else None
         shares.append(
             {
                 "kind": kind,
@@ -261,7 +292,7 @@ def _shares(items: _Items, benchmark: Artifact | None) -> list[dict[str, Any]]:
                 "items": len(rows),
                 "seen": len(rows) - len(unseen),
                 "share": (len(rows) - len(unseen)) / len(rows),
-                "mean_overlap": float(np.mean(overlaps)) if overlaps else None,
+                **means,
                 "score": _score(kind, rows),
                 "score_unseen": _score(kind, unseen),
             }

@@ -108,13 +108,14 @@ def collect_contents(
     )
     forgetting, tasks = forgetting_table(comparer, extras.answers), tasks_table(extras.answers, comparer.seen)
     by_domain = tables.scores_by_domain(comparer) if base.values("domain", group="original") else None
+    by_language = tables.scores_by_language(comparer)
     verdict = make_verdict(comparer, _frozen(checkpoints, history), extras.gates)
     verdict.notes += [f"Not evaluated: {each}" for each in extras.notes()]
     return Contents(
         title=title,
         subtitle=subtitle,
         verdict=verdict,
-        tables=[each for each in (forgetting, by_domain, tables.scores_by_language(comparer), tasks) if each],
+        tables=[each for each in (forgetting, by_domain, by_language, tasks, tables.seen_table(comparer)) if each],
         gates=[tables.gate_table(each) for each in extras.gates],
         documents=tables.documents_table(documents),
         instances=tables.instances_table(instances),

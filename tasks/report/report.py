@@ -46,7 +46,7 @@ class ReportSettings(IntervalSettings):
     )
 
 
-@step(makes="report", version=4)
+@step(makes="report", version=5)
 def report(
     evaluations: dict[str, Artifact],
     checkpoints: dict[str, Artifact],
@@ -69,8 +69,10 @@ def report(
     if not evaluations:
         raise EclectusError("a report needs at least one evaluated model; evaluate a checkpoint first")
     scores = read_trainings(evaluations, repeats)
-    seen = {name: _seen(each) for name, each in (contaminations or {}).items() if name in scores}
-    comparer = Comparer(scores, seen)
+    overlap = {name: _overlap(each) for name, each in (contaminations or {}).items() if name in scores}
+    seen = {name: {what: row["share"] for what, row in rows.items()} for name, rows in overlap.items()}
+    unknown = [name for name in scores if name not in overlap] if contaminations is not None else []
+    comparer = Comparer(scores, seen, overlap, unknown)
     extras = Extras(
         {name: Answers(name, each) for name, each in (benchmarks or {}).items() if name in scores},
         [each.statistics for each in (gates or {}).values()],
@@ -118,10 +120,10 @@ def _plain_tables(contents: Contents) -> list[dict[str, Any]]:
     return plain
 
 
-def _seen(contamination: Artifact) -> dict[tuple[str, str], float]:
-    """Shares of items seen in training, by kind and name of what was scored."""
+def _overlap(contamination: Artifact) -> dict[tuple[str, str], dict[str, Any]]:
+    """How much was seen in training, by kind and name of what was scored."""
     rows = pq.read_table(contamination.file("shares.parquet")).to_pylist()
-    return {(row["kind"], row["name"]): row["share"] for row in rows}
+    return {(row["kind"], row["name"]): row for row in rows}
 
 
 def _history(checkpoints: list[Artifact]) -> History:

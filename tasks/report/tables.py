@@ -113,6 +113,34 @@ def _seen_cells(comparer: Comparer, labels: dict[str, str]) -> list[Cell]:
     return [Cell(f"{100 * max(shares):.1f}%" if shares else "", tone="bad" if shares and max(shares) > 0 else "")]
 
 
+def seen_table(comparer: Comparer) -> Table | None:
+    """How much of each kind of held-out text stands in the training text, and the scores without what was seen."""
+    if not comparer.overlap:
+        return None
+    kinds = sorted({key for rows in comparer.overlap.values() for key in rows if key[0] in ("domain", "group")})
+    rows = []
+    for kind, name in kinds:
+        found = {model: known[kind, name] for model, known in comparer.overlap.items() if (kind, name) in known}
+        most = max(found.values(), key=lambda row: (row["seen"], row.get("mean_passages") or 0.0))
+        passages = most.get("mean_passages")
+        cells = [
+            Cell(name if kind == "domain" else f"{name} languages"),
+            Cell(count(most["items"])),
+            Cell(count(most["seen"]), tone="bad" if most["seen"] else ""),
+            Cell("" if passages is None else f"{100 * passages:.1f}%"),
+        ]
+        for model in comparer.scores:
+            row = found.get(model)
+            cells.append(Cell(number(row["score_unseen"]), f"all: {number(row['score'])}") if row else Cell(""))
+        rows.append(cells)
+    note = (
+        "Passages: the mean share of a document's windows of 50 bytes that stand in the training text of the model "
+        "that saw most. Seen: documents of which at least half of the passages or of the eight-word sequences do. Models: "
+        "bits per byte on the other documents, and on all."
+    )
+    return Table("Seen in training", ["", "documents", "seen", "passages", *comparer.scores], rows, False, note)
+
+
 def routing_table(scores: Scores) -> Table:
     """Entropy, utilisation and specialisation of a model's routers, one row per layer."""
     rows = [

@@ -48,6 +48,10 @@ class Comparer:
     scores: dict[str, Scores]
     # By model: the share seen in training, by (kind, name) of what was scored (tasks/evaluation/contamination.py).
     seen: dict[str, dict[tuple[str, str], float]] = field(default_factory=dict)
+    # The same by rows: items, those seen, mean_passages, score, score_unseen; without models of unknown training.
+    overlap: dict[str, dict[tuple[str, str], dict[str, Any]]] = field(default_factory=dict)
+    # Models whose training text is not in the lineage.
+    uncompared: list[str] = field(default_factory=list)
 
     @property
     def base(self) -> Scores:
@@ -128,7 +132,7 @@ def _add_lory(comparer: Comparer, verdict: Verdict) -> None:
     verdict.tiles.append(Tile(percent(relative), f"{measure}, Lory against its dense twin", detail, tint))
     text = (
         f"{'Lory' if change.of_method else 'This training of Lory'} {word} its dense twin on held-out "
-        f"{_languages(comparer, 'original')} text that neither was trained on: {measure} {percent(relative)} "
+        f"{_languages(comparer, 'original')} text{_untrained(comparer)}: {measure} {percent(relative)} "
         f"({detail}{_between(change)}), {change.after:.3f} bits per byte against {change.before:.3f}, look-ahead "
         "excluded."
     )
@@ -142,6 +146,18 @@ def _add_lory(comparer: Comparer, verdict: Verdict) -> None:
     if len(domains) > 1:
         text += _by_domain({domain: each for domain, each in domains.items() if each is not None})
     verdict.sentences.append(text)
+
+
+def _untrained(comparer: Comparer) -> str:
+    """Whether the base or Lory was trained on passages of the original languages' held-out text, as a clause."""
+    rows = [comparer.overlap.get(name, {}).get(("group", "original")) for name in (comparer.base.name, LORY)]
+    known = [row for row in rows if row and row.get("mean_passages") is not None]
+    if len(known) < len(rows):
+        return ""
+    passages = f"{100 * max(row['mean_passages'] for row in known):.2g}% of its passages"
+    if not any(row["seen"] for row in known):
+        return f" that neither was trained on ({passages} of 50 bytes stand in the training text)"
+    return f" of which they were trained on some ({passages} of 50 bytes; scores without it under 'Seen in training')"
 
 
 def _between(change: Change) -> str:
@@ -259,6 +275,11 @@ def _add_notes(comparer: Comparer, verdict: Verdict) -> None:
             "that both scored."
         )
 
+    if comparer.uncompared:
+        verdict.notes.append(
+            f"The training text of {listed(comparer.uncompared)} is not in the lineage: whether it holds scored text is "
+            "unknown."
+        )
     verdict.notes += _limits(comparer)
 
 

@@ -98,6 +98,8 @@ def test_planted_leakage_is_found_with_the_document_that_holds_it(world, leaky):
     planted = {row["document"] for row in items.values() if row["item"] == "piqa/1"}
     assert planted == {hashlib.sha256(LEAKED.encode()).hexdigest()[:32]}
     assert items[leaky.held]["overlap"] == 1 and items[leaky.held]["seen"]
+    assert items[leaky.held]["passages"] == 1 and items["piqa/0"]["passages"] == 0
+    scored = {row["document"]: row for row in pq.read_table(leaky.evaluation.file("documents.parquet")).to_pylist()}
     shares = {(row["kind"], row["name"]): row for row in pq.read_table(found.file("shares.parquet")).to_pylist()}
     task = shares["task", "piqa"]
     assert (task["items"], task["seen"]) == (3, 1) and task["share"] == pytest.approx(1 / 3)
@@ -105,6 +107,12 @@ def test_planted_leakage_is_found_with_the_document_that_holds_it(world, leaky):
     unseen = [row["value"] for row in answers if row["metric"] == "acc" and row["item"] != 1]
     assert task["score_unseen"] == pytest.approx(np.mean(unseen))
     assert shares["domain", "docs"]["seen"] >= 1
+    unseen = [row for name, row in scored.items() if row["group"] == "original" and not items[name]["seen"]]
+    expected = sum(row["bits"] for row in unseen) / sum(row["bytes"] for row in unseen)
+    original = shares["group", "original"]
+    assert original["score_unseen"] == pytest.approx(expected) and original["score"] != original["score_unseen"]
+    passages = [items[name]["passages"] for name, row in scored.items() if row["group"] == "original"]
+    assert original["mean_passages"] == pytest.approx(np.mean([each for each in passages if each is not None]))
     assert found.statistics["held_out_documents_that_were_trained_on"] == 0
 
 

@@ -7,6 +7,7 @@ from eclectus.storage.lineage.history import Made
 from eclectus.tasks.evaluation.changes import compare
 from eclectus.tasks.evaluation.scores import divergence
 from eclectus.tasks.report.graph import draw_lineage
+from eclectus.tasks.report.tables import seen_table
 from eclectus.tasks.report.verdict import Comparer, make_verdict
 from tests.support.made_up_scores import made_up
 
@@ -47,6 +48,37 @@ def test_the_verdict_on_lory_follows_the_numbers(tmp_path, factor, word, tone):
     verdict = make_verdict(Comparer(scores))
     assert f"This training of Lory {word} its dense twin on held-out English text" in verdict.sentences[0]
     assert [tile.tone for tile in verdict.tiles] == [tone]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ({}, "English text: "),
+        ({"dense": (0, 0.004), "lory": (0, 0.002)}, "text that neither was trained on (0.4% of its passages"),
+        ({"dense": (0, 0.0), "lory": (1, 0.2)}, "of which they were trained on some (20% of its passages"),
+        ({"dense": (0, 0.0)}, "English text: "),
+    ],
+)
+def test_text_counts_as_not_trained_on_only_where_it_was_compared_and_not_seen(tmp_path, rows, words):
+    nats = np.linspace(3, 5, 40)
+    scores = {name: made_up(tmp_path, name, nats) for name in ("dense", "lory")}
+    overlap = {
+        name: {
+            ("group", "original"): {
+                "items": 40, "seen": seen, "mean_passages": passages, "score": 5.0, "score_unseen": 5.1
+            }
+        }
+        for name, (seen, passages) in rows.items()
+    }  # fmt: skip
+    unknown = [name for name in scores if name not in rows]
+    verdict = make_verdict(Comparer(scores, overlap=overlap, uncompared=unknown))
+    assert words in verdict.sentences[0]
+    assert any("is not in the lineage" in note for note in verdict.notes) == bool(unknown)
+    table = seen_table(Comparer(scores, overlap=overlap))
+    assert (table is None) == (not rows)
+    if table:
+        cells = [cell.text for cell in table.rows[0]]
+        assert cells[0] == "original languages" and table.rows[0][4].small == "all: 5.000"
 
 
 def test_the_verdict_on_an_extension_says_what_was_learned_and_what_was_kept(tmp_path):
