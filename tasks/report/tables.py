@@ -135,8 +135,8 @@ def seen_table(comparer: Comparer) -> Table | None:
         rows.append(cells)
     note = (
         "Passages: the mean share of a document's windows of 50 bytes that stand in the training text of the model "
-        "that saw most. Seen: documents of which at least half of the passages or of the eight-word sequences do. Models: "
-        "bits per byte on the other documents, and on all."
+        "that saw most. Seen: documents of which at least half of the passages or of the eight-word sequences do. "
+        "Models: bits per byte on the other documents, and on all."
     )
     return Table("Seen in training", ["", "documents", "seen", "passages", *comparer.scores], rows, False, note)
 

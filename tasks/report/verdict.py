@@ -277,8 +277,8 @@ def _add_notes(comparer: Comparer, verdict: Verdict) -> None:
 
     if comparer.uncompared:
         verdict.notes.append(
-            f"The training text of {listed(comparer.uncompared)} is not in the lineage: whether it holds scored text is "
-            "unknown."
+            f"The training text of {listed(comparer.uncompared)} is not in the lineage: whether it holds scored text "
+            "is unknown."
         )
     verdict.notes += _limits(comparer)
 
