@@ -32,7 +32,7 @@ from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import Plan, train
 from eclectus.models.training.process import Process
 
-MODELS = ("dense", "lory", "prefix", "expert_choice", "segment_choice", "top_k", "dense_wide")
+MODELS = ("dense", "lory", "prefix", "expert_choice", "segment_choice", "top_k", "dense_wide", "emo")
 NEVER = 10**9
 
 logging.disable_progress_bar()
@@ -187,6 +187,9 @@ def build(job: Job, size: Size, dense: LlamaForCausalLM, moments: dict[str, torc
         return dense, moments, objectives.next_token()
     if job.model == "top_k":
         model, carried, objective = stages.top_k_of_dense(dense, moments, (), experts, job.active, seed, job.cuts)
+    elif job.model == "emo":
+        given = (dense, moments, (), experts, job.active, seed)
+        model, carried, objective = stages.document_pools_of_dense(*given, pool_size=job.pool)
     elif job.model == "expert_choice":
         given = (dense, moments, (), experts, seed)
         model, carried, objective = stages.expert_choice_from_dense(*given, capacity=job.capacity)
@@ -241,6 +244,8 @@ def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:
     else:
         windows, *about = held_out(data, size.vocabulary, size.length, size.read_only)
         windows = replace(windows, table=windows.table[: size.windows])
+        if job.model == "emo":
+            model.config.selection = "causal"
         result["scores"] = scored(model, windows, *about, process)
         if job.model == "lory" and not job.variant:
             shares = [np.array(layer) for layer in result["scores"]["routing"]]

@@ -1,7 +1,7 @@
 """Networks, losses and conversions in pure PyTorch and transformers.
 
-Importing this package registers Lory, Expert Choice and mixtures with different numbers of experts per layer with
-transformers' Auto classes.
+Importing this package registers Lory, Expert Choice, document pools and mixtures with different numbers of experts per
+layer with transformers' Auto classes.
 """
 
 from eclectus.models.lory.config import LoryConfig
@@ -13,8 +13,10 @@ from eclectus.models.mixture.layered import (
     LayeredQwen3MoeForCausalLM,
 )
 from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM
+from eclectus.models.pretraining.document_pools import DocumentPoolForCausalLM
 
 __all__ = [
+    "DocumentPoolForCausalLM",
     "ExpertChoiceForCausalLM",
     "LayeredMixtralForCausalLM",
     "LayeredQwen2MoeForCausalLM",

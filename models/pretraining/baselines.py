@@ -25,7 +25,7 @@ Shapes: B rows, L tokens, T tokens per unit, U units per batch, D width, F FFN w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,6 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
 )
@@ -49,6 +48,7 @@ from eclectus.models.lory.dense import dense_ffn_names, expand_dense_tensors
 from eclectus.models.lory.merge import apply_merged
 
 SELECTIONS = ("batch", "threshold")
+MixtralT = TypeVar("MixtralT", bound=MixtralForCausalLM)
 
 
 class ExpertChoiceConfig(LlamaConfig):
@@ -218,11 +218,14 @@ def top_k_from_dense(
     balance: float = 0.01,
     seed: int = 0,
     cuts: int | None = None,
-) -> MixtralForCausalLM:
+    model_class: type[MixtralT] = MixtralForCausalLM,
+    config: Mapping[str, Any] | None = None,
+) -> MixtralT:
     """A Mixtral of `copies * cuts` experts, each 1/cuts of the dense FFN wide, with the dense model's logits.
 
     cuts: by default top_k, so that a token's experts are together as wide as the dense FFN. balance: coefficient of
-    transformers' own load-balancing loss. Raises ValueError if cuts does not divide the FFN's width and top_k.
+    transformers' own load-balancing loss. model_class, config: a class of Mixtral's shape, and its own fields. Raises
+    ValueError if cuts does not divide the FFN's width and top_k.
     """
     dense = llama.config
     cuts = cuts or top_k
@@ -237,15 +240,15 @@ def top_k_from_dense(
         "rope_parameters max_position_embeddings tie_word_embeddings initializer_range bos_token_id eos_token_id "
         "pad_token_id"
     )
-    config = MixtralConfig(
-        **{name: getattr(dense, name) for name in same.split()},
+    fields = dict(
+        {name: getattr(dense, name) for name in same.split()},
         intermediate_size=_aligned(dense.intermediate_size // cuts),
         num_local_experts=copies * cuts,
         num_experts_per_tok=top_k,
         router_aux_loss_coef=balance,
         sliding_window=None,
     )
-    model = MixtralForCausalLM(config)
+    model = model_class(model_class.config_class(**fields, **(config or {})))
     state = _cut_experts(llama.state_dict(), copies, cuts, gate_up_scale=1.0, down_scale=cuts)
     drawn = _routers(model, copies, router_initializer_range, seed)
     _load(model, state | {name: router.repeat(cuts, 1) for name, router in drawn.items()})

@@ -4,6 +4,7 @@
     lory             LoryForCausalLM, FFNs copied into E experts, routing as configured      docs/methods.md 1.2
     expert_choice    token-level Expert Choice of E experts, capacity 1                      docs/methods.md 1.7
     top_k            transformers' Mixtral of E K experts, each 1/K of the dense FFN wide    pretraining/baselines.py
+    document_pools   top_k, each document's tokens in a pool of its own          pretraining/document_pools.py
     dense_equal_flops  a dense model with a wider FFN, whose step costs what Lory's does: from scratch, as no FFN fits
 
 All but the last have the dense model's active size, so that stages of equal steps see equal tokens. Their FLOPs are not
@@ -23,6 +24,7 @@ from eclectus.models.lory.config import LoryConfig
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM, calibrate, top_k_from_dense, top_k_moments
 from eclectus.models.pretraining.checkpoint import duplicated_moments
+from eclectus.models.pretraining.document_pools import DocumentPoolForCausalLM, document_pools_from_dense, pooled
 from eclectus.models.training import objectives
 from eclectus.models.training.flops import count_flops, equal_flops_width
 from eclectus.models.training.instances import Instances
@@ -88,6 +90,24 @@ def top_k_of_dense(
     # A loop over experts is fastest on CPU; on CUDA it would wait for the device at every expert.
     model.set_experts_implementation("masked" if torch.cuda.is_available() else "eager")
     return model, top_k_moments(moments, experts, cuts or top_k), objectives.balanced(domains)
+
+
+def document_pools_of_dense(
+    dense: LlamaForCausalLM,
+    moments: dict[str, torch.Tensor],
+    domains: Sequence[str],
+    experts: int,
+    top_k: int,
+    seed: int,
+    pool_size: int = 0,
+) -> tuple[DocumentPoolForCausalLM, dict[str, torch.Tensor], Objective]:
+    """(model, moments, objective). After training, `config.selection = "causal"` makes scoring causal.
+
+    Raises ValueError for a top_k or pool_size that does not fit (`document_pools_from_dense`).
+    """
+    model = document_pools_from_dense(dense, experts, top_k, pool_size, seed=seed)
+    model.set_experts_implementation("masked" if torch.cuda.is_available() else "eager")
+    return model, top_k_moments(moments, experts, top_k), pooled(domains)
 
 
 def make_causal(model: ExpertChoiceForCausalLM, instances: Instances, plan: Plan, process: Process) -> None:

@@ -75,13 +75,12 @@ def count_flops(model: nn.Module, batch: int, length: int) -> Flops:
     model: a causal language model of transformers or of this package, whole (not sharded). Only parameters that require
     gradients have weight gradients. Expert Choice rounds its capacity over the micro-batch: give that as `batch`.
     """
-    with FakeTensorMode():
-        twin: Any = _without_data(model)
-        tokens = torch.zeros(batch, length, dtype=torch.long)
-        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
-            loss = twin(input_ids=tokens, use_cache=False).logits.sum()
-            if loss.requires_grad:
-                loss.backward()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    twin: Any = _without_data(model, mode)
+    with mode, FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        loss = twin(input_ids=torch.zeros(batch, length, dtype=torch.long), use_cache=False).logits.sum()
+        if loss.requires_grad:
+            loss.backward()
     counts = counter.get_flop_counts()["Global"]
     attention = sum(count for op, count in counts.items() if op in _ATTENTION)
     return Flops(sum(counts.values()) - attention, attention)
@@ -127,14 +126,15 @@ def _dense(config: LlamaConfig, width: int) -> LlamaForCausalLM:
         return LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "intermediate_size": width}))
 
 
-def _without_data(model: nn.Module) -> nn.Module:
+def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of the model's structure, in training mode, with fake tensors on the CPU as parameters and buffers."""
     memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+    with mode:
+        for parameter in model.parameters():
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+            memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for buffer in model.buffers():
+            memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
     twin: Any = copy.deepcopy(model, memo)
     twin.config._attn_implementation = "sdpa"
     twin.config._experts_implementation = "counted"

@@ -5,6 +5,7 @@
     lory            steps [w, total)   every FFN duplicated into E experts, random routers, a second warm-up of the rate
     expert_choice   steps [w, total)   baseline: experts choose their tokens (models/pretraining/stages.py)
     top_k           steps [w, total)   baseline: tokens choose their experts, transformers' Mixtral
+    document_pools  steps [w, total)   baseline: top_k with a pool of experts for each document (EMO)
     dense_equal_flops  steps [0, total)  control: a dense model with an FFN so wide that its step costs what Lory's does
 
 A LLaMA checkpoint can replace the warm-up (`dense_start`); then w = 0. The control does not fit the warm-up's shapes,
@@ -108,15 +109,24 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
         description="Dense LLaMA checkpoint to start from instead of a warm-up from scratch: a folder, a .gguf file or "
         "a name on the hub. Its tokenizer is used; model settings have no effect. Empty: train one.",
     )
-    pretrain_baselines: list[Literal["prefix", "expert_choice", "top_k", "dense_equal_flops", "random"]] = Field(
+    pretrain_baselines: list[
+        Literal["prefix", "expert_choice", "top_k", "document_pools", "dense_equal_flops", "random"]
+    ] = Field(
         [],
         description="Baselines to train besides Lory and its dense twin, for the same steps: prefix (Lory routed once, "
-        "by the first segment), expert_choice and top_k (token-level mixtures of equal active size), dense_equal_flops "
+        "by the first segment), expert_choice and top_k (token-level mixtures of equal active size), document_pools (top_k whose tokens "
+        "choose within a pool of experts that their document shares), dense_equal_flops "
         "(a dense model with a wider feed-forward network, whose step costs as many FLOPs as Lory's), random (Lory and "
         "twin on instances of documents in random order).",
     )
     baseline_top_k: int = Field(
         2, ge=1, description="Experts per token in the top_k baseline, each 1/k as wide as the dense network."
+    )
+    baseline_pool: int = Field(
+        0,
+        ge=0,
+        description="Experts in a document's pool in the document_pools baseline, a multiple of baseline_top_k; 0 draws "
+        "a number for each document and scores with all experts, as the paper does.",
     )
     training_compiled: bool = Field(
         False,
@@ -168,9 +178,9 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
 class PretrainStageSettings(PretrainSettings):
     """Settings of the step `pretrain`: one stage."""
 
-    pretrain_stage: Literal["warmup", "dense", "lory", "expert_choice", "top_k", "dense_equal_flops"] = Field(
-        description="Which stage: dense warm-up, dense twin, Lory or a baseline."
-    )
+    pretrain_stage: Literal[
+        "warmup", "dense", "lory", "expert_choice", "top_k", "document_pools", "dense_equal_flops"
+    ] = Field(description="Which stage: dense warm-up, dense twin, Lory or a baseline.")
 
     @property
     def from_scratch(self) -> bool:
@@ -193,8 +203,10 @@ class PretrainStageSettings(PretrainSettings):
                 {"lory_experts", "lory_segment", "lory_routing"} if self.pretrain_stage == "dense_equal_flops" else ()
             )
             values = {k: v for k, v in values.items() if k not in LorySettings.model_fields or k in kept}
-        if self.pretrain_stage != "top_k":
+        if self.pretrain_stage not in ("top_k", "document_pools"):
             values.pop("baseline_top_k")
+        if self.pretrain_stage != "document_pools":
+            values.pop("baseline_pool")
         return values
 
 
@@ -303,6 +315,8 @@ def train_stage(
     profiles = None
     if stage == "expert_choice":
         make_causal(model, data, plan, process)
+    elif stage == "document_pools":
+        model.config.selection = "causal"
     elif chosen.routed:
         profiles = routing_profiles(model, data, chosen.micro_batch, process)
     save_model(model, tokens, Path(out), after if stage == "warmup" else None, MOMENTS, process)
@@ -385,6 +399,12 @@ def _model_of_stage(
             return stages.top_k_of_dense(dense, moments, domains, experts, settings.baseline_top_k, settings.seed)
         except ValueError as error:
             raise EclectusError(f"baseline_top_k: {error}") from error
+    if stage == "document_pools":
+        chosen = settings.baseline_top_k, settings.seed, settings.baseline_pool
+        try:
+            return stages.document_pools_of_dense(dense, moments, domains, experts, *chosen)
+        except ValueError as error:
+            raise EclectusError(f"baseline_top_k, baseline_pool: {error}") from error
     return stages.lory_from_dense(
         dense,
         moments,

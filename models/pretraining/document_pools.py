@@ -1,0 +1,260 @@
+"""Document pools: a top-k mixture whose tokens choose among the experts of a pool that their document shares.
+
+EMO (arXiv 2605.06663): documents, not tokens, decide which experts are used together, so that experts specialise in
+what documents are about. On top of the top-k baseline (models/pretraining/baselines.py):
+
+    S        = softmax(x W)                                  [n, E], of every token
+    pool(d)  = the P experts with the largest mean of S over the tokens of document d
+    token x  takes its K best experts of pool(d), renormalised
+
+In training P is drawn for each document, uniformly from K, 2 K, ... E, by a hash of its number (the same at every
+reading, so that a resumed training repeats to the bit), or is fixed (`pool_size`). The choice of a pool has no
+gradient. Load is balanced with the shares of actual choices and the probabilities before the restriction.
+
+The pool of a whole document LOOKS AHEAD: which experts a token may use depends on later tokens. It is for training.
+Scores are causal (selection "causal"): a model trained with random pools uses all experts, as in the paper, where it is
+then a plain top-k model; with a fixed P the pool of a token is chosen by the mean of S over its document up to that
+token. Generation with such a pool reads the whole text again for every token.
+
+Shapes: B rows, L tokens, n = B L, D width, E experts, G groups (documents in rows; at most n).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+from eclectus.models.lory.config import check_choice
+from eclectus.models.pretraining.baselines import top_k_from_dense
+from eclectus.models.training.instances import IGNORED, Batch
+from eclectus.models.training.loop import Objective
+from eclectus.models.training.objectives import loss_by_domain
+
+SELECTIONS = ("document", "causal")
+
+
+class DocumentPoolConfig(MixtralConfig):
+    """Mixtral's configuration, plus that of pools.
+
+    Args:
+        pool_size: P, experts in a document's pool; 0: drawn for each document in training, all experts in scoring.
+        selection: "document", by all tokens of a document, as in training (looks ahead), or "causal".
+    """
+
+    model_type = "document_pool"
+
+    pool_size: int = 0
+    selection: str = "document"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        check_choice("selection", self.selection, SELECTIONS)
+        if self.pool_size and not self.num_experts_per_tok <= self.pool_size <= self.num_local_experts:
+            raise ValueError(
+                f"pool_size is {self.pool_size}, but must be 0 or {self.num_experts_per_tok} to "
+                f"{self.num_local_experts}: a token chooses {self.num_experts_per_tok} of the pool's experts."
+            )
+
+
+@dataclass(frozen=True)
+class WholePools:
+    """Pools by all tokens of a document. groups, real [n]: each token's group, and that it is no padding; sizes [G]."""
+
+    groups: Tensor
+    real: Tensor
+    sizes: Tensor
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Router logits `[n, E]` to `[n, E]`, true for the experts of a token's pool."""
+        S_nE = logits.float().softmax(-1) * self.real.unsqueeze(-1)
+        sums_GE = S_nE.new_zeros(len(self.sizes), S_nE.shape[1]).index_add(0, self.groups, S_nE)
+        return _largest(sums_GE, self.sizes.unsqueeze(-1))[self.groups]
+
+
+@dataclass(frozen=True)
+class RunningPools:
+    """Pools by the tokens of a document so far. first [B, L]: where each token's document begins; real [B, L]."""
+
+    first: Tensor
+    real: Tensor
+    size: int
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """As WholePools.mask."""
+        S_BLE = (logits.double().softmax(-1).view(*self.first.shape, -1)) * self.real.unsqueeze(-1)
+        sums_BLE = S_BLE.cumsum(1)
+        before_BLE = F.pad(sums_BLE, (0, 0, 1, 0)).gather(1, self.first.unsqueeze(-1).expand_as(sums_BLE))
+        return _largest((sums_BLE - before_BLE).flatten(0, 1), self.size)
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """A hash of 32 bits, so that neighbouring numbers of documents draw unrelated sizes."""
+    numbers = numbers % 2**32
+    for _ in range(2):
+        numbers = (numbers ^ (numbers >> 16)) * 0x45D9F3B % 2**32
+    return numbers ^ (numbers >> 16)
+
+
+def _largest(values_GE: Tensor, size: Tensor | int) -> Tensor:
+    """True for the `size` largest of each row, the first ones among equals."""
+    order = values_GE.argsort(dim=-1, descending=True, stable=True)
+    return order.argsort(dim=-1) < size
+
+
+class PoolRouter(MixtralTopKRouter):
+    """Mixtral's router, restricted to `pools` (set by the model before each pass; None for all experts)."""
+
+    pools: WholePools | RunningPools | None = None
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(raw logits `[n, E]`, weights `[n, K]`, experts `[n, K]`)."""
+        logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        probabilities = restricted(logits.float(), self.pools).softmax(-1)
+        weights, chosen = probabilities.topk(self.top_k, dim=-1)
+        return logits, weights / weights.sum(-1, keepdim=True), chosen
+
+
+def restricted(logits: Tensor, pools: WholePools | RunningPools | None) -> Tensor:
+    """Router logits `[n, E]`, minus infinity outside a token's pool."""
+    return logits if pools is None else logits.masked_fill(~pools.mask(logits.detach()), -torch.inf)
+
+
+class DocumentPoolForCausalLM(MixtralForCausalLM):
+    """A Mixtral whose tokens choose within their document's pool of experts."""
+
+    config_class = DocumentPoolConfig
+
+    def __init__(self, config: DocumentPoolConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp.gate = PoolRouter(config)
+        self.post_init()
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """As MixtralForCausalLM. documents: `[B, L]` numbers, -1 at padding; by default from end-of-document tokens.
+
+        router_logits are raw in training, for the balance; else minus infinity outside the pools, so that they are what
+        was chosen from.
+        """
+        pools = self.pools_of(input_ids, attention_mask, documents)
+        cache = kwargs.get("past_key_values")
+        if pools is not None and cache is not None and cache.get_seq_length():
+            raise ValueError("pools depend on the whole text, which a cache does not hold; set use_cache=False.")
+        for layer in self.model.layers:
+            layer.mlp.gate.pools = pools
+        output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if not self.training and pools is not None and getattr(output, "router_logits", None):
+            output.router_logits = tuple(restricted(each, pools) for each in output.router_logits)
+        return output
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, without a cache if pools restrict the experts."""
+        return super().generate(*args, **kwargs | ({"use_cache": False} if self._restricts else {}))
+
+    @property
+    def _restricts(self) -> bool:
+        size = self.config.pool_size or (0 if self.config.selection == "document" else self.config.num_local_experts)
+        return size < self.config.num_local_experts
+
+    @torch.no_grad()
+    def pools_of(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, documents: Tensor | None
+    ) -> WholePools | RunningPools | None:
+        """The pools of a batch; None if they do not restrict. Raises ValueError without tokens to tell documents by."""
+        if not self._restricts:
+            return None
+        if input_ids is None:
+            raise ValueError("document pools need input_ids, by whose end-of-document tokens documents are told apart.")
+        rows, length = input_ids.shape
+        if documents is None:
+            begins = input_ids.roll(1, dims=1) == self.config.eos_token_id
+        else:
+            begins = documents != documents.roll(1, dims=1)
+        begins[:, 0] = False
+        real = torch.ones_like(begins)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            real = attention_mask.bool()
+        if self.config.selection == "causal":
+            places = torch.arange(length, device=begins.device).expand(rows, -1)
+            return RunningPools(torch.where(begins, places, 0).cummax(1).values, real, self.config.pool_size)
+        groups = (begins.cumsum(1) + length * torch.arange(rows, device=begins.device).unsqueeze(1)).flatten()
+        numbers = groups if documents is None else documents.flatten()
+        by_group = torch.zeros_like(groups).scatter(0, groups, numbers)
+        return WholePools(groups, real.flatten(), self._sizes(by_group))
+
+    def _sizes(self, numbers: Tensor) -> Tensor:
+        """The pool size of the documents with these numbers."""
+        if self.config.pool_size:
+            return torch.full_like(numbers, self.config.pool_size)
+        step = self.config.num_experts_per_tok
+        return step * (1 + _mixed(numbers) % (self.config.num_local_experts // step))
+
+
+def pool_balance(model: DocumentPoolForCausalLM, router_logits: Sequence[Tensor], batch: Batch) -> Tensor:
+    """Load balance of actual choices: E times the sum over experts of their share of choices and mean probability.
+
+    router_logits: raw, by layer `[n, E]`. As transformers', over the tokens of all layers together, padding left out; K
+    for even use. The gradient flows through the probabilities of all experts, so that unused ones gain.
+    """
+    config, real_n = model.config, (batch.labels != IGNORED).flatten()
+    pools = model.pools_of(batch.tokens, None, batch.documents)
+    choices_E, sums_E = 0, 0
+    for logits_nE in router_logits:
+        logits_nE = logits_nE.float()
+        chosen_nK = restricted(logits_nE, pools).detach().topk(config.num_experts_per_tok, dim=-1).indices
+        taken_nE = torch.zeros_like(logits_nE).scatter_(1, chosen_nK, 1.0)
+        choices_E = choices_E + (taken_nE * real_n.unsqueeze(-1)).sum(0)
+        sums_E = sums_E + (logits_nE.softmax(-1) * real_n.unsqueeze(-1)).sum(0)
+    tokens = (real_n.sum() * len(router_logits)).clamp(min=1)
+    return config.num_local_experts * (choices_E / tokens * sums_E / tokens).sum()
+
+
+def pooled(domains: Sequence[str] = ()) -> Objective:
+    """The objective: next-token and the weighted `pool_balance`. domains: as in `objectives.next_token`."""
+
+    def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        output = model(input_ids=batch.tokens, documents=batch.documents, use_cache=False, output_router_logits=True)
+        loss, by_domain = loss_by_domain(output.logits, batch, domains)
+        own: Any = getattr(model, "module", model)
+        balance = pool_balance(own, output.router_logits, batch)
+        weighted = own.config.router_aux_loss_coef * balance
+        return loss + weighted, {"next_token_loss": loss, "balance_loss": balance, **by_domain}
+
+    return objective
+
+
+def document_pools_from_dense(
+    llama: LlamaForCausalLM, copies: int = 8, top_k: int = 2, pool_size: int = 0, **how: Any
+) -> DocumentPoolForCausalLM:
+    """The model of `top_k_from_dense` (how: its other arguments) with pools; its logits are the dense model's.
+
+    Raises ValueError as that does, and for a pool_size that is no multiple of the cuts: the parts of one FFN start with
+    equal routers, and a pool that held some of them could not start as the dense model.
+    """
+    if pool_size % (how.get("cuts") or top_k):
+        raise ValueError(
+            f"pool_size is {pool_size}: with FFNs cut into {how.get('cuts') or top_k} it must be a multiple of that."
+        )
+    return top_k_from_dense(
+        llama, copies, top_k, model_class=DocumentPoolForCausalLM, config={"pool_size": pool_size}, **how
+    )
+
+
+if "document_pool" not in CONFIG_MAPPING:
+    AutoConfig.register("document_pool", DocumentPoolConfig)
+    AutoModelForCausalLM.register(DocumentPoolConfig, DocumentPoolForCausalLM)
