@@ -114,13 +114,15 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
     ] = Field(
         [],
         description="Baselines to train besides Lory and its dense twin, for the same steps: prefix (Lory routed once, "
-        "by the first segment), expert_choice and top_k (token-level mixtures of equal active size), document_pools (top_k whose tokens "
-        "choose within a pool of experts that their document shares), dense_equal_flops "
-        "(a dense model with a wider feed-forward network, whose step costs as many FLOPs as Lory's), random (Lory and "
-        "twin on instances of documents in random order).",
+        "by the first segment), expert_choice and top_k (token-level mixtures of equal active size), document_pools "
+        "(top_k whose tokens choose within a pool of experts that their document shares), dense_equal_flops (a dense "
+        "model with a wider feed-forward network, whose step costs as many FLOPs as Lory's), random (Lory and twin on "
+        "instances of documents in random order).",
     )
     baseline_top_k: int = Field(
-        2, ge=1, description="Experts per token in the top_k baseline, each 1/k as wide as the dense network."
+        2,
+        ge=1,
+        description="Experts per token in the top_k and document_pools baselines, each 1/k as wide as the dense network.",
     )
     baseline_pool: int = Field(
         0,

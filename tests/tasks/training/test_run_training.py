@@ -118,6 +118,8 @@ def test_which_baselines_there_are_touches_no_stages_key():
     for name in ("dense", "lory"):
         assert key(name, pretrain_baselines=["prefix"], baseline_top_k=3) == key(name)
     assert key("top_k", baseline_top_k=3) != key("top_k")
+    assert key("document_pools", baseline_pool=4) != key("document_pools")
+    assert key("top_k", baseline_pool=4) == key("top_k")
     assert key("lory", dense_start="here") == key("lory", dense_start="there") != key("lory")
 
 
@@ -128,6 +130,8 @@ def test_which_baselines_there_are_touches_no_stages_key():
         ("expert_choice", {}, "ExpertChoiceForCausalLM"),
         ("top_k", {}, "MixtralForCausalLM"),
         ("top_k", {"baseline_top_k": 3}, "MixtralForCausalLM"),
+        ("document_pools", {}, "DocumentPoolForCausalLM"),
+        ("document_pools", {"baseline_pool": 4}, "DocumentPoolForCausalLM"),
     ],
 )
 def test_every_baseline_trains_from_the_same_warm_up_at_equal_active_size_and_can_be_scored(
