@@ -89,10 +89,11 @@ def count_flops(model: nn.Module, batch: int, length: int) -> Flops:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all parameters, active ones): active are those that one token passes through, embeddings included.
 
-    Of a mixture's experts as many are active as a token chooses; of Lory's merged experts and of Expert Choice's at
-    capacity 1 one is.
+    Of a mixture's experts as many are active as a token chooses, of Expert Choice's as its capacity (the mean over
+    tokens), of Lory's merged experts one.
     """
-    chosen = getattr(config_of(model), "num_experts_per_tok", None) or 1
+    config = config_of(model)
+    chosen = getattr(config, "capacity", None) or getattr(config, "num_experts_per_tok", None) or 1
     layers: dict[str, list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         layer, experts, _ = name.partition(".mlp.experts")
@@ -104,7 +105,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         kinds = {each.shape[1:] for each in parameters}
         experts_here = sum(len(each) for each in parameters) // len(kinds)
         size = sum(each.numel() for each in parameters) // experts_here
-        idle += size * max(0, experts_here - chosen)
+        idle += int(size * max(0, experts_here - chosen))
     total = sum(parameter.numel() for parameter in model.parameters())
     return total, total - idle
 

@@ -122,12 +122,13 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
     baseline_top_k: int = Field(
         2,
         ge=1,
-        description="Experts per token in the top_k and document_pools baselines, each 1/k as wide as the dense network.",
+        description="Experts per token in the baselines top_k and document_pools, each 1/k as wide as the dense "
+        "network.",
     )
     baseline_pool: int = Field(
         0,
         ge=0,
-        description="Experts in a document's pool in the document_pools baseline, a multiple of baseline_top_k; 0 draws "
+        description="Experts in a document's pool in the baseline document_pools, a multiple of baseline_top_k; 0 draws "
         "a number for each document and scores with all experts, as the paper does.",
     )
     training_compiled: bool = Field(

@@ -146,5 +146,7 @@ def test_all_and_active_parameters(dense, lory):
     assert count_parameters(dense) == (everything, everything)
     ffns, routers = LAYERS * 3 * D * F, LAYERS * D * E
     assert count_parameters(lory) == (everything + (E - 1) * ffns + routers, everything + routers)
+    wider = ExpertChoiceForCausalLM.from_dense(dense, E, capacity=1.5)
+    assert count_parameters(wider) == (count_parameters(lory)[0], everything + ffns // 2 + routers)
     chosen = top_k_from_dense(dense, E, 2, cuts=1)
     assert count_parameters(chosen) == (count_parameters(lory)[0], everything + ffns + routers)
