@@ -25,7 +25,7 @@ Shapes: B rows, L tokens, T tokens per unit, U units per batch, D width, F FFN w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
 )
@@ -48,7 +49,6 @@ from eclectus.models.lory.dense import dense_ffn_names, expand_dense_tensors
 from eclectus.models.lory.merge import apply_merged
 
 SELECTIONS = ("batch", "threshold")
-MixtralT = TypeVar("MixtralT", bound=MixtralForCausalLM)
 
 
 class ExpertChoiceConfig(LlamaConfig):
@@ -218,17 +218,19 @@ def top_k_from_dense(
     balance: float = 0.01,
     seed: int = 0,
     cuts: int | None = None,
-    model_class: type[MixtralT] = MixtralForCausalLM,
-    config: Mapping[str, Any] | None = None,
-) -> MixtralT:
+) -> MixtralForCausalLM:
     """A Mixtral of `copies * cuts` experts, each 1/cuts of the dense FFN wide, with the dense model's logits.
 
     cuts: by default top_k, so that a token's experts are together as wide as the dense FFN. balance: coefficient of
-    transformers' own load-balancing loss. model_class, config: a class of Mixtral's shape, and its own fields. Raises
-    ValueError if cuts does not divide the FFN's width and top_k.
+    transformers' own load-balancing loss. Raises ValueError if cuts does not divide the FFN's width and top_k.
     """
-    dense = llama.config
-    cuts = cuts or top_k
+    model = MixtralForCausalLM(MixtralConfig(**top_k_fields(llama.config, copies, top_k, cuts or top_k, balance)))
+    fill_top_k(model, llama, copies, cuts or top_k, router_initializer_range, seed)
+    return model
+
+
+def top_k_fields(dense: LlamaConfig, copies: int, top_k: int, cuts: int, balance: float) -> dict[str, Any]:
+    """The fields of the MixtralConfig of `top_k_from_dense`. Raises ValueError as that does."""
     if dense.intermediate_size % cuts:
         raise ValueError(f"the FFN is {dense.intermediate_size} wide, which top_k {cuts} does not divide.")
     if top_k % cuts or top_k > copies * cuts:
@@ -240,7 +242,7 @@ def top_k_from_dense(
         "rope_parameters max_position_embeddings tie_word_embeddings initializer_range bos_token_id eos_token_id "
         "pad_token_id"
     )
-    fields = dict(
+    return dict(
         {name: getattr(dense, name) for name in same.split()},
         intermediate_size=_aligned(dense.intermediate_size // cuts),
         num_local_experts=copies * cuts,
@@ -248,11 +250,16 @@ def top_k_from_dense(
         router_aux_loss_coef=balance,
         sliding_window=None,
     )
-    model = model_class(model_class.config_class(**fields, **(config or {})))
+
+
+def fill_top_k(
+    model: MixtralForCausalLM, llama: LlamaForCausalLM, copies: int, cuts: int, deviation: float, seed: int
+) -> None:
+    """Gives a model of `top_k_fields` the weights of `top_k_from_dense`, and the dense model's mode."""
     state = _cut_experts(llama.state_dict(), copies, cuts, gate_up_scale=1.0, down_scale=cuts)
-    drawn = _routers(model, copies, router_initializer_range, seed)
+    drawn = _routers(model, copies, deviation, seed)
     _load(model, state | {name: router.repeat(cuts, 1) for name, router in drawn.items()})
-    return model.train(llama.training)
+    model.train(llama.training)
 
 
 def top_k_moments(moments: Mapping[str, Tensor], copies: int, cuts: int) -> dict[str, Tensor]:

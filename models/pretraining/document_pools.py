@@ -34,7 +34,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from eclectus.models.lory.config import check_choice
-from eclectus.models.pretraining.baselines import top_k_from_dense
+from eclectus.models.pretraining.baselines import fill_top_k, top_k_fields
 from eclectus.models.training.instances import IGNORED, Batch
 from eclectus.models.training.loop import Objective
 from eclectus.models.training.objectives import loss_by_domain
@@ -162,9 +162,11 @@ class DocumentPoolForCausalLM(MixtralForCausalLM):
             output.router_logits = tuple(restricted(each, pools) for each in output.router_logits)
         return output
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in transformers, without a cache if pools restrict the experts."""
-        return super().generate(*args, **kwargs | ({"use_cache": False} if self._restricts else {}))
+        return super().generate(  # type: ignore[misc]
+            *args, **kwargs | ({"use_cache": False} if self._restricts else {})
+        )
 
     @property
     def _restricts(self) -> bool:
@@ -182,9 +184,11 @@ class DocumentPoolForCausalLM(MixtralForCausalLM):
             raise ValueError("document pools need input_ids, by whose end-of-document tokens documents are told apart.")
         rows, length = input_ids.shape
         if documents is None:
-            begins = input_ids.roll(1, dims=1) == self.config.eos_token_id
+            end = self.config.eos_token_id
+            ends = torch.tensor([] if end is None else end, dtype=torch.int64, device=input_ids.device)
+            begins = torch.isin(input_ids.roll(1, dims=1), ends)
         else:
-            begins = documents != documents.roll(1, dims=1)
+            begins = documents.ne(documents.roll(1, dims=1))
         begins[:, 0] = False
         real = torch.ones_like(begins)
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -213,7 +217,7 @@ def pool_balance(model: DocumentPoolForCausalLM, router_logits: Sequence[Tensor]
     """
     config, real_n = model.config, (batch.labels != IGNORED).flatten()
     pools = model.pools_of(batch.tokens, None, batch.documents)
-    choices_E, sums_E = 0, 0
+    choices_E = sums_E = torch.zeros((), device=real_n.device)
     for logits_nE in router_logits:
         logits_nE = logits_nE.float()
         chosen_nK = restricted(logits_nE, pools).detach().topk(config.num_experts_per_tok, dim=-1).indices
@@ -239,20 +243,25 @@ def pooled(domains: Sequence[str] = ()) -> Objective:
 
 
 def document_pools_from_dense(
-    llama: LlamaForCausalLM, copies: int = 8, top_k: int = 2, pool_size: int = 0, **how: Any
+    llama: LlamaForCausalLM,
+    copies: int = 8,
+    top_k: int = 2,
+    pool_size: int = 0,
+    router_initializer_range: float = 0.02,
+    balance: float = 0.01,
+    seed: int = 0,
 ) -> DocumentPoolForCausalLM:
-    """The model of `top_k_from_dense` (how: its other arguments) with pools; its logits are the dense model's.
+    """The model of `top_k_from_dense`, with pools; its logits are the dense model's.
 
-    Raises ValueError as that does, and for a pool_size that is no multiple of the cuts: the parts of one FFN start with
+    Raises ValueError as that does, and for a pool_size that is no multiple of top_k: the parts of one FFN start with
     equal routers, and a pool that held some of them could not start as the dense model.
     """
-    if pool_size % (how.get("cuts") or top_k):
-        raise ValueError(
-            f"pool_size is {pool_size}: with FFNs cut into {how.get('cuts') or top_k} it must be a multiple of that."
-        )
-    return top_k_from_dense(
-        llama, copies, top_k, model_class=DocumentPoolForCausalLM, config={"pool_size": pool_size}, **how
-    )
+    if pool_size % top_k:
+        raise ValueError(f"pool_size is {pool_size}: with FFNs cut into {top_k} it must be a multiple of that.")
+    fields = top_k_fields(llama.config, copies, top_k, top_k, balance)
+    model = DocumentPoolForCausalLM(DocumentPoolConfig(**fields, pool_size=pool_size))
+    fill_top_k(model, llama, copies, top_k, router_initializer_range, seed)
+    return model
 
 
 if "document_pool" not in CONFIG_MAPPING:

@@ -128,8 +128,8 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
     baseline_pool: int = Field(
         0,
         ge=0,
-        description="Experts in a document's pool in the baseline document_pools, a multiple of baseline_top_k; 0 draws "
-        "a number for each document and scores with all experts, as the paper does.",
+        description="Experts in a document's pool in the baseline document_pools, a multiple of baseline_top_k; 0 "
+        "draws a number for each document and scores with all experts, as the paper does.",
     )
     training_compiled: bool = Field(
         False,
