@@ -9,7 +9,8 @@ what documents are about. On top of the top-k baseline (models/pretraining/basel
 
 In training P is drawn for each document, uniformly from K, 2 K, ... E, by a hash of its number (the same at every
 reading, so that a resumed training repeats to the bit), or is fixed (`pool_size`). The choice of a pool has no
-gradient. Load is balanced with the shares of actual choices and the probabilities before the restriction.
+gradient. Load is balanced over the whole step, as in the paper, with the shares of actual choices and the
+probabilities before the restriction.
 
 The pool of a whole document LOOKS AHEAD: which experts a token may use depends on later tokens. It is for training.
 Scores are causal (selection "causal"): a model trained with random pools uses all experts, as in the paper, where it is
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -35,9 +36,9 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from eclectus.models.lory.config import check_choice
 from eclectus.models.pretraining.baselines import fill_top_k, top_k_fields
-from eclectus.models.training.instances import IGNORED, Batch
-from eclectus.models.training.loop import Objective
-from eclectus.models.training.objectives import loss_by_domain
+from eclectus.models.training.losses import Objective, Pass
+from eclectus.models.training.objectives import ROUTERS, NextToken, TransformersBalance
+from eclectus.models.training.router_losses import count_choices
 
 SELECTIONS = ("document", "causal")
 
@@ -151,7 +152,7 @@ class DocumentPoolForCausalLM(MixtralForCausalLM):
         router_logits are raw in training, for the balance; else minus infinity outside the pools, so that they are what
         was chosen from.
         """
-        pools = self.pools_of(input_ids, attention_mask, documents)
+        pools = pools_of(self.config, input_ids, attention_mask, documents)
         cache = kwargs.get("past_key_values")
         if pools is not None and cache is not None and cache.get_seq_length():
             raise ValueError("pools depend on the whole text, which a cache does not hold; set use_cache=False.")
@@ -165,81 +166,70 @@ class DocumentPoolForCausalLM(MixtralForCausalLM):
     def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in transformers, without a cache if pools restrict the experts."""
         return super().generate(  # type: ignore[misc]
-            *args, **kwargs | ({"use_cache": False} if self._restricts else {})
+            *args, **kwargs | ({"use_cache": False} if restricts(self.config) else {})
         )
 
-    @property
-    def _restricts(self) -> bool:
-        size = self.config.pool_size or (0 if self.config.selection == "document" else self.config.num_local_experts)
-        return size < self.config.num_local_experts
 
-    @torch.no_grad()
-    def pools_of(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, documents: Tensor | None
-    ) -> WholePools | RunningPools | None:
-        """The pools of a batch; None if they do not restrict. Raises ValueError without tokens to tell documents by."""
-        if not self._restricts:
-            return None
-        if input_ids is None:
-            raise ValueError("document pools need input_ids, by whose end-of-document tokens documents are told apart.")
-        rows, length = input_ids.shape
-        if documents is None:
-            end = self.config.eos_token_id
-            ends = torch.tensor([] if end is None else end, dtype=torch.int64, device=input_ids.device)
-            begins = torch.isin(input_ids.roll(1, dims=1), ends)
-        else:
-            begins = documents.ne(documents.roll(1, dims=1))
-        begins[:, 0] = False
-        real = torch.ones_like(begins)
-        if attention_mask is not None and attention_mask.ndim == 2:
-            real = attention_mask.bool()
-        if self.config.selection == "causal":
-            places = torch.arange(length, device=begins.device).expand(rows, -1)
-            return RunningPools(torch.where(begins, places, 0).cummax(1).values, real, self.config.pool_size)
-        groups = (begins.cumsum(1) + length * torch.arange(rows, device=begins.device).unsqueeze(1)).flatten()
-        numbers = groups if documents is None else documents.flatten()
-        by_group = torch.zeros_like(groups).scatter(0, groups, numbers)
-        return WholePools(groups, real.flatten(), self._sizes(by_group))
-
-    def _sizes(self, numbers: Tensor) -> Tensor:
-        """The pool size of the documents with these numbers."""
-        if self.config.pool_size:
-            return torch.full_like(numbers, self.config.pool_size)
-        step = self.config.num_experts_per_tok
-        return step * (1 + _mixed(numbers) % (self.config.num_local_experts // step))
+@torch.no_grad()
+def pools_of(
+    config: DocumentPoolConfig, input_ids: Tensor | None, attention_mask: Tensor | None, documents: Tensor | None
+) -> WholePools | RunningPools | None:
+    """The pools of a batch `[B, L]`; None if they do not restrict. Raises ValueError without input_ids."""
+    if not restricts(config):
+        return None
+    if input_ids is None:
+        raise ValueError("document pools need input_ids, by whose end-of-document tokens documents are told apart.")
+    rows, length = input_ids.shape
+    if documents is None:
+        end = config.eos_token_id
+        ends = torch.tensor([] if end is None else end, dtype=torch.int64, device=input_ids.device)
+        begins = torch.isin(input_ids.roll(1, dims=1), ends)
+    else:
+        begins = documents.ne(documents.roll(1, dims=1))
+    begins[:, 0] = False
+    real = torch.ones_like(begins)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        real = attention_mask.bool()
+    if config.selection == "causal":
+        places = torch.arange(length, device=begins.device).expand(rows, -1)
+        return RunningPools(torch.where(begins, places, 0).cummax(1).values, real, config.pool_size)
+    groups = (begins.cumsum(1) + length * torch.arange(rows, device=begins.device).unsqueeze(1)).flatten()
+    numbers = groups if documents is None else documents.flatten()
+    return WholePools(groups, real.flatten(), pool_sizes(config, torch.zeros_like(groups).scatter(0, groups, numbers)))
 
 
-def pool_balance(model: DocumentPoolForCausalLM, router_logits: Sequence[Tensor], batch: Batch) -> Tensor:
-    """Load balance of actual choices: E times the sum over experts of their share of choices and mean probability.
+def restricts(config: DocumentPoolConfig) -> bool:
+    """Whether a pool can be smaller than all experts."""
+    if config.pool_size == 0:
+        return config.selection == "document"
+    return config.pool_size < config.num_local_experts
 
-    router_logits: raw, by layer `[n, E]`. As transformers', over the tokens of all layers together, padding left out; K
-    for even use. The gradient flows through the probabilities of all experts, so that unused ones gain.
+
+def pool_sizes(config: DocumentPoolConfig, numbers: Tensor) -> Tensor:
+    """The pool size of the documents with these numbers."""
+    if config.pool_size:
+        return torch.full_like(numbers, config.pool_size)
+    step = config.num_experts_per_tok
+    return step * (1 + _mixed(numbers) % (config.num_local_experts // step))
+
+
+class PoolBalance(TransformersBalance):
+    """Transformers' load balance with the choices that tokens made within their pools.
+
+    The probabilities are those of all experts, before the restriction, so that the gradient raises unused ones too.
     """
-    config, real_n = model.config, (batch.labels != IGNORED).flatten()
-    pools = model.pools_of(batch.tokens, None, batch.documents)
-    choices_E = sums_E = torch.zeros((), device=real_n.device)
-    for logits_nE in router_logits:
-        logits_nE = logits_nE.float()
-        chosen_nK = restricted(logits_nE, pools).detach().topk(config.num_experts_per_tok, dim=-1).indices
-        taken_nE = torch.zeros_like(logits_nE).scatter_(1, chosen_nK, 1.0)
-        choices_E = choices_E + (taken_nE * real_n.unsqueeze(-1)).sum(0)
-        sums_E = sums_E + (logits_nE.softmax(-1) * real_n.unsqueeze(-1)).sum(0)
-    tokens = (real_n.sum() * len(router_logits)).clamp(min=1)
-    return config.num_local_experts * (choices_E / tokens * sums_E / tokens).sum()
+
+    def statistic(self, done: Pass) -> Tensor:
+        logits, real = self._routed(done)
+        pools = pools_of(done.config, done.batch.tokens, None, done.batch.documents)
+        layers = len(done.output.router_logits)
+        chosen_from = [torch.cat([restricted(each, pools) for each in logits[0].detach().float().chunk(layers)])]
+        return torch.cat(count_choices(chosen_from, self._top_k(done), real))
 
 
 def pooled(domains: Sequence[str] = ()) -> Objective:
-    """The objective: next-token and the weighted `pool_balance`. domains: as in `objectives.next_token`."""
-
-    def objective(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        output = model(input_ids=batch.tokens, documents=batch.documents, use_cache=False, output_router_logits=True)
-        loss, by_domain = loss_by_domain(output.logits, batch, domains)
-        own: Any = getattr(model, "module", model)
-        balance = pool_balance(own, output.router_logits, batch)
-        weighted = own.config.router_aux_loss_coef * balance
-        return loss + weighted, {"next_token_loss": loss, "balance_loss": balance, **by_domain}
-
-    return objective
+    """The objective: next-token and the weighted balance. domains: as in `objectives.next_token`."""
+    return Objective([NextToken(domains), PoolBalance()], ROUTERS, reads={"documents": "documents"})
 
 
 def document_pools_from_dense(

@@ -81,12 +81,14 @@ class Loss:
 class Objective:
     """What a stage minimises: a weighted sum of losses.
 
-    asks: further arguments of the model's forward pass. metrics: what else is logged.
+    asks: further arguments of the model's forward pass. metrics: what else is logged. reads: fields of the batch that
+    the model takes besides its tokens, by the name of the argument.
     """
 
     losses: Sequence[Loss]
     asks: Mapping[str, Any] = field(default_factory=dict)
     metrics: Callable[[Pass], dict[str, Term]] | None = None
+    reads: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(objective, means of its losses and metrics) of a batch that is a whole step of one process."""
@@ -94,7 +96,8 @@ class Objective:
         return loss, {name: term.mean.to(loss.dtype) for name, term in terms.items()}
 
     def run(self, model: nn.Module, batch: Batch, **more: Any) -> Pass:
-        output = model(input_ids=batch.tokens, use_cache=False, **self.asks, **more)
+        read = {argument: getattr(batch, name) for argument, name in self.reads.items()}
+        output = model(input_ids=batch.tokens, use_cache=False, **read, **self.asks, **more)
         return Pass(batch, output, config_of(model))
 
     def weights(self, model: nn.Module) -> dict[str, float]:

@@ -8,12 +8,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 from eclectus.models.pretraining.baselines import top_k_from_dense
 from eclectus.models.pretraining.document_pools import (
     DocumentPoolConfig,
+    PoolBalance,
     document_pools_from_dense,
-    pool_balance,
+    pool_sizes,
     pooled,
 )
 from eclectus.models.training.flops import count_flops
 from eclectus.models.training.instances import IGNORED, Batch
+from eclectus.models.training.losses import Pass
 from eclectus.models.training.objectives import balanced
 from tests.support.tiny_training import SHAPE
 
@@ -155,12 +157,12 @@ def test_the_pool_of_a_whole_document_looks_ahead_and_scoring_does_not(dense):
 
 def test_sizes_are_drawn_evenly_and_again_the_same(dense):
     model = perturbed(dense, 0)
-    sizes = model._sizes(torch.arange(100_000))
+    sizes = pool_sizes(model.config, torch.arange(100_000))
     values, counts = sizes.unique(return_counts=True)
     assert values.tolist() == [2, 4, 6, 8]
     assert (counts / len(sizes) - 0.25).abs().max() < 0.01
     assert abs(torch.corrcoef(torch.stack([sizes[:-1], sizes[1:]]).float())[0, 1]) < 0.05, "neighbours are unrelated"
-    assert torch.equal(model._sizes(torch.arange(100_000)), sizes)
+    assert torch.equal(pool_sizes(model.config, torch.arange(100_000)), sizes)
 
 
 def test_balance_counts_actual_choices_and_reaches_experts_outside_every_pool(dense):
@@ -168,10 +170,11 @@ def test_balance_counts_actual_choices_and_reaches_experts_outside_every_pool(de
     output = model(input_ids=batch.tokens, documents=batch.documents, output_router_logits=True)
     real = (batch.labels != IGNORED).flatten()
     chosen = torch.cat([found[4][real] for found in routed(model, documents=DOCUMENTS)])
-    share = torch.bincount(chosen.flatten(), minlength=E) / len(chosen)
+    share = torch.bincount(chosen.flatten(), minlength=E) / chosen.numel()
     mean = torch.cat([logits.softmax(-1)[real] for logits in output.router_logits]).mean(0)
-    balance = pool_balance(model, output.router_logits, batch)
-    torch.testing.assert_close(balance, E * (share * mean).sum())
+    done, loss = Pass(batch, output, model.config), PoolBalance()
+    balance, _ = loss.measure(done, loss.statistic(done))
+    torch.testing.assert_close(balance, E * K * (share * mean).sum())
     gradient = torch.autograd.grad(balance, output.router_logits[0])[0][real]
     assert (gradient.sum(0)[share < 0.01] < 0).all() or (share >= 0.01).all(), "unused experts gain"
 
