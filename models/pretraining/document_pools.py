@@ -133,6 +133,7 @@ class DocumentPoolForCausalLM(MixtralForCausalLM):
     """A Mixtral whose tokens choose within their document's pool of experts."""
 
     config_class = DocumentPoolConfig
+    config: DocumentPoolConfig
 
     def __init__(self, config: DocumentPoolConfig) -> None:
         super().__init__(config)
