@@ -13,6 +13,7 @@ from eclectus.tasks.evaluation.scores import Scores, divergence
 from eclectus.tasks.evaluation.task_scores import Answers
 from eclectus.tasks.report import figures, tables
 from eclectus.tasks.report.chart import Chart
+from eclectus.tasks.report.cost_table import cost_table
 from eclectus.tasks.report.forgetting import forgetting_table, tasks_table
 from eclectus.tasks.report.formatting import count, listed
 from eclectus.tasks.report.tables import Facts, Table
@@ -109,13 +110,14 @@ def collect_contents(
     forgetting, tasks = forgetting_table(comparer, extras.answers), tasks_table(extras.answers, comparer.seen)
     by_domain = tables.scores_by_domain(comparer) if base.values("domain", group="original") else None
     by_language = tables.scores_by_language(comparer)
+    shown = (forgetting, by_domain, by_language, cost_table(comparer), tasks, tables.seen_table(comparer))
     verdict = make_verdict(comparer, _frozen(checkpoints, history), extras.gates)
     verdict.notes += [f"Not evaluated: {each}" for each in extras.notes()]
     return Contents(
         title=title,
         subtitle=subtitle,
         verdict=verdict,
-        tables=[each for each in (forgetting, by_domain, by_language, tasks, tables.seen_table(comparer)) if each],
+        tables=[each for each in shown if each],
         gates=[tables.gate_table(each) for each in extras.gates],
         documents=tables.documents_table(documents),
         instances=tables.instances_table(instances),

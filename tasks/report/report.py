@@ -26,6 +26,7 @@ from eclectus.storage.lineage.history import History, read_history
 from eclectus.tasks.evaluation.scores import IntervalSettings, read_trainings
 from eclectus.tasks.evaluation.task_scores import Answers
 from eclectus.tasks.report.contents import Contents, Extras, collect_contents
+from eclectus.tasks.report.costs import read_costs
 from eclectus.tasks.report.drawing import draw_png
 from eclectus.tasks.report.figures import colour
 from eclectus.tasks.report.graph import draw_lineage
@@ -46,7 +47,7 @@ class ReportSettings(IntervalSettings):
     )
 
 
-@step(makes="report", version=5)
+@step(makes="report", version=6)
 def report(
     evaluations: dict[str, Artifact],
     checkpoints: dict[str, Artifact],
@@ -72,7 +73,7 @@ def report(
     overlap = {name: _overlap(each) for name, each in (contaminations or {}).items() if name in scores}
     seen = {name: {what: row["share"] for what, row in rows.items()} for name, rows in overlap.items()}
     unknown = [name for name in scores if name not in overlap] if contaminations is not None else []
-    comparer = Comparer(scores, seen, overlap, unknown)
+    comparer = Comparer(scores, seen, overlap, unknown, read_costs(checkpoints))
     extras = Extras(
         {name: Answers(name, each) for name, each in (benchmarks or {}).items() if name in scores},
         [each.statistics for each in (gates or {}).values()],

@@ -13,6 +13,7 @@ from typing import Any
 from eclectus.tasks.documents.language_codes import language_name
 from eclectus.tasks.evaluation.changes import Change, compare
 from eclectus.tasks.evaluation.scores import Scores
+from eclectus.tasks.report.costs import CONTROL, Cost, times
 from eclectus.tasks.report.formatting import count, listed, number, percent, within
 from eclectus.tasks.report.significance import significant, tone, tones
 
@@ -52,6 +53,8 @@ class Comparer:
     overlap: dict[str, dict[tuple[str, str], dict[str, Any]]] = field(default_factory=dict)
     # Models whose training text is not in the lineage.
     uncompared: list[str] = field(default_factory=list)
+    # By model, of those that were pre-trained here.
+    costs: dict[str, Cost] = field(default_factory=dict)
 
     @property
     def base(self) -> Scores:
@@ -75,6 +78,7 @@ def make_verdict(comparer: Comparer, frozen: bool | None = None, gates: list[dic
         _add_gate(each, verdict)
     if comparer.base.name == BASE and LORY in comparer.scores:
         _add_lory(comparer, verdict)
+        _add_control(comparer, verdict)
     last = next((name for name in (STAGE_2, STAGE_1) if name in comparer.scores), None)
     if last and comparer.base.name != last:
         _add_new_languages(comparer, last, verdict)
@@ -134,7 +138,7 @@ def _add_lory(comparer: Comparer, verdict: Verdict) -> None:
         f"{'Lory' if change.of_method else 'This training of Lory'} {word} its dense twin on held-out "
         f"{_languages(comparer, 'original')} text{_untrained(comparer)}: {measure} {percent(relative)} "
         f"({detail}{_between(change)}), {change.after:.3f} bits per byte against {change.before:.3f}, look-ahead "
-        "excluded."
+        f"excluded{_at_cost(comparer)}."
     )
     prompt_only = comparer.scores[LORY].bits_per_byte_by_prompt(group="original")
     if prompt_only is not None:
@@ -146,6 +150,38 @@ def _add_lory(comparer: Comparer, verdict: Verdict) -> None:
     if len(domains) > 1:
         text += _by_domain({domain: each for domain, each in domains.items() if each is not None})
     verdict.sentences.append(text)
+
+
+def _at_cost(comparer: Comparer) -> str:
+    """The FLOPs at which Lory was compared with its twin, as a clause."""
+    twin, lory = comparer.costs.get(BASE), comparer.costs.get(LORY)
+    return f", at {times(lory, twin)} the twin's FLOPs per training step" if twin and lory else ""
+
+
+def _add_control(comparer: Comparer, verdict: Verdict) -> None:
+    """Lory against the dense model of equal FLOPs, or that there is none."""
+    lory, control, twin = (comparer.costs.get(name) for name in (LORY, CONTROL, BASE))
+    if CONTROL not in comparer.scores:
+        if lory and twin and lory.relative(twin) > 1:
+            verdict.notes.append(
+                f"Lory's training step costs {times(lory, twin)} its twin's FLOPs, and no dense model of equal FLOPs "
+                f"was trained: a part of the difference may be FLOPs (--pretrain-baselines {CONTROL} trains one)."
+            )
+        return
+    change = compare(comparer.scores[CONTROL], comparer.scores[LORY], group="original")
+    if change is None:
+        return
+    word = {"good": "scores better than", "bad": "scores worse than", "even": "does not differ clearly from"}
+    cost = f", whose step costs {times(control, lory)} Lory's FLOPs" if lory and control else ""
+    around = within(change.bits_interval, change.covers)
+    verdict.tiles.append(
+        Tile(percent(change.bits), "bits per byte, Lory against a dense model of equal FLOPs", around, tone(change))
+    )
+    verdict.sentences.append(
+        f"{'Lory' if change.of_method else 'This training of Lory'} {word[tone(change)]} the dense control of equal "
+        f"FLOPs{cost}: bits per byte {change.after:.3f} against {change.before:.3f}, {percent(change.bits)} "
+        f"({around}{_between(change)}). The control trained from scratch, on the same data in the same order."
+    )
 
 
 def _untrained(comparer: Comparer) -> str:
