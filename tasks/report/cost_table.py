@@ -9,9 +9,9 @@ from eclectus.tasks.report.verdict import Comparer
 
 _NOTE = (
     "Bits per byte on the original languages. FLOPs of forward and backward, counted, not timed; the ratio is of "
-    "matrix products, below it with attention, the same in all models of a width and depth. Training: of all steps, the "
-    "shared dense warm-up included; seconds are of the last stage alone, over all processes. Active parameters: those "
-    "that one token passes through."
+    "matrix products, below it with attention, the same in all models of a width and depth. Training: of all steps, "
+    "the shared dense warm-up included; seconds are of the last stage alone, over all processes. Active parameters: "
+    "those that one token passes through."
 )
 
 
