@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -18,6 +19,7 @@ from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.promotion.gate import Gate, read_gates
 from eclectus.tasks.promotion.gate_rules import ModelResults, Rule, check
 from eclectus.tasks.promotion.promote import Candidate, decide
+from eclectus.tasks.promotion.spread import Spreads
 from tests.support.made_up_scores import made_up
 from tests.support.small_world import SEGMENT, make_world, write_model
 
@@ -159,6 +161,14 @@ def results(tmp_path_factory):
         ("bits_per_byte.el <= champion * 1.02", True, 1.5),
         ("bits_per_byte.en.code <= champion", True, 1.02),
         ("perplexity.en > 1", True, 2**4.08),
+        # 2% more than the champion: within two spreads of 1%, not within one.
+        ("bits_per_byte.el <= champion + 2 * spread", True, 1.5),
+        ("bits_per_byte.el <= champion + spread", False, 1.5),
+        ("perplexity.el <= champion + 2 * spread", True, 2**6),
+        ("perplexity.el <= champion + 1.6 * spread", False, 2**6),
+        ("retention.en >= 1 - 2 * spread", True, 4 / 4.08),
+        ("retention.en >= base - 1.5 * spread", False, 4 / 4.08),
+        ("gain.el >= 0.26 - 2 * spread", True, 0.25),
         ("acc.arc_easy >= base + 0.001", True, 0.408),
         ("acc.arc_easy <= champion - 0.001", True, 0.408),
         ("collapsed_layers <= 0", True, 0.0),
@@ -191,6 +201,58 @@ def test_without_a_champion_its_rules_hold_and_without_a_base_retention_is_unkno
     assert not outcome.passed and "the base was not evaluated" in outcome.reason
 
 
+def test_a_rule_with_a_spread_says_how_large_it_was_and_where_it_is_from(results):
+    rule, model, champion = (
+        Rule.read("bits_per_byte.el <= champion + 2 * spread"),
+        results["model"],
+        results["champion"],
+    )
+    default = check(rule, model, None, champion)
+    assert default.limit == pytest.approx(1.475 * 1.02)
+    assert "(champion + 2 * spread; 20 documents; spread 1%, the gate file's default, not measured)" in default.reason
+    earlier = check(rule, model, None, champion, Spreads({"el": (0.004, 5)}))
+    assert not earlier.passed and earlier.limit == pytest.approx(1.475 * 1.008)
+    assert "spread 0.4%, between 5 trainings at an earlier decision of this line" in earlier.reason
+    repeats = {seed: replace(model.scores, bits=model.scores.bits * by) for seed, by in ((1, 1.05), (2, 0.95))}
+    several = replace(model, scores=replace(model.scores, repeats=repeats))
+    measured = check(rule, several, None, champion, Spreads({"el": (0.004, 5)}))
+    spread = np.std(np.log([1, 1.05, 0.95]), ddof=1)
+    assert measured.limit == pytest.approx(1.475 * (1 + 2 * spread)) and measured.value == pytest.approx(1.5)
+    assert f"spread {100 * spread:.2g}%, between 3 trainings of this run" in measured.reason
+    two = replace(model, scores=replace(model.scores, repeats={1: repeats[1]}))
+    assert "not measured" in check(rule, two, None, champion).reason
+
+
+def test_an_end_of_an_interval_says_what_it_covers_and_one_work_has_none(results):
+    rule = Rule.read("retention.original.low >= 0.9")
+    alone = check(rule, results["model"], results["base"], None)
+    assert alone.reason.endswith("(95% interval on these documents, one training)")
+    scores = results["model"].scores
+    repeats = {seed: replace(scores, bits=scores.bits * by) for seed, by in ((1, 1.01), (2, 0.99))}
+    several = check(rule, replace(results["model"], scores=replace(scores, repeats=repeats)), results["base"], None)
+    assert several.value < alone.value
+    assert several.reason.endswith("(95% interval over 20 works and 3 trainings (one of base))")
+    base = replace(results["base"], scores=replace(results["base"].scores, work=np.full(40, "w", object)))
+    refused = check(rule, results["model"], base, None)
+    assert not refused.passed and "is of one work, so retention has no interval; hold out more works" in refused.reason
+
+
+def test_a_spread_that_a_gate_measured_is_used_by_the_next_decision_of_its_line(world, base, run):
+    rules = Gate("spread", "stage 2", "dense", ["bits_per_byte.el <= base + 2 * spread"], default_spread=0.5)
+    best = scored(world, changed(world, calibrate), "stage 2")
+    repeats = {"lory seed 1": base.evaluations["text"]}
+    for seed, by in ((1, 0.9), (2, 0.8)):
+        model = changed(world, lambda model, by=by: model.lm_head.weight.mul_(by))
+        repeats[f"stage 2 seed {seed}"] = scored(world, model, "again").evaluations["text"]
+    first = decide(rules, best, base, repeats=repeats)
+    assert "between 3 trainings of this run" in first.rules[0]["reason"]
+    again = decide(rules, best, base)
+    assert "between 3 trainings at an earlier decision of this line" in again.rules[0]["reason"]
+    assert again.rules[0]["limit"] == pytest.approx(first.rules[0]["limit"])
+    other = decide(replace(rules, line="other line"), best, base)
+    assert "spread 50%, the gate file's default" in other.rules[0]["reason"]
+
+
 def test_numbers_that_are_none_never_pass(results):
     broken = replace(results["model"], numbers={"collapsed_layers": math.nan})
     assert not check(Rule.read("collapsed_layers <= 0"), broken, None, None).passed
@@ -203,6 +265,12 @@ def test_numbers_that_are_none_never_pass(results):
         ("lines: {a: {rules: []}}", "line 'a': 'rules' must be a list of rules"),
         ("lines: {a: {rules: ['retention.en']}}", "line 'a': rule 'retention.en' is not understood"),
         ("lines: {a: {rules: ['retention.en >= high']}}", "has the limit 'high'; expected a number"),
+        (
+            "lines: {a: {rules: ['acc.arc <= champion + spread']}}",
+            "only bits_per_byte, perplexity, retention, gain have",
+        ),
+        ("lines: {a: {rules: ['gain.el >= champion * 2 * spread']}}", "expected a number, 'champion' or 'base'"),
+        ("{default_spread: much, lines: {a: {rules: ['gain.el > 0']}}}", "default_spread is 'much'; expected a share"),
         ("lines: {a: {rulez: ['retention.en >= 1']}}", "line 'a': 'rulez' is unknown"),
         ("lines: [", "is not YAML"),
     ],
@@ -214,8 +282,11 @@ def test_a_gate_file_that_is_wrong_is_an_error_that_names_line_and_rule(tmp_path
         read_gates(path)
 
 
-def test_the_shipped_gate_can_be_read():
+def test_the_shipped_gate_can_be_read_and_compares_champions_against_the_spread():
     gates = read_gates(ROOT / "configs" / "gate.yaml")
+    rules = [Rule.read(rule) for gate in gates.values() for rule in gate.rules]
+    assert all(rule.spread for rule in rules if rule.limit == "champion")
+    assert {gate.default_spread for gate in gates.values()} == {0.01}
     assert {line: each.model for line, each in gates.items()} == {"extended": "stage 2", "lory": "lory"}
 
 
