@@ -213,11 +213,11 @@ def _summary(drawn: dict[str, Any]) -> str:
         f"the review replays {drawn['original_documents']:,} original and {drawn['expanded_documents']:,} expanded "
         f"documents (1:{drawn['expanded_documents_per_original']:.3g}; paper 1:2), about "
         f"{describe(drawn['original_tokens'])} and {describe(drawn['expanded_tokens'])} tokens; the originals are "
-        f"{100 * drawn['share_of_stage1']:.2g}% of the {describe(drawn['stage1_tokens'])} tokens of stage 1's text"
+        f"{100 * drawn['share_of_stage1']:.3g}% of the {describe(drawn['stage1_tokens'])} tokens of stage 1's text"
     )
     if drawn["share_of_stage1"] > drawn["share_wanted"]:
         text += (
-            f", more than review_original_share ({100 * drawn['share_wanted']:.2g}%): counts were given, or that share "
+            f", more than review_original_share ({100 * drawn['share_wanted']:.3g}%): counts were given, or that share "
             "of so little text would be too few documents to review; more text comes nearer to the paper"
         )
     return text

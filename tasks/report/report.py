@@ -72,7 +72,9 @@ def report(
     scores = read_trainings(evaluations, repeats)
     overlap = {name: _overlap(each) for name, each in (contaminations or {}).items() if name in scores}
     seen = {name: {what: row["share"] for what, row in rows.items()} for name, rows in overlap.items()}
+    history = _history(list(checkpoints.values()))
     unknown = [name for name in scores if name not in overlap] if contaminations is not None else []
+    unknown += ["the fetched base model"] * bool(history.steps("fetch"))
     comparer = Comparer(scores, seen, overlap, unknown, read_costs(checkpoints))
     extras = Extras(
         {name: Answers(name, each) for name, each in (benchmarks or {}).items() if name in scores},
@@ -80,7 +82,6 @@ def report(
         settings.report_left_out,
     )
     given = {name: each for name, each in (instances or {}).items() if each is not None}
-    history = _history(list(checkpoints.values()))
     contents = collect_contents(
         comparer,
         checkpoints,

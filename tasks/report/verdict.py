@@ -51,7 +51,7 @@ class Comparer:
     seen: dict[str, dict[tuple[str, str], float]] = field(default_factory=dict)
     # The same by rows: items, those seen, mean_passages, score, score_unseen; without models of unknown training.
     overlap: dict[str, dict[tuple[str, str], dict[str, Any]]] = field(default_factory=dict)
-    # Models whose training text is not in the lineage.
+    # Models whose training text, or a part of it, is not in the lineage.
     uncompared: list[str] = field(default_factory=list)
     # By model, of those that were pre-trained here.
     costs: dict[str, Cost] = field(default_factory=dict)
@@ -188,7 +188,7 @@ def _untrained(comparer: Comparer) -> str:
     """Whether the base or Lory was trained on passages of the original languages' held-out text, as a clause."""
     rows = [comparer.overlap.get(name, {}).get(("group", "original")) for name in (comparer.base.name, LORY)]
     known = [row for row in rows if row and row.get("mean_passages") is not None]
-    if len(known) < len(rows):
+    if len(known) < len(rows) or comparer.uncompared:
         return ""
     passages = f"{100 * max(row['mean_passages'] for row in known):.2g}% of its passages"
     if not any(row["seen"] for row in known):
