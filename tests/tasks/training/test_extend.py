@@ -10,10 +10,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from eclectus.models.extension.methods import RECIPES
 from eclectus.models.mixture.export import extract_base
+from eclectus.models.training.instances import Instances
+from eclectus.models.training.objectives import LanguagePrior
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.training.add_experts import AddExpertsSettings, add_experts, kind_of
-from eclectus.tasks.training.extend import ExtendStageSettings, Method, extend
+from eclectus.tasks.training.extend import ExtendStageSettings, Method, _objective, extend
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings, layer_similarity
 from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
 from tests.support.small_world import make_world
@@ -118,6 +120,12 @@ def test_an_extended_model_is_extended_again_with_all_earlier_experts_frozen(wor
     settings = AddExpertsSettings(extension_experts=3, extension_largest_share=1.0)
     wider = made(world, "checkpoint", add_experts, instances=instances["all"], checkpoint=first, settings=settings)
     assert kind_of(wider) == "upcycled" and wider.statistics["experts"] == 5
+    # Every method with the prior pulls to all experts that were there before.
+    mixed = ExtendStageSettings(**{**STAGE, "extend_stage": "post_pretrain", "extension_method": "one_stage"})
+    review = mixed.model_copy(update={"extend_stage": "review", "extension_method": "moe_lpr"})
+    for settings in (mixed, review):
+        prior = _objective(settings, Instances(instances["all"].path), wider.path).losses[-1]
+        assert isinstance(prior, LanguagePrior) and prior.experts == [3, 3]
     learned = stage(world, wider, instances["expanded"])
     second = stage(world, learned, instances["all"], "review")
     before, learned, after = weights(first), weights(learned), weights(second)
