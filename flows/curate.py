@@ -61,6 +61,7 @@ def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
             documents=documents, neighbors=nearest, embeddings=embeddings, settings=GroupSettings.of(parameters)
         )
         tokens = tokenizer(documents=documents, settings=TokenizerSettings.of(parameters))
+        divided = documents
         if parameters.language_budgets or parameters.language_weights:
             documents = budget(documents=documents, tokenizer=tokens, settings=BudgetSettings.of(parameters))
 
@@ -85,6 +86,7 @@ def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
         page = data_report(
             ingested=ingested,
             documents=documents,
+            divided=divided,
             grouping=grouping,
             instances={"original": original, "expanded": expanded, "review": review},
             replayed=replayed,

@@ -1,8 +1,7 @@
-"""Lookup of ids in arrays, and a growing set of digests at 16 bytes per member (a Python set takes about 100).
+"""Lookup of ids in arrays, and a growing map of digests to digests at 32 bytes per entry (a dict takes about 200).
 
-Recent members of the set live in a Python set; when that is full it becomes a sorted array, and arrays of similar
-size are merged (a log-structured merge tree), so that a member is moved log2(n / RECENT) times and found by as many
-searches.
+Recent entries live in a dict; when that is full it becomes two arrays sorted by key, and arrays of similar size are
+merged (a log-structured merge tree), so that an entry is moved log2(n / RECENT) times and found by as many searches.
 """
 
 from __future__ import annotations
@@ -26,40 +25,46 @@ def positions_of(wanted: np.ndarray, ids: np.ndarray, ascending: bool = False) -
     return np.where(ids[position] == wanted, position, -1)
 
 
-class DigestSet:
-    """A growing set of 16-byte digests. recent: how many are kept in a Python set (about 100 bytes each)."""
+class DigestMap:
+    """A growing map of 16-byte digests to the first value given with each. recent: how many are kept in a dict."""
 
     def __init__(self, recent: int = RECENT) -> None:
         self._limit = recent
-        self._recent: set[bytes] = set()
-        self._sorted: list[np.ndarray] = []
+        self._recent: dict[bytes, bytes] = {}
+        self._sorted: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def add(self, digests: list[bytes]) -> list[bool]:
-        """Adds the digests in order; returns for each whether it is new (the second of two equal ones is not)."""
-        new = []
-        for digest, known in zip(digests, self._in_sorted(digests), strict=True):
-            is_new = not known and digest not in self._recent
-            if is_new:
-                self._recent.add(digest)
-            new.append(is_new)
+    def add(self, keys: list[bytes], values: list[bytes]) -> list[bytes | None]:
+        """Adds the keys in order, each with its value; returns the value of each that was there before, None if new."""
+        earlier = []
+        for key, value, known in zip(keys, values, self._in_sorted(keys), strict=True):
+            known = known or self._recent.get(key)
+            if known is None:
+                self._recent[key] = value
+            earlier.append(known)
         if len(self._recent) >= self._limit:
             self._merge_recent()
-        return new
+        return earlier
 
     def __len__(self) -> int:
-        return len(self._recent) + sum(map(len, self._sorted))
+        return len(self._recent) + sum(len(keys) for keys, _ in self._sorted)
 
-    def _in_sorted(self, digests: list[bytes]) -> list[bool]:
-        known = np.zeros(len(digests), bool)
-        if self._sorted and digests:
-            wanted = np.array(digests, f"S{WIDTH}")
-            for members in self._sorted:
-                known |= positions_of(wanted, members, ascending=True) >= 0
-        return known.tolist()
+    def _in_sorted(self, keys: list[bytes]) -> list[bytes | None]:
+        known: list[bytes | None] = [None] * len(keys)
+        if self._sorted and keys:
+            wanted = np.array(keys, f"S{WIDTH}")
+            for members, values in self._sorted:
+                position = positions_of(wanted, members, ascending=True)
+                for number in np.flatnonzero(position >= 0).tolist():
+                    known[number] = values[position[number]].tobytes()
+        return known
 
     def _merge_recent(self) -> None:
-        members = np.sort(np.array(list(self._recent), f"S{WIDTH}"))
-        self._recent = set()
-        while self._sorted and len(self._sorted[-1]) <= 2 * len(members):
-            members = np.sort(np.concatenate([self._sorted.pop(), members]), kind="stable")
-        self._sorted.append(members)
+        keys = np.array(list(self._recent), f"S{WIDTH}")
+        # Bytes of type S lose zeros at their end when they are read one by one.
+        values = np.frombuffer(b"".join(self._recent.values()), f"V{WIDTH}")
+        self._recent = {}
+        while self._sorted and len(self._sorted[-1][0]) <= 2 * len(keys):
+            more, theirs = self._sorted.pop()
+            keys, values = np.concatenate([more, keys]), np.concatenate([theirs, values])
+        order = np.argsort(keys, kind="stable")
+        self._sorted.append((keys[order], values[order]))

@@ -1,9 +1,11 @@
 """Ingest: any sources in, one `documents` artifact out; every document is kept, rejected or a duplicate, and counted.
 
-A document's id is the first 32 hex digits of the SHA-256 of its exact text: equal id, equal text. An exact duplicate
-is dropped, whatever file it is in. Bad input goes to `rejected.parquet` with file, line, reason and first characters;
-`duplicates.parquet` names the document that each duplicate equals. No bad record is fatal, but to keep no document is
-an error. Memory: the text of one row group, and 16 bytes per document (tasks/documents/digest_set.py).
+A document's id is the first 32 hex digits of the SHA-256 of its exact text: equal id, equal text. A text that is equal
+to an earlier one when both are normalised (tasks/documents/normalise.py: NFC and NFD, case, white space) is an exact
+duplicate and is dropped, whatever file it is in; the text that stays is kept as it came. Bad input goes to
+`rejected.parquet` with file, line, reason and first characters; `duplicates.parquet` names the document that each
+duplicate equals. No bad record is fatal, but to keep no document is an error. Memory: the text of one row group, and 32
+bytes per document (tasks/documents/digest_set.py).
 
 A document's domain is its record's field; else it is taken from the file's name (`en.code.jsonl.gz` -> code; shard
 numbers and words like `train` are ignored), for text files from the folder's name; else it is "unknown". Its work is
@@ -25,7 +27,8 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.documents.digest_set import DigestSet
+from eclectus.tasks.documents.digest_set import DigestMap
+from eclectus.tasks.documents.normalise import normalised
 from eclectus.tasks.documents.readers import Fault, Position, Record, read_records, start_of
 from eclectus.tasks.documents.sources import Found, Source, find_sources, fingerprints
 from eclectus.tasks.documents.table import ROWS_PER_GROUP, DocumentsWriter
@@ -95,7 +98,7 @@ def fingerprint(settings: IngestSettings) -> dict[str, str]:
     return fingerprints(check_sources(settings).sources)
 
 
-@step(makes="documents", version=2, fingerprint=fingerprint)
+@step(makes="documents", version=3, fingerprint=fingerprint)
 def ingest(settings: IngestSettings, out: Draft) -> None:
     """Reads the sources into documents. Raises EclectusError if no document is kept."""
     found = check_sources(settings)
@@ -157,6 +160,7 @@ class _Candidate:
     file: str
     line: int | None
     digest: bytes
+    same: bytes
     row: Record
 
 
@@ -195,7 +199,7 @@ class _Intake:
         self._documents = DocumentsWriter(out)
         self.rejected = _Table(out, "rejected.parquet", REJECTED)
         self.duplicates = _Table(out, "duplicates.parquet", DUPLICATES)
-        self._seen = DigestSet()
+        self._seen = DigestMap()
         self._waiting: list[_Candidate] = []
         self._waiting_bytes = 0
         self.bytes = 0
@@ -228,6 +232,7 @@ class _Intake:
                 source.name,
                 line,
                 hashlib.sha256(content).digest()[:16],
+                hashlib.sha256(normalised(record[settings.text_field]).encode()).digest()[:16],
                 {
                     "name": name,
                     "work": _as_name(record.get(settings.work_field)) or work_of_name(name, origin),
@@ -283,13 +288,13 @@ class _Intake:
     def _flush(self) -> None:
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         columns: dict[str, list[Any]] = {"document": []}
-        for each, new in zip(waiting, self._seen.add([each.digest for each in waiting]), strict=True):
-            identity = each.digest.hex()
-            if not new:
+        earlier = self._seen.add([each.same for each in waiting], [each.digest for each in waiting])
+        for each, kept in zip(waiting, earlier, strict=True):
+            if kept is not None:
                 name = each.row["name"]
-                self.duplicates.add({"file": each.file, "line": each.line, "name": name, "document": identity})
+                self.duplicates.add({"file": each.file, "line": each.line, "name": name, "document": kept.hex()})
                 continue
-            columns["document"].append(identity)
+            columns["document"].append(each.digest.hex())
             for key, value in each.row.items():
                 columns.setdefault(key, []).append(value)
         if columns["document"]:

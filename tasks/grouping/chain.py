@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.grouping.compiled import compiled
+from eclectus.tasks.compiled import compiled
 
 
 @compiled

@@ -1,14 +1,14 @@
 """Near-duplicates: pairs of neighbours with a high cosine, confirmed by the overlap of their whole texts.
 
     candidates    pairs in neighbour lists with cosine >= threshold
-    overlap       Jaccard similarity of the sets of 5-character shingles (scikit-learn's HashingVectorizer), for
-                  candidates only; overlaps measured earlier in this home are reused by the two ids, so that a grown
-                  corpus measures new pairs only
+    overlap       Jaccard similarity of the sets of 5-character shingles, measured as in the split
+                  (tasks/documents/shingles.py), for candidates only; overlaps measured earlier in this home are reused
+                  by the two ids, so that a grown corpus measures new pairs only
     survivors     held-out documents first, then the longest, then the lowest row: a document is dropped if it is near,
                   in cosine and in text, to one that stays: a neighbour, the original of a dropped neighbour, or one of
                   the SURVIVORS longest of its cluster (more copies than a list has entries form a cluster)
 
-Price: shingling about 1 MB of candidate text per second, and 5 microseconds per pair; documents without a close
+Price: shingling about 10 MB of candidate text per second, and 10 microseconds per pair; documents without a close
 neighbour cost nothing.
 """
 
@@ -25,19 +25,15 @@ import pyarrow.parquet as pq
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.tasks.documents.digest_set import positions_of
+from eclectus.tasks.documents.shingles import MEASURE, overlap, shingles
 from eclectus.tasks.documents.text_reader import TextReader
-from eclectus.tasks.grouping.compiled import compiled
 from eclectus.tasks.grouping.nearest import similarities_of, unit
 from eclectus.tasks.reuse import earlier, is_whole
 
-SHINGLE = 5
-FEATURES = 2**24
 TEXTS_AT_A_TIME = 2_048
 PAIRS_AT_A_TIME = 8_192
 SURVIVORS = 16
 OVERLAPS = "overlaps.parquet"
-MEASURE = f"characters {SHINGLE} of {FEATURES}"
-"""How overlaps are measured; earlier overlaps are reused only if it is the same."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +59,6 @@ def candidate_pairs(rows: np.ndarray, similarities: np.ndarray, threshold: float
     return every, np.concatenate(cosines)[first]
 
 
-@compiled
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """Size of the intersection of two ascending arrays."""
-    i, j, shared = 0, 0, 0
-    while i < len(a) and j < len(b):
-        if a[i] == b[j]:
-            shared += 1
-            i += 1
-            j += 1
-        elif a[i] < b[j]:
-            i += 1
-        else:
-            j += 1
-    return shared
-
-
 class Overlaps:
     """Text overlap of pairs of documents: measured at the first request, reused from run to run."""
 
@@ -91,16 +71,13 @@ class Overlaps:
         self.reused = 0
 
     def of(self, pairs: np.ndarray) -> np.ndarray:
-        """Jaccard similarity float64 [P] of pairs of rows [P, 2], lower row first; 0 if both have no shingle."""
+        """Jaccard similarity float64 [P] of pairs of rows [P, 2], lower row first."""
         missing = [pair for pair in map(tuple, pairs.tolist()) if pair not in self._known]
         for begin in range(0, len(missing), PAIRS_AT_A_TIME):
             part = missing[begin : begin + PAIRS_AT_A_TIME]
             self._shingle(np.unique(np.array(part, np.int64)))
             for a, b in part:
-                first, second = self._shingles[a], self._shingles[b]
-                common = _common(first, second)
-                union = len(first) + len(second) - common
-                self._known[a, b] = common / union if union else 0.0
+                self._known[a, b] = overlap(self._shingles[a], self._shingles[b])
         return np.array([self._known[a, b] for a, b in pairs.tolist()], np.float64)
 
     def load_earlier(self, pairs: np.ndarray) -> None:
@@ -139,24 +116,10 @@ class Overlaps:
         return np.char.add(ids[:, 0], ids[:, 1])
 
     def _shingle(self, rows: np.ndarray) -> None:
-        from sklearn.feature_extraction.text import HashingVectorizer
-
-        vectorizer = HashingVectorizer(
-            analyzer="char",
-            ngram_range=(SHINGLE, SHINGLE),
-            n_features=FEATURES,
-            binary=True,
-            norm=None,
-            alternate_sign=False,
-            dtype=np.float32,
-        )
         rows = np.array([row for row in rows.tolist() if row not in self._shingles], np.int64)
         for begin in range(0, len(rows), TEXTS_AT_A_TIME):
             part = rows[begin : begin + TEXTS_AT_A_TIME]
-            sets = vectorizer.transform(self._texts.read(part))
-            sets.sort_indices()
-            for line, row in enumerate(part.tolist()):
-                self._shingles[row] = sets.indices[sets.indptr[line] : sets.indptr[line + 1]]
+            self._shingles |= dict(zip(part.tolist(), map(shingles, self._texts.read(part)), strict=True))
 
 
 def near_duplicates(
@@ -244,8 +207,8 @@ class _PairComparison:
             ]
         )
         overlaps = self._overlaps.of(pairs)
-        for pair, cosine, overlap in zip(pairs.tolist(), cosines.tolist(), overlaps.tolist(), strict=True):
-            self.known[tuple(pair)] = cosine, overlap
+        for pair, *measured in zip(pairs.tolist(), cosines.tolist(), overlaps.tolist(), strict=True):
+            self.known[tuple(pair)] = measured[0], measured[1]
 
     def is_near(self, a: int, b: int) -> bool:
         cosine, overlap = self.known[_key(a, b)]

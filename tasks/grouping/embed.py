@@ -21,6 +21,7 @@ import numpy as np
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents.normalise import VERSION as NORMALISATION
 from eclectus.tasks.documents.table import read_ids
 from eclectus.tasks.grouping.disk_matrix import create_matrix
 from eclectus.tasks.grouping.embedding_log import StoredVectors, locate, read_logs, remove_stale_logs
@@ -38,7 +39,7 @@ def model_fingerprint(settings: EmbedSettings) -> dict[str, str]:
     return {"embedding_model": digest_folder(Path(settings.embedding_model))} if _is_folder(settings) else {}
 
 
-@step(makes="embeddings", version=2, fingerprint=model_fingerprint)
+@step(makes="embeddings", version=3, fingerprint=model_fingerprint)
 def embed(documents: Artifact, settings: EmbedSettings, out: Draft, model: Artifact | None = None) -> None:
     """Embeds every document, train and held-out; only documents that are new to the model are computed.
 
@@ -49,7 +50,8 @@ def embed(documents: Artifact, settings: EmbedSettings, out: Draft, model: Artif
     ids = read_ids(documents)
     with EncoderPool(documents, settings, source) as pool:
         key = hashlib.sha256(
-            f"{pool.model_digest} {settings.embedding_maximum_characters} {settings.embedding_precision}".encode()
+            f"{pool.model_digest} {settings.embedding_maximum_characters} {settings.embedding_precision} "
+            f"{NORMALISATION}".encode()
         ).hexdigest()
         with _work_folder(key) as work:
             known = _earlier_embeddings(key, ids)

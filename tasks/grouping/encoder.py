@@ -21,6 +21,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, hash_file
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents.normalise import composed
 from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.documents.text_reader import TextReader
 from eclectus.tasks.grouping.embedding_log import Log
@@ -98,8 +99,11 @@ class Encoder:
         return digest.hexdigest()
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """Unit vectors [N, D] in the stored precision; zeros if the model gives zeros, infinities or NaN."""
-        cut = [text[: self.settings.embedding_maximum_characters] for text in texts]
+        """Unit vectors [N, D] in the stored precision; zeros if the model gives zeros, infinities or NaN.
+
+        Of composed texts, so that texts that read the same get the same vector (tasks/documents/normalise.py).
+        """
+        cut = [composed(text)[: self.settings.embedding_maximum_characters] for text in texts]
         vectors = np.asarray(self._encode(cut), np.float64).reshape(len(texts), -1)
         vectors[~np.isfinite(vectors).all(axis=1)] = 0
         norms = np.sqrt((vectors * vectors).sum(axis=1, keepdims=True))

@@ -24,17 +24,19 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents.shingles import MEASURE
+from eclectus.tasks.documents.split import DuplicateSettings
 from eclectus.tasks.documents.table import read_table
-from eclectus.tasks.grouping.duplicates import MEASURE, Overlaps, as_columns, near_duplicates
+from eclectus.tasks.grouping.duplicates import Overlaps, as_columns, near_duplicates
 from eclectus.tasks.grouping.instance_layout import plan
 from eclectus.tasks.grouping.nearest import exact_neighbors
 from eclectus.tasks.grouping.quality import draw, instance_quality, mean, order_quality, pair_similarities
 from eclectus.tasks.run import metric
-from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting, Settings
+from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting
 from eclectus.tasks.step import step
 
 
-class GroupSettings(Settings):
+class GroupSettings(DuplicateSettings):
     """How the order of the documents is found."""
 
     grouping: Literal["similarity", "random", "domain"] = Field(
@@ -48,12 +50,6 @@ class GroupSettings(Settings):
     duplicate_similarity: float = Field(
         0.9, ge=-1, le=1, description="Cosine similarity from which two documents may be near-duplicates."
     )
-    duplicate_overlap: float = Field(
-        0.7,
-        ge=0,
-        le=1,
-        description="Overlap of the texts (Jaccard of 5-character shingles) that confirms a near-duplicate.",
-    )
     group_instance_bytes: int = Field(
         2048,
         ge=64,
@@ -64,7 +60,7 @@ class GroupSettings(Settings):
     seed: int = SEED
 
 
-@step(makes="grouping", version=2)
+@step(makes="grouping", version=3)
 def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settings: GroupSettings, out: Draft) -> None:
     """Writes order.parquet (row, document, chain, partition, similarity to the previous document), duplicates.parquet,
     overlaps.parquet (the overlaps measured) and quality.png. Rows of the artifact: documents in the order.

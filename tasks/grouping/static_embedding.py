@@ -26,6 +26,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents.normalise import composed
 from eclectus.tasks.documents.table import read_batches, read_table
 from eclectus.tasks.grouping.static_model import StaticModel, averaging_matrix, flat_tokens
 from eclectus.tasks.reuse import earlier, is_whole
@@ -89,7 +90,7 @@ class StaticEmbeddingSettings(EmbeddingText):
     seed: int = SEED
 
 
-@step(makes="checkpoint", version=2)
+@step(makes="checkpoint", version=3)
 def train_embedding(documents: Artifact, settings: StaticEmbeddingSettings, out: Draft) -> None:
     """Trains a static embedding on the train split; the artifact's directory loads with `SentenceTransformer(path)`.
 
@@ -135,7 +136,7 @@ def sample_texts(documents: Artifact, settings: StaticEmbeddingSettings) -> list
     texts, row = [], 0
     for batch in _train_batches(documents, ["text", "split"]):
         part = batch.filter(chosen[row : row + len(batch)])
-        texts += [(text or "")[: settings.embedding_maximum_characters] for text in part["text"].to_pylist()]
+        texts += [composed(text or "")[: settings.embedding_maximum_characters] for text in part["text"].to_pylist()]
         row += len(batch)
     return texts
 

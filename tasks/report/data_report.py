@@ -1,6 +1,8 @@
 """The data report: what was ingested, where every record went, and chains of documents to read before training.
 
-    accounting   records = kept + rejected + exact duplicates; kept = grouped + near-duplicates + held out + excluded
+    accounting   records = kept + rejected + exact duplicates; kept = grouped + near-duplicates + held out + copies of
+                 held-out documents + excluded
+    held out     documents, works and shares by language, near-duplicates counted once; deviations from the setting
     contents     languages, domains, lengths; rejected records with reasons and examples; near-duplicates side by side
     grouping     its statistics and picture, the purity of instances, and some chains
 
@@ -67,7 +69,7 @@ class DataContents:
     picture: str = ""
 
 
-@step(makes="report", version=3)
+@step(makes="report", version=4)
 def data_report(
     ingested: Artifact,
     documents: Artifact,
@@ -76,12 +78,16 @@ def data_report(
     settings: DataReportSettings,
     out: Draft,
     replayed: Artifact | None = None,
+    divided: Artifact | None = None,
 ) -> None:
-    """Writes the report. ingested: as read; documents: with languages and split; instances: by training stage;
-    replayed: the documents of the review."""
+    """Writes the report. ingested: as read; documents: with languages and split; instances: by training stage.
+
+    replayed: the documents of the review. divided: the documents as `split` made them, before budgets.
+    """
 
     given = {name: each for name, each in instances.items() if each is not None}
-    accounts = account(ingested, documents, grouping)
+    divided = divided or documents
+    accounts = account(ingested, documents, grouping, divided)
     contents = DataContents(
         subtitle=_subtitle(accounts),
         tables=[_accounts_table(accounts), documents_table(documents), _lengths_table(documents)],
@@ -90,18 +96,23 @@ def data_report(
         duplicates=_duplicates(documents, grouping),
         picture=base64.b64encode(grouping.file("quality.png").read_bytes()).decode(),
     )
-    contents.tables += [table for table in (_rejected_table(ingested), instances_table(given)) if table]
+    more = (_shares_table(divided), _rejected_table(ingested), instances_table(given))
+    contents.tables += [table for table in more if table]
     out.file("data.html").write_text(_page(contents), "utf-8")
     out.file("data.md").write_text(_markdown(contents), "utf-8")
     out.rows = accounts["records"]
     out.statistics = {"accounts": accounts}
 
 
-def account(ingested: Artifact, documents: Artifact, grouping: Artifact) -> dict[str, int]:
+def account(
+    ingested: Artifact, documents: Artifact, grouping: Artifact, divided: Artifact | None = None
+) -> dict[str, int]:
     """Where every record went: `records` is the sum of all other counts. Raises EclectusError if it is not.
 
-    Excluded are documents of other or uncertain languages, or over their language's budget.
+    divided: the documents as `split` made them. Excluded are documents of other or uncertain languages, or over their
+    language's budget.
     """
+    copies = (divided or documents).statistics.get("copies_excluded", 0)
     statistics = ingested.statistics
     splits = read_table(documents, ["split"])["split"]
     split = {each["values"]: each["counts"] for each in pc.value_counts(splits).to_pylist()}
@@ -115,7 +126,8 @@ def account(ingested: Artifact, documents: Artifact, grouping: Artifact) -> dict
         "near-duplicates": int(train[near].sum()),
         "grouped for training": int(train[order].sum()),
         "held out": split.get("heldout", 0),
-        "set apart": split.get("apart", 0),
+        "copies across the split": copies,
+        "set apart": split.get("apart", 0) - copies,
     }
     if sum(accounts.values()) != 2 * accounts["records"]:
         raise EclectusError(f"the counts of {documents.name} and {grouping.name} do not add up: {accounts}")
@@ -133,7 +145,10 @@ def _accounts_table(accounts: dict[str, int]) -> Table:
         [Cell(SHOWN_AS.get(name, name)), Cell(count(number)), Cell(f"{100 * number / total:.1f}%")]
         for name, number in [*list(accounts.items())[1:], ("all records", accounts["records"])]
     ]
-    note = "Excluded: of another or an uncertain language, or over a language's budget."
+    note = (
+        "Copies across the split, which are in neither: near-duplicates of held-out documents, or of training documents "
+        "in held-out works. Excluded: of another or an uncertain language, or over a language's budget."
+    )
     return Table("Where every record went", ["", "records", "share"], rows, last=True, note=note)
 
 
@@ -147,6 +162,25 @@ def _lengths_table(documents: Artifact) -> Table:
         rows.append([Cell(language_name(language)), Cell(count(len(here))), *(Cell(size(each)) for each in spread)])
     head = ["language", "documents", "shortest tenth", "median", "longest tenth", "longest"]
     return Table("Lengths", head, rows, note="Of documents in the chosen languages, held-out ones included.")
+
+
+def _shares_table(divided: Artifact) -> Table | None:
+    """What is held out of each language, and the deviations from the setting."""
+    shares = divided.statistics.get("shares")
+    if not shares:
+        return None
+    rows = [
+        [
+            Cell(language_name(language)),
+            *(Cell(count(each[name])) for name in ("documents", "pages", "works", "heldout")),
+            Cell(f"{100 * each['share']:.1f}%"),
+        ]
+        for language, each in shares.items()
+    ]
+    head = ["language", "documents", "near-duplicates once", "works", "held out", "share"]
+    deviations = divided.statistics["deviations"]
+    note = "Deviating from the setting: " + "; ".join(deviations) if deviations else "As set, to a document or two"
+    return Table("Held out", head, rows, note=f"{note}. Works are held out whole, and near-duplicates once.")
 
 
 def _rejected_table(ingested: Artifact) -> Table | None:

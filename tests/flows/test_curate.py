@@ -107,7 +107,15 @@ def test_the_report_shows_what_was_rejected_and_chains_and_lets_no_text_become_m
     )
     curated = curate.fn(parameters)
     page, twin = (curated.data_report.file(f"data.{suffix}").read_text() for suffix in ("html", "md"))
-    for words in ("Where every record went", "Rejected", "Chain ", "Near-duplicates to check", "wrong type", "Greek"):
+    for words in (
+        "Where every record went",
+        "Held out",
+        "Rejected",
+        "Chain ",
+        "Near-duplicates to check",
+        "wrong type",
+        "Greek",
+    ):
         assert words in page and words in twin
     assert "<script" not in page and "<script" not in twin and "://" not in page
     (sources / "hostile.jsonl").unlink()

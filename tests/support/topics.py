@@ -72,6 +72,8 @@ def write_documents(store, rows):
                 columns = {}
                 for name in ("text", "language", "domain", "split", "group"):
                     columns[name] = [row.get(name) for row in part]
+                for name in ("name", "source", "work"):
+                    columns[name] = pa.array([row.get(name) for row in part], pa.string())
                 columns["document"] = [hashlib.sha256(row["text"].encode()).hexdigest()[:32] for row in part]
                 columns["bytes"] = [len(row["text"].encode()) for row in part]
                 writer.write(pa.table(columns))

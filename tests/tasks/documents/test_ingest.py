@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import random
+import unicodedata
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ import zstandard
 from eclectus.storage.artifact import ArtifactStore
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents import readers as read
-from eclectus.tasks.documents.digest_set import DigestSet
+from eclectus.tasks.documents.digest_set import DigestMap
 from eclectus.tasks.documents.ingest import (
     IngestSettings,
     check_sources,
@@ -335,16 +336,33 @@ def test_the_same_sources_give_the_same_artifact(store, tmp_path):
     assert run(store, [tmp_path / "a.jsonl"]).digest == run(store, [tmp_path / "a.jsonl"]).digest
 
 
-def test_a_digest_set_agrees_with_a_set_whatever_its_size():
+def test_a_digest_map_agrees_with_a_dict_whatever_its_size():
     source = random.Random(1)
     pool = [source.randbytes(15) + b"\0" for _ in range(300)] + [source.randbytes(16) for _ in range(700)]
     digests = [source.choice(pool) for _ in range(5000)]
-    small, reference = DigestSet(recent=16), set()
+    small, reference = DigestMap(recent=16), {}
     for start in range(0, len(digests), 37):
         part = digests[start : start + 37]
+        values = [source.randbytes(14) + b"\0\0" for _ in part]
         expected = []
-        for digest in part:
-            expected.append(digest not in reference)
-            reference.add(digest)
-        assert small.add(part) == expected
+        for digest, value in zip(part, values, strict=True):
+            expected.append(reference.get(digest))
+            reference.setdefault(digest, value)
+        assert small.add(part, values) == expected
     assert len(small) == len(reference)
+
+
+@pytest.mark.parametrize("text", [GREEK, TURKISH, "Árvíztűrő tükörfúrógép", "हिन्दी क़लम", "한국어 문장", "Ｆｕｌｌ ﬁne"])
+def test_twins_in_other_unicode_forms_are_exact_duplicates_of_the_first_which_stays_as_it_came(store, tmp_path, text):
+    forms = [
+        text,
+        *(unicodedata.normalize(form, text) for form in ("NFD", "NFC", "NFKD")),
+        "  " + text.replace(" ", "\n\n"),
+    ]
+    (tmp_path / "a.jsonl").write_bytes(lines(*({"id": i, "text": each} for i, each in enumerate(forms))))
+    documents = run(store, [tmp_path / "a.jsonl"])
+    kept = read_table(documents).to_pylist()
+    assert [row["text"] for row in kept] == [text]
+    assert kept[0]["document"] == hashlib.sha256(text.encode()).hexdigest()[:32]
+    assert {row["document"] for row in read_duplicates(documents).to_pylist()} == {kept[0]["document"]}
+    assert documents.statistics["duplicates"] == 4

@@ -46,7 +46,7 @@ def _changes(character):
 def test_every_code_point_that_decomposes_folds_or_combines_has_one_form_that_stays():
     points = [chr(point) for point in range(sys.maxunicode + 1) if not 0xD800 <= point < 0xE000]
     points = [*filter(_changes, points), *map(chr, range(0xAC00, 0xD7A4, 97)), "\u00ad", "\u200d", "\ufe0f"]
-    assert len(points) > 8_000
+    assert len(points) > 7_000
     for begin in range(0, len(points), 256):
         text = " x".join(points[begin : begin + 256])
         after = " ".join(f"a{point}\u0301" for point in points[begin : begin + 256])
