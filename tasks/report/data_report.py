@@ -146,8 +146,8 @@ def _accounts_table(accounts: dict[str, int]) -> Table:
         for name, number in [*list(accounts.items())[1:], ("all records", accounts["records"])]
     ]
     note = (
-        "Copies across the split, which are in neither: near-duplicates of held-out documents, or of training documents "
-        "in held-out works. Excluded: of another or an uncertain language, or over a language's budget."
+        "Copies across the split are in neither: near-duplicates of held-out documents, or of training documents in "
+        "held-out works. Excluded: of another or an uncertain language, or over a language's budget."
     )
     return Table("Where every record went", ["", "records", "share"], rows, last=True, note=note)
 
