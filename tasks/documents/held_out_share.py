@@ -109,18 +109,21 @@ def choose(shares: Shares, draw: np.ndarray, settings: ShareSettings) -> np.ndar
     minimum = np.where(shares.pages >= SMALL * settings.heldout_minimum, settings.heldout_minimum, 0)
     # Domains that are near a bound of their own keep what they get by themselves.
     bound = (NEAR * minimum > target) | (NEAR * target > settings.heldout_maximum)
+    full = np.zeros(len(shares.strata), bool)
     for number, works in enumerate(works_of):
         wanted = draw[works] < settings.heldout_fraction
-        held[works] = _nearest(
-            wanted, draw[works], shares.size[works], _Bounds.of_domain(target[number], minimum[number], settings)
-        )
+        bounds = _Bounds.of_domain(target[number], minimum[number], settings)
+        held[works] = _nearest(wanted, draw[works], shares.size[works], bounds)
+        full[number] = shares.size[works[held[works]]].sum() + HALF > bounds.most
     for numbers in shares.languages().values():
         works = np.concatenate([works_of[number] for number in numbers])
         total = np.maximum(target, minimum)[numbers].sum()
         at_bound = bound[shares.home[works]]
         free, fixed = works[~at_bound], works[at_bound]
         rest = total - shares.size[fixed[held[fixed]]].sum()
-        held[free] = _nearest(held[free], draw[free], shares.size[free], _Bounds.of_language(rest))
+        # What a language lacks comes from domains that have room, if it can.
+        turn = draw[free] + (~held[free] & full[shares.home[free]])
+        held[free] = _nearest(held[free], turn, shares.size[free], _Bounds.of_language(rest))
         _both_sides(held, works, draw, shares.size)
     return held
 
