@@ -17,7 +17,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.allowed_paths import check_roots
 from eclectus.tasks.documents.ingest import IngestSettings
 from eclectus.tasks.documents.languages import LanguageSettings
-from eclectus.tasks.documents.split import SplitSettings
+from eclectus.tasks.documents.split import DuplicateSettings, SplitSettings
 from eclectus.tasks.evaluation.benchmark import BenchmarkSettings
 from eclectus.tasks.evaluation.contamination import ContaminationSettings
 from eclectus.tasks.evaluation.evaluate import EvaluateSettings
@@ -265,7 +265,14 @@ class FileParameters(MainParameters, RetrainParameters):  # type: ignore[misc]
 # counts.
 GROUPS: dict[str, tuple[type[Settings], ...]] = {
     "documents": (IngestSettings, LanguageSettings, SplitSettings),
-    "grouping": (EmbeddingText, EmbedSettings, StaticEmbeddingSettings, NeighborSettings, GroupSettings),
+    "grouping": (
+        EmbeddingText,
+        EmbedSettings,
+        StaticEmbeddingSettings,
+        NeighborSettings,
+        GroupSettings,
+        DuplicateSettings,
+    ),
     "packing": (TokenizerSettings, PackSettings, BudgetSettings, ReplaySettings),
     "model": (ArchitectureSettings, LorySettings),
     "pre-training": (PretrainSettings,),

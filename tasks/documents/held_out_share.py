@@ -26,9 +26,14 @@ MOST_DEVIATIONS = 20
 class ShareSettings(Protocol):
     """The settings of the split that decide on shares."""
 
-    heldout_fraction: float
-    heldout_minimum: int
-    heldout_maximum: int
+    @property
+    def heldout_fraction(self) -> float: ...
+
+    @property
+    def heldout_minimum(self) -> int: ...
+
+    @property
+    def heldout_maximum(self) -> int: ...
 
 
 class Shares:
