@@ -8,7 +8,8 @@
 The two are kept apart because attention is the same in models of one width and depth: a ratio of products alone is the
 stricter one (torch counts no attention on CPU). A mixture's experts count for the tokens that choose them, however they
 are computed (`masked` experts on a GPU compute more). Gradient checkpointing, losses, norms and the optimizer are not
-counted.
+counted, nor is the pass without gradients over further micro-batches by which a balance loss counts the choices of a
+whole step (models/training/losses.py).
 
 Lory pays for merging: per layer and segment of T tokens one product [1, E] x [E, P] in the forward pass and three in
 the backward pass (merged again, gradients of weights and of experts), P = 3 D F. So its FFNs cost 1 + 4 E / (3 T) times

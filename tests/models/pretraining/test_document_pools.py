@@ -15,8 +15,9 @@ from eclectus.models.pretraining.document_pools import (
 )
 from eclectus.models.training.flops import count_flops
 from eclectus.models.training.instances import IGNORED, Batch
-from eclectus.models.training.losses import Pass
+from eclectus.models.training.losses import Pass, Step
 from eclectus.models.training.objectives import balanced
+from eclectus.models.training.process import Process
 from tests.support.tiny_training import SHAPE
 
 END = 2
@@ -177,6 +178,23 @@ def test_balance_counts_actual_choices_and_reaches_experts_outside_every_pool(de
     torch.testing.assert_close(balance, E * K * (share * mean).sum())
     gradient = torch.autograd.grad(balance, output.router_logits[0])[0][real]
     assert (gradient.sum(0)[share < 0.01] < 0).all() or (share >= 0.01).all(), "unused experts gain"
+
+
+@pytest.mark.parametrize("size", [0, 4])
+def test_the_gradient_of_a_step_does_not_depend_on_how_it_is_cut(dense, size):
+    """Rows of unequal padding, one of whose documents stands in both; pools and shares of choices are those of all."""
+    model, whole, found = perturbed(dense.double(), size).double().train(), batch_of(), []
+    fields = [getattr(whole, name) for name in whole.__dataclass_fields__]
+    rows = [Batch(*(each[row : row + 1] for each in fields)) for row in range(2)]
+    for batches in ([whole], rows, rows[::-1]):
+        parts = Step(pooled(), batches, Process())
+        parts.survey(model)
+        for number in range(len(batches)):
+            parts.measure(model, number)[0].backward()
+        found.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+        model.zero_grad()
+    for each in found[1:]:
+        assert (each - found[0]).norm() / found[0].norm() < 1e-6
 
 
 def test_without_a_restriction_the_objective_is_that_of_top_k(dense):
