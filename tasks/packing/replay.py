@@ -10,9 +10,10 @@ drawn, not for what was wanted:
              where one group has too few documents, fewer of the other are drawn
     spread   a group's documents are spread evenly over its languages; a language with fewer gives all of them
 
-A corpus of which this share is hardly anything gets at least LEAST_TOKENS of original text, and the log says that this
-is more than was asked for. Only documents of the train split are drawn; a language's sample under one seed is the
-beginning of one random order. Tokens are estimated from bytes, by a sample of each language, as in `budget`.
+Without a setting the share is the paper's 1%; where that is under LEAST_TOKENS, as many are drawn, up to 10%, and the
+log says so: in the main job 1% of stage 1's text is 6 documents. Only documents of the train split are drawn; a
+language's sample under one seed is the beginning of one random order. Tokens are estimated from bytes, by a sample of
+each language, as in `budget`.
 Price: two passes over the documents and the sample's tokens, 30 bytes of memory per document.
 """
 
@@ -38,8 +39,9 @@ from eclectus.tasks.step import step
 
 PAPER_ORIGINAL, PAPER_EXPANDED = 50_000, 100_000
 ORIGINALS_PER_EXPANDED = 0.5
-# 16 instances of 512: what the routers are reviewed on should be more than a handful of documents.
-LEAST_TOKENS = 8_192
+PAPER_SHARE, LARGEST_SHARE = 0.01, 0.1
+# 128 instances of 512: what the routers are reviewed on should be more than a handful of documents.
+LEAST_TOKENS = 65_536
 # Without a tokenizer.
 BYTES_PER_TOKEN = 4.0
 GROUPS = ("original", "expanded")
@@ -61,11 +63,11 @@ class ReplaySettings(Settings):
         "documents to an original one, up to 100,000.",
     )
     review_original_share: float = Field(
-        0.01,
-        gt=0,
+        0,
+        ge=0,
         le=1,
-        description="Most original text in the review, as a share of the tokens of stage 1's text (paper: under 0.01); "
-        "not applied where one of the two counts is given.",
+        description="Most original text in the review, as a share of the tokens of stage 1's text; not applied where "
+        "one of the two counts is given. 0: the paper's 0.01; where that is under 65,536 tokens, as many, up to 0.1.",
     )
     seed: int = SEED
 
@@ -165,14 +167,21 @@ def spread(most: dict[str, int], total: int) -> dict[str, int]:
 
 
 def _within_share(supply: dict[str, Supply], most: dict[str, int], settings: ReplaySettings) -> int:
-    """The most original documents with at most the wanted share of stage 1's tokens, or with LEAST_TOKENS."""
-    limit = max(LEAST_TOKENS, settings.review_original_share * _stage1_tokens(supply))
+    """The most original documents with at most the wanted share of stage 1's tokens."""
+    limit = _most_tokens(_stage1_tokens(supply), settings)
     fits, over = 0, sum(most.values()) + 1
     while over - fits > 1:
         middle = (fits + over) // 2
         tokens = sum(supply[language].first(count) for language, count in spread(most, middle).items())
         fits, over = (middle, over) if tokens <= limit else (fits, middle)
     return fits
+
+
+def _most_tokens(stage1: float, settings: ReplaySettings) -> float:
+    """Original tokens that may be drawn, of so many tokens of stage 1's text."""
+    if settings.review_original_share:
+        return settings.review_original_share * stage1
+    return max(PAPER_SHARE * stage1, min(LEAST_TOKENS, LARGEST_SHARE * stage1))
 
 
 def _stage1_tokens(supply: dict[str, Supply]) -> float:
@@ -202,7 +211,7 @@ def _statistics(supply: dict[str, Supply], counts: dict[str, int], settings: Rep
         "expanded_tokens_per_original": round(totals["expanded_tokens"] / max(1, totals["original_tokens"]), 3),
         "stage1_tokens": round(stage1),
         "share_of_stage1": round(totals["original_tokens"] / stage1, 6),
-        "share_wanted": settings.review_original_share,
+        "share_limit": round(_most_tokens(stage1, settings) / stage1, 6),
         "languages": languages,
     }
 
@@ -215,10 +224,10 @@ def _summary(drawn: dict[str, Any]) -> str:
         f"{describe(drawn['original_tokens'])} and {describe(drawn['expanded_tokens'])} tokens; the originals are "
         f"{100 * drawn['share_of_stage1']:.3g}% of the {describe(drawn['stage1_tokens'])} tokens of stage 1's text"
     )
-    if drawn["share_of_stage1"] > drawn["share_wanted"]:
+    if drawn["share_of_stage1"] > PAPER_SHARE:
         text += (
-            f", more than review_original_share ({100 * drawn['share_wanted']:.3g}%): counts were given, or that share "
-            "of so little text would be too few documents to review; more text comes nearer to the paper"
+            f", more than the paper's {100 * PAPER_SHARE:.3g}% (here {describe(PAPER_SHARE * drawn['stage1_tokens'])} "
+            "tokens, few documents to review); with more text of the expanded languages the share comes down to it"
         )
     return text
 

@@ -75,7 +75,14 @@ def test_the_originals_are_at_most_the_wanted_share_of_the_text_of_stage_1():
         counts = drawn(settings, en=(9_000, 1000), el=(2_000, 1000), tr=(500, 2000))
         assert counts["en"] == share * 3_000 and counts["el"] + counts["tr"] == 2 * counts["en"]
     uneven = {"en": Supply("original", np.array([9_000.0, 10.0])), "el": Supply("expanded", np.full(90, 10_000.0))}
-    assert review_counts(uneven, ReplaySettings()) == {"en": 1, "el": 2}
+    assert review_counts(uneven, ReplaySettings(review_original_share=0.01)) == {"en": 1, "el": 2}
+
+
+@pytest.mark.parametrize(
+    ("stage1", "original"), [(10**5, 10), (655_360, 65), (3 * 10**6, 65), (10**7, 100), (10**8, 1000)]
+)
+def test_by_default_the_share_is_the_papers_or_64_thousand_tokens_or_a_tenth(stage1, original):
+    assert drawn(en=(9_000, 1000), el=(stage1 // 100, 100)) == {"en": original, "el": 2 * original}
 
 
 def test_two_expanded_documents_are_drawn_to_an_original_one_whichever_group_has_too_few():
@@ -112,7 +119,7 @@ def test_a_corpus_that_is_too_small_for_the_share_says_so_and_tokens_are_those_o
     bpe = make(store, tokenizer, documents=documents, settings=TokenizerSettings(tokenizer_vocabulary=300))
     review = make(store, replay, documents=documents, tokenizer=bpe, settings=ReplaySettings())
     statistics = review.statistics
-    assert "more than review_original_share (1%)" in messages[0] and "1:2;" in messages[0]
+    assert "more than the paper's 1%" in messages[0] and "1:2;" in messages[0]
     assert statistics["expanded_documents"] in (2 * statistics["original_documents"], sum(counts.values()) // 2)
     texts = read_table(review, ["text", "group"]).to_pylist()
     encode = TextTokens(load_tokenizer(bpe.path))
