@@ -11,8 +11,9 @@ from eclectus.flows.run import open_run
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.champions import PROMOTED, Decision, decisions, record, user_name
+from eclectus.tasks.evaluation.scores import REPEAT
 from eclectus.tasks.promotion.gate import Gate, read_gates
-from eclectus.tasks.promotion.promote import decide, find_base, find_candidate
+from eclectus.tasks.promotion.promote import decide, find_base, find_candidate, find_repeats
 from eclectus.tasks.settings import Settings
 
 
@@ -36,11 +37,13 @@ def promote(checkpoint: str, gate: str, line: str | None, force: str | None) -> 
     if artifact.kind != "checkpoint":
         raise EclectusError(f"{artifact.name} is no checkpoint, so it cannot be promoted")
     candidate, name, run = find_candidate(home, artifact)
-    chosen = _gate(gates, gate, line, name)
-    base = find_base(home, chosen.base, run)
+    training = REPEAT.match(name)
+    model, seed = (training["model"], f" seed {training['seed']}") if training else (name, "")
+    chosen = _gate(gates, gate, line, model)
+    base = find_base(home, f"{chosen.base}{seed}", run) or find_base(home, chosen.base, run)
     parameters = PromoteParameters(checkpoint=checkpoint, gate=str(gate), line=line, force=force)
     with open_run("promote", parameters, home) as opened:
-        decision = decide(replace(chosen, model=name), candidate, base)
+        decision = decide(replace(chosen, model=model), candidate, base, repeats=find_repeats(home, run))
         if force and decision.verdict != PROMOTED:
             decision = replace(
                 decision, verdict=PROMOTED, reason=f"{force} (the gate refused: {decision.reason})", by=user_name()

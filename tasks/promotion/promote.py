@@ -57,7 +57,7 @@ def decide(
         candidate=candidate.evaluations,
         base=base.evaluations if base else None,
         champion=opponent,
-        repeats=_repeats(gate_file, repeats or {}) or None,
+        repeats=_repeats(gate_file, repeats or {}, [candidate, base]) or None,
         settings=GateSettings(
             gate_line=gate_file.line,
             gate_model=gate_file.model,
@@ -81,13 +81,16 @@ def decide(
     return decision
 
 
-def _repeats(gate_file: Gate, repeats: Mapping[str, Artifact]) -> dict[str, Artifact]:
-    """Those of the candidate's model and of the base, under the names that the gate knows."""
+def _repeats(
+    gate_file: Gate, repeats: Mapping[str, Artifact], given: Sequence[Candidate | None]
+) -> dict[str, Artifact]:
+    """Those of the candidate's model and of the base, under the names that the gate knows; without `given` itself."""
+    firsts = [each.evaluations.get("text") for each in given if each]
     chosen = {}
     for name, evaluation in repeats.items():
         found = REPEAT.match(name)
         part = {gate_file.base: BASE, gate_file.model: CANDIDATE}.get(found["model"]) if found else None
-        if found and part:
+        if found and part and evaluation not in firsts:
             chosen[f"{part} seed {found['seed']}"] = evaluation
     return chosen
 
@@ -150,3 +153,17 @@ def find_base(home: Home, name: str, run: str) -> Candidate | None:
     if row is None:
         return None
     return find_candidate(home, home.store.find(f"checkpoint-{row[0]}"), run)[0]
+
+
+def find_repeats(home: Home, run: str) -> dict[str, Artifact]:
+    """Evaluations of further trainings in a run, by name as "stage 2 seed 1"."""
+    with connect(home) as connection:
+        rows = connection.execute(
+            """
+            select s.label, o.artifact from steps s join step_outputs o using (step)
+            where s.run = ? and s.name = 'evaluate' and s.state in ('completed', 'reused') order by s.label
+            """,
+            [run],
+        ).fetchall()
+    names = {label.removeprefix("evaluate "): digest for label, digest in rows}
+    return {name: home.store.find(f"evaluation-{digest}") for name, digest in names.items() if REPEAT.match(name)}

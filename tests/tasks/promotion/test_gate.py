@@ -253,6 +253,24 @@ def test_a_spread_that_a_gate_measured_is_used_by_the_next_decision_of_its_line(
     assert "spread 50%, the gate file's default" in other.rules[0]["reason"]
 
 
+def test_the_command_finds_the_further_trainings_of_the_evaluations_run(world, run, tmp_path, monkeypatch):
+    scored(world, world.models["dense"], "dense")
+    model = changed(world, lambda model: model.lm_head.weight.mul_(0.45))
+    scored(world, model, "stage 2")
+    for seed, by in ((1, 0.4), (2, 0.35)):
+        other = changed(world, lambda model, by=by: model.lm_head.weight.mul_(by))
+        scored(world, other, f"stage 2 seed {seed}")
+    (tmp_path / "gate.yaml").write_text("lines: {seeds: {rules: ['bits_per_byte.el <= base + 2 * spread']}}")
+    monkeypatch.setenv("ECLECTUS_HOME", str(run.home.root))
+    from eclectus.tasks import run as running
+
+    monkeypatch.setattr(running, "_current", None)
+    decision = promote(model.name, str(tmp_path / "gate.yaml"), None, None)
+    assert "between 3 trainings of this run" in decision.rules[0]["reason"]
+    decision = promote(other.name, str(tmp_path / "gate.yaml"), None, None)  # known as "stage 2 seed 2"
+    assert decision.line == "seeds" and "spread" in decision.rules[0]["reason"]
+
+
 def test_numbers_that_are_none_never_pass(results):
     broken = replace(results["model"], numbers={"collapsed_layers": math.nan})
     assert not check(Rule.read("collapsed_layers <= 0"), broken, None, None).passed

@@ -272,6 +272,21 @@ def test_data_settings_and_versions_are_told(page):
     assert "lory_segment" in shown and "torch" in shown
 
 
+def test_further_trainings_of_a_model_are_in_its_means_and_in_what_intervals_cover(job):
+    repeats = {
+        f"{name} seed {seed}": job["evaluations"][other]
+        for name, others in {"dense": ("dense", "stage 1"), "lory": ("lory", "stage 2")}.items()
+        for seed, other in enumerate(others, 1)
+    }
+    given = {kind: {name: job[kind][name] for name in ("dense", "lory")} for kind in ("evaluations", "checkpoints")}
+    with job["home"].store.draft("report") as draft:
+        report.function(**given, documents=job["documents"], settings=ReportSettings(), out=draft, repeats=repeats)
+        text = (draft.path / "report.md").read_text("utf-8")
+        assert " works and 3 trainings" in draft.statistics["verdict"][0]
+        assert draft.statistics["models"] == ["dense", "lory"]
+    assert "±" in text and "over works and 3 trainings" in text
+
+
 @pytest.mark.parametrize(
     "names", [["dense"], ["dense", "lory"], ["dense", "stage 1", "stage 2"], ["stage 2", "lory"], ["lory", "my model"]]
 )
