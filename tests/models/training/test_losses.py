@@ -18,6 +18,7 @@ from eclectus.models.extension.lory import post_pretrain_lory, review_lory, spli
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.mixture.experts import set_trainable, split_experts
 from eclectus.models.pretraining.baselines import top_k_from_dense
+from eclectus.models.pretraining.document_pools import document_pools_from_dense, pooled
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import micro_batches, train
 from eclectus.models.training.losses import Step
@@ -62,6 +63,12 @@ def top_k():
     return model
 
 
+def document_pools():
+    model = spread(document_pools_from_dense(tiny_dense(), 2, 2, pool_size=2, balance=ALPHA))
+    model.set_experts_implementation("eager")
+    return model
+
+
 def extended_lory(stage):
     model = spread(LoryForCausalLM.from_dense(tiny_dense(), EXPERTS, SEGMENT))
     model.config.original_experts = 2
@@ -79,6 +86,9 @@ KINDS = {
     "post_pretrain_lory": (lambda: extended_lory("post_pretrain"), post_pretrain_lory()),
     "review_lory": (lambda: extended_lory("review"), review_lory(GAMMA, [0])),
 }
+
+# Without a reference here: their own tests have one.
+OTHERS = {"document_pools": (document_pools, pooled(DOMAINS))}
 
 
 def mean(values):
@@ -185,7 +195,7 @@ def test_the_gradient_of_a_step_is_that_of_its_tokens_however_it_is_cut(folder, 
 
 def trained(folder, kind, process, work, **changes):
     """(what trained, what it was, metrics) of 6 steps."""
-    make, objective = KINDS[kind]
+    make, objective = (KINDS | OTHERS)[kind]
     model, metrics = make(), []
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     settings = plan(**{"stop": STEPS, "warmup": 0, "checkpoint_every": 99, "log_every": 3, **changes})
@@ -202,7 +212,7 @@ def trained(folder, kind, process, work, **changes):
 @pytest.fixture(scope="module")
 def whole(folder):
     """By kind, the training of one process with whole batches."""
-    return {kind: trained(folder, kind, Process(), folder / f"{kind} whole", micro_batch=4) for kind in KINDS}
+    return {kind: trained(folder, kind, Process(), folder / f"{kind} whole", micro_batch=4) for kind in KINDS | OTHERS}
 
 
 def check_same(found, metrics, whole, kind):
@@ -216,7 +226,7 @@ def check_same(found, metrics, whole, kind):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS | OTHERS)
 def test_six_steps_do_not_depend_on_the_micro_batches(folder, whole, kind, size):
     found, _, metrics = trained(folder, kind, Process(), folder / f"{kind} {size}", micro_batch=size)
     check_same(found, metrics, whole, kind)
@@ -251,7 +261,7 @@ def test_six_steps_of_two_processes_are_those_of_one(folder, whole):
     check_group(folder, whole, 2, ["balanced", "one_stage", "review_lory"], ["in ones", "sharded"])
 
 
-@pytest.mark.slow  # 8 objectives in 3 ways, in up to 4 processes
+@pytest.mark.slow  # 9 objectives in 3 ways, in up to 4 processes
 @pytest.mark.parametrize("world", [2, 4])
 def test_six_steps_of_any_objective_do_not_depend_on_the_processes(folder, whole, world):
-    check_group(folder, whole, world, list(KINDS), list(HOW))
+    check_group(folder, whole, world, list(KINDS | OTHERS), list(HOW))
