@@ -9,8 +9,9 @@ Near-duplicates, quotations and boilerplate count in proportion to their length,
 costs the windows that hold it. A text shorter than a window has none, and its share is NaN.
 
 Only the scored windows are kept: a sorted array of their hashes behind a table of one bit each, 32 bits a window, which
-answers for nearly all trained windows. Price: one pass over the training text, in blocks, 30 MB per CPU second, half of
-it normalisation; 30 bytes of memory per byte of scored text. Two windows share a hash by chance once in 10^19 pairs.
+answers for nearly all trained windows. Price: one pass over the training text, in blocks, 13 (half of it not ASCII) to
+30 MB (ASCII) per CPU second, at least half of it normalisation; 30 bytes of memory per byte of scored text. Two windows
+share a hash by chance once in 10^19 pairs.
 """
 
 from __future__ import annotations
