@@ -13,7 +13,6 @@ from eclectus.tasks.evaluation.scores import Scores, divergence
 from eclectus.tasks.evaluation.task_scores import Answers
 from eclectus.tasks.report import figures, tables
 from eclectus.tasks.report.chart import Chart
-from eclectus.tasks.report.cost_table import cost_table
 from eclectus.tasks.report.forgetting import forgetting_table, tasks_table
 from eclectus.tasks.report.formatting import count, listed
 from eclectus.tasks.report.tables import Facts, Table
@@ -110,7 +109,7 @@ def collect_contents(
     forgetting, tasks = forgetting_table(comparer, extras.answers), tasks_table(extras.answers, comparer.seen)
     by_domain = tables.scores_by_domain(comparer) if base.values("domain", group="original") else None
     by_language = tables.scores_by_language(comparer)
-    shown = (forgetting, by_domain, by_language, cost_table(comparer), tasks, tables.seen_table(comparer))
+    shown = (forgetting, by_domain, by_language, tables.cost_table(comparer), tasks, tables.seen_table(comparer))
     verdict = make_verdict(comparer, _frozen(checkpoints, history), extras.gates)
     verdict.notes += [f"Not evaluated: {each}" for each in extras.notes()]
     return Contents(

@@ -23,10 +23,10 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.history import History, read_history
+from eclectus.tasks.evaluation.costs import read_costs
 from eclectus.tasks.evaluation.scores import IntervalSettings, read_trainings
 from eclectus.tasks.evaluation.task_scores import Answers
 from eclectus.tasks.report.contents import Contents, Extras, collect_contents
-from eclectus.tasks.report.costs import read_costs
 from eclectus.tasks.report.drawing import draw_png
 from eclectus.tasks.report.figures import colour
 from eclectus.tasks.report.graph import draw_lineage

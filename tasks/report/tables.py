@@ -11,6 +11,7 @@ from eclectus.storage.lineage.history import History
 from eclectus.tasks.documents.language_codes import language_name
 from eclectus.tasks.documents.table import read_batches
 from eclectus.tasks.evaluation.changes import Change
+from eclectus.tasks.evaluation.costs import Cost, flops
 from eclectus.tasks.evaluation.scores import Scores
 from eclectus.tasks.report.formatting import count, in_words, number, percent, size
 from eclectus.tasks.report.significance import colour_note, coverage, tones
@@ -161,6 +162,45 @@ def routing_table(scores: Scores) -> Table:
     )
     head = ["", "entropy", "experts in use", "largest share", "specialisation, language", "specialisation, domain"]
     return Table(f"Routers of {scores.name}", head, rows, False, note)
+
+
+_COST_NOTE = (
+    "Bits per byte on the original languages. FLOPs of forward and backward, counted, not timed; the ratio is of "
+    "matrix products, below it with attention, the same in all models of a width and depth. Training: of all steps, "
+    "the shared dense warm-up included; seconds are of the last stage alone, over all processes. Active parameters: "
+    "those that one token passes through."
+)
+
+
+def cost_table(comparer: Comparer) -> Table | None:
+    """Score, parameters, FLOPs and seconds of every pre-trained model; None without any."""
+    if not any(name in comparer.scores for name in comparer.costs):
+        return None
+    base = comparer.costs.get(comparer.base.name)
+    rows = []
+    for name, each in comparer.scores.items():
+        if cost := comparer.costs.get(name):
+            change = comparer.change(name, group="original")
+            score = number(each.bits_per_byte(group="original"))
+            rows.append([Cell(name), Cell(score, percent(change.bits) if change else ""), *_cost_cells(cost, base)])
+    head = ["model", "bits per byte", "parameters", "active", "FLOPs per step", "times the base's", "training"]
+    on_gpu = any(cost.gpu_seconds is not None for cost in comparer.costs.values())
+    return Table("Cost beside score", [*head, "GPU seconds" if on_gpu else "CPU seconds"], rows, False, _COST_NOTE)
+
+
+def _cost_cells(cost: Cost, base: Cost | None) -> list[Cell]:
+    relative, with_attention = "", ""
+    if base is not None:
+        relative, with_attention = f"{cost.relative(base):.2f}", f"{cost.step / base.step:.2f}"
+    seconds = cost.cpu_seconds if cost.gpu_seconds is None else cost.gpu_seconds
+    return [
+        Cell(count(cost.parameters)),
+        Cell(count(cost.active)),
+        Cell(flops(cost.step)),
+        Cell(relative, with_attention),
+        Cell(flops(cost.training)),
+        Cell(f"{seconds:.1f}"),
+    ]
 
 
 def gate_table(decision: dict[str, Any]) -> Table:

@@ -12,8 +12,8 @@ from typing import Any
 
 from eclectus.tasks.documents.language_codes import language_name
 from eclectus.tasks.evaluation.changes import Change, compare
+from eclectus.tasks.evaluation.costs import CONTROL, Cost, times
 from eclectus.tasks.evaluation.scores import Scores
-from eclectus.tasks.report.costs import CONTROL, Cost, times
 from eclectus.tasks.report.formatting import count, listed, number, percent, within
 from eclectus.tasks.report.significance import significant, tone, tones
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from eclectus.tasks.report.cost_table import cost_table
-from eclectus.tasks.report.costs import Cost, flops, read_costs
+from eclectus.tasks.evaluation.costs import Cost, flops, read_costs
+from eclectus.tasks.report.tables import cost_table
 from eclectus.tasks.report.verdict import Comparer, make_verdict
 from tests.support.made_up_scores import made_up
 
