@@ -83,12 +83,13 @@ def _candidates(bytes_ND: np.ndarray, rank: np.ndarray, threshold: float) -> np.
         order, starts = _groups(bytes_ND, begin, width)
         if len(order) == 0:
             continue
-        group = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(order))))
+        sizes = np.diff(np.append(starts, len(order)))
+        group = np.repeat(np.arange(len(starts)), sizes)
         first = order[np.lexsort((-rank[order], group))[starts]][group]
         with_first = _estimates(bytes_ND, first, order)
         pairs = [np.stack([first, order], axis=1)[(with_first >= threshold - MARGIN) & (first != order)]]
-        # Two that surely repeat the group's first need not be compared with each other.
-        sure = with_first >= threshold + MARGIN
+        # Two of a large group that surely repeat its first need not be compared with each other.
+        sure = (with_first >= threshold + MARGIN) & (sizes > NEXT_IN_GROUP)[group]
         for step in range(1, NEXT_IN_GROUP):
             here = np.flatnonzero((group[step:] == group[:-step]) & ~(sure[step:] & sure[:-step]))
             one, other = order[here], order[here + step]

@@ -44,14 +44,15 @@ def varied(random, vocabulary, count):
 @pytest.mark.parametrize(("seed", "threshold"), [(0, 0.7), (1, 0.7), (2, 0.5), (3, 0.9)])
 def test_nearly_all_pairs_of_a_brute_force_search_are_found_and_none_that_it_does_not_find(tmp_path, seed, threshold):
     random = np.random.default_rng(seed)
-    texts = varied(random, words_of(random, ALPHABETS["hu"], 1500), 70)
+    texts = varied(random, words_of(random, ALPHABETS["hu"], 1500), 80)
     documents = write_documents(ArtifactStore(tmp_path), [{"text": text} for text in texts])
     found, overlaps = near_duplicate_pairs(documents, random.permutation(len(texts)), threshold)
     sets = [{text[i : i + 5] for i in range(len(text) - 4)} for text in map(normalised, texts)]
     exact = {(a, b): len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in combinations(range(len(texts)), 2)}
     expected = {pair for pair, value in exact.items() if value >= threshold}
     got = {tuple(pair): value for pair, value in zip(found.tolist(), overlaps.tolist(), strict=True)}
-    assert set(got) <= expected and len(got) >= 0.98 * len(expected) > 10
+    assert set(got) <= expected and len(expected) > 10
+    assert len(got) >= len(expected) - 1 - 0.02 * len(expected)
     assert [exact[pair] for pair in got] == pytest.approx(list(got.values()), abs=1e-3)
 
 
