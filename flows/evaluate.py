@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import Any
 
 from prefect import flow
@@ -17,7 +17,7 @@ from eclectus.flows.parameters import (
     PretrainParameters,
 )
 from eclectus.flows.pretrain import pretrain
-from eclectus.flows.run import current_home, once, open_run
+from eclectus.flows.run import current_home, name_repeats, once, open_run
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.champions import Decision
@@ -31,8 +31,8 @@ from eclectus.tasks.report.report import ReportSettings, report
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """Checkpoints and their evaluations by model name, the gate's decisions by line, and the report.
+class Measured:
+    """Checkpoints and what was measured on them, by model name.
 
     benchmarks, contaminations: of the models that have them. left_out: models that were not evaluated, with the reason.
     """
@@ -40,11 +40,22 @@ class Evaluated:
     curated: Curated
     checkpoints: dict[str, Artifact]
     evaluations: dict[str, Artifact]
+    benchmarks: dict[str, Artifact]
+    contaminations: dict[str, Artifact]
+    left_out: list[str]
+
+
+@dataclass(frozen=True)
+class Evaluated(Measured):
+    """The report, and the gate's decisions by line.
+
+    repeats, repeated: evaluations and checkpoints of further trainings of these models, by name as "lory seed 1".
+    """
+
     report: Artifact
-    benchmarks: dict[str, Artifact] = field(default_factory=dict)
-    contaminations: dict[str, Artifact] = field(default_factory=dict)
-    decisions: dict[str, Decision] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
+    decisions: dict[str, Decision]
+    repeats: dict[str, Artifact]
+    repeated: dict[str, Artifact]
 
 
 @flow(name="evaluate")
@@ -52,49 +63,88 @@ def evaluate(parameters: EvaluateParameters = EvaluateParameters()) -> Evaluated
     """Scores models on held-out documents and tasks, applies the gate, and writes the report."""
     parameters.check_together()
     with open_run("evaluate", parameters):
-        return evaluate_models(
-            *_checkpoints(parameters), parameters, read_gates(parameters.gate) if parameters.gate else {}
-        )
+        gates = read_gates(parameters.gate) if parameters.gate else {}
+        if parameters.seeds == 1:
+            return evaluate_models(*_checkpoints(parameters), parameters, gates)
+        first, *others = parameters.trainings()
+        alone = evaluate_alone(first)
+        trained = {each.seed_of_training: _trained(each) for each in others}
+        return _conclude(alone, name_repeats({first.seed_of_training: {}} | trained), parameters, gates)
+
+
+def evaluate_alone(training: EvaluateParameters) -> Evaluated:
+    """Evaluates one training of several and reports it, without a gate's decision: that needs the other trainings."""
+    evaluated: Evaluated = once(evaluate, EvaluateParameters.of(training, gate=""))
+    return evaluated
 
 
 def evaluate_models(
-    curated: Curated, checkpoints: dict[str, Artifact], parameters: EvaluationParameters, gates: dict[str, Gate]
+    curated: Curated,
+    checkpoints: dict[str, Artifact],
+    parameters: EvaluationParameters,
+    gates: dict[str, Gate],
+    repeated: dict[str, Artifact] | None = None,
 ) -> Evaluated:
-    """Scores these models on the held-out documents of the curated data, applies the gates, and writes the report."""
-    evaluations, left_out = _score(curated, checkpoints, parameters)
+    """Scores these models on the held-out documents of the curated data, applies the gates, and writes the report.
+
+    repeated: further trainings of the models, by name as "stage 2 seed 1".
+    """
+    left_out: list[str] = []
+    evaluations = _score(curated, checkpoints, parameters, left_out, parameters.seed_label)
+    if not evaluations:
+        raise EclectusError("no model could be evaluated; " + "; ".join(left_out))
     benchmarks = _benchmark(curated, checkpoints, parameters, left_out)
     seen = _contaminations(curated, checkpoints, evaluations, benchmarks, parameters)
-    kinds = {"text": evaluations, "tasks": benchmarks, "contamination": seen}
+    measured = Measured(curated, checkpoints, evaluations, benchmarks, seen, left_out)
+    return _conclude(measured, repeated or {}, parameters, gates)
+
+
+def _conclude(
+    measured: Measured, repeated: dict[str, Artifact], parameters: EvaluationParameters, gates: dict[str, Gate]
+) -> Evaluated:
+    """Scores the further trainings, applies the gates to the first one, and writes the report of all."""
+    curated, evaluations, left_out = measured.curated, measured.evaluations, [*measured.left_out]
+    # Further trainings are compared with the first one, so those of a model that was left out are of no use.
+    further = {name: each for name, each in repeated.items() if name.rpartition(" seed ")[0] in evaluations}
+    repeats = _score(curated, further, parameters, left_out)
+    kinds = {"text": evaluations, "tasks": measured.benchmarks, "contamination": measured.contaminations}
     candidates: dict[str, Candidate] = {}
     for name in evaluations:
         results = {kind: by_model[name] for kind, by_model in kinds.items() if name in by_model}
-        candidates[name] = Candidate(checkpoints[name], results)
-    decisions = _decide(gates, candidates, parameters, left_out)
+        candidates[name] = Candidate(measured.checkpoints[name], results)
+    decisions = _decide(gates, candidates, repeats, left_out)
+    alone = parameters.seeds == 1 and parameters.training_seed >= 0
     page = report(
+        label=f"report seed {parameters.training_seed}" if alone else "report",
         evaluations=evaluations,
-        checkpoints={name: checkpoints[name] for name in evaluations},
+        repeats=repeats or None,
+        checkpoints={name: measured.checkpoints[name] for name in evaluations},
         documents=curated.documents,
         grouping=curated.grouping,
         instances={"original": curated.original, "expanded": curated.expanded, "review": curated.review},
-        benchmarks=benchmarks,
-        contaminations=seen,
+        benchmarks=measured.benchmarks,
+        contaminations=measured.contaminations,
         gates={line: current_home().store.find(f"evaluation-{each.gate}") for line, each in decisions.items()},
         settings=ReportSettings.of(parameters, report_left_out=left_out),
     )
-    return Evaluated(curated, checkpoints, evaluations, page, benchmarks, seen, decisions, left_out)
+    shown = {each.name: getattr(measured, each.name) for each in fields(Measured)} | {"left_out": left_out}
+    return Evaluated(**shown, report=page, decisions=decisions, repeats=repeats, repeated=repeated)
 
 
 def _score(
-    curated: Curated, checkpoints: dict[str, Artifact], parameters: EvaluationParameters
-) -> tuple[dict[str, Artifact], list[str]]:
-    """(evaluations by model, models that failed with the reason). Raises EclectusError if all failed."""
+    curated: Curated,
+    checkpoints: dict[str, Artifact],
+    parameters: EvaluationParameters,
+    left_out: list[str],
+    seed_label: str = "",
+) -> dict[str, Artifact]:
+    """Evaluations by model; models that failed are added to left_out with the reason."""
     settings = EvaluateSettings.of(parameters, evaluation_context=parameters.lory_segment)
     evaluations: dict[str, Artifact] = {}
-    left_out: list[str] = []
     for name, checkpoint in checkpoints.items():
         try:
             evaluations[name] = score(
-                label=f"evaluate {name}",
+                label=f"evaluate {name}{seed_label}",
                 documents=curated.documents,
                 tokenizer=curated.tokenizer,
                 checkpoint=checkpoint,
@@ -102,9 +152,7 @@ def _score(
             )
         except EclectusError as error:
             left_out.append(f"{name}: {error}")
-    if not evaluations:
-        raise EclectusError("no model could be evaluated; " + "; ".join(left_out))
-    return evaluations, left_out
+    return evaluations
 
 
 def _benchmark(
@@ -121,7 +169,10 @@ def _benchmark(
     for name, checkpoint in checkpoints.items():
         try:
             answers[name] = benchmark(
-                label=f"benchmark {name}", checkpoint=checkpoint, tokenizer=curated.tokenizer, settings=settings
+                label=f"benchmark {name}{parameters.seed_label}",
+                checkpoint=checkpoint,
+                tokenizer=curated.tokenizer,
+                settings=settings,
             )
         except EclectusError as error:
             left_out.append(f"{name}, tasks: {error}")
@@ -143,7 +194,7 @@ def _contaminations(
         if instances:
             given: dict[str, Any] = {"benchmark": benchmarks[name]} if name in benchmarks else {}
             seen[name] = contamination(
-                label=f"contamination {name}",
+                label=f"contamination {name}{parameters.seed_label}",
                 documents=curated.documents,
                 trained=trained,
                 instances=instances,
@@ -155,9 +206,12 @@ def _contaminations(
 
 
 def _decide(
-    gates: dict[str, Gate], candidates: dict[str, Candidate], parameters: EvaluationParameters, left_out: list[str]
+    gates: dict[str, Gate], candidates: dict[str, Candidate], repeats: dict[str, Artifact], left_out: list[str]
 ) -> dict[str, Decision]:
-    """The gate's decision by line of champions; lines whose model was not evaluated are added to left_out."""
+    """The gate's decision by line of champions; lines whose model was not evaluated are added to left_out.
+
+    The candidate is the first training, chosen before any score is known; the rules know the spread of all.
+    """
     decisions = {}
     for line, gate in gates.items():
         if gate.model in candidates:
@@ -166,6 +220,7 @@ def _decide(
                 candidates[gate.model],
                 candidates.get(gate.base),
                 list(candidates.values()),
+                repeats,
             )
         else:
             left_out.append(f"gate '{line}': its model '{gate.model}' was not evaluated")
@@ -182,7 +237,7 @@ def _checkpoints(parameters: EvaluateParameters) -> tuple[Curated, dict[str, Art
     if not parameters.base_model:
         pretrained = once(pretrain, PretrainParameters.of(parameters))
         curated = pretrained.curated
-        models = {"dense": pretrained.dense, "lory": pretrained.lory, **pretrained.baselines}
+        models = pretrained.models
     if parameters.expanded_languages:
         extended = once(extend, ExtendParameters.of(parameters))
         curated = extended.curated
@@ -191,3 +246,9 @@ def _checkpoints(parameters: EvaluateParameters) -> tuple[Curated, dict[str, Art
             models = {"lory": extended.base}
         models = (models or {"dense": extended.base}) | extended.checkpoints
     return curated, models
+
+
+def _trained(training: EvaluateParameters) -> dict[str, Artifact]:
+    """The models of a further training; a given base model is not trained again."""
+    _, models = _checkpoints(training)
+    return {name: model for name, model in models.items() if not (training.base_model and name == "dense")}

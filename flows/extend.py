@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefect import flow
@@ -10,7 +10,7 @@ from prefect import flow
 from eclectus.flows.curate import Curated, curate
 from eclectus.flows.parameters import CurateParameters, ExtendParameters, PretrainParameters
 from eclectus.flows.pretrain import pretrain
-from eclectus.flows.run import once, open_run
+from eclectus.flows.run import name_repeats, once, open_run
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.training.add_experts import AddExpertsSettings, add_experts, kind_of
@@ -23,12 +23,16 @@ from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
 
 @dataclass(frozen=True)
 class Extended:
-    """checkpoints: the trained models, by their names in the report."""
+    """checkpoints: the trained models, by their names in the report.
+
+    repeated: further trainings of them, as "stage 2 seed 1".
+    """
 
     curated: Curated
     base: Artifact
     upcycled: Artifact | None
     checkpoints: dict[str, Artifact]
+    repeated: dict[str, Artifact] = field(default_factory=dict)
 
 
 @flow(name="extend")
@@ -36,6 +40,10 @@ def extend(parameters: ExtendParameters = ExtendParameters()) -> Extended:
     """Upcycles a model and trains it on new languages (stage 1), then reviews the old ones (stage 2)."""
     parameters.check_together()
     with open_run("extend", parameters):
+        if parameters.seeds > 1:
+            trained = {each.seed_of_training: once(extend, each) for each in parameters.trainings()}
+            repeated = name_repeats({seed: each.checkpoints for seed, each in trained.items()})
+            return replace(trained[parameters.seed_of_training], repeated=repeated)
         base, curated = _base(parameters)
         start = recipe_of(parameters.extension_method).start
         upcycled = _with_experts(parameters, base, curated) if start == "upcycled" else None
@@ -48,8 +56,9 @@ def train_on(start: Artifact, curated: Curated, parameters: ExtendParameters) ->
     # A stage that is the same as in MoE-LPR gets the same settings, so that its result is reused.
     own = recipe.mixed or recipe.trained != "post_pretrain" or recipe.start != "upcycled"
     shared: dict[str, Any] = {} if own else {"extension_method": "moe_lpr"}
+    shared["seed"] = parameters.seed_of_training
     learned = train(
-        label="train stage 1" if recipe.reviewed else f"train {recipe.title}",
+        label=f"train {'stage 1' if recipe.reviewed else recipe.title}{parameters.seed_label}",
         instances=curated.expanded,
         review=curated.review if recipe.mixed else None,
         checkpoint=start,
@@ -60,7 +69,7 @@ def train_on(start: Artifact, curated: Curated, parameters: ExtendParameters) ->
     if not recipe.prior:
         shared["lpr_weight"] = 0.0
     reviewed = train(
-        label="train stage 2",
+        label=f"train stage 2{parameters.seed_label}",
         instances=curated.review,
         checkpoint=learned,
         settings=ExtendStageSettings.of(parameters, extend_stage="review", **shared),
@@ -73,13 +82,17 @@ def _base(parameters: ExtendParameters) -> tuple[Artifact, Curated]:
     if not parameters.base_model:
         pretrained = once(pretrain, PretrainParameters.of(parameters))
         return pretrained.lory if parameters.extension_base == "lory" else pretrained.dense, pretrained.curated
-    base = fetch(settings=FetchSettings.of(parameters))
+    base = once(_fetch_base, FetchSettings.of(parameters))
     return base, once(curate, CurateParameters.of(parameters, tokenizer=base.path))
+
+
+def _fetch_base(settings: FetchSettings) -> Artifact:
+    return fetch(settings=settings)
 
 
 def _with_experts(parameters: ExtendParameters, base: Artifact, curated: Curated) -> Artifact:
     """The base model with new experts, whether or not it has experts already."""
-    kind = kind_of(base)
+    kind, seed_label = kind_of(base), parameters.seed_label
     if kind in ("upcycled", "lory upcycled"):
         return base
     if kind != "dense":
@@ -88,15 +101,26 @@ def _with_experts(parameters: ExtendParameters, base: Artifact, curated: Curated
                 f"extension_method {parameters.extension_method} starts from a dense model, {base.name} has experts "
                 "already; choose moe_lpr, no_review or no_lpr, or give the dense base (eclectus export --extract-base)"
             )
-        return add_experts(instances=curated.original, checkpoint=base, settings=AddExpertsSettings.of(parameters))
+        return add_experts(
+            label=f"add_experts{seed_label}",
+            instances=curated.original,
+            checkpoint=base,
+            settings=AddExpertsSettings.of(parameters, seed=parameters.seed_of_training),
+        )
     similarity = None
     if parameters.extension_expert_budget:
         similarity = layer_similarity(
-            documents=curated.documents, checkpoint=base, settings=LayerSimilaritySettings.of(parameters)
+            label=f"layer_similarity{seed_label}",
+            documents=curated.documents,
+            checkpoint=base,
+            settings=LayerSimilaritySettings.of(parameters),
         )
-    random = (
-        {"extension_init": "drop", "extension_drop_ratio": 1.0}
-        if parameters.extension_method == "random_experts"
-        else {}
+    changes: dict[str, Any] = {"seed": parameters.seed_of_training}
+    if parameters.extension_method == "random_experts":
+        changes |= {"extension_init": "drop", "extension_drop_ratio": 1.0}
+    return upcycle(
+        label=f"upcycle{seed_label}",
+        checkpoint=base,
+        similarity=similarity,
+        settings=UpcycleSettings.of(parameters, **changes),
     )
-    return upcycle(checkpoint=base, similarity=similarity, settings=UpcycleSettings.of(parameters, **random))

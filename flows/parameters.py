@@ -7,7 +7,7 @@ that the command line can read them quickly.
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
@@ -148,8 +148,45 @@ class CurateParameters(
     """From sources to training instances."""
 
 
-class PretrainParameters(PretrainSettings, CurateParameters):  # type: ignore[misc]
+class RepeatSettings(Settings):
+    """How often the models of a run are trained. Steps know the seed of one training only, as their `seed`."""
+
+    seeds: int = Field(
+        1,
+        ge=1,
+        description="Trainings of every model, with the seeds seed, seed + 1, ... Intervals and the gate then know the "
+        "spread between trainings. Training takes this many times as long; the data is prepared once.",
+        json_schema_extra=BASIC,
+    )
+    training_seed: int = Field(
+        -1,
+        ge=-1,
+        description="Seed of the first training, if it differs from `seed`, the seed of data and evaluation: one more "
+        "training on the same data. -1: the same seed.",
+    )
+
+
+class PretrainParameters(RepeatSettings, PretrainSettings, CurateParameters):  # type: ignore[misc]
     """From sources to a Lory model and its dense twin."""
+
+    @property
+    def seed_of_training(self) -> int:
+        """Seed of the first training. The first one of a run on its own has the seed of the data, too."""
+        return self.seed if self.training_seed < 0 else self.training_seed
+
+    @property
+    def seed_label(self) -> str:
+        """What labels of steps and names of models end with: " seed 1", or nothing for the seed of the data."""
+        return "" if self.seed_of_training == self.seed else f" seed {self.seed_of_training}"
+
+    def trainings(self) -> list[Self]:
+        """The parameters of each training alone, in the order in which they run; itself if there is only one."""
+        if self.seeds == 1:
+            return [self]
+        first = self.seed_of_training
+        return [
+            self.model_copy(update={"seeds": 1, "training_seed": each}) for each in range(first, first + self.seeds)
+        ]
 
 
 class ExtendParameters(ExtendSettings, AddExpertsSettings, PretrainParameters):  # type: ignore[misc]
@@ -228,6 +265,13 @@ class EvaluateParameters(EvaluationParameters):
             from eclectus.tasks.promotion.gate import read_gates
 
             read_gates(self.gate)
+        for name in ("seeds", "training_seed") if self.evaluate_checkpoints else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise EclectusError(
+                    f"{name} is {getattr(self, name)}, but evaluate_checkpoints names models that are trained already, "
+                    f"so nothing is trained; leave out one of them (--{name.replace('_', '-')} "
+                    f"{type(self).model_fields[name].default})"
+                )
 
 
 class MainParameters(EvaluateParameters):
@@ -285,7 +329,7 @@ GROUPS: dict[str, tuple[type[Settings], ...]] = {
         ReviewSettings,
         ExtendParameters,
     ),
-    "all training": (TrainingSettings,),
+    "all training": (RepeatSettings, TrainingSettings),
     "evaluation": (EvaluateSettings, BenchmarkSettings, ContaminationSettings, EvaluateParameters),
     "retraining": (NewDocumentsSettings, RefreshSettings, RetrainParameters),
     "reports": (DataReportSettings, IntervalSettings, ReportSettings),

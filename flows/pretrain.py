@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prefect import flow
 
 from eclectus.flows.curate import Curated, curate
 from eclectus.flows.parameters import CurateParameters, PretrainParameters
-from eclectus.flows.run import once, open_run
+from eclectus.flows.run import name_repeats, once, open_run
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.training.fetch_model import FetchSettings, fetch
 from eclectus.tasks.training.pretrain import FROM_SCRATCH, PretrainStageSettings
@@ -17,12 +17,18 @@ from eclectus.tasks.training.pretrain import pretrain as train
 
 @dataclass(frozen=True)
 class Pretrained:
-    """baselines: the models of `pretrain_baselines`, by name."""
+    """baselines: the models of `pretrain_baselines`, by name. repeated: further trainings, as "lory seed 1"."""
 
     curated: Curated
     dense: Artifact
     lory: Artifact
     baselines: dict[str, Artifact] = field(default_factory=dict)
+    repeated: dict[str, Artifact] = field(default_factory=dict)
+
+    @property
+    def models(self) -> dict[str, Artifact]:
+        """The models of one training by name."""
+        return {"dense": self.dense, "lory": self.lory, **self.baselines}
 
 
 @flow(name="pretrain")
@@ -30,20 +36,27 @@ def pretrain(parameters: PretrainParameters = PretrainParameters()) -> Pretraine
     """Pre-trains a Lory model, its dense twin and the chosen baselines on the original languages."""
     parameters.check_together()
     with open_run("pretrain", parameters):
+        if parameters.seeds > 1:
+            # Models of one seed share warm-up and order of instances, so that they can be compared in pairs.
+            trained = {each.seed_of_training: once(pretrain, each) for each in parameters.trainings()}
+            repeated = name_repeats({seed: each.models for seed, each in trained.items()})
+            return replace(trained[parameters.seed_of_training], repeated=repeated)
         given = None
         tokens = CurateParameters.of(parameters)
         if parameters.dense_start:
-            given = fetch(label="fetch dense start", settings=FetchSettings(base_model=parameters.dense_start))
+            given = once(_fetch_start, FetchSettings(base_model=parameters.dense_start))
             tokens = CurateParameters.of(parameters, tokenizer=given.path)
         curated = once(curate, tokens)
 
         def stage(of: Curated, start: Artifact | None, name: str, label: str, **changes: str) -> Artifact:
             return train(
-                label=f"train {label}",
+                label=f"train {label}{parameters.seed_label}",
                 instances=of.original,
                 tokenizer=of.tokenizer,
                 start=start,
-                settings=PretrainStageSettings.of(parameters, pretrain_stage=name, **changes),
+                settings=PretrainStageSettings.of(
+                    parameters, pretrain_stage=name, seed=parameters.seed_of_training, **changes
+                ),
             )
 
         warm = given or stage(curated, None, "warmup", "dense warm-up")
@@ -61,3 +74,7 @@ def pretrain(parameters: PretrainParameters = PretrainParameters()) -> Pretraine
             else:
                 baselines[name] = stage(curated, None if name in FROM_SCRATCH else warm, name, name)
         return Pretrained(curated, dense, lory, baselines)
+
+
+def _fetch_start(settings: FetchSettings) -> Artifact:
+    return fetch(label="fetch dense start", settings=settings)

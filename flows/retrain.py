@@ -18,7 +18,7 @@ from eclectus.flows.curate import Curated, curate, read_documents
 from eclectus.flows.evaluate import Evaluated, evaluate_models
 from eclectus.flows.extend import extend, train_on
 from eclectus.flows.parameters import CurateParameters, ExtendParameters, RetrainParameters, gate_of
-from eclectus.flows.run import current_home, once, open_run
+from eclectus.flows.run import current_home, name_repeats, once, open_run
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.lineage.champions import champion, decisions
 from eclectus.storage.lineage.history import Made, read_history
@@ -36,6 +36,15 @@ class Retrained:
 
     news: Artifact
     evaluated: Evaluated | None
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """models: to evaluate, by their names in the gate's file. repeated: further trainings, as "stage 2 seed 1"."""
+
+    curated: Curated
+    models: dict[str, Artifact]
+    repeated: dict[str, Artifact]
 
 
 @flow(name="retrain")
@@ -61,21 +70,24 @@ def retrain(parameters: RetrainParameters = RetrainParameters()) -> Retrained:
             notify("retrain", f"Not trained: {reason}. The last evaluated model of line '{gate.line}', {outcome}.")
             return Retrained(found, None)
         notify("retrain", f"Training: {reason}.")
-        curated, models = _train_on(current, parameters) if current else _train_first(parameters)
-        evaluated = evaluate_models(curated, models, parameters, {gate.line: gate})
+        trained = _train_on(current, parameters) if current else _train_first(parameters)
+        evaluated = evaluate_models(trained.curated, trained.models, parameters, {gate.line: gate}, trained.repeated)
         decision = evaluated.decisions.get(gate.line)
         outcome = f"{decision.verdict}: {decision.reason}" if decision else "; ".join(evaluated.left_out)
         notify("retrain", f"Trained: {reason}. The gate of line '{gate.line}': {outcome}.")
         return Retrained(found, evaluated)
 
 
-def _train_first(parameters: RetrainParameters) -> tuple[Curated, dict[str, Artifact]]:
-    """(curated data, models to evaluate by their names in the gate's file)."""
-    made = once(extend, ExtendParameters.of(parameters))
-    return made.curated, {"dense": made.base, **made.checkpoints}
+def _train_first(parameters: RetrainParameters) -> _Trained:
+    made = {each.seed_of_training: once(extend, ExtendParameters.of(each)) for each in parameters.trainings()}
+    first = made[parameters.seed_of_training]
+    # A given base is not trained again.
+    bases = {seed: {} if parameters.base_model else {"dense": each.base} for seed, each in made.items()}
+    repeated = name_repeats({seed: bases[seed] | each.checkpoints for seed, each in made.items()})
+    return _Trained(first.curated, {"dense": first.base, **first.checkpoints}, repeated)
 
 
-def _train_on(current: Artifact, parameters: RetrainParameters) -> tuple[Curated, dict[str, Artifact]]:
+def _train_on(current: Artifact, parameters: RetrainParameters) -> _Trained:
     """Like `_train_first`, from the current champion; the models include the champion and its dense base."""
     made = _history([current.digest])
     curated = once(curate, CurateParameters.of(parameters, tokenizer=current.path))
@@ -91,7 +103,9 @@ def _train_on(current: Artifact, parameters: RetrainParameters) -> tuple[Curated
     curated = replace(curated, expanded=expanded)
     base = next((each.inputs["checkpoint"] for each in made.values() if each.step in EXTENDING), None)
     models = {"dense": current_home().store.find(f"checkpoint-{base}")} if base else {}
-    return curated, {**models, "champion": current, **train_on(current, curated, parameters)}
+    trained = {each.seed_of_training: train_on(current, curated, each) for each in parameters.trainings()}
+    models |= {"champion": current, **trained[parameters.seed_of_training]}
+    return _Trained(curated, models, name_repeats(trained))
 
 
 def _history(checkpoints: list[str]) -> dict[str, Made]:

@@ -27,6 +27,7 @@ import duckdb
 
 import eclectus
 from eclectus.flows.services.server import prefect_server
+from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.journal import Journal
@@ -183,13 +184,22 @@ def interrupts_noted(run: Run) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def once(flow: Any, parameters: Settings) -> Any:
-    """Calls a flow with these parameters at most once per run: several flows call the flows that they build on."""
-    results = require_run(f"flow '{flow.name}'").results
-    key = f"{flow.name} {parameters.model_dump_json()}"
+def once(call: Any, parameters: Settings) -> Any:
+    """Calls a flow or function with these parameters at most once per run: several flows call what they build on."""
+    name = getattr(call, "name", None) or call.__qualname__
+    results = require_run(f"flow '{name}'").results
+    key = f"{name} {parameters.model_dump_json()}"
     if key not in results:
-        results[key] = flow(parameters)
+        results[key] = call(parameters)
     return results[key]
+
+
+def name_repeats(models: dict[int, dict[str, Artifact]]) -> dict[str, Artifact]:
+    """Models by name of each training's seed -> all but the first training's, as "lory seed 1"."""
+    repeats: dict[str, Artifact] = {}
+    for seed in list(models)[1:]:
+        repeats |= {f"{name} seed {seed}": model for name, model in models[seed].items()}
+    return repeats
 
 
 def current_home() -> Home:

@@ -29,9 +29,7 @@ def _is_fine(measure: Measure) -> bool:
 
 
 def _runs(comparison: Comparison) -> tuple[list[str], list[tuple[Any, ...]]]:
-    rows = [
-        (group.name, run.run, run.state, run.settings.get("seed")) for group in comparison.groups for run in group.runs
-    ]
+    rows = [(group.name, run.run, run.state, run.seed) for group in comparison.groups for run in group.runs]
     return ["group", "run", "state", "seed"], rows
 
 
@@ -51,8 +49,8 @@ def _values(comparison: Comparison, measures: list[Measure]) -> tuple[list[str],
 def _cell(value: tuple[float, float | None, int] | None) -> str:
     if value is None:
         return ""
-    mean, spread, runs = value
-    return f"{mean:.4g}" if spread is None else f"{mean:.4g} ± {spread:.2g} ({runs})"
+    mean, spread, trainings = value
+    return f"{mean:.4g}" if spread is None else f"{mean:.4g} ± {spread:.2g} ({trainings})"
 
 
 def _short(value: Any) -> str:

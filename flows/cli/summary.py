@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import statistics
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,7 +27,11 @@ def summarize(run: Run, result: Any, terminal: Terminal) -> None:
     # `retrain` has no evaluation if it did not train.
     result = getattr(result, "evaluated", result)
     if hasattr(result, "evaluations"):
-        _scores(result.evaluations, terminal)
+        _scores(result.evaluations, result.repeats, terminal)
+        if result.repeats:
+            terminal.print("")
+            for sentence in result.report.statistics["verdict"]:
+                terminal.print(sentence)
         _decisions(result, terminal)
     if hasattr(result, "data_report"):
         _curation(result, terminal)
@@ -41,17 +46,33 @@ def summarize(run: Run, result: Any, terminal: Terminal) -> None:
         terminal.print(f"  {command}")
 
 
-def _scores(evaluations: dict[str, Any], terminal: Terminal) -> None:
-    """Bits per byte on held-out text by language and, for the original languages, by domain."""
-    scores = {name: artifact.statistics["bits_per_byte"] for name, artifact in evaluations.items()}
+def _scores(evaluations: dict[str, Any], repeats: dict[str, Any], terminal: Terminal) -> None:
+    """Bits per byte on held-out text by language and, for the original languages, by domain.
+
+    repeats: evaluations of further trainings, by name as "lory seed 1"; then numbers are means with their spread.
+    """
+    scores: dict[str, list[dict[str, Any]]] = {name: [] for name in evaluations}
+    for name, artifact in (evaluations | repeats).items():
+        model = name if name in scores else name.rpartition(" seed ")[0]
+        scores[model].append(artifact.statistics["bits_per_byte"])
     for part in ("language", "domain"):
-        rows = list(dict.fromkeys(row for score in scores.values() for row in score.get(part, {})))
+        rows = list(dict.fromkeys(row for each in scores.values() for row in each[0].get(part, {})))
         table = Table(f"bits per byte by {part}", *scores, box=None, header_style="bold", pad_edge=False)
         for row in rows:
-            values = (score.get(part, {}).get(row) for score in scores.values())
-            table.add_row(row, *("" if value is None else f"{value:.3f}" for value in values))
+            table.add_row(
+                row, *(_over_trainings([each.get(part, {}).get(row) for each in of]) for of in scores.values())
+            )
         terminal.print("")
         terminal.console.print(table)
+    if repeats:
+        terminal.print("mean ± standard deviation over the trainings of a model, where it was trained more than once")
+
+
+def _over_trainings(values: list[float | None]) -> str:
+    """The mean of a model's trainings with their sample standard deviation, if it has several."""
+    known = [value for value in values if value is not None]
+    spread = f" ± {statistics.stdev(known):.3f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.3f}{spread}" if known else ""
 
 
 def _curation(curated: Any, terminal: Terminal) -> None:
@@ -108,7 +129,7 @@ def _outputs(run: Run, result: Any) -> dict[str, Path]:
     if data_report is not None:
         paths["data report"] = run.home.root / "data.html"
         shutil.copyfile(data_report.file("data.html"), paths["data report"])
-    for name, artifact in getattr(result, "checkpoints", {}).items():
+    for name, artifact in (getattr(result, "checkpoints", {}) | getattr(result, "repeated", {})).items():
         paths[f"checkpoint {name}"] = Path(artifact.path)
     for name in ("dense", "lory", "upcycled", "original", "expanded", "review"):
         if (artifact := getattr(result, name, None)) is not None:

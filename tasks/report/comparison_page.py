@@ -22,7 +22,7 @@ def write_page(comparison: Comparison, measures: list[Measure]) -> str:
     runs = Table(
         "Runs", ["group", "run", "state", "seed"],
         [
-            [Cell(group.name), Cell(run.run), Cell(run.state), Cell(str(run.settings.get("seed", "")))]
+            [Cell(group.name), Cell(run.run), Cell(run.state), Cell(run.seed)]
             for group in comparison.groups for run in group.runs
         ],
     )  # fmt: skip
@@ -33,14 +33,14 @@ def write_page(comparison: Comparison, measures: list[Measure]) -> str:
     values = Table(
         "Measures", ["measure", *names],
         [[Cell(measure_name(each)), *_cells(comparison, each)] for each in measures],
-        note="Mean over the runs of a group; below it the standard deviation between its trainings, if it has several: "
-        "no interval, on these documents. A group of one run is one training and says nothing about another seed.",
+        note="Mean over the trainings of a group; below it the standard deviation between them, if it has several: "
+        "no interval, on these documents. A group of one training says nothing about another seed.",
     )  # fmt: skip
     number = sum(len(group.runs) for group in comparison.groups)
     return render(
         "compare.html.j2",
         title="Comparison of runs",
-        subtitle=f"{number} runs in {len(names)} groups; runs of a group differ only in the seed.",
+        subtitle=f"{number} runs in {len(names)} groups; runs of a group differ only in the seeds.",
         tables=[each for each in (runs, settings, values) if each.rows],
         colours={group.name: COLOURS[at % len(COLOURS)] for at, group in enumerate(comparison.groups)},
         curves=_curves(comparison),
@@ -51,7 +51,7 @@ def _cells(comparison: Comparison, measure: Measure) -> list[Cell]:
     cells = []
     for group in comparison.groups:
         value = group.value(measure)
-        spread = f"± {value[1]:.2g}, {value[2]} seeds" if value and value[1] is not None else ""
+        spread = f"± {value[1]:.2g}, {value[2]} trainings" if value and value[1] is not None else ""
         cells.append(Cell(f"{value[0]:.4g}" if value else "", spread))
     return cells
 
@@ -69,10 +69,13 @@ def _curves(comparison: Comparison) -> list[Chart]:
             continue
         series = []
         for at, group in enumerate(comparison.groups):
-            runs = [run for run in group.runs if (label, metric) in run.curves]
-            for seed, run in enumerate(runs):
-                tint, dash = COLOURS[at % len(COLOURS)], DASHES[seed % len(DASHES)]
-                series.append(curve(f"{group.name}, {run.run}", run.curves[label, metric], tint, dash))
+            drawn: dict[str, list[tuple[int, float]]] = {}
+            for run in group.runs:
+                for seed, points in run.curves.get((label, metric), {}).items():
+                    drawn[f"{group.name}, {run.run}{seed}"] = points
+            for order, (name, points) in enumerate(drawn.items()):
+                tint, dash = COLOURS[at % len(COLOURS)], DASHES[order % len(DASHES)]
+                series.append(curve(name, points, tint, dash))
         title = f"{label}, {metric.replace('_', ' ')}"
         charts.append(Chart(f"curve-{number}", title, "lines", tuple(series), "training step", "nats per token"))
     return charts

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 
 import eclectus.flows.pretrain
-from eclectus.flows.curate import curate
 from eclectus.flows.parameters import PretrainParameters
 from eclectus.flows.run import open_run
 from eclectus.storage.home import Home
 from eclectus.tasks.corpus import CorpusSettings, write_corpus
 from eclectus.tasks.evaluation.evaluate import EvaluateSettings, evaluate
+from tests.support.unserved import call_as_functions
 
 pytestmark = pytest.mark.slow
 SMALL = {
@@ -33,15 +33,6 @@ SMALL = {
 }
 
 
-class Unserved:
-    """The flow `curate` called as a function, without a Prefect server."""
-
-    name = "curate"
-
-    def __call__(self, parameters):
-        return curate.fn(parameters)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("pretrain")
@@ -53,10 +44,10 @@ def world(tmp_path_factory):
 
 def pretrained(world, monkeypatch, **changes):
     """(the flow's result, step states by label, bits per byte by model)"""
-    monkeypatch.setattr(eclectus.flows.pretrain, "curate", Unserved())
+    call_as_functions(monkeypatch)
     parameters = PretrainParameters(**{**SMALL, "sources": [str(world.corpus)], **changes})
     with open_run("pretrain", parameters, world.home) as run:
-        made = eclectus.flows.pretrain.pretrain.fn(parameters)
+        made = eclectus.flows.pretrain.pretrain(parameters)
         scores = {}
         for name, checkpoint in {"dense": made.dense, "lory": made.lory, **made.baselines}.items():
             scores[name] = evaluate(

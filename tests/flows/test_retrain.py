@@ -8,12 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import eclectus.flows.evaluate
-import eclectus.flows.extend
-import eclectus.flows.retrain
 from eclectus.flows.cli.main import main
-from eclectus.flows.curate import curate
-from eclectus.flows.extend import extend
 from eclectus.flows.parameters import RetrainParameters
 from eclectus.flows.retrain import retrain
 from eclectus.flows.run import open_run
@@ -23,6 +18,7 @@ from eclectus.storage.lineage.champions import champion
 from eclectus.storage.lineage.connection import query
 from tests.support.dense_bases import write_base
 from tests.support.displays import NullDisplay
+from tests.support.unserved import call_as_functions
 
 WORDS = {
     "en": "the ship left harbour court heard owner rain fell village letter engine market bread coast dawn",
@@ -66,10 +62,7 @@ def runs(tmp_path_factory):
         display = NullDisplay()
         with pytest.MonkeyPatch.context() as patch:
             # Flows called as functions: what is tested here needs no Prefect server.
-            for module in (eclectus.flows.evaluate, eclectus.flows.extend, eclectus.flows.retrain):
-                for flow in (curate, extend):
-                    if hasattr(module, flow.name):
-                        patch.setattr(module, flow.name, Called(flow))
+            call_as_functions(patch)
             with open_run("retrain", RetrainParameters(**given), home, [display]) as run:
                 given = retrain.fn(RetrainParameters(**given))
         said = [text for text in display.texts if not text.startswith("Held-out shares")]
@@ -87,14 +80,6 @@ def runs(tmp_path_factory):
     written(sources, "greek", {"el": 12}, 4)
     scheduled_run("promoted", expanded_languages=["tr", "el"])
     return found
-
-
-class Called:
-    def __init__(self, flow):
-        self.name, self.flow = flow.name, flow
-
-    def __call__(self, parameters):
-        return self.flow.fn(parameters)
 
 
 @pytest.mark.slow

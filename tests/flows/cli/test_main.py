@@ -89,7 +89,7 @@ def test_help_describes_the_basic_settings_and_help_all_every_setting_by_group(c
     assert {name.replace("_", "-") for name in model.model_fields} | {"config"} == set(options["--help-all"]) - {
         "help-all"
     }
-    assert len(basic) <= 28
+    assert len(basic) <= 29
     assert f"{len(model.model_fields) - len(basic)} more settings" in helps["--help"]
     groups = [group for group, names in model.grouped().items() if any(map(model.is_basic, names))]
     assert [

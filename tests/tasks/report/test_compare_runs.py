@@ -58,8 +58,8 @@ def test_runs_that_differ_in_the_seed_alone_are_one_group_with_a_spread(home):
 
 def test_a_run_that_reused_training_tells_the_curve_of_the_run_that_trained(home):
     (group,) = compare_runs(home, ["r4"]).groups
-    assert group.runs[0].curves["train lory", "loss"] == [(1, 3.5), (2, 2.5), (3, 1.5)]
-    assert group.runs[0].values["train lory", "loss", ""] == 1.5
+    assert group.runs[0].curves["train lory", "loss"] == {"": [(1, 3.5), (2, 2.5), (3, 1.5)]}
+    assert list(group.runs[0].values["train lory", "loss", ""].values()) == [1.5]
 
 
 def test_runs_are_found_by_the_start_of_their_name_and_by_how_long_ago_they_were(home):
