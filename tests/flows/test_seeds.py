@@ -138,6 +138,13 @@ def test_the_first_report_is_there_before_the_second_training_and_the_last_one_h
         runs.home,
     )[1][0]
     assert {f"repeats.{model} seed 6" for model in MODELS} < set(inputs)
+    assert "2 trainings" in result.report.statistics["verdict"][0]
+    asked = (
+        "select i.name from steps s join step_inputs i using (step) "
+        f"where s.run = '{runs.two.run.id}' and s.label = 'gate extended'"
+    )
+    names = {name for (name,) in query(asked, runs.home)[1]}
+    assert {"repeats.candidate seed 6", "repeats.base seed 6"} < names
 
 
 @pytest.mark.slow
