@@ -104,9 +104,7 @@ def _conclude(
 ) -> Evaluated:
     """Scores the further trainings, applies the gates to the first one, and writes the report of all."""
     curated, evaluations, left_out = measured.curated, measured.evaluations, [*measured.left_out]
-    # Further trainings are compared with the first one, so those of a model that was left out are of no use.
-    further = {name: each for name, each in repeated.items() if name.rpartition(" seed ")[0] in evaluations}
-    repeats = _score(curated, further, parameters, left_out)
+    repeats = _score(curated, _distinct(measured, repeated, left_out), parameters, left_out)
     kinds = {"text": evaluations, "tasks": measured.benchmarks, "contamination": measured.contaminations}
     candidates: dict[str, Candidate] = {}
     for name in evaluations:
@@ -129,6 +127,25 @@ def _conclude(
     )
     shown = {each.name: getattr(measured, each.name) for each in fields(Measured)} | {"left_out": left_out}
     return Evaluated(**shown, report=page, decisions=decisions, repeats=repeats, repeated=repeated)
+
+
+def _distinct(measured: Measured, repeated: dict[str, Artifact], left_out: list[str]) -> dict[str, Artifact]:
+    """Further trainings that say something of the spread: of models that were evaluated, with weights of their own.
+
+    Those with the same weights as another training are added to left_out: so little data that its order is no choice.
+    """
+    known = {name: {measured.checkpoints[name].digest} for name in measured.evaluations}
+    distinct = {}
+    for name, checkpoint in repeated.items():
+        trained = known.get(name.rpartition(" seed ")[0])
+        if trained is None:
+            continue
+        if checkpoint.digest in trained:
+            left_out.append(f"{name}: its weights are those of another seed, so it does not count as a training")
+        else:
+            distinct[name] = checkpoint
+            trained.add(checkpoint.digest)
+    return distinct
 
 
 def _score(

@@ -39,7 +39,7 @@ def summarize(run: Run, result: Any, terminal: Terminal) -> None:
         _similarity(result.similarity.statistics, terminal)
     terminal.print("")
     for name, path in _outputs(run, result).items():
-        terminal.print(f"  {name:<22} {near(path)}")
+        terminal.print(f"  {name:<25} {near(path)}")
     terminal.print("")
     terminal.print("Try next:")
     for command in _next_commands(run, "group" if hasattr(result, "grouping") else None):
