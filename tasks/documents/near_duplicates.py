@@ -8,7 +8,7 @@
 
 A band is as wide as it can be while a pair at the threshold agrees in one of them with a probability of 0.995. So of a
 cluster of many copies not every pair is found, but each copy with the first of them.
-Price: 3,500 to 5,500 documents of 3 kB per second and core, so 4 to 5 minutes for a million; a candidate that is
+Price: 3,500 to 6,000 documents of 3 kB per second on one core, so 3 to 5 minutes for a million; a candidate that is
 verified is read and shingled again. Memory: 256 bytes per document and the shingles of 2,048 pairs.
 """
 

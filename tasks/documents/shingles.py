@@ -8,7 +8,8 @@
                every text: "optimal densification", Shrivastava 2017). Two texts agree in a byte with a probability of
                their overlap, plus 1/256 of the rest
 
-Price per core: shingles 10 MB/s, sketches 15 to 50 MB/s, most of it normalisation; an overlap 10 microseconds.
+Price per core: shingles 6 to 10 MB/s, sketches 11 to 80 MB/s, most of it normalisation; an overlap 10 to 70
+microseconds.
 """
 
 from __future__ import annotations
