@@ -9,8 +9,8 @@ bytes per document (tasks/documents/digest_set.py).
 
 A document's domain is its record's field; else it is taken from the file's name (`en.code.jsonl.gz` -> code; shard
 numbers and words like `train` are ignored), for text files from the folder's name; else it is "unknown". Its work is
-its record's field or follows from its id (tasks/documents/works.py). Price: one core reads, normalises, hashes and writes
-about 20 MB of gzipped JSON lines in many languages per second, and more of ASCII.
+its record's field or follows from its id (tasks/documents/works.py). Price: one core reads, normalises, hashes and
+writes about 20 MB of gzipped JSON lines in many languages per second, and more of ASCII.
 """
 
 from __future__ import annotations
