@@ -56,7 +56,7 @@ def train_on(start: Artifact, curated: Curated, parameters: ExtendParameters) ->
     # A stage that is the same as in MoE-LPR gets the same settings, so that its result is reused.
     own = recipe.mixed or recipe.trained != "post_pretrain" or recipe.start != "upcycled"
     shared: dict[str, Any] = {} if own else {"extension_method": "moe_lpr"}
-    shared["seed"] = parameters.seed_of_training
+    shared |= parameters.training
     learned = train(
         label=f"train {'stage 1' if recipe.reviewed else recipe.title}{parameters.seed_label}",
         instances=curated.expanded,

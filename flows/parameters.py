@@ -179,6 +179,11 @@ class PretrainParameters(RepeatSettings, PretrainSettings, CurateParameters):  #
         """What labels of steps and names of models end with: " seed 1", or nothing for the seed of the data."""
         return "" if self.seed_of_training == self.seed else f" seed {self.seed_of_training}"
 
+    @property
+    def training(self) -> dict[str, Any]:
+        """Settings of a training stage that depend on its seed: that of the data reads the instances as packed."""
+        return {"seed": self.seed_of_training, "reordered": self.seed_of_training != self.seed}
+
     def trainings(self) -> list[Self]:
         """The parameters of each training alone, in the order in which they run; itself if there is only one."""
         if self.seeds == 1:

@@ -54,9 +54,7 @@ def pretrain(parameters: PretrainParameters = PretrainParameters()) -> Pretraine
                 instances=of.original,
                 tokenizer=of.tokenizer,
                 start=start,
-                settings=PretrainStageSettings.of(
-                    parameters, pretrain_stage=name, seed=parameters.seed_of_training, **changes
-                ),
+                settings=PretrainStageSettings.of(parameters, pretrain_stage=name, **parameters.training, **changes),
             )
 
         warm = given or stage(curated, None, "warmup", "dense warm-up")

@@ -37,10 +37,13 @@ class Batch:
 
 
 class Instances:
-    """The instances in a directory: `len`, `batch(rows)`, `order(epoch, seed)`."""
+    """The instances in a directory: `len`, `batch(rows)`, `rows_of_step`.
 
-    def __init__(self, folder: Path | str) -> None:
-        folder = Path(folder)
+    reordered: the first epoch, too, is read in an order of the training's own seed, not in the stored order.
+    """
+
+    def __init__(self, folder: Path | str, reordered: bool = False) -> None:
+        folder, self._skipped_epochs = Path(folder), int(reordered)
         about = json.loads((folder / "instances.json").read_text())
         at = about["matrices"]["input_ids"]
         self.tokens = np.memmap(folder / at["file"], at["dtype"], "r", at["offset"], (at["rows"], at["columns"]))
@@ -69,7 +72,8 @@ class Instances:
 
     def rows_of_step(self, step: int, size: int, seed: int) -> np.ndarray:
         """The instance numbers [size] of a training step: a pure function of its arguments, for exact resuming."""
-        return rows_at(np.arange(step * size, (step + 1) * size), len(self), seed)
+        first = step * size + self._skipped_epochs * len(self)
+        return rows_at(np.arange(first, first + size), len(self), seed)
 
 
 def rows_at(positions: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -121,6 +121,9 @@ class ExtendStageSettings(MethodSettings, PostPretrainSettings, ReviewSettings, 
 
     extend_stage: Stage = Field(description="Which stage: post_pretrain or review.")
     original_languages: list[str] = Field(description="Languages of the dense model, as ISO 639-1 codes.")
+    reordered: bool = Field(
+        False, description="Read the instances in an order of the seed's own in the first epoch, too; not as packed."
+    )
 
     def key_values(self) -> dict[str, Any]:
         """Without the settings of the other stage and of other methods, on which the result does not depend."""
@@ -129,6 +132,7 @@ class ExtendStageSettings(MethodSettings, PostPretrainSettings, ReviewSettings, 
         )
         if self.extension_method == "one_stage":
             unused = {"review_learning_rate", "review_warmup_steps"}
+        unused |= {"reordered"} if not self.reordered else set()
         unused |= {"lora_rank"} if self.extension_method != "lora" else set()
         unused |= {"llama_pro_blocks"} if self.extension_method != "llama_pro" else set()
         return {name: value for name, value in super().key_values().items() if name not in unused}
@@ -258,7 +262,7 @@ def _data(settings: ExtendStageSettings, instances: str, review: str | None) -> 
     from eclectus.models.extension.methods import MixedInstances
     from eclectus.models.training.instances import Instances
 
-    data, steps = Instances(instances), settings.budget.steps
+    data, steps = Instances(instances, settings.reordered), settings.budget.steps
     if review is None:
         return data, steps
     replayed = settings.review_steps * settings.review_batch

@@ -184,6 +184,9 @@ class PretrainStageSettings(PretrainSettings):
     pretrain_stage: Literal[
         "warmup", "dense", "lory", "expert_choice", "top_k", "document_pools", "dense_equal_flops"
     ] = Field(description="Which stage: dense warm-up, dense twin, Lory or a baseline.")
+    reordered: bool = Field(
+        False, description="Read the instances in an order of the seed's own in the first epoch, too; not as packed."
+    )
 
     @property
     def from_scratch(self) -> bool:
@@ -200,6 +203,8 @@ class PretrainStageSettings(PretrainSettings):
         # The list of baselines changes no stage; the checkpoint to start from is an input.
         values = {k: v for k, v in super().key_values().items() if k != "pretrain_baselines"}
         values["dense_start"] = bool(self.dense_start)
+        if not self.reordered:
+            values.pop("reordered")
         if self.pretrain_stage in DENSE:
             # Lory's FLOPs, which the control must equal, depend on these.
             kept = (
@@ -293,7 +298,7 @@ def train_stage(
     from eclectus.tasks.packing.tokenizer import load_tokenizer
 
     chosen = PretrainStageSettings(**settings)
-    data, tokens = Instances(instances), load_tokenizer(tokenizer)
+    data, tokens = Instances(instances, chosen.reordered), load_tokenizer(tokenizer)
     stage, switch = chosen.pretrain_stage, chosen.switch_step
     clock = TrainingClock(report, process, Path(work))
     dense, dense_moments = _dense(start, chosen, data, tokens), load_moments_file(moments)

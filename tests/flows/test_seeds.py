@@ -15,10 +15,13 @@ from eclectus.flows.cli.summary import summarize
 from eclectus.flows.cli.terminal import Terminal
 from eclectus.flows.parameters import EvaluateParameters, MainParameters, PretrainParameters
 from eclectus.flows.run import open_run
+from eclectus.models.training.instances import Instances
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import query
 from eclectus.tasks.report.compare_runs import compare_runs
+from eclectus.tasks.training.pretrain import PretrainStageSettings
+from tests.support.tiny_training import write_instances
 from tests.support.unserved import call_as_functions
 
 WORDS = {
@@ -205,6 +208,23 @@ def test_trainings_have_the_seeds_that_follow_and_labels_name_all_but_that_of_th
     assert {(each.seed, each.seeds) for each in parameters.trainings()} == {(3, 1)}
     alone = PretrainParameters(seed=3)
     assert alone.trainings() == [alone] and alone.seed_label == ""
+
+
+def test_a_further_training_reads_its_first_epoch_in_an_order_of_its_own_and_the_first_one_keeps_its_key(tmp_path):
+    of = {"pretrain_stage": "dense"}
+    parameters = PretrainParameters(seed=5, seeds=2)
+    first, second = (PretrainStageSettings.of(each, **each.training, **of) for each in parameters.trainings())
+    assert first.key_values() == PretrainStageSettings.of(PretrainParameters(seed=5), **of).key_values()
+    assert "reordered" not in first.key_values() and second.key_values()["reordered"] is True
+    write_instances(tmp_path, count=20)
+    read = [Instances(tmp_path, each.reordered) for each in (first, second)]
+    orders = [
+        [each.rows_of_step(step, 4, seed).tolist() for step in range(5)]
+        for each, seed in zip((*read, read[1]), (5, 6, 7), strict=True)
+    ]
+    flat = [[row for step in order for row in step] for order in orders]
+    assert flat[0] == list(range(20)) and all(sorted(each) == flat[0] for each in flat)
+    assert len({tuple(each) for each in flat}) == 3
 
 
 def test_trained_checkpoints_are_not_evaluated_over_seeds(tmp_path):
