@@ -73,6 +73,8 @@ def pack(mixture: Mixture, out: Path, base_tokenizer: Any = None) -> dict[str, A
     for each in documents:
         parts[each["split"]].append(each)
     tokenizer = base_tokenizer or train_tokenizer(parts["train"], mixture)
+    # A text that spells a special token is text.
+    tokenizer.encode_special_tokens = True
     tokenizer.save(str(out / "tokenizer.json"))
     draw = _Draw(parts["train"], tokenizer, mixture)
     end = tokenizer.token_to_id(END)
