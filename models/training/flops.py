@@ -7,9 +7,9 @@
 
 The two are kept apart because attention is the same in models of one width and depth: a ratio of products alone is the
 stricter one (torch counts no attention on CPU). A mixture's experts count for the tokens that choose them, however they
-are computed (`masked` experts on a GPU compute more). Gradient checkpointing, losses, norms and the optimizer are not
-counted, nor is the pass without gradients over further micro-batches by which a balance loss counts the choices of a
-whole step (models/training/losses.py).
+are computed (`masked` experts on a GPU compute more); where some experts are frozen, as if the choices were spread
+evenly over all. Not counted: gradient checkpointing, losses, norms, the optimizer, and the pass without gradients over
+further micro-batches by which a balance loss counts the choices of a whole step (models/training/losses.py).
 
 Lory pays for merging: per layer and segment of T tokens one product [1, E] x [E, P] in the forward pass and three in
 the backward pass (merged again, gradients of weights and of experts), P = 3 D F. So its FFNs cost 1 + 4 E / (3 T) times
@@ -25,6 +25,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,6 +141,9 @@ def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     twin: Any = copy.deepcopy(model, memo)
     twin.config._attn_implementation = "sdpa"
     twin.config._experts_implementation = "counted"
+    for module in twin.modules():
+        if hasattr(module, "frozen_gate_up"):
+            module.forward = partial(_counted_split, module)
     return twin.train()
 
 
@@ -148,6 +152,19 @@ def _counted_experts(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weigh
     rows = hidden.repeat_interleave(top_k_index.shape[-1], dim=0)
     gate, up = nn.functional.linear(rows, self.gate_up_proj[0]).chunk(2, dim=-1)
     y = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[0]) * top_k_weights.reshape(-1, 1)
+    return y.view(len(hidden), -1, hidden.shape[-1]).sum(1).to(hidden.dtype)
+
+
+def _counted_split(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The same of experts of which some are frozen (models/mixture/experts.py): their rows have no weight gradient."""
+    rows = hidden.repeat_interleave(top_k_index.shape[-1], dim=0)
+    border = round(len(rows) * self.num_frozen / self.num_experts)
+
+    def linear(x: Tensor, frozen: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([nn.functional.linear(x[:border], frozen[0]), nn.functional.linear(x[border:], new[0])])
+
+    gate, up = linear(rows, self.frozen_gate_up, self.new_gate_up).chunk(2, dim=-1)
+    y = linear(self.act_fn(gate) * up, self.frozen_down, self.new_down) * top_k_weights.reshape(-1, 1)
     return y.view(len(hidden), -1, hidden.shape[-1]).sum(1).to(hidden.dtype)
 
 

@@ -90,12 +90,15 @@ def read_history(home: Home, run: str, artifacts: list[Artifact]) -> History:
 
 
 def _makers(connection: duckdb.DuckDBPyConnection) -> dict[str, dict[str, Any]]:
-    """By digest: the step that made the artifact, else one that reused it, with settings, inputs and statistics."""
+    """By digest: the step that made the artifact, else one that reused it, with settings, inputs and statistics.
+
+    A checkpoint of this home that was given as a base is `fetch`'s too; what trained it says more.
+    """
     rows = connection.execute(
         """
         select o.artifact, o.kind, s.step, s.name, s.label, a.statistics
         from step_outputs o join steps s using (step) join artifacts a using (artifact)
-        order by o.artifact, s.state = 'completed', s.ended
+        order by o.artifact, s.state = 'completed', s.name != 'fetch', s.ended
         """
     ).fetchall()
     makers = {

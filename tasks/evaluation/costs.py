@@ -1,7 +1,7 @@
 """What a model cost beside what it scored: FLOPs and seconds of its training, all and active parameters.
 
-Read from the statistics of the checkpoint (tasks/training/pretrain.py). Models that were not pre-trained here, and
-checkpoints of versions before, have no costs.
+Read from the statistics of the checkpoint (tasks/training/pretrain.py and extend.py). Models that were not trained
+here, and checkpoints of versions before, have no costs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ CONTROL = "dense_equal_flops"
 
 @dataclass(frozen=True)
 class Cost:
-    """step, attention: FLOPs of a training step, all of it and the part of attention. training: of all steps.
+    """step, attention: FLOPs of a training step, all of it and the part of attention. tokens: of a step.
 
-    cpu_seconds: over all processes; gpu_seconds: None on CPU. Both are of the last stage, without the dense warm-up.
+    training: FLOPs of all steps, of pre-training with the dense warm-up, of an extension with both stages.
+    cpu_seconds: over all processes; gpu_seconds: None on CPU. Both are of the last stage alone.
     """
 
     parameters: int
@@ -27,14 +28,18 @@ class Cost:
     training: int
     cpu_seconds: float
     gpu_seconds: float | None
+    tokens: int
 
     @property
     def products(self) -> int:
         return self.step - self.attention
 
     def relative(self, other: Cost) -> float:
-        """Matrix products of a step, divided by the other's (models/training/flops.py: the stricter ratio)."""
-        return self.products / other.products
+        """Matrix products per token, divided by the other's (models/training/flops.py: the stricter ratio)."""
+        return self.products / self.tokens / (other.products / other.tokens)
+
+    def relative_with_attention(self, other: Cost) -> float:
+        return self.step / self.tokens / (other.step / other.tokens)
 
 
 def read_costs(checkpoints: dict[str, Artifact]) -> dict[str, Cost]:
@@ -51,13 +56,14 @@ def read_costs(checkpoints: dict[str, Artifact]) -> dict[str, Cost]:
                 about["training_flops"],
                 about["cpu_seconds"],
                 about.get("gpu_seconds"),
+                about["tokens"] // about["steps"],
             )
     return costs
 
 
 def times(cost: Cost, other: Cost) -> str:
     """'1.48 times (1.27 with attention)'."""
-    return f"{cost.relative(other):.2f} times ({cost.step / other.step:.2f} with attention)"
+    return f"{cost.relative(other):.2f} times ({cost.relative_with_attention(other):.2f} with attention)"
 
 
 def flops(value: float) -> str:

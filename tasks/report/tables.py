@@ -165,25 +165,29 @@ def routing_table(scores: Scores) -> Table:
 
 
 _COST_NOTE = (
-    "Bits per byte on the original languages. FLOPs of forward and backward, counted, not timed; the ratio is of "
-    "matrix products, below it with attention, the same in all models of a width and depth. Training: of all steps, "
-    "the shared dense warm-up included; seconds are of the last stage alone, over all processes. Active parameters: "
-    "those that one token passes through."
+    "FLOPs of forward and backward, counted, not timed; the ratio is of matrix products per token, below it with "
+    "attention, the same in all models of a width and depth. Training: of all steps, with the shared dense warm-up, or "
+    "of both stages of an extension; seconds are of the last stage alone, over all processes. Active parameters: those "
+    "that one token passes through."
 )
 
 
 def cost_table(comparer: Comparer) -> Table | None:
-    """Score, parameters, FLOPs and seconds of every pre-trained model; None without any."""
+    """Scores, parameters, FLOPs and seconds of every model that was trained here; None without any."""
     if not any(name in comparer.scores for name in comparer.costs):
         return None
     base = comparer.costs.get(comparer.base.name)
+    groups = [group for group in ("original", "expanded") if comparer.base.where(group=group).any()]
     rows = []
     for name, each in comparer.scores.items():
         if cost := comparer.costs.get(name):
-            change = comparer.change(name, group="original")
-            score = number(each.bits_per_byte(group="original"))
-            rows.append([Cell(name), Cell(score, percent(change.bits) if change else ""), *_cost_cells(cost, base)])
-    head = ["model", "bits per byte", "parameters", "active", "FLOPs per step", "times the base's", "training"]
+            scores = []
+            for group in groups:
+                change = comparer.change(name, group=group)
+                scores.append(Cell(number(each.bits_per_byte(group=group)), percent(change.bits) if change else ""))
+            rows.append([Cell(name), *scores, *_cost_cells(cost, base)])
+    head = ["model", *(f"bits per byte, {group}" for group in groups), "parameters", "active", "FLOPs per step"]
+    head += ["times the base's", "training"]
     on_gpu = any(cost.gpu_seconds is not None for cost in comparer.costs.values())
     return Table("Cost beside score", [*head, "GPU seconds" if on_gpu else "CPU seconds"], rows, False, _COST_NOTE)
 
@@ -191,7 +195,7 @@ def cost_table(comparer: Comparer) -> Table | None:
 def _cost_cells(cost: Cost, base: Cost | None) -> list[Cell]:
     relative, with_attention = "", ""
     if base is not None:
-        relative, with_attention = f"{cost.relative(base):.2f}", f"{cost.step / base.step:.2f}"
+        relative, with_attention = f"{cost.relative(base):.2f}", f"{cost.relative_with_attention(base):.2f}"
     seconds = cost.cpu_seconds if cost.gpu_seconds is None else cost.gpu_seconds
     return [
         Cell(count(cost.parameters)),

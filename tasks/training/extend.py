@@ -186,6 +186,8 @@ def extend(
             },
             what=f"training {settings.extend_stage.replace('_', '-')}",
         )
+    if settings.extend_stage == "review":
+        out.statistics["training_flops"] += checkpoint.statistics.get("training_flops", 0)
 
 
 def _repeats(settings: ExtendStageSettings, instances: Artifact) -> str:
@@ -212,11 +214,14 @@ def train_stage(
 ) -> dict[str, Any]:
     """Runs on every training worker; rank 0 writes the checkpoint into `out`. Returns its statistics."""
     from eclectus.models.extension.methods import save_method, untrained_digest
+    from eclectus.models.training.clock import TrainingClock
+    from eclectus.models.training.flops import count_parameters, step_flops
     from eclectus.models.training.loop import train
     from eclectus.models.training.parallel import gather_model
 
     chosen = ExtendStageSettings(**settings)
     data, steps = _data(chosen, instances, review)
+    clock = TrainingClock(report, process, Path(work))
     model = _open(chosen, checkpoint)
     _check_tokens(data, model, checkpoint)
     untrained, original = untrained_digest(model), _original_digest(model)
@@ -233,15 +238,22 @@ def train_stage(
         learning_rate=chosen.budget.learning_rate,
         warmup=chosen.budget.warmup_steps,
     )
-    train(model, data, _objective(chosen, data, checkpoint), plan, process, Path(work), report, check=check_frozen)
+    parameters, active = count_parameters(model)
+    flops = step_flops(model, plan, process.world, data.length)
+    objective = _objective(chosen, data, checkpoint)
+    train(model, data, objective, plan, process, Path(work), clock.report, check=check_frozen)
     check_frozen(plan.stop)
-    parameters = [parameter.numel() for parameter in model.parameters()]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     statistics = {
         "model": type(model).__name__,
         "method": chosen.extension_method,
-        "parameters": sum(parameters),
+        "parameters": parameters,
+        "active_parameters": active,
         "parameters_trained": trained,
+        "flops_per_step": flops.total,
+        "attention_flops_per_step": flops.attention,
+        "training_flops": flops.times(plan.stop).total,
+        **clock.read(),
         "steps": plan.stop,
         "tokens": plan.stop * plan.batch * data.length,
         "epochs": round(plan.stop * plan.batch / len(data), 3),

@@ -69,10 +69,10 @@ def digest(number):
     return f"{number:064x}"
 
 
-def write_step(journal, step, output, inputs=(), kind="documents", state="completed", **settings):
-    journal.event("step_started", step=step, name="work", label=f"label {step}", flow="main", key="k")
+def write_step(journal, step, output, inputs=(), kind="documents", state="completed", name="work", **settings):
+    journal.event("step_started", step=step, name=name, label=f"label {step}", flow="main", key="k")
     journal.event(
-        "step_ended", step=step, name="work", label=f"label {step}", flow="main", key="k", version=1, state=state,
+        "step_ended", step=step, name=name, label=f"label {step}", flow="main", key="k", version=1, state=state,
         reason="first time", seconds=0.5, settings=settings, inputs={f"in{n}": name for n, name in enumerate(inputs)},
         output={
             "kind": kind, "artifact": output, "rows": 5, "bytes": 9, "created": "2026-11-22T05:10:13Z", "path": "p",

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.mixture.experts import set_trainable, split_experts
 from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM, top_k_from_dense
 from eclectus.models.pretraining.stages import equal_flops_config
 from eclectus.models.training.flops import Flops, count_flops, count_parameters, equal_flops_width, step_flops
@@ -119,6 +120,24 @@ def test_frozen_weights_have_no_weight_gradients():
     model.lm_head.weight.requires_grad_(True)
     forward = 2 * n * (LAYERS * (4 * D * D + 3 * D * F) + V * D)
     assert count_flops(model, B, L).products == forward + 2 * n * V * D
+
+
+@pytest.mark.parametrize("stage", ["post_pretrain", "review"])
+def test_frozen_experts_have_no_weight_gradients(stage):
+    """One layer of 3 experts, one frozen, top 2: a third of the rows is the frozen expert's."""
+    config = MixtralConfig(
+        vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = split_experts(MixtralForCausalLM(config))
+    set_trainable(model, stage)
+    rows, expert = 2 * n, 2 * D * F
+    forward = 2 * n * (4 * D * D + V * D + 3 * D) + rows * 3 * expert
+    # Gradients of the head's input and of the router's weights; nothing before this layer is trained.
+    backward = 2 * n * V * D + 2 * n * 3 * D
+    if stage == "post_pretrain":
+        backward += rows * expert + (rows - round(rows / 3)) * 3 * expert
+    assert count_flops(model, B, L).products == forward + backward
 
 
 def test_a_step_is_counted_over_all_micro_batches_and_processes(dense):

@@ -12,9 +12,9 @@ from tests.support.made_up_scores import made_up
 
 # Size laptop of benchmarks/lory_claims.py, as tests/models/training/test_flops.py counts it.
 COSTS = {
-    "dense": Cost(103_392, 103_392, 784_859_136, 352_321_536, 6_000_000_000_000, 100.0, None),
-    "lory": Cost(892_128, 106_464, 993_067_008, 352_321_536, 7_500_000_000_000, 150.0, None),
-    "dense_equal_flops": Cost(137_952, 137_952, 997_195_776, 352_321_536, 7_600_000_000_000, 130.0, None),
+    "dense": Cost(103_392, 103_392, 784_859_136, 352_321_536, 6_000_000_000_000, 100.0, None, 1024),
+    "lory": Cost(892_128, 106_464, 993_067_008, 352_321_536, 7_500_000_000_000, 150.0, None, 1024),
+    "dense_equal_flops": Cost(137_952, 137_952, 997_195_776, 352_321_536, 7_600_000_000_000, 130.0, None, 1024),
 }
 
 
@@ -64,7 +64,7 @@ def test_reports_of_models_without_costs_are_as_before(tmp_path):
 
 def test_costs_are_read_from_checkpoints_that_say_them():
     about = {"parameters": 4, "active_parameters": 3, "flops_per_step": 9, "attention_flops_per_step": 2}
-    about |= {"training_flops": 90, "cpu_seconds": 1.5, "gpu_seconds": 0.5}
+    about |= {"training_flops": 90, "cpu_seconds": 1.5, "gpu_seconds": 0.5, "tokens": 60, "steps": 3}
     given = {"new": SimpleNamespace(statistics=about), "old": SimpleNamespace(statistics={"parameters": 4})}
-    assert read_costs(given) == {"new": Cost(4, 3, 9, 2, 90, 1.5, 0.5)}
+    assert read_costs(given) == {"new": Cost(4, 3, 9, 2, 90, 1.5, 0.5, 20)}
     assert [flops(value) for value in (12, 3.2e9, 1.5e19)] == ["12 FLOPs", "3.2 GFLOPs", "15 EFLOPs"]

@@ -81,6 +81,7 @@ def test_every_method_trains_and_gives_a_stock_checkpoint(world, instances, upcy
     statistics = result.statistics
     assert statistics["method"] == method and 0 < statistics["parameters_trained"] <= statistics["parameters"]
     assert statistics["steps"] == (7 if method == "one_stage" else 4)
+    assert statistics["training_flops"] == statistics["flops_per_step"] * statistics["steps"] > 0
     before, after = weights(start), weights(result)
     assert (set(before) == set(after)) == (method != "llama_pro")
     embeddings = "model.embed_tokens.weight"
