@@ -22,6 +22,9 @@ ORDER = (
 )
 
 
+COSTS = ("parameters, active", "training TFLOPs", "CPU s")
+
+
 def markdown(about: dict[str, Any], results: list[dict[str, Any]], errors: list[str], held: HeldOut) -> str:
     """All results, as Markdown. held: the reported documents, for intervals."""
     size = about["size"]
@@ -51,7 +54,8 @@ def size_tables(about: dict[str, Any], results: list[dict[str, Any]], held: Held
     for title in ORDER:
         if title in table.methods:
             lines.append(table.row(TITLES.get(title, title), table.methods[title], "held"))
-    lines += ["", *claims(about, table, held), *frontier(about, results, bases, held)]
+    stages = {each["name"]: each for each in results if each["kind"] == "stage1"}
+    lines += ["", *claims(about, table, held, stages), *frontier(about, results, bases, held)]
     lines += ["", *proofs(results), "", *task_table(about, bases, table.methods)]
     sweeps = defaultdict(list)
     for each in results:
@@ -120,7 +124,18 @@ class Table:
         return self._bases[run.get("base_seed", run["seed"])]
 
 
-def claims(about: dict[str, Any], table: Table, held: HeldOut) -> list[str]:
+def cost_cells(runs: list[dict[str, Any]], stages: dict[str, dict[str, Any]]) -> list[str]:
+    """Of both stages where there are two; empty for results of before costs were measured."""
+    for run in runs:
+        parts = [run, *(stages[name] for name in run["needs"][:1] if name in stages)]
+        if all("training_flops" in part for part in parts):
+            sums = {name: sum(part[name] for part in parts) for name in ("training_flops", "cpu_seconds")}
+            sizes = f"{run['all_parameters'] / 1e6:.2f}M, {run['active_parameters'] / 1e6:.2f}M"
+            return [sizes, f"{sums['training_flops'] / 1e12:.2f}", f"{sums['cpu_seconds']:.0f}"]
+    return [""] * len(COSTS)
+
+
+def claims(about: dict[str, Any], table: Table, held: HeldOut, stages: dict[str, dict[str, Any]]) -> list[str]:
     """Every method with 95% intervals over works and seeds, each with its base where there are as many bases."""
     bases = len({table.base_of(run)["key"] for runs in table.methods.values() for run in runs})
     lines = [
@@ -128,8 +143,8 @@ def claims(about: dict[str, Any], table: Table, held: HeldOut) -> list[str]:
         "",
         f"Documents with at most {SEEN:.0%} of their passages in the training text: {'; '.join(held.counts())}.",
         "",
-        row(["", "seeds", "new languages against the base", "against full fine-tuning", "retention"]),
-        row(["---"] * 5),
+        row(["", "seeds", "new languages against the base", "against full fine-tuning", "retention", *COSTS]),
+        row(["---"] * (5 + len(COSTS))),
     ]
     full = {run["seed"]: run for run in table.methods.get("full", [])}
     for title in [each for each in ORDER if each in table.methods]:
@@ -139,7 +154,7 @@ def claims(about: dict[str, Any], table: Table, held: HeldOut) -> list[str]:
         cells = [TITLES.get(title, title), str(len(runs)), change(held.ratio(own, runs, about["expanded"]))]
         against = held.ratio([full[run["seed"]] for run in paired], paired, about["expanded"]) if paired else None
         cells += [change(against) if against else "", retention(held.ratio(own, runs, about["original"]))]
-        lines.append(row(cells))
+        lines.append(row([*cells, *cost_cells(runs, stages)]))
     pairs = [("MoE-LPR", "no review"), ("MoE-LPR", "review without LPR"), ("review without LPR", "no review")]
     lines += ["", row(["contrast", "seeds", "new languages", "original languages"]), row(["---"] * 4)]
     for after, before in pairs:
