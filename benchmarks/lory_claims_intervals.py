@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from eclectus.tasks.evaluation.intervals import estimate
+from eclectus.tasks.evaluation.intervals import estimate, strata_of
 
 SEEN = 0.1
 TERMS = list[tuple[int, tuple[str, str, str]]]
@@ -25,11 +25,13 @@ class Documents:
     def __init__(self, data: Path, vocabulary: int, part: np.ndarray) -> None:
         """part: of each document, as `lory_claims_data.held_out` gives it."""
         with np.load(data / f"v{vocabulary}.npz") as file:
-            work, seen = file["held_work"], np.nan_to_num(file["held_seen"])
+            work, seen, domain = file["held_work"], np.nan_to_num(file["held_seen"]), file["held_domain"]
         self.rows = np.flatnonzero((part == 0) & (seen <= SEEN))
         self.seen = np.flatnonzero((part == 0) & (seen > SEEN))
-        _, self.work = np.unique(work[self.rows], return_inverse=True)
-        self.works = int(self.work.max()) + 1
+        _, first, self.work = np.unique(work[self.rows], return_index=True, return_inverse=True)
+        self.works = len(first)
+        domains = domain[self.rows][first].astype(str).tolist()
+        self.strata = strata_of(["en"] * self.works, domains)
 
 
 def contrast(runs: Any, terms: TERMS, documents: Documents) -> dict[str, Any] | None:
@@ -52,7 +54,7 @@ def contrast(runs: Any, terms: TERMS, documents: Documents) -> dict[str, Any] | 
     shares = tokens / tokens.sum()
     each = np.array(bits) / tokens.sum()
     values = each.sum(1)
-    found = estimate(values, each - values[:, None] * shares, shares)
+    found = estimate(values, each - values[:, None] * shares, shares, documents.strata)
     low, high = found.interval()
     return {
         "percent": percent(found.value),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from lpr_data import Mixture, read_documents
 
-from eclectus.tasks.evaluation.intervals import estimate
+from eclectus.tasks.evaluation.intervals import estimate, strata_of
 from eclectus.tasks.evaluation.passages import seen_share
 
 SEEN = 0.1
@@ -77,7 +77,9 @@ class HeldOut:
             influences.append(parts[1] / rates[1] - parts[0] / rates[0])
         assert shares is not None
         read = shares > 0
-        found = estimate(np.array(values), np.array(influences)[:, read], shares[read])
+        language = self._language[np.unique(self._work, return_index=True)[1]][read].astype(str).tolist()
+        strata = strata_of(language, language)
+        found = estimate(np.array(values), np.array(influences)[:, read], shares[read], strata)
         low, high = found.interval()
         ends = (float(np.expm1(each)) for each in (found.value, low, high))
         return Ratio(*ends, [float(np.expm1(value)) for value in values])

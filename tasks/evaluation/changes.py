@@ -13,7 +13,7 @@ from functools import reduce
 
 import numpy as np
 
-from eclectus.tasks.evaluation.intervals import ALPHA, estimate
+from eclectus.tasks.evaluation.intervals import ALPHA, estimate, strata_of
 from eclectus.tasks.evaluation.scores import Scores
 
 Interval = tuple[float, float]
@@ -104,7 +104,9 @@ def compare(before: Scores, after: Scores, **labels: str) -> Change | None:
         one, two = ([each.bits[row], each.bytes[row], each.tokens[row]] for each, row in zip(pair, rows, strict=True))
         same = same and bool((one[2] == two[2]).all())
         sums.append([np.bincount(work, column.astype(float), len(works)) for column in (*one, *two)])
-    return _change(np.array(sums), same, len(common), single)
+    first = before.rows(common)[np.unique(work, return_index=True)[1]]
+    strata = strata_of(before.language[first].tolist(), before.domain[first].tolist())
+    return _change(np.array(sums), same, len(common), single, strata)
 
 
 def _pairs(before: Scores, after: Scores) -> tuple[list[tuple[Scores, Scores]], str]:
@@ -116,15 +118,19 @@ def _pairs(before: Scores, after: Scores) -> tuple[list[tuple[Scores, Scores]], 
     return [(ones[seed], twos[seed]) for seed in ones if seed in twos], ""
 
 
-def _change(sums: np.ndarray, same: bool, documents: int, single: str) -> Change:
-    """sums [M, 6, W]: bits, bytes and tokens of both models by training and work. same: whether of the same tokens."""
+def _change(sums: np.ndarray, same: bool, documents: int, single: str, strata: np.ndarray) -> Change:
+    """sums [M, 6, W]: bits, bytes and tokens of both models by training and work. same: whether of the same tokens.
+
+    strata [W]: as in `estimate`.
+    """
     total = sums.sum(-1)
     parts, several = sums / total[..., None], sums.shape[-1] > 1
     rates = [total[:, 0] / total[:, 1], total[:, 3] / total[:, 4]]
     values = np.log(rates[1] / rates[0])
     bits_interval = p = perplexity = perplexity_interval = None
     if several:
-        found = estimate(values, parts[:, 3] - parts[:, 4] - parts[:, 0] + parts[:, 1], parts[:, 1].mean(0))
+        influences = parts[:, 3] - parts[:, 4] - parts[:, 0] + parts[:, 1]
+        found = estimate(values, influences, parts[:, 1].mean(0), strata)
         low, high = found.interval()
         bits_interval, p = (float(np.expm1(low)), float(np.expm1(high))), float(found.p())
     if same:
@@ -134,7 +140,7 @@ def _change(sums: np.ndarray, same: bool, documents: int, single: str) -> Change
             one, two = (
                 cost[:, None] * (parts[:, at] - parts[:, at + 2]) for cost, at in zip(costs, (0, 3), strict=True)
             )
-            low, high = estimate(costs[1] - costs[0], two - one, parts[:, 2].mean(0)).interval()
+            low, high = estimate(costs[1] - costs[0], two - one, parts[:, 2].mean(0), strata).interval()
             perplexity_interval = (float(2**low - 1), float(2**high - 1))
     return Change(
         before=float(rates[0].mean()),

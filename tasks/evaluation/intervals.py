@@ -6,6 +6,8 @@ the linearised statistic (a sum over works of influences d_w, which sum to 0) an
     variance over works      sum of d_w^2 / (1 - 2 s_w + sum of s^2), unbiased if works differ and s is fixed (CR2)
     its degrees of freedom   Satterthwaite's under the same model, between 1 and works - 1 (Bell and McCaffrey 2002);
                              a single large work among small ones leaves little more than 1
+    over strata              held-out works are drawn language by language and domain by domain, so that what differs
+                             between these is no chance: variances within strata add up
     over trainings           variance of the M trainings' values / M, with M - 1 degrees of freedom
     both                     the distances of the ends from the value, each with its own t, add as squares (MOVER: Zou
                              and Donner 2008): few trainings count as few. What a training does to single works is in
@@ -18,6 +20,7 @@ interval touches 0. Coverage, simulated: tests/tasks/evaluation/test_intervals.p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,17 +69,36 @@ class Estimate:
         return np.exp(largest)
 
 
-def estimate(values: np.ndarray, influences: np.ndarray, shares: np.ndarray) -> Estimate:
+def estimate(
+    values: np.ndarray, influences: np.ndarray, shares: np.ndarray, strata: np.ndarray | None = None
+) -> Estimate:
     """The mean of a statistic over trainings, for its interval over works and trainings.
 
     values [..., M]: the statistic of each training. influences [..., M, W]: of each work on it, their sum is 0.
-    shares [..., W]: of each work in the text, summing to 1. W must be at least 2.
+    shares [..., W]: of each work in the text, summing to 1. strata [W]: the stratum of each work (`strata_of`), None
+    for one. Every stratum must have at least 2 works.
     """
     trainings = values.shape[-1]
-    variance, freedom, third = _over_works(influences.mean(-2), shares)
+    if strata is None:
+        strata = np.zeros(shares.shape[-1], int)
+    variance, freedom, third = _over_strata(influences.mean(-2), shares, strata)
     error = np.sqrt(variance + ROUNDING**2)
     between = values.std(-1, ddof=1) / trainings**0.5 if trainings > 1 else np.zeros_like(error)
     return Estimate(values.mean(-1), error, freedom, SKEWNESS_FACTOR * third / error**3, between, trainings)
+
+
+def strata_of(languages: Sequence[str], domains: Sequence[str]) -> np.ndarray:
+    """The stratum [W] of each work: its language and domain; those of one work are joined, in their language first."""
+    labels: list[tuple[str, ...]] = list(zip(languages, domains, strict=True))
+    for level in (1, 0):
+        counts = Counter(labels)
+        labels = [label if counts[label] > 1 else label[:level] for label in labels]
+        counts = Counter(labels)
+        for at, label in enumerate(labels):
+            near = [other for other in counts if other != label and other[:level] == label[:level]]
+            if counts[label] == 1 and near:
+                labels[at] = min(near, key=lambda other: (counts[other], other))
+    return np.unique([repr(label) for label in labels], return_inverse=True)[1]
 
 
 def holm(p_values: Sequence[float | None]) -> list[bool]:
@@ -88,6 +110,21 @@ def holm(p_values: Sequence[float | None]) -> list[bool]:
             break
         significant[at] = True
     return significant
+
+
+def _over_strata(
+    influences: np.ndarray, shares: np.ndarray, strata: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `_over_works`, with the works of each stratum about its own mean; degrees of freedom under the same model."""
+    sums = np.zeros((4, *shares.shape[:-1]))
+    for stratum in np.unique(strata):
+        own = strata == stratum
+        part = shares[..., own] / shares[..., own].sum(-1, keepdims=True)
+        about = influences[..., own] - influences[..., own].sum(-1, keepdims=True) * part
+        variance, freedom, third = _over_works(about, part)
+        weight = (shares[..., own] ** 2).sum(-1)
+        sums += variance, third, weight, weight**2 / freedom
+    return sums[0], sums[2] ** 2 / sums[3], sums[1]
 
 
 def _over_works(influences: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -101,7 +101,7 @@ def _read_gate(path: str | Path, line: str, content: Any, default_spread: float)
     return Gate(line, str(content.get("model", "stage 2")), str(content.get("base", "dense")), rules, default_spread)
 
 
-@step(makes="evaluation", version=2)
+@step(makes="evaluation", version=3)
 def gate(
     candidate: dict[str, Artifact],
     settings: GateSettings,

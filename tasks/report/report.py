@@ -47,7 +47,7 @@ class ReportSettings(IntervalSettings):
     )
 
 
-@step(makes="report", version=6)
+@step(makes="report", version=7)
 def report(
     evaluations: dict[str, Artifact],
     checkpoints: dict[str, Artifact],

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eclectus.tasks.evaluation.intervals import Estimate, _over_works, estimate, holm
+from eclectus.tasks.evaluation.intervals import Estimate, _over_works, estimate, holm, strata_of
 
 SIZES = {
     "1 to 30": lambda draw, shape: draw.integers(1, 31, shape),
@@ -61,6 +61,42 @@ def test_a_95_percent_interval_covers_the_truth_with_few_and_uneven_works(sizes,
         sums, _ = simulate(works, sizes, effects, 40_000 // works, draw)
         covered[works] = coverage(from_works(*sums), value)
     assert min(covered.values()) >= 0.93, covered
+
+
+@pytest.mark.parametrize("effects", EFFECTS)
+def test_what_differs_between_languages_and_domains_is_no_chance(effects):
+    """Four strata of 2 to 12 works, with effects of 0 to -50%: covered, by intervals a third as wide as pooled."""
+    draw, counts, shifts = np.random.default_rng(7), (2, 4, 8, 12), (0.0, -0.1, -0.3, -0.7)
+    strata, runs, sums, population = np.repeat(range(4), counts), 2000, [], []
+    for works, shift in zip(counts, shifts, strict=True):
+        (before, size, after), _ = simulate(works, "1 to 30", effects, runs, draw)
+        sums.append((before, size, after * np.exp(shift)))
+        (before, size, after), _ = simulate(50_000, "1 to 30", effects, 1, np.random.default_rng(8))
+        population.append(works * np.array([before.mean(), (after * np.exp(shift)).mean()]))
+    before, after = np.sum(population, axis=0)
+    before_R, size_R, after_R = (np.concatenate(each, axis=1) for each in zip(*sums, strict=True))
+    totals = [each.sum(-1, keepdims=True) for each in (before_R, size_R, after_R)]
+    given = np.log(totals[2] / totals[0]), (after_R / totals[2] - before_R / totals[0])[:, None], size_R / totals[1]
+    # The truth for the text at hand: every stratum's own effect at its share of this text.
+    part = np.stack([before_R[:, strata == each].sum(-1) for each in range(4)], axis=1) / totals[0]
+    effect = np.log([two / one for one, two in population])
+    truth_R = np.log((part * np.exp(effect)).sum(-1))
+    found = estimate(*given, strata)
+    low, high = found.interval()
+    assert ((low <= truth_R) & (truth_R <= high)).mean() >= 0.93
+    wide = estimate(*given).interval()
+    assert np.median(high - low) < np.median(wide[1] - wide[0]) / 3
+
+
+def test_strata_of_one_work_are_joined_within_their_language_first():
+    languages = ["en", "en", "en", "en", "el", "el", "tr"]
+    domains = ["law", "law", "code", "novels", "help", "law", "help"]
+    found = strata_of(languages, domains)
+    assert found[0] == found[1] and found[2] == found[3] != found[0]
+    assert found[4] == found[5] == found[6], "one Turkish work: with the smallest other stratum"
+    assert min(np.bincount(found)) >= 2
+    assert len(set(strata_of(["en"] * 3, ["a", "b", "b"]))) == 1
+    assert strata_of(["en"], ["a"]).tolist() == [0]
 
 
 def test_pieces_taken_for_independent_documents_cover_far_too_little():
