@@ -130,11 +130,9 @@ def hold_out_works(documents: Any, share: float, seed: int, out: Any) -> None:
     from eclectus.tasks.documents.table import read_batches, relabel
 
     works, domains = [], []
-    for batch in read_batches(documents, ["document", "work", "domain"]):
-        columns = (batch[name].to_pylist() for name in ("document", "work", "domain"))
-        for document, work, domain in zip(*columns, strict=True):
-            works.append(work or document)
-            domains.append(domain)
+    for batch in read_batches(documents, ["work", "domain"]):
+        works += batch["work"].to_pylist()
+        domains += batch["domain"].to_pylist()
     of_domain: dict[str, set[str]] = {}
     for work, domain in zip(works, domains, strict=True):
         of_domain.setdefault(domain, set()).add(work)
@@ -209,7 +207,7 @@ def _held_out_arrays(documents: Any, tokenizer: Any) -> dict[str, np.ndarray]:
     work_of, text_of = {}, {}
     for batch in read_batches(documents, ["document", "work", "text"], [("split", "==", "heldout")], 512):
         for document, work, text in zip(*(batch[name].to_pylist() for name in batch.schema.names), strict=True):
-            work_of[document], text_of[document] = work or document, text
+            work_of[document], text_of[document] = work, text
     tokens, owners, ratio, domain_of, lengths, pieces, scored = [], [], [], [], {}, Counter(), []
     numbers: dict[str, int] = {}
     # Pieces of a work stand together, so that the limits cut few works.

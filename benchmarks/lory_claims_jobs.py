@@ -27,7 +27,7 @@ from eclectus.models.pretraining import stages
 from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM
 from eclectus.models.pretraining.checkpoint import duplicated_moments
 from eclectus.models.training import objectives
-from eclectus.models.training.flops import count_parameters, step_flops
+from eclectus.models.training.flops import step_flops, training_costs
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import Plan, train
 from eclectus.models.training.process import Process
@@ -276,16 +276,10 @@ def cost_of(model: nn.Module, plan: Plan, size: Size) -> dict[str, Any]:
         dense = LlamaForCausalLM(config_of(size))
     twin = step_flops(dense, plan, 1, size.length)
     flops = step_flops(model, plan, 1, size.length)
-    total = twin.times(plan.start) + flops.times(plan.stop - plan.start)
-    parameters, active = count_parameters(model)
     return {
-        "parameters": parameters,
-        "active_parameters": active,
-        "flops_per_step": flops.total,
-        "attention_flops_per_step": flops.attention,
+        **training_costs(model, plan, 1, size.length, twin.times(plan.start)),
         "flops_relative": round(flops.relative(twin), 4),
         "flops_relative_with_attention": round(flops.total / twin.total, 4),
-        "training_flops": total.total,
     }
 
 

@@ -35,7 +35,7 @@ from eclectus.models.mixture.experts import frozen_digest, set_trainable, split_
 from eclectus.models.mixture.export import export_checkpoint
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.training import objectives
-from eclectus.models.training.flops import count_parameters, step_flops
+from eclectus.models.training.flops import training_costs
 from eclectus.models.training.instances import Batch, Instances
 from eclectus.models.training.loop import Plan, autocast, train
 from eclectus.models.training.losses import Loss, Objective, Pass, Term
@@ -176,16 +176,15 @@ def stage_plan(job: dict[str, Any]) -> Plan:
 
 def fit(model: torch.nn.Module, data: Instances, objective: Objective, plan: Plan) -> dict[str, float]:
     """Trains with the production loop, without checkpoints; returns what it cost."""
-    parameters, active = count_parameters(model)
-    flops = step_flops(model, plan, 1, data.length).times(plan.stop)
+    costs = training_costs(model, plan, 1, data.length)
     with tempfile.TemporaryDirectory() as work:
         started, computed = time.monotonic(), time.process_time()
         plan = dataclasses.replace(plan, checkpoint_every=plan.stop + 1)
         train(model, data, objective, plan, Process.current(), Path(work), lambda *_, **__: None)
     return {
-        "all_parameters": parameters,
-        "active_parameters": active,
-        "training_flops": flops.total,
+        "all_parameters": costs["parameters"],
+        "active_parameters": costs["active_parameters"],
+        "training_flops": costs["training_flops"],
         "cpu_seconds": round(time.process_time() - computed, 1),
         "seconds_a_step": round((time.monotonic() - started) / plan.stop, 4),
     }

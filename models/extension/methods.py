@@ -36,7 +36,6 @@ from eclectus.models.mixture.experts import Stage, set_trainable, split_experts,
 from eclectus.models.mixture.export import export_checkpoint
 from eclectus.models.mixture.families import family_of, with_both_generations, write_config
 from eclectus.models.training.instances import Batch, Instances, rows_at
-from eclectus.models.training.objectives import one_stage as one_stage
 
 Method = Literal[
     "moe_lpr", "full", "lora", "llama_pro", "moe_all", "no_review", "no_lpr", "random_experts", "one_stage"

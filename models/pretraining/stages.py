@@ -87,8 +87,7 @@ def top_k_of_dense(
 ) -> tuple[Any, dict[str, torch.Tensor], Objective]:
     """(model, moments, objective). top_k, cuts: as in `top_k_from_dense`, which raises ValueError for others."""
     model = top_k_from_dense(dense, copies=experts, top_k=top_k, seed=seed, cuts=cuts)
-    # A loop over experts is fastest on CPU; on CUDA it would wait for the device at every expert.
-    model.set_experts_implementation("masked" if torch.cuda.is_available() else "eager")
+    _choose_experts_implementation(model)
     return model, top_k_moments(moments, experts, cuts or top_k), objectives.balanced(domains)
 
 
@@ -106,8 +105,13 @@ def document_pools_of_dense(
     Raises ValueError for a top_k or pool_size that does not fit (`document_pools_from_dense`).
     """
     model = document_pools_from_dense(dense, experts, top_k, pool_size, seed=seed)
-    model.set_experts_implementation("masked" if torch.cuda.is_available() else "eager")
+    _choose_experts_implementation(model)
     return model, top_k_moments(moments, experts, top_k), pooled(domains)
+
+
+def _choose_experts_implementation(model: Any) -> None:
+    """A loop over experts is fastest on CPU; on CUDA it would wait for the device at every expert."""
+    model.set_experts_implementation("masked" if torch.cuda.is_available() else "eager")
 
 
 def make_causal(model: ExpertChoiceForCausalLM, instances: Instances, plan: Plan, process: Process) -> None:

@@ -71,6 +71,24 @@ def step_flops(model: nn.Module, plan: Plan, world: int, length: int) -> Flops:
     return count_flops(model, rows, length).times(Fraction(plan.batch, rows))
 
 
+def training_costs(
+    model: nn.Module, plan: Plan, world: int, length: int, before: Flops = Flops(0, 0)
+) -> dict[str, int]:
+    """What a checkpoint's statistics say of its cost: parameters, and FLOPs of a step and of the whole training.
+
+    before: FLOPs of training before this plan's.
+    """
+    parameters, active = count_parameters(model)
+    flops = step_flops(model, plan, world, length)
+    return {
+        "parameters": parameters,
+        "active_parameters": active,
+        "flops_per_step": flops.total,
+        "attention_flops_per_step": flops.attention,
+        "training_flops": (before + flops.times(plan.stop - plan.start)).total,
+    }
+
+
 def count_flops(model: nn.Module, batch: int, length: int) -> Flops:
     """FLOPs of forward and backward on `batch` instances of `length` tokens; the model is not changed.
 

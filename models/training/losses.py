@@ -19,6 +19,7 @@ Logged means are joined in the same way, by their counts, over micro-batches, pr
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +55,7 @@ class Pass:
     """The model's configuration."""
 
 
-class Loss:
+class Loss(ABC):
     """One loss of an objective. name: in the metrics. weight: its factor in the objective."""
 
     name: str
@@ -64,17 +65,17 @@ class Loss:
         """The weight for a model with this configuration."""
         return self.weight
 
+    @abstractmethod
     def count(self, batch: Batch) -> Tensor:
         """The number of items of the batch that this loss is a mean of: its denominator."""
-        raise NotImplementedError
 
     def statistic(self, done: Pass) -> Tensor | None:
         """What the loss needs summed over the whole step before its gradient; None: nothing."""
         return None
 
+    @abstractmethod
     def measure(self, done: Pass, statistic: Tensor | None) -> tuple[Tensor, dict[str, Term]]:
         """(mean over the items of the micro-batch, 0 if it has none; other metrics). statistic: that of the step."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,7 @@ def train_stage(
     """Runs on every training worker; rank 0 writes the checkpoint into `out`. Returns its statistics."""
     from eclectus.models.extension.methods import save_method, untrained_digest
     from eclectus.models.training.clock import TrainingClock
-    from eclectus.models.training.flops import count_parameters, step_flops
+    from eclectus.models.training.flops import training_costs
     from eclectus.models.training.loop import train
     from eclectus.models.training.parallel import gather_model
 
@@ -238,8 +238,7 @@ def train_stage(
         learning_rate=chosen.budget.learning_rate,
         warmup=chosen.budget.warmup_steps,
     )
-    parameters, active = count_parameters(model)
-    flops = step_flops(model, plan, process.world, data.length)
+    costs = training_costs(model, plan, process.world, data.length)
     objective = _objective(chosen, data, checkpoint)
     train(model, data, objective, plan, process, Path(work), clock.report, check=check_frozen)
     check_frozen(plan.stop)
@@ -247,12 +246,8 @@ def train_stage(
     statistics = {
         "model": type(model).__name__,
         "method": chosen.extension_method,
-        "parameters": parameters,
-        "active_parameters": active,
+        **costs,
         "parameters_trained": trained,
-        "flops_per_step": flops.total,
-        "attention_flops_per_step": flops.attention,
-        "training_flops": flops.times(plan.stop).total,
         **clock.read(),
         "steps": plan.stop,
         "tokens": plan.stop * plan.batch * data.length,

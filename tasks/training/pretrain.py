@@ -292,7 +292,7 @@ def train_stage(
     from eclectus.models.pretraining.routing_profiles import routing_profiles, write_profiles
     from eclectus.models.pretraining.stages import make_causal
     from eclectus.models.training.clock import TrainingClock
-    from eclectus.models.training.flops import count_parameters, step_flops
+    from eclectus.models.training.flops import step_flops, training_costs
     from eclectus.models.training.instances import Instances
     from eclectus.models.training.loop import train
     from eclectus.tasks.packing.tokenizer import load_tokenizer
@@ -316,8 +316,7 @@ def train_stage(
     before = step_flops(dense, plan, process.world, data.length).times(plan.start)
     model, state, objective = _model_of_stage(chosen, dense, dense_moments, data)
     del dense, dense_moments
-    parameters, active = count_parameters(model)
-    flops = step_flops(model, plan, process.world, data.length)
+    costs = training_costs(model, plan, process.world, data.length, before)
     after = train(model, data, objective, plan, process, Path(work), clock.report, state)
     seconds = clock.read()
     profiles = None
@@ -332,11 +331,7 @@ def train_stage(
         write_profiles(Path(out), profiles)
     return {
         "model": type(model).__name__,
-        "parameters": parameters,
-        "active_parameters": active,
-        "flops_per_step": flops.total,
-        "attention_flops_per_step": flops.attention,
-        "training_flops": (before + flops.times(plan.stop - plan.start)).total,
+        **costs,
         **seconds,
         "steps": plan.stop,
         "tokens": plan.stop * plan.batch * data.length,
