@@ -25,6 +25,7 @@ from eclectus.tasks.evaluation.benchmark import BenchmarkSettings, benchmark
 from eclectus.tasks.evaluation.contamination import ContaminationSettings, contamination, trained_on
 from eclectus.tasks.evaluation.evaluate import EvaluateSettings
 from eclectus.tasks.evaluation.evaluate import evaluate as score
+from eclectus.tasks.evaluation.training_names import further_training
 from eclectus.tasks.promotion.gate import Gate, read_gates
 from eclectus.tasks.promotion.promote import Candidate, decide
 from eclectus.tasks.report.report import ReportSettings, report
@@ -137,7 +138,8 @@ def _distinct(measured: Measured, repeated: dict[str, Artifact], left_out: list[
     known = {name: {measured.checkpoints[name].digest} for name in measured.evaluations}
     distinct = {}
     for name, checkpoint in repeated.items():
-        trained = known.get(name.rpartition(" seed ")[0])
+        model, _ = further_training(name) or (name, 0)
+        trained = known.get(model)
         if trained is None:
             continue
         if checkpoint.digest in trained:

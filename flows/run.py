@@ -35,6 +35,7 @@ from eclectus.storage.lineage.compact import compact
 from eclectus.storage.lineage.connection import write_database
 from eclectus.storage.step_keys import KnownKeys
 from eclectus.tasks.allowed_paths import check_roots
+from eclectus.tasks.evaluation.training_names import training_name
 from eclectus.tasks.ray_cluster import shut_ray
 from eclectus.tasks.run import Display, Run, activate, current_run, require_run
 from eclectus.tasks.settings import Settings
@@ -198,7 +199,7 @@ def name_repeats(models: dict[int, dict[str, Artifact]]) -> dict[str, Artifact]:
     """Models by name of each training's seed -> all but the first training's, as "lory seed 1"."""
     repeats: dict[str, Artifact] = {}
     for seed in list(models)[1:]:
-        repeats |= {f"{name} seed {seed}": model for name, model in models[seed].items()}
+        repeats |= {training_name(name, seed): model for name, model in models[seed].items()}
     return repeats
 
 

@@ -11,7 +11,7 @@ from eclectus.flows.run import open_run
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.champions import PROMOTED, Decision, decisions, record, user_name
-from eclectus.tasks.evaluation.scores import REPEAT
+from eclectus.tasks.evaluation.training_names import further_training, training_name
 from eclectus.tasks.promotion.gate import Gate, read_gates
 from eclectus.tasks.promotion.promote import decide, find_base, find_candidate, find_repeats
 from eclectus.tasks.settings import Settings
@@ -37,10 +37,10 @@ def promote(checkpoint: str, gate: str, line: str | None, force: str | None) -> 
     if artifact.kind != "checkpoint":
         raise EclectusError(f"{artifact.name} is no checkpoint, so it cannot be promoted")
     candidate, name, run = find_candidate(home, artifact)
-    training = REPEAT.match(name)
-    model, seed = (training["model"], f" seed {training['seed']}") if training else (name, "")
+    model, seed = further_training(name) or (name, None)
     chosen = _gate(gates, gate, line, model)
-    base = find_base(home, f"{chosen.base}{seed}", run) or find_base(home, chosen.base, run)
+    own_base = chosen.base if seed is None else training_name(chosen.base, seed)
+    base = find_base(home, own_base, run) or find_base(home, chosen.base, run)
     parameters = PromoteParameters(checkpoint=checkpoint, gate=str(gate), line=line, force=force)
     with open_run("promote", parameters, home) as opened:
         decision = decide(replace(chosen, model=model), candidate, base, repeats=find_repeats(home, run))

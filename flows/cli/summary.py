@@ -14,6 +14,7 @@ from rich.table import Table
 
 from eclectus.flows.cli.terminal import Terminal
 from eclectus.storage.home import DEFAULT
+from eclectus.tasks.evaluation.training_names import further_training
 
 if TYPE_CHECKING:
     from eclectus.tasks.run import Run
@@ -53,8 +54,8 @@ def _scores(evaluations: dict[str, Any], repeats: dict[str, Any], terminal: Term
     """
     scores: dict[str, list[dict[str, Any]]] = {name: [] for name in evaluations}
     for name, artifact in (evaluations | repeats).items():
-        model = name if name in scores else name.rpartition(" seed ")[0]
-        scores[model].append(artifact.statistics["bits_per_byte"])
+        model, _ = further_training(name) or (name, 0)
+        scores[name if name in scores else model].append(artifact.statistics["bits_per_byte"])
     for part in ("language", "domain"):
         rows = list(dict.fromkeys(row for each in scores.values() for row in each[0].get(part, {})))
         table = Table(f"bits per byte by {part}", *scores, box=None, header_style="bold", pad_edge=False)

@@ -84,8 +84,8 @@ class Shares:
                     name = f"{language} {self.strata[number][1]}"
                     one = np.array([number])
                     deviations.append(self._deviation(name, one, int(held_S[number]), (2, DOMAIN_TOLERANCE), settings))
-        told = sorted((each for each in deviations if each), key=lambda each: -each[0])
-        return {"shares": shares, "deviations": [text for _, text in told[:MOST_DEVIATIONS]]}
+        largest = sorted((each for each in deviations if each), key=lambda each: -each[0])
+        return {"shares": shares, "deviations": [text for _, text in largest[:MOST_DEVIATIONS]]}
 
     def _deviation(
         self, name: str, numbers: np.ndarray, count: int, allowed: tuple[float, float], settings: ShareSettings

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,9 +19,8 @@ import pyarrow.parquet as pq
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.evaluation.routing_statistics import LayerRouting, describe_layers
+from eclectus.tasks.evaluation.training_names import further_training
 from eclectus.tasks.settings import RuntimeSetting, Settings
-
-REPEAT = re.compile(r"^(?P<model>.+) seed (?P<seed>-?\d+)$")
 
 
 class IntervalSettings(Settings):
@@ -181,10 +179,11 @@ def read_trainings(evaluations: dict[str, Artifact], repeats: dict[str, Artifact
     """
     further: dict[str, dict[int, Scores]] = defaultdict(dict)
     for name, evaluation in (repeats or {}).items():
-        found = REPEAT.match(name)
+        found = further_training(name)
         if found is None:
             raise EclectusError(f"'{name}' names no training; expected a model and its seed, as in 'lory seed 1'")
-        further[found["model"]][int(found["seed"])] = Scores.read(name, evaluation)
+        model, seed = found
+        further[model][seed] = Scores.read(name, evaluation)
     return {
         name: replace(Scores.read(name, evaluation), repeats=further[name]) for name, evaluation in evaluations.items()
     }

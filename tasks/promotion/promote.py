@@ -17,7 +17,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.champions import PROMOTED, REFUSED, Decision, champion, decisions, record
 from eclectus.storage.lineage.connection import connect
-from eclectus.tasks.evaluation.scores import REPEAT
+from eclectus.tasks.evaluation.training_names import further_training, training_name
 from eclectus.tasks.promotion.gate import BASE, CANDIDATE, Gate, GateSettings, gate
 from eclectus.tasks.run import require_run
 
@@ -88,10 +88,10 @@ def _repeats(
     firsts = [each.evaluations.get("text") for each in given if each]
     chosen = {}
     for name, evaluation in repeats.items():
-        found = REPEAT.match(name)
-        part = {gate_file.base: BASE, gate_file.model: CANDIDATE}.get(found["model"]) if found else None
-        if found and part and evaluation not in firsts:
-            chosen[f"{part} seed {found['seed']}"] = evaluation
+        model, seed = further_training(name) or ("", 0)
+        part = {gate_file.base: BASE, gate_file.model: CANDIDATE}.get(model)
+        if part and evaluation not in firsts:
+            chosen[training_name(part, seed)] = evaluation
     return chosen
 
 
@@ -166,4 +166,4 @@ def find_repeats(home: Home, run: str) -> dict[str, Artifact]:
             [run],
         ).fetchall()
     names = {label.removeprefix("evaluate "): digest for label, digest in rows}
-    return {name: home.store.find(f"evaluation-{digest}") for name, digest in names.items() if REPEAT.match(name)}
+    return {name: home.store.find(f"evaluation-{digest}") for name, digest in names.items() if further_training(name)}
