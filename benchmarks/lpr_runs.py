@@ -28,9 +28,9 @@ from lpr_sizes import Review
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.evaluation.scoring import Windows, plan_windows, score
 from eclectus.models.extension.methods import MixedInstances, open_method, untrained_digest
-from eclectus.models.mixture.dense_base import REPORT
 from eclectus.models.mixture.experts import frozen_digest, set_trainable, split_experts
 from eclectus.models.mixture.export import export_checkpoint
 from eclectus.models.mixture.upcycle import upcycle

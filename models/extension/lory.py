@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from eclectus.models.checkpoints.side_files import copy_side_files
 from eclectus.models.lory.model import LoryForCausalLM
-from eclectus.models.mixture.dense_base import copy_side_files
 from eclectus.models.mixture.upcycle import StepZeroError
 from eclectus.models.training.instances import Batch
 from eclectus.models.training.losses import Loss, Objective, Pass, Term

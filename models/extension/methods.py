@@ -28,13 +28,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from eclectus.models.checkpoints.families import family_of
+from eclectus.models.checkpoints.side_files import REPORT, copy_side_files
+from eclectus.models.checkpoints.tensor_files import read_config, tensor_bytes
+from eclectus.models.checkpoints.writing import with_both_generations, write_config
 from eclectus.models.extension.lory import save_lory, split_lory
 from eclectus.models.lory.model import LoryForCausalLM
-from eclectus.models.mixture.checkpoint_io import read_config, tensor_bytes
-from eclectus.models.mixture.dense_base import REPORT, copy_side_files
 from eclectus.models.mixture.experts import Stage, set_trainable, split_experts, whole
 from eclectus.models.mixture.export import export_checkpoint
-from eclectus.models.mixture.families import family_of, with_both_generations, write_config
 from eclectus.models.training.instances import Batch, Instances, rows_at
 
 Method = Literal[

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eclectus.models.mixture.checkpoint_io import TensorSource, TensorSpec, tensor_bytes
-from eclectus.models.mixture.families import MATRICES, Family, dense_ffn, moe_family_of
+from eclectus.models.checkpoints.families import MATRICES, Family, dense_ffn, moe_family_of
+from eclectus.models.checkpoints.tensor_files import TensorSource, TensorSpec, tensor_bytes
 from eclectus.models.mixture.grouped_gemm import combine_tokens, dispatch_tokens, expert_linear
 
 Stage = Literal["post_pretrain", "review", "all", "full"]

@@ -1,7 +1,7 @@
 """Export of a stock checkpoint that transformers 4.57 and 5 and vLLM load, and extraction of the base.
 
 The files hold one tensor per expert and matrix, named as in the original Mixtral and Qwen releases; the config has the
-keys of both transformers generations (models/mixture/families.py). Streamed: memory is one expert matrix beyond the
+keys of both transformers generations (models/checkpoints/families.py). Streamed: memory is one expert matrix beyond the
 model.
 """
 
@@ -15,16 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eclectus.models.mixture.checkpoint_io import (
-    CheckpointReader,
-    TensorSource,
-    TensorSpec,
-    read_config,
-    write_checkpoint,
-)
-from eclectus.models.mixture.dense_base import REPORT, copy_side_files
+from eclectus.models.checkpoints.families import moe_family_of
+from eclectus.models.checkpoints.side_files import REPORT, copy_side_files
+from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSource, TensorSpec, read_config
+from eclectus.models.checkpoints.writing import plain_config, with_both_generations, write_checkpoint, write_config
 from eclectus.models.mixture.experts import MoeTensors, original_digest, original_tensors
-from eclectus.models.mixture.families import moe_family_of, plain_config, with_both_generations, write_config
 from eclectus.models.staged_folder import staged_folder
 
 

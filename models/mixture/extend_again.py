@@ -30,10 +30,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from eclectus.models.mixture.checkpoint_io import CheckpointReader, TensorSpec, read_config, write_checkpoint
-from eclectus.models.mixture.dense_base import REPORT, copy_side_files
+from eclectus.models.checkpoints.families import MATRICES, Family, moe_family_of
+from eclectus.models.checkpoints.side_files import REPORT, copy_side_files
+from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSpec, read_config
+from eclectus.models.checkpoints.writing import with_both_generations, write_checkpoint, write_config
 from eclectus.models.mixture.experts import moe_blocks
-from eclectus.models.mixture.families import MATRICES, Family, moe_family_of, with_both_generations, write_config
 from eclectus.models.mixture.upcycle import StepZeroError
 from eclectus.models.staged_folder import require_new_folder, staged_folder
 from eclectus.models.training.objectives import next_token_loss

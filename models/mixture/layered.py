@@ -26,7 +26,7 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
-from eclectus.models.mixture.families import LAYERED
+from eclectus.models.checkpoints.families import LAYERED
 
 # The stock class is a later base of each class below; type checkers see its members through PreTrainedModel.
 if TYPE_CHECKING:

@@ -29,11 +29,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from eclectus.models.mixture.checkpoint_io import CheckpointReader, TensorSpec, write_checkpoint
-from eclectus.models.mixture.dense_base import REPORT, DenseBase, open_base
+from eclectus.models.checkpoints.dense_base import DenseBase, open_base
+from eclectus.models.checkpoints.families import SHARED_EXPERT_WIDTH, moe_config, parse_dense_ffn
+from eclectus.models.checkpoints.side_files import REPORT
+from eclectus.models.checkpoints.streaming import misaligned, streamed_logits
+from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSpec
+from eclectus.models.checkpoints.writing import write_checkpoint, write_config
 from eclectus.models.mixture.experts import original_digest
-from eclectus.models.mixture.families import SHARED_EXPERT_WIDTH, moe_config, parse_dense_ffn, write_config
-from eclectus.models.mixture.streaming import misaligned, streamed_logits
 from eclectus.models.staged_folder import require_new_folder, staged_folder
 
 Init = Literal["copy", "noise", "drop"]

@@ -321,9 +321,9 @@ def _note_training(out: Path, settings: ExtendStageSettings, data: Any) -> None:
 
 
 def _objective(settings: ExtendStageSettings, data: Any, checkpoint: str) -> Any:
+    from eclectus.models.checkpoints.tensor_files import read_config
     from eclectus.models.extension import lory as lory_extension
     from eclectus.models.extension.methods import frozen_experts
-    from eclectus.models.mixture.checkpoint_io import read_config
     from eclectus.models.training import objectives
 
     config = read_config(Path(checkpoint))

@@ -107,7 +107,7 @@ def _not_found(name: str, error: Exception) -> str:
 
 
 def _convert_gguf(path: Path, out: Path) -> None:
-    from eclectus.models.mixture.dense_base import DenseBase
+    from eclectus.models.checkpoints.dense_base import DenseBase
 
     try:
         DenseBase.from_gguf(path).save(out)

@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from eclectus.models.mixture.checkpoint_io import CheckpointReader
+from eclectus.models.checkpoints.families import FAMILIES
+from eclectus.models.checkpoints.tensor_files import CheckpointReader
 from eclectus.models.mixture.experts import (
     MoeTensors,
     SplitExperts,
@@ -18,7 +19,6 @@ from eclectus.models.mixture.experts import (
     set_trainable,
     split_experts,
 )
-from eclectus.models.mixture.families import FAMILIES
 from eclectus.models.mixture.grouped_gemm import _side_by_side
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.training.router_losses import balance_loss, language_prior_loss

@@ -14,10 +14,10 @@ from packaging.utils import canonicalize_name
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from eclectus.models.mixture.checkpoint_io import CheckpointReader
+from eclectus.models.checkpoints.families import UnsupportedModelError
+from eclectus.models.checkpoints.tensor_files import CheckpointReader
 from eclectus.models.mixture.experts import frozen_digest, set_trainable, split_experts
 from eclectus.models.mixture.export import NotTheBaseError, export_checkpoint, extract_base
-from eclectus.models.mixture.families import UnsupportedModelError
 from eclectus.models.mixture.upcycle import upcycle
 from tests.support.dense_bases import BASES, logits, tokens, write_base
 

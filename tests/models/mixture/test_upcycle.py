@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, Qwen2Config
 
-from eclectus.models.mixture.checkpoint_io import INDEX, CheckpointReader
+from eclectus.models.checkpoints.tensor_files import INDEX, CheckpointReader
 from eclectus.models.mixture.export import extract_base
 from eclectus.models.mixture.upcycle import upcycle
 from tests.support.dense_bases import BASES, VOCABULARY, logits, tokens, write_base, write_gguf

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eclectus.models.mixture.checkpoint_io import CheckpointError
-from eclectus.models.mixture.families import UnsupportedModelError
+from eclectus.models.checkpoints.families import UnsupportedModelError
+from eclectus.models.checkpoints.tensor_files import CheckpointError
 from eclectus.models.mixture.upcycle import StepZeroError, upcycle
 from tests.support.dense_bases import VOCABULARY, write_base
 

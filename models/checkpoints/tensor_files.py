@@ -1,15 +1,10 @@
-"""Reading and writing safetensors checkpoints one tensor at a time.
+"""Reading safetensors checkpoints one tensor at a time, so that one larger than memory can be rewritten.
 
-So a checkpoint larger than memory can be rewritten: the reader reads a tensor's bytes on demand (mapped files would
-count as resident memory), the writer computes each file's header from names, dtypes and shapes and then streams the
-bytes. The
-format: 8 bytes of header length, a JSON header, the tensors one after the other. Files are split at `max_shard_bytes`
-and indexed as transformers does.
+A tensor's bytes are read on demand (mapped files would count as resident memory). The format of a file: 8 bytes of
+header length, a JSON header, the tensors one after the other; several files have an index, as transformers writes it.
 """
 
 import json
-import struct
-from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedReader
@@ -21,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 INDEX = "model.safetensors.index.json"
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -31,7 +26,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class CheckpointError(ValueError):
@@ -97,9 +91,9 @@ class CheckpointReader:
             raise CheckpointError(f"{path} lacks {sorted(expected - header.keys())[0]}, which {INDEX} says is in it")
         for name in header if expected is None else expected:
             entry = header[name]
-            if entry["dtype"] not in _DTYPES:
-                raise CheckpointError(f"{path}: {name} has type {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
-            self.specs[name] = TensorSpec(name, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            if entry["dtype"] not in DTYPES:
+                raise CheckpointError(f"{path}: {name} has type {entry['dtype']}; expected one of {', '.join(DTYPES)}")
+            self.specs[name] = TensorSpec(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
             self._offsets[name] = file, start + entry["data_offsets"][0]
 
     def tensor(self, name: str) -> Tensor:
@@ -167,57 +161,6 @@ def read_config(directory: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
-
-
-def write_checkpoint(
-    directory: Path,
-    specs: Iterable[TensorSpec],
-    read: Callable[[str], Tensor],
-    max_shard_bytes: int = 5_000_000_000,
-) -> list[str]:
-    """Streams tensors into `directory` in the given order, one in memory at a time; returns the file names.
-
-    read: returns the tensor of a name, with exactly the dtype and shape of its spec, else CheckpointError.
-    """
-    shards: list[list[TensorSpec]] = [[]]
-    for spec in specs:
-        if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(spec)
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    else:
-        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file_name, shard in zip(files, shards, strict=True):
-        _write_file(directory / file_name, shard, read)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(spec.nbytes for shard in shards for spec in shard)},
-            "weight_map": {spec.name: file for file, shard in zip(files, shards, strict=True) for spec in shard},
-        }
-        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return files
-
-
-def _write_file(path: Path, specs: list[TensorSpec], read: Callable[[str], Tensor]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for spec in specs:
-        header[spec.name] = {
-            "dtype": _CODES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for spec in specs:
-            tensor = read(spec.name)
-            if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-                raise CheckpointError(f"{spec.name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {spec}")
-            file.write(tensor_bytes(tensor))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

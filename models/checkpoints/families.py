@@ -4,20 +4,15 @@ Llama and Mistral become Mixtral, Qwen2 becomes Qwen2Moe, Qwen3 becomes Qwen3Moe
 any server loads the result. Names of tensors and config keys are defined only here. Checkpoint files have one tensor
 per expert and matrix (which vLLM and transformers 4 and 5 read); the modules of transformers 5 hold one `[experts,
 ...]` parameter.
-
-Config keys are written for both generations: transformers 5 reads `rope_parameters` and `num_local_experts`, 4.57 and
-older servers `rope_theta`, `rope_scaling` and `num_experts`. Without the old keys 4.57 silently loads a Mixtral with
-another rotary base.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from eclectus.models.checkpoints.writing import with_both_generations
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 # Qwen2Moe always has a shared expert. With width 0, vLLM refuses its empty tensors (KeyError) and transformers reports
@@ -187,32 +182,3 @@ def moe_config(base: dict[str, Any], family: Family, experts: Sequence[int], top
     elif family.stock_moe == "qwen3_moe":
         config.pop("layer_types", None)
     return with_both_generations(config)
-
-
-def with_both_generations(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with the keys of transformers 5 and those that 4.57 and older servers read."""
-    config = dict(config)
-    experts = config.get("num_local_experts", config.get("num_experts"))
-    if experts is not None:
-        config |= {"num_local_experts": experts, "num_experts": experts}
-    rope = dict(config.get("rope_parameters") or {})
-    if "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
-    if dtype := config.get("dtype"):
-        config["torch_dtype"] = dtype
-    # 4.57 reads a null head_dim as the head size itself.
-    if config.get("head_dim", 0) is None:
-        del config["head_dim"]
-    return config
-
-
-def plain_config(config: PretrainedConfig) -> dict[str, Any]:
-    """config.json as transformers 5 writes it: every field of the class, no private ones, no paths."""
-    return {key: value for key, value in json.loads(config.to_json_string()).items() if not key.startswith("_")}
-
-
-def write_config(directory: Path, config: dict[str, Any]) -> None:
-    """Writes config.json, keys sorted."""
-    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from eclectus.models.mixture.checkpoint_io import TensorSource
-from eclectus.models.mixture.families import Family
+from eclectus.models.checkpoints.families import Family
+from eclectus.models.checkpoints.tensor_files import TensorSource
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ those of the class: none missing, none unknown, shapes as in the config.
 """
 
 import json
-import shutil
 import struct
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,26 +15,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from eclectus.models.mixture.checkpoint_io import (
+from eclectus.models.checkpoints.families import Family, UnsupportedModelError, family_of
+from eclectus.models.checkpoints.side_files import TOKENIZER_CONFIG, copy_side_files, name_tokenizer_for_both
+from eclectus.models.checkpoints.streaming import streamed_logits
+from eclectus.models.checkpoints.tensor_files import (
     CheckpointError,
     CheckpointReader,
     ModuleTensors,
     TensorSource,
     read_config,
-    write_checkpoint,
 )
-from eclectus.models.mixture.families import (
-    Family,
-    UnsupportedModelError,
-    family_of,
-    plain_config,
-    with_both_generations,
-    write_config,
-)
-from eclectus.models.mixture.streaming import streamed_logits
-
-REPORT = "upcycle.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
+from eclectus.models.checkpoints.writing import plain_config, with_both_generations, write_checkpoint, write_config
 
 
 class DenseBase:
@@ -102,7 +92,7 @@ class DenseBase:
         """Copies tokenizer and generation config."""
         if self._gguf_tokenizer is not None:
             self._gguf_tokenizer.save_pretrained(out_dir)
-            _name_tokenizer_for_both(out_dir / TOKENIZER_CONFIG)
+            name_tokenizer_for_both(out_dir / TOKENIZER_CONFIG)
             return
         copy_side_files(self._side_files, out_dir)
 
@@ -140,34 +130,6 @@ def _open(base_dir: Path, stack: ExitStack, trust_remote_code: bool) -> DenseBas
     family = family_of(config.to_dict(), base_dir)
     reader = stack.enter_context(CheckpointReader(base_dir))
     return DenseBase(config, family, reader, base_dir)
-
-
-def copy_side_files(source: Path, out_dir: Path) -> None:
-    """Copies the small files that are neither weights nor config: tokenizer, chat template, generation config.
-
-    An artifact's manifest and a Lory model's routing profiles describe the source alone and are not copied.
-    """
-    skipped = {"config.json", REPORT, "manifest.json", "routing_weights.json"}
-    for path in sorted(source.iterdir()):
-        is_side = path.suffix in (".json", ".model", ".txt", ".jinja", ".tiktoken") and ".safetensors" not in path.name
-        if path.is_file() and is_side and path.name not in skipped and not path.name.endswith(".bin.index.json"):
-            shutil.copyfile(path, out_dir / path.name)
-    _name_tokenizer_for_both(out_dir / TOKENIZER_CONFIG)
-
-
-def _name_tokenizer_for_both(path: Path) -> None:
-    """Replaces names in a tokenizer_config.json that only transformers 5 knows by those that 4.57 and 5 read."""
-    if not path.is_file():
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    config = dict(before)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # 4.57 expects extra_special_tokens to be a mapping and fails on a list.
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    if config != before:
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_tokenizer(base_dir: Path, vocabulary: int) -> None:
