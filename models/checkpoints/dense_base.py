@@ -6,7 +6,6 @@ logits of that code, for which the model is held in memory. Before anything is w
 those of the class: none missing, none unknown, shapes as in the config.
 """
 
-import json
 import struct
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +24,7 @@ from eclectus.models.checkpoints.tensor_files import (
     TensorSource,
     read_config,
 )
+from eclectus.models.checkpoints.tokenizer_files import check_tokenizer
 from eclectus.models.checkpoints.writing import plain_config, with_both_generations, write_checkpoint, write_config
 
 
@@ -104,7 +104,7 @@ def open_base(base_dir: Path, stack: ExitStack, trust_remote_code: bool = False)
     UnsupportedModelError for a model that cannot be upcycled.
     """
     base = _open(base_dir, stack, trust_remote_code)
-    _check_tokenizer(base_dir, base.config.vocab_size)
+    check_tokenizer(base_dir, base.config.vocab_size)
     _check_tensors(base, base_dir)
     return base
 
@@ -130,38 +130,6 @@ def _open(base_dir: Path, stack: ExitStack, trust_remote_code: bool) -> DenseBas
     family = family_of(config.to_dict(), base_dir)
     reader = stack.enter_context(CheckpointReader(base_dir))
     return DenseBase(config, family, reader, base_dir)
-
-
-def _check_tokenizer(base_dir: Path, vocabulary: int) -> None:
-    if not base_dir.is_dir():
-        return
-    path = base_dir / "tokenizer.json"
-    if path.is_file():
-        largest = _largest_id(json.loads(path.read_text(encoding="utf-8")))
-    else:
-        others = [base_dir / name for name in ("tokenizer.model", "vocab.json") if (base_dir / name).is_file()]
-        if not others:
-            return
-        path = others[0]
-        try:
-            largest = max(AutoTokenizer.from_pretrained(base_dir).get_vocab().values())
-        except (OSError, ValueError, RuntimeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(
-                f"{path} cannot be read as a tokenizer ({first}); repair it, or move it away"
-            ) from error
-    if largest >= vocabulary:
-        raise UnsupportedModelError(
-            f"{path} has token id {largest}, but the model's vocabulary has {vocabulary}: "
-            "this tokenizer is not the model's"
-        )
-
-
-def _largest_id(tokenizer: dict[str, Any]) -> int:
-    """The largest token id of a tokenizer.json, -1 if it has none."""
-    vocab = tokenizer.get("model", {}).get("vocab", {})
-    ids = list(vocab.values()) if isinstance(vocab, dict) else [len(vocab) - 1]
-    return max([-1, *ids, *(token["id"] for token in tokenizer.get("added_tokens", []))])
 
 
 def _check_tensors(base: DenseBase, where: Path) -> None:
