@@ -6,21 +6,20 @@ logits of that code, for which the model is held in memory. Before anything is w
 those of the class: none missing, none unknown, shapes as in the config.
 """
 
-import struct
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from eclectus.models.checkpoints.families import Family, UnsupportedModelError, family_of
+from eclectus.models.checkpoints.gguf import read_gguf
 from eclectus.models.checkpoints.side_files import TOKENIZER_CONFIG, copy_side_files, name_tokenizer_for_both
 from eclectus.models.checkpoints.streaming import streamed_logits
 from eclectus.models.checkpoints.tensor_files import (
     CheckpointError,
     CheckpointReader,
-    ModuleTensors,
     TensorSource,
     read_config,
 )
@@ -50,25 +49,11 @@ class DenseBase:
 
     @classmethod
     def from_gguf(cls, path: Path) -> "DenseBase":
-        """The base in a GGUF file, dequantised. Raises CheckpointError if transformers cannot read it."""
-        try:
-            return cls._from_gguf(path)
-        except UnsupportedModelError:
-            raise
-        except (ValueError, OSError, RuntimeError, LookupError, struct.error) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(
-                f"{path} cannot be read as GGUF ({first}); fetch it again, or give the safetensors checkpoint"
-            ) from error
-
-    @classmethod
-    def _from_gguf(cls, path: Path) -> "DenseBase":
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        config = plain_config(model.config) | {"architectures": [type(model).__name__], "dtype": "float32"}
-        config.pop("quantization_config", None)
-        base = cls(model.config, family_of(config, path), ModuleTensors(model), path.parent)
-        base.config_dict = config
-        base._gguf_tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        """The base in a GGUF file, dequantised. Raises CheckpointError if it cannot be read."""
+        model = read_gguf(path)
+        base = cls(model.config, family_of(model.config_dict, path), model.tensors, path.parent)
+        base.config_dict = model.config_dict
+        base._gguf_tokenizer = model.tokenizer
         return base
 
     @classmethod
