@@ -24,7 +24,7 @@ from eclectus.models.checkpoints.tensor_files import (
     read_config,
 )
 from eclectus.models.checkpoints.tokenizer_files import check_tokenizer
-from eclectus.models.checkpoints.writing import plain_config, with_both_generations, write_checkpoint, write_config
+from eclectus.models.checkpoints.writing import plain_config, write_checkpoint
 
 
 class DenseBase:
@@ -69,8 +69,7 @@ class DenseBase:
 
     def save(self, out_dir: Path) -> None:
         """Writes the dense checkpoint in safetensors, with tokenizer and generation config."""
-        write_config(out_dir, with_both_generations(self.config_dict))
-        write_checkpoint(out_dir, self.tensors.specs.values(), self.tensors.tensor)
+        write_checkpoint(out_dir, self.config_dict, self.tensors.specs.values(), self.tensors.tensor)
         self.copy_side_files(out_dir)
 
     def copy_side_files(self, out_dir: Path) -> None:

@@ -1,24 +1,91 @@
-"""The one list of side files: what belongs to a checkpoint beside its weights and config.json."""
+"""The one list of side files: what belongs to a checkpoint beside its weights and config.json.
+
+Every stage and every export copies these files and no others: tokenizer, chat templates, generation config, terms of
+use. An allow-list by name, because a folder holds other things too: an adapter's config or the original release's
+`consolidated.safetensors` would make the copy open as something else.
+
+Only the standard library is imported here, so that a run that reuses everything can list files without PyTorch.
+"""
 
 import json
 import shutil
 from pathlib import Path
 
+INDEX = "model.safetensors.index.json"
 REPORT = "upcycle.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
+# Each is enough for a tokenizer; the names are those of transformers' tokenizer classes.
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.*.json",
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "*.tiktoken",
+    "tiktoken.model",
+)
+SIDE_FILES = (
+    *VOCABULARIES,
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    TOKENIZER_CONFIG,
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    GENERATION_CONFIG,
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+# Records about the very weights beside them: copied only together with the weights, unchanged.
+RECORDS = (REPORT, "routing_weights.json")
+# What a model on the hub is downloaded as: patterns to allow, and weights of another format to leave out.
+WANTED = ("config.json", INDEX, "*.safetensors", *SIDE_FILES, *RECORDS)
+UNWANTED = ("*/*.safetensors", "consolidated*", "adapter_*")
+
+
+def side_files(folder: Path) -> list[Path]:
+    """Paths, relative to the folder, of its side files, sorted."""
+    return _matching(folder, SIDE_FILES)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the vocabulary of a tokenizer."""
+    return bool(_matching(folder, VOCABULARIES))
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Paths, relative to the folder, of all that makes a checkpoint: weights, config, side files and records.
+
+    Weights are model.safetensors or the files of its index. Code, pickled weights and optimizer states are not listed.
+    """
+    weights = ["model.safetensors"]
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        weights = [INDEX, *set(index["weight_map"].values())]
+    held = [Path(name) for name in ("config.json", *RECORDS, *weights) if (folder / name).is_file()]
+    return sorted({*held, *side_files(folder)})
 
 
 def copy_side_files(source: Path, out_dir: Path) -> None:
-    """Copies the small files that are neither weights nor config: tokenizer, chat template, generation config.
-
-    An artifact's manifest and a Lory model's routing profiles describe the source alone and are not copied.
-    """
-    skipped = {"config.json", REPORT, "manifest.json", "routing_weights.json"}
-    for path in sorted(source.iterdir()):
-        is_side = path.suffix in (".json", ".model", ".txt", ".jinja", ".tiktoken") and ".safetensors" not in path.name
-        if path.is_file() and is_side and path.name not in skipped and not path.name.endswith(".bin.index.json"):
-            shutil.copyfile(path, out_dir / path.name)
+    """Copies the side files, with names in the tokenizer's config that transformers 4.57 and 5 know."""
+    for path in side_files(source):
+        (out_dir / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, out_dir / path)
     name_tokenizer_for_both(out_dir / TOKENIZER_CONFIG)
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder) for path in found)
 
 
 def name_tokenizer_for_both(path: Path) -> None:

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-INDEX = "model.safetensors.index.json"
+from eclectus.models.checkpoints.side_files import INDEX
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -1,7 +1,13 @@
-"""The one writer of checkpoints: config.json with the keys of both transformers generations, and tensors as a stream.
+"""The one writer of checkpoints: config.json with the keys of both transformers generations, tensors, side files.
+
+    write_checkpoint    tensors from anywhere, one at a time: upcycled, extended and exported models, extracted bases
+    save_model          a live model: dense twins, Lory and the other baselines, results of full, lora and llama_pro
 
 Transformers 5 reads `rope_parameters` and `num_local_experts`, 4.57 and older servers `rope_theta`, `rope_scaling` and
 `num_experts`. Without the old keys 4.57 silently loads a model with another rotary base.
+
+transformers' own save_pretrained is not used: at the end of a training it refuses a sampling setting in config.json and
+a generation config with a temperature but without sampling, both of which it loads.
 
 The header of each file is computed from names, dtypes and shapes, and the bytes are streamed after it. Files are split
 at `max_shard_bytes` and indexed as transformers does.
@@ -14,10 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from eclectus.models.checkpoints.side_files import GENERATION_CONFIG, copy_side_files
 from eclectus.models.checkpoints.tensor_files import DTYPES, INDEX, CheckpointError, TensorSpec, tensor_bytes
 
+MAX_SHARD_BYTES = 5_000_000_000
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -25,15 +36,20 @@ def with_both_generations(config: dict[str, Any]) -> dict[str, Any]:
     """The config with the keys of transformers 5 and those that 4.57 and older servers read."""
     config = dict(config)
     experts = config.get("num_local_experts", config.get("num_experts"))
-    if experts is not None:
+    # Lory has a num_experts too, which no other class reads.
+    if experts is not None and "num_experts_per_tok" in config:
         config |= {"num_local_experts": experts, "num_experts": experts}
     rope = dict(config.get("rope_parameters") or {})
+    if not rope and "rope_theta" in config:
+        rope = dict(config.get("rope_scaling") or {}) | {"rope_theta": config["rope_theta"]}
+        rope["rope_type"] = rope.pop("rope_type", None) or rope.pop("type", "default")
+        config["rope_parameters"] = rope
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
-    if dtype := config.get("dtype"):
-        config["torch_dtype"] = dtype
+    if dtype := config.get("dtype") or config.get("torch_dtype"):
+        config |= {"dtype": dtype, "torch_dtype": dtype}
     # 4.57 reads a null head_dim as the head size itself.
     if config.get("head_dim", 0) is None:
         del config["head_dim"]
@@ -52,9 +68,49 @@ def write_config(directory: Path, config: dict[str, Any]) -> None:
 
 def write_checkpoint(
     directory: Path,
+    config: dict[str, Any],
     specs: Iterable[TensorSpec],
     read: Callable[[str], Tensor],
-    max_shard_bytes: int = 5_000_000_000,
+    side_files: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes config.json for both generations, the tensors in the given order, and the side files of a folder.
+
+    read: as in write_tensors. side_files: a checkpoint or tokenizer folder.
+    """
+    write_config(directory, with_both_generations(config))
+    write_tensors(directory, specs, read, max_shard_bytes)
+    if side_files is not None:
+        copy_side_files(side_files, directory)
+
+
+def save_model(
+    model: PreTrainedModel, directory: Path, side_files: Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes a live model, with the code of a class that carries its own; `directory` is created.
+
+    side_files: a checkpoint or tokenizer folder; its generation config replaces the model's.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
+    for part in (model, model.config):
+        if part._auto_class is not None:
+            custom_object_save(part, directory, config=model.config)  # type: ignore[arg-type]  # as transformers does
+    tensors = revert_weight_conversion(model, remove_tied_weights_from_state_dict(model.state_dict(), model))
+    specs = [TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
+    if model.generation_config is not None:
+        (directory / GENERATION_CONFIG).write_text(model.generation_config.to_json_string(), encoding="utf-8")
+    write_checkpoint(
+        directory, plain_config(model.config), specs, tensors.__getitem__, side_files, max_shard_bytes=max_shard_bytes
+    )
+
+
+def write_tensors(
+    directory: Path,
+    specs: Iterable[TensorSpec],
+    read: Callable[[str], Tensor],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> list[str]:
     """Streams tensors into `directory` in the given order, one in memory at a time; returns the file names.
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from eclectus.models.checkpoints.side_files import copy_side_files
+from eclectus.models.checkpoints.writing import save_model
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.mixture.upcycle import StepZeroError
 from eclectus.models.training.instances import Batch
@@ -77,8 +77,7 @@ def extend_lory(
             f"with {before} more experts a logit differs by {delta:.3g}, where {tolerance * scale:.3g} is allowed; "
             "nothing was written"
         )
-    model.save_pretrained(out_dir)
-    copy_side_files(Path(lory_dir), Path(out_dir))
+    save_model(model, Path(out_dir), Path(lory_dir))
     return LoryExtensionReport(before, 2 * before, delta, scale, tolerance)
 
 
@@ -120,8 +119,7 @@ def save_lory(model: LoryForCausalLM, out: str | Path, side_files: str | Path) -
         parametrize.remove_parametrizations(layer.mlp, "experts")
         parametrize.remove_parametrizations(layer.mlp.router, "weight")
     model.config.extension_trained = True
-    model.eval().save_pretrained(out)
-    copy_side_files(Path(side_files), Path(out))
+    save_model(model.eval(), Path(out), Path(side_files))
 
 
 def segment_prior_loss(router_weights: Sequence[Tensor], original_mask: Tensor, segment: int, old: int) -> Tensor:

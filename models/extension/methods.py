@@ -29,9 +29,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eclectus.models.checkpoints.families import family_of
-from eclectus.models.checkpoints.side_files import REPORT, copy_side_files
+from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.checkpoints.tensor_files import read_config, tensor_bytes
-from eclectus.models.checkpoints.writing import with_both_generations, write_config
+from eclectus.models.checkpoints.writing import save_model
 from eclectus.models.extension.lory import save_lory, split_lory
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.mixture.experts import Stage, set_trainable, split_experts, whole
@@ -139,9 +139,7 @@ def save_method(model: nn.Module, out: str | Path, side_files: str | Path) -> No
     if hasattr(plain.config, "num_experts_per_tok"):
         export_checkpoint(plain, out, side_files=side_files)
         return
-    plain.save_pretrained(out)
-    write_config(out, with_both_generations(read_config(out)))
-    copy_side_files(Path(side_files), out)
+    save_model(plain, out, Path(side_files))
 
 
 def add_lora(model: PreTrainedModel, rank: int, seed: int = 0) -> nn.Module:

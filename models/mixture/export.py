@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eclectus.models.checkpoints.families import moe_family_of
-from eclectus.models.checkpoints.side_files import REPORT, copy_side_files
+from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSource, TensorSpec, read_config
-from eclectus.models.checkpoints.writing import plain_config, with_both_generations, write_checkpoint, write_config
+from eclectus.models.checkpoints.writing import plain_config, write_checkpoint
 from eclectus.models.mixture.experts import MoeTensors, original_digest, original_tensors
 from eclectus.models.staged_folder import staged_folder
 
@@ -60,13 +60,10 @@ def export_checkpoint(
         if dtype is not None:
             config["dtype"] = str(dtype).removeprefix("torch.")
         partial = stack.enter_context(staged_folder(out_dir))
-        write_config(partial, with_both_generations(config))
         specs = [TensorSpec(s.name, _stored_type(s.dtype, dtype), s.shape) for s in source.specs.values()]
-        write_checkpoint(partial, specs, _reader(source, dtype), max_shard_bytes)
-        if side_dir is not None:
-            copy_side_files(side_dir, partial)
-            if (side_dir / REPORT).is_file():
-                shutil.copyfile(side_dir / REPORT, partial / REPORT)
+        write_checkpoint(partial, config, specs, _reader(source, dtype), side_dir, max_shard_bytes)
+        if side_dir is not None and (side_dir / REPORT).is_file():
+            shutil.copyfile(side_dir / REPORT, partial / REPORT)
     return out_dir
 
 
@@ -95,12 +92,12 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
                 )
         originals = original_tensors(source, family, tied)
         partial = stack.enter_context(staged_folder(out_dir))
-        write_config(partial, with_both_generations(base_config))
         usual, odd = base_config.get("dtype"), made.get("base_types", {})
         types = {name: _narrowed(source.tensor(o), odd.get(name, usual)) for name, o in originals.items()}
         specs = [TensorSpec(name, types[name], source.specs[o].shape) for name, o in originals.items()]
-        write_checkpoint(partial, specs, lambda name: source.tensor(originals[name]).to(types[name]))
-        copy_side_files(moe_dir, partial)
+        write_checkpoint(
+            partial, base_config, specs, lambda name: source.tensor(originals[name]).to(types[name]), moe_dir
+        )
     return out_dir
 
 

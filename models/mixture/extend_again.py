@@ -25,15 +25,16 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eclectus.models.checkpoints.families import MATRICES, Family, moe_family_of
-from eclectus.models.checkpoints.side_files import REPORT, copy_side_files
+from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSpec, read_config
-from eclectus.models.checkpoints.writing import with_both_generations, write_checkpoint, write_config
+from eclectus.models.checkpoints.writing import write_checkpoint
 from eclectus.models.mixture.experts import moe_blocks
 from eclectus.models.mixture.upcycle import StepZeroError
 from eclectus.models.staged_folder import require_new_folder, staged_folder
@@ -99,9 +100,7 @@ def extend_again(
     if "experts_per_layer" in config:
         wider["experts_per_layer"] = [count + new_experts for count in before]
     with staged_folder(out_dir) as partial:
-        write_config(partial, with_both_generations(wider))
-        _write_tensors(moe_dir, partial, family, before, rows)
-        copy_side_files(moe_dir, partial)
+        _write(moe_dir, partial, wider, family, before, rows)
         result = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32).eval()
         fit, held = _compare(model, result, fitted, before), _compare(model, result, held_out, before)
         delta = _checked_delta(fit, held, new_experts, tolerance, largest_share)
@@ -180,7 +179,9 @@ def shortest_row_below(x_TH: Tensor, limit_T: Tensor) -> Tensor:
     return row_H
 
 
-def _write_tensors(moe_dir: Path, out_dir: Path, family: Family, before: list[int], rows: list[Tensor]) -> None:
+def _write(
+    moe_dir: Path, out_dir: Path, config: dict[str, Any], family: Family, before: list[int], rows: list[Tensor]
+) -> None:
     """Writes all tensors of `moe_dir` unchanged, new experts as copies of expert 0, and the longer routers."""
     count = len(rows[0])
     with CheckpointReader(moe_dir) as source:
@@ -203,7 +204,7 @@ def _write_tensors(moe_dir: Path, out_dir: Path, family: Family, before: list[in
         def read(name: str) -> Tensor:
             return routers[name] if name in routers else source.tensor(copied_from.get(name, name))
 
-        write_checkpoint(out_dir, specs, read)
+        write_checkpoint(out_dir, config, specs, read, side_files=moe_dir)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from eclectus.models.checkpoints.families import SHARED_EXPERT_WIDTH, moe_config
 from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.checkpoints.streaming import misaligned, streamed_logits
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSpec
-from eclectus.models.checkpoints.writing import write_checkpoint, write_config
+from eclectus.models.checkpoints.writing import write_checkpoint
 from eclectus.models.mixture.experts import original_digest
 from eclectus.models.staged_folder import require_new_folder, staged_folder
 
@@ -120,8 +120,8 @@ def upcycle(
         plan = _Plan(base, counts, init, seed, noise_scale, drop_ratio)
         partial = stack.enter_context(staged_folder(out_dir))
         _check_space(partial, plan)
-        write_config(partial, moe_config(base.config_dict, base.family, counts, top_k))
-        write_checkpoint(partial, plan.specs, plan.tensor, max_shard_bytes)
+        config = moe_config(base.config_dict, base.family, counts, top_k)
+        write_checkpoint(partial, config, plan.specs, plan.tensor, max_shard_bytes=max_shard_bytes)
         base.copy_side_files(partial)
         report = _prove(base, partial, plan, top_k, tolerance, probes)
         (partial / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: a transformers model directory with its tokenizer and, optionally, AdamW's moments."""
+"""Checkpoints on disk: a model directory with its tokenizer and, optionally, AdamW's moments."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from eclectus.models.checkpoints.writing import save_model
 from eclectus.models.lory.dense import expand_dense_tensors
 from eclectus.models.training.parallel import gather_model
 from eclectus.models.training.process import Process
 from eclectus.models.training.resume import whole_tensors
 
 
-def save_model(
-    model: Any, tokenizer: Any, out: Path, moments: dict[str, torch.Tensor] | None, moments_name: str, process: Process
+def save_trained(
+    model: Any,
+    side_files: Path,
+    out: Path,
+    moments: dict[str, torch.Tensor] | None,
+    moments_name: str,
+    process: Process,
 ) -> None:
-    """Writes model (safetensors), config, tokenizer and, if given, AdamW's moments to `out`. All processes must call
+    """Writes the model with the side files of a folder and, if given, AdamW's moments to `out`. All processes must call
     it.
 
     A sharded model is collected on rank 0, which writes it; it cannot be trained further.
@@ -25,8 +31,7 @@ def save_model(
     full = whole_tensors(moments or {}, process)
     gather_model(model, process)
     if process.is_main:
-        model.eval().save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        save_model(model.eval(), out, side_files)
         if moments is not None:
             save_file(full, out / moments_name)
     process.barrier()

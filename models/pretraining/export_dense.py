@@ -9,16 +9,15 @@ it, at the dense model's cost. Its logits are those of prompt-only routing with 
     export_dense(model, "arxiv-dense", weights=mean_routing_weights(model, batches_of_one_domain))
 """
 
-import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from eclectus.models.checkpoints.side_files import has_tokenizer
+from eclectus.models.checkpoints.writing import save_model
 from eclectus.models.lory.config import LoryConfig
 from eclectus.models.lory.dense import dense_ffn_names, split_expert
 from eclectus.models.lory.merge import merge_experts
@@ -83,7 +82,7 @@ def export_dense(
 
     Args:
         model: the Lory model; not changed.
-        out_dir: directory to write safetensors and, if the model's folder has one, the tokenizer to.
+        out_dir: directory to write to: safetensors, and the side files of the model's folder, if it has one.
         domain, language: merge by the mean routing of this part of the training data, stored in the folder that the
             model was loaded from (models/pretraining/routing_profiles.py).
         prompt: merge by this text, encoded with the tokenizer in that folder.
@@ -91,8 +90,7 @@ def export_dense(
         weights: `[layers, E]` (or `[layers, 1, E]`): merge by these weights.
 
     Exactly one of the five is given, unless the model is dense already. Raises ValueError otherwise, and if the folder
-    lacks what is asked for. The directory loads in transformers 4 and 5: config.json has the rotary settings under both
-    names.
+    lacks what is asked for. The directory loads in transformers 4.57 and 5.
     """
     weights = _choose_weights(model, domain, language, prompt, prompt_ids, weights)
     fields = model.config.to_dict()
@@ -110,10 +108,8 @@ def export_dense(
     llama.model.rotary_emb = type(llama.model.rotary_emb)(config=config).to(model.device)
     llama.tie_weights()
     llama.generation_config = model.generation_config
-    llama.eval().save_pretrained(out_dir)
-    _write_both_rope_forms(Path(out_dir) / "config.json", config)
-    for path in _tokenizer_files(Path(model.name_or_path)) if model.name_or_path else []:
-        shutil.copyfile(path, Path(out_dir) / path.name)
+    folder = Path(model.name_or_path) if model.name_or_path else None
+    save_model(llama.eval(), Path(out_dir), folder if folder and folder.is_dir() else None)
     return llama
 
 
@@ -166,17 +162,12 @@ def _folder_of(model: LoryForCausalLM) -> Path:
 
 def _tokens_of(model: LoryForCausalLM, prompt: str) -> Tensor:
     folder = _folder_of(model)
-    if not _tokenizer_files(folder):
+    if not has_tokenizer(folder):
         raise ValueError(f"{folder} has no tokenizer to encode the prompt with; give prompt_ids.")
     ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt", split_special_tokens=True)["input_ids"]
     if not ids.numel():
         raise ValueError("The prompt has no token; give a text to merge the experts by.")
     return ids
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    patterns = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*")
-    return sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
 
 
 def _check_routed(model: LoryForCausalLM) -> None:
@@ -185,13 +176,3 @@ def _check_routed(model: LoryForCausalLM) -> None:
             f"This model has no routing: num_experts is {model.config.num_experts}, routing is "
             f"{model.config.routing!r}."
         )
-
-
-def _write_both_rope_forms(path: Path, config: LlamaConfig) -> None:
-    """transformers 4 reads `rope_theta` and `rope_scaling` where 5 writes `rope_parameters`."""
-    # Every config that transformers 5 has built has rotary parameters, though their type is optional.
-    rope = dict(cast(dict[str, Any], config.rope_parameters))
-    written = json.loads(path.read_text())
-    written["rope_theta"] = rope.pop("rope_theta")
-    written["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
-    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")

@@ -1,12 +1,16 @@
 """Fetch: copies a checkpoint from a folder, a GGUF file or the hub into an artifact, so that lineage records its bytes.
 
-Only safetensors weights, configuration and tokenizer are copied; pickled weights are refused and code is not copied.
+Copied are safetensors weights, config.json and the side files (models/checkpoints/side_files.py); pickled weights are
+refused, and code, optimizer states and weights in other formats are not copied.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import shutil
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -14,18 +18,6 @@ from eclectus.storage.artifact import ArtifactStore, Draft, hash_file
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
-
-WANTED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*config.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "*.jinja",
-    "upcycle.json",
-)
 
 
 class FetchSettings(Settings):
@@ -40,7 +32,7 @@ def fingerprint(settings: FetchSettings) -> dict[str, str]:
     if path.is_file():
         return {"base_model": hash_file(path)}
     if path.is_dir():
-        return {f"base_model {each.name}": hash_file(each) for each in _wanted(path)}
+        return {f"base_model {each}": hash_file(path / each) for each in _listing().checkpoint_files(path)}
     return {"base_model": f"commit-{_hub_commit(settings.base_model)}"}
 
 
@@ -52,14 +44,14 @@ def fetch(settings: FetchSettings, out: Draft) -> None:
         _convert_gguf(base, out.path)
     else:
         folder = base if base.is_dir() else _download(settings.base_model)
-        files = _wanted(folder)
+        files = _listing().checkpoint_files(folder)
         if not any(path.suffix == ".safetensors" for path in files):
             raise EclectusError(
                 f"base model {settings.base_model} holds no .safetensors weights; convert it with "
                 "save_pretrained(..., safe_serialization=True)"
             )
         for path in files:
-            shutil.copyfile(path, out.file(path.name))
+            shutil.copyfile(folder / path, out.file(str(path)))
     out.statistics = {"base_model": settings.base_model if not base.exists() else base.name}
 
 
@@ -79,8 +71,18 @@ def find_checkpoint(store: ArtifactStore, name: str) -> Path:
     return _download(name)
 
 
-def _wanted(folder: Path) -> list[Path]:
-    return sorted({path for pattern in WANTED for path in folder.glob(pattern) if path.is_file()})
+@functools.cache
+def _listing() -> Any:
+    """The module models/checkpoints/side_files.py, by its path: importing its package would import PyTorch.
+
+    A run that reuses its base needs the list for the fingerprint alone.
+    """
+    path = Path(__file__).parents[2] / "models" / "checkpoints" / "side_files.py"
+    spec = importlib.util.spec_from_file_location("side_files", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _hub_commit(name: str) -> str:
@@ -95,8 +97,9 @@ def _hub_commit(name: str) -> str:
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    files = _listing()
     try:
-        return Path(snapshot_download(name, allow_patterns=list(WANTED)))
+        return Path(snapshot_download(name, allow_patterns=list(files.WANTED), ignore_patterns=list(files.UNWANTED)))
     except Exception as error:
         raise EclectusError(_not_found(name, error)) from error
 

@@ -288,7 +288,8 @@ def train_stage(
 
     training_flops is over all steps from 0, the dense warm-up's too; the seconds are of this stage alone.
     """
-    from eclectus.models.pretraining.checkpoint import load_moments_file, save_model
+    from eclectus.models.checkpoints.side_files import has_tokenizer
+    from eclectus.models.pretraining.checkpoint import load_moments_file, save_trained
     from eclectus.models.pretraining.routing_profiles import routing_profiles, write_profiles
     from eclectus.models.pretraining.stages import make_causal
     from eclectus.models.training.clock import TrainingClock
@@ -326,7 +327,9 @@ def train_stage(
         model.config.selection = "causal"
     elif chosen.routed:
         profiles = routing_profiles(model, data, chosen.micro_batch, process)
-    save_model(model, tokens, Path(out), after if stage == "warmup" else None, MOMENTS, process)
+    # A checkpoint to start from has more than a tokenizer: sampling settings, chat templates.
+    beside = Path(start) if start and has_tokenizer(Path(start)) else Path(tokenizer)
+    save_trained(model, beside, Path(out), after if stage == "warmup" else None, MOMENTS, process)
     if profiles and process.is_main:
         write_profiles(Path(out), profiles)
     return {

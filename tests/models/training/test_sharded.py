@@ -77,12 +77,8 @@ def extend(folder, name, process, sharded):
 
 def in_both_processes(folder):
     """The part of each of two processes; rank 0 writes the results."""
-    from eclectus.models.pretraining.checkpoint import save_model
+    from eclectus.models.pretraining.checkpoint import save_trained
     from tests.models.training.test_sharded import Killed
-
-    class Nothing:
-        def save_pretrained(self, out):
-            pass
 
     process, metrics, profiles = Process.current(), [], {}
 
@@ -92,7 +88,7 @@ def in_both_processes(folder):
 
         model, after = run(folder, process, work, report, **changes)
         profiles[name] = routing_profiles(model, Instances(folder / "instances"), 2, process)
-        save_model(model, Nothing(), folder / name, after, "moments.safetensors", process)
+        save_trained(model, folder, folder / name, after, "moments.safetensors", process)
 
     finish("sharded", "a", sharded=True)
     finish("copied", "b", sharded=False)
