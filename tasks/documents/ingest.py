@@ -28,18 +28,19 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.digest_set import DigestMap
-from eclectus.tasks.documents.normalise import normalised
+from eclectus.tasks.documents.normalise import id_of, label_of, normalised
 from eclectus.tasks.documents.readers import Fault, Position, Record, read_records, start_of
 from eclectus.tasks.documents.sources import Found, Source, find_sources, fingerprints
 from eclectus.tasks.documents.table import ROWS_PER_GROUP, DocumentsWriter
 from eclectus.tasks.documents.works import work_of_name
-from eclectus.tasks.run import metric, progress
+from eclectus.tasks.run import metric, notify, progress
 from eclectus.tasks.settings import BASIC, RuntimeSetting, Settings
 from eclectus.tasks.step import step
 
 FLUSH_BYTES = 32 * 2**20
 UNKNOWN = "unknown"
 MOST_DOMAINS = 100
+SHOWN_LABEL = 40
 
 REJECTED = pa.schema(
     [
@@ -98,7 +99,7 @@ def fingerprint(settings: IngestSettings) -> dict[str, str]:
     return fingerprints(check_sources(settings).sources)
 
 
-@step(makes="documents", version=3, fingerprint=fingerprint)
+@step(makes="documents", version=4, fingerprint=fingerprint)
 def ingest(settings: IngestSettings, out: Draft) -> None:
     """Reads the sources into documents. Raises EclectusError if no document is kept."""
     found = check_sources(settings)
@@ -114,9 +115,12 @@ def ingest(settings: IngestSettings, out: Draft) -> None:
         "sources": len(found.sources),
         "ignored_files": found.ignored,
         "rejected_by_reason": dict(intake.reasons.most_common()),
+        "labels_ignored": intake.ignored,
         "domains": dict(intake.domains.most_common(MOST_DOMAINS)),
         "lengths": histogram(intake.lengths),
     }
+    if intake.ignored:
+        notify("labels", _labels_ignored(intake.ignored))
     for name in ("documents", "rejected", "duplicates", "bytes"):
         metric(f"ingest_{name}", out.statistics[name])
 
@@ -204,6 +208,7 @@ class _Intake:
         self._waiting_bytes = 0
         self.bytes = 0
         self.of_origin: Counter[int] = Counter()
+        self.ignored: dict[str, dict[str, Any]] = {}
         self.reasons: Counter[str] = Counter()
         self.domains: Counter[str] = Counter()
         self.lengths: Counter[int] = Counter()
@@ -224,29 +229,41 @@ class _Intake:
         if isinstance(content, Fault):
             self._reject(source, line, content)
             return
-        settings = self._settings
-        name = _as_name(record.get(settings.id_field))
-        origin = _as_name(record.get(settings.source_field)) or source.name
+        labels = self._labels(source, line, record)
         self._waiting.append(
             _Candidate(
                 source.name,
                 line,
                 hashlib.sha256(content).digest()[:16],
-                hashlib.sha256(normalised(record[settings.text_field]).encode()).digest()[:16],
-                {
-                    "name": name,
-                    "work": _as_name(record.get(settings.work_field)) or work_of_name(name, origin),
-                    "text": record[settings.text_field],
-                    "language": _as_name(record.get(settings.language_field)),
-                    "domain": _as_name(record.get(settings.domain_field)) or source.domain or UNKNOWN,
-                    "source": origin,
-                    "bytes": len(content),
-                },
+                hashlib.sha256(normalised(record[self._settings.text_field]).encode()).digest()[:16],
+                {**labels, "text": record[self._settings.text_field], "bytes": len(content)},
             )
         )
-        self._waiting_bytes += len(content)
+        self._waiting_bytes += len(content) + sum(len(label or "") for label in labels.values())
         if len(self._waiting) >= ROWS_PER_GROUP or self._waiting_bytes >= FLUSH_BYTES:
             self._flush()
+
+    def _labels(self, source: Source, line: int | None, record: Record) -> dict[str, str | None]:
+        """name, work, language, domain and source of a record; a label that is none counts as absent."""
+        found: dict[str, str | None] = {}
+        for label in ("id", "work", "language", "domain", "source"):
+            field = getattr(self._settings, f"{label}_field")
+            try:
+                read = id_of if label == "id" else label_of
+                found[label] = read(record.get(field), numbers=label != "language")
+            except ValueError as reason:
+                found[label] = None
+                where = f"{source.name}, line {line}" if line else source.name
+                first = f"{reason}: {start_of(str(record[field]))[:SHOWN_LABEL]} ({where})"
+                self.ignored.setdefault(field, {"records": 0, "first": first})["records"] += 1
+        origin = found["source"] or label_of(source.name) or UNKNOWN
+        return {
+            "name": found["id"],
+            "work": found["work"] or label_of(work_of_name(found["id"], origin)),
+            "language": found["language"],
+            "domain": found["domain"] or label_of(source.domain) or UNKNOWN,
+            "source": origin,
+        }
 
     def _text(self, record: Record) -> bytes | Fault:
         """The record's text as UTF-8, or why it is rejected."""
@@ -315,11 +332,9 @@ class _Intake:
                 table.close()
 
 
-def _as_name(value: Any) -> str | None:
-    """A field that names something, as text; numbers are accepted, any other type counts as absent."""
-    if isinstance(value, str):
-        return value.strip().encode("utf-8", "replace").decode() or None
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+def _labels_ignored(ignored: dict[str, dict[str, Any]]) -> str:
+    each = [f"'{field}' of {about['records']:,} records (first {about['first']})" for field, about in ignored.items()]
+    return f"Labels that are neither text nor a number count as absent: {'; '.join(each)}."
 
 
 def _nothing_kept(settings: IngestSettings, found: Found, intake: _Intake) -> str:

@@ -8,7 +8,7 @@ documents of a grown corpus are read. Price: that of detection; Ray workers shar
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -19,7 +19,13 @@ from pydantic import Field, ValidationInfo, field_validator
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.digest_set import positions_of
-from eclectus.tasks.documents.language_codes import UNDETERMINED, normalise
+from eclectus.tasks.documents.language_codes import (
+    UNDETERMINED,
+    members_of,
+    normalise,
+    read_language,
+    shortened,
+)
 from eclectus.tasks.documents.language_detection import (
     DETECTION_VERSION,
     Detection,
@@ -27,26 +33,29 @@ from eclectus.tasks.documents.language_detection import (
     detect_all,
     samples_of,
 )
-from eclectus.tasks.documents.table import ROWS_PER_GROUP, read_ids, read_table, relabel
+from eclectus.tasks.documents.table import ROWS_PER_GROUP, read_codes, read_ids, read_table, relabel
 from eclectus.tasks.documents.text_reader import TextReader
 from eclectus.tasks.reuse import earlier, is_whole
-from eclectus.tasks.run import metric, progress
+from eclectus.tasks.run import metric, notify, progress
 from eclectus.tasks.settings import BASIC, RuntimeSetting, Settings
 from eclectus.tasks.step import step
 
 DOCUMENTS_FOR_RAY = 50_000
 MOST_LANGUAGES = 50
+SHOWN = 5
 
 
 class LanguageSettings(Settings):
     """How languages are detected, and which are original and expanded."""
 
     original_languages: list[str] = Field(
-        ["en"], description="Languages that the dense model is trained on, as ISO 639-1 codes.", json_schema_extra=BASIC
+        ["en"],
+        description="Languages that the dense model is trained on, as ISO 639-1 codes or names.",
+        json_schema_extra=BASIC,
     )
     expanded_languages: list[str] = Field(
         ["el", "hu", "tr"],
-        description="Languages that the model is extended to, as ISO 639-1 codes; may be empty.",
+        description="Languages that the model is extended to, as ISO 639-1 codes or names; may be empty.",
         validate_default=True,
         json_schema_extra=BASIC,
     )
@@ -63,13 +72,16 @@ class LanguageSettings(Settings):
         0, "Ray workers that detect languages; 1 uses this process only, 0 takes all cores for large corpora.", ge=0
     )
 
+    @field_validator("original_languages", "expanded_languages", mode="before")
+    @classmethod
+    def _norwegian(cls, languages: Any) -> Any:
+        """In YAML a `no` without quotes is the truth value false."""
+        return ["no" if each is False else each for each in languages] if isinstance(languages, list) else languages
+
     @field_validator("original_languages", "expanded_languages")
     @classmethod
     def _normalised(cls, languages: list[str]) -> list[str]:
-        for language in languages:
-            if normalise(language) is None:
-                raise ValueError(f"'{language}' is no language code; expected ISO 639-1, such as 'en' or 'el'")
-        return list(dict.fromkeys(str(normalise(language)) for language in languages))
+        return list(dict.fromkeys(map(read_language, languages)))
 
     @field_validator("original_languages")
     @classmethod
@@ -95,14 +107,14 @@ class LanguageSettings(Settings):
         return "expanded" if language in self.expanded_languages else "other"
 
 
-@step(makes="documents", version=2)
+@step(makes="documents", version=3)
 def languages(documents: Artifact, settings: LanguageSettings, out: Draft) -> None:
     """Fills language, language_confidence and group. Raises EclectusError when a wanted language has no documents."""
     labels = _Labels(documents.manifest()["rows"])
-    fields = read_table(documents, ["language"])["language"].to_pylist()
+    fields = _Fields(documents)
     if settings.language_detector == "field":
         reused = 0
-        labels.set(np.arange(len(fields)), [_of_field(field) for field in fields])
+        labels.set(np.arange(len(fields.codes)), fields.detections())
     else:
         reused = _detect_documents(documents, settings, labels)
     groups = labels.groups(settings)
@@ -116,11 +128,61 @@ def languages(documents: Artifact, settings: LanguageSettings, out: Draft) -> No
         out,
     )
     sizes = read_table(documents, ["bytes"])["bytes"].to_numpy()
-    statistics = labels.statistics(groups, sizes, fields)
+    statistics = labels.statistics(groups, sizes) | fields.statistics(labels)
+    if settings.language_detector == "field":
+        fields.report(statistics)
     _check_all_found(settings, statistics)
     out.statistics = {**statistics, "reused": reused, "judged_by": _detector_name(settings)}
     for language in (*settings.original_languages, *settings.expanded_languages):
         metric("language_documents", statistics["languages"][language]["documents"], language=language)
+
+
+class _Fields:
+    """The records' own language fields: `codes` int64 [N], indices into `names`; `languages`, what each name means."""
+
+    def __init__(self, documents: Artifact) -> None:
+        self.codes, self.names = read_codes(documents, "language")
+        self.languages = [normalise(name) for name in self.names]
+
+    def detections(self) -> list[Detection]:
+        """What the fields say of each document [N]."""
+        known = [(code, 1.0) if code and code != UNDETERMINED else (UNDETERMINED, 0.0) for code in self.languages]
+        return [known[code] for code in self.codes.tolist()]
+
+    def statistics(self, labels: _Labels) -> dict[str, Any]:
+        """Documents labelled unlike their field; fields that are read as another code, and those not understood."""
+        counts = np.bincount(self.codes, minlength=len(self.names)).tolist()
+        numbers = np.array([labels.number_of.get(code or "", -1) for code in self.languages], np.int64)
+        stated = np.array([code is not None for code in self.languages], bool)
+        unlike = stated[self.codes] & (numbers[self.codes] != labels.language) if self.names else np.empty(0, bool)
+        read_as: Counter[tuple[str, str]] = Counter()
+        unknown: Counter[str] = Counter()
+        for name, code, count in zip(self.names, self.languages, counts, strict=True):
+            if code is None and name:
+                unknown[shortened(name)] += count
+            elif code is not None and name.lower() != code:
+                read_as[shortened(name), code] += count
+        return {
+            "unlike_their_field": int(unlike.sum()),
+            "fields_read_as": [[name, code, count] for (name, code), count in read_as.most_common(MOST_LANGUAGES)],
+            "fields_not_understood": unknown.total(),
+            "not_understood": dict(unknown.most_common(MOST_LANGUAGES)),
+        }
+
+    def report(self, statistics: dict[str, Any]) -> None:
+        """Says which fields were taken for another code, and which for no language."""
+        read = [f"'{name}' is read as '{code}' ({count:,})" for name, code, count in statistics["fields_read_as"]]
+        lost = [f"'{name}' ({count:,})" for name, count in statistics["not_understood"].items()]
+        parts = ["language fields: " + _some(read)] if read else []
+        if lost:
+            parts.append(f"no language, in {statistics['fields_not_understood']:,} documents: {_some(lost)}")
+        if parts:
+            notify("language-fields", "; ".join(parts))
+
+
+def _some(items: list[str]) -> str:
+    more = f", and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return ", ".join(items[:SHOWN]) + more
 
 
 class _Labels:
@@ -130,18 +192,18 @@ class _Labels:
         self.language = np.full(count, -1, np.int32)
         self.confidence = np.zeros(count, np.float32)
         self.names: list[str] = []
-        self._number: dict[str, int] = {}
+        self.number_of: dict[str, int] = {}
 
     def set(self, rows: np.ndarray, detections: list[Detection]) -> None:
         """Sets the labels of these rows [n]."""
-        self.language[rows] = [self._number_of(language) for language, _ in detections]
+        self.language[rows] = [self._add(language) for language, _ in detections]
         self.confidence[rows] = [confidence for _, confidence in detections]
 
-    def _number_of(self, language: str) -> int:
-        if language not in self._number:
-            self._number[language] = len(self.names)
+    def _add(self, language: str) -> int:
+        if language not in self.number_of:
+            self.number_of[language] = len(self.names)
             self.names.append(language)
-        return self._number[language]
+        return self.number_of[language]
 
     def groups(self, settings: LanguageSettings) -> np.ndarray:
         """original, expanded or other, for each document: object [N]."""
@@ -149,21 +211,16 @@ class _Labels:
         groups = group_of_language[self.language] if len(self.language) else np.empty(0, object)
         return np.where(self.confidence < np.float32(settings.language_confidence), "other", groups)
 
-    def statistics(self, groups: np.ndarray, sizes: np.ndarray, fields: list[str | None]) -> dict[str, Any]:
+    def statistics(self, groups: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
         """Documents, bytes and confidence by language and group, the largest languages first.
 
-        groups [N]. sizes: bytes of the documents [N]. fields: the records' own language fields [N].
+        groups [N]. sizes: bytes of the documents [N].
         """
         kept, count = groups != "other", len(self.names)
         documents = np.bincount(self.language[kept], minlength=count)
         excluded = np.bincount(self.language[~kept], minlength=count)
         size = np.bincount(self.language[kept], sizes[kept], count)
         confidence = np.bincount(self.language[kept], self.confidence[kept], count)
-        in_field = [normalise(field) for field in fields]
-        unlike = [
-            code is not None and self._number.get(code) != language
-            for code, language in zip(in_field, self.language.tolist(), strict=True)
-        ]
         return {
             "groups": {str(name): int(n) for name, n in zip(*np.unique(groups, return_counts=True), strict=True)},
             "languages": {
@@ -180,7 +237,6 @@ class _Labels:
                 for i in np.argsort(-excluded, kind="stable")[:MOST_LANGUAGES]
                 if excluded[i]
             },
-            "unlike_their_field": sum(unlike),
         }
 
 
@@ -245,11 +301,6 @@ def _detections(
         yield block, ray.get(detections)
 
 
-def _of_field(language: str | None) -> Detection:
-    known = normalise(language)
-    return (known, 1.0) if known and known != UNDETERMINED else (UNDETERMINED, 0.0)
-
-
 def _check_all_found(settings: LanguageSettings, statistics: dict[str, Any]) -> None:
     found = statistics["languages"]
     for setting in ("original_languages", "expanded_languages"):
@@ -258,7 +309,9 @@ def _check_all_found(settings: LanguageSettings, statistics: dict[str, Any]) -> 
                 kept = ", ".join(f"{name} {each['documents']}" for name, each in list(found.items())[:10])
                 excluded = ", ".join(f"{name} {count}" for name, count in list(statistics["set_apart"].items())[:10])
                 there = "; ".join(filter(None, [kept, f"excluded: {excluded}" if excluded else ""])) or "nothing"
+                members = sorted(members_of(language) & {*found, *statistics["set_apart"]})
+                hint = f" ({', '.join(members)} counts to it, but is a setting of its own)" if members else ""
                 raise EclectusError(
-                    f"language '{language}' has no documents; found: {there}; "
+                    f"language '{language}' has no documents{hint}; found: {there}; "
                     f"add documents or take it out of '{setting}'"
                 )

@@ -160,13 +160,41 @@ def read_table(documents: Artifact, columns: list[str] | None = None, where: Whe
     return pa.Table.from_batches(read_batches(documents, names, where, ROWS_PER_PART), schema)
 
 
+def read_codes(documents: Artifact, column: str, missing: str = "") -> tuple[np.ndarray, list[str]]:
+    """The labels of one column as codes, int64 [N], and the names, sorted, that they index. missing: for null.
+
+    No label is held once per document: a label may be long, and NumPy's strings take 4 bytes per character of the
+    longest one for every document.
+    """
+    parts_of_codes, numbers = [np.empty(0, np.int64)], dict[str, int]()
+    for path in parts(documents):
+        with pq.ParquetFile(path, read_dictionary=[column]) as file:
+            labels = _matching_rows(file, path, [column], (), dictionary=[column])[column]
+        for chunk in labels.chunks:
+            chunk = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+            names = [*chunk.dictionary.to_pylist(), None]
+            here = [numbers.setdefault(missing if name is None else name, len(numbers)) for name in names]
+            indices = chunk.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)
+            parts_of_codes.append(np.array(here, np.int64)[indices])
+    used, codes = np.unique(np.concatenate(parts_of_codes), return_inverse=True)
+    every = list(numbers)
+    names = [every[number] for number in used.tolist()]
+    order = sorted(range(len(names)), key=names.__getitem__)
+    return np.argsort(order)[codes], [names[number] for number in order]
+
+
 def read_ids(documents: Artifact) -> np.ndarray:
     """Ids of all documents in order, bytes [N]."""
     return np.array(read_table(documents, ["document"])["document"].to_pylist(), dtype="S32")
 
 
-def _matching_rows(file: pq.ParquetFile, path: Path, names: list[str], where: Where) -> pa.Table:
-    """`row`, and the columns of one part that are read or tested, without text, of the documents that match."""
+def _matching_rows(
+    file: pq.ParquetFile, path: Path, names: list[str], where: Where, dictionary: Sequence[str] = ()
+) -> pa.Table:
+    """`row`, and the columns of one part that are read or tested, without text, of the documents that match.
+
+    dictionary: columns to give as dictionaries where they are labels of a later step.
+    """
     tested = {column for column, _, _ in where}
     columns = [name for name in SCHEMA.names if name in {*names, *tested} and name != "text"]
     labels = path.parent.parent / "labels" / path.name
@@ -176,7 +204,7 @@ def _matching_rows(file: pq.ParquetFile, path: Path, names: list[str], where: Wh
     if original:
         table = _with_columns(table, _with_works(file, original) if "work" in original else file.read(original))
     if labelled:
-        table = _with_columns(table, pq.read_table(labels, columns=labelled))
+        table = _with_columns(table, pq.read_table(labels, columns=labelled, read_dictionary=list(dictionary)))
     return table.filter(pq.filters_to_expression(list(where))) if where else table
 
 
@@ -190,5 +218,5 @@ def _with_works(file: pq.ParquetFile, names: list[str]) -> pa.Table:
 
 def _with_columns(table: pa.Table, more: pa.Table) -> pa.Table:
     for name in more.column_names:
-        table = table.append_column(SCHEMA.field(name), more[name])
+        table = table.append_column(name, more[name])
     return table

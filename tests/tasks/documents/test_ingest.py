@@ -366,3 +366,64 @@ def test_twins_in_other_unicode_forms_are_exact_duplicates_of_the_first_which_st
     assert kept[0]["document"] == hashlib.sha256(text.encode()).hexdigest()[:32]
     assert {row["document"] for row in read_duplicates(documents).to_pylist()} == {kept[0]["document"]}
     assert documents.statistics["duplicates"] == 4
+
+
+@pytest.mark.parametrize("written", ["NaN", "Infinity", "-Infinity", "true", '["el"]', '{"code": "el"}', "7", "1.5"])
+def test_a_language_that_is_no_text_counts_as_absent_and_is_counted(store, tmp_path, written):
+    text = f'{{"text": "one", "language": {written}}}\n' + '{"text": "two", "language": "el"}\n'
+    (tmp_path / "a.jsonl").write_text(text)
+    documents = run(store, [tmp_path / "a.jsonl"])
+    assert read_table(documents)["language"].to_pylist() == [None, "el"]
+    ignored = documents.statistics["labels_ignored"]
+    assert list(ignored) == ["language"] and ignored["language"]["records"] == 1
+    assert "a.jsonl, line 1" in ignored["language"]["first"]
+
+
+@pytest.mark.parametrize("field", ["id", "work", "domain", "source"])
+@pytest.mark.parametrize("written", ["NaN", "-Infinity", "false", "[1]", "{}"])
+def test_no_label_is_made_of_what_names_nothing(store, tmp_path, field, written):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "one", "{field}": {written}}}\n')
+    documents = run(store, [tmp_path / "a.jsonl"])
+    row = read_table(documents).to_pylist()[0]
+    expected = {"name": None, "work": row["document"], "domain": "a", "source": "a.jsonl"}
+    assert {name: row[name] for name in expected} == expected
+    assert documents.statistics["labels_ignored"][field]["records"] == 1
+
+
+def test_an_id_keeps_its_digits(store, tmp_path):
+    ids = ["007", 7, 2**53 + 1, 2**63 - 1, 2**64 - 1, -1, "1e18", " x ", "e\u0301", 0, "nan", "0.10"]
+    kept = [
+        "007",
+        "7",
+        "9007199254740993",
+        str(2**63 - 1),
+        str(2**64 - 1),
+        "-1",
+        "1e18",
+        "x",
+        "e\u0301",
+        "0",
+        "nan",
+        "0.10",
+    ]
+    (tmp_path / "a.jsonl").write_bytes(lines(*({"text": f"{i} text", "id": each} for i, each in enumerate(ids))))
+    assert read_table(run(store, [tmp_path / "a.jsonl"]))["name"].to_pylist() == kept
+
+
+def test_labels_that_are_one_in_unicode_are_one_and_odd_characters_stay(store, tmp_path):
+    odd = ["a\nb", "a\tb", "<b>&|`", "\u202egnirts", "../../etc/passwd", "C:\\x", "x" * 20_000, "\x1b[31m"]
+    twins = [unicodedata.normalize(form, "Ελλάδα") for form in ("NFC", "NFD")]
+    labels = [*odd, *twins, "", "  \n ", None]
+    fields = [{"text": f"{i} text", "domain": each, "source": each} for i, each in enumerate(labels)]
+    (tmp_path / "a.jsonl").write_bytes(lines(*fields))
+    documents = run(store, [tmp_path / "a.jsonl"])
+    expected = [*odd, twins[0], twins[0]]
+    assert read_table(documents)["domain"].to_pylist() == [*expected, "a", "a", "a"]
+    assert read_table(documents)["source"].to_pylist() == [*expected, *["a.jsonl"] * 3]
+    assert documents.statistics["labels_ignored"] == {}
+
+
+def test_half_of_a_surrogate_pair_in_a_label_does_not_lose_the_record(store, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one", "domain": "a\\ud800", "id": "\\udfff7"}\n')
+    row = read_table(run(store, [tmp_path / "a.jsonl"])).to_pylist()[0]
+    assert (row["domain"], row["name"]) == ("a?", "?7")

@@ -109,6 +109,36 @@ def test_the_field_is_trusted_and_normalised(store, tmp_path):
     ]
 
 
+def test_names_and_codes_in_settings_and_records_are_one_language_and_reported(store, tmp_path):
+    codes = ["Deutsch", "nb", "no", "Chinese (Simplified)", "zh_TW", "klingon!", "klingon!", "x" * 20_000, None, "de"]
+    records = [{"text": f"{i}", "language": code} for i, code in enumerate(codes)]
+    settings = {"original_languages": ["German"], "expanded_languages": [False, "中文"], "language_detector": "field"}
+    documents = label(store, tmp_path, records, **settings)
+    languages_, groups = zip(*columns(documents, "language", "group"), strict=True)
+    assert languages_ == ("de", "no", "no", "zh", "zh", "und", "und", "und", "und", "de")
+    assert groups.count("original") == 2 and groups.count("expanded") == 4
+    statistics = documents.statistics
+    assert sorted(map(tuple, statistics["fields_read_as"])) == [
+        ("Chinese (Simplified)", "zh", 1), ("Deutsch", "de", 1), ("nb", "no", 1), ("zh_TW", "zh", 1)
+    ]  # fmt: skip
+    assert statistics["fields_not_understood"] == 3 and statistics["unlike_their_field"] == 0
+    assert statistics["not_understood"] == {"klingon!": 2, "x" * 59 + "…": 1}
+
+
+def test_a_name_in_a_setting_is_logged_once_as_what_it_is_read_as(caplog):
+    caplog.set_level("INFO", "eclectus")
+    for _ in range(3):
+        settings = LanguageSettings(original_languages=["Ungarisch"], expanded_languages=["el"])
+    assert settings.original_languages == ["hu"]
+    assert [record.getMessage() for record in caplog.records] == ["language 'Ungarisch' is read as 'hu' (Hungarian)"]
+
+
+def test_an_absent_macrolanguage_says_which_of_its_members_are_there(store, tmp_path):
+    records = [{"text": "1", "language": "arz"}, {"text": "2", "language": "en"}]
+    with pytest.raises(EclectusError, match=r"'ar' has no documents \(arz counts to it"):
+        label(store, tmp_path, records, expanded_languages=["ar"], language_detector="field")
+
+
 def test_a_wanted_language_without_documents_is_an_error_that_says_what_was_found(store, tmp_path):
     records = [{"text": TEXTS["en"]}, {"text": TEXTS["el"]}, {"text": TEXTS["es"]}]
     with pytest.raises(EclectusError, match="language 'hu' has no documents; found: en 1, el 1; excluded: es 1"):

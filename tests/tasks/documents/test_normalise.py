@@ -1,10 +1,13 @@
+import datetime
+import decimal
 import sys
 import unicodedata
+import uuid
 
 import numpy as np
 import pytest
 
-from eclectus.tasks.documents.normalise import composed, normalised
+from eclectus.tasks.documents.normalise import composed, id_of, label_of, normalised
 from eclectus.tasks.evaluation.ngrams import hash_words
 
 FORMS = ("NFC", "NFD", "NFKC", "NFKD")
@@ -54,3 +57,31 @@ def test_every_code_point_that_decomposes_folds_or_combines_has_one_form_that_st
             decomposed = unicodedata.normalize("NFD", each)
             assert normalised(decomposed) == normalised(each) == normalised(normalised(each))
             assert composed(decomposed) == composed(each) == composed(composed(each))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (uuid.UUID(int=7), "00000000-0000-0000-0000-000000000007"),
+        (uuid.UUID(int=2**127 + 255).bytes, str(uuid.UUID(int=2**127 + 255))),
+        (b"\xff\x00\x01", "ff0001"),
+        (b"plain", "plain"),
+        ("ελ".encode(), "ελ"),
+        (1e18, "1000000000000000000"),
+        (float(2**70), str(2**70)),
+        (0.25, "0.25"),
+        (decimal.Decimal("12345678901234567890.10"), "12345678901234567890.10"),
+        (datetime.date(2024, 2, 29), "2024-02-29"),
+        (10**30, "1" + "0" * 30),
+        (b"", None),
+        (None, None),
+    ],
+)
+def test_ids_of_every_type_are_written_without_loss(value, text):
+    assert id_of(value) == label_of(value) == text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), decimal.Decimal("NaN"), True, [], {}, object()])
+def test_what_names_nothing_is_no_label(value):
+    with pytest.raises(ValueError, match=r"^an? |not a finite"):
+        label_of(value)

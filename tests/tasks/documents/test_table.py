@@ -7,7 +7,7 @@ import pytest
 
 from eclectus.storage.artifact import ArtifactStore
 from eclectus.tasks.documents import table as module
-from eclectus.tasks.documents.table import parts, read_batches, read_table, relabel
+from eclectus.tasks.documents.table import parts, read_batches, read_codes, read_table, relabel
 from eclectus.tasks.documents.text_reader import TextReader
 from tests.support.topics import write_documents
 
@@ -82,3 +82,20 @@ def test_a_text_is_found_by_its_row_in_any_order(labelled):
     _, after = labelled
     rows = np.array([149, 0, 61, 0, 24, 25])
     assert TextReader(after).read(rows) == [ROWS[row]["text"] for row in rows]
+
+
+def test_codes_are_the_labels_of_every_column_sorted_by_name(labelled):
+    for documents in labelled:
+        for column in ("domain", "language", "source", "split", "document"):
+            codes, names = read_codes(documents, column, missing="-")
+            expected = [value or "-" for value in read_table(documents)[column].to_pylist()]
+            assert [names[code] for code in codes.tolist()] == expected and names == sorted(set(expected))
+
+
+def test_codes_of_an_empty_table_are_empty(tmp_path):
+    with ArtifactStore(tmp_path / "home").draft("documents") as out:
+        with module.DocumentsWriter(out):
+            pass
+        documents = ArtifactStore(tmp_path / "home").commit(out)
+    codes, names = read_codes(documents, "domain")
+    assert len(codes) == 0 and names == []
