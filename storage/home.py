@@ -43,6 +43,8 @@ class Home:
             mirror.check()
         else:
             path = Path(named).absolute()
+            if "\\" in str(path):
+                raise EclectusError(f"home {path} has a backslash in its path, which DuckDB takes for a /; rename it")
             home = cls(path)
         if reading and home.journal.is_dir():
             home._check_layout()

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import duckdb
 
-from eclectus.storage.atomic_write import replacing
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
-from eclectus.storage.lineage.connection import STORAGE_VERSION
+from eclectus.storage.lineage.connection import new_database
 from eclectus.storage.lineage.macros import NODE, macros
-from eclectus.storage.lineage.tables import create_placeholders, create_views, text
+from eclectus.storage.lineage.tables import create_placeholders, create_views
 
 _UPSTREAM = f"""
     create temp table upstream_nodes as
@@ -53,15 +52,15 @@ def bundle(home: Home, run: str, out: Path) -> Path:
     home.refresh()
     create_placeholders(home)
     try:
-        with replacing(out) as temporary, duckdb.connect() as connection:
-            connection.execute("set enable_progress_bar = false")
+        with new_database(out) as connection:
+            # The home's views and helper tables are left behind in the connection's own, temporary database.
+            connection.execute("use memory")
             create_views(connection, home)
             connection.execute(_UPSTREAM, [run])
             connection.execute(_CHOSEN_STEPS, [run])
-            connection.execute(f"attach {text(temporary)} as bundle (storage_version '{STORAGE_VERSION}')")
             for name, sql in TABLES.items():
-                connection.execute(f"create table bundle.{name} as {sql}", [run] if "$1" in sql else [])
-            connection.execute("use bundle")
+                connection.execute(f"create table made.{name} as {sql}", [run] if "$1" in sql else [])
+            connection.execute("use made")
             for name, body in macros(bundled=True).items():
                 connection.execute(f"create macro {name} as {body}")
     except (OSError, duckdb.IOException) as error:

@@ -34,7 +34,17 @@ from eclectus.storage.atomic_write import temporary_path, write_atomically
 from eclectus.storage.home import Home
 from eclectus.storage.journal import EVENTS
 from eclectus.storage.lineage.macros import EDGES, NODES, edges, nodes
-from eclectus.storage.lineage.tables import COLUMNS, NEEDED, create_placeholders, folded, raw, text, write_contents
+from eclectus.storage.lineage.tables import (
+    COLUMNS,
+    NEEDED,
+    create_placeholders,
+    folded,
+    matching,
+    raw,
+    readable,
+    text,
+    write_contents,
+)
 
 INDEXES = ("edges", "nodes", "contents")
 DAMAGED = "damaged"
@@ -95,7 +105,7 @@ def repair_index(home: Home) -> None:
     with duckdb.connect() as connection:
         for name, columns in {"edges": EDGES, "nodes": NODES}.items():
             made = connection.execute(
-                f"select file_name, list(name) from parquet_schema({text(home.journal / name / '*.parquet')}) "
+                f"select file_name, list(name) from parquet_schema({matching(home.journal / name, '*.parquet')}) "
                 "where type is not null group by file_name"
             ).fetchall()
             whole = {Path(file).stem.rpartition("-")[0] for file, found in made if found == [*columns]}
@@ -104,7 +114,7 @@ def repair_index(home: Home) -> None:
                     stale.add(part)
         chosen = ", ".join(f'"{name}"' for name in COLUMNS[EVENTS])
         for part in sorted(stale):
-            rows = f"read_parquet([{text(part)}, {text(_empty_part(home))}], union_by_name = true)"
+            rows = f"read_parquet({readable(part, _empty_part(home))}, union_by_name = true)"
             connection.execute(f"create or replace temp table part as select {chosen} from {rows}")
             _write_index(connection, home, part.stem)
 
@@ -179,8 +189,7 @@ def _compact_stream(
             if bad := list(bad_lines(path, stream)):
                 _quarantine(home, path, bad)
                 done.rejected += bad
-        files = "[" + ", ".join(text(path) for path in batch) + "]"
-        source = raw(files, stream)
+        source = raw(readable(*batch), stream)
         rows = folded(source) if stream == EVENTS else source
         done.rows += _write_part(connection, home, stream, 1, rows, [path.name for path in batch])
         done.journals += len(batch)
@@ -189,8 +198,7 @@ def _compact_stream(
         full = [part for part in _parts(home, stream) if part.name in set(highest.values()) and _level(part) == level]
         if len(full) < MANY:
             break
-        files = "[" + ", ".join(text(part) for part in full) + "]"
-        rows = f"from read_parquet({files}, union_by_name = true)"
+        rows = f"from read_parquet({readable(*full)}, union_by_name = true)"
         _write_part(connection, home, stream, level + 1, rows, [part.name for part in full])
         done.merged += len(full)
 
@@ -303,7 +311,7 @@ def _sweep(home: Home) -> None:
 
 def _highest_parts(connection: duckdb.DuckDBPyConnection, home: Home, stream: str) -> dict[str, str]:
     """Journal -> name of the highest part that has it."""
-    contents = text(f"{home.journal / 'contents'}/*.parquet")
+    contents = matching(home.journal / "contents", "*.parquet")
     return dict(
         connection.execute(
             f"select journal, max(part) from read_parquet({contents}) where stream = ? group by journal", [stream]

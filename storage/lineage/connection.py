@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,16 +108,30 @@ def write_database(home: Home) -> Path:
     views = _digest(home)
     if home.database.exists() and stamp.exists() and stamp.read_text() == views and _opens(home.database):
         return home.database
-    with replacing(home.database) as temporary:
-        with duckdb.connect() as connection:
-            connection.execute(f"attach {text(temporary)} as books (storage_version '{STORAGE_VERSION}')")
-            connection.execute("use books")
-            create_views(connection, home)
-        # A write-ahead log that a killed shell left next to the old file is no part of the new one.
-        home.database.with_name(home.database.name + ".wal").unlink(missing_ok=True)
+    with new_database(home.database) as connection:
+        create_views(connection, home)
+    # A write-ahead log that a killed shell left next to the old file is no part of the new one.
+    home.database.with_name(home.database.name + ".wal").unlink(missing_ok=True)
     stamp.parent.mkdir(exist_ok=True)
     stamp.write_text(views)
     return home.database
+
+
+@contextlib.contextmanager
+def new_database(out: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection to a new database, which becomes `out` at the end of the block, in the format of any shell.
+
+    It is made elsewhere: DuckDB puts its write-ahead log into a folder that is not there where a path holds a `?`.
+    """
+    with tempfile.TemporaryDirectory(prefix="eclectus-") as scratch:
+        made = Path(scratch) / "new.duckdb"
+        with duckdb.connect() as connection:
+            connection.execute("set enable_progress_bar = false")
+            connection.execute(f"attach {text(made)} as made (storage_version '{STORAGE_VERSION}')")
+            connection.execute("use made")
+            yield connection
+        with replacing(out) as temporary:
+            shutil.copyfile(made, temporary)
 
 
 def query(sql: str, home: Home | None = None) -> tuple[list[str], list[tuple[Any, ...]]]:

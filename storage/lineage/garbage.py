@@ -31,7 +31,7 @@ from eclectus.storage.journal import EVENTS, Journal
 from eclectus.storage.lineage.compact import finished, journals
 from eclectus.storage.lineage.connection import connect
 from eclectus.storage.lineage.macros import NODE
-from eclectus.storage.lineage.tables import text
+from eclectus.storage.lineage.tables import matching, text
 
 DAY = 86_400
 DIGITS = 32
@@ -189,7 +189,7 @@ def _keep_documents(home: Home, place: Path) -> None:
     if any(place.glob(tables)):
         kept = home.journal / folder / f"{place.name}.parquet"
         kept.parent.mkdir(exist_ok=True)
-        rows = f"select {chosen} from read_parquet({text(place / tables)}, union_by_name = true)"
+        rows = f"select {chosen} from read_parquet({matching(place, tables)}, union_by_name = true)"
         with replacing(kept) as temporary, duckdb.connect() as connection:
             connection.execute(f"copy ({rows}) to {text(temporary)} (format parquet)")
         if home.mirror:

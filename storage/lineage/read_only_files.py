@@ -63,9 +63,10 @@ class ReadOnlyFiles(AbstractFileSystem):
         return datetime.datetime.fromtimestamp(os.stat(self._inside(path)).st_mtime, datetime.UTC)
 
     def glob(self, path: str, maxdepth: int | None = None, **_: Any) -> list[str]:
-        pattern = os.path.join(self._root, self._strip_protocol(path))
+        below = self._strip_protocol(path)
         # The path up to the first wildcard must lie below a folder, and so must every match, links and `..` resolved.
-        self._inside(pattern.split("*")[0].rstrip("/"))
+        self._inside(below.split("*")[0].rstrip("/"))
+        pattern = os.path.join(glob.escape(str(self._root)), below)
         replaced = self._replaced()
         return sorted(self._inside(found) for found in glob.glob(pattern) if not _belongs_to(found, replaced))
 

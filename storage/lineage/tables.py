@@ -15,6 +15,7 @@ their level; `contents` lists the journals of each part. So compaction writes th
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -187,8 +188,10 @@ class _Files:
     home: Home
     root: str
 
-    def glob(self, folder: Path, pattern: str) -> str:
-        return text(f"{self.root}/{folder.relative_to(self.home.root).as_posix()}/{pattern}")
+    def matching(self, folder: Path, pattern: str) -> str:
+        # The root of the read-only file system is no path.
+        root = self.root if "://" in self.root else glob.escape(self.root)
+        return text(f"{root}/{folder.relative_to(self.home.root).as_posix()}/{pattern}")
 
 
 def create_views(connection: duckdb.DuckDBPyConnection, home: Home, root: str | None = None) -> None:
@@ -286,9 +289,8 @@ def write_contents(home: Home, stream: str, part: Path) -> None:
     folder = home.journal / "contents"
     folder.mkdir(exist_ok=True)
     with temporary_path(folder / part.name) as temporary, duckdb.connect() as connection:
-        journals = (
-            f"select distinct '{stream}' as stream, {text(part.name)} as part, journal from read_parquet({text(part)})"
-        )
+        rows = f"read_parquet({readable(part)})"
+        journals = f"select distinct '{stream}' as stream, {text(part.name)} as part, journal from {rows}"
         connection.execute(f"copy ({journals} order by journal) to {text(temporary)} (format parquet)")
         temporary.replace(folder / f"{part.stem}-{hash_file(temporary)[:16]}.parquet")
 
@@ -296,6 +298,16 @@ def write_contents(home: Home, stream: str, part: Path) -> None:
 def text(path: Path | str) -> str:
     """A path of our own as an SQL literal."""
     return "'" + str(path).replace("'", "''") + "'"
+
+
+def readable(*paths: Path | str) -> str:
+    """Files of our own as DuckDB's readers take them, which would read `[`, `*` and `?` in a path as a pattern."""
+    return "[" + ", ".join(text(glob.escape(str(path))) for path in paths) + "]"
+
+
+def matching(folder: Path, pattern: str) -> str:
+    """The files of a folder that match a pattern, for DuckDB's readers."""
+    return text(f"{glob.escape(str(folder))}/{pattern}")
 
 
 def _names(columns: Iterable[str]) -> str:
@@ -316,7 +328,7 @@ def _parquet(files: _Files, folder: Path, columns: dict[str, str], part: bool = 
         return _nothing({**columns, "part": "VARCHAR"} if part else columns)
     chosen = _cast(columns)
     added = ", parse_filename(filename) as part" if part else ""
-    glob = files.glob(folder, "*.parquet")
+    glob = files.matching(folder, "*.parquet")
     return f"select {chosen}{added} from read_parquet({glob}, union_by_name = true, filename = true)"
 
 
@@ -344,7 +356,7 @@ def _live(files: _Files, stream: str) -> str:
     folder, columns = files.home.journal / stream, COLUMNS[stream]
     if not any(folder.glob("*.ndjson")):
         return _nothing({**columns, "journal": "VARCHAR"})
-    rows = raw(files.glob(folder, "*.ndjson"), stream)
+    rows = raw(files.matching(folder, "*.ndjson"), stream)
     new = f"select * from ({rows}) anti join highest using (journal)"
     return folded(new) if stream == EVENTS else new
 
@@ -386,7 +398,7 @@ def _of_artifacts(
     """
     chosen = _cast(columns)
     tables = [
-        f"select {chosen}, {digits} as digits from read_parquet({files.glob(folder, pattern)}, "
+        f"select {chosen}, {digits} as digits from read_parquet({files.matching(folder, pattern)}, "
         "union_by_name = true, filename = true)"
         for folder, pattern, digits in globs
         if any(folder.glob(pattern))
@@ -407,7 +419,7 @@ def _routing(files: _Files) -> str:
     chosen = _cast(ROUTING)
     rows = (
         f"select {chosen}, split_part(filename, '/', -2) as digits from "
-        f"read_parquet({files.glob(folder, pattern)}, union_by_name = true, filename = true)"
+        f"read_parquet({files.matching(folder, pattern)}, union_by_name = true, filename = true)"
     )
     whole = "select distinct artifact as evaluation from step_outputs where kind = 'evaluation'"
     return (

@@ -4,12 +4,13 @@ import duckdb
 
 from eclectus.storage.journal import Journal
 from eclectus.storage.lineage.connection import connect
+from eclectus.storage.lineage.tables import text
 
 RUNS = {"20260101-000000-aaaaaa": 20, "20260102-000000-bbbbbb": 32}
 
 
 def write_table(home, draft_file, sql):
-    duckdb.sql(f"copy ({sql}) to '{draft_file}' (format parquet)")
+    duckdb.sql(f"copy ({sql}) to {text(draft_file)} (format parquet)")
 
 
 def write_history(home, promote=None):

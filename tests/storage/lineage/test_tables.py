@@ -19,7 +19,7 @@ from eclectus.storage.lineage import connection as lineage
 from eclectus.storage.lineage.compact import bad_lines, compact, faults
 from eclectus.storage.lineage.connection import connect, query, walk, write_database
 from eclectus.storage.secrets import scrub
-from tests.support.history import digest, everything, write_chain, write_step
+from tests.support.history import RUNS, digest, everything, write_chain, write_history, write_step
 
 ROWS = 3_000
 WRITER = """
@@ -357,3 +357,36 @@ def test_a_clock_that_jumps_back_breaks_no_table(home, monkeypatch):
         assert query("select state, seconds from runs", home)[1] == [("completed", 3.0)]
         assert query("select made_by from artifacts", home)[1] == [("s1",)]
         compact(home)
+
+
+@pytest.mark.parametrize("name", ["n[1]", "[", "a*b", "a*", "**", "what?", "it's", "{a,b}", "100%", "a#b ü", "a\nb"])
+def test_a_home_is_a_folder_whatever_its_name_looks_like(tmp_path, name):
+    from eclectus.storage.home import Home
+    from eclectus.storage.lineage.bundle import bundle
+    from eclectus.storage.lineage.garbage import free, plan
+
+    (tmp_path / "n1").mkdir()
+    home = Home.open(tmp_path / name)
+    write_history(home)
+    database = write_database(home)
+    runs = [(run,) for run in RUNS]
+    for _ in range(2):
+        assert query("select run from runs order by run", home)[1] == runs
+        assert query("select count(*) from documents", home)[1] == [(2,)]
+        with duckdb.connect(database, read_only=True) as shell:
+            assert shell.execute("select run from runs order by run").fetchall() == runs
+        assert compact(home).rejected == []
+    assert faults(home) == []
+    free(home, plan(home, 1))
+    out = bundle(home, runs[1][0], tmp_path / "[bundle]*.duckdb")
+    with duckdb.connect(out, read_only=True) as bundled:
+        assert bundled.execute("select run from runs").fetchall() == runs[1:]
+    assert query("select count(*) from documents", home)[1] == [(2,)]
+
+
+def test_a_home_with_a_backslash_is_refused_before_anything_is_written(tmp_path):
+    from eclectus.storage.home import Home
+
+    with pytest.raises(EclectusError, match="backslash"):
+        Home.open(tmp_path / "back\\slash")
+    assert not list(tmp_path.iterdir())
