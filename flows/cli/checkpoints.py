@@ -8,7 +8,12 @@ from pathlib import Path
 
 from eclectus.storage.errors import EclectusError
 
-MERGED_BY = ("domain", "language", "prompt")
+# Options of `export` by kind of model.
+OPTIONS = {
+    "lory": ("domain", "language", "prompt"),
+    "mixture": ("dtype", "extract_base"),
+    "dense": ("dtype",),
+}
 
 
 def add_checkpoint_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -56,7 +61,7 @@ def add_checkpoint_commands(add: Callable[..., argparse.ArgumentParser]) -> None
     export = add(
         "export",
         _export,
-        "export a mixture as a stock checkpoint with a model card, or a Lory checkpoint as a dense LLaMA",
+        "export a mixture or dense model as stock files with a model card, or a Lory checkpoint as a dense LLaMA",
         checkpoint="checkpoint, as in `artifacts`, or its folder",
         out="folder to write; must be new or empty",
     )
@@ -104,6 +109,7 @@ def _upcycle(chosen: argparse.Namespace) -> None:
     )
     for note in made.notes:
         print(f"  note         {note}")
+    _name_left_behind(out)
 
 
 def _counts(text: str) -> list[int]:
@@ -116,18 +122,28 @@ def _counts(text: str) -> list[int]:
 def _export(chosen: argparse.Namespace) -> None:
     from eclectus.storage.home import Home
     from eclectus.tasks.export.lory import export
-    from eclectus.tasks.export.mixture import checkpoint_folder, export_mixture, model_type
+    from eclectus.tasks.export.mixture import checkpoint_folder, export_dense, export_mixture, kind_of
 
     home, out = Home.open(), Path(chosen.out)
-    lory = model_type(checkpoint_folder(home, chosen.checkpoint)[0]) == "lory"
-    allowed, others = (MERGED_BY, ("dtype", "extract_base")) if lory else (("dtype", "extract_base"), MERGED_BY)
-    if wrong := [name for name in others if getattr(chosen, name)]:
-        kind = "a Lory model" if lory else "not a Lory model"
+    kind = kind_of(checkpoint_folder(home, chosen.checkpoint)[0])
+    allowed = OPTIONS[kind]
+    if wrong := [name for names in OPTIONS.values() for name in names if name not in allowed and getattr(chosen, name)]:
+        what = {"lory": "a Lory model", "mixture": "a mixture, not a Lory model", "dense": "a dense model"}[kind]
         raise EclectusError(
-            f"--{wrong[0].replace('_', '-')} does not apply to {chosen.checkpoint}, which is {kind}; its options: "
+            f"--{wrong[0].replace('_', '-')} does not apply to {chosen.checkpoint}, which is {what}; its options: "
             f"{', '.join('--' + name.replace('_', '-') for name in allowed)}"
         )
-    if lory:
+    if kind == "lory":
         print(export(home.store, chosen.checkpoint, out, chosen.domain, chosen.language, chosen.prompt))
-    else:
+    elif kind == "mixture":
         print(export_mixture(home, chosen.checkpoint, out, chosen.dtype, chosen.extract_base))
+    else:
+        print(export_dense(home, chosen.checkpoint, out, chosen.dtype))
+    _name_left_behind(out)
+
+
+def _name_left_behind(out: Path) -> None:
+    from eclectus.models.staged_folder import left_behind
+
+    for folder in left_behind(out):
+        print(f"  note         {folder} is from a command that was killed, or that runs now; remove it if none does")

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -26,7 +27,14 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from eclectus.models.checkpoints.side_files import GENERATION_CONFIG, copy_side_files
-from eclectus.models.checkpoints.tensor_files import DTYPES, INDEX, CheckpointError, TensorSpec, tensor_bytes
+from eclectus.models.checkpoints.tensor_files import (
+    DTYPES,
+    INDEX,
+    CheckpointError,
+    TensorSource,
+    TensorSpec,
+    tensor_bytes,
+)
 
 MAX_SHARD_BYTES = 5_000_000_000
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -54,6 +62,33 @@ def with_both_generations(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("head_dim", 0) is None:
         del config["head_dim"]
     return config
+
+
+class Converted:
+    """The tensors of another source with floats in another dtype (a TensorSource).
+
+    dtype: None leaves all as they are. Reading raises ValueError for a tensor with values beyond the dtype's range.
+    """
+
+    def __init__(self, source: TensorSource, dtype: torch.dtype | None) -> None:
+        self._source = source
+        self.specs: dict[str, TensorSpec] = {}
+        for name, spec in source.specs.items():
+            converted = dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
+            self.specs[name] = TensorSpec(name, converted, spec.shape)
+
+    def tensor(self, name: str) -> Tensor:
+        value = self._source.tensor(name)
+        wanted = self.specs[name].dtype
+        if value.dtype == wanted:
+            return value
+        converted = value.to(wanted)
+        if converted.isinf().sum() > value.isinf().sum():
+            raise ValueError(
+                f"{name} holds {value.abs().max().item():.3g}, more than {str(wanted).removeprefix('torch.')} can "
+                f"represent ({torch.finfo(wanted).max:.3g}): choose bfloat16 or float32"
+            )
+        return converted
 
 
 def plain_config(config: PretrainedConfig) -> dict[str, Any]:

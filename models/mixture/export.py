@@ -1,24 +1,28 @@
 """Export of a stock checkpoint that transformers 4.57 and 5 and vLLM load, and extraction of the base.
 
 The files hold one tensor per expert and matrix, named as in the original Mixtral and Qwen releases; the config has the
-keys of both transformers generations (models/checkpoints/families.py). Streamed: memory is one expert matrix beyond the
+keys of both transformers generations (models/checkpoints/writing.py). Streamed: memory is one expert matrix beyond the
 model.
+
+What upcycle.json says about bits is verified at every export: `original_weights` is "unchanged" if expert 0 and the
+shared weights, as stored, have the base's digest, "rounded" if they had it before a conversion to `original_dtype`, and
+else "changed": they were trained, or the model was loaded in a narrower dtype. Cost: a second reading of these weights.
 """
 
 import json
-import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eclectus.models.checkpoints.families import moe_family_of
+from eclectus.models.checkpoints.dense_base import open_base
+from eclectus.models.checkpoints.families import Family, moe_family_of
 from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSource, TensorSpec, read_config
-from eclectus.models.checkpoints.writing import plain_config, write_checkpoint
+from eclectus.models.checkpoints.writing import MAX_SHARD_BYTES, Converted, plain_config, write_checkpoint
 from eclectus.models.mixture.experts import MoeTensors, original_digest, original_tensors
 from eclectus.models.staged_folder import staged_folder
 
@@ -33,7 +37,7 @@ def export_checkpoint(
     *,
     side_files: str | Path | None = None,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Writes an upcycled model, loaded (split or stock) or in a directory, as a stock checkpoint; returns `out_dir`.
 
@@ -41,7 +45,8 @@ def export_checkpoint(
         itself, or the one that the model was loaded from.
     dtype: dtype of the stored floats; by default unchanged. Converting an fp32 copy of a bf16 base back to bf16 gives
         the base's own bits.
-    Raises UnsupportedModelError for a model that is not an upcycled one, ValueError if `out_dir` is not empty.
+    Raises UnsupportedModelError for a model that is not an upcycled one, ValueError if `out_dir` is not empty or a
+    weight is beyond the range of `dtype`.
     """
     out_dir = Path(out_dir)
     with ExitStack() as stack:
@@ -58,20 +63,66 @@ def export_checkpoint(
         family = moe_family_of(config, from_dir or "this model")
         config |= {"architectures": [family.architecture], "router_aux_loss_coef": 0.0, "output_router_logits": False}
         if dtype is not None:
-            config["dtype"] = str(dtype).removeprefix("torch.")
+            config["dtype"] = _name(dtype)
+        stored = Converted(source, dtype)
         partial = stack.enter_context(staged_folder(out_dir))
-        specs = [TensorSpec(s.name, _stored_type(s.dtype, dtype), s.shape) for s in source.specs.values()]
-        write_checkpoint(partial, config, specs, _reader(source, dtype), side_dir, max_shard_bytes)
+        write_checkpoint(partial, config, stored.specs.values(), stored.tensor, side_dir, max_shard_bytes)
         if side_dir is not None and (side_dir / REPORT).is_file():
-            shutil.copyfile(side_dir / REPORT, partial / REPORT)
+            made = json.loads((side_dir / REPORT).read_text("utf-8"))
+            tied = bool(config.get("tie_word_embeddings"))
+            made |= _original_weights(made, source, stored, family, tied, dtype)
+            (partial / REPORT).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+    return out_dir
+
+
+def _original_weights(
+    made: dict[str, Any],
+    source: TensorSource,
+    stored: TensorSource,
+    family: Family,
+    tied: bool,
+    dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """What upcycle.json says about the stored original weights. made: the source's upcycle.json."""
+    base = made.get("base_digest")
+    if base is None:
+        return {}
+    if original_digest(stored, family, tied) == base:
+        return {"original_weights": "unchanged", "original_dtype": None}
+    if dtype is not None and original_digest(source, family, tied) == base:
+        return {"original_weights": "rounded", "original_dtype": _name(dtype)}
+    if made.get("original_weights") == "rounded" and not was_trained_over(made):
+        return {"original_weights": "rounded"}
+    return {"original_weights": "changed", "original_dtype": None}
+
+
+def was_trained_over(made: dict[str, Any]) -> bool:
+    """Whether a training named in upcycle.json changed the original weights."""
+    return any(stage["method"] == "moe_all" for stage in made.get("trained", []))
+
+
+def export_dense_checkpoint(dense_dir: str | Path, out_dir: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Writes a dense checkpoint, checked as a base is, with the keys of both transformers generations; returns
+    `out_dir`.
+
+    dtype: of the stored floats; by default unchanged. Raises as open_base, and ValueError as export_checkpoint.
+    """
+    dense_dir, out_dir = Path(dense_dir), Path(out_dir)
+    with ExitStack() as stack:
+        base = open_base(dense_dir, stack)
+        config = base.config_dict | ({"dtype": _name(dtype)} if dtype is not None else {})
+        stored = Converted(base.tensors, dtype)
+        partial = stack.enter_context(staged_folder(out_dir))
+        write_checkpoint(partial, config, stored.specs.values(), stored.tensor)
+        base.copy_side_files(partial)
     return out_dir
 
 
 def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
     """Extracts the dense base from an upcycled checkpoint, every tensor bit-identical; returns `out_dir`.
 
-    Raises NotTheBaseError if the original weights were trained (by the digest in upcycle.json) or the checkpoint does
-    not record its base.
+    Raises NotTheBaseError if the original weights were trained or rounded (by the digest in upcycle.json) or the
+    checkpoint does not record its base.
     """
     moe_dir, out_dir = Path(moe_dir), Path(out_dir)
     config = read_config(moe_dir)
@@ -83,13 +134,8 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
     with ExitStack() as stack:
         source = stack.enter_context(CheckpointReader(moe_dir))
         made = json.loads((moe_dir / REPORT).read_text("utf-8")) if (moe_dir / REPORT).is_file() else {}
-        if made:
-            found = original_digest(source, family, tied)
-            if found != made["base_digest"]:
-                raise NotTheBaseError(
-                    f"expert 0 and the shared weights of {moe_dir} are no longer the base's (digest {found[:12]}, "
-                    f"base {made['base_digest'][:12]}): all weights were trained, or they are stored in another dtype"
-                )
+        if made and original_digest(source, family, tied) != made["base_digest"]:
+            raise NotTheBaseError(_why_not_the_base(moe_dir, made))
         originals = original_tensors(source, family, tied)
         partial = stack.enter_context(staged_folder(out_dir))
         usual, odd = base_config.get("dtype"), made.get("base_types", {})
@@ -101,6 +147,19 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
     return out_dir
 
 
+def _why_not_the_base(moe_dir: Path, made: dict[str, Any]) -> str:
+    if made.get("original_weights") == "rounded":
+        return (
+            f"the original weights in {moe_dir} were rounded to {made.get('original_dtype')} by an export with "
+            f"--dtype, so the base's own bits (digest {made['base_digest'][:12]}) are not in it: extract the base from "
+            "the checkpoint that was exported"
+        )
+    return (
+        f"expert 0 and the shared weights of {moe_dir} are no longer the base's (digest {made['base_digest'][:12]}): "
+        "all weights were trained, or they were saved in another dtype; extract the base from an earlier checkpoint"
+    )
+
+
 def _narrowed(value: Tensor, base_type: str | None) -> torch.dtype:
     """The base's dtype if it represents the values exactly (a bf16 base that was trained in fp32), else their own."""
     narrow = getattr(torch, base_type) if base_type else value.dtype
@@ -108,13 +167,5 @@ def _narrowed(value: Tensor, base_type: str | None) -> torch.dtype:
     return narrow if exact else value.dtype
 
 
-def _stored_type(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    return asked if asked is not None and own.is_floating_point else own
-
-
-def _reader(source: TensorSource, dtype: torch.dtype | None) -> Callable[[str], Tensor]:
-    def read(name: str) -> Tensor:
-        value = source.tensor(name)
-        return value.to(_stored_type(value.dtype, dtype))
-
-    return read
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

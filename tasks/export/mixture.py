@@ -1,4 +1,4 @@
-"""Export of an upcycled mixture: stock files that transformers 4.57 and 5 and vLLM load, with a model card."""
+"""Export of a mixture or a dense model: stock files that transformers 4.57 and 5 and vLLM load, with a model card."""
 
 from __future__ import annotations
 
@@ -34,9 +34,33 @@ def checkpoint_folder(home: Home, checkpoint: str) -> tuple[Path, Artifact | Non
     return Path(artifact.path), artifact
 
 
-def model_type(folder: Path) -> str:
-    """`model_type` of config.json. Raises EclectusError if it cannot be read."""
-    return str(_read(folder / "config.json").get("model_type"))
+def kind_of(folder: Path) -> Literal["lory", "mixture", "dense"]:
+    """What kind of model a folder holds. Raises EclectusError if its config.json cannot be read."""
+    config = _read(folder / "config.json")
+    if config.get("model_type") == "lory":
+        return "lory"
+    return "mixture" if "num_experts_per_tok" in config else "dense"
+
+
+def export_dense(home: Home, checkpoint: str, out: Path, dtype: Dtype | None = None) -> str:
+    """Writes a dense checkpoint (a dense twin, a result of full, lora or llama_pro) into `out` atomically, with a card.
+
+    checkpoint: an artifact's name, or any folder. dtype: of the stored floats; None: unchanged. Returns a description.
+    Raises EclectusError naming the checkpoint and what is wrong with it.
+    """
+    import torch
+
+    from eclectus.models.mixture.export import export_dense_checkpoint
+
+    folder, artifact = checkpoint_folder(home, checkpoint)
+    try:
+        export_dense_checkpoint(folder, out, getattr(torch, dtype) if dtype else None)
+    except (ValueError, OSError) as error:
+        raise EclectusError(f"{checkpoint} was not exported: {error}") from error
+    stored = _read(folder / "config.json")
+    before = stored.get("dtype") or stored.get("torch_dtype")
+    made = {"stored_dtype": dtype, "trained_dtype": before} if dtype and before and dtype != before else {}
+    return _with_card(home, out, artifact, made)
 
 
 def export_mixture(
@@ -60,10 +84,22 @@ def export_mixture(
             export_checkpoint(folder, out, dtype=getattr(torch, dtype) if dtype else None)
     except (ValueError, OSError) as error:
         raise EclectusError(f"{checkpoint} was not exported: {error}") from error
-    config = _read(out / "config.json")
     if extract_base:
-        return f"{out}: the dense {config['architectures'][0]} that it was upcycled from, with unchanged tensors"
+        architecture = _read(out / "config.json")["architectures"][0]
+        return f"{out}: the dense {architecture} that it was upcycled from, with unchanged tensors"
     made = _read(out / "upcycle.json") if (out / "upcycle.json").is_file() else {}
+    told = _with_card(home, out, artifact, made)
+    if made.get("original_weights") == "rounded":
+        told += (
+            f"\n  note         {made['original_dtype']} rounds the original weights: this export does not hold the "
+            f"base bit by bit, and --extract-base refuses it; keep {checkpoint} for that"
+        )
+    return told
+
+
+def _with_card(home: Home, out: Path, artifact: Artifact | None, made: dict[str, Any]) -> str:
+    """Writes the model card of the export in `out` and returns a description of it. made: its upcycle.json."""
+    config = _read(out / "config.json")
     origin = origin_of(home, artifact.digest) if artifact else Origin()
     (out / CARD).write_text(model_card(out.name, config, made, origin), encoding="utf-8")
     size = sum(path.stat().st_size for path in out.iterdir())

@@ -45,6 +45,24 @@ _SHOWN = {
 }  # fmt: skip
 
 
+_ORIGINALS = {
+    "unchanged": ". Expert 0 and all shared weights are unchanged from the dense model",
+    "rounded": ". Expert 0 and all shared weights are the dense model's, rounded to {dtype} by this export",
+}
+_PRETRAINED = {
+    "warmup": ", the dense warm-up of a pre-training, which Lory and its dense twin start from",
+    "dense": ", the dense twin of a Lory model: trained on the same instances for the same steps",
+    "dense_equal_flops": ", a dense model whose training step costs as many FLOPs as a Lory model's, with a wider FFN",
+}
+_EXTENDED = {
+    "full": ", a dense model extended by full fine-tuning: all of its weights trained",
+    "lora": ", a dense model extended by LoRA ([arXiv 2106.09685](https://arxiv.org/abs/2106.09685)), with the "
+    "adapters merged into the weights",
+    "llama_pro": ", a dense model extended by LLaMA-Pro ([arXiv 2401.02415](https://arxiv.org/abs/2401.02415)): only "
+    "the inserted blocks trained",
+}
+
+
 @dataclass
 class Origin:
     """Lineage of a checkpoint: the steps that led to it, oldest first, and the scores of it and its base."""
@@ -93,7 +111,7 @@ def model_card(name: str, config: dict[str, Any], made: dict[str, Any], origin: 
     parts = [
         _front_matter(config, known + new),
         f"# {name}\n",
-        _what(config, made, known, new),
+        _what(config, made, origin, known, new),
         _data(origin),
         _training(origin),
         _scores_table(origin, known, new),
@@ -118,7 +136,7 @@ def _front_matter(config: dict[str, Any], languages: list[str]) -> str:
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---\n"])
 
 
-def _what(config: dict[str, Any], made: dict[str, Any], known: list[str], new: list[str]) -> str:
+def _what(config: dict[str, Any], made: dict[str, Any], origin: Origin, known: list[str], new: list[str]) -> str:
     architecture = (config.get("architectures") or ["model"])[0]
     text = f"A `{architecture}`"
     if config.get("num_experts_per_tok"):
@@ -128,19 +146,37 @@ def _what(config: dict[str, Any], made: dict[str, Any], known: list[str], new: l
             f" with {experts} experts in each layer, of which {config['num_experts_per_tok']} are used per token: a "
             f"{base} model, upcycled and extended by MoE-LPR ([arXiv 2408.11396](https://arxiv.org/abs/2408.11396))"
         )
-        text += ". Expert 0 and all shared weights are unchanged from the dense model" if _kept(made) else ""
+        text += _ORIGINALS.get(_original_weights(made), "").format(dtype=made.get("original_dtype"))
+    else:
+        text += _how_trained(origin)
     text += f". The base model knows {', '.join(known)}" if known else ""
     text += f" and was extended to {', '.join(new)}" if new else ""
     notes = "".join(f"\n\n> {note}" for note in made.get("notes", []))
+    if made.get("stored_dtype"):
+        notes += f"\n\n> Trained in {made['trained_dtype']}, stored in {made['stored_dtype']} by this export."
     opens = "import eclectus.models  # Eclectus: registers the class\n" if config.get("experts_per_layer") else ""
     code = f"```python\n{opens}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
     code += 'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n```'
     return f"{text}.{notes}\n\n{code}\n"
 
 
-def _kept(made: dict[str, Any]) -> bool:
-    """Whether the original weights are unchanged by training."""
-    return bool(made) and all(stage["method"] != "moe_all" for stage in made.get("trained", []))
+def _original_weights(made: dict[str, Any]) -> str:
+    """What upcycle.json says of the original weights, verified at the export: unchanged, rounded or changed."""
+    if not made or any(stage["method"] == "moe_all" for stage in made.get("trained", [])):
+        return "changed"
+    return made.get("original_weights", "unchanged")
+
+
+def _how_trained(origin: Origin) -> str:
+    """What a dense model is, by the last step that trained or fetched it."""
+    for step in reversed(origin.steps):
+        if step["name"] == "pretrain":
+            return _PRETRAINED.get(step["settings"].get("pretrain_stage"), "")
+        if step["name"] == "extend":
+            return _EXTENDED.get(step["settings"].get("extension_method"), "")
+        if step["name"] == "fetch":
+            return f": {step['statistics'].get('base_model')}, with its weights as they were fetched"
+    return ", a dense model"
 
 
 def _data(origin: Origin) -> str:
@@ -197,13 +233,20 @@ def _scores_table(origin: Origin, known: list[str], new: list[str]) -> str:
 
 
 def _proof(made: dict[str, Any]) -> str:
-    if not made:
+    if "max_abs_delta" not in made:
         return ""
     text = (
         f"## Verification\n\nBefore training no logit differed from the {made['base_model_type']} model's by more than "
         f"{made['max_abs_delta']:.2g} (largest logit {made['max_abs_logit']:.3g}; {made['proof']})."
     )
-    if _kept(made):
+    kept = _original_weights(made)
+    if kept == "rounded":
+        text += (
+            f" That holds for the checkpoint before this export, which rounded its weights to "
+            f"{made['original_dtype']}: the base's own bits (SHA-256 `{made['base_digest']}`) are in that checkpoint, "
+            "not here."
+        )
+    elif kept == "unchanged":
         text += (
             f" SHA-256 of the original weights, the same before and after training: `{made['base_digest']}`. "
             "`eclectus export THIS_FOLDER OUT --extract-base` extracts them."

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from eclectus.flows.cli.main import main
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.export.mixture import export_mixture
-from eclectus.tasks.export.model_card import origin_of
+from eclectus.tasks.export.model_card import Origin, model_card, origin_of
 from eclectus.tasks.step import step
 from tests.support.dense_bases import logits, tokens, write_base
 
@@ -50,22 +50,96 @@ def test_upcycle_and_export_from_the_command_line(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
+        (["upcycle", "BASE", "BASE/config.json/OUT"], "cannot be created"),
         (["upcycle", "BASE", "OUT", "--experts", "many"], "--experts is 'many'"),
         (["upcycle", "BASE", "OUT", "--experts", "1"], "extension_experts"),
         (["upcycle", "BASE", "OUT", "--top-k", "9"], "top_k is 9: choose 1 to 6"),
         (["upcycle", "BASE", "OUT", "--experts", "4,4,4"], "names 3 layers, the base has 2"),
         (["upcycle", "/nowhere/at/all", "OUT"], "does not exist"),
-        (["export", "BASE", "OUT"], "expected an upcycled one"),
-        (["export", "BASE", "OUT", "--language", "el"], "which is not a Lory model"),
+        (["export", "BASE", "OUT", "--extract-base"], "which is a dense model; its options: --dtype"),
+        (["export", "BASE", "OUT", "--language", "el"], "which is a dense model"),
+        (["export", "BASE", "BASE"], "exists already"),
         (["export", "nothing-123", "OUT"], "match 'nothing-123'"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_writes_nothing(capsys, tmp_path, words, complaint):
     base = write_base(tmp_path / "base", "llama")
-    words = [{"BASE": base, "OUT": tmp_path / "out"}.get(word, word) for word in words]
+    words = [word.replace("BASE", str(base)).replace("OUT", str(tmp_path / "out")) for word in words]
     code, _, said = eclectus(capsys, "--home", tmp_path / "home", *words)
     assert code == 2 and complaint in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_rounds_the_base_says_so_in_terminal_card_and_at_extraction(capsys, tmp_path):
+    base = write_base(tmp_path / "base", "llama", torch.float32)
+    home = ("--home", tmp_path / "home")
+    eclectus(capsys, *home, "upcycle", base, tmp_path / "moe", "--experts", 3)
+    code, said, _ = eclectus(capsys, *home, "export", tmp_path / "moe", tmp_path / "same")
+    assert code == 0 and "note" not in said
+    assert "unchanged from the dense model" in (tmp_path / "same" / "README.md").read_text()
+    code, said, _ = eclectus(capsys, *home, "export", tmp_path / "moe", tmp_path / "out", "--dtype", "bfloat16")
+    assert code == 0 and "bfloat16 rounds the original weights" in said and f"keep {tmp_path / 'moe'}" in said
+    # Wider again, or exported once more, it stays rounded.
+    eclectus(capsys, *home, "export", tmp_path / "out", tmp_path / "again", "--dtype", "float32")
+    for folder in ("out", "again"):
+        card = (tmp_path / folder / "README.md").read_text()
+        assert "unchanged from" not in card and "--extract-base" not in card and "rounded to bfloat16" in card
+        code, _, said = eclectus(capsys, *home, "export", tmp_path / folder, tmp_path / "back", "--extract-base")
+        assert code == 2 and "rounded to bfloat16" in said and "extract the base from the checkpoint" in said
+        assert not (tmp_path / "back").exists()
+    code, _, _ = eclectus(capsys, *home, "export", tmp_path / "same", tmp_path / "back", "--extract-base")
+    assert code == 0
+
+
+def test_values_beyond_float16_are_refused_by_name(capsys, tmp_path):
+    base = write_base(tmp_path / "base", "llama", torch.bfloat16)
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][0, 0] = 1e5
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    words = ("--home", tmp_path / "home", "export", base, tmp_path / "out", "--dtype")
+    code, _, said = eclectus(capsys, *words, "float16")
+    assert code == 2 and "model.embed_tokens.weight holds 9.98e+04, more than float16" in said
+    assert not (tmp_path / "out").exists()
+    assert eclectus(capsys, *words, "float32")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["llama tied", "qwen3"])
+def test_a_dense_model_is_exported_for_both_generations_with_a_card(capsys, tmp_path, name):
+    base = write_base(tmp_path / "base", name, torch.bfloat16)
+    code, said, _ = eclectus(
+        capsys, "--home", tmp_path / "home", "export", base, tmp_path / "out", "--dtype", "float32"
+    )
+    assert code == 0 and "ForCausalLM" in said and "its model card in README.md" in said
+    assert torch.equal(logits(tmp_path / "out", tokens()), logits(base, tokens()))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] and config["torch_dtype"] == "float32"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "a dense model" in card and "stored in float32" in card and "Verification" not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "words"),
+    [
+        ("pretrain", "pretrain_stage", "dense", "the dense twin of a Lory model"),
+        ("pretrain", "pretrain_stage", "dense_equal_flops", "as many FLOPs as a Lory model's"),
+        ("extend", "extension_method", "full", "extended by full fine-tuning"),
+        ("extend", "extension_method", "lora", "adapters merged into the weights"),
+        ("extend", "extension_method", "llama_pro", "only the inserted blocks trained"),
+    ],
+)
+def test_the_card_says_how_a_dense_model_was_made(name, setting, value, words):
+    made = {"name": name, "label": value, "run": "r", "artifact": "a", "settings": {setting: value}, "statistics": {}}
+    fetched = made | {"name": "fetch", "settings": {}}
+    assert words in model_card("x", {"architectures": ["LlamaForCausalLM"]}, {}, Origin(steps=[fetched, made]))
+
+
+def test_folders_left_by_killed_commands_are_named_and_stay(capsys, tmp_path):
+    left = tmp_path / ".out.0123456789ab.partial"
+    left.mkdir()
+    (left / "file").write_text("")
+    base = write_base(tmp_path / "base", "llama")
+    code, said, _ = eclectus(capsys, "--home", tmp_path / "home", "export", base, tmp_path / "out")
+    assert code == 0 and str(left) in said and (left / "file").is_file()
 
 
 @step(makes="checkpoint", version=1)
