@@ -23,11 +23,11 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.normalise import VERSION as NORMALISATION
 from eclectus.tasks.documents.table import read_ids
-from eclectus.tasks.grouping.disk_matrix import create_matrix
+from eclectus.tasks.grouping.disk_matrix import create_matrix, usable_rows
 from eclectus.tasks.grouping.embedding_log import StoredVectors, locate, read_logs, remove_stale_logs
 from eclectus.tasks.grouping.encoder import STATIC, EmbedSettings, EncoderPool, digest_folder
 from eclectus.tasks.reuse import earlier, is_whole
-from eclectus.tasks.run import current_run, metric
+from eclectus.tasks.run import current_run, metric, notify
 from eclectus.tasks.step import step
 
 ROWS_AT_ONCE = 65_536
@@ -39,12 +39,13 @@ def model_fingerprint(settings: EmbedSettings) -> dict[str, str]:
     return {"embedding_model": digest_folder(Path(settings.embedding_model))} if _is_folder(settings) else {}
 
 
-@step(makes="embeddings", version=3, fingerprint=model_fingerprint)
+@step(makes="embeddings", version=4, fingerprint=model_fingerprint)
 def embed(documents: Artifact, settings: EmbedSettings, out: Draft, model: Artifact | None = None) -> None:
     """Embeds every document, train and held-out; only documents that are new to the model are computed.
 
     model: the artifact of `train_embedding`, needed when `embedding_model` is 'static'.
-    Raises EclectusError when the model is missing or cannot be loaded.
+    Raises EclectusError when the model is missing or cannot be loaded, or gives no usable embedding (zeros, NaN,
+    infinities) for too many documents. The others of these are rows of zeros, and reported.
     """
     source = _source(settings, model)
     ids = read_ids(documents)
@@ -56,12 +57,12 @@ def embed(documents: Artifact, settings: EmbedSettings, out: Draft, model: Artif
         with _work_folder(key) as work:
             known = _earlier_embeddings(key, ids)
             remove_stale_logs(work, known)
-            known += read_logs(work)
+            known += map(_usable, read_logs(work))
             where = locate(ids, known)
             missing = np.flatnonzero(where[:, 0] < 0)
             pool.embed(missing, ids, work)
             if len(missing):
-                known = [*known, *read_logs(work)]
+                known = [*known, *map(_usable, read_logs(work))]
                 where = locate(ids, known)
             dimension = known[0].vectors.shape[1] if known else 0
             empty = _write_vectors(known, where, dimension, settings, out)
@@ -69,6 +70,13 @@ def embed(documents: Artifact, settings: EmbedSettings, out: Draft, model: Artif
     reused = len(ids) - len(missing)
     metric("documents_embedded", len(missing))
     metric("documents_reused", reused)
+    if empty:
+        metric("documents_without_embedding", empty)
+        notify(
+            "embeddings",
+            f"{empty:,} of {len(ids):,} documents have no usable embedding and are chains of their own; "
+            f"'{settings.embedding_model}' was {pool.lacking}.",
+        )
     out.rows = len(ids)
     out.statistics = {
         "documents": len(ids),
@@ -125,6 +133,7 @@ def _earlier_embeddings(key: str, ids: np.ndarray) -> list[StoredVectors]:
                 np.load(artifact.file("ids.npy"), mmap_mode="r"),
                 np.load(artifact.file("embeddings.npy"), mmap_mode="r"),
             )
+            known = _usable(known) if artifact.statistics.get("without_embedding") else known
             there = np.isin(missing, known.ids)
             if there.any() and is_whole(artifact):
                 found.append(known)
@@ -132,17 +141,20 @@ def _earlier_embeddings(key: str, ids: np.ndarray) -> list[StoredVectors]:
     return found
 
 
+def _usable(known: StoredVectors) -> StoredVectors:
+    """Without the ids of documents that got no usable embedding: they are embedded again."""
+    return StoredVectors(np.where(usable_rows(known.vectors), known.ids, b""), known.vectors)
+
+
 def _write_vectors(
     known: list[StoredVectors], where: np.ndarray, dimension: int, settings: EmbedSettings, out: Draft
 ) -> int:
     """Writes embeddings.npy from `known`, as `locate` found it; returns how many documents have none (zeros)."""
     target = create_matrix(out.file("embeddings.npy"), settings.embedding_precision, (len(where), dimension))
-    empty = 0
     for begin in range(0, len(where), ROWS_AT_ONCE):
         part = where[begin : begin + ROWS_AT_ONCE]
-        for number in np.unique(part[:, 0]):
+        for number in np.unique(part[part[:, 0] >= 0, 0]):
             here = np.flatnonzero(part[:, 0] == number)
             target[begin + here] = known[number].vectors[part[here, 1]]
-        empty += int((~target[begin : begin + ROWS_AT_ONCE].any(axis=1)).sum())
     target.flush()
-    return empty
+    return int((where[:, 0] < 0).sum())

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,6 +40,7 @@ STATIC_IN_PROCESS = 50_000
 STATIC_DOCUMENTS_PER_ACTOR = 200_000
 BATCHES_PER_CHUNK = 4
 WINDOW = 8_192
+SHOWN_IDS = 3
 
 
 class EmbedSettings(EmbeddingText):
@@ -59,6 +61,33 @@ class EmbedSettings(EmbeddingText):
     embedding_device: Literal["cpu", "cuda"] = RuntimeSetting(
         "cpu", "Where transformer models run; cuda takes one GPU per actor."
     )
+    embedding_missing_share: float = RuntimeSetting(
+        0.1,
+        "Largest share of the documents for which the model may give no usable embedding (zeros, NaN, infinities); "
+        "the run stops above it, and below it each such document is a chain of its own.",
+        ge=0,
+        le=1,
+    )
+
+
+@dataclass
+class Lacking:
+    """Documents that got no usable embedding: ids of those for which the model gave NaN or infinities, and zeros."""
+
+    not_finite: list[str] = field(default_factory=list)
+    zero: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.not_finite) + len(self.zero)
+
+    def add(self, other: Lacking) -> None:
+        self.not_finite += other.not_finite
+        self.zero += other.zero
+
+    def __str__(self) -> str:
+        ids = [*self.not_finite, *self.zero]
+        first = ", ".join(ids[:SHOWN_IDS]) + (", ..." if len(ids) > SHOWN_IDS else "")
+        return f"not finite for {len(self.not_finite):,} documents, zero for {len(self.zero):,}: {first}"
 
 
 class Encoder:
@@ -103,25 +132,40 @@ class Encoder:
 
         Of composed texts, so that texts that read the same get the same vector (tasks/documents/normalise.py).
         """
-        cut = [composed(text)[: self.settings.embedding_maximum_characters] for text in texts]
-        vectors = np.asarray(self._encode(cut), np.float64).reshape(len(texts), -1)
+        return self._unit(self._raw(texts))
+
+    def _unit(self, vectors: np.ndarray) -> np.ndarray:
         vectors[~np.isfinite(vectors).all(axis=1)] = 0
         norms = np.sqrt((vectors * vectors).sum(axis=1, keepdims=True))
         return np.divide(vectors, norms, out=np.zeros_like(vectors), where=norms > 0).astype(
             self.settings.embedding_precision
         )
 
-    def embed(self, documents: Artifact, rows: np.ndarray, ids: np.ndarray, work: str, batch: int) -> int:
-        """Embeds rows [n] of the documents, appends them to a log in `work` batch by batch, and returns n.
+    def _raw(self, texts: list[str]) -> np.ndarray:
+        """What the model gives, float64 [N, D]."""
+        cut = [composed(text)[: self.settings.embedding_maximum_characters] for text in texts]
+        return np.asarray(self._encode(cut), np.float64).reshape(len(texts), -1)
 
-        ids: bytes [n], of these rows.
+    def embed(self, documents: Artifact, rows: np.ndarray, ids: np.ndarray, work: str, batch: int) -> Lacking:
+        """Embeds rows [n] of the documents and appends them to a log in `work` batch by batch.
+
+        ids: bytes [n], of these rows. Returns the documents without a usable embedding, which are not in the log.
         """
         self._log = self._log or Log(Path(work))
-        reader = TextReader(documents)
+        reader, lacking = TextReader(documents), Lacking()
         for begin in range(0, len(rows), batch):
             part = slice(begin, begin + batch)
-            self._log.append(ids[part], self.encode(reader.read(rows[part])))
-        return len(rows)
+            vectors = self._raw(reader.read(rows[part]))
+            finite = np.isfinite(vectors).all(axis=1)
+            vectors = self._unit(vectors)
+            usable = vectors.any(axis=1)
+            self._log.append(ids[part][usable], vectors[usable])
+            lacking.add(Lacking(_texts(ids[part][~finite]), _texts(ids[part][finite & ~usable])))
+        return lacking
+
+
+def _texts(ids: np.ndarray) -> list[str]:
+    return [each.decode() for each in ids.tolist()]
 
 
 class EncoderPool:
@@ -131,6 +175,7 @@ class EncoderPool:
         self.documents, self.settings, self.source = documents, settings, source
         self.static = isinstance(source, Path) and is_static_model(source)
         self.actors: list[Any] = []
+        self.lacking = Lacking()
         self._digest = digest_folder(source) if isinstance(source, Path) else None
 
     @property
@@ -144,32 +189,52 @@ class EncoderPool:
         return self._digest
 
     def embed(self, rows: np.ndarray, ids: np.ndarray, work: Path) -> None:
-        """Embeds these rows [n] of the documents into logs in `work`. ids: of all documents, bytes [N]."""
+        """Embeds these rows [n] of the documents into logs in `work`. ids: of all documents, bytes [N].
+
+        Raises EclectusError as soon as too many documents have no usable embedding (`embedding_missing_share`).
+        """
         if len(rows) == 0:
             return
         chunks = self._cut(rows)
         report_progress, done = progress(len(rows), "embedding", "documents"), 0
+
+        def ended(chunk: np.ndarray, lacking: Lacking) -> None:
+            nonlocal done
+            done += len(chunk)
+            self.lacking.add(lacking)
+            self._stop_if_lacking(done, len(ids))
+            report_progress(done)
+
         if self.static and len(rows) <= STATIC_IN_PROCESS and not self.settings.embedding_workers:
             # Starting Ray and an actor takes 8 seconds, more than the work itself.
             encoder = Encoder(str(self.source), self.settings)
             for chunk in chunks:
-                done += encoder.embed(self.documents, chunk, ids[chunk], str(work), STATIC_CHUNK)
-                report_progress(done)
+                ended(chunk, encoder.embed(self.documents, chunk, ids[chunk], str(work), STATIC_CHUNK))
             return
         import ray
 
         self._start(self._size(len(rows), len(chunks)))
         free = list(self.actors)
-        running: dict[Any, Any] = {}
+        running: dict[Any, tuple[Any, np.ndarray]] = {}
         batch = STATIC_CHUNK if self.static else self.settings.embedding_batch
         while chunks or running:
             while chunks and free:
                 actor, chunk = free.pop(), chunks.pop()
-                running[actor.embed.remote(self.documents, chunk, ids[chunk], str(work), batch)] = actor
+                running[actor.embed.remote(self.documents, chunk, ids[chunk], str(work), batch)] = actor, chunk
             ready, _ = ray.wait(list(running), num_returns=1)
-            free.append(running.pop(ready[0]))
-            done += ray.get(ready[0])
-            report_progress(done)
+            actor, chunk = running.pop(ready[0])
+            free.append(actor)
+            ended(chunk, ray.get(ready[0]))
+
+    def _stop_if_lacking(self, done: int, count: int) -> None:
+        """Of a small corpus one document may lack an embedding; never all may. count: of all documents."""
+        number = len(self.lacking)
+        if number == count or number > max(1.0, self.settings.embedding_missing_share * count):
+            raise EclectusError(
+                f"embedding_model '{self.settings.embedding_model}' gives no usable embedding for {number:,} of "
+                f"{done:,} documents so far ({self.lacking}); without them the grouping would be chains of one: "
+                "check the model's weights, choose another embedding_model, or raise 'embedding_missing_share'"
+            )
 
     def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
         if self.static:

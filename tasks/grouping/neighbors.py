@@ -20,6 +20,7 @@ import numpy as np
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.table import read_table
+from eclectus.tasks.grouping.disk_matrix import usable_rows
 from eclectus.tasks.grouping.nearest import Lists, NeighborSettings, Partition, search
 from eclectus.tasks.grouping.neighbor_update import MADE_OF, copy_lists, find_earlier, made_of, update
 from eclectus.tasks.run import metric, progress
@@ -80,12 +81,3 @@ def partition_labels(documents: Artifact, by: str) -> tuple[list[str], np.ndarra
         labels = values if number == 0 else labels + "/" + values
     names, numbers = np.unique(labels.astype(str), return_inverse=True)
     return names.tolist(), numbers.astype(np.int32)
-
-
-def usable_rows(vectors: np.ndarray) -> np.ndarray:
-    """Which rows have an embedding, bool [N]: all finite, and not all zero."""
-    usable = np.zeros(len(vectors), bool)
-    for begin in range(0, len(vectors), 2**16):
-        block = np.asarray(vectors[begin : begin + 2**16])
-        usable[begin : begin + len(block)] = np.isfinite(block).all(axis=1) & (block != 0).any(axis=1)
-    return usable

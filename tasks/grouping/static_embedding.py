@@ -244,6 +244,12 @@ def contrast(
         loss, gradient = _info_nce(average @ table[used], settings.embedding_temperature)
         rate = settings.embedding_learning_rate * (1 - number / settings.embedding_steps)
         adam.step(table, used, average.T @ gradient, rate)
+        if not math.isfinite(loss) or not np.isfinite(table[used]).all():
+            raise EclectusError(
+                f"the training of the embedding model diverged at step {number} (loss {loss:g}); lower "
+                f"'embedding_learning_rate' ({settings.embedding_learning_rate:g}) or raise 'embedding_temperature' "
+                f"({settings.embedding_temperature:g})"
+            )
         losses.append(loss)
         metric("embedding_loss", loss, at_step=number)
         report_progress(number + 1)

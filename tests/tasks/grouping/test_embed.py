@@ -5,21 +5,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
+from safetensors.numpy import save_file
 
 from eclectus.storage.artifact import ArtifactStore
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.journal import Journal
 from eclectus.storage.step_keys import KnownKeys
+from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.grouping.embed import EmbedSettings, embed, model_fingerprint
 from eclectus.tasks.grouping.embedding_log import Log, read_logs
 from eclectus.tasks.grouping.encoder import Encoder
 from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings, train_embedding
-from eclectus.tasks.grouping.static_model import StaticModel
+from eclectus.tasks.grouping.static_model import WEIGHTS, StaticModel
 from eclectus.tasks.run import Run, activate
 from tests.support.topics import TOPICS, make, topical, write_documents
 
@@ -145,6 +148,74 @@ def test_half_precision_and_documents_without_a_word(run, model):
     assert vectors(artifact).dtype == np.float16
     assert (vectors(artifact)[20:] == 0).all()
     assert artifact.statistics["without_embedding"] == 2
+
+
+def with_weights(model, folder, change):
+    """A copy of the static model with changed token vectors [V, D]."""
+    shutil.copytree(model.path, folder)
+    static = StaticModel.load(folder)
+    change(static.weights)
+    save_file({"embedding.weight": static.weights}, folder / WEIGHTS)
+    return EmbedSettings(embedding_model=str(folder))
+
+
+@pytest.mark.parametrize(("value", "words"), [(np.nan, "not finite for 50 documents"), (0, "zero for 50")])
+def test_a_model_without_usable_embeddings_ends_the_run_and_is_named(run, model, tmp_path, value, words):
+    settings = with_weights(model, tmp_path / "broken", lambda weights: weights.fill(value))
+    documents = write_documents(run.home.store, ROWS[:50])
+    with pytest.raises(EclectusError, match=r"'.*broken' gives no usable embedding for 50 of 50 documents") as raised:
+        embed(documents=documents, settings=settings)
+    assert words in str(raised.value) and read_table(documents)["document"][0].as_py() in str(raised.value)
+    with pytest.raises(EclectusError, match="no usable embedding"):
+        embed(documents=documents, settings=settings.model_copy(update={"embedding_missing_share": 1.0}))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_corpus_of_which_no_document_has_an_embedding_is_refused_however_small(run, model, tmp_path, count):
+    settings = with_weights(model, tmp_path / "broken", lambda weights: weights.fill(np.inf))
+    with pytest.raises(EclectusError, match="no usable embedding"):
+        embed(documents=write_documents(run.home.store, ROWS[:count]), settings=settings)
+
+
+def test_few_documents_without_an_embedding_are_reported_and_embedded_again_by_the_next_run(run, model, tmp_path):
+    token = StaticModel.load(Path(model.path)).tokenizer.encode("zyzzyva", add_special_tokens=False).ids
+
+    def spoil(weights):
+        weights[token[-1]] = np.nan
+
+    heard = []
+    run.displays.append(
+        SimpleNamespace(
+            step_began=print, step_ended=print, step_progressed=print, notified=lambda name, text: heard.append(text)
+        )
+    )
+    settings = with_weights(model, tmp_path / "spoilt", spoil)
+    static, rows = StaticModel.load(tmp_path / "spoilt"), [*ROWS[:100], {"text": "zyzzyva", "language": "en"}]
+    lacking = int((~np.isfinite(static.encode([row["text"] for row in rows])).all(axis=1)).sum())
+    assert 1 <= lacking <= 10
+    artifact = embed(documents=write_documents(run.home.store, rows), settings=settings)
+    assert (vectors(artifact)[-1] == 0).all() and artifact.statistics["without_embedding"] == lacking
+    assert (
+        f"{lacking} of 101 documents have no usable embedding" in heard[0] and f"not finite for {lacking}" in heard[0]
+    )
+    again = embed(documents=write_documents(run.home.store, rows[::-1]), settings=settings)
+    assert again.statistics["reused"] == 101 - lacking and again.statistics["without_embedding"] == lacking
+
+
+def test_embeddings_that_an_earlier_version_stored_as_zeros_are_not_reused(run, model):
+    documents = write_documents(run.home.store, ROWS[:50])
+    good = embed(documents=documents, model=model, settings=EmbedSettings())
+    stored = vectors(good)
+    stored[7] = 0
+    with run.home.store.draft("embeddings") as out:
+        np.save(out.file("embeddings.npy"), stored)
+        np.save(out.file("ids.npy"), np.load(good.file("ids.npy")))
+        out.statistics = {**good.statistics, "without_embedding": 1}
+        run.home.store.commit(out)
+    shutil.rmtree(good.path)
+    shutil.rmtree(run.home.work / "embedding")
+    again = embed(documents=documents, model=model, settings=EmbedSettings())
+    assert again.digest == good.digest and again.statistics["reused"] == 49
 
 
 def test_what_is_not_finite_becomes_zero(model):

@@ -56,6 +56,14 @@ def test_contrastive_steps_lower_the_loss(store):
     assert statistics["last_loss"] < statistics["first_loss"]
 
 
+@pytest.mark.parametrize("setting", [{"embedding_temperature": 1e-38}, {"embedding_learning_rate": 1e38}])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_training_that_diverges_is_an_error_that_names_step_and_settings(store, setting):
+    name = next(iter(setting))
+    with pytest.raises(EclectusError, match=rf"diverged at step \d+ .*'{name}'"):
+        trained(store, topical(dict.fromkeys(TOPICS, 30)), **setting)
+
+
 def test_held_out_and_excluded_documents_are_not_trained_on(store):
     rows = topical({"en/sea": 30})
     more = [
