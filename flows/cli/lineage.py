@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from eclectus.flows.cli.rows import print_rows
 from eclectus.storage.errors import EclectusError
 
 if TYPE_CHECKING:
@@ -67,9 +68,10 @@ def add_lineage_commands(commands: Any) -> None:
 
 
 def _sql(chosen: argparse.Namespace) -> None:
-    from eclectus.storage.lineage.connection import query
+    from eclectus.storage.lineage.connection import querying
 
-    print_rows(*query(chosen.query, _home()), chosen.json)
+    with querying(chosen.query, _home()) as (names, rows):
+        print_rows(names, rows, chosen.json)
 
 
 def _runs(chosen: argparse.Namespace) -> None:
@@ -252,20 +254,3 @@ def _home() -> Home:
     from eclectus.storage.home import Home
 
     return Home.open(reading=True)
-
-
-def print_rows(names: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool) -> None:
-    """Prints a table, or one JSON object per row; a pipe gets every column whole."""
-    if as_json:
-        for row in rows:
-            print(json.dumps(dict(zip(names, row, strict=True)), default=str, ensure_ascii=False))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*names, box=None, header_style="bold", pad_edge=False)
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row))
-    # A pipe has no width: truncated columns would lose what a script reads.
-    width = None if sys.stdout.isatty() else 100_000
-    Console(highlight=False, markup=False, width=width).print(table)

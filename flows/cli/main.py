@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eclectus.flows.cli.checkpoints import add_checkpoint_commands
-from eclectus.flows.cli.lineage import add_lineage_commands, print_rows
+from eclectus.flows.cli.lineage import add_lineage_commands
 from eclectus.flows.cli.options import HELP_ALL, add_config, add_settings, read_parameters
 from eclectus.flows.cli.promotion import add_promotion_commands
 from eclectus.storage.errors import EclectusError
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _check_known(unknown, chosen)
         chosen.act(chosen)
+        sys.stdout.flush()
     except EclectusError as error:
         print(f"eclectus: {scrub(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("eclectus: interrupted; finished steps are kept and the next run resumes from them", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
+        # `| head` has what it wants; what is still buffered goes nowhere, or Python would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except Exception as error:
         log = _write_traceback()
@@ -159,7 +162,7 @@ def make_parser(command: str | None = None, show_all: bool = False) -> argparse.
         return part
 
     add_checkpoint_commands(add)
-    add_promotion_commands(add, print_rows)
+    add_promotion_commands(add)
     add("corpus", _corpus, "write the default corpus from installed packages, as JSONL", out="folder to write")
     add("up", _up, "start a local Prefect server with UI, Ray, a worker and all deployments, in the background")
     add("down", _down, "stop what `up` started, and all of its child processes")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
 
 from eclectus.flows.cli.lineage import RUN_HELP
+from eclectus.flows.cli.rows import print_rows
 
-PrintRows = Callable[[list[str], list[tuple[Any, ...]], bool], None]
 
-
-def add_promotion_commands(add: Callable[..., argparse.ArgumentParser], print_rows: PrintRows) -> None:
-    """Adds the commands. add: the function in `eclectus.flows.cli.main`; print_rows: takes (columns, rows, as_json)."""
+def add_promotion_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds the commands. add: the function in `eclectus.flows.cli.main`."""
     promote = add(
         "promote",
         _promote,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # The format of DuckDB 1.0; DuckDB 2.0's own cannot be read by any shell on PyPI.
 STORAGE_VERSION = "v1.0.0"
+ROWS_AT_ONCE = 2_000
 
 
 def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
@@ -134,14 +135,29 @@ def new_database(out: Path) -> Iterator[duckdb.DuckDBPyConnection]:
             shutil.copyfile(made, temporary)
 
 
-def query(sql: str, home: Home | None = None) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """(column names, rows) of a user's query. Raises EclectusError with DuckDB's own message."""
+@contextlib.contextmanager
+def querying(sql: str, home: Home | None = None) -> Iterator[tuple[list[str], Iterator[tuple[Any, ...]]]]:
+    """(column names, rows) of a user's query, of which only some are in memory at a time.
+
+    Raises EclectusError with DuckDB's own message, also while the rows are read.
+    """
     with connect(home) as connection:
+
+        def rows() -> Iterator[tuple[Any, ...]]:
+            while batch := answer.fetchmany(ROWS_AT_ONCE):
+                yield from batch
+
         try:
-            result = connection.sql(sql)
-            return ([], []) if result is None else (result.columns, result.fetchall())
+            answer = connection.execute(sql)
+            yield [column[0] for column in answer.description or []], rows() if answer.description else iter(())
         except duckdb.Error as error:
             raise EclectusError(f"the query failed: {str(error).strip()}") from error
+
+
+def query(sql: str, home: Home | None = None) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """(column names, rows) of a query. Raises EclectusError with DuckDB's own message."""
+    with querying(sql, home) as (names, rows):
+        return names, list(rows)
 
 
 def _copy_views(home: Home, path: Path, files: ReadOnlyFiles, root: str, cached: Path) -> None:
