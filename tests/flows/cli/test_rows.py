@@ -63,6 +63,7 @@ def test_a_short_table_fits_the_terminal_and_a_long_one_is_streamed(monkeypatch)
     terminal = Terminal()
     monkeypatch.setattr(rows.sys, "stdout", terminal)
     monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "dumb")
     print_rows(["word"], [("w" * 100,)], False)
     assert max(map(len, terminal.getvalue().splitlines())) <= 40
     print_rows(["word"], [("w" * 100,)] * FIRST, False)
