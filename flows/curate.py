@@ -19,7 +19,7 @@ from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings, tr
 from eclectus.tasks.packing.budget import BudgetSettings, budget
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.packing.replay import ReplaySettings, replay
-from eclectus.tasks.packing.tokenizer import TokenizerSettings, tokenizer
+from eclectus.tasks.packing.tokenizer import TRAINED_HERE, TokenizerSettings, tokenizer
 from eclectus.tasks.report.data_report import DataReportSettings, data_report
 
 
@@ -51,6 +51,10 @@ def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
     """From sources to training instances: languages, held-out split, embeddings, similarity grouping, packing."""
     parameters.check_together()
     with open_run("curate", parameters):
+        chosen, tokens = TokenizerSettings.of(parameters), None
+        if chosen.tokenizer != TRAINED_HERE:
+            # First, since a wrong one should not be found after hours.
+            tokens = tokenizer(documents=None, settings=chosen)
         ingested, documents = read_documents(parameters)
         model = None
         if parameters.embedding_model == STATIC:
@@ -60,7 +64,7 @@ def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
         grouping = group(
             documents=documents, neighbors=nearest, embeddings=embeddings, settings=GroupSettings.of(parameters)
         )
-        tokens = tokenizer(documents=documents, settings=TokenizerSettings.of(parameters))
+        tokens = tokens or tokenizer(documents=documents, settings=chosen)
         divided = documents
         if parameters.language_budgets or parameters.language_weights:
             documents = budget(documents=documents, tokenizer=tokens, settings=BudgetSettings.of(parameters))

@@ -29,7 +29,7 @@ from eclectus.tasks.grouping.static_embedding import EmbeddingText, StaticEmbedd
 from eclectus.tasks.packing.budget import BudgetSettings
 from eclectus.tasks.packing.pack import PackSettings
 from eclectus.tasks.packing.replay import ReplaySettings
-from eclectus.tasks.packing.tokenizer import TokenizerSettings
+from eclectus.tasks.packing.tokenizer import BeginSettings, TokenizerSettings
 from eclectus.tasks.promotion.new_documents import NewDocumentsSettings, RefreshSettings
 from eclectus.tasks.report.data_report import DataReportSettings
 from eclectus.tasks.report.report import ReportSettings
@@ -322,7 +322,7 @@ GROUPS: dict[str, tuple[type[Settings], ...]] = {
         GroupSettings,
         DuplicateSettings,
     ),
-    "packing": (TokenizerSettings, PackSettings, BudgetSettings, ReplaySettings),
+    "packing": (TokenizerSettings, BeginSettings, PackSettings, BudgetSettings, ReplaySettings),
     "model": (ArchitectureSettings, LorySettings),
     "pre-training": (PretrainSettings,),
     "extension": (

@@ -24,6 +24,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch.nn import functional as F
 
+from eclectus.models.checkpoints.tokenizer_files import text_frame
 from eclectus.models.evaluation.scoring import routes_by_prompt
 from eclectus.models.pretraining.export_dense import prompt_routing_weights
 from eclectus.models.training.process import Process
@@ -47,6 +48,8 @@ class HarnessModel(HFLM):
         report_progress: called with (answers, requests) of this process.
         encode: token ids of each text, without special tokens; by default the tokenizer's. Questions are texts: a
             special token that one spells is encoded as text, unlike in HFLM.
+        begin: token ids that precede every text; by default those that the tokenizer itself puts there. What it puts
+            after a text is left out: an answer continues its question.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class HarnessModel(HFLM):
         kept: Path | None,
         report_progress: Callable[[int, int], None],
         encode: Callable[[list[str]], list[list[int]]] | None = None,
+        begin: list[int] | None = None,
     ) -> None:
         mixed = "bfloat16" if process.device.type == "cuda" else None
         super().__init__(
@@ -67,16 +71,15 @@ class HarnessModel(HFLM):
         self._process, self._kept, self._report_progress = process, kept, report_progress
         self._known: dict[str, Any] | None = None
         self._encode = encode or self._encode_as_text
-        self._frames: dict[bool | None, tuple[list[int], list[int]]] = {}
+        self._begin = text_frame(tokenizer)[0] if begin is None else begin
         # (context, continuation) of requests that were truncated on the left.
         self.cut: set[tuple[str, str]] = set()
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
     ) -> list[int]:
-        """HFLM's token ids, with the special tokens that the tokenizer adds to a text but none from within it."""
-        before, after = self._frame(self.add_bos_token if add_special_tokens is None else add_special_tokens)
-        ids = [*before, *self._encode([string])[0], *after]
+        """HFLM's token ids, with the special tokens that precede a text but none from within it."""
+        ids = [*([] if add_special_tokens is False else self._begin), *self._encode([string])[0]]
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def tok_batch_encode(
@@ -97,16 +100,13 @@ class HarnessModel(HFLM):
         given = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return self.tokenizer(texts, **given)["input_ids"]
 
-    def _frame(self, special: bool | None) -> tuple[list[int], list[int]]:
-        """The special tokens that the tokenizer puts before and after a text; None: as it is configured."""
-        if special not in self._frames:
-            given = {} if special is None else {"add_special_tokens": special}
-            made = self.tokenizer("a", return_special_tokens_mask=True, verbose=False, **given)
-            added, ids = made["special_tokens_mask"], made["input_ids"]
-            first = added.index(0) if 0 in added else len(added)
-            last = len(added) - added[::-1].index(0) if 0 in added else len(added)
-            self._frames[special] = ids[:first], ids[last:]
-        return self._frames[special]
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        # The first token of a whole text is predicted from HFLM's prefix token, so what precedes it is not scored.
+        begin, self._begin = self._begin, []
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._begin = begin
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = True, override_bs: int | None = None

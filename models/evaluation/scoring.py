@@ -53,7 +53,8 @@ class Windows:
 
     tokens [T], documents [T]: the streams, concatenated; documents holds ordinals, NO_DOCUMENT at end-of-document
     tokens, which are read and never scored. table [W, 4] int64: (start, length, overlap, stream); the first `overlap`
-    tokens of a window are also in the window before. context: C. length: L. bytes_per_token [D] float64.
+    tokens of a window are also in the window before. context: C. length: L. bytes_per_token [D] float64. begin: tokens
+    that precede every document; at most C, and a window reads them in place of its first ones.
     """
 
     tokens: np.ndarray
@@ -62,6 +63,7 @@ class Windows:
     context: int
     length: int
     bytes_per_token: np.ndarray
+    begin: tuple[int, ...] = ()
 
     @property
     def bucket(self) -> int:
@@ -210,6 +212,8 @@ def read_windows(windows: Windows, rows: np.ndarray) -> tuple[torch.Tensor, np.n
     for i, (start, length, _, _) in enumerate(rows):
         tokens[i, :length] = windows.tokens[start : start + length]
         owners[i, :length] = windows.documents[start : start + length]
+        tokens[i, : len(windows.begin)] = windows.begin
+        owners[i, : len(windows.begin)] = NO_DOCUMENT
     return torch.from_numpy(tokens), owners
 
 

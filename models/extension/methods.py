@@ -242,6 +242,10 @@ class MixedInstances(Instances):
     def __len__(self) -> int:
         return sum(len(each) for each in self._sets)
 
+    def largest_token(self) -> int:
+        """As Instances.largest_token, of both sets."""
+        return max(each.largest_token() for each in self._sets)
+
     def batch(self, rows: np.ndarray) -> Batch:
         """Rows from len(first) on are of the second set; labels are numbered by the languages and domains of both."""
         begin = len(self._sets[0])

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from eclectus.models.checkpoints.side_files import has_tokenizer
+from eclectus.models.checkpoints.tokenizer_files import open_tokenizer
 from eclectus.models.checkpoints.writing import save_model
 from eclectus.models.lory.config import LoryConfig
 from eclectus.models.lory.dense import dense_ffn_names, split_expert
@@ -164,7 +165,7 @@ def _tokens_of(model: LoryForCausalLM, prompt: str) -> Tensor:
     folder = _folder_of(model)
     if not has_tokenizer(folder):
         raise ValueError(f"{folder} has no tokenizer to encode the prompt with; give prompt_ids.")
-    ids = AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt", split_special_tokens=True)["input_ids"]
+    ids = open_tokenizer(folder)(prompt, return_tensors="pt", split_special_tokens=True)["input_ids"]
     if not ids.numel():
         raise ValueError("The prompt has no token; give a text to merge the experts by.")
     return ids

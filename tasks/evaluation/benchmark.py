@@ -31,8 +31,9 @@ from eclectus.storage.artifact import Artifact, Draft, hash_file
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.evaluation.benchmark_rows import FIELDS, SCORE_FIELDS, group_rows, item_rows, score_rows
 from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, local_questions, version, wanted_tasks
+from eclectus.tasks.evaluation.evaluate import check_vocabulary, read_model_config
 from eclectus.tasks.packing.text_tokens import TextTokens
-from eclectus.tasks.packing.tokenizer import load_tokenizer
+from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
 from eclectus.tasks.run import metric
 from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting
 from eclectus.tasks.step import step
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from eclectus.models.training.process import Process
 
 
-class BenchmarkSettings(WorkerSettings):
+class BenchmarkSettings(WorkerSettings, BeginSettings):
     """The benchmark tasks; the same settings make models comparable."""
 
     benchmark_tasks: list[str] = Field(
@@ -111,10 +112,12 @@ def benchmark(checkpoint: Artifact, tokenizer: Artifact, settings: BenchmarkSett
             "benchmark_tasks, benchmark_preset and benchmark_files are all empty, so there is no task to run"
         )
     tokenizer_path = checkpoint.path if checkpoint.file("tokenizer.json").is_file() else tokenizer.path
-    _check_vocabulary(checkpoint, tokenizer_path)
+    tokens = load_tokenizer(tokenizer_path)
+    check_vocabulary(checkpoint, read_model_config(checkpoint), tokens)
+    begin = settings.begin(tokens)
     results = _Results()
     with resume_directory("benchmark", checkpoint, settings.key_values(), version()) as kept, _quiet():
-        ask = _Asker(checkpoint, tokenizer_path, kept / "answers", settings)
+        ask = _Asker(checkpoint, tokenizer_path, begin, kept / "answers", settings)
         for each in wanted:
             results.add(each, harness, ask, settings)
         _load.cache_clear()
@@ -153,8 +156,11 @@ class _Results:
 class _Asker:
     """Sends a task's requests to the workers. fault: an error of the workers, as opposed to one of the task's code."""
 
-    def __init__(self, checkpoint: Artifact, tokenizer_path: str, kept: Path, settings: BenchmarkSettings) -> None:
-        self.checkpoint, self.tokenizer_path, self.kept, self.settings = checkpoint, tokenizer_path, kept, settings
+    def __init__(
+        self, checkpoint: Artifact, tokenizer_path: str, begin: list[int], kept: Path, settings: BenchmarkSettings
+    ) -> None:
+        self.checkpoint, self.tokenizer_path, self.begin = checkpoint, tokenizer_path, begin
+        self.kept, self.settings = kept, settings
         self.cut: set[tuple[str, str]] = set()
         self.fault: Exception | None = None
 
@@ -171,6 +177,7 @@ class _Asker:
                         "checkpoint": self.checkpoint.path,
                         "name": self.checkpoint.name,
                         "tokenizer_path": self.tokenizer_path,
+                        "begin": self.begin,
                         "kept": str(self.kept),
                         "kind": kind,
                         "requests": str(path),
@@ -192,6 +199,7 @@ def answer_here(
     checkpoint: str,
     name: str,
     tokenizer_path: str,
+    begin: list[int],
     kept: str,
     kind: str,
     requests: str,
@@ -211,7 +219,7 @@ def answer_here(
         report("progress", done=done, total=total)
 
     encode = TextTokens(tokenizer)
-    answering = make_harness_model(model, tokenizer, length, batch, process, Path(kept), report_progress, encode)
+    answering = make_harness_model(model, tokenizer, length, batch, process, Path(kept), report_progress, encode, begin)
     asked = [
         Instance(kind, {}, tuple(arguments), number)
         for number, arguments in enumerate(json.loads(Path(requests).read_text("utf-8")))
@@ -229,19 +237,6 @@ def _load(checkpoint: str, name: str, tokenizer_path: str, device: Any) -> tuple
     model = read_model(checkpoint, name).to(device).eval()
     longest = getattr(model.config, "max_position_embeddings", None) or LONGEST_WINDOW
     return model, load_tokenizer(tokenizer_path), longest
-
-
-def _check_vocabulary(checkpoint: Artifact, tokenizer_path: str) -> None:
-    try:
-        config = json.loads(checkpoint.file("config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise EclectusError(f"{checkpoint.name} is not a model: its config.json cannot be read ({error})") from error
-    known, own = {**config, **config.get("text_config", {})}.get("vocab_size", 0), len(load_tokenizer(tokenizer_path))
-    if known < own:
-        raise EclectusError(
-            f"{checkpoint.name} has a vocabulary of {known} tokens, but the tokenizer for its questions has {own}; "
-            "save the tokenizer that it was trained with next to it"
-        )
 
 
 def _run_task(

@@ -3,7 +3,8 @@
 Documents of one language and domain, in the order of their ids, form a token stream that is read in overlapping windows
 (models/evaluation/scoring.py): every model scores exactly the same tokens, and none of them with look-ahead. The main
 measure is bits per byte, because perplexity per token cannot be compared across languages or tokenizers. A document's
-bytes are counted in proportion to its scored tokens; the end-of-document token is read but not scored.
+bytes are counted in proportion to its scored tokens; the tokens that begin and end a document (BeginSettings) are read
+but not scored. Every window begins with the former, in place of its first context, and so does every prompt.
 
 Files:
     documents.parquet   work, bits, bytes and tokens per document, for paired comparisons; for Lory also
@@ -38,7 +39,7 @@ from eclectus.tasks.evaluation.result_files import (
     write_samples,
     write_scores,
 )
-from eclectus.tasks.packing.tokenizer import load_tokenizer
+from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
 from eclectus.tasks.settings import SEED, RuntimeSetting
 from eclectus.tasks.step import step
 from eclectus.tasks.training.run_training import WORKERS, WorkerSettings, resume_directory, run_training
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 LONGEST_WINDOW = 2048
 
 
-class EvaluateSettings(WorkerSettings):
+class EvaluateSettings(WorkerSettings, BeginSettings):
     """How held-out text is scored; the same settings make models comparable."""
 
     evaluation_tokens: int = Field(
@@ -91,14 +92,20 @@ def evaluate(
     """Scores a checkpoint on the held-out documents, by language and by domain."""
     tokens = load_tokenizer(tokenizer.path)
     length = _window(checkpoint, tokens, settings)
-    held = read_held_out(documents, tokens, settings.evaluation_documents)
+    begin = settings.begin(tokens)
+    if len(begin) > settings.evaluation_context:
+        raise EclectusError(
+            f"evaluation_context is {settings.evaluation_context}, less than the {len(begin)} tokens that begin a "
+            "document; raise it"
+        )
+    held = read_held_out(documents, tokens, settings.evaluation_documents, len(begin) + 1)
     prompts = choose_prompts(held, settings.evaluation_prompt_tokens, settings.evaluation_samples)
     kept_as = ("evaluate", documents, tokenizer, checkpoint, settings.key_values())
     with (
         tempfile.TemporaryDirectory(dir=out.path.parent, prefix="streams-") as scratch,
         resume_directory(*kept_as) as kept,
     ):
-        _write_streams(held, tokens.eos_token_id, length, settings.evaluation_context, Path(scratch))
+        _write_streams(held, begin, tokens.eos_token_id, length, settings.evaluation_context, Path(scratch))
         result = run_training(
             settings,
             evaluate_here,
@@ -109,7 +116,8 @@ def evaluate(
                 "kept": str(kept),
                 "length": length,
                 "documents": held.documents,
-                "prompts": [held.tokens[number][: settings.evaluation_prompt_tokens] for number in prompts],
+                "prompts": [begin + held.tokens[number][: settings.evaluation_prompt_tokens] for number in prompts],
+                "begin": begin,
                 "end": tokens.eos_token_id,
                 "settings": settings.model_dump(),
             },
@@ -126,8 +134,8 @@ def evaluate(
     scores = write_scores(table, out)
     write_positions(held, sums, result["bucket"], settings.evaluation_context, out)
     write_routing(held, sums, out)
-    begin = settings.evaluation_prompt_tokens
-    write_samples(held, tokens, prompts, result["written"], begin, begin + settings.evaluation_sample_tokens, out)
+    given = settings.evaluation_prompt_tokens
+    write_samples(held, tokens, prompts, result["written"], given, given + settings.evaluation_sample_tokens, out)
     out.rows = int((sums.tokens > 0).sum())
     out.statistics = _statistics(held, table, scores, result, length)
     # about.json lists what could not be scored, so evaluations with equal scores of other documents have other digests.
@@ -144,6 +152,7 @@ def evaluate_here(
     length: int,
     documents: list[str],
     prompts: list[list[int]],
+    begin: list[int],
     end: int,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
@@ -155,7 +164,7 @@ def evaluate_here(
     tokens, owners, table, ratio, lengths = (
         np.load(work / f"{each}.npy", mmap_mode="r") for each in ("tokens", "owners", "table", "ratio", "lengths")
     )
-    windows = Windows(tokens, owners, table, chosen.evaluation_context, length, ratio)
+    windows = Windows(tokens, owners, table, chosen.evaluation_context, length, ratio, tuple(begin))
 
     def report_progress(done: int, total: int) -> None:
         report("progress", done=done, total=total)
@@ -220,21 +229,37 @@ def read_model(checkpoint: str, name: str) -> Any:
         raise EclectusError(f"{name} cannot be loaded as a causal language model: {first}") from error
 
 
-def _window(checkpoint: Artifact, tokenizer: Any, settings: EvaluateSettings) -> int:
-    """Tokens in a window. Raises EclectusError when the checkpoint does not fit the tokenizer or the settings."""
+def read_model_config(checkpoint: Artifact) -> dict[str, Any]:
+    """config.json of a checkpoint, that of its text part on top. Raises EclectusError."""
     try:
         config = json.loads(checkpoint.file("config.json").read_text())
     except (OSError, ValueError) as error:
         raise EclectusError(f"{checkpoint.name} is not a model: its config.json cannot be read ({error})") from error
-    config = {**config, **config.get("text_config", {})}
-    vocabulary = config.get("vocab_size", 0)
-    own = load_tokenizer(checkpoint.path) if checkpoint.file("tokenizer.json").is_file() else None
-    if vocabulary < len(tokenizer) or (own is not None and own.get_vocab() != tokenizer.get_vocab()):
-        theirs = f"its own tokenizer has {len(own)} tokens" if own is not None else "it has no tokenizer of its own"
+    return {**config, **config.get("text_config", {})}
+
+
+def check_vocabulary(checkpoint: Artifact, config: dict[str, Any], tokenizer: Any) -> None:
+    """Raises EclectusError for a tokenizer that yields ids beyond the model's embeddings."""
+    from eclectus.models.checkpoints.tokenizer_files import usable_size
+
+    known, needed = config.get("vocab_size", 0), usable_size(tokenizer)
+    if known < needed:
         raise EclectusError(
-            f"{checkpoint.name} has a vocabulary of {vocabulary} tokens and {theirs}, which does not match the given "
-            f"tokenizer of {len(tokenizer)} tokens; evaluate it with the tokenizer that it was trained with"
+            f"{checkpoint.name} has a vocabulary of {known} tokens, but the tokenizer for it yields ids up to "
+            f"{needed - 1}; use the tokenizer that it was trained with"
         )
+
+
+def _window(checkpoint: Artifact, tokenizer: Any, settings: EvaluateSettings) -> int:
+    """Tokens in a window. Raises EclectusError when the checkpoint does not fit the tokenizer or the settings."""
+    config = read_model_config(checkpoint)
+    own = load_tokenizer(checkpoint.path) if checkpoint.file("tokenizer.json").is_file() else None
+    if own is not None and own.get_vocab() != tokenizer.get_vocab():
+        raise EclectusError(
+            f"the tokenizer of {checkpoint.name} has a vocabulary of {len(own)} tokens, which does not match the given "
+            f"tokenizer of {len(tokenizer)} tokens; evaluate the model with the tokenizer that it was trained with"
+        )
+    check_vocabulary(checkpoint, config, tokenizer)
     longest = config.get("max_position_embeddings") or LONGEST_WINDOW
     length = settings.evaluation_tokens or min(longest, LONGEST_WINDOW)
     if length > longest:
@@ -247,17 +272,18 @@ def _window(checkpoint: Artifact, tokenizer: Any, settings: EvaluateSettings) ->
     return length
 
 
-def _write_streams(held: HeldOut, end: int, length: int, context: int, scratch: Path) -> None:
+def _write_streams(held: HeldOut, begin: list[int], end: int, length: int, context: int, scratch: Path) -> None:
     """Writes the streams as arrays that every worker maps into memory (models/evaluation/scoring.py, Windows)."""
     from eclectus.models.evaluation.scoring import NO_DOCUMENT, plan_windows
 
     total = sum(held.lengths)
     tokens, owners = np.empty(total, np.uint32), np.empty(total, np.int32)
-    at = 0
+    at, before = 0, len(begin)
+    owners[:] = NO_DOCUMENT
     for number, ids in enumerate(held.tokens):
-        tokens[at : at + len(ids)], tokens[at + len(ids)] = ids, end
-        owners[at : at + len(ids)], owners[at + len(ids)] = number, NO_DOCUMENT
-        at += len(ids) + 1
+        tokens[at : at + before + len(ids) + 1] = [*begin, *ids, end]
+        owners[at + before : at + before + len(ids)] = number
+        at += before + len(ids) + 1
     np.save(scratch / "tokens.npy", tokens)
     np.save(scratch / "owners.npy", owners)
     np.save(scratch / "table.npy", plan_windows(held.lengths, length, context))

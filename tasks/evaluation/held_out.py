@@ -39,8 +39,10 @@ class HeldOut:
     lengths: list[int] = field(default_factory=list)
 
 
-def read_held_out(documents: Artifact, tokenizer: Any, most: int) -> HeldOut:
+def read_held_out(documents: Artifact, tokenizer: Any, most: int, around: int = 1) -> HeldOut:
     """Reads and tokenises at most `most` held-out documents per language and domain.
+
+    around: tokens that begin and end a document in its stream; they are not among its own.
 
     Raises EclectusError if there are none.
     """
@@ -71,7 +73,7 @@ def read_held_out(documents: Artifact, tokenizer: Any, most: int) -> HeldOut:
         if not held.streams or held.streams[-1] != (language, domain):
             held.streams.append((language, domain))
             held.lengths.append(0)
-        held.lengths[-1] += len(ids) + 1
+        held.lengths[-1] += len(ids) + around
     return held
 
 

@@ -27,16 +27,16 @@ from eclectus.tasks.documents.language_codes import normalise
 from eclectus.tasks.documents.split import draws
 from eclectus.tasks.documents.table import TRAINING, read_batches, read_table, relabel
 from eclectus.tasks.packing.text_tokens import token_ids
-from eclectus.tasks.packing.tokenizer import load_tokenizer
+from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
 from eclectus.tasks.run import metric
-from eclectus.tasks.settings import SEED, Settings
+from eclectus.tasks.settings import SEED
 from eclectus.tasks.step import step
 
 SAMPLE_DOCUMENTS = 300
 SAMPLE_CHARACTERS = 5_000
 
 
-class BudgetSettings(Settings):
+class BudgetSettings(BeginSettings):
     """How much of each language is trained on."""
 
     language_budgets: list[str] = Field(
@@ -73,7 +73,7 @@ def amounts(entries: list[str]) -> dict[str, float]:
 @step(makes="documents", version=3)
 def budget(documents: Artifact, tokenizer: Artifact, settings: BudgetSettings, out: Draft) -> None:
     """Excludes training documents over their language's budget. Raises EclectusError if a named language has none."""
-    ratio = bytes_per_token(documents, load_tokenizer(tokenizer.path))
+    ratio = bytes_per_token(documents, load_tokenizer(tokenizer.path), settings)
     names = sorted(ratio)
     draw, language, tokens = [], [], []
     for batch in read_batches(documents, ["document", "language", "bytes"], TRAINING):
@@ -126,8 +126,9 @@ def limits_of(available: dict[str, float], settings: BudgetSettings) -> dict[str
     return limits
 
 
-def bytes_per_token(documents: Artifact, tokenizer: Any) -> dict[str, float]:
-    """Language -> UTF-8 bytes per token, from the first documents of each; every document has an end token."""
+def bytes_per_token(documents: Artifact, tokenizer: Any, settings: BeginSettings) -> dict[str, float]:
+    """Language -> UTF-8 bytes per token, from the first documents of each, with what begins and ends a document."""
+    around = len(settings.begin(tokenizer)) + 1
     texts: dict[str, list[str]] = defaultdict(list)
     for batch in read_batches(documents, ["text", "language"], TRAINING):
         for text, language in zip(batch["text"].to_pylist(), batch["language"].to_pylist(), strict=True):
@@ -135,7 +136,7 @@ def bytes_per_token(documents: Artifact, tokenizer: Any) -> dict[str, float]:
                 texts[language].append(text[:SAMPLE_CHARACTERS])
     ratio = {}
     for language, sample in texts.items():
-        tokens = sum(len(ids) + 1 for ids in token_ids(tokenizer, sample))
+        tokens = sum(len(ids) + around for ids in token_ids(tokenizer, sample))
         ratio[language] = sum(len(text.encode()) for text in sample) / tokens
     return ratio
 

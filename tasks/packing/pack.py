@@ -1,7 +1,8 @@
 """Packing: documents along their chains become instances of L tokens; the instances are shuffled.
 
-    tokens of the documents, each followed by the end-of-document token, concatenated in the grouping's order,
-    cut every L tokens (a document may continue in the next instance), then the instances are permuted under a seed.
+    tokens of the documents, each after the tokens that the tokenizer puts before a text (BeginSettings) and followed by
+    the end-of-document token, concatenated in the grouping's order, cut every L tokens (a document may continue in the
+    next instance, which then begins within it), then the instances are permuted under a seed.
 
 The shuffle matters: documents should be similar within an instance, not across adjacent instances (docs/methods.md
 1.6); if embeddings are given, both similarities are measured. The last, incomplete instance is dropped, or padded.
@@ -33,9 +34,9 @@ from eclectus.tasks.grouping.instance_layout import Spans, plan
 from eclectus.tasks.grouping.quality import instance_quality
 from eclectus.tasks.packing.instance_file import POSITIONS, TOKENS, Matrix, as_json, describe, lay_out, open_matrix
 from eclectus.tasks.packing.text_tokens import TextTokens
-from eclectus.tasks.packing.tokenizer import load_tokenizer
+from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
 from eclectus.tasks.run import metric, progress
-from eclectus.tasks.settings import BASIC, SEED, Settings
+from eclectus.tasks.settings import BASIC, SEED
 from eclectus.tasks.step import step
 
 TEXTS_AT_ONCE = 512
@@ -43,7 +44,7 @@ TOKENS_AT_ONCE = 2**20
 ABOUT = ["document", "name", "language", "domain", "source"]
 
 
-class PackSettings(Settings):
+class PackSettings(BeginSettings):
     instance_tokens: int = Field(
         512, ge=16, description="Length L of a training instance, in tokens.", json_schema_extra=BASIC
     )
@@ -77,15 +78,18 @@ def pack(
     embeddings: of these documents, in any order; if given, the statistics include the similarity of documents within
     and across instances.
     """
+    from eclectus.models.checkpoints.tokenizer_files import vocabulary_size
+
     tokens = load_tokenizer(tokenizer.path)
-    encode = TextTokens(tokens)
+    encode, vocabulary, begin = TextTokens(tokens), vocabulary_size(tokens), settings.begin(tokens)
     rows = _rows_to_pack(documents, settings)
     if len(rows) == 0:
         raise EclectusError(
             f"no training document belongs to the group '{settings.pack_group}'; see the languages settings"
         )
     with tempfile.TemporaryDirectory(dir=out.path.parent, prefix="tokens-") as scratch:
-        flat, starts = _tokenize(documents, encode, tokens, rows, Path(scratch) / "flat")
+        kind = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
+        flat, starts = _tokenize(documents, encode, begin, tokens.eos_token_id, kind, rows, Path(scratch) / "flat")
         order = _order(rows, grouping, settings.seed)
         spans = plan(np.diff(starts)[order], settings.instance_tokens, settings.pack_remainder == "pad", settings.seed)
         if spans.count == 0:
@@ -98,7 +102,8 @@ def pack(
     about = read_table(documents, ABOUT).take(pa.array(rows[order]))
     meta = {
         "length": spans.length,
-        "vocabulary": len(tokens),
+        "vocabulary": vocabulary,
+        **({"begin_of_document": begin} if begin else {}),
         "end_of_document": tokens.eos_token_id,
         "remainder": settings.pack_remainder,
         "matrices": as_json(matrices),
@@ -127,10 +132,15 @@ def _rows_to_pack(documents: Artifact, settings: PackSettings) -> np.ndarray:
 
 
 def _tokenize(
-    documents: Artifact, encode: TextTokens, tokenizer: Any, rows: np.ndarray, scratch: Path
+    documents: Artifact,
+    encode: TextTokens,
+    begin: list[int],
+    end: int,
+    kind: np.dtype,
+    rows: np.ndarray,
+    scratch: Path,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens of these rows end to end in a scratch file, start of each row [len(rows) + 1])."""
-    kind = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     lengths, report_progress, seen, done = [np.zeros(1, np.int64)], progress(len(rows), "tokenising", "documents"), 0, 0
     wanted = np.zeros(documents.manifest()["rows"], bool)
     wanted[rows] = True
@@ -138,10 +148,10 @@ def _tokenize(
         for batch in read_batches(documents, ["text"], rows=TEXTS_AT_ONCE):
             texts = batch["text"].filter(pa.array(wanted[seen : seen + len(batch)])).to_pylist()
             seen += len(batch)
-            ids = encode(texts)
+            ids = [begin + each for each in encode(texts)] if begin else encode(texts)
             sizes = np.fromiter(map(len, ids), np.int64, len(ids))
             ends = np.cumsum(sizes + 1)
-            tokens = np.full(ends[-1] if len(ends) else 0, tokenizer.eos_token_id, kind)
+            tokens = np.full(ends[-1] if len(ends) else 0, end, kind)
             inside = np.ones(len(tokens), bool)
             inside[ends - 1] = False
             tokens[inside] = np.fromiter(chain.from_iterable(ids), kind, int(sizes.sum()))

@@ -32,9 +32,9 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.split import draws
 from eclectus.tasks.documents.table import DocumentsWriter, read_batches
 from eclectus.tasks.packing.budget import bytes_per_token
-from eclectus.tasks.packing.tokenizer import load_tokenizer
+from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
 from eclectus.tasks.run import describe, metric, notify, progress
-from eclectus.tasks.settings import SEED, Settings
+from eclectus.tasks.settings import SEED
 from eclectus.tasks.step import step
 
 PAPER_ORIGINAL, PAPER_EXPANDED = 50_000, 100_000
@@ -47,7 +47,7 @@ BYTES_PER_TOKEN = 4.0
 GROUPS = ("original", "expanded")
 
 
-class ReplaySettings(Settings):
+class ReplaySettings(BeginSettings):
     """How many documents the review stage trains on."""
 
     review_original_documents: int = Field(
@@ -97,7 +97,7 @@ def replay(
     grouping: if given, only documents that it kept are drawn, so none that is a near-duplicate of a held-out one.
     tokenizer: to count tokens; without it a token is taken for 4 bytes.
     """
-    ratio = bytes_per_token(documents, load_tokenizer(tokenizer.path)) if tokenizer else {}
+    ratio = bytes_per_token(documents, load_tokenizer(tokenizer.path), settings) if tokenizer else {}
     strata: dict[tuple[str, str], int] = {}
     draw, stratum, tokens = [], [], []
     for batch in read_batches(documents, ["document", "language", "group", "split", "bytes"]):

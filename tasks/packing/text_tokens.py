@@ -15,19 +15,11 @@ Price: what the tokenizer takes, and 2% for the check.
 from __future__ import annotations
 
 import json
-from collections.abc import Set
 from functools import cached_property
 from typing import Any
 
 # A character that no piece holds costs more than any number of pieces.
 MISSING = 1_000_000
-
-
-def _control_ids(tokenizer: Any, unknown: Set[int]) -> frozenset[int]:
-    """Ids of the tokens that stand for something else than text. unknown: ids of unknown text, which is text."""
-    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    borders = {getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "bos", "sep", "cls")}
-    return frozenset((marked | set(tokenizer.all_special_ids)) - (unknown - borders))
 
 
 class TextTokens:
@@ -38,10 +30,12 @@ class TextTokens:
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        from eclectus.models.checkpoints.tokenizer_files import control_ids
+
         self.respelled = self.lost = 0
         self._tokenizer, self._model = tokenizer, _model_of(getattr(tokenizer, "backend_tokenizer", None))
         self._unknown = {each for each in (tokenizer.unk_token_id, self._model["unk_id"]) if each is not None}
-        self.control = _control_ids(tokenizer, self._unknown)
+        self.control = control_ids(tokenizer, self._unknown)
         self._backend = _text_backend(tokenizer, self.control)
         self._instead: dict[int, tuple[list[int], bool]] = {}
 

@@ -7,14 +7,15 @@ megabyte.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
-from eclectus.storage.artifact import Artifact, Draft
+from eclectus.storage.artifact import Artifact, Draft, hash_file
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.table import TRAINING, read_batches
 from eclectus.tasks.settings import BASIC, Settings
@@ -22,6 +23,12 @@ from eclectus.tasks.step import step
 
 END_OF_DOCUMENT = "<|endoftext|>"
 TRAINED_HERE = "train"
+# Only in the artifact of a tokenizer that puts tokens before every text.
+BEGIN_FILE = "begin_of_document.json"
+FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "config.json", "vocab*", "merges.txt"),
+    *("*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*"),
+)
 
 
 class TokenizerSettings(Settings):
@@ -43,20 +50,91 @@ class TokenizerSettings(Settings):
     )
 
 
-@step(makes="tokenizer", version=1)
-def tokenizer(documents: Artifact, settings: TokenizerSettings, out: Draft) -> None:
-    """Trains or downloads the tokenizer: a directory that `AutoTokenizer.from_pretrained` opens."""
-    tokens = _train(documents, settings) if settings.tokenizer == TRAINED_HERE else _fetch(settings.tokenizer)
+class BeginSettings(Settings):
+    """Whether documents begin with a token of their own, in training and in evaluation."""
+
+    begin_of_document: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Whether the beginning-of-sequence token precedes every document, in packing and evaluation: auto "
+        "follows the tokenizer's own rule for a text, always puts it, never leaves it out.",
+    )
+
+    def key_values(self) -> dict[str, Any]:
+        """Without the setting where the tokenizer decides: its digest is in the key."""
+        values = super().key_values()
+        if self.begin_of_document == "auto":
+            values.pop("begin_of_document")
+        return values
+
+    def begin(self, tokenizer: Any) -> list[int]:
+        """The token ids that precede every document. Raises EclectusError where there must be one and is none."""
+        from eclectus.models.checkpoints.tokenizer_files import text_frame
+
+        if self.begin_of_document == "never":
+            return []
+        own = text_frame(tokenizer)[0]
+        if own or self.begin_of_document == "auto":
+            return own
+        if tokenizer.bos_token_id is None:
+            raise EclectusError(
+                "begin_of_document is always, but the tokenizer has no beginning-of-sequence token; name a bos_token "
+                "in its tokenizer_config.json, or set begin_of_document to auto"
+            )
+        return [tokenizer.bos_token_id]
+
+
+def fingerprint(settings: TokenizerSettings) -> dict[str, str]:
+    """Digests of the files of a tokenizer in a folder, or the commit of one on the hub; nothing if it is trained."""
+    if settings.tokenizer == TRAINED_HERE:
+        return {}
+    folder = Path(settings.tokenizer).expanduser()
+    if _is_path(settings.tokenizer):
+        return {f"tokenizer {path.relative_to(folder)}": hash_file(path) for path in _files(folder)}
+    return {"tokenizer": f"commit-{_commit(settings.tokenizer)}"}
+
+
+@step(makes="tokenizer", version=1, fingerprint=fingerprint)
+def tokenizer(documents: Artifact | None, settings: TokenizerSettings, out: Draft) -> None:
+    """Trains, copies or downloads the tokenizer: a directory that `AutoTokenizer.from_pretrained` opens.
+
+    documents: to train on; None for one that exists.
+    """
+    from eclectus.models.checkpoints.tokenizer_files import text_frame, vocabulary_size
+
+    if settings.tokenizer != TRAINED_HERE:
+        tokens = _fetch(settings)
+    elif documents is not None:
+        tokens = _train(documents, settings)
+    else:
+        raise EclectusError("a tokenizer is trained on documents, and none were given")
     tokens.save_pretrained(str(out.path))
+    begin, _ = text_frame(tokens)
+    if begin:
+        # In the digest, so that what was packed without it is packed again.
+        names = tokens.convert_ids_to_tokens(begin)
+        out.file(BEGIN_FILE).write_text(json.dumps({"ids": begin, "tokens": names}, ensure_ascii=False) + "\n", "utf-8")
     out.rows = len(tokens)
-    out.statistics = {"vocabulary": len(tokens), "end_of_document": tokens.eos_token, "origin": settings.tokenizer}
+    out.statistics = {
+        "vocabulary": vocabulary_size(tokens),
+        "end_of_document": tokens.eos_token,
+        "origin": settings.tokenizer,
+    }
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer in a folder, with an end-of-document token. Runs no code from the folder."""
-    from transformers import AutoTokenizer
+    """The tokenizer in a folder, with an end-of-document token. Runs no code from the folder. Raises EclectusError."""
+    from eclectus.models.checkpoints.tokenizer_files import open_tokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    try:
+        tokens = open_tokenizer(folder)
+    except ValueError as error:
+        raise EclectusError(str(error)) from error
+    if tokens.eos_token_id is None:
+        raise EclectusError(
+            f"the tokenizer in {folder} has no end-of-sequence token, which separates documents; name one of its "
+            "tokens as eos_token in tokenizer_config.json"
+        )
+    return tokens
 
 
 def _train(documents: Artifact, settings: TokenizerSettings) -> Any:
@@ -91,18 +169,52 @@ def _sample(documents: Artifact, budget: int) -> Iterator[str]:
                 yield text
 
 
-def _fetch(name: str) -> Any:
-    from transformers import AutoTokenizer
+def _fetch(settings: TokenizerSettings) -> Any:
+    """The tokenizer of a folder or of the hub. Raises EclectusError naming what is wrong with it."""
+    name, before = settings.tokenizer, fingerprint(settings)
+    folder = Path(name).expanduser() if _is_path(name) else _download(name, before["tokenizer"].removeprefix("commit-"))
+    try:
+        tokens = load_tokenizer(folder)
+    except EclectusError as error:
+        raise EclectusError(f"setting 'tokenizer' is '{name}': {error}") from error
+    if fingerprint(settings) != before:
+        raise EclectusError(f"the tokenizer in {name} changed while it was read; run again when it is complete")
+    return tokens
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that decide what the tokenizer in a folder does."""
+    return sorted({path for pattern in FILES for path in folder.glob(pattern) if path.is_file()})
+
+
+def _commit(name: str) -> str:
+    """The commit that the name on the hub points to now, or without a connection the one downloaded last."""
+    from huggingface_hub import HfApi
 
     try:
-        tokens = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise EclectusError(
-            f"setting 'tokenizer' is '{name}', which is no tokenizer here or on the hub: {first}"
-        ) from error
-    if tokens.eos_token_id is None:
-        raise EclectusError(
-            f"tokenizer '{name}' has no end-of-sequence token, which separates documents; choose another"
-        )
-    return tokens
+        return str(HfApi().model_info(name).sha)
+    except Exception as error:
+        try:
+            return _download(name, None).name
+        except EclectusError:
+            raise EclectusError(_not_found(name, error)) from error
+
+
+def _download(name: str, commit: str | None) -> Path:
+    """The folder of these files in the local cache. commit: None takes what was downloaded last."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        given: dict[str, Any] = {"local_files_only": True} if commit is None else {"revision": commit}
+        return Path(snapshot_download(name, allow_patterns=list(FILES), **given))
+    except Exception as error:
+        raise EclectusError(_not_found(name, error)) from error
+
+
+def _not_found(name: str, error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"setting 'tokenizer' is '{name}', which is no tokenizer here or on the hub: {first}"

@@ -24,7 +24,7 @@ from eclectus.tasks.run import notify
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings
-from eclectus.tasks.training.run_training import TrainingSettings, resume_directory, run_training
+from eclectus.tasks.training.run_training import TrainingSettings, check_tokens, resume_directory, run_training
 from eclectus.tasks.training.upcycle import UpcycleSettings
 
 if TYPE_CHECKING:
@@ -89,11 +89,11 @@ class ReviewSettings(Settings):
 
 class ExtendSettings(
     UpcycleSettings,
-    LayerSimilaritySettings,
     MethodSettings,
     PostPretrainSettings,
     ReviewSettings,
     TrainingSettings,
+    LayerSimilaritySettings,
 ):
     """Settings of extending a dense checkpoint to new languages."""
 
@@ -223,7 +223,7 @@ def train_stage(
     data, steps = _data(chosen, instances, review)
     clock = TrainingClock(report, process, Path(work))
     model = _open(chosen, checkpoint)
-    _check_tokens(data, model, checkpoint)
+    check_tokens(data, model, checkpoint)
     untrained, original = untrained_digest(model), _original_digest(model)
 
     def check_frozen(step: int) -> None:
@@ -300,14 +300,6 @@ def _original_digest(model: Any) -> str | None:
     from eclectus.models.mixture.experts import frozen_digest
 
     return frozen_digest(model) if hasattr(model.config, "num_experts_per_tok") else None
-
-
-def _check_tokens(data: Any, model: Any, checkpoint: str) -> None:
-    if data.vocabulary > model.config.vocab_size:
-        raise EclectusError(
-            f"the instances were packed with a tokenizer of {data.vocabulary} tokens, but the model in {checkpoint} "
-            f"has {model.config.vocab_size}: pack them with the model's own tokenizer"
-        )
 
 
 def _note_training(out: Path, settings: ExtendStageSettings, data: Any) -> None:

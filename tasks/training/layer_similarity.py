@@ -17,9 +17,9 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.table import read_batches
 from eclectus.tasks.packing.text_tokens import TextTokens
-from eclectus.tasks.packing.tokenizer import load_tokenizer
+from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
 from eclectus.tasks.run import metric
-from eclectus.tasks.settings import BASIC, Settings
+from eclectus.tasks.settings import BASIC
 from eclectus.tasks.step import step
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ RESULT = "similarity.json"
 LENGTH = 128
 
 
-class LayerSimilaritySettings(Settings):
+class LayerSimilaritySettings(BeginSettings):
     """How similarity is measured and new experts are distributed over the layers."""
 
     extension_expert_budget: int = Field(
@@ -46,7 +46,7 @@ class LayerSimilaritySettings(Settings):
     )
 
 
-@step(makes="report", version=2)
+@step(makes="report", version=3)
 def layer_similarity(documents: Artifact, checkpoint: Artifact, settings: LayerSimilaritySettings, out: Draft) -> None:
     """Measures the similarity of known and new languages in each layer and distributes the budget of new experts.
 
@@ -59,7 +59,8 @@ def layer_similarity(documents: Artifact, checkpoint: Artifact, settings: LayerS
     from eclectus.models.mixture.layer_similarity import ffn_input_means, propose_experts
     from eclectus.models.mixture.layer_similarity import layer_similarity as similarity_by_layer
 
-    samples, groups = _samples(documents, load_tokenizer(checkpoint.path), settings.similarity_tokens)
+    tokens = load_tokenizer(checkpoint.path)
+    samples, groups = _samples(documents, tokens, settings.begin(tokens), settings.similarity_tokens)
     known = sorted(language for language in samples if groups[language] == "original")
     new = sorted(language for language in samples if groups[language] == "expanded")
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, trust_remote_code=False)
@@ -82,7 +83,9 @@ def layer_similarity(documents: Artifact, checkpoint: Artifact, settings: LayerS
     out.statistics = result
 
 
-def _samples(documents: Artifact, tokenizer: Any, tokens: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _samples(
+    documents: Artifact, tokenizer: Any, begin: list[int], tokens: int
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """By language, token ids `[n, LENGTH]` of the first training documents, and the language's group."""
     import torch
 
@@ -93,7 +96,7 @@ def _samples(documents: Artifact, tokenizer: Any, tokens: int) -> tuple[dict[str
         for text, language, group, split in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             if split == "train" and group != "other" and len(ids[language]) < tokens:
                 groups[language] = group
-                ids[language] += encode([text])[0]
+                ids[language] += [*begin, *encode([text])[0]]
     rows = {language: min(len(each), tokens) // LENGTH for language, each in ids.items() if language in groups}
     if short := sorted(language for language, count in rows.items() if count == 0):
         raise EclectusError(

@@ -32,6 +32,7 @@ from eclectus.tasks.step import step
 from eclectus.tasks.training.run_training import (
     MOMENTS,
     TrainingSettings,
+    check_tokens,
     initial_moments,
     resume_directory,
     run_training,
@@ -303,6 +304,7 @@ def train_stage(
     stage, switch = chosen.pretrain_stage, chosen.switch_step
     clock = TrainingClock(report, process, Path(work))
     dense, dense_moments = _dense(start, chosen, data, tokens), load_moments_file(moments)
+    check_tokens(data, dense, start or "warm-up")
     rewarmed = stage not in DENSE and switch and chosen.lory_rewarm_steps
     plan = chosen.plan(
         start=0 if chosen.from_scratch else switch,
@@ -347,6 +349,7 @@ def _dense(start: str | None, settings: PretrainStageSettings, data: Any, tokeni
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from eclectus.models.checkpoints.tokenizer_files import vocabulary_size
     from eclectus.models.lory.config import PRESETS
 
     if start is not None:
@@ -365,7 +368,7 @@ def _dense(start: str | None, settings: PretrainStageSettings, data: Any, tokeni
     torch.manual_seed(settings.seed)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=vocabulary_size(tokenizer),
             max_position_embeddings=data.length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

@@ -177,6 +177,17 @@ def resume_directory(*parts: Any) -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def check_tokens(data: Any, model: Any, checkpoint: str) -> None:
+    """Raises EclectusError for instances with token ids beyond the model's embeddings."""
+    known = model.config.vocab_size
+    # A vocabulary may hold tokens that no text yields, such as a [PAD] that was added without an embedding.
+    if data.vocabulary > known and (largest := data.largest_token()) >= known:
+        raise EclectusError(
+            f"the instances hold token ids up to {largest}, but the model in {checkpoint} has {known} tokens: pack "
+            "them with the model's own tokenizer"
+        )
+
+
 def initial_moments(start: Artifact | None) -> str | None:
     """The path of a checkpoint's AdamW moments, if it kept them."""
     return str(start.file(MOMENTS)) if start is not None and start.file(MOMENTS).is_file() else None

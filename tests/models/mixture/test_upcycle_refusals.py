@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from eclectus.models.checkpoints.families import UnsupportedModelError
 from eclectus.models.checkpoints.tensor_files import CheckpointError
+from eclectus.models.checkpoints.tokenizer_json import TokenizerError
 from eclectus.models.mixture.upcycle import StepZeroError, upcycle
 from tests.support.dense_bases import VOCABULARY, write_base
 
@@ -108,7 +109,7 @@ def test_damaged_bases_are_refused_by_name(tmp_path, kind):
     base = write_base(tmp_path / "base", "llama")
     damage, message = DAMAGE[kind]
     damage(base)
-    with pytest.raises((CheckpointError, UnsupportedModelError), match=message):
+    with pytest.raises((CheckpointError, UnsupportedModelError, TokenizerError), match=message):
         upcycle(base, tmp_path / "moe")
     assert not (tmp_path / "moe").exists() and not (tmp_path / "moe.partial").exists()
 
