@@ -19,19 +19,10 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
+from eclectus.models.checkpoints.side_files import TOKENIZER_CONFIG, VOCABULARIES
 from eclectus.models.checkpoints.tokenizer_json import TokenizerError, check_config, check_tokenizer_json, read_json
 
-TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-# Vocabularies that transformers converts if there is no tokenizer.json, best first.
-VOCABULARIES = (
-    "tokenizer.model",
-    "tekken.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tiktoken.model",
-)
+TOKENIZER_JSON = VOCABULARIES[0]
 GENERIC = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 # Where scripts, spaces, digits, case, contractions and symbols differ, tokenizers differ.
 PROBES = (
@@ -52,7 +43,7 @@ def open_tokenizer(folder: str | Path) -> Any:
     source, raw, config = _check_files(folder)
     if source is None:
         raise TokenizerError(
-            f"{folder} holds no tokenizer: expected {TOKENIZER_JSON} or {', '.join(VOCABULARIES[:4])}; copy the "
+            f"{folder} holds no tokenizer: expected {TOKENIZER_JSON}, tokenizer.model or vocab.json; copy the "
             "tokenizer of the model there"
         )
     if (code := _own_code(config)) is not None:
@@ -122,11 +113,8 @@ def text_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
 def _check_files(folder: Path) -> tuple[Path | None, Any, dict[str, Any]]:
     """(the file with the vocabulary or None, the Rust tokenizer of tokenizer.json or None, tokenizer_config.json)."""
     if not folder.is_dir():
-        raise TokenizerError(f"{folder} is no folder; expected one with {TOKENIZER_JSON} or {VOCABULARIES[0]}")
-    names = (TOKENIZER_JSON, *VOCABULARIES)
-    source = next((folder / name for name in names if (folder / name).is_file()), None)
-    if source is None:
-        source = next(iter(sorted(folder.glob("*.tiktoken"))), None)
+        raise TokenizerError(f"{folder} is no folder; expected one with {TOKENIZER_JSON} or tokenizer.model")
+    source = next((path for name in VOCABULARIES for path in sorted(folder.glob(name)) if path.is_file()), None)
     if source is None:
         return None, None, {}
     for name in ("special_tokens_map.json", "added_tokens.json", "config.json"):
@@ -137,7 +125,7 @@ def _check_files(folder: Path) -> tuple[Path | None, Any, dict[str, Any]]:
     raw = None
     if source.name == TOKENIZER_JSON:
         raw = _read_rust(source)
-    elif source.suffix in (".model", ".tiktoken"):
+    elif source.suffix in (".model", ".tiktoken") or source.name.startswith("tokenizer.model"):
         _check_model_file(source)
     elif source.suffix == ".json":
         read_json(source)

@@ -20,15 +20,12 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.table import TRAINING, read_batches
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
+from eclectus.tasks.training.fetch_model import listing
 
 END_OF_DOCUMENT = "<|endoftext|>"
 TRAINED_HERE = "train"
 # Only in the artifact of a tokenizer that puts tokens before every text.
 BEGIN_FILE = "begin_of_document.json"
-FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "config.json", "vocab*", "merges.txt"),
-    *("*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*"),
-)
 
 
 class TokenizerSettings(Settings):
@@ -188,7 +185,10 @@ def _is_path(name: str) -> bool:
 
 def _files(folder: Path) -> list[Path]:
     """The files that decide what the tokenizer in a folder does."""
-    return sorted({path for pattern in FILES for path in folder.glob(pattern) if path.is_file()})
+    # transformers chooses the tokenizer's class by the model's config.json, too.
+    return [
+        path for path in (folder / "config.json", *map(folder.joinpath, listing().side_files(folder))) if path.is_file()
+    ]
 
 
 def _commit(name: str) -> str:
@@ -210,7 +210,7 @@ def _download(name: str, commit: str | None) -> Path:
 
     try:
         given: dict[str, Any] = {"local_files_only": True} if commit is None else {"revision": commit}
-        return Path(snapshot_download(name, allow_patterns=list(FILES), **given))
+        return Path(snapshot_download(name, allow_patterns=["config.json", *listing().SIDE_FILES], **given))
     except Exception as error:
         raise EclectusError(_not_found(name, error)) from error
 

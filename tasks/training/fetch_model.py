@@ -32,7 +32,7 @@ def fingerprint(settings: FetchSettings) -> dict[str, str]:
     if path.is_file():
         return {"base_model": hash_file(path)}
     if path.is_dir():
-        return {f"base_model {each}": hash_file(path / each) for each in _listing().checkpoint_files(path)}
+        return {f"base_model {each}": hash_file(path / each) for each in listing().checkpoint_files(path)}
     return {"base_model": f"commit-{_hub_commit(settings.base_model)}"}
 
 
@@ -44,7 +44,7 @@ def fetch(settings: FetchSettings, out: Draft) -> None:
         _convert_gguf(base, out.path)
     else:
         folder = base if base.is_dir() else _download(settings.base_model)
-        files = _listing().checkpoint_files(folder)
+        files = listing().checkpoint_files(folder)
         if not any(path.suffix == ".safetensors" for path in files):
             raise EclectusError(
                 f"base model {settings.base_model} holds no .safetensors weights; convert it with "
@@ -72,7 +72,7 @@ def find_checkpoint(store: ArtifactStore, name: str) -> Path:
 
 
 @functools.cache
-def _listing() -> Any:
+def listing() -> Any:
     """The module models/checkpoints/side_files.py, by its path: importing its package would import PyTorch.
 
     A run that reuses its base needs the list for the fingerprint alone.
@@ -97,7 +97,7 @@ def _hub_commit(name: str) -> str:
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    files = _listing()
+    files = listing()
     try:
         return Path(snapshot_download(name, allow_patterns=list(files.WANTED), ignore_patterns=list(files.UNWANTED)))
     except Exception as error:
