@@ -74,12 +74,17 @@ class Artifact:
 
 @dataclass
 class Draft:
-    """A directory being written: files under `path`, then `rows` and `statistics`; the step decorator commits it."""
+    """A directory being written: files under `path`, then `rows` and `statistics`; the step decorator commits it.
+
+    read: digests of what the step read besides artifacts, hashed while it was read and named as in its fingerprint, so
+    that the artifact is never stored under a key that is not true of it. None if the step does not report it.
+    """
 
     kind: str
     path: Path
     rows: int | None = None
     statistics: dict[str, Any] = field(default_factory=dict)
+    read: dict[str, str] | None = None
 
     def file(self, name: str) -> Path:
         """Path of a new file; its folders are created. Raises EclectusError for a name that leads out of the draft."""

@@ -9,6 +9,8 @@
 Within a run, a call hashes (step, version, settings, digests of inputs) into a key. If the key is known and its
 artifact is intact, that artifact is the result; else the function fills a draft, which is committed. In both cases the
 journal gets the step, the reason for reuse or re-run, inputs, outputs, settings, seconds and peak memory.
+A step that reads files hashes them while it reads; if they are not those of its key, it reads them once more, and what
+it read last is the key under which the artifact is stored.
 Cost of a reuse: one lookup and re-hashing the artifact.
 """
 
@@ -31,9 +33,11 @@ from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.secrets import scrub
 from eclectus.storage.step_keys import Record
-from eclectus.tasks.run import Run, require_run
+from eclectus.tasks.run import Run, notify, require_run
 from eclectus.tasks.settings import Settings
 
+# Stands for the digest of something that changed while it was read, so that no digest is true of what was read.
+CHANGED = "changed"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
@@ -71,19 +75,20 @@ class Step:
             return self._in_prefect(run, label, arguments)
         return self._execute(run, label, arguments)
 
-    def record(self, arguments: dict[str, Any]) -> Record:
-        """The part of the call that the key is computed from."""
+    def record(self, arguments: dict[str, Any], read: dict[str, str] | None = None) -> Record:
+        """The part of the call that the key is computed from. read: what was read, in place of the fingerprint."""
         inputs: dict[str, str] = {}
         settings: dict[str, Any] = {}
         for name, value in arguments.items():
             if isinstance(value, Settings):
                 settings |= value.key_values()
-                inputs |= self.fingerprint(value) if self.fingerprint else {}
+                if read is None:
+                    inputs |= self.fingerprint(value) if self.fingerprint else {}
             else:
                 inputs |= {
                     key: f"{artifact.kind}-{artifact.digest}" for key, artifact in _artifacts(self.name, name, value)
                 }
-        return Record(self.name, self.version, settings, inputs)
+        return Record(self.name, self.version, settings, inputs | (read or {}))
 
     def _in_prefect(self, run: Run, label: str, arguments: dict[str, Any]) -> Artifact:
         import prefect
@@ -122,7 +127,7 @@ class Step:
                     run.known.note(record, label)
                 else:
                     with memory:
-                        output = self._make(run, arguments)
+                        record, output = self._make(run, arguments, record)
                     state = "completed"
                     done = {"out": f"{output.kind}-{output.digest}"}
                     run.known.remember(Record(self.name, self.version, record.settings, record.inputs, done), label)
@@ -156,11 +161,28 @@ class Step:
                 display.step_ended(label, state, reason, seconds, output)
             run.step, run.label = previous
 
-    def _make(self, run: Run, arguments: dict[str, Any]) -> Artifact:
+    def _make(self, run: Run, arguments: dict[str, Any], record: Record) -> tuple[Record, Artifact]:
+        """The artifact, and the record that is true of what was read for it, which may differ from the given one.
+
+        Raises EclectusError if what is read does not keep still.
+        """
         try:
-            with run.home.store.draft(self.makes) as draft:
-                self.function(**arguments, out=draft)
-                return run.home.store.commit(draft)
+            for last in (False, True):
+                with run.home.store.draft(self.makes) as draft:
+                    self.function(**arguments, out=draft)
+                    as_read = record if draft.read is None else self.record(arguments, draft.read)
+                    changed = [name for name, digest in as_read.inputs.items() if digest != record.inputs.get(name)]
+                    changed += [name for name in record.inputs if name not in as_read.inputs]
+                    if not changed or (last and CHANGED not in as_read.inputs.values()):
+                        return as_read, run.home.store.commit(draft)
+                names = ", ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
+                if not last:
+                    notify("changed input", f"{names} changed while being read; step '{self.name}' reads again")
+                    record = self.record(arguments)
+            raise EclectusError(
+                f"step '{self.name}' read {names} twice, and both times it changed meanwhile; run again when it is "
+                "written, or name a copy"
+            )
         except Exception as error:
             reason = _disk_full(error)
             if reason is None:

@@ -65,7 +65,8 @@ def read_parameters(chosen: argparse.Namespace) -> Settings:
         values = FileParameters.read(written, chosen.config).model_dump(exclude_unset=True)
         values = {name: value for name, value in values.items() if name in model.model_fields}
     options = {
-        name: _parse(value, model.model_fields[name].annotation)
+        # The sources themselves know which commas are in names of files.
+        name: value if name == "sources" else _parse(value, model.model_fields[name].annotation)
         for name in model.model_fields
         if (value := getattr(chosen, f"setting_{name}")) is not None
     }

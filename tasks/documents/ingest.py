@@ -23,14 +23,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.digest_set import DigestMap
+from eclectus.tasks.documents.fingerprints import fingerprints, named
 from eclectus.tasks.documents.normalise import id_of, label_of, normalised
-from eclectus.tasks.documents.readers import Fault, Position, Record, read_records, start_of
-from eclectus.tasks.documents.sources import Found, Source, find_sources, fingerprints
+from eclectus.tasks.documents.readers import Fault, Position, Record, brief, read_records, start_of
+from eclectus.tasks.documents.sources import Found, Source, find_sources, split_entries
 from eclectus.tasks.documents.table import ROWS_PER_GROUP, DocumentsWriter
 from eclectus.tasks.documents.works import work_of_name
 from eclectus.tasks.run import metric, notify, progress
@@ -40,6 +41,7 @@ from eclectus.tasks.step import step
 FLUSH_BYTES = 32 * 2**20
 UNKNOWN = "unknown"
 MOST_DOMAINS = 100
+MOST_PASSED_OVER = 100
 SHOWN_LABEL = 40
 
 REJECTED = pa.schema(
@@ -59,8 +61,8 @@ class IngestSettings(Settings):
 
     sources: list[str] = RuntimeSetting(
         [],
-        "Files, folders (read recursively), globs, or dataset:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]; JSON lines, "
-        "Parquet or text, also .gz and .zst.",
+        "Files, folders (read recursively), globs, or dataset:OWNER/NAME[@REVISION][:CONFIG[:SPLIT]]; JSON, Parquet, "
+        "CSV with named columns or text, also compressed (.gz, .zst, .bz2, .xz).",
         basic=True,
     )
     text_field: str = Field(
@@ -84,6 +86,12 @@ class IngestSettings(Settings):
         0, ge=0, description="At most this many documents of each source; 0 takes all.", json_schema_extra=BASIC
     )
 
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _take_text(cls, value: Any) -> Any:
+        """One text is a list separated by commas, as on the command line."""
+        return split_entries(value) if isinstance(value, str) else value
+
     def check_together(self) -> None:
         super().check_together()
         check_sources(self)
@@ -103,8 +111,11 @@ def fingerprint(settings: IngestSettings) -> dict[str, str]:
 def ingest(settings: IngestSettings, out: Draft) -> None:
     """Reads the sources into documents. Raises EclectusError if no document is kept."""
     found = check_sources(settings)
+    if found.passed_over:
+        notify("files that are not read", _first_passed_over(found))
     with _Intake(settings, out) as intake:
-        _read_all(found.sources, settings, intake)
+        digests = _read_all(found.sources, settings, intake)
+    out.read = named(found.sources, digests)
     if not intake.documents:
         raise EclectusError(_nothing_kept(settings, found, intake))
     out.statistics = {
@@ -114,6 +125,7 @@ def ingest(settings: IngestSettings, out: Draft) -> None:
         "bytes": intake.bytes,
         "sources": len(found.sources),
         "ignored_files": found.ignored,
+        "passed_over": passed_over(found.passed_over),
         "rejected_by_reason": dict(intake.reasons.most_common()),
         "labels_ignored": intake.ignored,
         "domains": dict(intake.domains.most_common(MOST_DOMAINS)),
@@ -140,23 +152,42 @@ def histogram(lengths: Counter[int]) -> list[list[int]]:
     return [[2**bits >> 1, lengths[bits]] for bits in sorted(lengths)]
 
 
-def _read_all(sources: list[Source], settings: IngestSettings, intake: _Intake) -> None:
+def passed_over(files: dict[str, str]) -> dict[str, Any]:
+    """{"counts": {why: files}, "files": {name: why}} of the files that are not read; at most 100 names."""
+    counts = dict(Counter(files.values()).most_common())
+    return {"counts": counts, "files": dict(list(files.items())[:MOST_PASSED_OVER])}
+
+
+def _first_passed_over(found: Found) -> str:
+    counts = Counter(found.passed_over.values()).most_common(3)
+    first = [next(name for name, why in found.passed_over.items() if why == reason) for reason, _ in counts]
+    reasons = [f"{number} {why} ('{name}')" for (why, number), name in zip(counts, first, strict=True)]
+    more = " ..." if len(set(found.passed_over.values())) > len(counts) else ""
+    return f"{len(found.passed_over)} of the sources' files are not read: {'; '.join(reasons)}{more}"
+
+
+def _read_all(sources: list[Source], settings: IngestSettings, intake: _Intake) -> list[str]:
+    """Takes in every record. Returns the digests of what was read."""
     fields = ("text", "id", "language", "domain", "source", "work")
     columns = list(dict.fromkeys(getattr(settings, f"{name}_field") for name in fields))
     report_progress, done = progress(sum(source.size for source in sources) or None, "reading", "bytes"), 0
+    digests = []
     for source in sources:
         position = Position()
         before = intake.of_origin[source.origin]
         records = read_records(source, settings.text_field, columns, settings.maximum_characters, position)
-        for number, (line, record) in enumerate(records, before + 1):
-            if settings.documents_limit and number > settings.documents_limit:
-                break
-            intake.of_origin[source.origin] = number
-            intake.take(source, line, record)
-            if intake.pending == 0:
-                report_progress(done + position.bytes)
+        with contextlib.closing(records):
+            for number, (line, record) in enumerate(records, before + 1):
+                if settings.documents_limit and number > settings.documents_limit:
+                    break
+                intake.of_origin[source.origin] = number
+                intake.take(source, line, record)
+                if intake.pending == 0:
+                    report_progress(done + position.bytes)
+        digests.append(position.digest)
         done += source.size
         report_progress(done)
+    return digests
 
 
 @dataclass
@@ -254,7 +285,7 @@ class _Intake:
             except ValueError as reason:
                 found[label] = None
                 where = f"{source.name}, line {line}" if line else source.name
-                first = f"{reason}: {start_of(str(record[field]))[:SHOWN_LABEL]} ({where})"
+                first = f"{reason}: {brief(record[field])[:SHOWN_LABEL]} ({where})"
                 self.ignored.setdefault(field, {"records": 0, "first": first})["records"] += 1
         origin = found["source"] or label_of(source.name) or UNKNOWN
         return {
@@ -272,9 +303,9 @@ class _Intake:
         if not isinstance(text, str):
             if field not in record:
                 there = ", ".join(list(map(str, record))[:20]) or "nothing"
-                return Fault("no text", f"there is no field '{field}'; the record has {there}", start_of(str(record)))
+                return Fault("no text", f"there is no field '{field}'; the record has {there}", brief(record))
             kind = type(text).__name__
-            return Fault("wrong type", f"field '{field}' is of type {kind}; expected a string", start_of(str(text)))
+            return Fault("wrong type", f"field '{field}' is of type {kind}; expected a string", brief(text))
         characters = len(text)
         if characters > self._settings.maximum_characters:
             limit = f"{characters:,} characters; at most {self._settings.maximum_characters:,} are allowed"

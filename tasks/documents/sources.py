@@ -1,37 +1,33 @@
-"""Sources: the entries of the setting `sources`, resolved to files and data sets, each with a name and a digest.
+"""Sources: the entries of the setting `sources`, resolved to files and data sets, each with a name.
 
 An entry is a file, a folder (read recursively), a glob, or `dataset:NAME[@REVISION][:CONFIG[:SPLIT]]`, where NAME is
 a Hugging Face data set id or a local folder that `datasets` can open (a saved one included). A path is always a path:
-only the prefix `dataset:` accesses the hub. Files are recognised by suffix: .jsonl, .ndjson, .json (JSON lines, or
-one array), .parquet and the text suffixes, all but Parquet also as .gz or .zst. In folders and globs, hidden files
-are skipped, and files with other suffixes are counted. Price: listing is one walk; `fingerprints` reads every local
-byte once (SHA-256, 1 to 2 GB/s per core, all cores).
+only the prefix `dataset:` accesses the hub. Files are recognised by suffix, in upper or lower case: .jsonl, .ndjson and
+.json, .csv and .tsv, .parquet and the text suffixes, all but Parquet also compressed (.gz, .zst, .zstd, .bz2, .xz).
+What is passed over in folders and globs (hidden, of other suffixes, no regular file) is listed with the reason; linked
+folders are followed, each once (tasks/documents/folders.py). Price: one walk.
 """
 
 from __future__ import annotations
 
-import functools
 import glob
-import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from eclectus.storage.artifact import hash_file
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.allowed_paths import check_path
+from eclectus.tasks.documents.folders import PassedOver, files_below, name_of, why_no_file
 from eclectus.tasks.documents.language_codes import is_language
 
 DATASET = "dataset:"
 JSON_LINES = (".jsonl", ".ndjson", ".json")
-COMPRESSIONS = (".gz", ".zst")
+TABLES = {".csv": "csv", ".tsv": "tsv"}
+COMPRESSIONS = (".gz", ".zst", ".zstd", ".bz2", ".xz")
+ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar")
 DATASET_FILES = ("dataset_dict.json", "state.json")
-FINGERPRINTS_PER_ENTRY = 64
 
 # Words in file names that say nothing about the content: the usual names of shards and splits.
 _NO_DOMAIN = re.compile(
@@ -40,7 +36,7 @@ _NO_DOMAIN = re.compile(
 _SHARD = re.compile(r"([-_.]?\d+)?([-_]of[-_]\d+)?$")
 
 
-Kind = Literal["json lines", "parquet", "text", "dataset"]
+Kind = Literal["json lines", "parquet", "text", "csv", "tsv", "dataset"]
 
 
 @dataclass(frozen=True)
@@ -69,10 +65,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Found:
-    """The sources, in the order of reading, and how many files of folders and globs were ignored, by suffix."""
+    """The sources, in the order of reading, and what folders and globs hold besides.
+
+    passed_over: name -> why. ignored: how many of them are files that are not hidden, by suffix.
+    """
 
     sources: list[Source]
-    ignored: dict[str, int]
+    passed_over: PassedOver = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
 
 
 def find_sources(entries: list[str], text_suffixes: list[str]) -> Found:
@@ -82,82 +82,111 @@ def find_sources(entries: list[str], text_suffixes: list[str]) -> Found:
     """
     if not entries:
         raise EclectusError("no sources are set; set 'sources' to files, folders, globs or dataset:OWNER/NAME")
-    found: dict[str, Source] = {}
-    ignored: dict[str, int] = {}
+    found: dict[object, Source] = {}
+    others = Found([])
     for origin, entry in enumerate(entries):
-        for source in _resolve(entry.strip(), origin, text_suffixes, ignored):
+        for source in _resolve(entry, origin, text_suffixes, others):
             if source.kind != "dataset":
                 check_path(source.path, f"source '{entry}'")
-            found.setdefault(source.path if source.kind == "dataset" else os.path.realpath(source.path), source)
-    return Found(_with_unique_names(list(found.values())), dict(sorted(ignored.items())))
+            found.setdefault(_identity(source), source)
+    return Found(_with_unique_names(list(found.values())), others.passed_over, dict(sorted(others.ignored.items())))
 
 
-def fingerprints(sources: Iterable[Source]) -> dict[str, str]:
-    """Name -> digest of everything that is read, for the key of a step; an entry of many files gets one digest.
-
-    Raises EclectusError when a data set on the hub cannot be reached.
-    """
-    sources = list(sources)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = list(pool.map(_digest, sources))
-    by_origin: dict[int, dict[str, str]] = {}
-    for source, digest in zip(sources, digests, strict=True):
-        by_origin.setdefault(source.origin, {})[source.name] = digest
-    result = {}
-    for origin, named in by_origin.items():
-        if len(named) > FINGERPRINTS_PER_ENTRY:
-            listing = hashlib.sha256(json.dumps(sorted(named.items())).encode()).hexdigest()
-            result[f"source.{origin}.{len(named)}-files"] = f"files-{listing}"
-        else:
-            result |= {f"source.{origin}.{name}": digest for name, digest in named.items()}
-    return result
+def split_entries(text: str) -> list[str]:
+    """The entries in one text, separated by commas; a path that exists may hold commas itself."""
+    parts, entries = text.split(","), []
+    while parts:
+        count = next((n for n in range(len(parts), 1, -1) if _exists(",".join(parts[:n]))), 1)
+        entries.append(",".join(parts[:count]))
+        parts = parts[count:]
+    return [entry for entry in entries if entry.strip()]
 
 
 def parse_dataset(entry: str) -> tuple[str, str | None, str | None, str]:
-    """`dataset:NAME[@REVISION][:CONFIG[:SPLIT]]` -> (name, revision, config, split); the split defaults to train."""
-    parts = entry.removeprefix(DATASET).split(":")
-    name, _, revision = parts[0].partition("@")
-    if not name or len(parts) > 3:
+    """`dataset:NAME[@REVISION][:CONFIG[:SPLIT]]` -> (name, revision, config, split); the split defaults to train.
+
+    The name of a local folder may hold `:` and `@`, and begin with `~`.
+    """
+    rest = entry.removeprefix(DATASET)
+    parts: list[str] = []
+    while not (folder := _folder(rest)) and ":" in rest:
+        rest, _, last = rest.rpartition(":")
+        parts.insert(0, last)
+    name, revision = folder, ""
+    if not folder:
+        first, *parts = entry.removeprefix(DATASET).split(":")
+        name, _, revision = first.partition("@")
+    if not name or len(parts) > 2:
         raise EclectusError(f"source '{entry}' is no data set; expected dataset:NAME[@REVISION][:CONFIG[:SPLIT]]")
-    config = parts[1] if len(parts) > 1 else ""
-    return name, revision or None, config or None, parts[2] if len(parts) > 2 and parts[2] else "train"
+    config = parts[0] if parts else ""
+    return name, revision or None, config or None, parts[1] if len(parts) > 1 and parts[1] else "train"
 
 
-def _resolve(entry: str, origin: int, text_suffixes: list[str], ignored: dict[str, int]) -> list[Source]:
+def _folder(name: str) -> str:
+    """The folder of this name, or "" if there is none."""
+    path = os.path.expanduser(name)
+    return next((each for each in (name, path, path.partition("@")[0]) if each and os.path.isdir(each)), "")
+
+
+def _exists(entry: str) -> bool:
     if entry.startswith(DATASET):
+        return bool(_folder(entry.removeprefix(DATASET)))
+    path = os.path.expanduser(entry)
+    return any(map(os.path.lexists, (entry, path, path.strip()))) or (glob.has_magic(path) and bool(glob.glob(path)))
+
+
+def _path(entry: str) -> Path:
+    """The path of an entry: as it stands, if there is one, else without blanks around it and with `~` expanded."""
+    for each in (entry, entry.strip()):
+        if os.path.lexists(each):
+            return Path(each)
+    return Path(os.path.expanduser(entry.strip()))
+
+
+def _resolve(entry: str, origin: int, text_suffixes: list[str], others: Found) -> list[Source]:
+    if entry.strip().startswith(DATASET):
+        entry = entry.strip()
         name = parse_dataset(entry)[0]
         return [Source("dataset", entry, _dataset_name(entry), origin, PurePosixPath(name).name)]
-    path = Path(entry).expanduser()
+    path = _path(entry)
+    here: PassedOver = {}
     if path.is_dir():
         if any((path / name).is_file() for name in DATASET_FILES):
-            return _resolve(f"{DATASET}{path}", origin, text_suffixes, ignored)
-        files, top = _walk(path), path
+            return _resolve(f"{DATASET}{path}", origin, text_suffixes, others)
+        files, top = files_below(path, here), path
         nothing = f"folder '{entry}' holds no file that can be read"
     elif path.exists():
         source = _as_source(path, path.parent, origin, text_suffixes)
-        if source is None:
-            raise EclectusError(f"'{entry}' has a suffix that cannot be read; {_readable(text_suffixes)}")
+        if isinstance(source, str):
+            raise EclectusError(f"'{entry}' {source.partition(';')[0]}; {_readable(text_suffixes)}")
         return [source]
-    elif glob.has_magic(entry):
+    elif glob.has_magic(str(path)):
         top = _fixed_part(path)
         files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if not Path(name).is_dir())
         nothing = f"glob '{entry}' matches no file that can be read"
     else:
-        raise EclectusError(_missing(entry))
+        raise EclectusError(_missing(entry.strip()))
     sources = []
     for file in files:
         source = _as_source(file, top, origin, text_suffixes)
-        if source is None:
-            ignored[file.suffix or file.name] = ignored.get(file.suffix or file.name, 0) + 1
+        if isinstance(source, str):
+            name = name_of(file, top)
+            here[name] = source
+            suffix = PurePosixPath(name).suffix or PurePosixPath(name).name
+            others.ignored[suffix] = others.ignored.get(suffix, 0) + 1
         else:
             sources.append(source)
     if not sources:
-        raise EclectusError(f"{nothing}; {_readable(text_suffixes)}")
+        raise EclectusError(f"{nothing}{_first_reason(here)}; {_readable(text_suffixes)}")
+    others.passed_over.update(here)
     return sources
 
 
-def _as_source(path: Path, top: Path, origin: int, text_suffixes: list[str]) -> Source | None:
-    """The file as a source, or None if its suffix is unknown."""
+def _as_source(path: Path, top: Path, origin: int, text_suffixes: list[str]) -> Source | str:
+    """The file as a source, or why it is none, as what follows its name: "has ..." """
+    why = why_no_file(path)
+    if why:
+        return why
     compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else None
     bare = path.with_suffix("") if compression else path
     suffix = bare.suffix.lower()
@@ -168,11 +197,28 @@ def _as_source(path: Path, top: Path, origin: int, text_suffixes: list[str]) -> 
         kind = "parquet"
     elif suffix in {each.lower() for each in text_suffixes}:
         kind = "text"
+    elif suffix in TABLES:
+        kind = "csv" if suffix == ".csv" else "tsv"
     else:
-        return None
+        return _why_unknown(path.suffix, suffix)
     folder = _meaningful(path.absolute().parent.name)
     domain = folder if kind == "text" else _meaningful(bare.stem) or (folder if path.parent != top else None)
-    return Source(kind, str(path), path.relative_to(top).as_posix(), origin, domain, compression)
+    return Source(kind, str(path), name_of(path, top), origin, domain, compression)
+
+
+def _why_unknown(last: str, suffix: str) -> str:
+    """Why a file is not read, and what to do. last: its last suffix; suffix: the one before a compression's."""
+    if last.lower() in ARCHIVES or suffix in ARCHIVES:
+        return "is an archive of files; unpack it"
+    if suffix == ".parquet":
+        return "is compressed Parquet; decompress it, for Parquet is compressed inside"
+    if not suffix:
+        return "has no suffix that can be read; rename it by what it holds, such as .jsonl"
+    return f"has a suffix that cannot be read; if it is plain text, add {suffix} to 'text_suffixes'"
+
+
+def _first_reason(passed: PassedOver) -> str:
+    return "".join(f" ('{name}' {why.partition(';')[0]})" for name, why in list(passed.items())[:1])
 
 
 def _meaningful(name: str) -> str | None:
@@ -182,14 +228,6 @@ def _meaningful(name: str) -> str | None:
         words = words[1:]
     words = [word for word in words if not _NO_DOMAIN.fullmatch(word)]
     return ".".join(words).lower() or None
-
-
-def _walk(folder: Path) -> list[Path]:
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(parent) / name for name in sorted(names) if not name.startswith(".")]
-    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
 
 
 def _fixed_part(path: Path) -> Path:
@@ -209,13 +247,25 @@ def _missing(entry: str) -> str:
 
 
 def _readable(text_suffixes: list[str]) -> str:
-    known = ", ".join([*JSON_LINES, ".parquet", *text_suffixes])
-    return f"these can: {known} ({' and '.join(COMPRESSIONS)} too, except .parquet); add others to 'text_suffixes'"
+    known = ", ".join([*JSON_LINES, ".parquet", *TABLES, *text_suffixes])
+    return f"these can: {known} ({', '.join(COMPRESSIONS)} too, except .parquet); add others to 'text_suffixes'"
 
 
 def _dataset_name(entry: str) -> str:
     name = parse_dataset(entry)[0]
     return entry.replace(name, Path(name).name, 1) if Path(name).is_dir() else entry
+
+
+def _identity(source: Source) -> object:
+    """What two entries that name the same file have in common, also where names may differ by case."""
+    if source.kind == "dataset":
+        return source.path
+    real = os.path.realpath(source.path)
+    try:
+        status = os.stat(real)
+    except OSError:
+        return real
+    return real.casefold(), status.st_dev, status.st_ino
 
 
 def _with_unique_names(sources: list[Source]) -> list[Source]:
@@ -225,45 +275,5 @@ def _with_unique_names(sources: list[Source]) -> list[Source]:
     for source in sources:
         name = source.name if source.name not in seen else f"{source.origin}/{source.name}"
         seen.add(name)
-        unique.append(Source(source.kind, source.path, name, source.origin, source.domain, source.compression))
+        unique.append(replace(source, name=name))
     return unique
-
-
-def _digest(source: Source) -> str:
-    if source.kind == "dataset":
-        return _dataset_digest(source)
-    try:
-        status = os.stat(source.path)
-        return f"file-{_hash_unchanged(source.path, status.st_size, status.st_mtime_ns)}"
-    except OSError as error:
-        return f"unreadable-{error.strerror}"
-
-
-@functools.lru_cache(maxsize=100_000)
-def _hash_unchanged(path: str, size: int, modified: int) -> str:
-    return hash_file(Path(path))
-
-
-def _dataset_digest(source: Source) -> str:
-    name, revision, config, split = parse_dataset(source.path)
-    content: str | list[tuple[str, str]]
-    if Path(name).is_dir():
-        content = [(path.relative_to(name).as_posix(), hash_file(path)) for path in _walk(Path(name))]
-    else:
-        content = _hub_commit(name, revision)
-    return f"dataset-{hashlib.sha256(json.dumps([content, config, split]).encode()).hexdigest()}"
-
-
-@functools.lru_cache(maxsize=1000)
-def _hub_commit(name: str, revision: str | None) -> str:
-    """The current commit of a data set on the hub, so that a key changes when the data set does."""
-    from huggingface_hub import HfApi
-
-    try:
-        return str(HfApi().dataset_info(name, revision=revision, timeout=20).sha)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise EclectusError(
-            f"data set '{name}' cannot be reached on the hub ({reason}); check the name, the network and HF_TOKEN, "
-            "or give a local path"
-        ) from error
