@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -14,6 +15,7 @@ from eclectus.flows.run import name_repeats, once, open_run
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.training.add_experts import AddExpertsSettings, add_experts, kind_of
+from eclectus.tasks.training.check_base import check_base_to_extend
 from eclectus.tasks.training.extend import ExtendStageSettings, recipe_of
 from eclectus.tasks.training.extend import extend as train
 from eclectus.tasks.training.fetch_model import FetchSettings, fetch
@@ -82,7 +84,12 @@ def _base(parameters: ExtendParameters) -> tuple[Artifact, Curated]:
     if not parameters.base_model:
         pretrained = once(pretrain, PretrainParameters.of(parameters))
         return pretrained.lory if parameters.extension_base == "lory" else pretrained.dense, pretrained.curated
+    wanted = parameters.base_model, parameters.extension_method, parameters.instance_tokens
+    check_base_to_extend(*wanted)
     base = once(_fetch_base, FetchSettings.of(parameters))
+    if not Path(parameters.base_model).is_dir():
+        # From the hub, or of a .gguf file: its config is known only now.
+        check_base_to_extend(*wanted, base.path)
     return base, once(curate, CurateParameters.of(parameters, tokenizer=base.path))
 
 

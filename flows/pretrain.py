@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from prefect import flow
 
@@ -10,6 +11,7 @@ from eclectus.flows.curate import Curated, curate
 from eclectus.flows.parameters import CurateParameters, PretrainParameters
 from eclectus.flows.run import name_repeats, once, open_run
 from eclectus.storage.artifact import Artifact
+from eclectus.tasks.training.check_base import check_dense_start
 from eclectus.tasks.training.fetch_model import FetchSettings, fetch
 from eclectus.tasks.training.pretrain import FROM_SCRATCH, PretrainStageSettings
 from eclectus.tasks.training.pretrain import pretrain as train
@@ -44,7 +46,10 @@ def pretrain(parameters: PretrainParameters = PretrainParameters()) -> Pretraine
         given = None
         tokens = CurateParameters.of(parameters)
         if parameters.dense_start:
+            check_dense_start(parameters.dense_start, parameters.instance_tokens)
             given = once(_fetch_start, FetchSettings(base_model=parameters.dense_start))
+            if not Path(parameters.dense_start).is_dir():
+                check_dense_start(parameters.dense_start, parameters.instance_tokens, given.path)
             tokens = CurateParameters.of(parameters, tokenizer=given.path)
         curated = once(curate, tokens)
 

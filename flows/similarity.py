@@ -12,6 +12,7 @@ from eclectus.storage.artifact import Artifact
 from eclectus.tasks.documents.ingest import IngestSettings, ingest
 from eclectus.tasks.documents.languages import LanguageSettings, languages
 from eclectus.tasks.documents.split import SplitSettings, split
+from eclectus.tasks.training.check_base import check_base_to_measure
 from eclectus.tasks.training.fetch_model import FetchSettings, fetch
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings, layer_similarity
 
@@ -27,9 +28,10 @@ def similarity(parameters: SimilarityParameters) -> Measured:
     """Measures the cosine similarity of languages in every layer and divides a budget of new experts (LayerMoE)."""
     parameters.check_together()
     with open_run("similarity", parameters):
+        check_base_to_measure(parameters.base_model)
+        base = fetch(settings=FetchSettings.of(parameters))
         documents = ingest(settings=IngestSettings.of(parameters))
         documents = languages(documents=documents, settings=LanguageSettings.of(parameters))
         documents = split(documents=documents, settings=SplitSettings.of(parameters))
-        base = fetch(settings=FetchSettings.of(parameters))
         found = layer_similarity(documents=documents, checkpoint=base, settings=LayerSimilaritySettings.of(parameters))
         return Measured(base, found)

@@ -2,8 +2,7 @@
 
 A base is a directory with safetensors (one file or shards) or a GGUF file, which transformers dequantises into memory.
 A directory with its own code is refused unless that code is trusted; then the upcycled model is compared with the
-logits of that code, for which the model is held in memory. Before anything is written the tensors are compared with
-those of the class: none missing, none unknown, shapes as in the config.
+logits of that code, for which the model is held in memory.
 """
 
 from contextlib import ExitStack
@@ -13,16 +12,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from eclectus.models.checkpoints.families import Family, UnsupportedModelError, family_of
+from eclectus.models.checkpoints.door import check_checkpoint, check_finite, read_transformers_config
+from eclectus.models.checkpoints.expected_tensors import HEAD
+from eclectus.models.checkpoints.families import Family, family_of
 from eclectus.models.checkpoints.gguf import read_gguf
 from eclectus.models.checkpoints.side_files import TOKENIZER_CONFIG, copy_side_files, name_tokenizer_for_both
 from eclectus.models.checkpoints.streaming import streamed_logits
-from eclectus.models.checkpoints.tensor_files import (
-    CheckpointError,
-    CheckpointReader,
-    TensorSource,
-    read_config,
-)
+from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSource
 from eclectus.models.checkpoints.tokenizer_files import check_tokenizer
 from eclectus.models.checkpoints.writing import plain_config, write_checkpoint
 
@@ -82,64 +78,25 @@ class DenseBase:
 
 
 def open_base(base_dir: Path, stack: ExitStack, trust_remote_code: bool = False) -> DenseBase:
-    """Opens and checks a base; its files stay open until `stack` closes.
+    """Opens a base through the door (models/checkpoints/door.py); its files stay open until `stack` closes.
 
     trust_remote_code: whether to run code in the base's directory. Raises CheckpointError for missing or damaged files,
     UnsupportedModelError for a model that cannot be upcycled.
     """
-    base = _open(base_dir, stack, trust_remote_code)
-    check_tokenizer(base_dir, base.config.vocab_size)
-    _check_tensors(base, base_dir)
-    return base
-
-
-def _open(base_dir: Path, stack: ExitStack, trust_remote_code: bool) -> DenseBase:
-    if not base_dir.exists():
-        raise CheckpointError(f"{base_dir} does not exist; expected a checkpoint directory or a .gguf file")
-    if base_dir.is_file():
-        if base_dir.suffix != ".gguf":
-            raise CheckpointError(f"{base_dir} is a file; expected a checkpoint directory or a .gguf file")
-        return DenseBase.from_gguf(base_dir)
-    ggufs = sorted(base_dir.glob("*.gguf"))
-    if ggufs and not any(base_dir.glob("*.safetensors*")):
-        if len(ggufs) > 1:
-            raise CheckpointError(f"{base_dir} holds {len(ggufs)} .gguf files; name one of them, such as {ggufs[0]}")
-        return DenseBase.from_gguf(ggufs[0])
-    raw = read_config(base_dir)
-    family_of(raw, base_dir, trust_remote_code)
-    if raw.get("auto_map"):
-        return DenseBase.with_own_code(base_dir, raw, stack.enter_context(CheckpointReader(base_dir)))
-    config = AutoConfig.from_pretrained(base_dir)
-    # Checked again with the defaults resolved: layer types follow from other keys.
-    family = family_of(config.to_dict(), base_dir)
-    reader = stack.enter_context(CheckpointReader(base_dir))
-    return DenseBase(config, family, reader, base_dir)
-
-
-def _check_tensors(base: DenseBase, where: Path) -> None:
-    """Raises unless the base's tensors are exactly those of its class, naming the first that is not."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base.config)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    checked = check_checkpoint(base_dir, to_upcycle=True, trust_remote_code=trust_remote_code)
+    if checked.path.is_file():
+        base = DenseBase.from_gguf(checked.path)
+    else:
+        reader = stack.enter_context(CheckpointReader(checked.path))
+        if checked.config.get("auto_map"):
+            base = DenseBase.with_own_code(checked.path, checked.config, reader)
+        else:
+            config = read_transformers_config(checked.path)
+            # Asked again with the defaults resolved: layer types follow from other keys.
+            base = DenseBase(config, family_of(config.to_dict(), checked.path), reader, checked.path)
     if base.tied:
-        expected.pop("lm_head.weight", None)
-    present = base.tensors.specs
-    for name in [name for name in present if name.endswith("rotary_emb.inv_freq")]:
-        del present[name]
-    if base.tied and "lm_head.weight" in present:
-        if not torch.equal(base.tensors.tensor("lm_head.weight"), base.tensors.tensor("model.embed_tokens.weight")):
-            raise UnsupportedModelError(
-                f"{where} says tie_word_embeddings: true, but holds a lm_head.weight that differs from its embeddings: "
-                "correct config.json or the weights"
-            )
-        del present["lm_head.weight"]
-    if missing := sorted(set(expected) - set(present)):
-        raise CheckpointError(f"{where} lacks {len(missing)} tensors that its class has, first {missing[0]}")
-    if extra := sorted(set(present) - set(expected)):
-        raise CheckpointError(f"{where} holds {len(extra)} tensors that its class does not know, first {extra[0]}")
-    for name, shape in expected.items():
-        if present[name].shape != shape:
-            raise CheckpointError(f"{where}: {name} has shape {present[name].shape}, its config says {shape}")
-        if not present[name].dtype.is_floating_point:
-            kind = present[name].dtype
-            raise UnsupportedModelError(f"{where}: {name} is {kind}, quantised: upcycle the float checkpoint")
+        # The door has compared it with the embeddings.
+        base.tensors.specs.pop(HEAD, None)
+    check_tokenizer(checked.path, base.config.vocab_size)
+    check_finite(((name, base.tensors.tensor(name)) for name in base.tensors.specs), checked.path)
+    return base

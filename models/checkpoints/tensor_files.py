@@ -5,6 +5,7 @@ header length, a JSON header, the tensors one after the other; several files hav
 """
 
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedReader
@@ -15,8 +16,13 @@ from typing import Any, BinaryIO, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from eclectus.models.checkpoints.config_file import CheckpointError as CheckpointError
+from eclectus.models.checkpoints.config_file import read_config as read_config
+from eclectus.models.checkpoints.config_file import read_json_object
 from eclectus.models.checkpoints.side_files import INDEX
 
+# As in the safetensors library.
+LARGEST_HEADER = 100_000_000
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -24,13 +30,11 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is incomplete or damaged; the message names the file or tensor."""
 
 
 @dataclass(frozen=True)
@@ -76,26 +80,38 @@ class CheckpointReader:
         self.directory = directory
         self._stack = ExitStack()
         self._offsets: dict[str, tuple[BufferedReader, int]] = {}
+        self._paths: dict[str, Path] = {}
         self.specs: dict[str, TensorSpec] = {}
         with ExitStack() as on_error:
             on_error.callback(self._stack.close)
-            for file_name, expected in _shards(directory).items():
-                self._open(directory / file_name, expected)
+            for path, expected in weight_files(directory).items():
+                self._open(path, expected)
             on_error.pop_all()
 
     def _open(self, path: Path, expected: set[str] | None) -> None:
-        if not path.is_file():
-            raise CheckpointError(f"{self.directory}: shard {path.name} is missing; fetch it again and retry")
         file = self._stack.enter_context(path.open("rb"))
         header, start = _read_header(file, path)
         if expected is not None and expected - header.keys():
-            raise CheckpointError(f"{path} lacks {sorted(expected - header.keys())[0]}, which {INDEX} says is in it")
-        for name in header if expected is None else expected:
-            entry = header[name]
-            if entry["dtype"] not in DTYPES:
-                raise CheckpointError(f"{path}: {name} has type {entry['dtype']}; expected one of {', '.join(DTYPES)}")
-            self.specs[name] = TensorSpec(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            self._offsets[name] = file, start + entry["data_offsets"][0]
+            raise CheckpointError(
+                f"{path} lacks {sorted(expected - header.keys())[0]}, which {INDEX} says is in it; fetch both again"
+            )
+        for name, entry in header.items():
+            if name in self._paths:
+                raise CheckpointError(
+                    f"{name} is both in {self._paths[name]} and in {path.name}; fetch the checkpoint again, since they "
+                    "may differ"
+                )
+            self._paths[name] = path
+            # Older checkpoints store the rotary frequencies, which follow from the config.
+            if name.endswith("rotary_emb.inv_freq"):
+                continue
+            if expected is None or name in expected:
+                self.specs[name] = TensorSpec(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+                self._offsets[name] = file, start + entry["data_offsets"][0]
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds the tensor of that name."""
+        return self._paths[name]
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name, on the CPU. Raises CheckpointError if there is none."""
@@ -126,42 +142,97 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
     try:
         if size < 8 + length:
             raise ValueError(f"{size} bytes, of which its header claims {length}")
-        header = json.loads(file.read(length))
+        if length > LARGEST_HEADER:
+            raise ValueError(f"a header of {length} bytes")
+        header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
         header.pop("__metadata__", None)
-        needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if size < needed:
-            raise ValueError(f"{size} of {needed} bytes")
-    except (ValueError, KeyError, TypeError) as error:
+        _check_entries(header, size - 8 - length)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or cut short ({error}); fetch it again and retry") from error
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{path}: {name} has type {entry['dtype']}, which is not read here (expected one of "
+                f"{', '.join(DTYPES)}); if the checkpoint is quantised, give the float one"
+            )
     return header, 8 + length
 
 
-def _shards(directory: Path) -> dict[str, set[str] | None]:
-    """By file name, the tensors that it must hold (None: any)."""
-    if (directory / INDEX).is_file():
-        files: dict[str, set[str]] = {}
-        for name, file_name in json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].items():
-            files.setdefault(file_name, set()).add(name)
-        return dict(files)
-    if (directory / "model.safetensors").is_file():
-        return {"model.safetensors": None}
-    if any(directory.glob("pytorch_model*.bin")):
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is in it twice")
+    return found
+
+
+def _check_entries(header: dict[str, Any], size: int) -> None:
+    """Raises ValueError unless the tensors cover the `size` bytes of data one after the other, as the format asks."""
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda each: each[1]["data_offsets"]):
+        (begin, stop), shape = entry["data_offsets"], entry["shape"]
+        if not all(isinstance(each, int) and each >= 0 for each in (begin, stop, *shape)):
+            raise ValueError(f"{name} has shape {shape} at {begin} to {stop}")
+        if begin != end:
+            raise ValueError(f"{name} begins at byte {begin} of the data, where the tensor before it ends at {end}")
+        dtype = DTYPES.get(entry["dtype"])
+        if stop < begin or (dtype is not None and stop - begin != math.prod(shape) * dtype.itemsize):
+            raise ValueError(f"{name} has {stop - begin} bytes, which do not fit {entry['dtype']} {shape}")
+        end = stop
+    if end != size:
+        raise ValueError(f"{size} of {end} bytes")
+
+
+def weight_files(directory: Path) -> dict[Path, set[str] | None]:
+    """By safetensors file of a checkpoint directory, the tensors that it must hold (None: any).
+
+    Raises CheckpointError for a directory without safetensors, and for an index that is damaged or names a file that is
+    missing or outside the directory.
+    """
+    alone, index = directory / "model.safetensors", directory / INDEX
+    if not index.exists():
+        if alone.is_file():
+            return {alone: None}
+        raise CheckpointError(_no_weights(directory))
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map of tensors and files; fetch it again")
+    files: dict[Path, set[str] | None] = {}
+    named: dict[str, set[str]] = {}
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or "\\" in file_name:
+            raise CheckpointError(
+                f"{index}: weight_map names {file_name!r} for {name}; expected the name of a file in the same directory"
+            )
+        if not file_name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: weight_map names {file_name} for {name}, which is not safetensors")
+        named.setdefault(file_name, set()).add(name)
+    for file_name, names in named.items():
+        if not (directory / file_name).is_file():
+            raise CheckpointError(
+                f"{directory}: shard {file_name} is missing, which {INDEX} names; fetch it again and retry"
+            )
+        files[directory / file_name] = names
+    if alone.is_file() and alone not in files:
         raise CheckpointError(
+            f"{directory} holds two sets of weights, model.safetensors and the shards that {INDEX} names, and programs "
+            "differ in which they read; move the one away that is not meant"
+        )
+    return files
+
+
+def _no_weights(directory: Path) -> str:
+    if any(directory.glob("pytorch_model*.bin")) or any(directory.glob("*.pt*")):
+        return (
             f"{directory} holds pickled weights (pytorch_model.bin), which are not read here: load it with "
             "transformers and save_pretrained it again, which writes safetensors"
         )
-    raise CheckpointError(f"{directory} holds neither model.safetensors nor {INDEX}")
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a checkpoint directory. Raises CheckpointError if it is missing or not JSON."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{directory} has no config.json; expected a Hugging Face checkpoint directory")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if (directory / "adapter_model.safetensors").is_file():
+        return (
+            f"{directory} holds an adapter (adapter_model.safetensors) without its base: merge it into the base with "
+            "peft's merge_and_unload, and save that"
+        )
+    return f"{directory} holds neither model.safetensors nor {INDEX}; fetch the checkpoint again, weights included"
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -18,13 +18,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from eclectus.models.checkpoints.door import open_model
 from eclectus.models.checkpoints.writing import save_model
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.mixture.upcycle import StepZeroError
@@ -55,7 +56,7 @@ def extend_lory(
     `[n, length]`; by default seeded random ones over three segments. Raises ValueError for a model without a router,
     StepZeroError above the tolerance; nothing is written then.
     """
-    model = LoryForCausalLM.from_pretrained(lory_dir, dtype=torch.float32).eval()
+    model = cast(LoryForCausalLM, open_model(lory_dir))
     before = model.config.num_experts
     if before < 2:
         raise ValueError(

@@ -26,8 +26,9 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from eclectus.models.checkpoints.door import open_model
 from eclectus.models.checkpoints.families import family_of
 from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.checkpoints.tensor_files import read_config, tensor_bytes
@@ -92,7 +93,7 @@ def open_method(
     recipe = recipe_of(method)
     if read_config(Path(checkpoint)).get("model_type") == "lory":
         return _open_lory(checkpoint, recipe, "post_pretrain")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = open_model(checkpoint)
     if recipe.start == "lora":
         return add_lora(model, lora_rank, seed)
     if recipe.start == "blocks":
@@ -107,7 +108,7 @@ def open_review(checkpoint: str | Path) -> nn.Module:
     """The result of stage 1 in fp32, ready for the review, which trains only routers."""
     if read_config(Path(checkpoint)).get("model_type") == "lory":
         return _open_lory(checkpoint, RECIPES["moe_lpr"], "review")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = open_model(checkpoint)
     split_experts(model, frozen_experts(checkpoint))
     set_trainable(model, "review")
     return model
@@ -118,7 +119,7 @@ def _open_lory(checkpoint: str | Path, recipe: Recipe, stage: Literal["post_pret
         raise ValueError(
             f"{recipe.title} extends dense models, {checkpoint} is a Lory model: choose moe_lpr or no_review"
         )
-    return split_lory(LoryForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), stage)
+    return split_lory(cast(LoryForCausalLM, open_model(checkpoint)), stage)
 
 
 def frozen_experts(checkpoint: str | Path) -> int | list[int]:

@@ -29,8 +29,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from eclectus.models.checkpoints.door import open_model
 from eclectus.models.checkpoints.families import MATRICES, Family, moe_family_of
 from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSpec, read_config
@@ -94,14 +95,14 @@ def extend_again(
     require_new_folder(out_dir)
     before = config.get("experts_per_layer") or [int(config["num_local_experts"])] * config["num_hidden_layers"]
     held_out, fitted = calibration[::HELD_OUT], calibration[_rest(len(calibration))]
-    model = AutoModelForCausalLM.from_pretrained(moe_dir, dtype=torch.float32).eval()
+    model = open_model(moe_dir)
     rows = _calibrated_rows(model, fitted, new_experts, margin, seed)
     wider = config | {"num_local_experts": max(before) + new_experts}
     if "experts_per_layer" in config:
         wider["experts_per_layer"] = [count + new_experts for count in before]
     with staged_folder(out_dir) as partial:
         _write(moe_dir, partial, wider, family, before, rows)
-        result = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32).eval()
+        result = open_model(partial)
         fit, held = _compare(model, result, fitted, before), _compare(model, result, held_out, before)
         delta = _checked_delta(fit, held, new_experts, tolerance, largest_share)
         report = ExtendAgainReport(

@@ -37,6 +37,7 @@ from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
 from eclectus.tasks.run import metric
 from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting
 from eclectus.tasks.step import step
+from eclectus.tasks.training.check_base import open_checked
 from eclectus.tasks.training.run_training import WORKERS, WorkerSettings, resume_directory, run_training
 
 if TYPE_CHECKING:
@@ -232,9 +233,9 @@ def answer_here(
 @lru_cache(maxsize=1)
 def _load(checkpoint: str, name: str, tokenizer_path: str, device: Any) -> tuple[Any, Any, int]:
     """(model, tokenizer, context length in tokens), cached from task to task."""
-    from eclectus.tasks.evaluation.evaluate import LONGEST_WINDOW, read_model
+    from eclectus.tasks.evaluation.evaluate import LONGEST_WINDOW
 
-    model = read_model(checkpoint, name).to(device).eval()
+    model = open_checked(checkpoint, name).to(device)
     longest = getattr(model.config, "max_position_embeddings", None) or LONGEST_WINDOW
     return model, load_tokenizer(tokenizer_path), longest
 

@@ -42,6 +42,7 @@ from eclectus.tasks.evaluation.result_files import (
 from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
 from eclectus.tasks.settings import SEED, RuntimeSetting
 from eclectus.tasks.step import step
+from eclectus.tasks.training.check_base import open_checked
 from eclectus.tasks.training.run_training import WORKERS, WorkerSettings, resume_directory, run_training
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def load_model(checkpoint: str, name: str, context: int) -> Any:
     """The model in a directory, in fp32, for scoring. Raises EclectusError naming the checkpoint."""
     from eclectus.models.lory.model import LoryForCausalLM
 
-    model = read_model(checkpoint, name)
+    model = open_checked(checkpoint, name)
     if isinstance(model, LoryForCausalLM) and model.config.num_experts > 1:
         segment, rule = model.config.segment_length, model.config.first_segment
         if segment > context and rule == "stop_gradient" and model.config.routing != "dense":
@@ -205,28 +206,6 @@ def load_model(checkpoint: str, name: str, context: int) -> Any:
                 f"segment looks ahead; set evaluation_context to {segment} or more for every model that is compared"
             )
     return model
-
-
-def read_model(checkpoint: str, name: str) -> Any:
-    """The model in a directory, in fp32. Runs no code from the directory; the import registers Lory with transformers.
-
-    Raises EclectusError naming the checkpoint.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import eclectus.models.lory.model  # noqa: F401
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise EclectusError(
-                f"{name} needs code of its own, which Eclectus does not run; convert it to an architecture of "
-                "transformers"
-            ) from error
-        first = str(error).strip().splitlines()[0]
-        raise EclectusError(f"{name} cannot be loaded as a causal language model: {first}") from error
 
 
 def read_model_config(checkpoint: Artifact) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from eclectus.storage.artifact import ArtifactStore
 from eclectus.storage.errors import EclectusError
@@ -20,12 +21,16 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise EclectusError(f"{out} exists and is not an empty folder; choose another one")
     folder = _folder(store, checkpoint)
+    from eclectus.models.checkpoints.door import check_checkpoint, open_model
     from eclectus.models.lory.model import LoryForCausalLM
     from eclectus.models.pretraining.export_dense import export_dense
     from eclectus.models.staged_folder import staged_folder
 
     try:
-        model = LoryForCausalLM.from_pretrained(folder)
+        checked = check_checkpoint(folder)
+        if checked.kind != "lory":
+            raise ValueError(f"config.json says model_type {checked.config.get('model_type')!r}, expected 'lory'")
+        model = cast(LoryForCausalLM, open_model(folder, dtype=None))
         with staged_folder(out) as partial:
             dense = export_dense(model, partial, domain=domain, language=language, prompt=prompt)
     except (OSError, ValueError) as error:

@@ -18,6 +18,7 @@ from eclectus.storage.artifact import ArtifactStore, Draft, hash_file
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
+from eclectus.tasks.training.check_base import check_base
 
 
 class FetchSettings(Settings):
@@ -32,26 +33,40 @@ def fingerprint(settings: FetchSettings) -> dict[str, str]:
     if path.is_file():
         return {"base_model": hash_file(path)}
     if path.is_dir():
-        return {f"base_model {each}": hash_file(path / each) for each in listing().checkpoint_files(path)}
+        try:
+            files = [path / each for each in listing().checkpoint_files(path)]
+        except (ValueError, LookupError, TypeError, AttributeError, OSError):
+            # A damaged index: the door names what is wrong with it.
+            check_base(settings.base_model)
+            raise
+        weights = any(each.suffix == ".safetensors" for each in files)
+        return {
+            f"base_model {each.relative_to(path)}": hash_file(each)
+            for each in (files if weights else sorted(path.glob("*.gguf")))
+        }
     return {"base_model": f"commit-{_hub_commit(settings.base_model)}"}
 
 
 @step(makes="checkpoint", version=1, fingerprint=fingerprint)
 def fetch(settings: FetchSettings, out: Draft) -> None:
-    """Copies a checkpoint into the home."""
+    """Copies a checkpoint into the home, through the door: checked whole, weights and tokenizer too."""
+    from eclectus.models.checkpoints.dense_base import DenseBase
+    from eclectus.models.checkpoints.door import check_checkpoint, check_contents
+
     base = Path(settings.base_model)
-    if base.suffix == ".gguf" and base.is_file():
-        _convert_gguf(base, out.path)
-    else:
-        folder = base if base.is_dir() else _download(settings.base_model)
-        files = listing().checkpoint_files(folder)
-        if not any(path.suffix == ".safetensors" for path in files):
-            raise EclectusError(
-                f"base model {settings.base_model} holds no .safetensors weights; convert it with "
-                "save_pretrained(..., safe_serialization=True)"
-            )
-        for path in files:
-            shutil.copyfile(folder / path, out.file(str(path)))
+    folder = base if base.exists() else _download(settings.base_model)
+    try:
+        checked = check_checkpoint(folder)
+        check_contents(checked)
+        if checked.path.is_file():
+            DenseBase.from_gguf(checked.path).save(out.path)
+        else:
+            for path in listing().checkpoint_files(folder):
+                shutil.copyfile(folder / path, out.file(str(path)))
+        # What was converted, or copied while somebody wrote it, passes once more.
+        check_checkpoint(out.path)
+    except ValueError as error:
+        raise EclectusError(f"base model {settings.base_model}: {error}") from error
     out.statistics = {"base_model": settings.base_model if not base.exists() else base.name}
 
 
@@ -107,12 +122,3 @@ def _download(name: str) -> Path:
 def _not_found(name: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0]
     return f"base_model '{name}' is not a local folder or file, and it cannot be downloaded from the hub: {first}"
-
-
-def _convert_gguf(path: Path, out: Path) -> None:
-    from eclectus.models.checkpoints.dense_base import DenseBase
-
-    try:
-        DenseBase.from_gguf(path).save(out)
-    except ValueError as error:
-        raise EclectusError(str(error)) from error

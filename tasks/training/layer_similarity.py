@@ -21,6 +21,7 @@ from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
 from eclectus.tasks.run import metric
 from eclectus.tasks.settings import BASIC
 from eclectus.tasks.step import step
+from eclectus.tasks.training.check_base import open_checked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,9 +54,6 @@ def layer_similarity(documents: Artifact, checkpoint: Artifact, settings: LayerS
     documents: with language, group and split. Raises EclectusError for a budget below one expert per layer and for a
     language without text.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from eclectus.models.mixture.layer_similarity import ffn_input_means, propose_experts
     from eclectus.models.mixture.layer_similarity import layer_similarity as similarity_by_layer
 
@@ -63,7 +61,7 @@ def layer_similarity(documents: Artifact, checkpoint: Artifact, settings: LayerS
     samples, groups = _samples(documents, tokens, settings.begin(tokens), settings.similarity_tokens)
     known = sorted(language for language in samples if groups[language] == "original")
     new = sorted(language for language in samples if groups[language] == "expanded")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, trust_remote_code=False)
+    model = open_checked(checkpoint.path, checkpoint.name)
     try:
         similarity = similarity_by_layer(ffn_input_means(model, samples), known, new)
         # Without a budget: three per layer, as with the default of four experts.

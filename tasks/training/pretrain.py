@@ -29,6 +29,7 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
+from eclectus.tasks.training.check_base import check_dense_start, open_checked
 from eclectus.tasks.training.run_training import (
     MOMENTS,
     TrainingSettings,
@@ -241,7 +242,7 @@ def pretrain(
             "router would ever learn; lower it, or raise instance_tokens"
         )
     if settings.dense_start and start is not None:
-        _check_dense_start(start, length)
+        check_dense_start(start.name, length, start.path)
     with resume_directory("pretrain", instances, tokenizer, start, settings.key_values()) as work:
         out.statistics = run_training(
             settings,
@@ -256,21 +257,6 @@ def pretrain(
                 "out": str(out.path),
             },
             what=f"training {settings.pretrain_stage.replace('_', '-')}",
-        )
-
-
-def _check_dense_start(start: Artifact, length: int) -> None:
-    """Raises EclectusError for a checkpoint that is not LLaMA-shaped or has fewer positions than an instance."""
-    config = json.loads(start.file("config.json").read_text())
-    if config.get("model_type") != "llama" or config.get("mlp_bias") or config.get("hidden_act", "silu") != "silu":
-        raise EclectusError(
-            f"dense_start is a {config.get('model_type')} with hidden_act {config.get('hidden_act')}; Lory starts from "
-            "LLaMA-shaped checkpoints (model_type llama, silu, no mlp_bias)"
-        )
-    if length > config.get("max_position_embeddings", length):
-        raise EclectusError(
-            f"instance_tokens {length} is more than dense_start's {config['max_position_embeddings']} positions; "
-            "lower it"
         )
 
 
@@ -353,7 +339,7 @@ def _dense(start: str | None, settings: PretrainStageSettings, data: Any, tokeni
     from eclectus.models.lory.config import PRESETS
 
     if start is not None:
-        return LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+        return open_checked(start, "the dense checkpoint to start from")
     shape: dict[str, Any] = {
         "hidden_size": settings.model_width,
         "intermediate_size": settings.model_feed_forward,

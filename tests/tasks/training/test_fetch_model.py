@@ -38,5 +38,5 @@ def test_what_is_no_model_is_named(home, tmp_path):
     with pytest.raises(EclectusError, match=r"does not exist"):
         find_checkpoint(home.store, str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EclectusError, match=r"holds no \.safetensors"):
+    with pytest.raises(EclectusError, match=r"empty is empty"):
         fetched(home, tmp_path / "empty")
