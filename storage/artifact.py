@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -169,18 +170,21 @@ class ArtifactStore:
             manifest = read_manifest(path)
             return Artifact(manifest["kind"], manifest["digest"], str(path.absolute()))
         kind, _, digits = name.rpartition("-")
-        if not digits or any(c not in "0123456789abcdef" for c in digits):
+        digits = digits.lower()
+        if (kind and kind not in KINDS) or not re.fullmatch("[0-9a-f]{1,64}", digits):
             raise EclectusError(
                 f"'{name}' names no artifact; expected KIND-DIGITS, a digest or an artifact's directory"
             )
-        self._pull_all(f"{kind or '[!.]*'}/{digits[:32]}*")
-        places = [
-            place for place in self.root.glob(f"{kind or '[!.]*'}/{digits[:32]}*") if (place / MANIFEST).is_file()
-        ]
-        if len(places) != 1:
-            found = "no artifact" if not places else f"{len(places)} artifacts"
-            raise EclectusError(f"{found} under {self.root} match '{name}'; see: eclectus sql 'from artifacts'")
-        return self.find(str(places[0]))
+        pattern = f"{kind or '[!.]*'}/{digits[:32]}*"
+        self._pull_all(pattern)
+        found = []
+        for place in self.root.glob(pattern):
+            if (place / MANIFEST).is_file() and read_manifest(place)["digest"].startswith(digits):
+                found.append(place)
+        if len(found) != 1:
+            count = "no artifact" if not found else f"{len(found)} artifacts"
+            raise EclectusError(f"{count} under {self.root} match '{name}'; see: eclectus sql 'from artifacts'")
+        return self.find(str(found[0]))
 
     def faults(self, artifact: Artifact) -> str | None:
         """Why this artifact cannot be used, as a message, or None if every byte is as committed.

@@ -42,7 +42,7 @@ def add_lineage_commands(commands: Any) -> None:
         "trace",
         _trace,
         "which artifacts hold a document, and what was made from them",
-        document="document's id, or its own name",
+        document="document's id, at least 8 digits of it, or its own name",
     )
     add("diff", _diff, "what differs between two runs", run_a=RUN_HELP, run_b=RUN_HELP)
     add("why", _why, "why a step ran again, or was reused", run=RUN_HELP, step="step or label, as in `steps`")
@@ -91,9 +91,29 @@ def _lineage(chosen: argparse.Namespace) -> None:
     print_rows(list(rows[0]), [list(row.values()) for row in rows], chosen.json)
 
 
+_BEGUN = """
+    select list(distinct document order by document) filter (starts_with(document, lower($1)[1:32])),
+           count(*) filter (document = $1 or name = $1)
+    from (select document, name from documents union all select document, name from held_documents)
+    where document = $1 or name = $1 or regexp_full_match($1, '[0-9a-fA-F]{8,64}')"""
+
+
 def _trace(chosen: argparse.Namespace) -> None:
-    if not _print_query(chosen, "from trace(?)", [chosen.document], silent=True):
-        raise EclectusError(f"no document that is kept here is called '{chosen.document}'; expected an id or a name")
+    from eclectus.storage.lineage.connection import connect
+
+    asked = chosen.document
+    with connect(_home()) as connection:
+        begun, exact = connection.execute(_BEGUN, [asked]).fetchall()[0]
+        if len(begun or ()) > 1 and not exact:
+            shown = ", ".join(begun[:3])
+            raise EclectusError(f"'{asked}' is the start of {len(begun)} documents, such as {shown}; write more of it")
+        answer = connection.execute("from trace(?)", [asked])
+        names, rows = [column[0] for column in answer.description], answer.fetchall()
+    if not rows:
+        raise EclectusError(
+            f"no document that is kept here is called '{asked}'; expected its id, at least 8 digits of it, or its name"
+        )
+    print_rows(names, rows, chosen.json)
 
 
 def _diff(chosen: argparse.Namespace) -> None:
@@ -238,16 +258,14 @@ def _compact(chosen: argparse.Namespace) -> None:
     print_rows(list(row), [list(row.values())], chosen.json)
 
 
-def _print_query(chosen: argparse.Namespace, sql: str, values: list[Any], silent: bool = False) -> int:
-    """Prints the rows of a query and returns their number. silent: prints nothing where there are none."""
+def _print_query(chosen: argparse.Namespace, sql: str, values: list[Any]) -> None:
+    """Prints the rows of a query."""
     from eclectus.storage.lineage.connection import connect
 
     with connect(_home()) as connection:
         answer = connection.execute(sql, values)
         names, rows = [column[0] for column in answer.description], answer.fetchall()
-    if rows or not silent:
-        print_rows(names, rows, chosen.json)
-    return len(rows)
+    print_rows(names, rows, chosen.json)
 
 
 def _home() -> Home:

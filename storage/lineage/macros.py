@@ -52,7 +52,7 @@ _REACHED = """table
     select node, steps_away from walk"""
 
 # The user's text `x`: an optional kind, then the first digits of a digest.
-_TYPED = "regexp_extract(x, '^([a-z]+-)?([0-9a-f]+)$', 2)"
+_TYPED = "regexp_extract(lower(x), '^([a-z_]+-)?([0-9a-f]+)$', 2)"
 _MATCHES = f"""
     select distinct node from nodes
     where digits between cast('0x' || rpad({_TYPED}[1:15], 15, '0') as ubigint)
@@ -79,13 +79,20 @@ _LINEAGE = f"""table
     with {{nodes}}start as materialized ({_MATCHES}), {_FOUND}
     {_SHOWN}"""
 
+# A document's name in its source, or at least 8 digits of the SHA-256 of its text, of which its id has the first 32.
+# Braces are doubled: it is part of a format string.
+_CALLED = (
+    "(document = x or name = x "
+    "or (regexp_full_match(x, '[0-9a-fA-F]{{8,64}}') and starts_with(document, lower(x)[1:32])))"
+)
+
 _TRACE = f"""table
     with {{nodes}}held as materialized (
              select 'instances' as kind, instances as artifact,
                     count(distinct instance) as instances, sum(tokens) as tokens
-             from documents where document = x or name = x group by instances
+             from documents where {_CALLED} group by instances
              union all
-             select distinct 'documents', artifact, null, null from held_documents where document = x or name = x),
+             select distinct 'documents', artifact, null, null from held_documents where {_CALLED}),
          start as materialized (select {NODE} as node, kind from held),
          learned as materialized (
              from reached((select list(node) from start where kind = 'instances'), false)), {_FOUND},

@@ -13,7 +13,7 @@ def write_table(home, draft_file, sql):
     duckdb.sql(f"copy ({sql}) to {text(draft_file)} (format parquet)")
 
 
-def write_history(home, promote=None):
+def write_history(home, promote=None, document="d1"):
     """Two runs, each documents -> instances -> checkpoint -> evaluation, with settings and metrics.
 
     promote: the run whose checkpoint becomes champion (default: that of both).
@@ -26,12 +26,14 @@ def write_history(home, promote=None):
                 with home.store.draft(kind) as draft:
                     draft.file("about.txt").write_text(f"{kind} {k}")
                     if kind == "documents":
-                        write_table(home, draft.file("documents/0.parquet"), "select 'd1' as document, 'mine' as name")
+                        write_table(
+                            home, draft.file("documents/0.parquet"), f"select '{document}' as document, 'mine' as name"
+                        )
                     if kind == "instances":
                         write_table(
                             home,
                             draft.file("documents.parquet"),
-                            "select 'd1' as document, 'mine' as name, 'en' as language, 'law' as domain,"
+                            f"select '{document}' as document, 'mine' as name, 'en' as language, 'law' as domain,"
                             " 'books' as source,"
                             " 0::bigint as instance, 0::integer as instance_offset, 7::integer as tokens,"
                             " 0::integer as document_offset",
