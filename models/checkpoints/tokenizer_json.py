@@ -59,7 +59,7 @@ def check_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     for name, allowed in kinds.items():
         value = config.get(name)
         of_token = name.endswith("_token") and isinstance(value, dict) and not _is_token(value)
-        if value is not None and (not isinstance(value, allowed) or of_token):
+        if value is not None and (not isinstance(value, allowed) or of_token or (name == "eos_token" and not value)):
             expected = " or ".join(_KINDS[each] for each in allowed)
             raise TokenizerError(f"{path}: {name} is {_shown(value)}; expected {expected}")
     for number, token in (config.get("added_tokens_decoder") or {}).items():
@@ -80,6 +80,9 @@ def check_tokenizer_json(path: Path, data: dict[str, Any]) -> dict[str, int]:
         raise TokenizerError(f"{path}: model is {_shown(model)}; expected an object")
     if model.get("type", MODELS[0]) not in MODELS:
         raise TokenizerError(f"{path}: model.type is {_shown(model['type'])}; expected {', '.join(MODELS)}")
+    for name in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        if not isinstance(model.get(name), str | None):
+            raise TokenizerError(f"{path}: model.{name} is {_shown(model[name])}; expected text or null")
     pieces = _check_vocabulary(path, model)
     _check_merges(path, model, pieces)
     if not model.get("byte_fallback") and "byte_fallback" not in model and all(each in pieces for each in BYTES):
@@ -156,26 +159,26 @@ def _check_added(path: Path, added: Any, pieces: dict[str, int]) -> dict[str, in
 
 
 def _check_template(path: Path, processor: Any, ids: dict[str, int]) -> None:
-    """What a template puts before and after a text must be tokens of the vocabulary, by their ids."""
+    """What is put before and after a text must be tokens of the vocabulary, by their ids, and the text itself once."""
     if not isinstance(processor, dict):
         return
-    steps = processor.get("processors")
+    kind, steps = processor.get("type"), processor.get("processors")
     for each in steps if isinstance(steps, list) else ():
         _check_template(path, each, ids)
-    for side in ("cls", "sep"):
-        if processor.get("type") in ("BertProcessing", "RobertaProcessing"):
-            pair = processor.get(side)
-            if not (isinstance(pair, list) and len(pair) == 2 and ids.get(str(pair[0])) == pair[1]):
-                raise TokenizerError(f"{path}: post_processor.{side} is {_shown(pair)}, unlike the vocabulary")
-    if processor.get("type") != "TemplateProcessing":
+    for side in ("cls", "sep") if kind in ("BertProcessing", "RobertaProcessing") else ():
+        pair = processor.get(side)
+        if not (isinstance(pair, list) and len(pair) == 2 and ids.get(str(pair[0])) == pair[1]):
+            raise TokenizerError(f"{path}: post_processor.{side} is {_shown(pair)}, unlike the vocabulary")
+    if kind != "TemplateProcessing":
         return
     special = processor.get("special_tokens")
     special = special if isinstance(special, dict) else {}
     for side in ("single", "pair"):
-        pieces = processor.get(side)
-        for piece in pieces if isinstance(pieces, list) else ():
-            named = piece.get("SpecialToken") if isinstance(piece, dict) else None
-            if isinstance(named, dict) and named.get("id") not in special:
+        pieces = _parts(processor.get(side))
+        if side == "single" and [each.get("id") for each in _parts([p.get("Sequence") for p in pieces])] != ["A"]:
+            raise TokenizerError(f"{path}: post_processor.single does not hold the text, Sequence A, once; correct it")
+        for named in _parts([piece.get("SpecialToken") for piece in pieces]):
+            if named.get("id") not in special:
                 raise TokenizerError(
                     f"{path}: post_processor.{side} puts {_shown(named.get('id'))}, which its special_tokens lack"
                 )
@@ -185,6 +188,11 @@ def _check_template(path: Path, processor: Any, ids: dict[str, int]) -> None:
             raise TokenizerError(
                 f"{path}: post_processor gives '{name}' the ids {_shown(numbers)}, unlike the vocabulary"
             )
+
+
+def _parts(value: Any) -> list[dict[str, Any]]:
+    """The objects in a list."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
 def _is_token(value: Any) -> bool:
