@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from eclectus.storage.artifact import ArtifactStore
 from eclectus.storage.home import Home
 from eclectus.storage.journal import Journal
 from eclectus.storage.step_keys import KnownKeys
@@ -73,6 +74,11 @@ def one_torch_thread():
 @pytest.fixture
 def home(tmp_path):
     return Home.open(tmp_path / "home")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return ArtifactStore(tmp_path / "home")
 
 
 @pytest.fixture

@@ -41,12 +41,14 @@ from eclectus.tasks.documents.readers.records import (
 MARK = b"\xef\xbb\xbf"
 AT_ONCE = 2**20
 INDENTATION = 2**10
+BLANK = b" \t\r\n\0"
 # Digits that Python converts to a number; a longer one is no number that a label could be.
 MOST_DIGITS = 4_000
 EXACT = 2**53
 _SPACE = re.compile(rb"\s*")
 _STRAY = re.compile(rb"[\s}]*")
 _SEPARATOR = re.compile(rb"\s*([,\]]|$)")
+_OPENS = re.compile(rb'[\s,]*["{\[]')
 _FIRST_KEY = re.compile(rb'^\{\s*"[^"\\]*"\s*:')
 _NEXT_ITEM = re.compile(rb'\}\s*,\s*(?=\{\s*")')
 
@@ -138,9 +140,9 @@ def _is_one_array(start: bytes, lines: _Lines) -> tuple[bytes, bool]:
         start += more
     if end < 0 or end_of(start[:end], begin) < 0:
         return start, True
-    while not start[end:].strip() and (more := lines.read(AT_ONCE)):
+    while not (rest := start[end:].lstrip(BLANK)) and (more := lines.read(AT_ONCE)):
         start += more
-    return start, not start[end:].strip()
+    return start, not rest.startswith((b"[", b"{"))
 
 
 def _read_lines(lines: _Lines, reading: Reading) -> Iterator[Numbered]:
@@ -164,10 +166,11 @@ def _read_lines(lines: _Lines, reading: Reading) -> Iterator[Numbered]:
 def _look_again(line: bytes, lines: _Lines, reading: Reading, error: ValueError) -> Iterator[Record | Fault]:
     """The records or faults of a line that orjson refused, and of following ones if its object goes on in them."""
     record = parse(line, reading, "the line", error)
-    if not isinstance(record, Fault) or not line.lstrip(b"\0 \t\r").startswith(b"{"):
+    start = line.lstrip(BLANK)
+    if not isinstance(record, Fault) or not start.startswith((b"{", b"[")):
         yield record
         return
-    pieces = _objects(line)
+    pieces = _objects(line) if start.startswith(b"{") else []
     if pieces:
         for piece in pieces:
             yield parse(piece, reading, "the object")
@@ -207,7 +210,7 @@ def _continued(line: bytes, lines: _Lines, longest: int) -> bytes | None:
             lines.push(last[grammar.end :])
         return b"".join(taken) + last[: grammar.end]
     rest = taken[1:]
-    if line.strip() == b"{" or len(rest) > 1:
+    if line.strip() in (b"{", b"[") or len(rest) > 1:
         begins = line[: len(line) - len(line.lstrip())] + b"{"
         while rest and not rest[0].startswith(begins):
             rest = rest[1:] or [each for each in [lines.next_line()] if each]
@@ -338,9 +341,14 @@ class _Array:
 
 
 def _is_balanced(item: bytes) -> bool:
-    """Whether only values are wrong in an object, so that its end is where its brackets say."""
+    """Whether only values are wrong in an object, so that its end is where its brackets say.
+
+    Where a quote or a bracket is missing, a quote or an opening bracket is what first cannot stand where it stands.
+    """
     grammar = Grammar()
-    return grammar.feed(item) == "closed" or b'"' not in item[max(0, grammar.end - 1) : grammar.end + 1]
+    if grammar.feed(item) != "broken":
+        return True
+    return not _OPENS.match(item, grammar.end) and item[grammar.end - 1 : grammar.end] != b'"'
 
 
 def parse(content: bytes, reading: Reading, what: str, error: ValueError | None = None) -> Record | Fault:
