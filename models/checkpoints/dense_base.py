@@ -16,6 +16,7 @@ from eclectus.models.checkpoints.door import check_checkpoint, check_finite, rea
 from eclectus.models.checkpoints.expected_tensors import HEAD
 from eclectus.models.checkpoints.families import Family, family_of
 from eclectus.models.checkpoints.gguf import read_gguf
+from eclectus.models.checkpoints.reference import ReferenceModel, reference_of
 from eclectus.models.checkpoints.side_files import TOKENIZER_CONFIG, copy_side_files, name_tokenizer_for_both
 from eclectus.models.checkpoints.streaming import streamed_logits
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSource
@@ -33,15 +34,20 @@ class DenseBase:
         self.config_dict = plain_config(config)
         self.tied = bool(config.tie_word_embeddings)
         self._side_files = side_files
+        self.reference: ReferenceModel | None = None
+        """Another reading of the same files, by which proofs are made; None for a base with its own code."""
         self._gguf_tokenizer: Any = None
         self._own_model: PreTrainedModel | None = None
 
     @torch.no_grad()
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The base's logits in fp32 on tokens `[n, length]`: by its own code if that is trusted, else streamed."""
+    def logits(self, tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """The base's logits in fp32 on tokens `[n, length]`: by its own code if that is trusted, else streamed.
+
+        positions: of the tokens, by default 0, 1, 2, ...; own code is given none.
+        """
         if self._own_model is not None:
             return self._own_model(input_ids=tokens).logits
-        return streamed_logits(self.tensors, self.config, self.family, tokens)
+        return streamed_logits(self.tensors, self.config, self.family, tokens, positions=positions)
 
     @classmethod
     def from_gguf(cls, path: Path) -> "DenseBase":
@@ -49,6 +55,7 @@ class DenseBase:
         model = read_gguf(path)
         base = cls(model.config, family_of(model.config_dict, path), model.tensors, path.parent)
         base.config_dict = model.config_dict
+        base.reference = model.reference
         base._gguf_tokenizer = model.tokenizer
         return base
 
@@ -94,6 +101,7 @@ def open_base(base_dir: Path, stack: ExitStack, trust_remote_code: bool = False)
             config = read_transformers_config(checked.path)
             # Asked again with the defaults resolved: layer types follow from other keys.
             base = DenseBase(config, family_of(config.to_dict(), checked.path), reader, checked.path)
+            base.reference = reference_of(checked.config, base.config_dict, reader, checked.path)
     if base.tied:
         # The door has compared it with the embeddings.
         base.tensors.specs.pop(HEAD, None)

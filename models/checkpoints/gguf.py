@@ -1,16 +1,68 @@
-"""Reading a dense model in a GGUF file, dequantised by transformers into memory."""
+"""Reading a dense model in a GGUF file: config, tensors on demand, tokenizer, and a reference that reads it again.
 
+Metadata keys and tensors follow llama.cpp (`gguf-py/gguf/constants.py`, `src/llama-model.cpp`). Whatever is in the file
+is read, is known to change no logit, or is named in a refusal. (The reader of transformers drops scaled positions.) The
+two readings of a file share nothing but the bytes:
+
+    config and tensors    q and k rows of Llama put back in transformers' order, positions as rope_parameters
+    reference             the file's own order and positions, computed as llama.cpp does
+
+Tensors are dequantised to fp32 one at a time, by the gguf package. Files in several shards are read as one.
+"""
+
+import re
 import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from eclectus.models.checkpoints.families import UnsupportedModelError
-from eclectus.models.checkpoints.tensor_files import CheckpointError, ModuleTensors
+from eclectus.models.checkpoints.gguf_rope import reference_rope, rope_parameters
+from eclectus.models.checkpoints.reference import ReferenceModel
+from eclectus.models.checkpoints.tensor_files import CheckpointError, TensorSpec
 from eclectus.models.checkpoints.writing import plain_config
+
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# Metadata that changes no logit, by the beginning of its key.
+HARMLESS = ("GGUF.", "general.", "tokenizer.", "split.", "quantize.", "mradermacher.")
+# The same, of the architecture, by the only values that are known to change none.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.causal": (True,),
+    "use_parallel_residual": (False,),
+    "pooling_type": (0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "tensor_data_layout": ("Meta AI original pth",),
+    "rope.scaling.finetuned": (True, False),
+}
+_MODEL = {"token_embd": "embed_tokens", "output_norm": "norm"}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -19,27 +71,301 @@ class GgufModel:
 
     config: PretrainedConfig
     config_dict: dict[str, Any]
-    """config.json of the model, without what it says of quantisation."""
-    tensors: ModuleTensors
+    """config.json of the model."""
+    tensors: "GgufTensors"
     tokenizer: Any
+    reference: ReferenceModel
+
+
+class Metadata:
+    """The metadata of one architecture's model; remembers which keys were asked for."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path, self.values = path, values
+        self.architecture = str(values.get("general.architecture"))
+        self._asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of `ARCHITECTURE.key`."""
+        name = f"{self.architecture}.{key}"
+        self._asked.add(name)
+        return self.values.get(name, default)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number. A list of equal ones (by layer) is one. Raises CheckpointError for anything else."""
+        value = self.get(key, default)
+        if isinstance(value, list) and value and len(set(value)) == 1:
+            value = value[0]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**53:
+            found = "lacks it" if value is None else f"has {str(value)[:60]}"
+            raise CheckpointError(f"{self.path}: expected one positive number as {self.architecture}.{key}, {found}")
+        return value
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A positive whole number. Raises CheckpointError for anything else."""
+        value = self.number(key, default)
+        if value != int(value):
+            raise CheckpointError(f"{self.path}: {self.architecture}.{key} is {value}, expected a whole number")
+        return int(value)
+
+    def check_rest(self) -> None:
+        """Raises UnsupportedModelError naming the first key that nobody asked for and that may change logits."""
+        prefix = f"{self.architecture}."
+        for name, value in self.values.items():
+            neutral = NEUTRAL.get(name.removeprefix(prefix), ()) if name.startswith(prefix) else ()
+            if name in self._asked or name.startswith(HARMLESS) or value in neutral:
+                continue
+            raise UnsupportedModelError(
+                f"{self.path} has {name} = {str(value)[:60]}, which is not read here, so that the result would be "
+                "another model: give the safetensors checkpoint"
+            )
+
+
+class GgufTensors:
+    """The tensors of a GGUF file as a TensorSource, by transformers' names, dequantised to fp32 one at a time."""
+
+    def __init__(self, path: Path, stored: dict[str, Any], unpermuted: dict[str, int]) -> None:
+        """unpermuted: by part (attn_q, attn_k), the heads whose rows llama.cpp reordered."""
+        self._path, self._stored, self._unpermuted = path, stored, unpermuted
+        self._sources: dict[str, str] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        for name, tensor in stored.items():
+            if name == "rope_freqs.weight":
+                continue
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+            own = _transformers_name(path, name)
+            self._sources[own] = name
+            self.specs[own] = TensorSpec(own, torch.float32, shape)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of that name. Raises CheckpointError if there is none."""
+        if name not in self._sources:
+            raise CheckpointError(f"{self._path} has no tensor {name}")
+        stored = self._sources[name]
+        value = self.raw(stored)
+        assert value is not None
+        heads = self._unpermuted.get(stored.split(".")[-2])
+        return value.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2) if heads else value
+
+    def raw(self, stored: str) -> Tensor | None:
+        """The tensor of llama.cpp's name as it is in the file, None if there is none."""
+        from gguf.quants import dequantize
+
+        if stored not in self._stored:
+            return None
+        tensor = self._stored[stored]
+        values = dequantize(tensor.data, tensor.tensor_type)
+        return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(tuple(map(int, reversed(tensor.shape))))
 
 
 def read_gguf(path: Path) -> GgufModel:
-    """The model in a GGUF file. Raises CheckpointError if it cannot be read."""
+    """The model in a GGUF file, or in several, of which `path` is the first.
+
+    Raises CheckpointError for a file that cannot be read, UnsupportedModelError for a model that holds what is not
+    known here.
+    """
+    with _named_errors(path):
+        values, stored = _read_shards(path)
+        metadata = Metadata(path, values)
+        _check_kind(metadata)
+        freqs = _frequency_divisors(path, stored)
+        config_dict = _config(metadata, stored, freqs)
+        config = AutoConfig.for_model(**config_dict)
+        config_dict = plain_config(config) | {"architectures": config_dict["architectures"], "dtype": "float32"}
+        # llama.cpp stores the rows of Llama's q and k so that neighbours rotate together.
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        tensors = GgufTensors(path, stored, heads if metadata.architecture == "llama" else {})
+        metadata.check_rest()
+        reference = _reference(path, values, stored, freqs)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return GgufModel(config, config_dict, tensors, tokenizer, reference)
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """What the gguf package and transformers raise for a damaged file, as CheckpointError."""
     try:
-        return _read(path)
-    except UnsupportedModelError:
+        yield
+    except (UnsupportedModelError, CheckpointError):
         raise
-    except (ValueError, OSError, RuntimeError, LookupError, struct.error) as error:
+    except ImportError as error:
+        raise CheckpointError(f"{path} needs the gguf package: pip install 'eclectus[gguf]'") from error
+    except (ValueError, OSError, RuntimeError, LookupError, ArithmeticError, TypeError, struct.error) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path} cannot be read as GGUF ({first}); fetch it again, or give the safetensors checkpoint"
         ) from error
 
 
-def _read(path: Path) -> GgufModel:
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    config = plain_config(model.config) | {"architectures": [type(model).__name__], "dtype": "float32"}
-    config.pop("quantization_config", None)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    return GgufModel(model.config, config, ModuleTensors(model), tokenizer)
+def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata of the first shard, tensors of all."""
+    values, stored = _read_file(path)
+    shards = values.get("split.count", 1)
+    if shards <= 1:
+        return values, stored
+    match = _SHARD.fullmatch(path.name)
+    if match is None or int(match[3]) != shards or int(match[2]) != 1 or values.get("split.no") != 0:
+        raise CheckpointError(
+            f"{path} is one of {shards} shards; give the first, whose name ends in -00001-of-{shards:05d}.gguf"
+        )
+    for number in range(2, shards + 1):
+        other = path.with_name(f"{match[1]}-{number:05d}-of-{shards:05d}.gguf")
+        if not other.is_file():
+            raise CheckpointError(f"{path.parent}: shard {other.name} is missing; fetch it again and retry")
+        own, more = _read_file(other)
+        if own.get("split.no") != number - 1 or stored.keys() & more.keys():
+            raise CheckpointError(f"{other} is not shard {number} of {path.name}; fetch the shards again")
+        stored |= more
+    expected = values.get("split.tensors.count", len(stored))
+    if len(stored) != expected:
+        raise CheckpointError(f"{path}: its {shards} shards hold {len(stored)} tensors, expected {expected}")
+    return values, stored
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata and tensors of one file. Of the lists of the tokenizer, only the length is read."""
+    from gguf import GGUFEndian, GGUFReader, GGUFValueType
+
+    reader = GGUFReader(path)
+    if reader.endianess != GGUFEndian.LITTLE:
+        raise UnsupportedModelError(f"{path} is a big-endian GGUF file: give the little-endian one")
+    values: dict[str, Any] = {}
+    for name, field in reader.fields.items():
+        long = field.types[:1] == [GGUFValueType.ARRAY] and name.startswith("tokenizer.")
+        values[name] = len(field.data) if long else field.contents()
+    _check_types(path, reader.tensors)
+    return values, {tensor.name: tensor for tensor in reader.tensors}
+
+
+def _check_types(path: Path, tensors: list[Any]) -> None:
+    """Raises UnsupportedModelError for a quantisation that the gguf package cannot undo."""
+    from gguf.quants import dequantize
+
+    for kind, tensor in {tensor.tensor_type: tensor for tensor in tensors}.items():
+        try:
+            dequantize(tensor.data[:1], kind)
+        except NotImplementedError as error:
+            raise UnsupportedModelError(
+                f"{path}: {tensor.name} is of type {kind.name}, which the gguf package cannot dequantise: give the "
+                "safetensors checkpoint, or a GGUF file in F16 or Q8_0"
+            ) from error
+
+
+def _check_kind(metadata: Metadata) -> None:
+    path, values, architecture = metadata.path, metadata.values, metadata.architecture
+    if (kind := values.get("general.type", "model")) != "model":
+        raise UnsupportedModelError(f"{path} holds a GGUF {kind}, expected a whole model")
+    if architecture not in CLASSES:
+        raise UnsupportedModelError(
+            f"{path} is of architecture {architecture!r}; GGUF bases that can be read: {', '.join(CLASSES)} (Mistral's "
+            "is llama)"
+        )
+    if experts := metadata.get("expert_count"):
+        raise UnsupportedModelError(f"{path} is a mixture of {experts} experts already; a base is dense")
+
+
+def _frequency_divisors(path: Path, stored: dict[str, Any]) -> list[float]:
+    """Llama 3.1's rope_freqs, empty for a model without."""
+    if "rope_freqs.weight" not in stored:
+        return []
+    values = GgufTensors(path, {"rope_freqs.weight": stored["rope_freqs.weight"]}, {}).raw("rope_freqs.weight")
+    assert values is not None
+    return values.flatten().tolist()
+
+
+def _config(metadata: Metadata, stored: dict[str, Any], freqs: list[float]) -> dict[str, Any]:
+    """config.json from the metadata. Raises CheckpointError for what does not fit together."""
+    path, values = metadata.path, metadata.values
+    heads = metadata.whole("attention.head_count")
+    hidden = metadata.whole("embedding_length")
+    layers, limit = metadata.whole("block_count"), metadata.whole("context_length")
+    width = metadata.whole("attention.key_length", metadata.whole("rope.dimension_count", max(1, hidden // heads)))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if metadata.whole(key, width) != width:
+            raise UnsupportedModelError(
+                f"{path}: {metadata.architecture}.{key} is {metadata.get(key)}, the heads are {width} wide; both must "
+                "be equal"
+            )
+    found = {int(match[1]) for match in map(_NAME.fullmatch, stored) if match and match[1]}
+    if found != set(range(layers)):
+        raise CheckpointError(f"{path}: its metadata has {layers} layers, its tensors are of {len(found)}")
+    for needed in ("token_embd.weight", "blk.0.attn_q.weight", "blk.0.attn_k.weight"):
+        if needed not in stored:
+            raise CheckpointError(f"{path} has no tensor {needed}")
+    _check_window(metadata, limit)
+    return {
+        "model_type": metadata.architecture,
+        "architectures": [CLASSES[metadata.architecture]],
+        "max_position_embeddings": limit,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": metadata.whole("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.whole("attention.head_count_kv", heads),
+        **({"head_dim": width} if metadata.architecture != "qwen2" or width * heads != hidden else {}),
+        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "vocab_size": _vocabulary(metadata, stored),
+        "tie_word_embeddings": "output.weight" not in stored,
+        **({} if metadata.architecture == "qwen2" else {"attention_bias": "blk.0.attn_q.bias" in stored}),
+        "rope_parameters": rope_parameters(metadata, freqs, width, limit),
+        "bos_token_id": values.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": values.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": values.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def _vocabulary(metadata: Metadata, stored: dict[str, Any]) -> int:
+    """Rows of the embeddings. Raises CheckpointError if metadata or token list say otherwise."""
+    rows = int(stored["token_embd.weight"].shape[-1])
+    said = metadata.whole("vocab_size", rows)
+    tokens = metadata.values.get("tokenizer.ggml.tokens", 0)
+    if said != rows or tokens > rows:
+        raise CheckpointError(
+            f"{metadata.path} has {rows} embeddings, a vocab_size of {said} and {tokens} tokens: this is not the "
+            "model's tokenizer, or the file is damaged"
+        )
+    return rows
+
+
+def _check_window(metadata: Metadata, limit: int) -> None:
+    window = metadata.get("attention.sliding_window") or 0
+    if 0 < window < limit:
+        raise UnsupportedModelError(
+            f"{metadata.path} has {metadata.architecture}.attention.sliding_window = {window}, and does not say of "
+            "which layers: give the safetensors checkpoint"
+        )
+
+
+def _transformers_name(path: Path, name: str) -> str:
+    match = _NAME.fullmatch(name)
+    block, part, kind = match.groups() if match else (None, None, None)
+    if block is not None and part in _LAYER:
+        return f"model.layers.{block}.{_LAYER[part]}.{kind}"
+    if block is None and part in _MODEL and kind == "weight":
+        return f"model.{_MODEL[part]}.weight"
+    if name == "output.weight":
+        return "lm_head.weight"
+    raise UnsupportedModelError(
+        f"{path} has a tensor {name}, which is not read here, so that the result would be another model: give the "
+        "safetensors checkpoint"
+    )
+
+
+def _reference(path: Path, values: dict[str, Any], stored: dict[str, Any], freqs: list[float]) -> ReferenceModel:
+    """The file read again, as llama.cpp computes it."""
+    arch = values["general.architecture"]
+    heads, layers = int(values[f"{arch}.attention.head_count"]), int(values[f"{arch}.block_count"])
+    rows = int(stored["blk.0.attn_q.weight"].shape[-1])
+    key_rows = int(stored["blk.0.attn_k.weight"].shape[-1])
+    weight: Callable[[str], Tensor | None] = GgufTensors(path, stored, {}).raw
+    return ReferenceModel(
+        layers,
+        heads,
+        key_rows * heads // rows,
+        rows // heads,
+        float(values[f"{arch}.attention.layer_norm_rms_epsilon"]),
+        reference_rope(values, arch, freqs),
+        "neighbours" if arch == "llama" else "halves",
+        (None,) * layers,
+        weight,
+    )

@@ -16,11 +16,17 @@ from eclectus.models.checkpoints.tensor_files import TensorSource
 
 @torch.no_grad()
 def streamed_logits(
-    source: TensorSource, config: PretrainedConfig, family: Family, tokens: Tensor, only_expert: int | None = None
+    source: TensorSource,
+    config: PretrainedConfig,
+    family: Family,
+    tokens: Tensor,
+    only_expert: int | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Logits `[n, length, vocabulary]` in fp32 of a dense or an upcycled checkpoint on tokens `[n, length]`.
 
-    only_expert: send every token to that expert with weight 1 instead of routing.
+    only_expert: send every token to that expert with weight 1 instead of routing. positions: of the tokens, by default
+    0, 1, 2, ...
     """
     with torch.device("meta"):
         how = {"experts_implementation": "eager"} if misaligned(config) else {}
@@ -38,7 +44,17 @@ def streamed_logits(
     if only_expert is not None:
         for layer in model.model.layers:
             layer.mlp.gate.register_forward_hook(_forced(only_expert))
-    return model(input_ids=tokens, use_cache=False).logits
+    return logits_at(model, tokens, positions)
+
+
+@torch.no_grad()
+def logits_at(model: nn.Module, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """A model's logits on tokens and positions `[n, length]`; by default the positions 0, 1, 2, ..."""
+    if positions is None:
+        return model(input_ids=tokens, use_cache=False).logits
+    # Without a mask, transformers takes jumps in the positions for borders between packed documents.
+    mask = torch.ones_like(tokens)
+    return model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits
 
 
 def misaligned(config: PretrainedConfig) -> bool:

@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from eclectus.models.checkpoints.door import open_model
+from eclectus.models.checkpoints.proof import StepZeroError
 from eclectus.models.checkpoints.writing import save_model
 from eclectus.models.lory.model import LoryForCausalLM
-from eclectus.models.mixture.upcycle import StepZeroError
 from eclectus.models.training.instances import Batch
 from eclectus.models.training.losses import Loss, Objective, Pass, Term
 from eclectus.models.training.objectives import NextToken, in_languages

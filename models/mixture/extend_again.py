@@ -33,11 +33,11 @@ from transformers import PreTrainedModel
 
 from eclectus.models.checkpoints.door import open_model
 from eclectus.models.checkpoints.families import MATRICES, Family, moe_family_of
+from eclectus.models.checkpoints.proof import StepZeroError
 from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSpec, read_config
 from eclectus.models.checkpoints.writing import write_checkpoint
 from eclectus.models.mixture.experts import moe_blocks
-from eclectus.models.mixture.upcycle import StepZeroError
 from eclectus.models.staged_folder import require_new_folder, staged_folder
 from eclectus.models.training.objectives import next_token_loss
 

@@ -4,11 +4,12 @@
     y = sum over the top K of  G_i / (sum of the top K's G) * E_i(x)
 
 All chosen experts equal the base's FFN and their weights add up to 1, so the result is the base's for *any* router.
-This is verified: both checkpoints compute logits on fixed probes, and above the tolerance nothing is written. The
-result is a stock Mixtral, Qwen2Moe or Qwen3Moe checkpoint.
+This is verified (models/checkpoints/proof.py): both checkpoints compute logits on fixed probes, and so does a plain
+forward pass that reads the base's files by itself; above the tolerance nothing is written. The result is a stock
+Mixtral, Qwen2Moe or Qwen3Moe checkpoint.
 
 Tensors are streamed. Cost: memory for one layer, whatever the size of the base; one read of the base and E writes of
-its FFN, plus two passes over the probes. (A GGUF base is first dequantised by transformers, and held in memory.)
+its FFN, plus three passes over the probes. A GGUF base is dequantised matrix by matrix.
 
 Other initialisations of the new experts give up this equality so that experts differ from the first step: `noise` adds
 Gaussian noise, `drop` redraws a share of each expert's inner dimensions (Drop-Upcycling, arXiv 2502.19261: the same
@@ -31,6 +32,7 @@ from transformers import AutoConfig
 
 from eclectus.models.checkpoints.dense_base import DenseBase, open_base
 from eclectus.models.checkpoints.families import SHARED_EXPERT_WIDTH, moe_config, parse_dense_ffn
+from eclectus.models.checkpoints.proof import Probes, checked, probes_for, reference_logits
 from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.checkpoints.streaming import misaligned, streamed_logits
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSpec
@@ -40,10 +42,6 @@ from eclectus.models.staged_folder import require_new_folder, staged_folder
 
 Init = Literal["copy", "noise", "drop"]
 Proof = Literal["as_routed", "expert_0"]
-
-
-class StepZeroError(RuntimeError):
-    """The new checkpoint does not compute what its base computes; nothing was left on disk."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +63,15 @@ class UpcycleReport:
     """Largest difference of any logit to the base's over the probes, in fp32."""
     as_routed_delta: float
     """The same with tokens routed by the router; differs from max_abs_delta for init noise and drop only."""
+    reference_delta: float | None
+    """The same to a second reading of the base's files, by models/checkpoints/reference.py; None for a base with its
+    own code, which max_abs_delta compares with."""
     max_abs_logit: float
     tolerance: float
-    """Largest allowed max_abs_delta, as a share of the largest absolute logit (at least of 1)."""
+    """Largest allowed max_abs_delta and reference_delta, as a share of the largest absolute logit (at least of 1)."""
     probe_shape: tuple[int, ...]
+    last_position: int
+    """Largest position of the probes; half of them are stretched over all positions of the model."""
     base_digest: str
     """eclectus.models.mixture.experts.frozen_digest of the base, which every later checkpoint must have too."""
     base_types: dict[str, str]
@@ -244,27 +247,29 @@ def _natural_order(name: str) -> tuple[Any, ...]:
 
 
 def _prove(
-    base: DenseBase, out_dir: Path, plan: _Plan, top_k: int, tolerance: float, probes: Tensor | None
+    base: DenseBase, out_dir: Path, plan: _Plan, top_k: int, tolerance: float, tokens: Tensor | None
 ) -> UpcycleReport:
     """Compares logits of base and result on the probes; raises StepZeroError above the tolerance."""
-    if probes is None:
-        shape = (2, min(64, base.config.max_position_embeddings))
-        probes = torch.randint(base.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    expected = base.logits(probes)
+    parameters = sum(torch.Size(spec.shape).numel() for spec in base.tensors.specs.values())
+    if base.reference is None:
+        # Its own code knows no other positions.
+        tokens = probes_for(base.config, parameters).tokens if tokens is None else tokens
+    probes = probes_for(base.config, parameters) if tokens is None else Probes.of(tokens)
+    what = f"the upcycled {base.family.moe} differs from its base"
+    expected = base.logits(probes.tokens, probes.positions)
     config = AutoConfig.from_pretrained(out_dir)
     with CheckpointReader(out_dir) as result:
-        as_routed = _max_delta(streamed_logits(result, config, base.family, probes), expected)
-        delta = as_routed
+        routed = streamed_logits(result, config, base.family, probes.tokens, positions=probes.positions)
+        alone = routed
         if plan.init != "copy":
-            alone = streamed_logits(result, config, base.family, probes, only_expert=0)
-            delta = _max_delta(alone, expected)
-    scale = max(1.0, expected.abs().max().item())
-    if not delta <= tolerance * scale:
-        raise StepZeroError(
-            f"the upcycled {base.family.moe} differs from its base by {delta:.3g} in a logit; "
-            f"{tolerance * scale:.3g} is allowed ({tolerance:g} of the largest), nothing was written. A base in an "
-            "unusual configuration is the likely reason; raise the tolerance only if the difference is rounding"
-        )
+            alone = streamed_logits(
+                result, config, base.family, probes.tokens, only_expert=0, positions=probes.positions
+            )
+    proof = checked(what, alone, expected, tolerance, probes)
+    by_reference = None
+    if base.reference is not None:
+        own = reference_logits(base.reference, config, probes, f"the upcycled {base.family.moe}")
+        by_reference = checked(f"{what}'s files", alone, own, tolerance, probes).max_abs_delta
     return UpcycleReport(
         base_model_type=base.family.dense,
         model_type=base.family.moe,
@@ -274,14 +279,16 @@ def _prove(
         init=plan.init,
         seed=plan.seed,
         proof="as_routed" if plan.init == "copy" else "expert_0",
-        max_abs_delta=delta,
-        as_routed_delta=as_routed,
-        max_abs_logit=expected.abs().max().item(),
+        max_abs_delta=proof.max_abs_delta,
+        as_routed_delta=(routed - expected).abs().max().item(),
+        reference_delta=by_reference,
+        max_abs_logit=proof.max_abs_logit,
         tolerance=tolerance,
-        probe_shape=tuple(probes.shape),
+        probe_shape=proof.probe_shape,
+        last_position=proof.last_position,
         base_digest=original_digest(base.tensors, base.family, base.tied),
         base_types=_odd_types(base),
-        base_parameters=sum(torch.Size(spec.shape).numel() for spec in base.tensors.specs.values()),
+        base_parameters=parameters,
         parameters=sum(torch.Size(spec.shape).numel() for spec in plan.specs),
         notes=_notes(base, plan, top_k),
     )
@@ -317,8 +324,3 @@ def _notes(base: DenseBase, plan: _Plan, top_k: int) -> tuple[str, ...]:
     if len(set(base.config_dict.get("layer_types") or [])) > 1:
         notes.append("some layers have a sliding window and some have not: transformers 4.57 gives it to all of them")
     return tuple(notes)
-
-
-def _max_delta(ours: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference; NaN if there is a NaN anywhere, which no tolerance accepts."""
-    return (ours - expected).abs().max().item()

@@ -63,9 +63,9 @@ def kind_of(checkpoint: Artifact) -> Kind:
 @step(makes="checkpoint", version=1)
 def add_experts(instances: Artifact, checkpoint: Artifact, settings: AddExpertsSettings, out: Draft) -> None:
     """Adds experts to an extended or a Lory checkpoint. instances: of its known languages."""
+    from eclectus.models.checkpoints.proof import StepZeroError
     from eclectus.models.extension.lory import extend_lory
     from eclectus.models.mixture.extend_again import extend_again
-    from eclectus.models.mixture.upcycle import StepZeroError
 
     try:
         if kind_of(checkpoint).startswith("lory"):

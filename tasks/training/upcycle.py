@@ -87,7 +87,7 @@ def upcycle_folder(
 
     Raises EclectusError naming what is wrong with base or settings, or by how much the result differs from the base.
     """
-    from eclectus.models.mixture.upcycle import StepZeroError
+    from eclectus.models.checkpoints.proof import StepZeroError
     from eclectus.models.mixture.upcycle import upcycle as upcycle_checkpoint
 
     try:

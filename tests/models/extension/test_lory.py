@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from eclectus.models import LoryConfig, LoryForCausalLM
+from eclectus.models.checkpoints.proof import StepZeroError
 from eclectus.models.extension.lory import extend_lory, post_pretrain_lory, review_lory, segment_prior_loss, split_lory
 from eclectus.models.extension.methods import open_method, open_review, save_method, untrained_digest
-from eclectus.models.mixture.upcycle import StepZeroError
 from eclectus.models.training.instances import Batch
 from eclectus.models.training.objectives import next_token_loss
 from tests.support.dense_bases import tokens

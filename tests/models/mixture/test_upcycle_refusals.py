@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eclectus.models.checkpoints.families import UnsupportedModelError
+from eclectus.models.checkpoints.proof import StepZeroError
 from eclectus.models.checkpoints.tensor_files import CheckpointError
 from eclectus.models.checkpoints.tokenizer_json import TokenizerError
-from eclectus.models.mixture.upcycle import StepZeroError, upcycle
+from eclectus.models.mixture.upcycle import upcycle
 from tests.support.dense_bases import VOCABULARY, write_base
 
 

@@ -1,0 +1,133 @@
+"""Step-0 proofs: a converted model computes what the files of its base say, or it is not written.
+
+    probes     two rows of seeded random tokens: one at positions 0, 1, 2, ..., one stretched over all positions that
+               the model has, so that a wrong scaling of positions shows however short the row is
+    expected   the plain forward pass of models/checkpoints/reference.py in float64, which reads config and tensors
+               itself: a proof that transformers makes of its own reading would not notice what it drops
+    allowed    `tolerance` of the largest absolute logit (at least of 1)
+
+The angle per position is compared first, within `FREQUENCY`, and the reference then takes the model's: at position
+100,000 the last bit of an fp32 frequency moves a logit by more than any tolerance worth having.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from eclectus.models.checkpoints.reference import ReferenceModel
+from eclectus.models.checkpoints.streaming import logits_at
+
+TOLERANCE = 1e-4
+# Relative difference of two computations of an fp32 frequency, with room for the power function's own error.
+FREQUENCY = 1e-5
+SHORTEST, LONGEST = 64, 2048
+# Rows are as long as these allow: floating-point operations of one forward pass, and logits in memory.
+OPERATIONS, LOGITS = 250e9, 2**24
+
+
+class StepZeroError(RuntimeError):
+    """The new checkpoint does not compute what its base computes; nothing was left on disk."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Tokens to compare two models on."""
+
+    tokens: Tensor
+    """Token ids `[n, length]`."""
+    positions: Tensor
+    """Their positions, of the same shape."""
+
+    @property
+    def last_position(self) -> int:
+        """The largest position."""
+        return int(self.positions.max())
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> "Probes":
+        """The given tokens at the positions 0, 1, 2, ..."""
+        return cls(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
+
+
+def probes_for(config: PretrainedConfig, parameters: int) -> Probes:
+    """Probes for a model: as long as its positions, as far as that is cheap. parameters: of a forward pass."""
+    limit, vocabulary = config.max_position_embeddings, config.vocab_size
+    cheap = int(min(LONGEST, OPERATIONS / (4 * max(1, parameters)), LOGITS / vocabulary))
+    length = min(limit, max(SHORTEST, cheap))
+    tokens = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
+    stretched = torch.linspace(0, limit - 1, length, dtype=torch.float64).round().long()
+    return Probes(tokens, torch.stack([torch.arange(length), stretched]))
+
+
+@dataclass(frozen=True)
+class StepZero:
+    """The proof that a model computes what its base's files say."""
+
+    max_abs_delta: float
+    """Largest difference of any logit over the probes."""
+    max_abs_logit: float
+    tolerance: float
+    """Largest allowed difference, as a share of the largest absolute logit (at least of 1)."""
+    probe_shape: tuple[int, ...]
+    last_position: int
+    """Largest position of the probes."""
+
+
+def checked(what: str, ours: Tensor, expected: Tensor, tolerance: float, probes: Probes) -> StepZero:
+    """Compares logits `[n, length, vocabulary]`. Raises StepZeroError above the tolerance. what: named in the error."""
+    delta, largest = (ours - expected).abs().max().item(), expected.abs().max().item()
+    allowed = tolerance * max(1.0, largest)
+    if not delta <= allowed:
+        raise StepZeroError(
+            f"{what} by {delta:.3g} in a logit; {allowed:.3g} is allowed ({tolerance:g} of the largest), nothing was "
+            "written. A base in an unusual configuration is the likely reason; raise the tolerance only if the "
+            "difference is rounding"
+        )
+    return StepZero(delta, largest, tolerance, tuple(probes.tokens.shape), probes.last_position)
+
+
+def reference_logits(reference: ReferenceModel, config: PretrainedConfig, probes: Probes, what: str) -> Tensor:
+    """The reference's logits in float64, at the frequencies that transformers computes from `config`.
+
+    Raises StepZeroError if these are not the reference's. what: the model, named in the error.
+    """
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config).model.rotary_emb)
+    return reference_logits_with(reference, kind(config=config), probes, what)
+
+
+def reference_logits_with(reference: ReferenceModel, rotary: nn.Module, probes: Probes, what: str) -> Tensor:
+    """`reference_logits` at the frequencies of a rotary module of transformers."""
+    rotary(torch.zeros(1), probes.positions)  # Some kinds compute their frequencies from the positions.
+    found = rotary.inv_freq.detach().cpu()
+    own = reference.rope.frequencies(reference.head_width, probes.last_position + 1)
+    if found.shape != own.shape:
+        raise StepZeroError(
+            f"{what} rotates {2 * len(found)} dimensions of a head, transformers read; its files say {2 * len(own)}"
+        )
+    worst = ((found.double() - own) / own).abs().max().item()
+    scale = float(rotary.attention_scaling)
+    if not (worst <= FREQUENCY and abs(scale - reference.rope.scale) <= FREQUENCY):
+        raise StepZeroError(
+            f"transformers computes other rotary positions for {what} than its files say ({reference.rope.kind}): a "
+            f"frequency differs by {worst:.2g} of itself, the scale is {scale:.6g} instead of "
+            f"{reference.rope.scale:.6g}; nothing was written. Correct rope_parameters (and rope_scaling, rope_theta) "
+            "in config.json"
+        )
+    return reference.logits(probes.tokens, probes.positions, found)
+
+
+def prove(
+    model: nn.Module, rotary: nn.Module, reference: ReferenceModel, probes: Probes, what: str, tolerance: float
+) -> StepZero:
+    """Compares a model in memory with the reference of its base. rotary: the model's rotary module.
+
+    what: the model, named in errors. Raises StepZeroError above the tolerance.
+    """
+    expected = reference_logits_with(reference, rotary, probes, what)
+    training = model.training
+    ours = logits_at(model.eval(), probes.tokens, probes.positions)
+    model.train(training)
+    return checked(f"{what} differs from its base", ours, expected, tolerance, probes)
