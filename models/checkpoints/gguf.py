@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from eclectus.models.checkpoints.families import UnsupportedModelError
+from eclectus.models.checkpoints.gguf_header import StoredTensor, read_header
 from eclectus.models.checkpoints.gguf_rope import reference_rope, rope_parameters
 from eclectus.models.checkpoints.reference import ReferenceModel
 from eclectus.models.checkpoints.tensor_files import CheckpointError, TensorSpec
@@ -92,10 +92,8 @@ class Metadata:
         return self.values.get(name, default)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive number. A list of equal ones (by layer) is one. Raises CheckpointError for anything else."""
+        """A positive number. Raises CheckpointError for anything else, such as a list of one for each layer."""
         value = self.get(key, default)
-        if isinstance(value, list) and value and len(set(value)) == 1:
-            value = value[0]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**53:
             found = "lacks it" if value is None else f"has {str(value)[:60]}"
             raise CheckpointError(f"{self.path}: expected one positive number as {self.architecture}.{key}, {found}")
@@ -124,7 +122,7 @@ class Metadata:
 class GgufTensors:
     """The tensors of a GGUF file as a TensorSource, by transformers' names, dequantised to fp32 one at a time."""
 
-    def __init__(self, path: Path, stored: dict[str, Any], unpermuted: dict[str, int]) -> None:
+    def __init__(self, path: Path, stored: dict[str, StoredTensor], unpermuted: dict[str, int]) -> None:
         """unpermuted: by part (attn_q, attn_k), the heads whose rows llama.cpp reordered."""
         self._path, self._stored, self._unpermuted = path, stored, unpermuted
         self._sources: dict[str, str] = {}
@@ -132,10 +130,9 @@ class GgufTensors:
         for name, tensor in stored.items():
             if name == "rope_freqs.weight":
                 continue
-            shape = tuple(int(size) for size in reversed(tensor.shape))
             own = _transformers_name(path, name)
             self._sources[own] = name
-            self.specs[own] = TensorSpec(own, torch.float32, shape)
+            self.specs[own] = TensorSpec(own, torch.float32, tensor.shape)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name. Raises CheckpointError if there is none."""
@@ -149,13 +146,7 @@ class GgufTensors:
 
     def raw(self, stored: str) -> Tensor | None:
         """The tensor of llama.cpp's name as it is in the file, None if there is none."""
-        from gguf.quants import dequantize
-
-        if stored not in self._stored:
-            return None
-        tensor = self._stored[stored]
-        values = dequantize(tensor.data, tensor.tensor_type)
-        return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(tuple(map(int, reversed(tensor.shape))))
+        return torch.from_numpy(self._stored[stored].values()) if stored in self._stored else None
 
 
 def read_gguf(path: Path) -> GgufModel:
@@ -168,7 +159,7 @@ def read_gguf(path: Path) -> GgufModel:
         values, stored = _read_shards(path)
         metadata = Metadata(path, values)
         _check_kind(metadata)
-        freqs = _frequency_divisors(path, stored)
+        freqs = _frequency_divisors(stored)
         config_dict = _config(metadata, stored, freqs)
         config = AutoConfig.for_model(**config_dict)
         config_dict = plain_config(config) | {"architectures": config_dict["architectures"], "dtype": "float32"}
@@ -197,7 +188,7 @@ def _named_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """Metadata of the first shard, tensors of all."""
     values, stored = _read_file(path)
     shards = values.get("split.count", 1)
@@ -222,33 +213,11 @@ def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return values, stored
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metadata and tensors of one file. Of the lists of the tokenizer, only the length is read."""
-    from gguf import GGUFEndian, GGUFReader, GGUFValueType
-
-    reader = GGUFReader(path)
-    if reader.endianess != GGUFEndian.LITTLE:
-        raise UnsupportedModelError(f"{path} is a big-endian GGUF file: give the little-endian one")
-    values: dict[str, Any] = {}
-    for name, field in reader.fields.items():
-        long = field.types[:1] == [GGUFValueType.ARRAY] and name.startswith("tokenizer.")
-        values[name] = len(field.data) if long else field.contents()
-    _check_types(path, reader.tensors)
-    return values, {tensor.name: tensor for tensor in reader.tensors}
-
-
-def _check_types(path: Path, tensors: list[Any]) -> None:
-    """Raises UnsupportedModelError for a quantisation that the gguf package cannot undo."""
-    from gguf.quants import dequantize
-
-    for kind, tensor in {tensor.tensor_type: tensor for tensor in tensors}.items():
-        try:
-            dequantize(tensor.data[:1], kind)
-        except NotImplementedError as error:
-            raise UnsupportedModelError(
-                f"{path}: {tensor.name} is of type {kind.name}, which the gguf package cannot dequantise: give the "
-                "safetensors checkpoint, or a GGUF file in F16 or Q8_0"
-            ) from error
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    values, stored = read_header(path)
+    for tensor in {tensor.kind: tensor for tensor in stored.values()}.values():
+        tensor.check_kind()
+    return values, stored
 
 
 def _check_kind(metadata: Metadata) -> None:
@@ -264,16 +233,14 @@ def _check_kind(metadata: Metadata) -> None:
         raise UnsupportedModelError(f"{path} is a mixture of {experts} experts already; a base is dense")
 
 
-def _frequency_divisors(path: Path, stored: dict[str, Any]) -> list[float]:
+def _frequency_divisors(stored: dict[str, StoredTensor]) -> list[float]:
     """Llama 3.1's rope_freqs, empty for a model without."""
     if "rope_freqs.weight" not in stored:
         return []
-    values = GgufTensors(path, {"rope_freqs.weight": stored["rope_freqs.weight"]}, {}).raw("rope_freqs.weight")
-    assert values is not None
-    return values.flatten().tolist()
+    return stored["rope_freqs.weight"].values().flatten().tolist()
 
 
-def _config(metadata: Metadata, stored: dict[str, Any], freqs: list[float]) -> dict[str, Any]:
+def _config(metadata: Metadata, stored: dict[str, StoredTensor], freqs: list[float]) -> dict[str, Any]:
     """config.json from the metadata. Raises CheckpointError for what does not fit together."""
     path, values = metadata.path, metadata.values
     heads = metadata.whole("attention.head_count")
@@ -287,11 +254,17 @@ def _config(metadata: Metadata, stored: dict[str, Any], freqs: list[float]) -> d
                 "be equal"
             )
     found = {int(match[1]) for match in map(_NAME.fullmatch, stored) if match and match[1]}
-    if found != set(range(layers)):
+    if len(found) != layers or max(found) != layers - 1:
         raise CheckpointError(f"{path}: its metadata has {layers} layers, its tensors are of {len(found)}")
-    for needed in ("token_embd.weight", "blk.0.attn_q.weight", "blk.0.attn_k.weight"):
-        if needed not in stored:
-            raise CheckpointError(f"{path} has no tensor {needed}")
+    expected = {"token_embd": (None, hidden), "blk.0.attn_q": (heads * width, hidden), "blk.0.attn_k": (None, hidden)}
+    for name, shape in expected.items():
+        if (own := stored.get(f"{name}.weight")) is None:
+            raise CheckpointError(f"{path} has no tensor {name}.weight")
+        if len(own.shape) != 2 or shape not in (own.shape, (None, own.shape[1])):
+            raise CheckpointError(
+                f"{path}: {name}.weight has shape {own.shape}, its metadata says {heads} heads of {width} and an "
+                f"embedding_length of {hidden}"
+            )
     _check_window(metadata, limit)
     return {
         "model_type": metadata.architecture,
@@ -314,9 +287,9 @@ def _config(metadata: Metadata, stored: dict[str, Any], freqs: list[float]) -> d
     }
 
 
-def _vocabulary(metadata: Metadata, stored: dict[str, Any]) -> int:
+def _vocabulary(metadata: Metadata, stored: dict[str, StoredTensor]) -> int:
     """Rows of the embeddings. Raises CheckpointError if metadata or token list say otherwise."""
-    rows = int(stored["token_embd.weight"].shape[-1])
+    rows = stored["token_embd.weight"].shape[0]
     said = metadata.whole("vocab_size", rows)
     tokens = metadata.values.get("tokenizer.ggml.tokens", 0)
     if said != rows or tokens > rows:
@@ -351,18 +324,19 @@ def _transformers_name(path: Path, name: str) -> str:
     )
 
 
-def _reference(path: Path, values: dict[str, Any], stored: dict[str, Any], freqs: list[float]) -> ReferenceModel:
+def _reference(
+    path: Path, values: dict[str, Any], stored: dict[str, StoredTensor], freqs: list[float]
+) -> ReferenceModel:
     """The file read again, as llama.cpp computes it."""
     arch = values["general.architecture"]
-    heads, layers = int(values[f"{arch}.attention.head_count"]), int(values[f"{arch}.block_count"])
-    rows = int(stored["blk.0.attn_q.weight"].shape[-1])
-    key_rows = int(stored["blk.0.attn_k.weight"].shape[-1])
+    heads, layers = values[f"{arch}.attention.head_count"], values[f"{arch}.block_count"]
+    width = stored["blk.0.attn_q.weight"].shape[0] // heads
     weight: Callable[[str], Tensor | None] = GgufTensors(path, stored, {}).raw
     return ReferenceModel(
         layers,
         heads,
-        key_rows * heads // rows,
-        rows // heads,
+        stored["blk.0.attn_k.weight"].shape[0] // width,
+        width,
         float(values[f"{arch}.attention.layer_norm_rms_epsilon"]),
         reference_rope(values, arch, freqs),
         "neighbours" if arch == "llama" else "halves",

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Relative difference of divisors that are stored in fp32.
 ROUNDING = 1e-5
+# Context lengths of published models before their range was extended.
+ORIGINALS = tuple(2**power for power in range(5, 21))
 
 
 def rope_parameters(metadata: "Metadata", divisors: list[float], width: int, limit: int) -> dict[str, Any]:
@@ -31,8 +33,10 @@ def rope_parameters(metadata: "Metadata", divisors: list[float], width: int, lim
     """
     where, base = metadata.path, metadata.number("rope.freq_base", 10000.0)
     kind = metadata.get("rope.scaling.type")
-    factor = metadata.get("rope.scaling.factor") or metadata.get("rope.scale_linear") or 1.0
-    original = metadata.get("rope.scaling.original_context_length")
+    # A factor of 0 is none.
+    given = [key for key in ("rope.scaling.factor", "rope.scale_linear") if metadata.get(key)]
+    factor = metadata.number(given[0]) if given else 1.0
+    original = metadata.whole("rope.scaling.original_context_length", limit)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     if kind not in (None, "", "none", "linear", "yarn"):
         raise UnsupportedModelError(
@@ -41,14 +45,14 @@ def rope_parameters(metadata: "Metadata", divisors: list[float], width: int, lim
         )
     if kind == "yarn":
         rope |= {"rope_type": "yarn", "factor": float(factor)}
-        rope["original_max_position_embeddings"] = int(original or limit)
+        rope["original_max_position_embeddings"] = original
         rope |= _yarn_settings(metadata)
     elif kind != "none" and factor != 1.0:
         rope |= {"rope_type": "linear", "factor": float(factor)}
     if any(divisor != 1.0 for divisor in divisors):
         if rope["rope_type"] != "default":
             raise UnsupportedModelError(f"{where} has both rope_freqs.weight and {rope['rope_type']} scaling")
-        rope |= _llama3(where, divisors, base, width, int(original or 8192))
+        rope |= _llama3(where, divisors, base, width, original)
     return rope
 
 
@@ -77,8 +81,8 @@ def _llama3(where: object, divisors: list[float], base: float, width: int, origi
     found = np.array(divisors)
     if len(found) == len(frequency) and found.min() >= 1 - ROUNDING:
         factor = float(_rounded(found.max()))
-        guesses = [(original, 1.0, 4.0), (8192, 1.0, 4.0), _solved(found, frequency, factor)]
-        for guess in filter(None, guesses):
+        guesses = [(size, 1.0, 4.0) for size in (original, 8192, *ORIGINALS)]
+        for guess in [*guesses, *_solved(found, frequency, factor)]:
             turns = guess[0] * frequency / (2 * math.pi)
             mix = np.clip((turns - guess[1]) / (guess[2] - guess[1]), 0, 1)
             if np.abs((mix + (1 - mix) / factor) * found - 1).max() <= ROUNDING:
@@ -101,20 +105,20 @@ def _rounded(value: float) -> float:
     return short if abs(short - value) <= 1e-6 * value else value
 
 
-def _solved(found: np.ndarray, frequency: np.ndarray, factor: float) -> tuple[int, float, float] | None:
-    """(original, 1, high) from the divisors between 1 and the factor."""
+def _solved(found: np.ndarray, frequency: np.ndarray, factor: float) -> list[tuple[int, float, float]]:
+    """(original, 1, high) from the divisors between 1 and the factor; or from where they jump, if there are none."""
     between = (found > 1 + ROUNDING) & (found < factor * (1 - ROUNDING))
-    if not between.any():
-        return None
     mix = (1 / found[between] - 1 / factor) / (1 - 1 / factor)
     if between.sum() == 1:
-        turns = 1 + 3 * mix[0]
-        return max(1, round(turns * 2 * math.pi / frequency[between][0])), 1.0, 4.0
-    slope, offset = np.polyfit(frequency[between], mix, 1)
-    if not offset < 0 < slope:
-        return None
-    high = 1 - 1 / offset
-    return max(1, round(slope * (high - 1) * 2 * math.pi)), 1.0, float(f"{high:.6g}")
+        return [(max(1, round((1 + 3 * mix[0]) * 2 * math.pi / frequency[between][0])), 1.0, 4.0)]
+    if between.any():
+        slope, offset = np.polyfit(frequency[between], mix, 1)
+        high = 1 - 1 / offset if offset else 0.0
+        return [(max(1, round(slope * (high - 1) * 2 * math.pi)), 1.0, float(f"{high:.6g}"))] if high > 1 else []
+    kept = int((found < 1 + ROUNDING).sum())
+    original = math.floor(2 * math.pi / frequency[kept]) if kept < len(found) else 0
+    high = min(4.0, original * frequency[kept - 1] / (2 * math.pi)) if kept else 4.0
+    return [(original, 1.0, float(high))] if original and high > 1 else []
 
 
 def reference_rope(values: dict[str, Any], architecture: str, divisors: list[float]) -> Rope:
@@ -125,7 +129,7 @@ def reference_rope(values: dict[str, Any], architecture: str, divisors: list[flo
 
     factor = value("scaling.factor", 0.0) or value("scale_linear", 0.0) or 1.0
     kind = value("scaling.type", "") or "linear"
-    base, common = float(value("freq_base", 10000.0)), {"divisors": tuple(divisors)}
+    base = float(value("freq_base", 10000.0))
     if kind == "yarn":
         scale = (
             (1 + 0.1 * math.log(factor)) * value("scaling.attn_factor", 1.0) * value("scaling.yarn_attn_factor", 1.0)
@@ -138,6 +142,6 @@ def reference_rope(values: dict[str, Any], architecture: str, divisors: list[flo
             fast=float(value("scaling.yarn_beta_fast", 32.0)),
             slow=float(value("scaling.yarn_beta_slow", 1.0)),
             scale=scale,
-            **common,
+            divisors=tuple(divisors),
         )
-    return Rope(base, "linear", 1.0 if kind == "none" else float(factor), **common)
+    return Rope(base, "linear", 1.0 if kind == "none" else float(factor), divisors=tuple(divisors))

@@ -11,6 +11,7 @@ The angle per position is compared first, within `FREQUENCY`, and the reference 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ def reference_logits(reference: ReferenceModel, config: PretrainedConfig, probes
     return reference_logits_with(reference, kind(config=config), probes, what)
 
 
-def reference_logits_with(reference: ReferenceModel, rotary: nn.Module, probes: Probes, what: str) -> Tensor:
+def reference_logits_with(reference: ReferenceModel, rotary: Any, probes: Probes, what: str) -> Tensor:
     """`reference_logits` at the frequencies of a rotary module of transformers."""
     rotary(torch.zeros(1), probes.positions)  # Some kinds compute their frequencies from the positions.
     found = rotary.inv_freq.detach().cpu()
@@ -120,7 +121,7 @@ def reference_logits_with(reference: ReferenceModel, rotary: nn.Module, probes: 
 
 
 def prove(
-    model: nn.Module, rotary: nn.Module, reference: ReferenceModel, probes: Probes, what: str, tolerance: float
+    model: nn.Module, rotary: Any, reference: ReferenceModel, probes: Probes, what: str, tolerance: float
 ) -> StepZero:
     """Compares a model in memory with the reference of its base. rotary: the model's rotary module.
 

@@ -226,8 +226,8 @@ def _rope_of(raw: dict[str, Any], config: dict[str, Any], width: int, where: obj
         raise UnsupportedModelError(f"{where} has {found}, which no proof here can check: it is not converted")
     limit = config["max_position_embeddings"]
     original = rope.get("original_max_position_embeddings") or raw.get("original_max_position_embeddings") or limit
-    factor = rope.get("factor") or (limit / original if kind in ("yarn", "longrope") else None)
-    if factor is None and kind not in ("default",):
+    factor = float(rope.get("factor") or (limit / original if kind in ("yarn", "longrope", "default") else 0))
+    if not factor:
         raise CheckpointError(f"{where}/config.json: rope_type {kind!r} has no factor; add it to rope_parameters")
     scale = 1.0
     if kind == "yarn":
@@ -237,7 +237,7 @@ def _rope_of(raw: dict[str, Any], config: dict[str, Any], width: int, where: obj
     return Rope(
         float(base),
         kind,
-        float(factor or 1.0),
+        factor,
         limit if kind == "dynamic" else original,
         fast=rope.get("beta_fast") or 32.0,
         slow=rope.get("beta_slow") or 1.0,

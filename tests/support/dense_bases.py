@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import gguf
-import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -15,6 +14,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from tests.support.gguf_files import spread, write_model
 
 # Tiny matrices: threads only wait for each other.
 torch.set_num_threads(1)
@@ -82,32 +83,8 @@ def logits(directory: Path, token_ids: torch.Tensor) -> torch.Tensor:
 
 def write_gguf(path: Path) -> None:
     """A tiny llama in GGUF, half precision, with a byte-level BPE tokenizer."""
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(20000.0)
-    writer.add_vocab_size(VOCABULARY)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([*(chr(33 + i) for i in range(VOCABULARY - 1)), "!!"])
-    writer.add_token_types([1] * VOCABULARY)
-    writer.add_token_merges(["! !"])
-    random = np.random.default_rng(0)
-    shapes = {"token_embd": (VOCABULARY, 32), "output": (VOCABULARY, 32), "output_norm": (32,)}
-    for i in range(2):
-        shapes |= {
-            f"blk.{i}.attn_{k}": s for k, s in (("q", (32, 32)), ("k", (16, 32)), ("v", (16, 32)), ("output", (32, 32)))
-        }
-        shapes |= {f"blk.{i}.ffn_{k}": s for k, s in (("gate", (64, 32)), ("up", (64, 32)), ("down", (32, 64)))}
-        shapes |= {f"blk.{i}.attn_norm": (32,), f"blk.{i}.ffn_norm": (32,)}
-    for name, shape in shapes.items():
-        values = random.uniform(0.5, 1.5, shape) if len(shape) == 1 else random.normal(0, 0.2, shape)
-        writer.add_tensor(f"{name}.weight", values.astype(np.float32 if len(shape) == 1 else np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    config = LlamaConfig(
+        **SHAPE, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 20000.0}
+    )
+    model = spread(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    write_model(path, model, kind=gguf.GGMLQuantizationType.F16)
