@@ -24,6 +24,67 @@ _STRING, _ARRAY = 8, 9
 _DIMENSIONS = 4
 
 
+# Metadata that changes no logit, by the beginning of its key.
+HARMLESS = ("GGUF.", "general.", "tokenizer.", "split.", "quantize.", "mradermacher.")
+# The same, of the architecture, by the only values that are known to change none.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.causal": (True,),
+    "use_parallel_residual": (False,),
+    "pooling_type": (0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "tensor_data_layout": ("Meta AI original pth",),
+    "rope.scaling.finetuned": (True, False),
+}
+
+
+class Metadata:
+    """The metadata of one architecture's model; remembers which keys were asked for."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        self.path, self.values = path, values
+        self.architecture = str(values.get("general.architecture"))
+        self._asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of `ARCHITECTURE.key`."""
+        name = f"{self.architecture}.{key}"
+        self._asked.add(name)
+        return self.values.get(name, default)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number. Raises CheckpointError for anything else, such as a list of one for each layer."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**53:
+            found = "lacks it" if value is None else f"has {str(value)[:60]}"
+            raise CheckpointError(f"{self.path}: expected one positive number as {self.architecture}.{key}, {found}")
+        return value
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A positive whole number. Raises CheckpointError for anything else."""
+        value = self.number(key, default)
+        if value != int(value):
+            raise CheckpointError(f"{self.path}: {self.architecture}.{key} is {value}, expected a whole number")
+        return int(value)
+
+    def check_rest(self) -> None:
+        """Raises UnsupportedModelError naming the first key that nobody asked for and that may change logits."""
+        prefix = f"{self.architecture}."
+        for name, value in self.values.items():
+            neutral = NEUTRAL.get(name.removeprefix(prefix), ()) if name.startswith(prefix) else ()
+            if name in self._asked or name.startswith(HARMLESS) or value in neutral:
+                continue
+            raise UnsupportedModelError(
+                f"{self.path} has {name} = {str(value)[:60]}, which is not read here, so that the result would be "
+                "another model: give the safetensors checkpoint"
+            )
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor of a file, not yet read."""

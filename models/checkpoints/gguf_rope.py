@@ -10,15 +10,13 @@ m is linear in the frequency, and only two of (original, low, high) can be seen;
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from eclectus.models.checkpoints.families import UnsupportedModelError
+from eclectus.models.checkpoints.gguf_header import Metadata
 from eclectus.models.checkpoints.reference import Rope
-
-if TYPE_CHECKING:
-    from eclectus.models.checkpoints.gguf import Metadata
 
 # Relative difference of divisors that are stored in fp32.
 ROUNDING = 1e-5
@@ -26,7 +24,7 @@ ROUNDING = 1e-5
 ORIGINALS = tuple(2**power for power in range(5, 21))
 
 
-def rope_parameters(metadata: "Metadata", divisors: list[float], width: int, limit: int) -> dict[str, Any]:
+def rope_parameters(metadata: Metadata, divisors: list[float], width: int, limit: int) -> dict[str, Any]:
     """rope_parameters of config.json. divisors: rope_freqs. width: of a head. limit: the context length.
 
     Raises UnsupportedModelError, naming it, for scaling that transformers cannot express.
@@ -56,7 +54,7 @@ def rope_parameters(metadata: "Metadata", divisors: list[float], width: int, lim
     return rope
 
 
-def _yarn_settings(metadata: "Metadata") -> dict[str, float]:
+def _yarn_settings(metadata: Metadata) -> dict[str, float]:
     """Yarn's settings beyond the factor. Its temperature is llama.cpp's times `attn_factor`."""
     settings = {}
     for key, name, usual in (("yarn_beta_fast", "beta_fast", 32.0), ("yarn_beta_slow", "beta_slow", 1.0)):
