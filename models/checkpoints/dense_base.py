@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from eclectus.models.checkpoints.door import check_checkpoint, check_finite, read_transformers_config
 from eclectus.models.checkpoints.expected_tensors import HEAD
 from eclectus.models.checkpoints.families import Family, family_of
-from eclectus.models.checkpoints.gguf import read_gguf
+from eclectus.models.checkpoints.gguf.reader import read_gguf
 from eclectus.models.checkpoints.reference import ReferenceModel, reference_of
 from eclectus.models.checkpoints.side_files import TOKENIZER_CONFIG, copy_side_files, name_tokenizer_for_both
 from eclectus.models.checkpoints.streaming import streamed_logits

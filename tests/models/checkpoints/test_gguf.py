@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from eclectus.models.checkpoints.dense_base import open_base
 from eclectus.models.checkpoints.families import UnsupportedModelError
-from eclectus.models.checkpoints.gguf import read_gguf
+from eclectus.models.checkpoints.gguf.reader import read_gguf
 from eclectus.models.checkpoints.proof import StepZeroError
 from eclectus.models.checkpoints.tensor_files import CheckpointError
 from eclectus.models.mixture.upcycle import upcycle
@@ -27,6 +27,7 @@ YARN_KEYS = {
     "rope.scaling.original_context_length": 64,
     "rope.scaling.finetuned": False,
 }
+FAR = {"max_position_embeddings": 131072}
 LONG = {"max_position_embeddings": 256}
 
 
@@ -107,7 +108,7 @@ def test_a_gguf_base_computes_what_the_model_it_was_converted_from_computes(tmp_
 
 
 def test_llama3_settings_of_published_models_are_found_again(tmp_path):
-    model = model_of(rope={**LLAMA3, "original_max_position_embeddings": 8192, "rope_theta": 5e5}, head_dim=128)
+    model = model_of(rope={**LLAMA3, "original_max_position_embeddings": 8192, "rope_theta": 5e5}, head_dim=128, **FAR)
     write_model(tmp_path / "a.gguf", model, tensors={"rope_freqs.weight": rope_freqs(model)})
     assert read_gguf(tmp_path / "a.gguf").config.rope_parameters == model.config.rope_parameters
 
@@ -259,7 +260,9 @@ def test_the_proof_notices_scaling_that_the_conversion_dropped(tmp_path, monkeyp
     model, metadata = MODELS["qwen2, yarn"]
     write_model(tmp_path / "a.gguf", model, metadata=metadata)
     plain = {"rope_type": "default", "rope_theta": BASE}
-    monkeypatch.setattr("eclectus.models.checkpoints.gguf.rope_parameters", lambda metadata, *_: _ask(metadata, plain))
+    monkeypatch.setattr(
+        "eclectus.models.checkpoints.gguf.reader.rope_parameters", lambda metadata, *_: _ask(metadata, plain)
+    )
     with pytest.raises(StepZeroError, match=r"other rotary positions .* \(yarn\)"):
         upcycle(tmp_path / "a.gguf", tmp_path / "moe", experts=2)
     assert not (tmp_path / "moe").exists()

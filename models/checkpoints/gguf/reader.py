@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from eclectus.models.checkpoints.config_file import check_config
+from eclectus.models.checkpoints.expected_tensors import expected_tensors
 from eclectus.models.checkpoints.families import UnsupportedModelError
-from eclectus.models.checkpoints.gguf_header import Metadata, StoredTensor, read_header
-from eclectus.models.checkpoints.gguf_rope import reference_rope, rope_parameters
+from eclectus.models.checkpoints.gguf.header import Metadata, StoredTensor, read_header
+from eclectus.models.checkpoints.gguf.rope import reference_rope, rope_parameters
 from eclectus.models.checkpoints.reference import ReferenceModel
 from eclectus.models.checkpoints.tensor_files import CheckpointError, TensorSpec
 from eclectus.models.checkpoints.writing import plain_config
@@ -108,6 +110,7 @@ def read_gguf(path: Path) -> GgufModel:
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
         tensors = GgufTensors(path, stored, heads if metadata.architecture == "llama" else {})
         metadata.check_rest()
+        _check_tensors(path, config_dict, tensors)
         reference = _reference(path, values, stored, freqs)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return GgufModel(config, config_dict, tensors, tokenizer, reference)
@@ -226,6 +229,19 @@ def _config(metadata: Metadata, stored: dict[str, StoredTensor], freqs: list[flo
         "eos_token_id": values.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": values.get("tokenizer.ggml.padding_token_id"),
     }
+
+
+def _check_tensors(path: Path, config: dict[str, Any], tensors: GgufTensors) -> None:
+    check_config(config, path)
+    expected = expected_tensors(config, config["model_type"], None)
+    if missing := sorted(expected.keys() - tensors.specs.keys()):
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors that its class has, first {missing[0]}")
+    for name, spec in tensors.specs.items():
+        if name not in expected:
+            raise UnsupportedModelError(f"{path} holds {name}, which its class does not know: give the safetensors one")
+        shape, fields = expected[name]
+        if spec.shape != shape:
+            raise CheckpointError(f"{path}: {name} has shape {spec.shape}, its config says {shape} ({fields})")
 
 
 def _vocabulary(metadata: Metadata, stored: dict[str, StoredTensor]) -> int:

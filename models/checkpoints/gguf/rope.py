@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from eclectus.models.checkpoints.families import UnsupportedModelError
-from eclectus.models.checkpoints.gguf_header import Metadata
+from eclectus.models.checkpoints.gguf.header import Metadata
 from eclectus.models.checkpoints.reference import Rope
 
 # Relative difference of divisors that are stored in fp32.
@@ -50,7 +50,7 @@ def rope_parameters(metadata: Metadata, divisors: list[float], width: int, limit
     if any(divisor != 1.0 for divisor in divisors):
         if rope["rope_type"] != "default":
             raise UnsupportedModelError(f"{where} has both rope_freqs.weight and {rope['rope_type']} scaling")
-        rope |= _llama3(where, divisors, base, width, original)
+        rope |= _llama3(where, divisors, base, width, original, limit)
     return rope
 
 
@@ -73,8 +73,8 @@ def _yarn_settings(metadata: Metadata) -> dict[str, float]:
     return settings
 
 
-def _llama3(where: object, divisors: list[float], base: float, width: int, original: int) -> dict[str, Any]:
-    """The settings of Llama 3.1 that give these divisors. original: a first guess."""
+def _llama3(where: object, divisors: list[float], base: float, width: int, original: int, limit: int) -> dict[str, Any]:
+    """The settings of Llama 3.1 that give these divisors. original: a first guess. limit: the context length."""
     frequency = base ** (-2 * np.arange(width // 2) / width)
     found = np.array(divisors)
     if len(found) == len(frequency) and found.min() >= 1 - ROUNDING:
@@ -84,12 +84,14 @@ def _llama3(where: object, divisors: list[float], base: float, width: int, origi
             turns = guess[0] * frequency / (2 * math.pi)
             mix = np.clip((turns - guess[1]) / (guess[2] - guess[1]), 0, 1)
             if np.abs((mix + (1 - mix) / factor) * found - 1).max() <= ROUNDING:
+                # Only their ratio matters, and there is no original context beyond the present one.
+                shrunk = min(1.0, limit / guess[0])
                 return {
                     "rope_type": "llama3",
                     "factor": factor,
-                    "low_freq_factor": guess[1],
-                    "high_freq_factor": guess[2],
-                    "original_max_position_embeddings": guess[0],
+                    "low_freq_factor": guess[1] * shrunk,
+                    "high_freq_factor": guess[2] * shrunk,
+                    "original_max_position_embeddings": min(limit, guess[0]),
                 }
     raise UnsupportedModelError(
         f"{where} has a tensor rope_freqs.weight that is not Llama 3.1's scaling of positions: give the safetensors "

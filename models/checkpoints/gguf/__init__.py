@@ -1,0 +1,1 @@
+"""Reading dense models in GGUF files."""
