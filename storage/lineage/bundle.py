@@ -20,12 +20,13 @@ _UPSTREAM = f"""
     create temp table upstream_nodes as
     with start as (
         select artifact from step_outputs where run = $1 union select artifact from step_inputs where run = $1)
-    select node, any_value(artifact) as artifact, min(made_by) as made_by
+    select node, any_value(artifact) as artifact, arg_min(made_by, made) as made_by
     from nodes where node in (select node from reached((select list({NODE}) from start), true)) group by node"""
 _CHOSEN_STEPS = """
     create temp table chosen as
     select step, run from steps
-    where run = $1 or step in (select made_by from upstream_nodes where made_by is not null)"""
+    where run = $1 or step in (select made_by from upstream_nodes where made_by is not null)
+       or step in (select a.made_by from artifacts a semi join upstream_nodes using (artifact))"""
 TABLES = {
     "runs": "from runs where run = $1 or run in (select run from chosen) order by started",
     "steps": "from steps where step in (select step from chosen) order by started",
@@ -41,7 +42,8 @@ TABLES = {
     "champions": "from champions where checkpoint in (select artifact from upstream_nodes)",
     "edges": """from edges
         where output in (select node from upstream_nodes) and input in (select node from upstream_nodes)""",
-    "nodes": "from nodes where node in (select node from upstream_nodes)",
+    "nodes": """from nodes where node in (select node from upstream_nodes)
+        and (made_by is null or made_by in (select step from chosen))""",
 }
 
 

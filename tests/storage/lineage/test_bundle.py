@@ -12,8 +12,9 @@ from eclectus.flows.cli.main import main
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.journal import Journal
 from eclectus.storage.lineage.bundle import TABLES, bundle
+from eclectus.storage.lineage.compact import compact
 from eclectus.storage.lineage.connection import query, write_database
-from tests.support.history import RUNS, write_history
+from tests.support.history import RUNS, digest, write_history
 
 OLD, NEW = RUNS
 SHELL = Path(sys.executable).with_name("duckdb")
@@ -59,6 +60,51 @@ def test_what_a_run_reused_comes_with_the_steps_that_made_it(home, tmp_path):
         runs = {run for (run,) in lineage.execute("select run from steps").fetchall()}
         assert runs == {"reusing", OLD}
         assert lineage.execute("select count(*) from artifacts anti join steps on made_by = step").fetchone() == (0,)
+
+
+def write_run(home, run, steps):
+    """steps: (step id, artifact number, numbers of its inputs, whether it was reused)."""
+    with Journal(home.journal, run) as journal:
+        journal.event("run_started", flow="main", parameters={}, packages={})
+        for step, made, read, reused in steps:
+            journal.metric(step, "loss", 1.0, 1, {})
+            about = {"step": step, "name": "pack", "label": f"pack {made}", "flow": "main", "key": "k"}
+            journal.event("step_started", **about)
+            inputs = {f"in.{number}": f"instances-{digest(number)}" for number in read}
+            output = {"kind": "instances", "artifact": digest(made), "rows": 1, "bytes": 9, "created": "2026-01-01"}
+            state = "reused" if reused else "completed"
+            journal.event("step_ended", **about, state=state, seconds=0.1, settings={}, inputs=inputs, output=output)
+        journal.event("run_ended", state="completed", seconds=1.0)
+
+
+@pytest.mark.parametrize("compacted", ["never", "at the end", "after each run"])
+def test_a_bundle_has_the_makers_that_lineage_names_and_no_other_step(home, tmp_path, compacted):
+    """Ids of steps sort against time, other runs reuse the same artifacts, and one was made twice."""
+    runs = {
+        "r1-maker": [("z1", 1, [], False), ("z2", 2, [1], False), ("z3", 3, [2], False)],
+        "r2-again": [("y1", 1, [], True), ("y2", 2, [1], False), ("y9", 9, [2], False)],
+        "r3-other": [("a1", 1, [], True), ("a2", 2, [1], True), ("a3", 3, [2], True), ("a4", 4, [3], False)],
+        "r4-mine": [("m1", 1, [], True), ("m2", 2, [1], True), ("m3", 3, [2], True), ("m5", 5, [3], False)],
+    }
+    for run, steps in runs.items():
+        write_run(home, run, steps)
+        if compacted == "after each run" or (compacted == "at the end" and run == "r4-mine"):
+            compact(home)
+    with duckdb.connect(str(bundle(home, "r4-mine", tmp_path / "b.duckdb")), read_only=True) as lineage:
+
+        def column(sql):
+            return [value for (value,) in lineage.execute(sql).fetchall()]
+
+        assert sorted(column("select step from steps")) == ["m1", "m2", "m3", "m5", "z1", "z2", "z3"]
+        assert sorted(column("select step from metrics")) == sorted(column("select step from steps"))
+        makers = {"m5", "z1", "z2", "z3"}
+        assert set(column("select made_by from artifacts where made_by is not null")) == makers
+        assert set(column("select made_by from nodes where made_by is not null")) <= set(
+            column("select step from steps")
+        )
+        question = f"select * exclude (made) from upstream('{digest(5)}') order by all"
+        assert lineage.execute(question).fetchall() == query(question, home)[1]
+        assert set(column(f"select made_by from upstream('{digest(5)}')")) == makers
 
 
 def test_the_stable_shell_opens_bundle_and_database(home, tmp_path):
