@@ -29,6 +29,13 @@ from eclectus.tasks.evaluation.training_names import further_training
 from eclectus.tasks.promotion.gate import Gate, read_gates
 from eclectus.tasks.promotion.promote import Candidate, decide
 from eclectus.tasks.report.report import ReportSettings, report
+from eclectus.tasks.training.check_base import (
+    EVALUATED,
+    check_base_to_extend,
+    check_dense_start,
+    check_length,
+    check_to_evaluate,
+)
 
 
 @dataclass(frozen=True)
@@ -65,12 +72,27 @@ def evaluate(parameters: EvaluateParameters = EvaluateParameters()) -> Evaluated
     parameters.check_together()
     with open_run("evaluate", parameters):
         gates = read_gates(parameters.gate) if parameters.gate else {}
+        if not parameters.evaluate_checkpoints:
+            check_models(parameters)
         if parameters.seeds == 1:
             return evaluate_models(*_checkpoints(parameters), parameters, gates)
         first, *others = parameters.trainings()
         alone = evaluate_alone(first)
         trained = {each.seed_of_training: _trained(each) for each in others}
         return _conclude(alone, name_repeats({first.seed_of_training: {}} | trained), parameters, gates)
+
+
+def check_models(parameters: EvaluationParameters) -> None:
+    """Raises EclectusError, in seconds, for a given model that the run could not open, extend or evaluate."""
+    given = parameters.base_model or parameters.dense_start
+    if not given:
+        check_length("the models of this run", parameters.instance_tokens, parameters.evaluation_tokens, EVALUATED)
+        return
+    if parameters.base_model and parameters.expanded_languages:
+        check_base_to_extend(given, parameters.extension_method, parameters.instance_tokens)
+    elif not parameters.base_model:
+        check_dense_start(given, parameters.instance_tokens)
+    check_to_evaluate(given, given, parameters)
 
 
 def evaluate_alone(training: EvaluateParameters) -> Evaluated:
@@ -251,6 +273,8 @@ def _checkpoints(parameters: EvaluateParameters) -> tuple[Curated, dict[str, Art
     if parameters.evaluate_checkpoints:
         store = current_home().store
         chosen = {name: store.find(name) for name in parameters.evaluate_checkpoints}
+        for name, checkpoint in chosen.items():
+            check_to_evaluate(name, checkpoint.path, parameters)
         return once(curate, CurateParameters.of(parameters)), chosen
     models: dict[str, Artifact] = {}
     if not parameters.base_model:

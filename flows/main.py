@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 
 from eclectus.flows.curate import curate
-from eclectus.flows.evaluate import Evaluated, evaluate, evaluate_alone
+from eclectus.flows.evaluate import Evaluated, check_models, evaluate, evaluate_alone
 from eclectus.flows.extend import extend
 from eclectus.flows.parameters import (
     CurateParameters,
@@ -23,6 +23,8 @@ def main(parameters: MainParameters = MainParameters()) -> Evaluated:
     """Curates the sources, pre-trains Lory and its dense twin, extends it to new languages, evaluates, reports."""
     parameters.check_together()
     with open_run("main", parameters):
+        if not parameters.evaluate_checkpoints:
+            check_models(parameters)
         if not parameters.base_model and not parameters.dense_start:
             once(curate, CurateParameters.of(parameters))
         for number, each in enumerate(parameters.trainings(), 1):

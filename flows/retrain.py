@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from prefect import flow
 
 from eclectus.flows.curate import Curated, curate, read_documents
-from eclectus.flows.evaluate import Evaluated, evaluate_models
+from eclectus.flows.evaluate import Evaluated, check_models, evaluate_models
 from eclectus.flows.extend import extend, train_on
 from eclectus.flows.parameters import CurateParameters, ExtendParameters, RetrainParameters, gate_of
 from eclectus.flows.run import current_home, name_repeats, once, open_run
@@ -26,6 +26,7 @@ from eclectus.tasks.evaluation.contamination import packed_documents
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.promotion.new_documents import NewDocumentsSettings, RefreshSettings, news, refresh
 from eclectus.tasks.run import notify, require_run
+from eclectus.tasks.training.check_base import check_base_to_extend
 
 EXTENDING = ("upcycle", "add_experts", "extend")
 
@@ -70,6 +71,10 @@ def retrain(parameters: RetrainParameters = RetrainParameters()) -> Retrained:
             notify("retrain", f"Not trained: {reason}. The last evaluated model of line '{gate.line}', {outcome}.")
             return Retrained(found, None)
         notify("retrain", f"Training: {reason}.")
+        if current:
+            check_base_to_extend(current.name, parameters.extension_method, parameters.instance_tokens, current.path)
+        else:
+            check_models(parameters)
         trained = _train_on(current, parameters) if current else _train_first(parameters)
         evaluated = evaluate_models(trained.curated, trained.models, parameters, {gate.line: gate}, trained.repeated)
         decision = evaluated.decisions.get(gate.line)

@@ -60,6 +60,10 @@ NO_DEFAULT = {
 class CheckpointError(ValueError):
     """A checkpoint that is incomplete or damaged; the message names the file and the field or tensor."""
 
+    def __init__(self, message: str) -> None:
+        # Names and values come from the world and may hold line breaks.
+        super().__init__(message.replace("\n", " "))
+
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json of a checkpoint directory. Raises CheckpointError if it is missing or not a JSON object in UTF-8."""
@@ -83,6 +87,8 @@ def _no_config(directory: Path) -> str:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a small file. Raises CheckpointError naming the file and what is wrong with it."""
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError(f"{path} is no regular file; expected a file of JSON")
         if path.is_file() and path.stat().st_size > LARGEST:
             raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, too many for JSON; fetch it again")
         text = path.read_text(encoding="utf-8")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -139,7 +139,8 @@ def _kind(config: dict[str, Any], where: Path, trust_remote_code: bool) -> Kind:
         raise CheckpointError(f"{where / CONFIG}: architectures is {architectures!r}; expected a list of class names")
     if config.get("is_encoder_decoder"):
         raise UnsupportedModelError(f"{where} has is_encoder_decoder in config.json; expected a decoder alone")
-    if names and not any(each.endswith(("ForCausalLM", "LMHeadModel")) for each in names):
+    # What else can be evaluated, transformers decides: some of its language models have other endings.
+    if model_type in FAMILIES and names and not any(each.endswith("ForCausalLM") for each in names):
         raise UnsupportedModelError(
             f"{where} is a {names[0]!r} (architectures in config.json), expected a causal language model"
         )
@@ -287,13 +288,16 @@ def _load(directory: Path, config: PretrainedConfig, dtype: torch.dtype | None) 
 
 
 def _lazily(reader: CheckpointReader, stack: ExitStack) -> dict[str, Any]:
-    """The tensors as slices that transformers reads one at a time."""
+    """The tensors as slices that transformers reads one at a time. Raises CheckpointError naming a damaged file."""
     files: dict[Path, Any] = {}
     state = {}
     for name in reader.specs:
         path = reader.file_of(name)
         if path not in files:
-            files[path] = stack.enter_context(safe_open(path, framework="pt"))
+            try:
+                files[path] = stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} cannot be read: {_one_line(error)}; fetch it again") from error
         state[name] = files[path].get_slice(name)
     return state
 

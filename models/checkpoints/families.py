@@ -28,6 +28,9 @@ LAYERED = "layered_"
 class UnsupportedModelError(ValueError):
     """A checkpoint that cannot be upcycled; the message names it, what is supported, and what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\n", " "))
+
 
 @dataclass(frozen=True)
 class Family:

@@ -89,7 +89,10 @@ class CheckpointReader:
             on_error.pop_all()
 
     def _open(self, path: Path, expected: set[str] | None) -> None:
-        file = self._stack.enter_context(path.open("rb"))
+        try:
+            file = self._stack.enter_context(path.open("rb"))
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
         header, start = _read_header(file, path)
         if expected is not None and expected - header.keys():
             raise CheckpointError(
@@ -145,7 +148,9 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], int]:
         if length > LARGEST_HEADER:
             raise ValueError(f"a header of {length} bytes")
         header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
-        header.pop("__metadata__", None)
+        notes = header.pop("__metadata__", {})
+        if not isinstance(notes, dict) or not all(isinstance(each, str) for each in notes.values()):
+            raise ValueError("its __metadata__ is no object of texts")
         _check_entries(header, size - 8 - length)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or cut short ({error}); fetch it again and retry") from error

@@ -13,15 +13,20 @@ from eclectus.storage.errors import EclectusError
 
 if TYPE_CHECKING:
     from eclectus.models.checkpoints.door import Checked
+    from eclectus.tasks.evaluation.evaluate import EvaluateSettings
 
+EVALUATED = "evaluation_tokens"
 # Methods that add experts to a model that has some already.
 ADDING = ("moe_lpr", "no_review", "no_lpr")
 
 
-def check_base(name: str, path: str | Path | None = None, to_upcycle: bool = False) -> Checked | None:
+def check_base(
+    name: str, path: str | Path | None = None, to_upcycle: bool = False, what: str = "base model"
+) -> Checked | None:
     """What the checkpoint is, None if its place is not on this machine (a name on the hub).
 
-    path: where it lies if that is not its name. Raises EclectusError in one line: name, file, field, remedy.
+    path: where it lies if that is not its name. what: how messages call it. Raises EclectusError in one line: name,
+    file, field, remedy.
     """
     from eclectus.models.checkpoints.door import check_checkpoint
 
@@ -30,8 +35,8 @@ def check_base(name: str, path: str | Path | None = None, to_upcycle: bool = Fal
         return None
     try:
         return check_checkpoint(place, to_upcycle=to_upcycle)
-    except ValueError as error:
-        raise EclectusError(f"base model {name}: {error}") from error
+    except (ValueError, OSError) as error:
+        raise EclectusError(f"{what} {name}: {error}") from error
 
 
 def check_base_to_extend(name: str, method: str, tokens: int, path: str | Path | None = None) -> None:
@@ -59,7 +64,7 @@ def check_base_to_extend(name: str, method: str, tokens: int, path: str | Path |
 
 def check_dense_start(name: str, tokens: int, path: str | Path | None = None) -> None:
     """Raises EclectusError unless Lory can start from the checkpoint: LLaMA-shaped, with enough positions."""
-    checked = check_base(name, path)
+    checked = check_base(name, path, what="dense_start")
     if checked is None or not checked.config:
         return
     config = checked.config
@@ -81,6 +86,13 @@ def check_base_to_measure(name: str) -> None:
     if checked.kind != "dense":
         raise EclectusError(f"base model {name}: {_no_base(checked)}")
     check_length(name, checked.positions, LENGTH, "the length of a sample in tokens,")
+
+
+def check_to_evaluate(name: str, path: str | Path, settings: EvaluateSettings) -> None:
+    """Raises EclectusError unless a model can be opened and has the positions that evaluation_tokens asks for."""
+    checked = check_base(name, path, what="model")
+    if checked is not None:
+        check_length(name, checked.positions, settings.evaluation_tokens, EVALUATED)
 
 
 def check_length(name: str, positions: int | None, tokens: int, setting: str) -> None:

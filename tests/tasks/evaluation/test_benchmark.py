@@ -214,7 +214,7 @@ def test_a_question_longer_than_the_context_is_marked_and_an_answer_that_is_leav
 def test_logits_that_are_no_numbers_give_no_score(world, questions):
     model = LlamaForCausalLM.from_pretrained(world.models["dense"].path)
     with torch.no_grad():
-        model.model.norm.weight[0] = float("nan")
+        model.model.norm.weight[:] = 3e38
     broken = write_model(world.store, model, load_tokenizer(world.tokenizer.path))
     ours = ask(world, broken, benchmark_tasks=["piqa"], benchmark_files=[str(questions)])
     assert all(row["score"] is None and row["missing"] == len(GOALS) for row in rows(ours, "scores"))

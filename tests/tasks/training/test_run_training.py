@@ -240,10 +240,10 @@ def test_a_dense_checkpoint_can_replace_the_warm_up(world, instances, pretrained
 
 
 def test_a_dense_start_of_another_kind_or_with_too_few_positions_is_refused(world, instances, pretrained):
-    with pytest.raises(EclectusError, match=r"dense_start is a mixtral.*LLaMA-shaped"):
+    with pytest.raises(EclectusError, match=r"dense_start .* is a mixtral.*LLaMA-shaped"):
         stage(world, instances, "lory", world.models["stage 2"], dense_start="given")
     short = edited_config(world, pretrained["dense"], max_position_embeddings=32)
-    with pytest.raises(EclectusError, match="instance_tokens 64 is more than dense_start's 32 positions"):
+    with pytest.raises(EclectusError, match="instance_tokens 64 is more than the 32 positions of"):
         stage(world, instances, "lory", short, dense_start="given")
 
 
