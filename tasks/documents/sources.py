@@ -107,19 +107,25 @@ def parse_dataset(entry: str) -> tuple[str, str | None, str | None, str]:
 
     The name of a local folder may hold `:` and `@`, and begin with `~`.
     """
-    rest = entry.removeprefix(DATASET)
-    parts: list[str] = []
-    while not (folder := _folder(rest)) and ":" in rest:
-        rest, _, last = rest.rpartition(":")
-        parts.insert(0, last)
-    name, revision = folder, ""
-    if not folder:
+    name, parts = _local_dataset(entry)
+    revision = ""
+    if not name:
         first, *parts = entry.removeprefix(DATASET).split(":")
         name, _, revision = first.partition("@")
     if not name or len(parts) > 2:
         raise EclectusError(f"source '{entry}' is no data set; expected dataset:NAME[@REVISION][:CONFIG[:SPLIT]]")
     config = parts[0] if parts else ""
     return name, revision or None, config or None, parts[1] if len(parts) > 1 and parts[1] else "train"
+
+
+def _local_dataset(entry: str) -> tuple[str, list[str]]:
+    """The folder that a data set's entry names, or "", and what follows it."""
+    rest = entry.removeprefix(DATASET)
+    parts: list[str] = []
+    while not (folder := _folder(rest)) and ":" in rest:
+        rest, _, last = rest.rpartition(":")
+        parts.insert(0, last)
+    return folder, parts
 
 
 def _folder(name: str) -> str:
@@ -130,7 +136,7 @@ def _folder(name: str) -> str:
 
 def _exists(entry: str) -> bool:
     if entry.startswith(DATASET):
-        return bool(_folder(entry.removeprefix(DATASET)))
+        return bool(_local_dataset(entry)[0])
     path = os.path.expanduser(entry)
     return any(map(os.path.lexists, (entry, path, path.strip()))) or (glob.has_magic(path) and bool(glob.glob(path)))
 

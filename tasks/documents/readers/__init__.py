@@ -5,8 +5,7 @@
     dataset        data sets of the hub, local ones                     compression gzip, zstd, bzip2, xz
 
 A truncated or damaged archive gives its whole lines and then one fault. What is read is hashed while it is read
-(`Position.digest`), so that a step can tell whether it is what its key says. Price: about 300 MB/s of JSON lines on one
-core (orjson), about 150 with decompression.
+(`Position.digest`), so that a step can tell whether it is what its key says.
 """
 
 from __future__ import annotations

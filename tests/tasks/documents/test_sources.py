@@ -1,0 +1,379 @@
+"""Which files a setting names, what is passed over, and a key that is true of what was read."""
+
+import errno
+import gzip
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from eclectus.flows.cli.main import make_parser
+from eclectus.flows.cli.options import read_parameters
+from eclectus.storage.errors import EclectusError
+from eclectus.storage.lineage.connection import query
+from eclectus.tasks.documents import fingerprints as of
+from eclectus.tasks.documents.ingest import IngestSettings, _Intake, check_sources, fingerprint, ingest
+from eclectus.tasks.documents.sources import find_sources, parse_dataset, split_entries
+from eclectus.tasks.documents.table import read_table
+from tests.support.displays import NullDisplay
+from tests.support.documents import GREEK, TURKISH, ingested, lines, rejected, texts
+
+
+@pytest.mark.parametrize(
+    ("name", "domain"),
+    [
+        ("en.code.jsonl.gz", "code"),
+        ("el.jsonl", "unknown"),
+        ("train-00000-of-00010.jsonl", "unknown"),
+        ("wiki/train-00000-of-00010.jsonl", "wiki"),
+        ("arxiv-0007.jsonl", "arxiv"),
+        ("ell_Grek.news.jsonl", "news"),
+    ],
+)
+def test_a_file_name_says_the_domain_unless_it_only_numbers_a_shard_or_a_language(store, tmp_path, name, domain):
+    path = tmp_path / "in" / name
+    path.parent.mkdir(parents=True)
+    content = lines({"text": GREEK})
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert read_table(ingested(store, [tmp_path / "in"]))["domain"].to_pylist() == [domain]
+
+
+def test_a_dataset_that_cannot_be_reached_is_an_error_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(EclectusError, match="data set 'nobody/nothing' cannot be reached on the hub"):
+        fingerprint(IngestSettings(sources=["dataset:nobody/nothing"]))
+
+
+def test_what_does_not_exist_is_one_error_that_names_it_and_the_fix(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.pdf").write_bytes(b"pdf")
+    for sources, message in (
+        ([], "no sources are set"),
+        ([tmp_path / "gone.jsonl"], "gone.jsonl' does not exist"),
+        (["someone/something"], "dataset:someone/something"),
+        (["s3://bucket/x.jsonl"], "is a URL"),
+        ([tmp_path / "*.jsonl"], r"glob .* matches no file"),
+        ([tmp_path / "empty"], "holds no file"),
+        ([tmp_path / "a.pdf"], "suffix that cannot be read; these can: .jsonl"),
+    ):
+        with pytest.raises(EclectusError, match=message):
+            check_sources(IngestSettings(sources=[str(each) for each in sources]))
+
+
+def test_globs_read_each_file_once_and_equal_names_stay_distinct(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_bytes(lines({"text": folder}))
+    written = [str(tmp_path / "x" / "a.jsonl"), str(tmp_path / "y" / "a.jsonl"), str(tmp_path / "**" / "*.jsonl")]
+    found = check_sources(IngestSettings(sources=written)).sources
+    assert [source.name for source in found] == ["a.jsonl", "1/a.jsonl"]
+    found = check_sources(IngestSettings(sources=written[2:])).sources
+    assert [source.name for source in found] == ["x/a.jsonl", "y/a.jsonl"]
+
+
+def test_a_changed_file_changes_the_fingerprint_and_a_moved_folder_does_not(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.jsonl").write_bytes(lines({"text": GREEK}))
+    before = fingerprint(IngestSettings(sources=[str(tmp_path / "x")]))
+    os.rename(tmp_path / "x", tmp_path / "y")
+    assert fingerprint(IngestSettings(sources=[str(tmp_path / "y")])) == before
+    (tmp_path / "y" / "a.jsonl").write_bytes(lines({"text": TURKISH}))
+    changed = fingerprint(IngestSettings(sources=[str(tmp_path / "y")]))
+    assert changed.keys() == before.keys() == {"source.0.a.jsonl"} and changed != before
+    for i in range(100):
+        (tmp_path / "y" / f"{i}.jsonl").write_bytes(lines({"text": str(i)}))
+    assert list(fingerprint(IngestSettings(sources=[str(tmp_path / "y")]))) == ["source.0.101-files"]
+
+
+A, B = {"text": "a"}, {"text": "b"}
+
+
+def names(*entries, suffixes=(".txt",)):
+    return [source.name for source in find_sources([str(each) for each in entries], list(suffixes)).sources]
+
+
+def test_a_name_with_a_comma_is_one_source_on_every_way_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.jsonl", "a.jsonl", "b.jsonl", "x,1.jsonl", "x,2.jsonl"):
+        (tmp_path / name).write_bytes(lines(A))
+    (tmp_path / "c, d").mkdir()
+    (tmp_path / "a.yaml").write_text("sources: a,b.jsonl, c, d\n")
+    assert split_entries("a,b.jsonl") == ["a,b.jsonl"]
+    assert split_entries("a.jsonl,b.jsonl,gone.jsonl") == ["a.jsonl", "b.jsonl", "gone.jsonl"]
+    assert split_entries("a.jsonl,a,b.jsonl,b.jsonl") == ["a.jsonl", "a,b.jsonl", "b.jsonl"]
+    assert split_entries("a,b.jsonl,x,*.jsonl,dataset:c, d::train") == ["a,b.jsonl", "x,*.jsonl", "dataset:c, d::train"]
+    for words in (["--sources", "a,b.jsonl,c, d"], ["--config", "a.yaml"]):
+        chosen = make_parser("curate").parse_args(["curate", *words])
+        assert [each.strip() for each in read_parameters(chosen).sources] == ["a,b.jsonl", "c, d"]
+    assert IngestSettings(sources=["a,b.jsonl"]).sources == ["a,b.jsonl"]
+
+
+def test_names_are_taken_as_they_stand_if_there_is_such_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("x[1].jsonl", "*.jsonl", "~x.jsonl", " blank .jsonl", "end.jsonl "):
+        (tmp_path / name).write_bytes(lines(A))
+    assert names("x[1].jsonl", "*.jsonl", "~x.jsonl", " blank .jsonl") == [
+        "x[1].jsonl", "*.jsonl", "~x.jsonl", " blank .jsonl",
+    ]  # fmt: skip
+    assert names(" x[1].jsonl ", "~/x[1].jsonl") == ["x[1].jsonl"]
+    with pytest.raises(EclectusError, match="does not exist"):
+        names("~nobody-of-this-name/x.jsonl")
+    with pytest.raises(EclectusError, match="suffix that cannot be read"):
+        names("end.jsonl ")
+
+
+def test_suffixes_are_recognised_in_any_case(tmp_path):
+    expected = ["A.JSON", "a.JsonL.ZST", "b.json.GZ", "c.Parquet", "d.CSV", "e.Tsv.Bz2", "f.TXT.XZ", "g.ndjson.zstd"]
+    for name in expected:
+        (tmp_path / name).write_bytes(b"x")
+    assert names(tmp_path) == sorted(expected)
+
+
+def test_what_is_not_read_in_a_folder_is_listed_with_the_reason(store, tmp_path):
+    folder = tmp_path / "in"
+    (folder / ".git").mkdir(parents=True)
+    for name in (".git/x.jsonl", ".hidden.jsonl", "cover.png", "a.zip", "b.tar.gz", "c.parquet.gz", "README", "d.pdf"):
+        (folder / name).write_bytes(b"x")
+    (folder / "good.jsonl").write_bytes(lines(A))
+    os.mkfifo(folder / "pipe.jsonl")
+    documents = ingested(store, [folder], text_suffixes=[".txt"])
+    passed = documents.statistics["passed_over"]
+    assert {name: why.split(";")[0] for name, why in passed["files"].items()} == {
+        ".git/": "is hidden",
+        ".hidden.jsonl": "is hidden",
+        "README": "has no suffix that can be read",
+        "a.zip": "is an archive of files",
+        "b.tar.gz": "is an archive of files",
+        "c.parquet.gz": "is compressed Parquet",
+        "cover.png": "has a suffix that cannot be read",
+        "d.pdf": "has a suffix that cannot be read",
+        "pipe.jsonl": "is no regular file",
+    }
+    assert passed["counts"]["is hidden"] == 2 and sum(passed["counts"].values()) == 9
+    assert "add .pdf to 'text_suffixes'" in passed["files"]["d.pdf"]
+    assert documents.statistics["ignored_files"] == {
+        ".gz": 2, ".jsonl": 1, ".pdf": 1, ".png": 1, ".zip": 1, "README": 1,
+    }  # fmt: skip
+
+
+def test_the_terminal_and_artifacts_list_what_is_not_read(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_bytes(lines(A))
+    (tmp_path / "in" / "b.pdf").write_bytes(b"x")
+    display = NullDisplay()
+    run.displays.append(display)
+    ingest(settings=IngestSettings(sources=[str(tmp_path / "in")]))
+    assert any("b.pdf" in text for text in display.texts)
+    sql = "select json_extract_string(statistics, '$.passed_over.files.\"b.pdf\"') from artifacts"
+    assert "text_suffixes" in query(sql, run.home)[1][0][0]
+
+
+def test_linked_folders_are_followed_each_once_and_loops_end(tmp_path):
+    for name in ("in/real", "in/other", "outside/deep"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.jsonl").write_bytes(lines({"text": name}))
+    (tmp_path / "in" / "0link").symlink_to(tmp_path / "in" / "real")
+    (tmp_path / "in" / "1out").symlink_to(tmp_path / "outside")
+    (tmp_path / "in" / "real" / "up").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "real" / "parent").symlink_to(tmp_path)
+    (tmp_path / "outside" / "deep" / "loop").symlink_to(tmp_path / "outside")
+    (tmp_path / "in" / "z.jsonl").symlink_to(tmp_path / "in" / "real" / "a.jsonl")
+    (tmp_path / "in" / "gone").symlink_to(tmp_path / "nowhere")
+    found = find_sources([str(tmp_path / "in")], [])
+    assert [source.name for source in found.sources] == ["1out/deep/a.jsonl", "other/a.jsonl", "real/a.jsonl"]
+    assert {name for name, why in found.passed_over.items() if "link to a folder" in why} == {
+        "0link/", "1out/deep/loop/", "real/parent/", "real/up/",
+    }  # fmt: skip
+
+
+def test_a_linked_folder_outside_the_allowed_ones_is_not_entered(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret").mkdir()
+    for folder in ("in", "secret"):
+        (tmp_path / folder / f"{folder}.jsonl").write_bytes(lines(A))
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "secret")
+    monkeypatch.setenv("ECLECTUS_ROOTS", str(tmp_path / "in"))
+    found = find_sources([str(tmp_path / "in")], [])
+    assert [source.name for source in found.sources] == ["in.jsonl"] and "outside" in found.passed_over["link/"]
+
+
+def test_a_file_that_entries_name_by_links_and_dots_is_read_once(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(A))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    assert names(tmp_path / "a.jsonl", tmp_path / "link.jsonl", f"{tmp_path}/./a.jsonl", tmp_path) == ["a.jsonl"]
+
+
+def test_a_name_that_is_not_utf8_is_read_and_written_in_escapes(run, tmp_path):
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.jsonl")
+    with open(path, "wb") as file:
+        file.write(lines(A) + b"bad\n")
+    pq.write_table(pa.table({"text": ["c"]}), tmp_path / "b.parquet")
+    os.rename(tmp_path / "b.parquet", os.path.join(os.fsencode(tmp_path), b"caf\xe9.parquet"))
+    (tmp_path / "home.txt").write_text("x")
+    documents = ingest(settings=IngestSettings(sources=[f"{tmp_path}/*.jsonl", f"{tmp_path}/*.parquet"]))
+    assert read_table(documents)["source"].to_pylist() == ["caf\\xe9.jsonl", "caf\\xe9.parquet"]
+    assert rejected(documents) == [("caf\\xe9.jsonl", 2, "not JSON")]
+    assert query("select count(*) from step_inputs where name like '%caf%'", run.home)[1] == [(2,)]
+
+
+def test_a_dataset_folder_may_have_any_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a@b:c").mkdir()
+    assert parse_dataset(f"dataset:{tmp_path}/a@b:c::test") == (f"{tmp_path}/a@b:c", None, None, "test")
+    assert parse_dataset("dataset:~/a@b:c") == (f"{tmp_path}/a@b:c", None, None, "train")
+    assert parse_dataset("dataset:owner/name@main:config:test") == ("owner/name", "main", "config", "test")
+
+
+# A key that is true of what was read.
+
+
+def while_reading(monkeypatch, *acts):
+    """Runs an act before each reading of the sources, after their fingerprint."""
+    function, left = ingest.function, list(acts)
+
+    def read(**arguments):
+        if left:
+            left.pop(0)()
+        function(**arguments)
+
+    monkeypatch.setattr(ingest, "function", read)
+
+
+def write_parquet(path, *values):
+    pq.write_table(pa.table({"text": list(values)}), path)
+
+
+def test_a_file_that_is_gone_while_it_is_read_is_read_again_and_not_missing_for_ever(run, tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.jsonl").write_bytes(lines({"text": name}))
+    settings = IngestSettings(sources=[str(folder)])
+    there, away = folder / "b.jsonl", tmp_path / "away"
+    while_reading(monkeypatch, lambda: os.rename(there, away), lambda: os.rename(away, there))
+    assert texts(ingest(settings=settings)) == ["a", "b"]
+    # Gone for both readings: what was read is the key, so that it is read when it is back.
+    (folder / "c.jsonl").write_bytes(lines({"text": "c"}))
+    while_reading(monkeypatch, lambda: os.rename(there, away))
+    assert texts(ingest(settings=settings)) == ["a", "c"]
+    os.rename(away, there)
+    assert texts(ingest(settings=settings)) == ["a", "b", "c"]
+    assert texts(ingest(settings=settings)) == ["a", "b", "c"]
+    assert query("select state from steps order by started", run.home)[1][-1] == ("reused",)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.txt", "a.csv", "a.parquet"])
+def test_a_file_that_changes_between_fingerprint_and_reading_has_the_key_of_what_was_read(
+    run, tmp_path, monkeypatch, name
+):
+    path = tmp_path / name
+
+    def write(word):
+        if name.endswith("parquet"):
+            write_parquet(path, word)
+        else:
+            content = {"jsonl": lines({"text": word}), "txt": word.encode(), "csv": f"text\n{word}\n".encode()}
+            path.write_bytes(content.get(name.split(".")[-1]) or gzip.compress(lines({"text": word}), mtime=0))
+
+    write("one")
+    settings = IngestSettings(sources=[str(path)], text_suffixes=[".txt"])
+    while_reading(monkeypatch, lambda: write("two"))
+    assert texts(ingest(settings=settings)) == ["two"]
+    assert texts(ingest(settings=settings)) == ["two"]
+    write("one")
+    assert texts(ingest(settings=settings)) == ["one"]
+    assert query("select state from steps order by started", run.home)[1] == [
+        ("completed",), ("reused",), ("completed",),
+    ]  # fmt: skip
+
+
+def test_a_file_that_grows_on_and_on_is_kept_under_what_was_read_of_it(run, tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines({"text": "0"}))
+
+    def grow(word):
+        return lambda: path.write_bytes(path.read_bytes() + lines({"text": word}))
+
+    while_reading(monkeypatch, grow("1"), grow("2"))
+    settings = IngestSettings(sources=[str(path)])
+    assert texts(ingest(settings=settings)) == ["0", "1", "2"]
+    [(key,)] = query("select artifact from step_inputs where name = 'source.0.a.jsonl'", run.home)[1]
+    assert f"file-{of.hash_file(path)}" == key or key in f"file-{of.hash_file(path)}"
+
+
+def test_parquet_that_changes_while_it_is_read_is_an_error_in_one_line(run, tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, *(f"text {i}" for i in range(3000)))
+    changes = []
+    take = _Intake.take
+
+    def change(self, source, line, record):
+        if line == 1:
+            changes.append(line)
+            write_parquet(path, *(f"other {i} {len(changes)}" for i in range(3000)))
+        take(self, source, line, record)
+
+    monkeypatch.setattr("eclectus.tasks.documents.ingest._Intake.take", change)
+    with pytest.raises(EclectusError, match=r"source\.0\.a\.parquet twice, and both times it changed meanwhile"):
+        ingest(settings=IngestSettings(sources=[str(path)]))
+    assert len(changes) == 2 and list(run.home.store.all()) == []
+
+
+def test_a_limit_does_not_change_what_is_hashed(run, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(*({"text": str(i)} for i in range(50_000))))
+    settings = IngestSettings(sources=[str(tmp_path / "a.jsonl")], documents_limit=2)
+    assert texts(ingest(settings=settings)) == ["0", "1"]
+    ingest(settings=settings)
+    assert query("select state from steps order by started", run.home)[1] == [("completed",), ("reused",)]
+
+
+def test_a_file_rewritten_in_the_same_tick_with_equal_size_has_another_fingerprint(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines(A))
+    settings, status = IngestSettings(sources=[str(path)]), os.stat(path)
+    before = fingerprint(settings)
+    path.write_bytes(lines(B))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert fingerprint(settings) != before
+
+
+def test_an_error_that_may_pass_is_not_in_the_key_of_another_process(tmp_path, monkeypatch):
+    def digest():
+        return of.unreadable_digest(OSError(errno.EIO, os.strerror(errno.EIO)))
+
+    before = digest()
+    assert digest() == before
+    monkeypatch.setattr(of, "_THIS_PROCESS", "another")
+    assert digest() != before
+    assert of.unreadable_digest(FileNotFoundError(errno.ENOENT, "gone")) == "unreadable-gone"
+
+
+def test_a_folder_whose_name_is_the_domain_is_in_the_key(run, tmp_path):
+    (tmp_path / "novels").mkdir()
+    (tmp_path / "novels" / "a.txt").write_text("text")
+    before = ingest(settings=IngestSettings(sources=[str(tmp_path / "novels")]))
+    os.rename(tmp_path / "novels", tmp_path / "letters")
+    after = ingest(settings=IngestSettings(sources=[str(tmp_path / "letters" / "*.txt")]))
+    assert [read_table(each)["domain"].to_pylist() for each in (before, after)] == [["novels"], ["letters"]]
+
+
+def test_a_dataset_of_the_hub_is_read_at_the_commit_of_its_key(run, tmp_path, monkeypatch):
+    import datasets
+
+    commits, read = iter(["one", "two", "two", "two"]), []
+
+    class Hub:
+        def dataset_info(self, name, revision, timeout):
+            return type("Info", (), {"sha": next(commits)})
+
+    def load(name, config, split, revision, streaming):
+        read.append(revision)
+        return datasets.Dataset.from_dict({"text": [f"text of {revision}"]}).to_iterable_dataset()
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    documents = ingest(settings=IngestSettings(sources=["dataset:owner/name"]))
+    # The first reading found another commit than its key's, so that it was read again.
+    assert texts(documents) == ["text of two"] and read == ["two", "two"]
