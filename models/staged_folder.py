@@ -1,9 +1,9 @@
-"""Output folders that appear whole or not at all: staged in `.NAME.RANDOM.partial` next to the target, then renamed.
+"""Output folders and files that appear whole or not at all: written next to the target, then renamed.
 
-The staging folder has a name of its own, so that two writers of one target do not meet, and only the one that made it
-removes it. The last step is one rename, which the file system refuses where the target is not empty: what somebody else
-wrote there meanwhile stays. A killed process leaves its staging folder; `left_behind` lists such folders, and nobody
-but the user removes them.
+A folder is staged in `.NAME.RANDOM.partial`, a name of its own, so that two writers of one target do not meet, and only
+the one that made it removes it. The last step is one rename, which the file system refuses where the target is not
+empty: what somebody else wrote there meanwhile stays. A killed process leaves its staging folder; `left_behind` lists
+such folders, and nobody but the user removes them.
 """
 
 from __future__ import annotations
@@ -54,6 +54,17 @@ def staged_folder(out_dir: Path) -> Iterator[Path]:
         for parent in created:
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A free path next to `path`; the file written there replaces `path` at the end of the block, unless it raises."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def left_behind(out_dir: Path) -> list[Path]:

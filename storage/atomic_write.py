@@ -6,6 +6,7 @@ Temporary names begin with a dot, so that no glob of ours matches them. Output f
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -31,6 +32,22 @@ def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
             with open(temporary, "rb") as handle:
                 os.fsync(handle.fileno())
         os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def creating(path: Path) -> Iterator[Path]:
+    """As `replacing`, but raises FileExistsError where something has the name by then, and leaves it as it is."""
+    with temporary_path(path) as temporary:
+        yield temporary
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:
+            # No hard links on this file system.
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+            os.rename(temporary, path)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ Shapes: B windows, L tokens, N routed units (segments or tokens), E experts, S s
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.pretraining.export_dense import prompt_routing_weights
+from eclectus.models.staged_folder import replacing
 from eclectus.models.training.loop import autocast
 from eclectus.models.training.process import Process
 
@@ -181,13 +181,11 @@ def _fixed_weights(model: Any, prompt: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _write_sums(path: Path, sums: Sums, done: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
     arrays: dict[str, Any] = {f"shares-{i}": each for i, each in enumerate(sums.shares)}
     arrays |= {f"chosen-{i}": each for i, each in enumerate(sums.chosen)}
     arrays |= {"bits": sums.bits, "tokens": sums.tokens, "positions": sums.positions, "routed": sums.routed}
-    with open(partial, "wb") as handle:
+    with replacing(path) as partial, open(partial, "wb") as handle:
         np.savez(handle, done=done, **arrays)
-    os.replace(partial, path)
 
 
 def _read_sums(path: Path | None, zero: Sums) -> tuple[Sums, int]:

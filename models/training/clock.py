@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from eclectus.models.staged_folder import replacing
 from eclectus.models.training.process import Process
 
 
@@ -36,9 +37,8 @@ class TrainingClock:
         self._report(kind, **values)
         if kind == "metrics":
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._path.with_suffix(".part")
-            partial.write_text(json.dumps(self._now()))
-            partial.replace(self._path)
+            with replacing(self._path) as partial:
+                partial.write_text(json.dumps(self._now()))
 
     def read(self) -> dict[str, float]:
         """The seconds so far. All processes must call it."""

@@ -54,7 +54,7 @@ def bundle(home: Home, run: str, out: Path) -> Path:
     home.refresh()
     create_placeholders(home)
     try:
-        with new_database(out) as connection:
+        with new_database(out, replaced=False) as connection:
             # The home's views and helper tables are left behind in the connection's own, temporary database.
             connection.execute("use memory")
             create_views(connection, home)
@@ -65,6 +65,8 @@ def bundle(home: Home, run: str, out: Path) -> Path:
             connection.execute("use made")
             for name, body in macros(bundled=True).items():
                 connection.execute(f"create macro {name} as {body}")
+    except FileExistsError as error:
+        raise EclectusError(f"{out} was written by another process meanwhile; it stays as it is") from error
     except (OSError, duckdb.IOException) as error:
         raise EclectusError(f"{out} cannot be written: {str(error).splitlines()[0]}") from error
     return out

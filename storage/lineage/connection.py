@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 
-from eclectus.storage.atomic_write import replacing
+from eclectus.storage.atomic_write import creating, replacing
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.compact import GRACE, replaced
@@ -119,8 +119,10 @@ def write_database(home: Home) -> Path:
 
 
 @contextlib.contextmanager
-def new_database(out: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+def new_database(out: Path, replaced: bool = True) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection to a new database, which becomes `out` at the end of the block, in the format of any shell.
+
+    replaced: whether it replaces what is there; else FileExistsError.
 
     It is made elsewhere: DuckDB puts its write-ahead log into a folder that is not there where a path holds a `?`.
     """
@@ -131,7 +133,7 @@ def new_database(out: Path) -> Iterator[duckdb.DuckDBPyConnection]:
             connection.execute(f"attach {text(made)} as made (storage_version '{STORAGE_VERSION}')")
             connection.execute("use made")
             yield connection
-        with replacing(out) as temporary:
+        with (replacing if replaced else creating)(out) as temporary:
             shutil.copyfile(made, temporary)
 
 

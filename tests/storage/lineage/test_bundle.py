@@ -11,6 +11,7 @@ import pytest
 from eclectus.flows.cli.main import main
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.journal import Journal
+from eclectus.storage.lineage import bundle as bundle_module
 from eclectus.storage.lineage.bundle import TABLES, bundle
 from eclectus.storage.lineage.compact import compact
 from eclectus.storage.lineage.connection import query, write_database
@@ -133,3 +134,17 @@ def test_a_file_that_is_there_is_not_written_over(home, tmp_path, capsys):
     main(["--home", str(home.root), "bundle", "last", "-o", str(tmp_path / "b.duckdb"), "--json"])
     assert json.loads(capsys.readouterr().out)["run"] == NEW
     assert place.read_text() == "mine"
+
+
+def test_a_file_that_appears_meanwhile_is_not_written_over(home, tmp_path, monkeypatch):
+    write_history(home)
+    place, macros = tmp_path / "run.duckdb", bundle_module.macros
+
+    def appear(**arguments):
+        place.write_text("theirs")
+        return macros(**arguments)
+
+    monkeypatch.setattr(bundle_module, "macros", appear)
+    with pytest.raises(EclectusError, match="by another process meanwhile"):
+        bundle(home, NEW, place)
+    assert place.read_text() == "theirs"
