@@ -17,6 +17,9 @@ PassedOver = dict[str, str]
 """Name -> why, as the end of a sentence: {"old/.cache/": "is hidden"}."""
 
 HIDDEN = "is hidden"
+OUTSIDE = "is a link to a folder outside those that are allowed"
+READ_ALREADY = "is a link to a folder that is read already or holds this one"
+LINKED = (OUTSIDE, READ_ALREADY)
 
 
 def files_below(folder: Path, passed: PassedOver | None = None) -> list[Path]:
@@ -66,11 +69,11 @@ def _walk(
 
 def _why_not_entered(link: Path, entered: set[tuple[int, int] | str]) -> str:
     if _identity(link) in entered:
-        return "is a link to a folder that is read already or holds this one"
+        return READ_ALREADY
     try:
         check_path(str(link), "the link")
     except EclectusError:
-        return "is a link to a folder outside those that are allowed"
+        return OUTSIDE
     return ""
 
 

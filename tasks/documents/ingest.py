@@ -103,16 +103,17 @@ def check_sources(settings: IngestSettings) -> Found:
 
 
 def fingerprint(settings: IngestSettings) -> dict[str, str]:
-    """Digests of everything that is read, so that changed files change the key."""
-    return fingerprints(check_sources(settings).sources)
+    """Digests of everything that is read, so that changed files change the key. Every run reports what is not read."""
+    found = check_sources(settings)
+    if found.passed_over:
+        notify("files that are not read", _first_passed_over(found))
+    return fingerprints(found.sources)
 
 
 @step(makes="documents", version=4, fingerprint=fingerprint)
 def ingest(settings: IngestSettings, out: Draft) -> None:
     """Reads the sources into documents. Raises EclectusError if no document is kept."""
     found = check_sources(settings)
-    if found.passed_over:
-        notify("files that are not read", _first_passed_over(found))
     with _Intake(settings, out) as intake:
         digests = _read_all(found.sources, settings, intake)
     out.read = named(found.sources, digests)

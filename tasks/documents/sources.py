@@ -10,6 +10,7 @@ folders are followed, each once (tasks/documents/folders.py). Price: one walk.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 import re
@@ -19,7 +20,7 @@ from typing import Literal
 
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.allowed_paths import check_path
-from eclectus.tasks.documents.folders import PassedOver, files_below, name_of, why_no_file
+from eclectus.tasks.documents.folders import LINKED, PassedOver, files_below, name_of, why_no_file
 from eclectus.tasks.documents.language_codes import is_language
 
 DATASET = "dataset:"
@@ -168,7 +169,7 @@ def _resolve(entry: str, origin: int, text_suffixes: list[str], others: Found) -
         return [source]
     elif glob.has_magic(str(path)):
         top = _fixed_part(path)
-        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if not Path(name).is_dir())
+        files = _matching(path, top)
         nothing = f"glob '{entry}' matches no file that can be read"
     else:
         raise EclectusError(_missing(entry.strip()))
@@ -243,6 +244,25 @@ def _fixed_part(path: Path) -> Path:
             break
         parts.append(part)
     return Path(*parts) if parts else Path()
+
+
+def _matching(pattern: Path, top: Path) -> list[Path]:
+    """The files that a glob matches. Python's own follows links into loops, of which two take forever."""
+    if "**" in pattern.parts:
+        passed: PassedOver = {}
+        files = files_below(top, passed)
+        if any(why in LINKED for why in passed.values()):
+            wanted = pattern.parts[len(top.parts) :]
+            return sorted(file for file in files if _fits(file.parts[len(top.parts) :], wanted))
+    return sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if not Path(name).is_dir())
+
+
+def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if pattern[:1] == ("**",):
+        return any(_fits(parts[begin:], pattern[1:]) for begin in range(len(parts) + 1))
+    if not parts or not pattern:
+        return not parts and not pattern
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def _missing(entry: str) -> str:

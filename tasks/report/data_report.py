@@ -37,6 +37,7 @@ from eclectus.tasks.step import step
 QUANTILES = [0.1, 0.5, 0.9, 1.0]
 SHOWN_CHARACTERS = 400
 SHOWN_REJECTED = 8
+SHOWN_FILES = 4
 SHOWN_DUPLICATES = 3
 SHOWN_AS = {"set apart": "excluded"}
 
@@ -96,7 +97,7 @@ def data_report(
         duplicates=_duplicates(documents, grouping),
         picture=base64.b64encode(grouping.file("quality.png").read_bytes()).decode(),
     )
-    more = (_shares_table(divided), _rejected_table(ingested), instances_table(given))
+    more = (_shares_table(divided), _rejected_table(ingested), _passed_over_table(ingested), instances_table(given))
     contents.tables += [table for table in more if table]
     out.file("data.html").write_text(_page(contents), "utf-8")
     out.file("data.md").write_text(_markdown(contents), "utf-8")
@@ -196,6 +197,18 @@ def _rejected_table(ingested: Artifact) -> Table | None:
     ]
     reasons = ", ".join(f"{reason} {count(n)}" for reason, n in ingested.statistics["rejected_by_reason"].items())
     return Table("Rejected", ["where", "why"], rows, note=f"The first of {count(len(rejected))}: {reasons}.")
+
+
+def _passed_over_table(ingested: Artifact) -> Table | None:
+    """Files of the sources' folders that were not read, by reason; earlier artifacts do not know them."""
+    passed = ingested.statistics.get("passed_over", {})
+    if not passed.get("counts"):
+        return None
+    rows = []
+    for why, number in passed["counts"].items():
+        names = [name for name, reason in passed["files"].items() if reason == why]
+        rows.append([Cell(why), Cell(count(number), ", ".join(names[:SHOWN_FILES]) + " ..." * (number > SHOWN_FILES))])
+    return Table("Files that are not read", ["why", "files"], rows)
 
 
 def _facts(grouping: Artifact, instances: dict[str, Artifact], replayed: Artifact | None) -> list[Facts]:

@@ -188,6 +188,18 @@ def test_linked_folders_are_followed_each_once_and_loops_end(tmp_path):
     }  # fmt: skip
 
 
+def test_a_glob_over_all_folders_ends_where_links_make_loops(tmp_path):
+    for name in ("a/deep", "b"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x.jsonl").write_bytes(lines(A))
+        (tmp_path / name / "up").symlink_to(tmp_path)
+        (tmp_path / name / "other").symlink_to(tmp_path / "b")
+    (tmp_path / "y.jsonl").write_bytes(lines(A))
+    assert names(tmp_path / "**" / "*.jsonl") == ["a/deep/x.jsonl", "b/x.jsonl", "y.jsonl"]
+    assert names(tmp_path / "a" / "**" / "x.*") == ["deep/other/x.jsonl", "deep/x.jsonl"]
+    assert names(tmp_path / "*" / "**" / "x.jsonl") == ["a/deep/x.jsonl", "b/x.jsonl"]
+
+
 def test_a_linked_folder_outside_the_allowed_ones_is_not_entered(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     (tmp_path / "secret").mkdir()
