@@ -18,6 +18,7 @@ from eclectus.tasks.evaluation.benchmark import BenchmarkSettings, benchmark
 from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, folders_by_name, language_of, wanted_tasks
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 from tests.support.small_world import make_world, write_model
+from tests.support.tokenizers import byte_level
 
 GOALS = [("open a jar", "twist the lid", "sing to it"), ("cut bread", "use a knife", "use a pillow")] * 4
 YAML = """
@@ -148,6 +149,37 @@ def test_a_question_is_text_whatever_it_spells_and_special_tokens_stand_around_i
         assert words.eos_token_id not in ours.tok_encode(f"what does {end} mean", False)
         assert words.eos_token_id in plain.tok_encode(f"what does {end} mean", False)
         assert words.decode(ours.tok_encode(f"what does {end} mean", False)) == f"what does {end} mean"
+
+
+def test_what_begins_a_text_precedes_questions_and_whole_texts_once_and_is_not_scored(world, tmp_path):
+    import torch
+    from lm_eval.api.instance import Instance
+    from transformers import AutoModelForCausalLM
+
+    from eclectus.models.evaluation.lm_eval import make_harness_model
+    from eclectus.models.training.process import Process
+
+    words = load_tokenizer(byte_level(tmp_path, "<s> $A </s>"))
+    model = AutoModelForCausalLM.from_pretrained(world.models["dense"].path).eval()
+    begin, text, question, answer = words.bos_token_id, "an html page, the river", "an html", " page"
+
+    def ids(text):
+        return words(text, add_special_tokens=False)["input_ids"]
+
+    def score(tokens, count):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+        return sum(float(logits[at - 1, tokens[at]]) for at in range(len(tokens) - count, len(tokens)))
+
+    given = (model, words, 64, 4, Process.current(), None, lambda *_: None)
+    asked = Instance("loglikelihood", {}, (question, answer), 0)
+    for own, before in ((None, [begin]), ([], []), ([begin, begin], [begin, begin])):
+        ours = make_harness_model(*given, None, own)
+        whole = ours.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+        assert whole[0] == pytest.approx(score([begin, *ids(text)], len(ids(text))), abs=1e-3)
+        value, _ = ours.loglikelihood([asked], disable_tqdm=True)[0]
+        both = ids(question + answer)
+        assert value == pytest.approx(score([*before, *both], len(both) - len(ids(question))), abs=1e-3)
 
 
 @pytest.mark.parametrize("model", ["dense", "lory", "stage 2"])

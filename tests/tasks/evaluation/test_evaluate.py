@@ -60,7 +60,7 @@ def rows(artifact, name="documents"):
     return pq.read_table(artifact.file(f"{name}.parquet")).to_pylist()
 
 
-def bits_token_by_token(world, checkpoint, language, domain) -> tuple[float, float]:
+def bits_token_by_token(world, checkpoint, language, domain, begin=()) -> tuple[float, float]:
     """(bits, bytes) of the first two documents of a stream, with one forward pass per token over its own window."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path).eval()
     words = load_tokenizer(world.tokenizer.path)
@@ -71,14 +71,14 @@ def bits_token_by_token(world, checkpoint, language, domain) -> tuple[float, flo
     stream, weights = [], []
     for document in documents:
         ids = words(document["text"], add_special_tokens=False)["input_ids"]
-        stream += [*ids, words.eos_token_id]
-        weights += [len(document["text"].encode()) / len(ids)] * len(ids) + [None]
+        stream += [*begin, *ids, words.eos_token_id]
+        weights += [None] * len(begin) + [len(document["text"].encode()) / len(ids)] * len(ids) + [None]
     bits = size = 0.0
     for at in range(SEGMENT, len(stream)):
         if weights[at] is None:
             continue
         start = (at - SEGMENT) // (LENGTH - SEGMENT) * (LENGTH - SEGMENT)
-        window = torch.tensor([stream[start : min(start + LENGTH, len(stream))]])
+        window = torch.tensor([[*begin, *stream[start + len(begin) : min(start + LENGTH, len(stream))]]])
         with torch.no_grad():
             logits = model(input_ids=window).logits[0, at - start - 1].double()
         bits += float(-logits.log_softmax(-1)[stream[at]]) / math.log(2)
@@ -86,10 +86,14 @@ def bits_token_by_token(world, checkpoint, language, domain) -> tuple[float, flo
     return bits, size
 
 
-@pytest.mark.parametrize("name", ["dense", "lory", "stage 2"])
-def test_bits_per_byte_equal_those_of_an_independent_computation(world, name):
-    evaluation = run(world, world.models[name], evaluation_documents=2)
-    bits, size = bits_token_by_token(world, world.models[name], "el", "interface")
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("dense", "auto"), ("lory", "auto"), ("stage 2", "auto"), ("dense", "always"), ("lory", "always")],
+)
+def test_bits_per_byte_equal_those_of_an_independent_computation(world, name, rule):
+    begin = [load_tokenizer(world.tokenizer.path).bos_token_id] if rule == "always" else []
+    evaluation = run(world, world.models[name], evaluation_documents=2, begin_of_document=rule)
+    bits, size = bits_token_by_token(world, world.models[name], "el", "interface", begin)
     row = next(row for row in rows(evaluation, "scores") if row["level"] == "domain" and row["domain"] == "interface")
     assert row["bits_per_byte"] == pytest.approx(bits / size, rel=1e-6)
     assert row["bytes"] == pytest.approx(size, rel=1e-9)
