@@ -26,7 +26,7 @@ from eclectus.tasks.grouping.embed import EmbedSettings
 from eclectus.tasks.grouping.group import GroupSettings
 from eclectus.tasks.grouping.nearest import NeighborSettings
 from eclectus.tasks.grouping.static_embedding import EmbeddingText, StaticEmbeddingSettings
-from eclectus.tasks.packing.budget import BudgetSettings
+from eclectus.tasks.packing.budget import BudgetSettings, amounts
 from eclectus.tasks.packing.pack import PackSettings
 from eclectus.tasks.packing.replay import ReplaySettings
 from eclectus.tasks.packing.tokenizer import BeginSettings, TokenizerSettings
@@ -38,7 +38,7 @@ from eclectus.tasks.training.add_experts import AddExpertsSettings
 from eclectus.tasks.training.extend import ExtendSettings, MethodSettings, PostPretrainSettings, ReviewSettings
 from eclectus.tasks.training.fetch_model import FetchSettings
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings
-from eclectus.tasks.training.pretrain import ArchitectureSettings, LorySettings, PretrainSettings
+from eclectus.tasks.training.pretrain import ArchitectureSettings, LorySettings, PretrainSettings, check_segment
 from eclectus.tasks.training.run_training import TrainingSettings, WorkerSettings
 from eclectus.tasks.training.upcycle import UpcycleSettings
 
@@ -147,6 +147,17 @@ class CurateParameters(
 ):
     """From sources to training instances."""
 
+    def check_together(self) -> None:
+        super().check_together()
+        wanted = [*self.original_languages, *self.expanded_languages]
+        for name in ("language_budgets", "language_weights"):
+            for language in amounts(getattr(self, name)):
+                if language not in wanted:
+                    raise EclectusError(
+                        f"{name} names language '{language}', which is neither original nor expanded; take it out, or "
+                        "add it to one of the two"
+                    )
+
 
 class RepeatSettings(Settings):
     """How often the models of a run are trained. Steps know the seed of one training only, as their `seed`."""
@@ -168,6 +179,11 @@ class RepeatSettings(Settings):
 
 class PretrainParameters(RepeatSettings, PretrainSettings, CurateParameters):  # type: ignore[misc]
     """From sources to a Lory model and its dense twin."""
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.pretrains:
+            check_segment(self, self.instance_tokens)
 
     @property
     def seed_of_training(self) -> int:
@@ -223,6 +239,41 @@ class ExtendParameters(ExtendSettings, AddExpertsSettings, PretrainParameters): 
                 f"extension_method {self.extension_method} extends dense models, and extension_base is lory; choose "
                 f"{', '.join(stages)}, or extension_base dense"
             )
+        if self.extends and self.pretrains:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        """Raises EclectusError for numbers of experts that do not fit the model that is pre-trained."""
+        if self.extension_base == "lory" and self.lory_experts == 1:
+            raise EclectusError(
+                "extension_base is lory, and lory_experts 1 makes a model without routers; choose more experts, or "
+                "extension_base dense"
+            )
+        given, layers = self.extension_experts_per_layer, self.model_layers
+        if self.extension_base == "lory" or not self.has_custom_shape:
+            return
+        if given and len(given) != layers:
+            raise EclectusError(
+                f"extension_experts_per_layer has {len(given)} numbers, and model_layers is {layers}; give one for each"
+            )
+        if 0 < self.extension_expert_budget < layers:
+            raise EclectusError(
+                f"extension_expert_budget {self.extension_expert_budget} is less than one new expert in each of "
+                f"model_layers {layers}; raise it"
+            )
+        if self.extension_method == "llama_pro" and self.llama_pro_blocks > layers:
+            raise EclectusError(
+                f"llama_pro_blocks {self.llama_pro_blocks} is more than one new block for each of model_layers "
+                f"{layers}; lower it"
+            )
+
+    @property
+    def pretrains(self) -> bool:
+        return not self.base_model
+
+    @property
+    def extends(self) -> bool:
+        return bool(self.expanded_languages)
 
 
 class SimilarityParameters(
@@ -245,6 +296,27 @@ class EvaluationParameters(  # type: ignore[misc]
     EvaluateSettings, BenchmarkSettings, ContaminationSettings, ReportSettings, ExtendParameters
 ):
     """Settings of evaluation, gate and report, shared by the flows that evaluate."""
+
+    def check_together(self) -> None:
+        super().check_together()
+        # Models are scored with this context, so that those of Lory have no look-ahead.
+        context, tokens = self.lory_segment, self.evaluation_tokens
+        if 0 < tokens <= context:
+            raise EclectusError(
+                f"evaluation_tokens {tokens} leaves nothing to score after a context of lory_segment {context} tokens; "
+                "raise it, or lower lory_segment"
+            )
+        if self.pretrains and not self.dense_start:
+            if tokens > self.instance_tokens:
+                raise EclectusError(
+                    f"evaluation_tokens {tokens} is more than the positions of the models, instance_tokens "
+                    f"{self.instance_tokens}; lower it"
+                )
+            if context >= self.instance_tokens:
+                raise EclectusError(
+                    f"instance_tokens {self.instance_tokens} leaves nothing to score after a context of lory_segment "
+                    f"{context} tokens; raise it, or lower lory_segment"
+                )
 
 
 class EvaluateParameters(EvaluationParameters):
@@ -277,6 +349,14 @@ class EvaluateParameters(EvaluationParameters):
                     f"so nothing is trained; leave out one of them (--{name.replace('_', '-')} "
                     f"{type(self).model_fields[name].default})"
                 )
+
+    @property
+    def pretrains(self) -> bool:
+        return super().pretrains and not self.evaluate_checkpoints
+
+    @property
+    def extends(self) -> bool:
+        return super().extends and not self.evaluate_checkpoints
 
 
 class MainParameters(EvaluateParameters):

@@ -93,18 +93,8 @@ def _source(settings: EmbedSettings, model: Artifact | None) -> Path | str:
         if model is None:
             raise EclectusError("embedding_model is 'static', but embed got no model; pass model=train_embedding(...)")
         return Path(model.path)
-    if not _is_folder(settings):
-        if settings.embedding_model.startswith((".", "/", "~")):
-            raise EclectusError(
-                f"embedding_model '{settings.embedding_model}' is no folder; give one, a hub name or 'static'"
-            )
-        return settings.embedding_model
-    folder = Path(settings.embedding_model)
-    if not any((folder / name).is_file() for name in ("modules.json", "config.json")):
-        raise EclectusError(
-            f"embedding_model '{folder}' has no modules.json or config.json, so it is no sentence-transformers model"
-        )
-    return folder
+    settings.check_together()
+    return Path(settings.embedding_model) if _is_folder(settings) else settings.embedding_model
 
 
 def _is_folder(settings: EmbedSettings) -> bool:

@@ -69,6 +69,22 @@ class EmbedSettings(EmbeddingText):
         le=1,
     )
 
+    def check_together(self) -> None:
+        super().check_together()
+        folder = Path(self.embedding_model)
+        if self.embedding_model == STATIC:
+            return
+        if not folder.is_dir():
+            if self.embedding_model.startswith((".", "/", "~")):
+                raise EclectusError(
+                    f"embedding_model '{self.embedding_model}' is no folder; give one, a hub name or 'static'"
+                )
+        elif not any((folder / name).is_file() for name in ("modules.json", "config.json")):
+            raise EclectusError(
+                f"embedding_model '{folder}' has no modules.json or config.json, so it is no "
+                "sentence-transformers model"
+            )
+
 
 @dataclass
 class Lacking:

@@ -38,6 +38,10 @@ Method = Literal[
 ]
 
 
+# Methods with a second stage, as in models/extension/methods.py, which imports PyTorch.
+REVIEWED = ("moe_lpr", "no_lpr", "random_experts")
+
+
 class MethodSettings(Settings):
     """How a model is extended to new languages."""
 
@@ -99,11 +103,21 @@ class ExtendSettings(
 
     def check_together(self) -> None:
         super().check_together()
+        if not self.extends:
+            return
+        self.check_batch("post_pretrain_batch")
+        if self.extension_method in REVIEWED:
+            self.check_batch("review_batch")
         if self.extension_expert_budget and self.extension_experts_per_layer:
             raise EclectusError(
                 "extension_experts_per_layer and extension_expert_budget both say how many experts a layer gets; "
                 "leave one out"
             )
+
+    @property
+    def extends(self) -> bool:
+        """Whether a model is extended at all; otherwise these settings have no effect."""
+        return True
 
 
 @dataclass(frozen=True)

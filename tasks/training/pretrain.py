@@ -155,22 +155,62 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
 
     def check_together(self) -> None:
         super().check_together()
+        if not self.pretrains:
+            return
+        self.check_batch("pretrain_batch")
         if self.dense_start and "dense_equal_flops" in self.pretrain_baselines:
             raise EclectusError(
                 "pretrain_baselines has dense_equal_flops, which trains from scratch and is no control of models that "
                 "start from dense_start; leave out one of the two"
             )
-        fixed = self.dense_start or self.model_preset != "custom"
-        if not fixed and (self.model_width % self.model_heads or self.model_heads % self.model_key_value_heads):
+        if self.has_custom_shape:
+            self._check_shape()
+        self._check_baselines()
+
+    def _check_shape(self) -> None:
+        if self.model_width % self.model_heads or self.model_heads % self.model_key_value_heads:
             raise EclectusError(
                 f"model_width {self.model_width}, model_heads {self.model_heads} and model_key_value_heads "
                 f"{self.model_key_value_heads} do not fit: each must be a multiple of the next"
             )
-        if self.training_workers and self.pretrain_batch % self.training_workers:
+        if (self.model_width // self.model_heads) % 2:
             raise EclectusError(
-                f"pretrain_batch {self.pretrain_batch} cannot be shared by training_workers {self.training_workers}; "
-                "make it a multiple"
+                f"model_width {self.model_width} and model_heads {self.model_heads} give heads of "
+                f"{self.model_width // self.model_heads} dimensions, and rotary positions need an even number; change "
+                "one of them"
             )
+
+    def _check_baselines(self) -> None:
+        """Raises EclectusError for token-level mixtures that cannot be cut out of the dense feed-forward network."""
+        chosen = [name for name in ("top_k", "document_pools") if name in self.pretrain_baselines]
+        if not chosen:
+            return
+        cuts, pool, most = self.baseline_top_k, self.baseline_pool, self.lory_experts * self.baseline_top_k
+        if self.has_custom_shape and self.model_feed_forward % cuts:
+            raise EclectusError(
+                f"baseline_top_k {cuts} does not divide model_feed_forward {self.model_feed_forward}, which the "
+                f"baseline {chosen[0]} cuts into so many experts; change one of them"
+            )
+        if "document_pools" in chosen and pool and (pool % cuts or pool > most):
+            raise EclectusError(
+                f"baseline_pool {pool} must be 0 or a multiple of baseline_top_k {cuts}, at most {most} (lory_experts "
+                "times baseline_top_k)"
+            )
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether a model is pre-trained at all; otherwise these settings have no effect."""
+        return True
+
+    @property
+    def has_custom_shape(self) -> bool:
+        """Whether the model's shape is that of the settings, not of a preset or a checkpoint."""
+        return not self.dense_start and self.model_preset == "custom"
+
+    @property
+    def trains_routers(self) -> bool:
+        """Whether Lory has routers, which learn from the second segment on."""
+        return self.lory_experts > 1 and self.lory_routing != "dense"
 
     @property
     def switch_step(self) -> int:
@@ -198,7 +238,7 @@ class PretrainStageSettings(PretrainSettings):
     @property
     def routed(self) -> bool:
         """Whether the stage trains routers over merged experts."""
-        return self.pretrain_stage == "lory" and self.lory_experts > 1 and self.lory_routing != "dense"
+        return self.pretrain_stage == "lory" and self.trains_routers
 
     def key_values(self) -> dict[str, Any]:
         """Without settings that the stage does not depend on; so a change of Lory's reuses the dense twin."""
@@ -236,11 +276,8 @@ def pretrain(
         )
     settings.check_together()
     length = json.loads(instances.file("instances.json").read_text())["length"]
-    if settings.routed and settings.lory_segment >= length:
-        raise EclectusError(
-            f"lory_segment {settings.lory_segment} leaves no second segment in instances of {length} tokens, so no "
-            "router would ever learn; lower it, or raise instance_tokens"
-        )
+    if settings.routed:
+        check_segment(settings, length)
     if settings.dense_start and start is not None:
         check_dense_start(start.name, length, start.path)
     with resume_directory("pretrain", instances, tokenizer, start, settings.key_values()) as work:
@@ -257,6 +294,15 @@ def pretrain(
                 "out": str(out.path),
             },
             what=f"training {settings.pretrain_stage.replace('_', '-')}",
+        )
+
+
+def check_segment(settings: PretrainSettings, length: int) -> None:
+    """Raises EclectusError for segments that leave no second one in instances of this many tokens."""
+    if settings.trains_routers and settings.lory_segment >= length:
+        raise EclectusError(
+            f"lory_segment {settings.lory_segment} leaves no second segment in instances of {length} tokens, so no "
+            "router would ever learn; lower it, or raise instance_tokens"
         )
 
 

@@ -87,6 +87,14 @@ class TrainingSettings(WorkerSettings):
     log_every: int = RuntimeSetting(10, ge=1, description="Training steps between logged metrics.")
     seed: int = SEED
 
+    def check_batch(self, name: str) -> None:
+        """Raises EclectusError if the workers cannot share a stage's batches. name: of the setting of its batch."""
+        batch = getattr(self, name)
+        if self.training_workers and batch % self.training_workers:
+            raise EclectusError(
+                f"{name} {batch} cannot be shared by training_workers {self.training_workers}; make it a multiple"
+            )
+
     def plan(self, **stage: Any) -> Plan:
         """The plan of one stage. stage: its own fields (start, stop, total, batch, learning_rate, warmup)."""
         from eclectus.models.training.loop import Plan
