@@ -96,4 +96,9 @@ def why_no_file(path: Path) -> str:
 
 def name_of(path: Path, top: Path) -> str:
     """The path below `top`, as text: bytes that are not UTF-8 are written as \\xe9."""
-    return os.fsencode(path.relative_to(top).as_posix()).decode("utf-8", "backslashreplace")
+    return readable(path.relative_to(top).as_posix())
+
+
+def readable(name: str) -> str:
+    """A file's name as text."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -20,7 +20,7 @@ from typing import Literal
 
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.allowed_paths import check_path
-from eclectus.tasks.documents.folders import LINKED, PassedOver, files_below, name_of, why_no_file
+from eclectus.tasks.documents.folders import LINKED, PassedOver, files_below, name_of, readable, why_no_file
 from eclectus.tasks.documents.language_codes import is_language
 
 DATASET = "dataset:"
@@ -169,7 +169,13 @@ def _resolve(entry: str, origin: int, text_suffixes: list[str], others: Found) -
         return [source]
     elif glob.has_magic(str(path)):
         top = _fixed_part(path)
-        files = _matching(path, top)
+        matching = _matching(path, top)
+        files = [file for file in matching if not file.is_dir()]
+        if "**" not in path.parts:
+            folders = [file for file in matching if file not in files and not file.name.startswith(".")]
+            here.update(
+                (f"{name_of(folder, top)}/", "is a folder; name it, or end the glob in /**") for folder in folders
+            )
         nothing = f"glob '{entry}' matches no file that can be read"
     else:
         raise EclectusError(_missing(entry.strip()))
@@ -230,7 +236,7 @@ def _first_reason(passed: PassedOver) -> str:
 
 def _meaningful(name: str) -> str | None:
     """`en.code-00001-of-00010` -> `code`; None for a name that only gives a shard, a split or a language."""
-    words = [_SHARD.sub("", word) for word in name.split(".")]
+    words = [_SHARD.sub("", word) for word in readable(name).split(".")]
     if is_language(words[0]):
         words = words[1:]
     words = [word for word in words if not _NO_DOMAIN.fullmatch(word)]
@@ -247,14 +253,14 @@ def _fixed_part(path: Path) -> Path:
 
 
 def _matching(pattern: Path, top: Path) -> list[Path]:
-    """The files that a glob matches. Python's own follows links into loops, of which two take forever."""
+    """The files and folders that a glob matches. Python's own follows links into loops, of which two take forever."""
     if "**" in pattern.parts:
         passed: PassedOver = {}
         files = files_below(top, passed)
         if any(why in LINKED for why in passed.values()):
             wanted = pattern.parts[len(top.parts) :]
             return sorted(file for file in files if _fits(file.parts[len(top.parts) :], wanted))
-    return sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if not Path(name).is_dir())
+    return sorted(map(Path, glob.glob(str(pattern), recursive=True)))
 
 
 def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:

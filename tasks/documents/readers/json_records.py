@@ -64,17 +64,19 @@ def _read_lines(lines: Lines, reading: Reading) -> Iterator[Numbered]:
             continue
         try:
             record = orjson.loads(line)
-        except ValueError as error:
+        except ValueError:
             if line.strip():
-                for each in _look_again(line, lines, reading, error):
+                for each in _look_again(line, lines, reading):
                     yield number, each
             continue
         yield number, as_record(record, line, reading, "the line")
 
 
-def _look_again(line: bytes, lines: Lines, reading: Reading, error: ValueError) -> Iterator[Record | Fault]:
+def _look_again(line: bytes, lines: Lines, reading: Reading) -> Iterator[Record | Fault]:
     """The records or faults of a line that orjson refused, and of following ones if its object goes on in them."""
-    record = parse(line, reading, "the line", error)
+    # Files that were joined may each have begun with a mark.
+    line = line.removeprefix(MARK)
+    record = parse(line, reading, "the line")
     start = line.lstrip(BLANK)
     if not isinstance(record, Fault) or not start.startswith((b"{", b"[")):
         yield record

@@ -15,17 +15,16 @@ MOST_DIGITS = 4_000
 EXACT = 2**53
 
 
-def parse(content: bytes, reading: Reading, what: str, error: ValueError | None = None) -> Record | Fault:
-    """The record in `content`, or why it is none. what: "the line", "item 3 of the array". error: orjson's, if known.
+def parse(content: bytes, reading: Reading, what: str) -> Record | Fault:
+    """The record in `content`, or why it is none. what: "the line", "item 3 of the array".
 
     Accepts what writers put into JSON and orjson refuses: NaN, halves of surrogate pairs, huge numbers, and bytes that
     are not UTF-8 outside the text.
     """
-    if error is None:
-        try:
-            return as_record(orjson.loads(content), content, reading, what)
-        except ValueError as refused:
-            error = refused
+    try:
+        return as_record(orjson.loads(content), content, reading, what)
+    except ValueError as error:
+        refused = error
     fault = None
     try:
         text = content.decode()
@@ -34,7 +33,7 @@ def parse(content: bytes, reading: Reading, what: str, error: ValueError | None 
     try:
         value = json.loads(text, parse_int=_integer)
     except (ValueError, RecursionError):
-        return fault or Fault("not JSON", f"{what} is not JSON ({error})", start_of(content))
+        return fault or Fault("not JSON", f"{what} is not JSON ({refused})", start_of(content))
     if fault and not (isinstance(value, dict) and _is_text(value.get(reading.text_field))):
         return fault
     record = as_record(value, content, reading, what)

@@ -217,6 +217,7 @@ A, B = {"text": "a"}, {"text": "b"}
         ("a.jsonl", lines(A).replace(b"\n", b"\r") + lines(B), "ab", []),
         ("a.jsonl", lines(A) + b"\0" * 100 + b"\n\0" + lines(B), "ab", [2]),
         ("a.json", b"\xef\xbb\xbf" + json.dumps([A, B]).encode(), "ab", []),
+        ("a.jsonl", b"\xef\xbb\xbf" + lines(A) + b"\xef\xbb\xbf" + lines(B), "ab", []),
         ("a.json", b"[" + lines(A) + b"]\n[" + lines(B) + b"]\n", "ab", []),
         ("a.json", b'[{"text": "a"},\n{"text": "b"}', "ab", [3]),
         ("a.json", b'[{"text": "a"}, {"text": "b"},]\n\0\0', "ab", []),

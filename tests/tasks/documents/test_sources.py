@@ -188,6 +188,15 @@ def test_linked_folders_are_followed_each_once_and_loops_end(tmp_path):
     }  # fmt: skip
 
 
+def test_a_folder_that_a_glob_matches_is_listed(tmp_path):
+    (tmp_path / "x.jsonl").mkdir()
+    (tmp_path / "a.jsonl").write_bytes(lines(A))
+    found = find_sources([f"{tmp_path}/*.jsonl"], [])
+    assert [each.name for each in found.sources] == ["a.jsonl"] and "is a folder" in found.passed_over["x.jsonl/"]
+    with pytest.raises(EclectusError, match=r"matches no file that can be read \('x.jsonl/' is a folder\)"):
+        find_sources([f"{tmp_path}/x*.jsonl"], [])
+
+
 def test_a_glob_over_all_folders_ends_where_links_make_loops(tmp_path):
     for name in ("a/deep", "b"):
         (tmp_path / name).mkdir(parents=True)
@@ -223,7 +232,13 @@ def test_a_name_that_is_not_utf8_is_read_and_written_in_escapes(run, tmp_path):
         file.write(lines(A) + b"bad\n")
     pq.write_table(pa.table({"text": ["c"]}), tmp_path / "b.parquet")
     os.rename(tmp_path / "b.parquet", os.path.join(os.fsencode(tmp_path), b"caf\xe9.parquet"))
-    (tmp_path / "home.txt").write_text("x")
+    os.mkdir(os.path.join(os.fsencode(tmp_path), b"d\xea"))
+    with open(os.path.join(os.fsencode(tmp_path), b"d\xea", b"\xe9.txt"), "w") as file:
+        file.write("text")
+    documents = ingest(settings=IngestSettings(sources=[f"{tmp_path}/d*/*.txt"]))
+    assert read_table(documents)["domain"].to_pylist() == ["d\\xea"]
+    with pytest.raises((EclectusError, ValueError), match="sources"):
+        IngestSettings.read({"sources": ["caf\udce9.jsonl"]}, "the command line")
     documents = ingest(settings=IngestSettings(sources=[f"{tmp_path}/*.jsonl", f"{tmp_path}/*.parquet"]))
     assert read_table(documents)["source"].to_pylist() == ["caf\\xe9.jsonl", "caf\\xe9.parquet"]
     assert rejected(documents) == [("caf\\xe9.jsonl", 2, "not JSON")]
