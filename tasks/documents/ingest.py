@@ -29,6 +29,7 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.digest_set import DigestMap
 from eclectus.tasks.documents.fingerprints import fingerprints, named
+from eclectus.tasks.documents.folders import readable
 from eclectus.tasks.documents.normalise import id_of, label_of, normalised
 from eclectus.tasks.documents.readers import Fault, Position, Record, brief, read_records, start_of
 from eclectus.tasks.documents.sources import Found, Source, find_sources, split_entries
@@ -90,7 +91,11 @@ class IngestSettings(Settings):
     @classmethod
     def _take_text(cls, value: Any) -> Any:
         """One text is a list separated by commas, as on the command line."""
-        return split_entries(value) if isinstance(value, str) else value
+        entries = split_entries(value) if isinstance(value, str) else value
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, str) and not entry.isascii() and readable(entry) != entry:
+                raise ValueError("a name that is not UTF-8 cannot be written down; give its folder or a glob")
+        return entries
 
     def check_together(self) -> None:
         super().check_together()
