@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,19 @@ def fetch(settings: FetchSettings, out: Draft) -> None:
         check_checkpoint(out.path)
     except ValueError as error:
         raise EclectusError(f"base model {settings.base_model}: {error}") from error
+    out.read = _as_read(settings, folder, out)
     out.statistics = {"base_model": settings.base_model if not base.exists() else base.name}
+
+
+def _as_read(settings: FetchSettings, folder: Path, out: Draft) -> dict[str, str] | None:
+    """The fingerprint of what was copied; a download has its commit as the name of its folder."""
+    if not Path(settings.base_model).exists():
+        return {"base_model": f"commit-{folder.name}"} if re.fullmatch("[0-9a-f]{40}", folder.name) else None
+    # What was converted from GGUF is not a copy; that file is hashed again.
+    return {
+        name: hash_file(copy) if (copy := out.path / name.removeprefix("base_model ")).is_file() else digest
+        for name, digest in fingerprint(settings).items()
+    }
 
 
 def find_checkpoint(store: ArtifactStore, name: str) -> Path:

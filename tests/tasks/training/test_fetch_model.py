@@ -40,3 +40,22 @@ def test_what_is_no_model_is_named(home, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(EclectusError, match=r"empty is empty"):
         fetched(home, tmp_path / "empty")
+
+
+def test_a_base_that_changes_before_it_is_copied_has_the_key_of_what_was_copied(run, tmp_path, monkeypatch):
+    write_base(tmp_path / "base", "llama")
+    card, function, left = tmp_path / "base" / "generation_config.json", fetch.function, ["changed"]
+    card.write_text('{"temperature": 0.5}')
+
+    def fetch_changed(**arguments):
+        if left:
+            left.pop()
+            card.write_text('{"temperature": 0.7}')
+        function(**arguments)
+
+    monkeypatch.setattr(fetch, "function", fetch_changed)
+    settings = FetchSettings(base_model=str(tmp_path / "base"))
+    copied = fetch(settings=settings)
+    assert "0.7" in copied.file("generation_config.json").read_text()
+    card.write_text('{"temperature": 0.5}')
+    assert fetch(settings=settings) != copied
