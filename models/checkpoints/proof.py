@@ -11,14 +11,20 @@ The angle per position is compared first, within `FREQUENCY`, and the reference 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from eclectus.models.checkpoints.reference import ReferenceModel
-from eclectus.models.checkpoints.streaming import logits_at
+from eclectus.models.checkpoints.config_file import read_config
+from eclectus.models.checkpoints.door import read_transformers_config
+from eclectus.models.checkpoints.families import moe_family_of
+from eclectus.models.checkpoints.reference import ReferenceModel, reference_of
+from eclectus.models.checkpoints.streaming import logits_at, streamed_logits
+from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSource
+from eclectus.models.checkpoints.writing import plain_config
 
 TOLERANCE = 1e-4
 # Relative difference of two computations of an fp32 frequency, with room for the power function's own error.
@@ -120,15 +126,41 @@ def reference_logits_with(reference: ReferenceModel, rotary: Any, probes: Probes
     return reference.logits(probes.tokens, probes.positions, found)
 
 
-def prove(
-    model: nn.Module, rotary: Any, reference: ReferenceModel, probes: Probes, what: str, tolerance: float
-) -> StepZero:
-    """Compares a model in memory with the reference of its base. rotary: the model's rotary module.
+def prove_start(model: nn.Module, checkpoint: Path, what: str, tolerance: float = TOLERANCE) -> StepZero:
+    """Compares a model in memory with a plain reading of the dense checkpoint that it was made of.
 
     what: the model, named in errors. Raises StepZeroError above the tolerance.
     """
-    expected = reference_logits_with(reference, rotary, probes, what)
-    training = model.training
-    ours = logits_at(model.eval(), probes.tokens, probes.positions)
+    with CheckpointReader(checkpoint) as reader:
+        config = read_transformers_config(checkpoint)
+        reference = reference_of(read_config(checkpoint), plain_config(config), reader, checkpoint)
+        probes = probes_for(config, parameters_of(reader))
+        rotary = next(module for module in model.modules() if hasattr(module, "attention_scaling"))
+        expected = reference_logits_with(reference, rotary, probes, what)
+    return checked(f"{what} differs from {checkpoint}", logits_of(model, probes), expected, tolerance, probes)
+
+
+def prove_as_stored(model: nn.Module, checkpoint: Path, what: str, tolerance: float = TOLERANCE) -> StepZero:
+    """Compares a mixture of experts in memory, in its form for training, with the stock class on the stored tensors.
+
+    what: the model, named in errors. Raises StepZeroError above the tolerance.
+    """
+    with CheckpointReader(checkpoint) as reader:
+        config = read_transformers_config(checkpoint)
+        family = moe_family_of(read_config(checkpoint), checkpoint)
+        probes = probes_for(config, parameters_of(reader))
+        expected = streamed_logits(reader, config, family, probes.tokens, positions=probes.positions)
+    return checked(f"{what} differs from {checkpoint}", logits_of(model, probes), expected, tolerance, probes)
+
+
+def logits_of(model: nn.Module, probes: Probes) -> Tensor:
+    """A model's logits on the probes, as in evaluation, on the CPU."""
+    training, device = model.training, next(model.parameters()).device
+    logits = logits_at(model.eval(), probes.tokens.to(device), probes.positions.to(device)).cpu()
     model.train(training)
-    return checked(f"{what} differs from its base", ours, expected, tolerance, probes)
+    return logits
+
+
+def parameters_of(source: TensorSource) -> int:
+    """Number of values in all tensors."""
+    return sum(torch.Size(spec.shape).numel() for spec in source.specs.values())

@@ -38,6 +38,23 @@ _LAYER = {
 }
 
 
+def _tanh_gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x * x.sigmoid(),
+    "swish": lambda x: x * x.sigmoid(),
+    "gelu": lambda x: 0.5 * x * (1 + (x / math.sqrt(2)).erf()),
+    "gelu_new": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
+    "quick_gelu": lambda x: x * (1.702 * x).sigmoid(),
+    "relu": lambda x: x.clamp_min(0),
+    "relu2": lambda x: x.clamp_min(0).square(),
+}
+
+
 @dataclass(frozen=True)
 class Rope:
     """How positions rotate queries and keys."""
@@ -105,6 +122,8 @@ class ReferenceModel:
     pairs: Literal["halves", "neighbours"]
     windows: tuple[int | None, ...]
     """By layer, tokens that a token sees, itself included."""
+    activation: str
+    """Of the FFN's gate, by transformers' name."""
     weight: Callable[[str], Tensor | None]
     """The tensor of one of llama.cpp's names, None if the model has none."""
 
@@ -123,7 +142,7 @@ class ReferenceModel:
         for layer in range(self.layers):
             x = x + self._attention(layer, self._norm(x, f"blk.{layer}.attn_norm"), rotation)
             y = self._norm(x, f"blk.{layer}.ffn_norm")
-            gate = torch.nn.functional.silu(self._linear(y, f"blk.{layer}.ffn_gate"))
+            gate = _ACTIVATIONS[self.activation](self._linear(y, f"blk.{layer}.ffn_gate"))
             x = x + self._linear(gate * self._linear(y, f"blk.{layer}.ffn_up"), f"blk.{layer}.ffn_down")
         x, head = self._norm(x, "output_norm"), self.weight("output.weight")
         rows = self._needed("token_embd.weight") if head is None else head
@@ -195,8 +214,16 @@ def reference_of(raw: dict[str, Any], resolved: dict[str, Any], tensors: TensorS
         _rope_of(raw, config, width, where),
         "halves",
         _windows(raw, config, layers),
+        _activation(config, where),
         weight,
     )
+
+
+def _activation(config: dict[str, Any], where: object) -> str:
+    name = config.get("hidden_act", "silu")
+    if name not in _ACTIVATIONS:
+        raise UnsupportedModelError(f"{where} has hidden_act {name!r}, which no proof here can check")
+    return name
 
 
 def _stored_name(name: str) -> str:

@@ -30,6 +30,15 @@ from transformers import PreTrainedModel
 
 from eclectus.models.checkpoints.door import open_model
 from eclectus.models.checkpoints.families import family_of
+from eclectus.models.checkpoints.proof import (
+    TOLERANCE,
+    StepZero,
+    checked,
+    logits_of,
+    probes_for,
+    prove_as_stored,
+    prove_start,
+)
 from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.checkpoints.tensor_files import read_config, tensor_bytes
 from eclectus.models.checkpoints.writing import save_model
@@ -102,6 +111,22 @@ def open_method(
         split_experts(model, frozen_experts(checkpoint))
     set_trainable(model, recipe.trained)
     return model
+
+
+def prove_method(model: nn.Module, method: str, checkpoint: str | Path) -> StepZero:
+    """The proof that a model of `open_method` or `open_review` computes, before training, what its checkpoint does.
+
+    A dense model with new blocks or adapters is compared with a plain reading of the checkpoint; a mixture or a Lory
+    model, split for training, with the stored one. Raises StepZeroError if they differ.
+    """
+    path, what = Path(checkpoint), f"the start of {recipe_of(method).title}"
+    if isinstance(model, LoryForCausalLM):
+        stored = open_model(path)
+        probes = probes_for(stored.config, sum(each.numel() for each in stored.parameters()))
+        ours, expected = logits_of(model, probes), logits_of(stored, probes)
+        return checked(f"{what} differs from {path}", ours, expected, TOLERANCE, probes)
+    prove = prove_as_stored if recipe_of(method).start == "upcycled" else prove_start
+    return prove(model, path, what)
 
 
 def open_review(checkpoint: str | Path) -> nn.Module:

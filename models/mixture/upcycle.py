@@ -32,7 +32,7 @@ from transformers import AutoConfig
 
 from eclectus.models.checkpoints.dense_base import DenseBase, open_base
 from eclectus.models.checkpoints.families import SHARED_EXPERT_WIDTH, moe_config, parse_dense_ffn
-from eclectus.models.checkpoints.proof import Probes, checked, probes_for, reference_logits
+from eclectus.models.checkpoints.proof import Probes, checked, parameters_of, probes_for, reference_logits
 from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.checkpoints.streaming import misaligned, streamed_logits
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSpec
@@ -250,7 +250,7 @@ def _prove(
     base: DenseBase, out_dir: Path, plan: _Plan, top_k: int, tolerance: float, tokens: Tensor | None
 ) -> UpcycleReport:
     """Compares logits of base and result on the probes; raises StepZeroError above the tolerance."""
-    parameters = sum(torch.Size(spec.shape).numel() for spec in base.tensors.specs.values())
+    parameters = parameters_of(base.tensors)
     if base.reference is None:
         # Its own code knows no other positions.
         tokens = probes_for(base.config, parameters).tokens if tokens is None else tokens

@@ -12,7 +12,7 @@ models/extension/methods.py, which share data, steps and everything else.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -227,7 +227,8 @@ def train_stage(
     review: str | None = None,
 ) -> dict[str, Any]:
     """Runs on every training worker; rank 0 writes the checkpoint into `out`. Returns its statistics."""
-    from eclectus.models.extension.methods import save_method, untrained_digest
+    from eclectus.models.checkpoints.proof import StepZeroError
+    from eclectus.models.extension.methods import prove_method, save_method, untrained_digest
     from eclectus.models.training.clock import TrainingClock
     from eclectus.models.training.flops import training_costs
     from eclectus.models.training.loop import train
@@ -239,6 +240,10 @@ def train_stage(
     model = _open(chosen, checkpoint)
     check_tokens(data, model, checkpoint)
     untrained, original = untrained_digest(model), _original_digest(model)
+    try:
+        proof = prove_method(model, chosen.extension_method, checkpoint) if process.is_main else None
+    except StepZeroError as error:
+        raise EclectusError(str(error)) from error
 
     def check_frozen(step: int) -> None:
         if untrained_digest(model) != untrained:
@@ -266,6 +271,7 @@ def train_stage(
         "steps": plan.stop,
         "tokens": plan.stop * plan.batch * data.length,
         "epochs": round(plan.stop * plan.batch / len(data), 3),
+        "step_zero": asdict(proof) if proof else None,
     }
     if original is not None:
         if chosen.extension_method != "moe_all" and _original_digest(model) != original:

@@ -20,6 +20,7 @@ E squared, and update sizes stay the same.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,6 +41,7 @@ from eclectus.tasks.training.run_training import (
 )
 
 if TYPE_CHECKING:
+    from eclectus.models.checkpoints.proof import StepZero
     from eclectus.models.training.loop import Report
     from eclectus.models.training.process import Process
 
@@ -350,6 +352,7 @@ def train_stage(
     )
     before = step_flops(dense, plan, process.world, data.length).times(plan.start)
     model, state, objective = _model_of_stage(chosen, dense, dense_moments, data)
+    proof = _proof(chosen, model, start) if process.is_main else None
     del dense, dense_moments
     costs = training_costs(model, plan, process.world, data.length, before)
     after = train(model, data, objective, plan, process, Path(work), clock.report, state)
@@ -373,7 +376,21 @@ def train_stage(
         "steps": plan.stop,
         "tokens": plan.stop * plan.batch * data.length,
         "epochs": round(plan.stop * plan.batch / len(data), 3),
+        "step_zero": asdict(proof) if proof else None,
     }
+
+
+def _proof(settings: PretrainStageSettings, model: Any, start: str | None) -> StepZero | None:
+    """The proof that the stage starts as the checkpoint in `start`; None from scratch, and where experts choose."""
+    from eclectus.models.checkpoints.proof import StepZeroError, prove_start
+
+    # An expert may be chosen by no one or by several, so expert_choice does not start as the dense model.
+    if start is None or settings.pretrain_stage == "expert_choice":
+        return None
+    try:
+        return prove_start(model, Path(start), f"the start of stage {settings.pretrain_stage}")
+    except StepZeroError as error:
+        raise EclectusError(str(error)) from error
 
 
 def _dense(start: str | None, settings: PretrainStageSettings, data: Any, tokenizer: Any) -> Any:

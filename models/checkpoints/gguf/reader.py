@@ -298,5 +298,6 @@ def _reference(
         reference_rope(values, arch, freqs),
         "neighbours" if arch == "llama" else "halves",
         (None,) * layers,
+        "silu",
         weight,
     )
