@@ -56,6 +56,9 @@ def with_both_generations(config: dict[str, Any]) -> dict[str, Any]:
         config["rope_theta"] = rope["rope_theta"]
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else scaling
+        if rope.get("rope_type") == "longrope" and "original_max_position_embeddings" in rope:
+            # 4.57 looks for the length at which the factors change among the config's own keys.
+            config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     if dtype := config.get("dtype") or config.get("torch_dtype"):
         config |= {"dtype": dtype, "torch_dtype": dtype}
     # 4.57 reads a null head_dim as the head size itself.

@@ -18,15 +18,14 @@ def export(
     experts are merged, unless there is one expert. Raises EclectusError naming a checkpoint that is damaged or not a
     Lory model, or which of the three is missing.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise EclectusError(f"{out} exists and is not an empty folder; choose another one")
     folder = _folder(store, checkpoint)
     from eclectus.models.checkpoints.door import check_checkpoint, open_model
     from eclectus.models.lory.model import LoryForCausalLM
     from eclectus.models.pretraining.export_dense import export_dense
-    from eclectus.models.staged_folder import staged_folder
+    from eclectus.models.staged_folder import require_new_folder, staged_folder
 
     try:
+        require_new_folder(out)
         checked = check_checkpoint(folder)
         if checked.kind != "lory":
             raise ValueError(f"config.json says model_type {checked.config.get('model_type')!r}, expected 'lory'")

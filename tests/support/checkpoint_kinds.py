@@ -33,6 +33,14 @@ ROPES = {
     "dynamic": {"rope_type": "dynamic", "rope_theta": 20000.0, "factor": 2.0},
     "yarn": {"rope_type": "yarn", "rope_theta": 20000.0, "factor": 4.0, "original_max_position_embeddings": 32},
     "llama3": LLAMA3_ROPE,
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 20000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 32,
+        "factor": 4.0,
+    },
 }
 
 

@@ -30,6 +30,7 @@ DEFAULTS_457 = {
 # Kinds that the fast test makes; families and rotary types are tested below and in the slow test.
 FAST = (
     "dense twin, llama3",
+    "dense twin, longrope",
     "dense_equal_flops",
     "top_k",
     "lory",
@@ -68,6 +69,8 @@ def as_457_reads_it(stored, config):
     read = {"rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": False} | DEFAULTS_457[family] | stored
     rope = dict(config.rope_parameters)
     assert read["rope_theta"] == rope.pop("rope_theta")
+    if rope["rope_type"] == "longrope":
+        assert read["original_max_position_embeddings"] == rope["original_max_position_embeddings"]
     assert (read["rope_scaling"] or {"rope_type": "default"}) == rope
     heads = config.hidden_size // config.num_attention_heads
     assert read.get("head_dim", heads) == (getattr(config, "head_dim", None) or heads)

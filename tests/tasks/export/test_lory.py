@@ -71,7 +71,7 @@ def test_what_cannot_be_exported_is_named_and_leaves_nothing(world, home, checkp
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("kept")
-    refused("exists and is not an empty folder", out="full", domain="code")
+    refused("exists already", out="full", domain="code")
 
 
 def test_a_tampered_checkpoint_is_not_exported(checkpoint, tmp_path):

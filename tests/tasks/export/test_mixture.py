@@ -59,7 +59,7 @@ def test_upcycle_and_export_from_the_command_line(capsys, tmp_path):
         (["export", "BASE", "OUT", "--extract-base"], "which is a dense model; its options: --dtype"),
         (["export", "BASE", "OUT", "--language", "el"], "which is a dense model"),
         (["export", "BASE", "BASE"], "exists already"),
-        (["export", "nothing-123", "OUT"], "match 'nothing-123'"),
+        (["export", "nothing-123", "OUT"], "'nothing-123' names no artifact"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_writes_nothing(capsys, tmp_path, words, complaint):
