@@ -30,10 +30,8 @@ from eclectus.tasks.promotion.gate import Gate, read_gates
 from eclectus.tasks.promotion.promote import Candidate, decide
 from eclectus.tasks.report.report import ReportSettings, report
 from eclectus.tasks.training.check_base import (
-    EVALUATED,
     check_base_to_extend,
     check_dense_start,
-    check_length,
     check_to_evaluate,
 )
 
@@ -86,7 +84,6 @@ def check_models(parameters: EvaluationParameters) -> None:
     """Raises EclectusError, in seconds, for a given model that the run could not open, extend or evaluate."""
     given = parameters.base_model or parameters.dense_start
     if not given:
-        check_length("the models of this run", parameters.instance_tokens, parameters.evaluation_tokens, EVALUATED)
         return
     if parameters.base_model and parameters.expanded_languages:
         check_base_to_extend(given, parameters.extension_method, parameters.instance_tokens)

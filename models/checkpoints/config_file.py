@@ -163,6 +163,9 @@ class _Fields:
         def holds(value: Any) -> bool:
             if value is None:
                 return name in MAY_BE_NULL
+            if value == 0 and name == "sliding_window" and self.config.get("use_sliding_window") is False:
+                # So writes transformers' Qwen2Moe.
+                return True
             return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
 
         null = " or null" if name in MAY_BE_NULL else ""

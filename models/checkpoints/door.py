@@ -39,6 +39,7 @@ from eclectus.models.checkpoints.families import (
     family_of,
     moe_family_of,
 )
+from eclectus.models.checkpoints.side_files import gguf_shards
 from eclectus.models.checkpoints.tensor_files import CheckpointReader
 from eclectus.models.checkpoints.tokenizer_files import check_tokenizer
 
@@ -81,7 +82,7 @@ def locate(path: Path) -> Path:
         return path
     ggufs = sorted(path.glob("*.gguf"))
     if ggufs and not any(path.glob("*.safetensors*")):
-        if len(ggufs) > 1:
+        if len(ggufs) > 1 and gguf_shards(ggufs[0]) != ggufs:
             raise CheckpointError(f"{path} holds {len(ggufs)} .gguf files; name one of them, such as {ggufs[0]}")
         return ggufs[0]
     return path

@@ -7,6 +7,7 @@ use. An allow-list by name, because a folder holds other things too: an adapter'
 Only the standard library is imported here, so that a run that reuses everything can list files without PyTorch.
 """
 
+import glob
 import json
 import shutil
 from pathlib import Path
@@ -73,6 +74,15 @@ def checkpoint_files(folder: Path) -> list[Path]:
         weights = [INDEX, *set(index["weight_map"].values())]
     held = [Path(name) for name in ("config.json", *RECORDS, *weights) if (folder / name).is_file()]
     return sorted({*held, *side_files(folder)})
+
+
+def gguf_shards(gguf: Path) -> list[Path]:
+    """The files of a model in one or several .gguf files (NAME-00001-of-00003.gguf), by any of them, sorted."""
+    stem, _, count = gguf.stem.rpartition("-of-")
+    if not (count.isdigit() and stem[-6:-5] == "-" and stem[-5:].isdigit()):
+        return [gguf]
+    pattern = f"{glob.escape(stem[:-5])}[0-9][0-9][0-9][0-9][0-9]-of-{count}.gguf"
+    return sorted(gguf.parent.glob(pattern))
 
 
 def copy_side_files(source: Path, out_dir: Path) -> None:

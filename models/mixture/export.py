@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eclectus.models.checkpoints.dense_base import open_base
+from eclectus.models.checkpoints.door import check_checkpoint
 from eclectus.models.checkpoints.families import Family, moe_family_of
 from eclectus.models.checkpoints.side_files import REPORT
-from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSource, TensorSpec, read_config
+from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSource, TensorSpec
 from eclectus.models.checkpoints.writing import MAX_SHARD_BYTES, Converted, plain_config, write_checkpoint
 from eclectus.models.mixture.experts import MoeTensors, original_digest, original_tensors
 from eclectus.models.staged_folder import staged_folder
@@ -57,7 +58,7 @@ def export_checkpoint(
             from_dir = Path(loaded_from) if loaded_from and Path(loaded_from).is_dir() else None
         else:
             from_dir = Path(model_or_dir)
-            config = read_config(from_dir)
+            config = check_checkpoint(from_dir).config
             source = stack.enter_context(CheckpointReader(from_dir))
         side_dir = Path(side_files) if side_files is not None else from_dir
         family = moe_family_of(config, from_dir or "this model")
@@ -125,7 +126,7 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
     checkpoint does not record its base.
     """
     moe_dir, out_dir = Path(moe_dir), Path(out_dir)
-    config = read_config(moe_dir)
+    config = check_checkpoint(moe_dir).config
     family = moe_family_of(config, moe_dir)
     base_config = config.get("upcycled_from")
     if not base_config:

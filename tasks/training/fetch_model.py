@@ -32,7 +32,7 @@ def fingerprint(settings: FetchSettings) -> dict[str, str]:
     """Digests of a local model's files, or the commit that the name on the hub points to now."""
     path = Path(settings.base_model)
     if path.is_file():
-        return {"base_model": hash_file(path)}
+        return _gguf_digests(path)
     if path.is_dir():
         try:
             files = [path / each for each in listing().checkpoint_files(path)]
@@ -40,11 +40,10 @@ def fingerprint(settings: FetchSettings) -> dict[str, str]:
             # A damaged index: the door names what is wrong with it.
             check_base(settings.base_model)
             raise
-        weights = any(each.suffix == ".safetensors" for each in files)
-        return {
-            f"base_model {each.relative_to(path)}": hash_file(each)
-            for each in (files if weights else sorted(path.glob("*.gguf")))
-        }
+        ggufs = sorted(path.glob("*.gguf"))
+        if ggufs and not any(each.suffix == ".safetensors" for each in files):
+            return _gguf_digests(ggufs[0])
+        return {f"base_model {each.relative_to(path)}": hash_file(each) for each in files}
     return {"base_model": f"commit-{_hub_commit(settings.base_model)}"}
 
 
@@ -81,6 +80,12 @@ def _as_read(settings: FetchSettings, folder: Path, out: Draft) -> dict[str, str
         name: hash_file(copy) if (copy := out.path / name.removeprefix("base_model ")).is_file() else digest
         for name, digest in fingerprint(settings).items()
     }
+
+
+def _gguf_digests(path: Path) -> dict[str, str]:
+    """The digest of a .gguf file, and of its further shards by their names."""
+    others = listing().gguf_shards(path)[1:]
+    return {"base_model": hash_file(path)} | {f"base_model {each.name}": hash_file(each) for each in others}
 
 
 def find_checkpoint(store: ArtifactStore, name: str) -> Path:
