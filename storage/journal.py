@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import fcntl
 import json
+import math
 import os
 import socket
 import uuid
@@ -101,11 +102,10 @@ class Journal:
         if stream != METRICS:
             # A Prefect block or a login may have added a secret; checking at every metric would be too slow.
             self._scrub = scrubber()
-        line = (
-            json.dumps(row, allow_nan=False, default=str)
-            if _finite(row)
-            else json.dumps(_without_nan(row), default=str)
-        )
+        try:
+            line = json.dumps(row, allow_nan=False, default=str)
+        except ValueError:
+            line = json.dumps(_without_nan(row), default=str)
         try:
             handle = self._handles.get(stream)
             if handle is None:
@@ -145,10 +145,17 @@ def _open_held(folder: Path, name: str) -> int:
     return handle
 
 
-def _finite(row: dict[str, Any]) -> bool:
-    value = row.get("value")
-    return not isinstance(value, float) or (value == value and abs(value) != float("inf"))
-
-
 def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "value": None, "tags": {**row.get("tags", {}), "value": str(row["value"])}}
+    """Null for numbers that JSON does not have; a metric keeps in its tags which it was."""
+    value = row.get("value")
+    if isinstance(value, float) and not math.isfinite(value):
+        row = {**row, "tags": {**row.get("tags", {}), "value": str(value)}}
+    return _nulls(row)
+
+
+def _nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nulls(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nulls(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,7 +4,7 @@
 
 The profiles are stored with the weights, in `routing_weights.json`:
 {"domain": {"legal": [[...E], ...layers]}, "language": {...}}. Cost: a forward pass over at most INSTANCES_EACH
-instances per domain and language.
+instances per domain and language, of which the MOST_NAMES with the most tokens have a profile.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from eclectus.models.training.process import Process
 
 ROUTING_FILE = "routing_weights.json"
 INSTANCES_EACH = 16
+MOST_NAMES = 500
+COLUMNS = {"language": 3, "domain": 4}
+"""Where the spans of instances hold the number of a label (tasks/packing/pack.py)."""
 Profiles = dict[str, dict[str, list[list[float]]]]
 
 
@@ -31,8 +34,10 @@ Profiles = dict[str, dict[str, list[list[float]]]]
 def routing_profiles(model: LoryForCausalLM, instances: Instances, micro_batch: int, process: Process) -> Profiles:
     """Mean routing weights by domain and by language. All processes must call it, and get the same result."""
     model.eval()
-    names = {"domain": instances.domains, "language": instances.languages}
-    chosen = _spread(instances)
+    kept = {kind: _largest(instances, column) for kind, column in COLUMNS.items()}
+    every = {"domain": instances.domains, "language": instances.languages}
+    names = {kind: [every[kind][number] for number in numbers.tolist()] for kind, numbers in kept.items()}
+    chosen = _spread(instances, kept)
     # A sharded model needs equally many forward passes in all processes; repeated rows have weight 0.
     each_reads = -(-len(chosen) // process.world)
     rows = np.resize(chosen, each_reads * process.world)[process.rank :: process.world]
@@ -47,7 +52,7 @@ def routing_profiles(model: LoryForCausalLM, instances: Instances, micro_batch: 
                 input_ids=batch.tokens.to(process.device), use_cache=False, output_router_weights=True, logits_to_keep=1
             )
         weights = torch.stack(output.router_weights).double().cpu()
-        for kind, counts in _counts(batch, names, min(model.config.segment_length, instances.length)).items():
+        for kind, counts in _counts(batch, kept, min(model.config.segment_length, instances.length)).items():
             counts = counts * counted[first : first + micro_batch].view(-1, 1, 1)
             sums[kind] += torch.einsum("lbne,bnc->lce", weights, counts)
             tokens[kind] += counts.sum((0, 1))
@@ -80,24 +85,34 @@ def read_profile(folder: Path, kind: str, name: str) -> Tensor:
     return torch.tensor(profiles[name])
 
 
-def _counts(batch: Batch, names: dict[str, list[str]], unit: int) -> dict[str, Tensor]:
-    """Tokens of each domain and language in each segment, `[B, N, C]`."""
+def _counts(batch: Batch, kept: dict[str, np.ndarray], unit: int) -> dict[str, Tensor]:
+    """Tokens of each domain and language in each segment, `[B, N, C]`. kept: their numbers, ascending [C]."""
     counts = {}
     for kind, labels in (("domain", batch.domains), ("language", batch.languages)):
-        # Padding, label -1, becomes class 0 and is dropped.
-        each = F.one_hot(labels + 1, len(names[kind]) + 1)[..., 1:].double()
+        numbers = torch.from_numpy(kept[kind])
+        place = torch.searchsorted(numbers, labels).clamp(max=max(len(numbers) - 1, 0))
+        # Padding, label -1, and what is not kept become class 0, which is dropped.
+        place = torch.where(numbers[place] == labels, place + 1, 0) if len(numbers) else torch.zeros_like(labels)
+        each = F.one_hot(place, len(numbers) + 1)[..., 1:].double()
         each = F.pad(each, (0, 0, 0, -each.shape[1] % unit))
         counts[kind] = each.view(len(each), -1, unit, each.shape[-1]).sum(2)
     return counts
 
 
-def _spread(instances: Instances) -> np.ndarray:
-    """Instances with every domain and language, spaced evenly over each, in ascending order."""
+def _largest(instances: Instances, column: int) -> np.ndarray:
+    """The numbers, ascending, of the labels in this column of the spans: at most MOST_NAMES, those of most tokens."""
+    spans = instances.spans
+    tokens = np.bincount(np.asarray(spans[:, column]), np.asarray(spans[:, 1]))
+    return np.sort(np.argsort(-tokens, kind="stable")[:MOST_NAMES])
+
+
+def _spread(instances: Instances, kept: dict[str, np.ndarray]) -> np.ndarray:
+    """Instances with every domain and language that is kept, spaced evenly over each, in ascending order."""
     chosen: set[int] = set()
     rows = np.asarray(instances.spans[:, 0]) // instances.length
-    for column in (3, 4):
+    for kind, column in COLUMNS.items():
         labels = np.asarray(instances.spans[:, column])
-        for label in np.unique(labels):
+        for label in np.intersect1d(labels, kept[kind]):
             own = np.unique(rows[labels == label])
             chosen |= set(own[np.linspace(0, len(own) - 1, min(len(own), INSTANCES_EACH)).astype(int)].tolist())
     return np.array(sorted(chosen))

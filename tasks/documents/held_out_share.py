@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from eclectus.tasks.documents.language_codes import shortened
+
 TOLERANCE = 0.05
 DOMAIN_TOLERANCE = 0.2
 SMALL = 5
@@ -58,8 +60,10 @@ class Shares:
 
     def languages(self) -> dict[str, np.ndarray]:
         """Numbers of the strata of each language."""
-        names = np.array([language for language, _ in self.strata], object)
-        return {language: np.flatnonzero(names == language) for language in dict.fromkeys(names.tolist())}
+        numbers: dict[str, list[int]] = {}
+        for number, (language, _) in enumerate(self.strata):
+            numbers.setdefault(language, []).append(number)
+        return {language: np.array(each) for language, each in numbers.items()}
 
     def statistics(self, held: np.ndarray, settings: ShareSettings) -> dict[str, Any]:
         """What came out by language, and in words where a language or domain deviates, the largest deviations first.
@@ -81,7 +85,7 @@ class Shares:
             deviations.append(self._deviation(language, numbers, count, (HALF, 2 * TOLERANCE), settings))
             if len(numbers) > 1:
                 for number in numbers.tolist():
-                    name = f"{language} {self.strata[number][1]}"
+                    name = f"{language} {shortened(self.strata[number][1])}"
                     one = np.array([number])
                     deviations.append(self._deviation(name, one, int(held_S[number]), (2, DOMAIN_TOLERANCE), settings))
         largest = sorted((each for each in deviations if each), key=lambda each: -each[0])

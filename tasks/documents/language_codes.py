@@ -26,6 +26,7 @@ from langcodes.data_dicts import LANGUAGE_ALPHA3, LANGUAGE_ALPHA3_BIBLIOGRAPHIC,
 
 UNDETERMINED = "und"
 LONGEST_NAME = 100
+_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 # Withdrawn codes, detectors' codes for "unknown", and members of macrolanguages that corpora and detectors use.
 _ALIASES = dict(
@@ -99,8 +100,8 @@ def members_of(code: str) -> set[str]:
 
 
 def shortened(label: str, longest: int = 60) -> str:
-    """A label for one line of a display: white space and control characters as blanks, cut with an ellipsis."""
-    line = "".join(each if each.isprintable() else " " for each in label[: longest + 1])
+    """A label for one line of a display: line breaks, control and direction marks as blanks, cut by an ellipsis."""
+    line = _UNSHOWN.sub(" ", label[: longest + 1])
     return line if len(label) <= longest else f"{line[: longest - 1]}…"
 
 

@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -38,7 +37,7 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.held_out_share import Shares, choose
 from eclectus.tasks.documents.near_duplicates import near_duplicate_pairs
-from eclectus.tasks.documents.table import read_table, relabel
+from eclectus.tasks.documents.table import read_codes, read_table, relabel
 from eclectus.tasks.run import metric, notify
 from eclectus.tasks.settings import SEED, Settings
 from eclectus.tasks.step import step
@@ -46,6 +45,8 @@ from eclectus.tasks.step import step
 SPLITS = np.array(["train", "heldout", "apart"])
 TRAIN, HELDOUT, APART = range(3)
 COPIES = "copies.parquet"
+OTHER_DOMAINS = "(other domains)"
+MOST_STRATA = 1000
 
 
 class DuplicateSettings(Settings):
@@ -136,11 +137,11 @@ class _Corpus:
     """
 
     def __init__(self, documents: Artifact, settings: SplitSettings) -> None:
-        table = read_table(documents, ["document", "work", "language", "domain", "group"])
-        works = table["work"].combine_chunks().dictionary_encode()
+        table = read_table(documents, ["document", "work"])
+        works = table["work"].dictionary_encode().combine_chunks()
         self.ids = table["document"]
         self.work = works.indices.to_numpy().astype(np.int32)
-        self.strata, self.stratum = _strata(table)
+        self.strata, self.stratum = _strata(documents)
         self.name_draw = draws(works.dictionary.to_pylist(), "split", settings.seed)
         ids = np.array(self.ids.to_pylist(), "S32")
         # Within a work the ids decide, not the order of reading.
@@ -192,23 +193,28 @@ class _Corpus:
         return pa.table(columns)
 
 
-def _strata(table: pa.Table) -> tuple[list[tuple[str, str]], np.ndarray]:
+def _strata(documents: Artifact) -> tuple[list[tuple[str, str]], np.ndarray]:
     """Names (language, domain) of the strata, sorted, and each document's [N]; -1 for documents of group other."""
-    wanted = pc.fill_null(pc.not_equal(table["group"], "other"), True)
-    pairs = list(zip(table["language"].to_pylist(), table["domain"].to_pylist(), wanted.to_pylist(), strict=True))
-    names = sorted({(language or "", domain or "") for language, domain, here in pairs if here})
-    number = {name: place for place, name in enumerate(names)}
-    chosen = [number[language or "", domain or ""] if here else -1 for language, domain, here in pairs]
-    return names, np.array(chosen, np.int32)
+    language, languages = read_codes(documents, "language")
+    domain, domains = read_codes(documents, "domain")
+    group, groups = read_codes(documents, "group")
+    here = np.array([name != "other" for name in groups], bool)[group] if groups else np.empty(0, bool)
+    stratum = np.full(len(language), -1, np.int32)
+    pairs, stratum[here] = np.unique(language[here] * max(len(domains), 1) + domain[here], return_inverse=True)
+    return [(languages[pair // len(domains)], domains[pair % len(domains)]) for pair in pairs.tolist()], stratum
 
 
 def _statistics(corpus: _Corpus, choice: np.ndarray, copies: pa.Table) -> dict[str, Any]:
+    """Counts by split and stratum; of very many domains the largest, and the others together."""
     table: dict[str, dict[str, dict[str, int]]] = defaultdict(dict)
     counts = np.zeros((len(corpus.strata), len(SPLITS)), np.int64)
     inside = corpus.stratum >= 0
     np.add.at(counts, (corpus.stratum[inside], choice[inside]), 1)
-    for (language, domain), each in zip(corpus.strata, counts.tolist(), strict=True):
-        table[language][domain] = {"train": each[TRAIN], "heldout": each[HELDOUT]}
+    shown = set(np.argsort(-counts.sum(axis=1), kind="stable")[:MOST_STRATA].tolist())
+    for number, ((language, domain), each) in enumerate(zip(corpus.strata, counts.tolist(), strict=True)):
+        here = table[language].setdefault(domain if number in shown else OTHER_DOMAINS, {"train": 0, "heldout": 0})
+        here["train"] += each[TRAIN]
+        here["heldout"] += each[HELDOUT]
     return {str(name): int((choice == i).sum()) for i, name in enumerate(SPLITS)} | {
         "by_language": dict(table),
         "without_heldout": [

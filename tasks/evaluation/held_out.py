@@ -6,7 +6,7 @@ documents are added. Cost: two passes over the documents; the tokens of the chos
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,9 @@ from eclectus.tasks.packing.text_tokens import TextTokens
 
 TEXTS_AT_ONCE = 512
 UNKNOWN = "unknown"
+MOST_DOMAINS = 500
+OTHER_DOMAINS = "(other domains)"
+HELD_OUT = [("split", "==", "heldout"), ("group", "!=", "other")]
 
 
 @dataclass
@@ -42,11 +45,13 @@ class HeldOut:
 def read_held_out(documents: Artifact, tokenizer: Any, most: int, around: int = 1) -> HeldOut:
     """Reads and tokenises at most `most` held-out documents per language and domain.
 
+    Of very many domains the MOST_DOMAINS largest of a language are kept apart, and the others are one.
     around: tokens that begin and end a document in its stream; they are not among its own.
 
     Raises EclectusError if there are none.
     """
-    chosen, held, encode = _choose(documents, most), HeldOut(), TextTokens(tokenizer)
+    large = _large_domains(documents)
+    chosen, held, encode = _choose(documents, most, large), HeldOut(), TextTokens(tokenizer)
     rows: list[tuple[str, str, str, str, str, int, list[int]]] = []
     names = ["document", "work", "language", "domain", "group", "split", "bytes", "text"]
     for batch in read_batches(documents, ["language", "group"], [("group", "!=", "other")]):
@@ -57,7 +62,7 @@ def read_held_out(documents: Artifact, tokenizer: Any, most: int, around: int = 
             continue
         columns = {name: batch[name].to_pylist() for name in names}
         encoded = encode(columns["text"])
-        domains = [domain or UNKNOWN for domain in columns["domain"]]
+        domains = [_shown(*pair, large) for pair in zip(columns["language"], columns["domain"], strict=True)]
         labels = (columns["language"], domains, columns["document"], columns["work"], columns["group"])
         rows += zip(*labels, columns["bytes"], encoded, strict=True)
     for language, domain, document, work, group, size, ids in sorted(rows, key=lambda row: row[:3]):
@@ -91,13 +96,28 @@ def choose_prompts(held: HeldOut, tokens: int, samples: int) -> list[int]:
     return [number for language in sorted(by_language) for _, _, number in sorted(by_language[language])[:samples]]
 
 
-def _choose(documents: Artifact, most: int) -> set[str]:
+def _large_domains(documents: Artifact) -> dict[str, set[str]]:
+    """The domains of each language that are kept apart, by held-out documents; equal ones by name."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for batch in read_batches(documents, ["language", "domain"], HELD_OUT):
+        for language, domain in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            counts[language][domain or UNKNOWN] += 1
+    return {
+        language: set(sorted(each, key=lambda domain: (-each[domain], domain))[:MOST_DOMAINS])
+        for language, each in counts.items()
+    }
+
+
+def _shown(language: str, domain: str | None, large: dict[str, set[str]]) -> str:
+    return (domain or UNKNOWN) if (domain or UNKNOWN) in large.get(language, ()) else OTHER_DOMAINS
+
+
+def _choose(documents: Artifact, most: int, large: dict[str, set[str]]) -> set[str]:
     """Ids of the documents to score: ids are hashes, so the lowest are a random and stable choice."""
     ids: dict[tuple[str, str], list[str]] = defaultdict(list)
-    wanted = [("split", "==", "heldout"), ("group", "!=", "other")]
-    for batch in read_batches(documents, ["document", "language", "domain"], wanted):
+    for batch in read_batches(documents, ["document", "language", "domain"], HELD_OUT):
         for document, language, domain in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            ids[language, domain or UNKNOWN].append(document)
+            ids[language, _shown(language, domain, large)].append(document)
     if not ids:
         raise EclectusError(
             f"{documents.name} has no held-out documents in a wanted language, so no model can be evaluated; hold some "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
@@ -29,6 +29,9 @@ class IntervalSettings(Settings):
     report_resamples: int = RuntimeSetting(
         1000, ge=100, description="Ignored: intervals are computed without resampling (docs/evaluation.md)."
     )
+
+
+SHOWN_DOMAINS = 60
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Scores:
     def perplexity(self, **labels: str) -> float | None:
         """Per token, the mean over trainings."""
         costs = [each._rate(each.bits, each.tokens, labels) for each in self.trainings.values()]
-        return _mean([None if cost is None else 2**cost for cost in costs])
+        return _mean([None if cost is None else float(np.exp2(cost)) for cost in costs])
 
     def _rate(self, bits: np.ndarray, units: np.ndarray, labels: dict[str, str]) -> float | None:
         chosen = self.where(**labels)
@@ -124,6 +127,11 @@ class Scores:
     def values(self, label: str, **labels: str) -> list[str]:
         """The values of a label among these documents, sorted."""
         return sorted(set(getattr(self, label)[self.where(**labels)]))
+
+    def domains(self, **labels: str) -> list[str]:
+        """The domains of these documents that a display shows, sorted: of very many those of the most documents."""
+        counts = Counter(self.domain[self.where(**labels)].tolist())
+        return sorted(sorted(counts, key=lambda domain: (-counts[domain], domain))[:SHOWN_DOMAINS])
 
     @cached_property
     def about(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -26,14 +27,19 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.shingles import MEASURE
 from eclectus.tasks.documents.split import DuplicateSettings
-from eclectus.tasks.documents.table import read_table
+from eclectus.tasks.documents.table import read_codes, read_table
+from eclectus.tasks.grouping.disk_matrix import usable_rows
 from eclectus.tasks.grouping.duplicates import Overlaps, as_columns, near_duplicates
 from eclectus.tasks.grouping.instance_layout import plan
 from eclectus.tasks.grouping.nearest import exact_neighbors
+from eclectus.tasks.grouping.neighbors import largest, rows_by_label
 from eclectus.tasks.grouping.quality import draw, instance_quality, mean, order_quality, pair_similarities
 from eclectus.tasks.run import metric
 from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting
 from eclectus.tasks.step import step
+
+JOINED = 1000
+"""Partitions whose first documents are compared with the last document of the order."""
 
 
 class GroupSettings(DuplicateSettings):
@@ -121,7 +127,7 @@ def chain(neighbors: np.ndarray, similarities: np.ndarray) -> np.ndarray:
 
 @dataclass
 class _Corpus:
-    """The inputs of grouping, [N] each: ids, split, bytes, domains, partition labels; vectors and lists on disk."""
+    """The inputs of grouping, [N] each: ids, split, bytes, domain and partition numbers; vectors and lists on disk."""
 
     ids: np.ndarray
     split: np.ndarray
@@ -135,12 +141,12 @@ class _Corpus:
 
     @classmethod
     def read(cls, documents: Artifact, embeddings: Artifact, neighbors: Artifact) -> _Corpus:
-        table = read_table(documents, ["document", "split", "bytes", "domain"])
+        table = read_table(documents, ["document", "split", "bytes"])
         corpus = cls(
             ids=np.array(table["document"].to_pylist(), dtype="S32"),
-            split=table["split"].fill_null("train").to_numpy(zero_copy_only=False).astype(str),
+            split=table["split"].fill_null("train").to_numpy(zero_copy_only=False),
             sizes=table["bytes"].fill_null(0).to_numpy(),
-            domains=table["domain"].fill_null("unknown").to_numpy(zero_copy_only=False).astype(str),
+            domains=read_codes(documents, "domain", "unknown")[0],
             labels=np.load(neighbors.file("partition.npy")),
             names=json.loads(neighbors.file("partitions.json").read_text()),
             vectors=np.load(embeddings.file("embeddings.npy"), mmap_mode="r"),
@@ -166,7 +172,7 @@ class _Chained:
 
 def _chain_partitions(corpus: _Corpus, kept: np.ndarray, settings: GroupSettings) -> list[_Chained]:
     local = np.full(len(corpus.ids), -1, np.int64)
-    members = [np.flatnonzero((corpus.labels == number) & kept) for number in range(len(corpus.names))]
+    members = [rows[kept[rows]] for rows in rows_by_label(corpus.labels, len(corpus.names))]
     for rows in members:
         local[rows] = np.arange(len(rows))
     with ThreadPoolExecutor(settings.group_threads or os.cpu_count() or 1) as pool:
@@ -203,24 +209,26 @@ def _ordered(
     order = np.flatnonzero(kept)[np.random.default_rng(settings.seed).permutation(int(kept.sum()))]
     restarts = np.zeros(len(order), bool)
     if settings.grouping == "domain":
-        block = np.unique(corpus.domains, return_inverse=True)[1]
-        order = order[np.lexsort((block[order], corpus.labels[order]))]
-        restarts[1:] = (np.diff(block[order]) != 0) | (np.diff(corpus.labels[order]) != 0)
+        order = order[np.lexsort((corpus.domains[order], corpus.labels[order]))]
+        restarts[1:] = (np.diff(corpus.domains[order]) != 0) | (np.diff(corpus.labels[order]) != 0)
     restarts[:1] = True
     return order, restarts
 
 
 def _joined(vectors: np.ndarray, partitions: list[_Chained]) -> list[_Chained]:
-    """The partitions in order: after the first, always the one whose first document is most similar to the last."""
+    """The partitions in order: after the first, always the one whose first document is most similar to the last.
+
+    Of very many, the next JOINED that are left are compared.
+    """
     if len(partitions) < 3:
         return partitions
     heads = np.array([each.rows[0] for each in partitions])
-    order, left = [0], np.arange(1, len(partitions))
+    order, left, rest = [0], np.arange(1, len(partitions))[:JOINED], iter(range(JOINED + 1, len(partitions)))
     while len(left):
         last = np.full(len(left), partitions[order[-1]].rows[-1])
         near = np.nan_to_num(pair_similarities(vectors, last, heads[left]), nan=-2.0)
         order.append(int(left[np.argmax(near)]))
-        left = left[left != order[-1]]
+        left = np.append(left[left != order[-1]], list(islice(rest, 1))).astype(np.int64)
     return [partitions[number] for number in order]
 
 
@@ -243,7 +251,7 @@ def _quality(
         corpus.vectors, order, blocks, restarts, best[order], corpus.domains[order], settings.seed
     )
     if settings.grouping == "similarity":
-        numbers["partitions"] = [
+        described = [
             {
                 "partition": name,
                 "grouped": len(each.rows),
@@ -253,6 +261,7 @@ def _quality(
             }
             for name, each in zip(corpus.names, partitions, strict=True)
         ]
+        numbers["partitions"] = largest(described, "grouped")
     return numbers, samples
 
 
@@ -261,6 +270,7 @@ def _counts(corpus: _Corpus, order: np.ndarray, restarts: np.ndarray, dropped: l
         "documents": len(corpus.ids),
         "heldout": int((corpus.split == "heldout").sum()),
         "apart": int((~np.isin(corpus.split, ("train", "heldout"))).sum()),
+        "without_embedding": int((~usable_rows(corpus.vectors)).sum()),
         "duplicates": len(dropped),
         "duplicates_of_heldout": sum(corpus.split[each.duplicate_of] == "heldout" for each in dropped),
         "grouped": len(order),

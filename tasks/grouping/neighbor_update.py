@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,11 @@ class Earlier:
 
     artifact: Artifact
     to_new: np.ndarray
+
+    @cached_property
+    def methods(self) -> dict[str, str]:
+        """How each partition was searched."""
+        return {each["partition"]: each["method"] for each in self.artifact.statistics["partitions"]}
 
     @property
     def in_order(self) -> bool:
@@ -133,9 +139,8 @@ def update(
     kept: bool [N], the documents that have their earlier lists.
     """
     new = partition.rows[~kept[partition.rows]]
-    methods = {each["partition"]: each["method"] for each in earlier.artifact.statistics["partitions"]}
-    method = methods.get(partition.name)
-    # A partition may be new, or one without any embedding.
+    method = earlier.methods.get(partition.name)
+    # A partition may be new, one without any embedding, or one of very many.
     if method is None or len(new) > settings.neighbors_growth * len(partition.rows):
         lists.clear(partition.rows)
         return None

@@ -52,7 +52,7 @@ def order_quality(
     """The numbers of an order, and the similarities (adjacent, random, best) that the picture shows.
 
     vectors: [N, D]. order: rows int64 [M]. partitions: int [M], restarts: bool [M], in that order.
-    best: float [M], similarity to the nearest document in the order. domains: str [M].
+    best: float [M], similarity to the nearest document in the order. domains: [M], one label per document.
     At most PAIRS pairs are evaluated, drawn under the seed.
     """
     random = np.random.default_rng([seed, 1])

@@ -42,6 +42,9 @@ from eclectus.tasks.step import step
 TEXTS_AT_ONCE = 512
 TOKENS_AT_ONCE = 2**20
 ABOUT = ["document", "name", "language", "domain", "source"]
+CODED = ("language", "domain", "source")
+MOST_LABELS = 1000
+ROWS_PER_GROUP, BYTES_PER_GROUP = 2**20, 2**30
 
 
 class PackSettings(BeginSettings):
@@ -99,7 +102,7 @@ def pack(
             )
         matrices = _write_instances(flat, starts[order], spans, tokens.eos_token_id, settings.pack_position_ids, out)
         del flat
-    about = read_table(documents, ABOUT).take(pa.array(rows[order]))
+    about = _with_codes(read_table(documents, ABOUT)).take(pa.array(rows[order]))
     meta = {
         "length": spans.length,
         "vocabulary": vocabulary,
@@ -211,7 +214,7 @@ def _describe(about: pa.Table, rows: np.ndarray, spans: Spans, meta: dict[str, A
 
     about: columns ABOUT of the documents in the order. rows: int64, their rows in the documents artifact.
     """
-    labels = {name: about[name].combine_chunks().fill_null("").dictionary_encode() for name in ("language", "domain")}
+    labels = {name: _codes(about[name], "") for name in ("language", "domain")}
     names = {name: column.dictionary.to_pylist() for name, column in labels.items()}
     codes = {
         name: column.indices.to_numpy(zero_copy_only=False).astype(np.int64)[spans.position]
@@ -226,11 +229,7 @@ def _describe(about: pa.Table, rows: np.ndarray, spans: Spans, meta: dict[str, A
         "tokens": pa.array(spans.size, pa.int32()),
         "document_offset": pa.array(spans.offset, pa.int32()),
     }
-    pq.write_table(
-        pa.table({**{name: spread[name] for name in ABOUT}, **locations}),
-        out.file("documents.parquet"),
-        compression="zstd",
-    )
+    _write_texts(pa.table({**{name: spread[name] for name in ABOUT}, **locations}), out.file("documents.parquet"))
     meta = meta | {"languages": names["language"], "domains": names["domain"]}
     out.file("instances.json").write_text(json.dumps(meta, indent=1))
     packed = int(np.count_nonzero(np.bincount(spans.position)))
@@ -255,17 +254,51 @@ def _quality(about: pa.Table, spans: Spans, embeddings: Artifact, seed: int) -> 
     rows = positions_of(wanted, ids)
     if (rows < 0).any():
         raise EclectusError(f"{embeddings.name} lacks documents that are to be packed; embed these documents first")
-    domains = np.full(len(ids), "unknown", object)
-    domains[rows] = about["domain"].fill_null("unknown").to_numpy()
+    domains = np.zeros(len(ids), np.int64)
+    domains[rows] = _codes(about["domain"], "unknown").indices.to_numpy()
     return instance_quality(
         np.load(embeddings.file("embeddings.npy"), mmap_mode="r"),
         rows[spans.position],
         spans.firsts,
         spans.size,
-        domains.astype(str),
+        domains,
         seed,
     )
 
 
 def _sums(names: list[str], codes: np.ndarray, sizes: np.ndarray) -> dict[str, int]:
-    return {name: int(size) for name, size in zip(names, np.bincount(codes, sizes, len(names)), strict=True)}
+    """Tokens by label; of very many labels the largest, and the others together."""
+    tokens = np.bincount(codes, sizes, len(names)).astype(np.int64)
+    shown = np.sort(np.argsort(-tokens, kind="stable")[:MOST_LABELS])
+    sums = {names[number]: int(tokens[number]) for number in shown.tolist()}
+    rest = int(tokens.sum() - tokens[shown].sum())
+    return sums | {"(others)": rest} if rest else sums
+
+
+def _with_codes(about: pa.Table) -> pa.Table:
+    """With labels as dictionaries: a label may be long, and is repeated for every document and every span."""
+    for name in CODED:
+        about = about.set_column(ABOUT.index(name), name, about[name].dictionary_encode())
+    return about
+
+
+def _codes(labels: pa.ChunkedArray, missing: str) -> pa.DictionaryArray:
+    """The labels of a column, in order of appearance, as one array of codes; `missing` stands for null."""
+    column = labels.combine_chunks()
+    names = column.dictionary.to_pylist()
+    null = names.index(missing) if missing in names else len(names)
+    codes, every = column.indices.fill_null(null).dictionary_encode(), [*names, missing]
+    ordered = [every[code] for code in codes.dictionary.to_pylist()]
+    return pa.DictionaryArray.from_arrays(codes.indices, pa.array(ordered, pa.string()))
+
+
+def _write_texts(table: pa.Table, path: Path) -> None:
+    """Writes codes as the texts they stand for, in row groups small enough for long labels."""
+    schema = pa.schema([pa.field(each.name, pa.string() if each.name in CODED else each.type) for each in table.schema])
+    longest = sum(
+        max((len(name) for name in _codes(table[each], "").dictionary.to_pylist()), default=0) for each in CODED
+    )
+    rows = max(1, min(ROWS_PER_GROUP, BYTES_PER_GROUP // max(1, 4 * longest)))
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for begin in range(0, max(1, len(table)), rows):
+            writer.write_table(table.slice(begin, rows).cast(schema))

@@ -8,7 +8,7 @@ from typing import Any
 
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.lineage.history import History
-from eclectus.tasks.documents.language_codes import language_name
+from eclectus.tasks.documents.language_codes import language_name, shortened
 from eclectus.tasks.evaluation.scores import Scores, divergence
 from eclectus.tasks.evaluation.task_scores import Answers
 from eclectus.tasks.report import figures, tables
@@ -107,7 +107,7 @@ def collect_contents(
         f"{base.about['window']})."
     )
     forgetting, tasks = forgetting_table(comparer, extras.answers), tasks_table(extras.answers, comparer.seen)
-    by_domain = tables.scores_by_domain(comparer) if base.values("domain", group="original") else None
+    by_domain = tables.scores_by_domain(comparer) if base.domains(group="original") else None
     by_language = tables.scores_by_language(comparer)
     shown = (forgetting, by_domain, by_language, tables.cost_table(comparer), tasks, tables.seen_table(comparer))
     verdict = make_verdict(comparer, _frozen(checkpoints, history), extras.gates)
@@ -193,7 +193,7 @@ def _samples(scores: dict[str, Scores], most: int) -> list[Sample]:
         texts = [Continuation("original document", _shown(sample["original"]))]
         for name, each in scores.items():
             texts += _continuations(name, each, sample["document"], sample["prompt"])
-        title = f"{language_name(sample['language'])}, {sample['domain']}"
+        title = f"{language_name(sample['language'])}, {shortened(sample['domain'])}"
         samples.append(Sample(title, sample["language"], _shown(sample["prompt"]), texts))
     return samples
 

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.documents.language_codes import language_name
+from eclectus.tasks.documents.language_codes import language_name, shortened
 from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.documents.text_reader import TextReader
 from eclectus.tasks.report.formatting import count, in_words, size
@@ -39,6 +39,7 @@ SHOWN_CHARACTERS = 400
 SHOWN_REJECTED = 8
 SHOWN_FILES = 4
 SHOWN_DUPLICATES = 3
+SHOWN_PARTITIONS = 40
 SHOWN_AS = {"set apart": "excluded"}
 
 
@@ -220,13 +221,20 @@ def _facts(grouping: Artifact, instances: dict[str, Artifact], replayed: Artifac
         return facts
 
     facts = [numbers("Grouping", grouping.statistics)]
-    facts += [numbers(f"Partition {each['partition']}", each) for each in grouping.statistics.get("partitions", [])]
+    facts += [numbers(f"Partition {shortened(each['partition'])}", each) for each in _largest(grouping)]
     for name, each in instances.items():
         quality = {key: value for key, value in each.statistics.items() if "similarity" in key or "purity" in key}
         facts.append(numbers(f"Instances, {name}", quality))
     if replayed is not None:
         facts.append(numbers("Replay for the review", replayed.statistics))
     return [each for each in facts if each.pairs]
+
+
+def _largest(grouping: Artifact) -> list[dict[str, Any]]:
+    """What is known of the partitions of the most documents, in their order."""
+    partitions = grouping.statistics.get("partitions", [])
+    least = sorted((each["grouped"] for each in partitions), reverse=True)[:SHOWN_PARTITIONS][-1:]
+    return [each for each in partitions if least and each["grouped"] >= least[0]][:SHOWN_PARTITIONS]
 
 
 def _chains(documents: Artifact, grouping: Artifact, settings: DataReportSettings) -> dict[str, list[Excerpt]]:
@@ -237,18 +245,20 @@ def _chains(documents: Artifact, grouping: Artifact, settings: DataReportSetting
         return {}
     starts = np.flatnonzero(np.diff(chain, prepend=-1))
     starts = starts[np.diff(np.append(starts, len(chain))) > 1]
-    partitions = order["partition"].to_numpy()[starts]
+    partitions = order["partition"].dictionary_encode().combine_chunks().indices.to_numpy()[starts]
     draw = np.random.default_rng([settings.seed, 4]).permutation(len(starts))
+    # The turn of each chain is its rank among the drawn ones of its partition.
+    by_partition = np.argsort(partitions[draw], kind="stable")
+    sizes = np.bincount(partitions)
     turn = np.zeros(len(starts), np.int64)
-    for partition in set(partitions.tolist()):
-        here = draw[partitions[draw] == partition]
-        turn[here] = np.arange(len(here))
+    turn[draw[by_partition]] = np.arange(len(draw)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     chosen = sorted(draw[np.argsort(turn[draw], kind="stable")][: settings.data_report_chains])
     shown = {}
     for start in starts[chosen]:
         part = order.slice(start, settings.data_report_documents)
         part = part.filter(pc.equal(part["chain"], part["chain"][0]))
-        title = f"Chain {part['chain'][0]}, {part['partition'][0]}, {int((chain == chain[start]).sum())} documents"
+        partition, documents_there = shortened(str(part["partition"][0])), int((chain == chain[start]).sum())
+        title = f"Chain {part['chain'][0]}, {partition}, {documents_there} documents"
         similarities = [None, *part["similarity"].to_pylist()[1:]]
         shown[title] = _excerpts(documents, part["row"].to_numpy(), similarities)
     return shown
@@ -271,7 +281,9 @@ def _excerpts(
     names = read_table(documents, ["document", "name", "domain"]).take(pa.array(rows)).to_pylist()
     excerpts = []
     for number, (about, text) in enumerate(zip(names, TextReader(documents).read(rows), strict=True)):
-        title = (prefixes[number] if prefixes else "") + f"{about['name'] or about['document']}, {about['domain']}"
+        title = (prefixes[number] if prefixes else "") + ", ".join(
+            shortened(each) for each in (about["name"] or about["document"], about["domain"] or "unknown")
+        )
         if similarities[number] is not None:
             title += f", similarity to the previous {similarities[number]:.3f}"
         excerpts.append(Excerpt(title, text.strip()[:SHOWN_CHARACTERS] + ("…" if len(text) > SHOWN_CHARACTERS else "")))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eclectus.storage.lineage.history import History
-from eclectus.tasks.documents.language_codes import language_name
+from eclectus.tasks.documents.language_codes import language_name, shortened
 from eclectus.tasks.evaluation.changes import Change
 from eclectus.tasks.evaluation.scores import Scores
 from eclectus.tasks.report.chart import Chart, Dash, Series
@@ -39,7 +39,7 @@ def score_charts(comparer: Comparer) -> list[Chart]:
 
 def by_domain(comparer: Comparer) -> list[Chart]:
     """Change of bits per byte against the base by domain of the original languages, with intervals."""
-    domains = comparer.base.values("domain", group="original")
+    domains = comparer.base.domains(group="original")
     series, shown = [], []
     for name in comparer.scores:
         if name in (comparer.base.name, STAGE_1, STAGE_2):
@@ -192,7 +192,7 @@ def shown_layers(layers: list[int]) -> list[int]:
 
 def _changes(name: str, changes: list[tuple[int, Change]], domains: list[str], names: list[str]) -> Series:
     labels = [
-        f"{domains[row]}, {name}: {percent(each.bits)} ({within(each.bits_interval, each.covers)}), "
+        f"{shortened(domains[row])}, {name}: {percent(each.bits)} ({within(each.bits_interval, each.covers)}), "
         f"{each.before:.3f} to {each.after:.3f}, {each.documents} documents"
         for row, each in changes
     ]
@@ -212,7 +212,9 @@ def _maps(scores: Scores, label: str, slug: str, **groups: str) -> list[Chart]:
     highest = max((max(row) for shares in layers.values() for row in shares.values()), default=1.0)
     charts = []
     for layer, shares in layers.items():
-        rows = tuple(language_name(row) if label == "language" else row for row in shares)
+        if label == "domain":
+            shares = {domain: shares[domain] for domain in scores.domains(**groups) if domain in shares}
+        rows = tuple(language_name(row) if label == "language" else shortened(row) for row in shares)
         series = [
             _map_row(row, number, values)
             for number, (row, values) in enumerate(zip(rows, shares.values(), strict=True))

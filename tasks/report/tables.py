@@ -6,16 +6,23 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.lineage.history import History
-from eclectus.tasks.documents.language_codes import language_name
-from eclectus.tasks.documents.table import read_batches
+from eclectus.tasks.documents.language_codes import language_name, shortened
+from eclectus.tasks.documents.table import read_codes, read_table
 from eclectus.tasks.evaluation.changes import Change
 from eclectus.tasks.evaluation.costs import Cost, flops
+from eclectus.tasks.evaluation.held_out import OTHER_DOMAINS
 from eclectus.tasks.evaluation.scores import Scores
 from eclectus.tasks.report.formatting import count, in_words, number, percent, size
 from eclectus.tasks.report.significance import colour_note, coverage, tones
 from eclectus.tasks.report.verdict import Comparer
+
+SHOWN_KINDS = 200
+LABELS_SHOWN = {"group": "", "language": "", "domain": "unknown"}
+"""Columns by which documents are counted, and what stands for a missing label."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,8 @@ class Facts:
 
 def scores_by_domain(comparer: Comparer) -> Table:
     """Bits per byte of every model on the original languages, by domain."""
-    domains = comparer.base.values("domain", group="original")
-    rows = [(Cell(domain), {"group": "original", "domain": domain}) for domain in domains]
+    domains = comparer.base.domains(group="original")
+    rows = [(Cell(shortened(domain)), {"group": "original", "domain": domain}) for domain in domains]
     if len(domains) > 1:
         rows.append((Cell("all"), {"group": "original"}))
     original = ", ".join(language_name(code) for code in comparer.base.values("language", group="original"))
@@ -125,7 +132,7 @@ def seen_table(comparer: Comparer) -> Table | None:
         most = max(found.values(), key=lambda row: (row["seen"], row.get("mean_passages") or 0.0))
         passages = most.get("mean_passages")
         cells = [
-            Cell(name if kind == "domain" else f"{name} languages"),
+            Cell(shortened(name) if kind == "domain" else f"{name} languages"),
             Cell(count(most["items"])),
             Cell(count(most["seen"]), tone="bad" if most["seen"] else ""),
             Cell("" if passages is None else f"{100 * passages:.1f}%"),
@@ -222,22 +229,14 @@ def gate_table(decision: dict[str, Any]) -> Table:
 
 def documents_table(documents: Artifact) -> Table:
     """Documents and bytes by language and domain, in the training and the held-out split."""
-    sums: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
-    for batch in read_batches(documents, ["language", "domain", "group", "split", "bytes"]):
-        for language, domain, group, split, length in zip(
-            *(column.to_pylist() for column in batch.columns), strict=True
-        ):
-            held = 2 if split == "heldout" else 0
-            total = sums[group or "", language or "", domain or "unknown"]
-            total[held] += 1
-            total[held + 1] += length or 0
+    sums = _documents_by_label(documents)
     order = {"original": 0, "expanded": 1}
     rows = []
     for key in sorted(sums, key=lambda key: (order.get(key[0], 2), key)):
         group, language, domain = key
         if group != "other":
             train, train_bytes, held, held_bytes = sums[key]
-            name = Cell(f"{language_name(language)}, {domain}", group)
+            name = Cell(f"{language_name(language)}, {shortened(domain)}", group)
             rows.append([name, Cell(count(train), size(train_bytes)), Cell(count(held), size(held_bytes))])
     others = [values for (group, _, _), values in sums.items() if group == "other"]
     if others:
@@ -249,6 +248,29 @@ def documents_table(documents: Artifact) -> Table:
             ]
         )
     return Table("Documents", ["language and domain", "for training", "held out"], rows)
+
+
+def _documents_by_label(documents: Artifact) -> dict[tuple[str, str, str], list[int]]:
+    """(group, language, domain) -> documents and bytes to train on, documents and bytes held out.
+
+    Of very many the largest SHOWN_KINDS, and the others of a group and language together.
+    """
+    codes, names = zip(*(read_codes(documents, each, missing) for each, missing in LABELS_SHOWN.items()), strict=True)
+    split, splits = read_codes(documents, "split")
+    held = split == (splits.index("heldout") if "heldout" in splits else -1)
+    size_N = read_table(documents, ["bytes"])["bytes"].fill_null(0).to_numpy()
+    kinds, kind = np.unique(np.stack(codes), axis=1, return_inverse=True)
+    kind, total = kind.ravel(), np.zeros((kinds.shape[1], 4), np.int64)
+    for column, chosen in ((0, ~held), (2, held)):
+        np.add.at(total[:, column], kind[chosen], 1)
+        np.add.at(total[:, column + 1], kind[chosen], size_N[chosen])
+    largest = set(np.argsort(-(total[:, 0] + total[:, 2]), kind="stable")[:SHOWN_KINDS].tolist())
+    sums: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    for row, values in enumerate(total.tolist()):
+        group, language, domain = (each[code] for each, code in zip(names, kinds[:, row].tolist(), strict=True))
+        shown = domain if row in largest else OTHER_DOMAINS
+        sums[group, language, shown] = [a + b for a, b in zip(sums[group, language, shown], values, strict=True)]
+    return sums
 
 
 def instances_table(instances: dict[str, Artifact]) -> Table | None:

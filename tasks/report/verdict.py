@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from eclectus.tasks.documents.language_codes import language_name
+from eclectus.tasks.documents.language_codes import language_name, shortened
 from eclectus.tasks.evaluation.changes import Change, compare
 from eclectus.tasks.evaluation.costs import CONTROL, Cost, times
 from eclectus.tasks.evaluation.scores import Scores
@@ -145,7 +145,7 @@ def _add_lory(comparer: Comparer, verdict: Verdict) -> None:
         text += f" Routed once per window, by its context alone, it has {prompt_only:.3f}."
     domains = {
         domain: comparer.change(LORY, group="original", domain=domain)
-        for domain in comparer.base.values("domain", group="original")
+        for domain in comparer.base.domains(group="original")
     }
     if len(domains) > 1:
         text += _by_domain({domain: each for domain, each in domains.items() if each is not None})
@@ -204,9 +204,10 @@ def _by_domain(domains: dict[str, Change]) -> str:
     ordered = sorted(domains, key=lambda domain: domains[domain].bits)
     better = sum(each.bits < 0 for each in domains.values())
     best, worst = ordered[0], ordered[-1]
+    ends = [f"{shortened(each)} ({percent(domains[each].bits)})" for each in (best, worst)]
     return (
-        f" It has fewer bits per byte on {better} of {len(domains)} domains: best on {best} "
-        f"({percent(domains[best].bits)}), worst on {worst} ({percent(domains[worst].bits)}); significant on "
+        f" It has fewer bits per byte on {better} of {len(domains)} domains: best on {ends[0]}, "
+        f"worst on {ends[1]}; significant on "
         f"{sum(significant(domains).values())} of them (Holm over {len(domains)} comparisons)."
     )
 
