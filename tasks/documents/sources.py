@@ -27,6 +27,7 @@ DATASET = "dataset:"
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 TABLES = {".csv": "csv", ".tsv": "tsv"}
 COMPRESSIONS = (".gz", ".zst", ".zstd", ".bz2", ".xz")
+OTHER_COMPRESSIONS = (".lz4", ".br", ".z", ".lzma", ".lzo", ".snappy", ".sz")
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar")
 DATASET_FILES = ("dataset_dict.json", "state.json")
 
@@ -151,6 +152,8 @@ def _path(entry: str) -> Path:
 
 
 def _resolve(entry: str, origin: int, text_suffixes: list[str], others: Found) -> list[Source]:
+    if not entry.strip() and not os.path.lexists(entry):
+        raise EclectusError(f"entry {origin + 1} of 'sources' is empty; name a file or folder ('.' for this one)")
     if entry.strip().startswith(DATASET):
         entry = entry.strip()
         name = parse_dataset(entry)[0]
@@ -223,6 +226,8 @@ def _why_unknown(last: str, suffix: str) -> str:
     """Why a file is not read, and what to do. last: its last suffix; suffix: the one before a compression's."""
     if last.lower() in ARCHIVES or suffix in ARCHIVES:
         return "is an archive of files; unpack it"
+    if last.lower() in OTHER_COMPRESSIONS:
+        return f"is compressed as {last}; decompress it, or compress it as one of {', '.join(COMPRESSIONS)}"
     if suffix == ".parquet":
         return "is compressed Parquet; decompress it, for Parquet is compressed inside"
     if not suffix:

@@ -125,6 +125,8 @@ def benchmark(checkpoint: Artifact, tokenizer: Artifact, settings: BenchmarkSett
     if not results.scores:
         raise EclectusError(f"no task could be run on {checkpoint.name}: {'; '.join(results.left_out.values())}")
     _write(results, settings, out)
+    # Questions that were changed meanwhile have another key.
+    out.read = _fingerprint(settings)
 
 
 @dataclass

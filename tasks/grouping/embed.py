@@ -66,6 +66,8 @@ def embed(documents: Artifact, settings: EmbedSettings, out: Draft, model: Artif
                 where = locate(ids, known)
             dimension = known[0].vectors.shape[1] if known else 0
             empty = _write_vectors(known, where, dimension, settings, out)
+    # A model that was changed while it computed has another key.
+    out.read = model_fingerprint(settings)
     np.save(out.file("ids.npy"), ids)
     reused = len(ids) - len(missing)
     metric("documents_embedded", len(missing))

@@ -4,7 +4,7 @@ line, whatever the file is called.
 Lines are read by orjson; a line that it refuses is looked at again: NaN, huge numbers and bytes that are not UTF-8
 outside the text are accepted, objects on one line are taken apart, and an object may go on in the next lines. A
 damaged record costs itself and is one fault. Memory: one record, at most `longest_line` bytes; a larger one is one
-fault. Price, records of 2 kB: 470 MB/s of lines, 90 of arrays, 50 of objects over several lines.
+fault. Price, records of 2 kB: 540 MB/s of lines, 140 of arrays, 40 of objects over several lines.
 """
 
 from __future__ import annotations

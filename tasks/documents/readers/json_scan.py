@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
-_BRACKET_OR_STRING = re.compile(rb'[{}\[\]]|"(?:[^"\\]*(?:\\.[^"\\]*)*")?', re.S)
+_BRACKET_OR_QUOTE = re.compile(rb'["{}\[\]]')
 _TOKEN = re.compile(rb'[ \t\r\n]*(?:([{}\[\],:])|("[^"\\\n]*(?:\\[^\n][^"\\\n]*)*")|([^\s{}\[\],:"]+)|(\S))', re.S)
 _BLANK = re.compile(rb"[\s\0,]*")
 _SCALAR = re.compile(_STRING + rb'|[^\s,\[\]{}"]+|[\]}]+|"[^\n,]*', re.S)
@@ -22,17 +22,31 @@ BROKEN = -2
 def end_of(data: bytes, at: int) -> int:
     """Where the object or array that begins at `at` ends; INCOMPLETE: after `data`; BROKEN: brackets do not match."""
     closes = bytearray()
-    for match in _BRACKET_OR_STRING.finditer(data, at):
-        token = data[match.start()]
+    while match := _BRACKET_OR_QUOTE.search(data, at):
+        at, token = match.end(), data[match.start()]
         if token == 0x22:
-            if match.end() - match.start() == 1:
+            at = _end_of_string(data, at)
+            if at == INCOMPLETE:
                 return INCOMPLETE
         elif token in _CLOSES:
             closes.append(_CLOSES[token])
         elif closes.pop() != token:
             return BROKEN
         elif not closes:
-            return match.end()
+            return at
+    return INCOMPLETE
+
+
+def _end_of_string(data: bytes, begin: int) -> int:
+    """Where a string ends that begins after the quote before `begin`; INCOMPLETE if after `data`."""
+    at = data.find(b'"', begin)
+    while at >= 0:
+        escapes = at
+        while escapes > begin and data[escapes - 1] == 0x5C:
+            escapes -= 1
+        if (at - escapes) % 2 == 0:
+            return at + 1
+        at = data.find(b'"', at + 1)
     return INCOMPLETE
 
 

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import random
+import tracemalloc
 import uuid
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ import zstandard
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents import readers as read
 from eclectus.tasks.documents.ingest import read_duplicates, read_rejected
+from eclectus.tasks.documents.sources import find_sources
 from eclectus.tasks.documents.table import read_table
 from tests.support.documents import GREEK, TURKISH, ingested, lines, rejected, texts
 
@@ -183,13 +185,19 @@ def test_a_bad_record_in_an_array_costs_itself(store, tmp_path, bad, kept, layou
 def test_an_array_larger_than_what_may_be_held_is_read_and_only_a_record_too_large_is_lost(
     store, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(read, "LONGEST_LINE", 2**21)
-    records = [{"text": f"{i} " + "x" * 200_000} for i in range(30)]
-    records[7]["text"] += "y" * 2**22
+    monkeypatch.setattr(read, "LONGEST_LINE", 2**20)
+    records = [{"text": f"{i} " + "x" * 400_000} for i in range(60)]
+    records[7]["text"] += "y" * 2**21
     for name, separator in (("a.json", b", "), ("b.json", b",\n")):
         (tmp_path / name).write_bytes(b"[" + separator.join(json.dumps(each).encode() for each in records) + b"]")
+        tracemalloc.start()
+        [source] = find_sources([str(tmp_path / name)], []).sources
+        count = sum(1 for _ in read.read_records(source, "text", ["text"], 10**9, read.Position()))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert count == 60 and peak < 12 * 2**20
         documents = ingested(store, [tmp_path / name])
-        assert [text.split()[0] for text in texts(documents)] == [str(i) for i in range(30) if i != 7]
+        assert [text.split()[0] for text in texts(documents)] == [str(i) for i in range(60) if i != 7]
         assert rejected(documents) == [(name, 8, "too long")]
 
 

@@ -50,6 +50,7 @@ def test_what_does_not_exist_is_one_error_that_names_it_and_the_fix(tmp_path):
     (tmp_path / "a.pdf").write_bytes(b"pdf")
     for sources, message in (
         ([], "no sources are set"),
+        ([" "], "entry 1 of 'sources' is empty"),
         ([tmp_path / "gone.jsonl"], "gone.jsonl' does not exist"),
         (["someone/something"], "dataset:someone/something"),
         (["s3://bucket/x.jsonl"], "is a URL"),
@@ -134,7 +135,17 @@ def test_suffixes_are_recognised_in_any_case(tmp_path):
 def test_what_is_not_read_in_a_folder_is_listed_with_the_reason(store, tmp_path):
     folder = tmp_path / "in"
     (folder / ".git").mkdir(parents=True)
-    for name in (".git/x.jsonl", ".hidden.jsonl", "cover.png", "a.zip", "b.tar.gz", "c.parquet.gz", "README", "d.pdf"):
+    for name in (
+        ".git/x.jsonl",
+        ".hidden.jsonl",
+        "cover.png",
+        "a.zip",
+        "b.tar.gz",
+        "c.parquet.gz",
+        "README",
+        "d.pdf",
+        "e.jsonl.lz4",
+    ):
         (folder / name).write_bytes(b"x")
     (folder / "good.jsonl").write_bytes(lines(A))
     os.mkfifo(folder / "pipe.jsonl")
@@ -149,12 +160,13 @@ def test_what_is_not_read_in_a_folder_is_listed_with_the_reason(store, tmp_path)
         "c.parquet.gz": "is compressed Parquet",
         "cover.png": "has a suffix that cannot be read",
         "d.pdf": "has a suffix that cannot be read",
+        "e.jsonl.lz4": "is compressed as .lz4",
         "pipe.jsonl": "is no regular file",
     }
-    assert passed["counts"]["is hidden"] == 2 and sum(passed["counts"].values()) == 9
+    assert passed["counts"]["is hidden"] == 2 and sum(passed["counts"].values()) == 10
     assert "add .pdf to 'text_suffixes'" in passed["files"]["d.pdf"]
     assert documents.statistics["ignored_files"] == {
-        ".gz": 2, ".jsonl": 1, ".pdf": 1, ".png": 1, ".zip": 1, "README": 1,
+        ".gz": 2, ".jsonl": 1, ".lz4": 1, ".pdf": 1, ".png": 1, ".zip": 1, "README": 1,
     }  # fmt: skip
 
 
