@@ -199,11 +199,21 @@ class _Fields:
             raise self.wrong(name, "heads of an even size, which rotary positions need")
 
     def experts(self) -> None:
-        layers, counts = self.config["num_hidden_layers"], self.config.get("experts_per_layer")
+        """Numbers of experts, which two keys hold: of transformers 4 and of 5."""
+        config, layers, counts = self.config, self.config["num_hidden_layers"], self.config.get("experts_per_layer")
+        most = WHOLE["num_local_experts"]
         if counts is not None and not (
-            isinstance(counts, list) and len(counts) == layers and all(_is_whole(each) and each > 0 for each in counts)
+            isinstance(counts, list)
+            and len(counts) == layers
+            and all(_is_whole(each) and 0 < each <= most for each in counts)
         ):
             raise self.wrong("experts_per_layer", f"a list of {layers} numbers, one for each of num_hidden_layers")
+        experts = config.get("num_local_experts", config.get("num_experts"))
+        if "num_experts" in config and config["num_experts"] != experts:
+            raise self.wrong("num_experts", f"{experts}, as num_local_experts")
+        fewest = min(counts) if counts else experts
+        if fewest is not None and config.get("num_experts_per_tok", 1) > fewest:
+            raise self.wrong("num_experts_per_tok", f"at most the number of experts, {fewest}")
 
     def layer_types(self) -> None:
         config, layers = self.config, self.config["num_hidden_layers"]

@@ -147,6 +147,8 @@ def _kind(config: dict[str, Any], where: Path, trust_remote_code: bool) -> Kind:
         )
     if model_type in FAMILIES:
         return "dense"
+    if not isinstance(config.get("upcycled_from"), dict | None):
+        raise CheckpointError(f"{where / CONFIG}: upcycled_from is {config['upcycled_from']!r}; expected an object")
     if model_type in MOE_FAMILIES and config.get("upcycled_from"):
         return "mixture"
     return "lory" if model_type == "lory" else "other"

@@ -94,6 +94,24 @@ def test_lory_models_pass_the_door_and_lose_no_tensor(bases, tmp_path, experts):
         open_model(tmp_path / "lory")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"upcycled_from": "x"}, "upcycled_from is 'x'; expected an object"),
+        ({"num_experts_per_tok": 4}, "num_experts_per_tok is 4; expected at most the number of experts, 2"),
+        ({"num_experts": 3}, "num_experts is 3; expected 4, as num_local_experts"),
+        ({"experts_per_layer": [2, 10**12]}, "experts_per_layer is .*; expected a list of 2 numbers"),
+        ({"experts_per_layer": [2]}, "experts_per_layer is .*; expected a list of 2 numbers"),
+        ({"experts_per_layer": [2, 3]}, "the weights|its config says|holds .* tensors that its class does not know"),
+    ],
+)
+def test_numbers_of_experts_that_cannot_be_meant_are_named(bases, tmp_path, changes, message):
+    upcycle(bases["llama"], tmp_path / "moe", experts=[2, 4])
+    change(tmp_path / "moe", **changes)
+    with pytest.raises(ValueError, match=message):
+        open_model(tmp_path / "moe")
+
+
 def test_a_mixture_of_others_is_no_base(base):
     change(base, model_type="mixtral")
     with pytest.raises(ValueError, match=r"'mixtral' model; bases that can be upcycled: llama"):
