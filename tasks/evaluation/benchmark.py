@@ -30,7 +30,7 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact, Draft, hash_file
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.evaluation.benchmark_rows import FIELDS, SCORE_FIELDS, group_rows, item_rows, score_rows
-from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, local_questions, version, wanted_tasks
+from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, files_of, local_questions, version, wanted_tasks
 from eclectus.tasks.evaluation.evaluate import check_vocabulary, read_model_config
 from eclectus.tasks.packing.text_tokens import TextTokens
 from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
@@ -98,7 +98,9 @@ def _fingerprint(settings: BenchmarkSettings) -> dict[str, str]:
     files = local_questions(settings.benchmark_files)
     names = {each.name for each in wanted}
     read = {f"questions {name}": hash_file(path) for name, path in files.items() if name in names}
-    read |= {f"task {each.name}": hash_file(each.path) for each in wanted if each.path}
+    for each in wanted:
+        for path in files_of(each.path) if each.path else ():
+            read[f"task {each.name}" if path == each.path else f"task {each.name} {path}"] = hash_file(path)
     Harness.check_installed()
     return read | {"lm_eval": hashlib.sha256(version().encode()).hexdigest()}
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
 import re
 import socket
 from collections.abc import Iterator, Mapping
@@ -243,6 +244,26 @@ def folders_by_name() -> dict[str, set[Path]]:
         for name in names:
             folders.setdefault(name, set()).add(path.parent)
     return folders
+
+
+def files_of(task: Path) -> list[Path]:
+    """A task's YAML file and the local files that it names, which decide its questions as well, sorted.
+
+    Those are files that it includes, modules of its functions (`!function utils.process`) and questions, given as
+    paths from the YAML's folder or from the current one.
+    """
+    found, left = {task}, [task]
+    while left:
+        path = left.pop()
+        text = path.read_text("utf-8", errors="replace")
+        words = [word.rstrip(",") for word in re.findall(r"[^\s'\"\[\]{}]+", text)]
+        words += [f"{module}.py" for module in re.findall(r"!function\s+['\"]?([\w.]+)\.\w+", text)]
+        for place in (place for word in words for place in (path.parent / word, Path(word).absolute())):
+            # os.path: a word may be longer than a name of a file can be.
+            if place not in found and os.path.isfile(place):
+                found.add(place)
+                left += [place] if place.suffix in (".yaml", ".yml") else []
+    return sorted(found)
 
 
 def version() -> str:

@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from eclectus.storage.artifact import Draft
+from eclectus.storage.errors import EclectusError
 
 WEIGHTS = "model.safetensors"
 
@@ -25,13 +26,25 @@ class StaticModel:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Reads a sentence-transformers directory for which `is_static_model` is true."""
+        """Reads a sentence-transformers directory for which `is_static_model` is true. Raises EclectusError."""
         from safetensors.numpy import load_file
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        path = folder / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        # The library raises plain Exception.
+        except Exception as error:
+            raise EclectusError(f"{path} cannot be read as a tokenizer ({error}); fetch the model again") from error
         tokenizer.no_padding()
-        return cls(tokenizer, np.asarray(load_file(folder / WEIGHTS)["embedding.weight"], np.float32))
+        weights = np.asarray(load_file(folder / WEIGHTS)["embedding.weight"], np.float32)
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+        if largest >= len(weights):
+            raise EclectusError(
+                f"{path} has token id {largest}, but {WEIGHTS} holds {len(weights)} vectors: this tokenizer is not the "
+                "model's; give the model's own"
+            )
+        return cls(tokenizer, weights)
 
     def save(self, out: Draft) -> None:
         """Writes the directory that `SentenceTransformer(path)` opens."""

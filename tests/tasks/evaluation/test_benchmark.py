@@ -332,3 +332,22 @@ def test_an_average_over_a_group_is_not_given_where_a_task_is_missing():
     assert group_rows("g", ["a", "b", "c"], both) == []
     assert group_rows("g", ["a", "b"], [part, part | {"task": "b", "score": None}]) == []
     assert math.isclose(group_rows("g", ["a"], both)[0]["score"], 0.5)
+
+
+def test_every_local_file_that_a_task_names_is_in_the_key(tmp_path):
+    task = tmp_path / "mine.yaml"
+    task.write_text("task: mine\ninclude: base.yaml\nprocess_docs: !function utils.change\n" + "x" * 5000 + "\n")
+    (tmp_path / "base.yaml").write_text("dataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\n")
+    (tmp_path / "utils.py").write_text("def change(rows): return rows\n")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "other.jsonl").write_text("{}\n")
+    settings = BenchmarkSettings(benchmark_tasks=[str(task)])
+    before = benchmark.fingerprint(settings)
+    for name in ("mine.yaml", "base.yaml", "utils.py", "rows.jsonl"):
+        with open(tmp_path / name, "a") as handle:
+            handle.write("# changed\n")
+        after = benchmark.fingerprint(settings)
+        assert after != before, name
+        before = after
+    (tmp_path / "other.jsonl").write_text("changed")
+    assert benchmark.fingerprint(settings) == before

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -331,3 +332,16 @@ def test_a_run_killed_while_ray_embeds_loses_at_most_the_batch_it_was_at(tmp_pat
     assert int(again.stdout) == finished
     (whole,) = home.store.root.glob("embeddings/*/embeddings.npy")
     assert np.allclose(np.linalg.norm(np.load(whole), axis=1), 1, atol=1e-6)
+
+
+def test_a_static_model_with_another_tokenizer_or_a_damaged_one_is_one_line(model, tmp_path):
+    shutil.copytree(model.path, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    whole["model"]["vocab"]["zzz"] = 10**6
+    path.write_text(json.dumps(whole))
+    with pytest.raises(EclectusError, match=r"tokenizer.json has token id 1000000.*not the model's"):
+        StaticModel.load(tmp_path / "model")
+    path.write_text("{")
+    with pytest.raises(EclectusError, match=r"tokenizer.json cannot be read"):
+        StaticModel.load(tmp_path / "model")
