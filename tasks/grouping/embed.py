@@ -35,8 +35,31 @@ FOLDER = "embedding"
 
 
 def model_fingerprint(settings: EmbedSettings) -> dict[str, str]:
-    """The digest of a model that is a folder, so that a changed folder is a changed input."""
-    return {"embedding_model": digest_folder(Path(settings.embedding_model))} if _is_folder(settings) else {}
+    """The digest of a model that is a folder, or the commit that its name on the hub points to now, so that a changed
+    model is a changed input. Without a connection, the commit downloaded last."""
+    if settings.embedding_model == STATIC:
+        return {}
+    if _is_folder(settings):
+        return {"embedding_model": digest_folder(Path(settings.embedding_model))}
+    commit = _commit(settings.embedding_model)
+    return {"embedding_model": f"commit-{commit}"} if commit else {}
+
+
+def _commit(name: str) -> str | None:
+    """None for a name that is unknown here and on the hub: loading it gives the error."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    whole = name if "/" in name else f"sentence-transformers/{name}"
+    try:
+        return str(HfApi().model_info(whole).sha)
+    except Exception:
+        # The hub's client raises any exception of its network library.
+        with contextlib.suppress(ValueError):
+            for file in ("modules.json", "config.json"):
+                found = try_to_load_from_cache(whole, file)
+                if isinstance(found, str):
+                    return Path(found).parent.name
+        return None
 
 
 @step(makes="embeddings", version=4, fingerprint=model_fingerprint)
