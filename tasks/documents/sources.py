@@ -69,7 +69,8 @@ class Source:
 class Found:
     """The sources, in the order of reading, and what folders and globs hold besides.
 
-    passed_over: name -> why. ignored: how many of them are files that are not hidden, by suffix.
+    passed_over: name -> why, with empty and unreadable sources. ignored: how many of the others are not hidden, by
+    suffix.
     """
 
     sources: list[Source]
@@ -91,7 +92,19 @@ def find_sources(entries: list[str], text_suffixes: list[str]) -> Found:
             if source.kind != "dataset":
                 check_path(source.path, f"source '{entry}'")
             found.setdefault(_identity(source), source)
-    return Found(_with_unique_names(list(found.values())), others.passed_over, dict(sorted(others.ignored.items())))
+    sources = _with_unique_names(list(found.values()))
+    others.passed_over.update((each.name, why) for each in sources if (why := _why_nothing(each)))
+    return Found(sources, others.passed_over, dict(sorted(others.ignored.items())))
+
+
+def _why_nothing(source: Source) -> str:
+    """Why a source gives nothing, as far as that is known without reading it."""
+    if source.kind == "dataset":
+        return ""
+    try:
+        return "" if os.stat(source.path).st_size else "is empty"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def split_entries(text: str) -> list[str]:

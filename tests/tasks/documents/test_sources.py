@@ -149,6 +149,8 @@ def test_what_is_not_read_in_a_folder_is_listed_with_the_reason(store, tmp_path)
         (folder / name).write_bytes(b"x")
     (folder / "good.jsonl").write_bytes(lines(A))
     os.mkfifo(folder / "pipe.jsonl")
+    (folder / "empty.jsonl").write_bytes(b"")
+    (folder / "link.jsonl").symlink_to(folder / "gone.jsonl")
     documents = ingested(store, [folder], text_suffixes=[".txt"])
     passed = documents.statistics["passed_over"]
     assert {name: why.split(";")[0] for name, why in passed["files"].items()} == {
@@ -161,9 +163,11 @@ def test_what_is_not_read_in_a_folder_is_listed_with_the_reason(store, tmp_path)
         "cover.png": "has a suffix that cannot be read",
         "d.pdf": "has a suffix that cannot be read",
         "e.jsonl.lz4": "is compressed as .lz4",
+        "empty.jsonl": "is empty",
+        "link.jsonl": "cannot be read (No such file or directory)",
         "pipe.jsonl": "is no regular file",
     }
-    assert passed["counts"]["is hidden"] == 2 and sum(passed["counts"].values()) == 10
+    assert passed["counts"]["is hidden"] == 2 and sum(passed["counts"].values()) == 12
     assert "add .pdf to 'text_suffixes'" in passed["files"]["d.pdf"]
     assert documents.statistics["ignored_files"] == {
         ".gz": 2, ".jsonl": 1, ".lz4": 1, ".pdf": 1, ".png": 1, ".zip": 1, "README": 1,
