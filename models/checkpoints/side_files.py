@@ -86,11 +86,17 @@ def gguf_shards(gguf: Path) -> list[Path]:
 
 
 def copy_side_files(source: Path, out_dir: Path) -> None:
-    """Copies the side files, with names in the tokenizer's config that transformers 4.57 and 5 know."""
+    """Copies the side files, with names in the tokenizer's config that transformers 4.57 and 5 know.
+
+    Raises ValueError naming a tokenizer_config.json that cannot be read.
+    """
     for path in side_files(source):
         (out_dir / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, out_dir / path)
-    name_tokenizer_for_both(out_dir / TOKENIZER_CONFIG)
+    try:
+        name_tokenizer_for_both(out_dir / TOKENIZER_CONFIG)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source / TOKENIZER_CONFIG} is not a JSON object ({error}); fetch it again") from error
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
@@ -103,6 +109,8 @@ def name_tokenizer_for_both(path: Path) -> None:
     if not path.is_file():
         return
     before = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(before, dict):
+        raise ValueError(f"it is a {type(before).__name__}")
     config = dict(before)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"

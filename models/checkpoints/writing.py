@@ -61,6 +61,9 @@ def with_both_generations(config: dict[str, Any]) -> dict[str, Any]:
             config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     if dtype := config.get("dtype") or config.get("torch_dtype"):
         config |= {"dtype": dtype, "torch_dtype": dtype}
+    if config.get("sliding_window") == 0:
+        # How Qwen2Moe's class writes that there is none.
+        config["sliding_window"] = None
     # 4.57 reads a null head_dim as the head size itself.
     if config.get("head_dim", 0) is None:
         del config["head_dim"]

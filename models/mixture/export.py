@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eclectus.models.checkpoints.config_file import CheckpointError, read_json_object
 from eclectus.models.checkpoints.dense_base import open_base
 from eclectus.models.checkpoints.door import check_checkpoint
 from eclectus.models.checkpoints.families import Family, moe_family_of
@@ -68,12 +69,22 @@ def export_checkpoint(
         stored = Converted(source, dtype)
         partial = stack.enter_context(staged_folder(out_dir))
         write_checkpoint(partial, config, stored.specs.values(), stored.tensor, side_dir, max_shard_bytes)
-        if side_dir is not None and (side_dir / REPORT).is_file():
-            made = json.loads((side_dir / REPORT).read_text("utf-8"))
+        if side_dir is not None and (made := _read_report(side_dir)):
             tied = bool(config.get("tie_word_embeddings"))
             made |= _original_weights(made, source, stored, family, tied, dtype)
             (partial / REPORT).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
     return out_dir
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    """upcycle.json, empty if there is none. Raises CheckpointError if it cannot be read or has no base_digest."""
+    path = folder / REPORT
+    if not path.exists():
+        return {}
+    made = read_json_object(path)
+    if not isinstance(made.get("base_digest"), str):
+        raise CheckpointError(f"{path} has no base_digest, so it was not written by upcycle: move it away")
+    return made
 
 
 def _original_weights(
@@ -85,9 +96,7 @@ def _original_weights(
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """What upcycle.json says about the stored original weights. made: the source's upcycle.json."""
-    base = made.get("base_digest")
-    if base is None:
-        return {}
+    base = made["base_digest"]
     if original_digest(stored, family, tied) == base:
         return {"original_weights": "unchanged", "original_dtype": None}
     if dtype is not None and original_digest(source, family, tied) == base:
@@ -134,7 +143,7 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
     tied = bool(base_config.get("tie_word_embeddings"))
     with ExitStack() as stack:
         source = stack.enter_context(CheckpointReader(moe_dir))
-        made = json.loads((moe_dir / REPORT).read_text("utf-8")) if (moe_dir / REPORT).is_file() else {}
+        made = _read_report(moe_dir)
         if made and original_digest(source, family, tied) != made["base_digest"]:
             raise NotTheBaseError(_why_not_the_base(moe_dir, made))
         originals = original_tensors(source, family, tied)

@@ -118,7 +118,6 @@ def test_from_fetch_over_both_stages_to_export_extraction_and_a_second_extension
 def test_of_dense_methods(home, base, tmp_path, method):
     start = fetched(home, base)
     model = open_method(method, start, lora_rank=2, new_blocks=1)
-    assert model.generation_config.temperature == 0.6
     save_method(model, tmp_path / "out", start)
     has_all_side_files(tmp_path / "out")
     export_dense_checkpoint(tmp_path / "out", tmp_path / "exported")

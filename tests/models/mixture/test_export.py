@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -138,3 +139,33 @@ def test_misuse_is_refused_with_the_remedy(tmp_path):
     (moe / "config.json").write_text(json.dumps(config))
     with pytest.raises(NotTheBaseError, match="upcycled_from"):
         extract_base(moe, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("upcycle.json", "{", r"moe/upcycle\.json is not JSON"),
+        ("upcycle.json", "[]", r"moe/upcycle\.json"),
+        ("upcycle.json", "{}", r"moe/upcycle\.json has no base_digest"),
+        ("tokenizer_config.json", "{", r"moe/tokenizer_config\.json is not a JSON object"),
+        ("tokenizer_config.json", "[1]", r"moe/tokenizer_config\.json is not a JSON object \(it is a list\)"),
+        ("config.json", '{"model_type": 3}', r"moe/config\.json"),
+    ],
+)
+def test_a_damaged_file_is_named_and_nothing_is_written(tmp_path, name, content, complaint):
+    upcycle(write_base(tmp_path / "base", "llama"), tmp_path / "moe", experts=2)
+    (tmp_path / "moe" / name).write_text(content)
+    for make in (export_checkpoint, extract_base):
+        with pytest.raises(ValueError, match=complaint):
+            make(tmp_path / "moe", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "moe"]
+
+
+def test_a_mixture_that_lacks_a_tensor_is_not_exported(tmp_path):
+    upcycle(write_base(tmp_path / "base", "llama"), tmp_path / "moe", experts=2)
+    weights = load_file(tmp_path / "moe" / "model.safetensors")
+    del weights["model.layers.1.block_sparse_moe.experts.1.w2.weight"]
+    save_file(weights, tmp_path / "moe" / "model.safetensors", {"format": "pt"})
+    for make in (export_checkpoint, extract_base):
+        with pytest.raises(ValueError, match=r"experts\.1\.w2\.weight"):
+            make(tmp_path / "moe", tmp_path / "out")
