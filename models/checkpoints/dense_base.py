@@ -16,6 +16,7 @@ from eclectus.models.checkpoints.door import check_checkpoint, check_finite, rea
 from eclectus.models.checkpoints.expected_tensors import HEAD
 from eclectus.models.checkpoints.families import Family, family_of
 from eclectus.models.checkpoints.gguf.reader import read_gguf
+from eclectus.models.checkpoints.proof import StepZero, prove_files
 from eclectus.models.checkpoints.reference import ReferenceModel, reference_of
 from eclectus.models.checkpoints.side_files import TOKENIZER_CONFIG, copy_side_files, name_tokenizer_for_both
 from eclectus.models.checkpoints.streaming import streamed_logits
@@ -70,10 +71,14 @@ class DenseBase:
         ).eval()
         return base
 
-    def save(self, out_dir: Path) -> None:
-        """Writes the dense checkpoint in safetensors, with tokenizer and generation config."""
+    def save(self, out_dir: Path) -> StepZero | None:
+        """Writes the dense checkpoint in safetensors, with tokenizer and generation config; returns its proof.
+
+        Raises StepZeroError if what was written does not compute what the base's files say.
+        """
         write_checkpoint(out_dir, self.config_dict, self.tensors.specs.values(), self.tensors.tensor)
         self.copy_side_files(out_dir)
+        return prove_files(out_dir, self.reference, f"the {self.family.dense} read") if self.reference else None
 
     def copy_side_files(self, out_dir: Path) -> None:
         """Copies tokenizer and generation config."""

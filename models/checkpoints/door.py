@@ -39,6 +39,7 @@ from eclectus.models.checkpoints.families import (
     family_of,
     moe_family_of,
 )
+from eclectus.models.checkpoints.gguf.reader import read_gguf_config
 from eclectus.models.checkpoints.side_files import gguf_shards
 from eclectus.models.checkpoints.tensor_files import CheckpointReader
 from eclectus.models.checkpoints.tokenizer_files import check_tokenizer
@@ -56,7 +57,7 @@ class Checked:
 
     path: the directory, or the .gguf file. kind: `dense` (Llama, Mistral, Qwen2, Qwen3), `mixture` (upcycled here),
     `lory`, or `other`: any causal language model of transformers, which can be evaluated only. config: config.json,
-    empty for a .gguf file.
+    of a .gguf file as it would be.
     """
 
     path: Path
@@ -97,7 +98,9 @@ def check_checkpoint(path: Path, *, to_upcycle: bool = False, trust_remote_code:
     """
     where = locate(path)
     if where.is_file():
-        return Checked(where, "dense", {})
+        config = read_gguf_config(where)
+        family_of(config, where)
+        return Checked(where, "dense", config)
     config = read_config(where)
     kind = _kind(config, where, trust_remote_code)
     if kind != "other":

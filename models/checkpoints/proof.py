@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from eclectus.models.checkpoints.config_file import read_config
 from eclectus.models.checkpoints.door import read_transformers_config
-from eclectus.models.checkpoints.families import moe_family_of
+from eclectus.models.checkpoints.families import family_of, moe_family_of
 from eclectus.models.checkpoints.reference import ReferenceModel, reference_of
 from eclectus.models.checkpoints.streaming import logits_at, streamed_logits
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSource
@@ -151,6 +151,20 @@ def prove_as_stored(model: nn.Module, checkpoint: Path, what: str, tolerance: fl
         probes = probes_for(config, parameters_of(reader))
         expected = streamed_logits(reader, config, family, probes.tokens, positions=probes.positions)
     return checked(f"{what} differs from {checkpoint}", logits_of(model, probes), expected, tolerance, probes)
+
+
+def prove_files(directory: Path, reference: ReferenceModel, what: str, tolerance: float = TOLERANCE) -> StepZero:
+    """Compares a dense checkpoint just written, as transformers reads it, with the reference of what it was made of.
+
+    what: the checkpoint, named in errors. Raises StepZeroError above the tolerance.
+    """
+    with CheckpointReader(directory) as reader:
+        config = read_transformers_config(directory)
+        family = family_of(read_config(directory), directory)
+        probes = probes_for(config, parameters_of(reader))
+        expected = reference_logits(reference, config, probes, what)
+        ours = streamed_logits(reader, config, family, probes.tokens, positions=probes.positions)
+    return checked(f"{what} differs from what it was made of", ours, expected, tolerance, probes)
 
 
 def logits_of(model: nn.Module, probes: Probes) -> Tensor:

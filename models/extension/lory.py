@@ -26,9 +26,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from eclectus.models.checkpoints.door import open_model
-from eclectus.models.checkpoints.proof import StepZeroError
+from eclectus.models.checkpoints.proof import Probes, checked, logits_of
 from eclectus.models.checkpoints.writing import save_model
 from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.staged_folder import staged_folder
 from eclectus.models.training.instances import Batch
 from eclectus.models.training.losses import Loss, Objective, Pass, Term
 from eclectus.models.training.objectives import NextToken, in_languages
@@ -65,21 +66,21 @@ def extend_lory(
     if probes is None:
         length = min(3 * model.config.segment_length, model.config.max_position_embeddings)
         probes = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    expected = model(input_ids=probes, use_cache=False).logits
+    on = Probes.of(probes)
+    expected = logits_of(model, on)
     for layer in model.model.layers:
         layer.mlp.experts = nn.Parameter(torch.cat([layer.mlp.experts, layer.mlp.experts]))
         layer.mlp.router.weight = nn.Parameter(torch.cat([layer.mlp.router.weight, layer.mlp.router.weight]))
     model.config.num_experts, model.config.original_experts = 2 * before, before
     model.config.extension_trained = False
-    delta = (model(input_ids=probes, use_cache=False).logits - expected).abs().max().item()
-    scale = max(1.0, expected.abs().max().item())
-    if not delta <= tolerance * scale:
-        raise StepZeroError(
-            f"with {before} more experts a logit differs by {delta:.3g}, where {tolerance * scale:.3g} is allowed; "
-            "nothing was written"
+    with staged_folder(Path(out_dir)) as partial:
+        save_model(model, partial, Path(lory_dir))
+        # What counts is what was written.
+        ours = logits_of(open_model(partial), on)
+        proof = checked(
+            f"the Lory model with {before} more experts differs from {lory_dir}", ours, expected, tolerance, on
         )
-    save_model(model, Path(out_dir), Path(lory_dir))
-    return LoryExtensionReport(before, 2 * before, delta, scale, tolerance)
+    return LoryExtensionReport(before, 2 * before, proof.max_abs_delta, proof.max_abs_logit, tolerance)
 
 
 class _Joined(nn.Module):

@@ -48,6 +48,8 @@ from eclectus.models.mixture.experts import Stage, set_trainable, split_experts,
 from eclectus.models.mixture.export import export_checkpoint
 from eclectus.models.training.instances import Batch, Instances, rows_at
 
+# Largest difference of a logit by merging adapters, as a share of the largest: matrix products on GPUs may be TF32.
+MERGED = 1e-2
 Method = Literal[
     "moe_lpr", "full", "lora", "llama_pro", "moe_all", "no_review", "no_lpr", "random_experts", "one_stage"
 ]
@@ -160,12 +162,20 @@ def save_method(model: nn.Module, out: str | Path, side_files: str | Path) -> No
     if isinstance(model, LoryForCausalLM):
         save_lory(model, out, side_files)
         return
-    merge_adapters = getattr(model, "merge_and_unload", None)
-    plain = cast(PreTrainedModel, merge_adapters() if merge_adapters else model)
+    plain = _merged(model) if hasattr(model, "merge_and_unload") else cast(PreTrainedModel, model)
     if hasattr(plain.config, "num_experts_per_tok"):
         export_checkpoint(plain, out, side_files=side_files)
         return
     save_model(plain, out, Path(side_files))
+
+
+def _merged(model: Any) -> PreTrainedModel:
+    """The model with its adapters merged into the weights. Raises StepZeroError if it then computes something else."""
+    probes = probes_for(model.config, sum(each.numel() for each in model.parameters()))
+    expected = logits_of(model, probes)
+    merged = cast(PreTrainedModel, model.merge_and_unload())
+    checked("the model with merged adapters differs from itself", logits_of(merged, probes), expected, MERGED, probes)
+    return merged
 
 
 def add_lora(model: PreTrainedModel, rank: int, seed: int = 0) -> nn.Module:

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,28 +48,31 @@ def fingerprint(settings: FetchSettings) -> dict[str, str]:
     return {"base_model": f"commit-{_hub_commit(settings.base_model)}"}
 
 
-@step(makes="checkpoint", version=1, fingerprint=fingerprint)
+@step(makes="checkpoint", version=2, fingerprint=fingerprint)
 def fetch(settings: FetchSettings, out: Draft) -> None:
     """Copies a checkpoint into the home, through the door: checked whole, weights and tokenizer too."""
     from eclectus.models.checkpoints.dense_base import DenseBase
     from eclectus.models.checkpoints.door import check_checkpoint, check_contents
+    from eclectus.models.checkpoints.proof import StepZeroError
 
-    base = Path(settings.base_model)
+    base, proof = Path(settings.base_model), None
     folder = base if base.exists() else _download(settings.base_model)
     try:
         checked = check_checkpoint(folder)
         check_contents(checked)
         if checked.path.is_file():
-            DenseBase.from_gguf(checked.path).save(out.path)
+            proof = DenseBase.from_gguf(checked.path).save(out.path)
         else:
             for path in listing().checkpoint_files(folder):
                 shutil.copyfile(folder / path, out.file(str(path)))
         # What was converted, or copied while somebody wrote it, passes once more.
         check_checkpoint(out.path)
-    except ValueError as error:
+    except (ValueError, StepZeroError) as error:
         raise EclectusError(f"base model {settings.base_model}: {error}") from error
     out.read = _as_read(settings, folder, out)
     out.statistics = {"base_model": settings.base_model if not base.exists() else base.name}
+    if proof is not None:
+        out.statistics["step_zero"] = asdict(proof)
 
 
 def _as_read(settings: FetchSettings, folder: Path, out: Draft) -> dict[str, str] | None:

@@ -28,6 +28,7 @@ from eclectus.models.checkpoints.families import UnsupportedModelError
 from eclectus.models.checkpoints.gguf.header import Metadata, StoredTensor, read_header
 from eclectus.models.checkpoints.gguf.rope import reference_rope, rope_parameters
 from eclectus.models.checkpoints.reference import ReferenceModel
+from eclectus.models.checkpoints.side_files import gguf_shards
 from eclectus.models.checkpoints.tensor_files import CheckpointError, TensorSpec
 from eclectus.models.checkpoints.writing import plain_config
 
@@ -99,21 +100,31 @@ def read_gguf(path: Path) -> GgufModel:
     known here.
     """
     with _named_errors(path):
-        values, stored = _read_shards(path)
-        metadata = Metadata(path, values)
-        _check_kind(metadata)
-        freqs = _frequency_divisors(stored)
-        config_dict = _config(metadata, stored, freqs)
-        config = AutoConfig.for_model(**config_dict)
-        config_dict = plain_config(config) | {"architectures": config_dict["architectures"], "dtype": "float32"}
-        # llama.cpp stores the rows of Llama's q and k so that neighbours rotate together.
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-        tensors = GgufTensors(path, stored, heads if metadata.architecture == "llama" else {})
-        metadata.check_rest()
-        _check_tensors(path, config_dict, tensors)
-        reference = _reference(path, values, stored, freqs)
+        config, config_dict, tensors, reference = _described(path)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return GgufModel(config, config_dict, tensors, tokenizer, reference)
+
+
+def read_gguf_config(path: Path) -> dict[str, Any]:
+    """config.json of the model in a GGUF file, from its header alone. Raises as `read_gguf` does."""
+    with _named_errors(path):
+        return _described(path)[1]
+
+
+def _described(path: Path) -> tuple[PretrainedConfig, dict[str, Any], GgufTensors, ReferenceModel]:
+    values, stored = _read_shards(path)
+    metadata = Metadata(path, values)
+    _check_kind(metadata)
+    freqs = _frequency_divisors(stored)
+    config_dict = _config(metadata, stored, freqs)
+    config = AutoConfig.for_model(**config_dict)
+    config_dict = plain_config(config) | {"architectures": config_dict["architectures"], "dtype": "float32"}
+    # llama.cpp stores the rows of Llama's q and k so that neighbours rotate together.
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    tensors = GgufTensors(path, stored, heads if metadata.architecture == "llama" else {})
+    metadata.check_rest()
+    _check_tensors(path, config_dict, tensors)
+    return config, config_dict, tensors, _reference(path, values, stored, freqs)
 
 
 @contextmanager
@@ -143,8 +154,7 @@ def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         raise CheckpointError(
             f"{path} is one of {shards} shards; give the first, whose name ends in -00001-of-{shards:05d}.gguf"
         )
-    for number in range(2, shards + 1):
-        other = path.with_name(f"{match[1]}-{number:05d}-of-{shards:05d}.gguf")
+    for number, other in enumerate(gguf_shards(path)[1:], 2):
         if not other.is_file():
             raise CheckpointError(f"{path.parent}: shard {other.name} is missing; fetch it again and retry")
         own, more = _read_file(other)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from eclectus.models.checkpoints.dense_base import open_base
+from eclectus.models.checkpoints.dense_base import DenseBase, open_base
+from eclectus.models.checkpoints.door import check_checkpoint
 from eclectus.models.checkpoints.families import UnsupportedModelError
 from eclectus.models.checkpoints.gguf.reader import read_gguf
 from eclectus.models.checkpoints.proof import StepZeroError
@@ -144,15 +145,18 @@ def test_quantised_matrices_are_read_as_the_gguf_package_dequantises_them(tmp_pa
     np.testing.assert_array_equal(read.tensor("model.layers.0.mlp.down_proj.weight").numpy(), expected)
 
 
+def write_shards(folder, model, count):
+    every = tensors_of(model)
+    for number in range(count):
+        part = {name: every[name] for name in list(every)[number::count]}
+        path = folder / f"m-{number + 1:05d}-of-{count:05d}.gguf"
+        metadata = metadata_of(model) if number == 0 else {}
+        write_file(path, "llama", metadata, part, VOCABULARY, split=(number, count, len(every)))
+
+
 def test_shards_are_read_as_one_model(tmp_path):
     model = model_of()
-    every = tensors_of(model)
-    names = list(every)
-    for number in range(3):
-        part = {name: every[name] for name in names[number::3]}
-        path = tmp_path / f"m-{number + 1:05d}-of-00003.gguf"
-        metadata = metadata_of(model) if number == 0 else {}
-        write_file(path, "llama", metadata, part, VOCABULARY, split=(number, 3, len(names)))
+    write_shards(tmp_path, model, 3)
     first = tmp_path / "m-00001-of-00003.gguf"
     upcycle(first, tmp_path / "moe", experts=2)
     with torch.no_grad():
@@ -296,3 +300,30 @@ def test_scaled_positions_reach_the_written_config_in_both_generations(tmp_path)
     written = json.loads((tmp_path / "moe" / "config.json").read_text())
     assert written["rope_theta"] == BASE and written["rope_scaling"]["factor"] == 4.0
     assert written["rope_parameters"]["original_max_position_embeddings"] == 64
+
+
+def test_the_door_names_what_is_wrong_with_a_gguf_file_from_its_header(tmp_path):
+    write_model(tmp_path / "a.gguf", model_of(), metadata={"attention.scale": 0.1})
+    with pytest.raises(UnsupportedModelError, match=r"attention\.scale"):
+        check_checkpoint(tmp_path)
+    write_model(tmp_path / "a.gguf", MODELS["llama, yarn"][0], metadata=YARN_KEYS)
+    assert check_checkpoint(tmp_path).positions == 256
+
+
+def test_a_folder_of_shards_is_one_model(tmp_path):
+    write_shards(tmp_path, model_of(), 2)
+    assert check_checkpoint(tmp_path).path.name == "m-00001-of-00002.gguf"
+    (tmp_path / "m-00002-of-00002.gguf").rename(tmp_path / "n-00002-of-00002.gguf")
+    with pytest.raises(CheckpointError, match="name one of them"):
+        check_checkpoint(tmp_path)
+
+
+def test_a_saved_gguf_base_is_proved_against_the_file(tmp_path):
+    write_model(tmp_path / "a.gguf", MODELS["llama, yarn"][0], metadata=YARN_KEYS)
+    base = DenseBase.from_gguf(tmp_path / "a.gguf")
+    (tmp_path / "out").mkdir()
+    proof = base.save(tmp_path / "out")
+    assert proof.max_abs_delta <= 5e-5 and proof.last_position == 255
+    base.config_dict["rope_parameters"] = {"rope_type": "default", "rope_theta": BASE}
+    with pytest.raises(StepZeroError, match="other rotary positions"):
+        base.save(tmp_path / "out")
