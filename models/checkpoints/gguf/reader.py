@@ -28,7 +28,6 @@ from eclectus.models.checkpoints.families import UnsupportedModelError
 from eclectus.models.checkpoints.gguf.header import Metadata, StoredTensor, read_header
 from eclectus.models.checkpoints.gguf.rope import reference_rope, rope_parameters
 from eclectus.models.checkpoints.reference import ReferenceModel
-from eclectus.models.checkpoints.side_files import gguf_shards
 from eclectus.models.checkpoints.tensor_files import CheckpointError, TensorSpec
 from eclectus.models.checkpoints.writing import plain_config
 
@@ -154,7 +153,8 @@ def _read_shards(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
         raise CheckpointError(
             f"{path} is one of {shards} shards; give the first, whose name ends in -00001-of-{shards:05d}.gguf"
         )
-    for number, other in enumerate(gguf_shards(path)[1:], 2):
+    for number in range(2, shards + 1):
+        other = path.with_name(f"{match[1]}-{number:05d}-of-{shards:05d}.gguf")
         if not other.is_file():
             raise CheckpointError(f"{path.parent}: shard {other.name} is missing; fetch it again and retry")
         own, more = _read_file(other)
