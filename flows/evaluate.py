@@ -89,7 +89,7 @@ def check_models(parameters: EvaluationParameters) -> None:
         check_base_to_extend(given, parameters.extension_method, parameters.instance_tokens)
     elif not parameters.base_model:
         check_dense_start(given, parameters.instance_tokens)
-    check_to_evaluate(given, given, parameters)
+    check_to_evaluate(given, given, parameters.evaluation_tokens)
 
 
 def evaluate_alone(training: EvaluateParameters) -> Evaluated:
@@ -271,7 +271,7 @@ def _checkpoints(parameters: EvaluateParameters) -> tuple[Curated, dict[str, Art
         store = current_home().store
         chosen = {name: store.find(name) for name in parameters.evaluate_checkpoints}
         for name, checkpoint in chosen.items():
-            check_to_evaluate(name, checkpoint.path, parameters)
+            check_to_evaluate(name, checkpoint.path, parameters.evaluation_tokens)
         return once(curate, CurateParameters.of(parameters)), chosen
     models: dict[str, Artifact] = {}
     if not parameters.base_model:

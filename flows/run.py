@@ -33,6 +33,7 @@ from eclectus.storage.home import Home
 from eclectus.storage.journal import Journal
 from eclectus.storage.lineage.compact import compact
 from eclectus.storage.lineage.connection import write_database
+from eclectus.storage.lineage.dead_runs import end_dead_runs
 from eclectus.storage.step_keys import KnownKeys
 from eclectus.tasks.allowed_paths import check_roots
 from eclectus.tasks.evaluation.training_names import training_name
@@ -102,6 +103,11 @@ def open_run(
 
             pages = PrefectPages()
             run.displays.append(pages)
+
+        def show_steps(display: Display) -> None:
+            if pages is not None and display is pages:
+                pages.run_ended(run)
+
         journal.event("run_started", flow=flow, parameters=parameters.model_dump(mode="json"), **_surroundings())
         started, error = time.monotonic(), None
         try:
@@ -112,10 +118,7 @@ def open_run(
             raise
         finally:
             with _interrupts_held():
-                run.close_kept(error)
-                shut_ray()
-                if pages and _state(error) != "cancelled":
-                    pages.run_ended(run)
+                # The journal comes first: whatever fails after it, the lineage knows how the run ended.
                 journal.event(
                     "run_ended",
                     state=_state(error),
@@ -123,6 +126,10 @@ def open_run(
                     prefect_flow_run=run.prefect_flow_run,
                     error=f"{type(error).__name__}: {error}" if error else None,
                 )
+                run.close_kept(error)
+                shut_ray()
+                if _state(error) != "cancelled":
+                    run.show(show_steps)
 
 
 @contextlib.contextmanager
@@ -139,6 +146,7 @@ def _joined(run: Run, flow: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _maintained(home: Home) -> Iterator[None]:
     """Writes the lineage database before a run and compacts journals after it; failures of either are only logged."""
+    _try(end_dead_runs, home)
     _try(write_database, home)
     try:
         yield

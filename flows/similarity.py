@@ -14,7 +14,7 @@ from eclectus.tasks.documents.languages import LanguageSettings, languages
 from eclectus.tasks.documents.split import SplitSettings, split
 from eclectus.tasks.training.check_base import check_base_to_measure
 from eclectus.tasks.training.fetch_model import FetchSettings, fetch
-from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings, layer_similarity
+from eclectus.tasks.training.layer_similarity import LENGTH, LayerSimilaritySettings, layer_similarity
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def similarity(parameters: SimilarityParameters) -> Measured:
     """Measures the cosine similarity of languages in every layer and divides a budget of new experts (LayerMoE)."""
     parameters.check_together()
     with open_run("similarity", parameters):
-        check_base_to_measure(parameters.base_model)
+        check_base_to_measure(parameters.base_model, LENGTH)
         base = fetch(settings=FetchSettings.of(parameters))
         documents = ingest(settings=IngestSettings.of(parameters))
         documents = languages(documents=documents, settings=LanguageSettings.of(parameters))

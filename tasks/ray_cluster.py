@@ -43,8 +43,8 @@ def ensure_ray() -> None:
             dashboard = ray.init(address=address, runtime_env=runtime, **common).dashboard_url
         run, shown = current_run(), os.environ.get("ECLECTUS_RAY_DASHBOARD") or (dashboard and f"http://{dashboard}")
         if run and shown:
-            for display in run.displays:
-                display.linked("Ray dashboard", shown, "Ray's dashboard: nodes, workers and logs of this run")
+            what = "Ray's dashboard: nodes, workers and logs of this run"
+            run.show(lambda display: display.linked("Ray dashboard", shown, what))
         return
     with _sigterm_restored():
         ray.init(

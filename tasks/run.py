@@ -7,6 +7,8 @@ do nothing.
 from __future__ import annotations
 
 import contextlib
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
@@ -18,6 +20,7 @@ from eclectus.storage.journal import Journal
 from eclectus.storage.step_keys import KnownKeys
 
 T = TypeVar("T")
+MOST_FAULTS = 3
 C = TypeVar("C", bound=contextlib.AbstractContextManager)
 
 
@@ -42,6 +45,7 @@ class Run:
     """One run. id: its name in the lineage. flow: the flow that is now calling steps. interrupted: by Ctrl-C.
 
     step, label: of the step that is running. states: by label. results: of flows, by name and parameters.
+    faults: of displays, by name.
     """
 
     id: str
@@ -58,6 +62,20 @@ class Run:
     states: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     kept: dict[str, contextlib.AbstractContextManager[Any]] = field(default_factory=dict)
+    faults: Counter[str] = field(default_factory=Counter)
+
+    def show(self, act: Callable[[Display], None]) -> None:
+        """Calls every display. None of them can end the run: a fault is logged, after MOST_FAULTS it is left out."""
+        for display in list(self.displays):
+            try:
+                act(display)
+            except Exception as error:
+                name = type(display).__name__
+                self.faults[name] += 1
+                if self.faults[name] >= MOST_FAULTS:
+                    self.displays.remove(display)
+                left = "; it is left out from now on" if display not in self.displays else ""
+                logging.getLogger("eclectus").warning("%s could not show this (%s)%s", name, error, left)
 
     def keep(self, name: str, make: Callable[[], C]) -> C:
         """The resource of this name: made on first use, closed when the run ends (a group of workers, for example)."""
@@ -115,16 +133,16 @@ def progress(total: float | None, what: str, unit: str) -> Callable[[float], Non
     run, label = _current, _current.label if _current else ""
 
     def report_progress(done: float) -> None:
-        for display in run.displays if run else ():
-            display.step_progressed(label, what, done, total, unit)
+        if run:
+            run.show(lambda display: display.step_progressed(label, what, done, total, unit))
 
     return report_progress
 
 
 def notify(name: str, text: str) -> None:
     """Shows a message on all displays: a decision with its reason, or a warning. name: of the Prefect artifact."""
-    for display in _current.displays if _current else ():
-        display.notified(name, text)
+    if _current:
+        _current.show(lambda display: display.notified(name, text))
 
 
 def track(items: Iterable[T], total: int | None, what: str, unit: str) -> Iterator[T]:

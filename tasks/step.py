@@ -113,8 +113,7 @@ class Step:
         step_id = uuid.uuid4().hex
         previous, run.step, run.label = (run.step, run.label), step_id, label
         started = time.monotonic()
-        for display in run.displays:
-            display.step_began(label)
+        run.show(lambda display: display.step_began(label))
         record, state, reason, memory = None, "failed", "", _Memory()
         output: Artifact | None = None
         try:
@@ -157,8 +156,7 @@ class Step:
                 output=_describe(output),
             )
             run.states[label] = state
-            for display in run.displays:
-                display.step_ended(label, state, reason, seconds, output)
+            run.show(lambda display: display.step_ended(label, state, reason, seconds, output))
             run.step, run.label = previous
 
     def _make(self, run: Run, arguments: dict[str, Any], record: Record) -> tuple[Record, Artifact]:
@@ -277,8 +275,8 @@ def _describe(output: Artifact | None) -> dict[str, Any] | None:
 
 
 def _report_waiting(run: Run, label: str) -> None:
-    for display in run.displays:
-        display.step_progressed(label, "waiting: another run is making the same thing", 0, None, "")
+    why = "waiting: another run is making the same thing"
+    run.show(lambda display: display.step_progressed(label, why, 0, None, ""))
 
 
 def _prefect_task_run(run: Run) -> str | None:

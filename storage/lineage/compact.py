@@ -18,7 +18,6 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import sys
 import time
 import uuid
@@ -33,6 +32,8 @@ from eclectus.storage.artifact import EMPTY, hash_file
 from eclectus.storage.atomic_write import temporary_path, write_atomically
 from eclectus.storage.home import Home
 from eclectus.storage.journal import EVENTS
+from eclectus.storage.lineage.dead_runs import end_dead_runs
+from eclectus.storage.lineage.live_journals import finished, journals
 from eclectus.storage.lineage.macros import EDGES, NODES, edges, nodes
 from eclectus.storage.lineage.tables import (
     COLUMNS,
@@ -53,8 +54,6 @@ ROWS_PER_GROUP = 20_000
 MANY = 32
 HIGHEST = 4
 GRACE = 20.0
-QUIET = 86_400.0
-LAST_BYTES = 10_000
 BYTES_AT_ONCE = 2**28
 JOURNALS_AT_ONCE = 2_000
 
@@ -82,6 +81,7 @@ def compact(home: Home, journals: int = JOURNALS_AT_ONCE) -> Compacted:
             return done
         _sweep(home)
         repair_index(home)
+        end_dead_runs(home)
         with duckdb.connect() as connection:
             connection.execute("set enable_progress_bar = false")
             connection.execute("set preserve_insertion_order = false")
@@ -319,11 +319,6 @@ def _highest_parts(connection: duckdb.DuckDBPyConnection, home: Home, stream: st
     )
 
 
-def journals(home: Home, stream: str) -> list[Path]:
-    """Journals by age, without the placeholder."""
-    return sorted(path for path in (home.journal / stream).glob("*.ndjson") if not path.stem.startswith(EMPTY))
-
-
 def _parts(home: Home, stream: str) -> list[Path]:
     return sorted(path for path in (home.journal / stream).glob("*.parquet") if not path.stem.startswith(EMPTY))
 
@@ -343,32 +338,6 @@ def _batches(paths: list[Path]) -> Iterator[list[Path]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def finished(path: Path) -> bool:
-    """Whether no process will write to this journal any more."""
-    with open(path, "rb") as handle:
-        if f".{socket.gethostname()}-" in path.name:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            except OSError:
-                return _has_ended(path)
-            return True
-    return _has_ended(path)
-
-
-def _has_ended(path: Path) -> bool:
-    """Whether a journal without a usable lock has not grown for a day, and its run has ended."""
-    events = path.parent.parent / EVENTS / path.name
-    if not events.exists():
-        return path.parent.name != EVENTS and time.time() - path.stat().st_mtime > QUIET
-    if time.time() - max(path.stat().st_mtime, events.stat().st_mtime) < QUIET:
-        return False
-    with open(events, "rb") as handle:
-        handle.seek(-min(events.stat().st_size, LAST_BYTES), os.SEEK_END)
-        return b'"run_ended"' in handle.read()
 
 
 def _quarantine(home: Home, path: Path, bad: list[dict[str, object]]) -> None:

@@ -22,6 +22,7 @@ from eclectus.storage.atomic_write import creating, replacing
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.compact import GRACE, replaced
+from eclectus.storage.lineage.dead_runs import end_dead_runs
 from eclectus.storage.lineage.repair import repair
 from eclectus.storage.lineage.tables import create_placeholders, create_views, definitions, text
 
@@ -44,6 +45,7 @@ def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
     home = home if isinstance(home, Home) else Home.open(home)
     home.refresh()
     create_placeholders(home)
+    end_dead_runs(home)
     repair(home)
     folders = [home.journal, *(home.store.root / kind for kind in ("instances", "documents", "evaluation"))]
     files = ReadOnlyFiles(home.root, folders, partial(replaced, home, GRACE / 2))

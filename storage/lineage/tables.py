@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -332,7 +332,11 @@ def _parquet(files: _Files, folder: Path, columns: dict[str, str], part: bool = 
     return f"select {chosen}{added} from read_parquet({glob}, union_by_name = true, filename = true)"
 
 
-def _stream(files: _Files, stream: str, chosen: Iterable[str]) -> str:
+# Only journals that no process writes any more are compacted: what began there and has no end is dead.
+_STATE = """case when ends_with(event, '_started') then coalesce(state, 'crashed') else state end as state"""
+
+
+def _stream(files: _Files, stream: str, chosen: Collection[str]) -> str:
     """SQL: the chosen columns of a stream's compacted rows, of each journal from its highest part, and its live rows.
 
     The contents are read once and first: of a part that appears later, the journals are read instead.
@@ -340,9 +344,10 @@ def _stream(files: _Files, stream: str, chosen: Iterable[str]) -> str:
     columns = {**COLUMNS[stream], "journal": "VARCHAR"}
     parts = _parquet(files, files.home.journal / stream, columns, part=True)
     names = _names(chosen)
+    whole = names.replace('"state"', _STATE) if "event" in chosen else names
     return (
         f"with highest as materialized ({_highest(stream)}) "
-        f"select {names} from ({parts}) semi join highest using (journal, part) "
+        f"select {whole} from ({parts}) semi join highest using (journal, part) "
         f"union all select {names} from ({_live(files, stream)})"
     )
 

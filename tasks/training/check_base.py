@@ -13,7 +13,6 @@ from eclectus.storage.errors import EclectusError
 
 if TYPE_CHECKING:
     from eclectus.models.checkpoints.door import Checked
-    from eclectus.tasks.evaluation.evaluate import EvaluateSettings
 
 EVALUATED = "evaluation_tokens"
 # Methods that add experts to a model that has some already.
@@ -76,23 +75,24 @@ def check_dense_start(name: str, tokens: int, path: str | Path | None = None) ->
     check_length(name, checked.positions, tokens, "instance_tokens")
 
 
-def check_base_to_measure(name: str) -> None:
-    """Raises EclectusError unless the similarity of languages can be measured in the model's layers."""
-    from eclectus.tasks.training.layer_similarity import LENGTH
+def check_base_to_measure(name: str, tokens: int) -> None:
+    """Raises EclectusError unless the similarity of languages can be measured in the model's layers.
 
+    tokens: length of a sample.
+    """
     checked = check_base(name)
     if checked is None:
         return
     if checked.kind != "dense":
         raise EclectusError(f"base model {name}: {_no_base(checked)}")
-    check_length(name, checked.positions, LENGTH, "the length of a sample in tokens,")
+    check_length(name, checked.positions, tokens, "the length of a sample in tokens,")
 
 
-def check_to_evaluate(name: str, path: str | Path, settings: EvaluateSettings) -> None:
-    """Raises EclectusError unless a model can be opened and has the positions that evaluation_tokens asks for."""
+def check_to_evaluate(name: str, path: str | Path, tokens: int) -> None:
+    """Raises EclectusError unless a model can be opened and has the positions for windows of `tokens`."""
     checked = check_base(name, path, what="model")
     if checked is not None:
-        check_length(name, checked.positions, settings.evaluation_tokens, EVALUATED)
+        check_length(name, checked.positions, tokens, EVALUATED)
 
 
 def check_length(name: str, positions: int | None, tokens: int, setting: str) -> None:

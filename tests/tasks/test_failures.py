@@ -12,6 +12,7 @@ from pydantic import Field
 from eclectus.flows.cli.main import main
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.connection import query
+from eclectus.tasks.run import MOST_FAULTS
 from eclectus.tasks.settings import Settings
 from eclectus.tasks.step import step
 
@@ -31,6 +32,46 @@ def look(settings: PlaceSettings, out):
         raise EclectusError(f"cannot read {settings.sources} with {os.environ['MY_API_TOKEN']}")
     out.statistics = {"read": settings.sources, "with": os.environ["MY_API_TOKEN"]}
     out.file("page").write_text("a page")
+
+
+class Gone:
+    """A display whose server is gone."""
+
+    calls = 0
+
+    def __getattr__(self, name):
+        def call(*told):
+            Gone.calls += 1
+            raise ConnectionError("All connection attempts failed")
+
+        return call
+
+
+def test_no_display_can_end_a_run_or_keep_its_end_out_of_the_lineage(home, monkeypatch, caplog):
+    from eclectus.flows import run as runs
+
+    monkeypatch.setenv("MY_API_TOKEN", "x")
+    monkeypatch.setattr(runs, "shut_ray", lambda: None)
+    shown = Shown()
+    with runs.open_run("curate", PlaceSettings(sources=["x"]), home, [Gone(), shown]) as run:
+        for number in range(4):
+            look(settings=PlaceSettings(sources=[f"x{number}"]))
+    assert query("select state from runs", home)[1] == [("completed",)]
+    assert query("select count(*) from steps where state = 'completed'", home)[1] == [(4,)]
+    assert shown.text and Gone.calls == MOST_FAULTS and "left out from now on" in caplog.text
+    assert [type(display) for display in run.displays] == [Shown]
+
+
+def test_the_end_is_in_the_lineage_when_what_comes_after_it_fails(home, monkeypatch):
+    from eclectus.flows import run as runs
+
+    def fail():
+        raise RuntimeError("Ray does not answer")
+
+    monkeypatch.setattr(runs, "shut_ray", fail)
+    with pytest.raises(RuntimeError, match="Ray does not answer"), runs.open_run("curate", PlaceSettings(), home):
+        pass
+    assert query("select state from runs", home)[1] == [("completed",)]
 
 
 class Shown:
@@ -56,7 +97,7 @@ def test_a_planted_secret_is_in_no_file_of_the_home_and_on_no_screen(run, monkey
     with pytest.raises(EclectusError):
         look(settings=PlaceSettings(sources=[address], fails=True))
     monkeypatch.setenv("ECLECTUS_HOME", str(run.home.root))
-    monkeypatch.setattr("eclectus.storage.lineage.connection.query", lambda *_: {}[f"a fault with {SECRET} in it"])
+    monkeypatch.setattr("eclectus.storage.lineage.connection.querying", lambda *_: {}[f"a fault with {SECRET} in it"])
     with pytest.raises(SystemExit):
         main(["sql", "from runs"])
     told = capsys.readouterr().err
@@ -154,7 +195,7 @@ def test_one_that_waits_takes_over_when_the_other_is_killed(home, tmp_path):
     (tmp_path / "go").touch()
     assert second.communicate()[0].startswith("completed")
     first.communicate()
-    assert query("select state from runs order by run", home)[1] == [("unfinished",), ("completed",)]
+    assert query("select state from runs order by run", home)[1] == [("crashed",), ("completed",)]
 
 
 def test_a_full_disk_is_named_keeps_what_was_done_and_hurts_nothing_else(tmp_path):

@@ -62,20 +62,21 @@ def test_four_writers_and_two_readers_lose_nothing_and_tear_nothing(home):
     assert query("select count(*) from runs where state = 'completed'", home)[1] == [(4,)]
 
 
-def test_a_killed_writer_keeps_what_it_said_and_is_compacted_as_unfinished(home):
+def test_a_killed_writer_keeps_what_it_said_and_is_known_as_dead(home):
     program = WRITER.replace("journal.metric(", "print(number, flush=True); journal.metric(")
     words = [sys.executable, "-c", program, str(home.journal), "r1", "1000000"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     for _ in range(200):
         process.stdout.readline()
     assert compact(home).journals == 0, "the writer is alive"
+    assert query("select run, state from runs", home)[1] == [("r1", "unfinished")]
     os.kill(process.pid, signal.SIGKILL)
     said = 200 + len(process.stdout.readlines())
     process.wait()
     for _ in range(2):
         ((count, last),) = query("select count(*), max(at_step) from metrics", home)[1]
         assert count >= said - 1 and last == count - 1
-        assert query("select run, state from runs", home)[1] == [("r1", "unfinished")]
+        assert query("select run, state, ended > started from runs", home)[1] == [("r1", "crashed", True)]
         compact(home)
 
 
@@ -181,7 +182,7 @@ def test_difference_names_settings_inputs_and_metrics(home):
         write_step(journal, "s9", digest(1), ["documents-aa"], k=2)
     rows = {(what, name): (a, b) for what, _, name, a, b in query("from difference('r1', 'r2')", home)[1]}
     assert rows["run", "code"] == ("abc", "def") and rows["package", "torch"] == ("2", "3")
-    assert rows["run", "state"] == ("completed", "unfinished")
+    assert rows["run", "state"] == ("completed", "crashed")
     assert ("run", "python") not in rows, "null in both"
     assert query("from difference('r1', 'r1')", home)[1] == []
 
@@ -299,17 +300,18 @@ def test_an_unfinished_disk_write_ends_with_its_own_line(home):
 def test_a_planted_secret_never_reaches_the_journal(home, monkeypatch):
     monkeypatch.setenv("MY_API_TOKEN", 'pl"anted-secret')
     monkeypatch.setenv("GIT_AUTHOR_NAME", "somebody")
+    # Held open: an end of this run would replace its error.
     with Journal(home.journal, "r1") as journal:
         journal.event(
             "run_started", flow="main", packages={}, error='pl"anted-secret',
             parameters={"sources": ["s3://me:hunter2@host/x", "https://h/x?token=abcdef&a=1"], "author": "somebody"},
         )  # fmt: skip
         journal.metric("s", "loss", 1.0, 1, {"note": 'pl"anted-secret'})
-    text = "".join(path.read_text() for path in home.journal.glob("*/*.ndjson"))
-    assert not re.search("anted-secret|hunter2|abcdef", text)
-    ((parameters, error),) = query("select parameters, error from runs", home)[1]
-    assert json.loads(parameters)["sources"] == ["s3://me:***@host/x", "https://h/x?token=***&a=1"]
-    assert json.loads(parameters)["author"] == "somebody" and error == "***"
+        text = "".join(path.read_text() for path in home.journal.glob("*/*.ndjson"))
+        assert not re.search("anted-secret|hunter2|abcdef", text)
+        ((parameters, error),) = query("select parameters, error from runs", home)[1]
+        assert json.loads(parameters)["sources"] == ["s3://me:***@host/x", "https://h/x?token=***&a=1"]
+        assert json.loads(parameters)["author"] == "somebody" and error == "***"
     assert scrub('about pl"anted-secret here') == "about *** here"
 
 
