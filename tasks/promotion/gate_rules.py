@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.documents.language_codes import language_name
+from eclectus.tasks.documents.language_codes import language_name, normalise
 from eclectus.tasks.evaluation.changes import Change, compare
 from eclectus.tasks.evaluation.scores import Scores
 from eclectus.tasks.promotion.spread import NOTHING_MEASURED, Spread, Spreads
@@ -275,6 +275,9 @@ def _labels(scores: Scores, of: tuple[str, ...]) -> dict[str, str]:
         if word == "all":
             continue
         label = next((each for each in ("group", "language", "domain") if np.any(getattr(scores, each) == word)), None)
+        if label is None and np.any(scores.language == normalise(word)):
+            # `nb` or `greek`, as settings and records may have it.
+            label, word = "language", str(normalise(word))
         if label is None:
             raise Missing(f"no held-out text of '{word}' was scored")
         labels[label] = word

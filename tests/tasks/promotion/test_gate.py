@@ -154,6 +154,8 @@ def results(tmp_path_factory):
     [
         ("retention.en >= 0.98", True, 4 / 4.08),
         ("retention.en >= 0.99", False, 4 / 4.08),
+        ("retention.English >= 0.98", True, 4 / 4.08),
+        ("bits_per_byte.ell_Grek <= champion", False, 1.5),
         ("retention.original.low >= 0.98", True, 4 / 4.08),
         ("gain.el > 0.2", True, 0.25),
         ("gain.expanded.high < 0.3", True, 0.25),
