@@ -34,9 +34,11 @@ WHOLE = {
     "num_local_experts": 10**4,
     "num_experts": 10**4,
     "shared_expert_intermediate_size": 10**7,
+    "moe_intermediate_size": 10**7,
     "segment_length": 10**9,
+    "merge_block_bytes": 10**15,
 }
-MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window")
+MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window", "merge_block_bytes")
 SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_cache")
 # By rope_type: what it must have, apart from rope_theta.
 ROPE_TYPES = {
@@ -208,6 +210,13 @@ class _Fields:
             and all(_is_whole(each) and 0 < each <= most for each in counts)
         ):
             raise self.wrong("experts_per_layer", f"a list of {layers} numbers, one for each of num_hidden_layers")
+        if config.get("decoder_sparse_step", 1) != 1:
+            raise self.wrong("decoder_sparse_step", "1: every layer has experts")
+        if config.get("mlp_only_layers"):
+            raise self.wrong("mlp_only_layers", "an empty list: every layer has experts")
+        inner = config["intermediate_size"]
+        if config["model_type"].endswith(("qwen2_moe", "qwen3_moe")) and config.get("moe_intermediate_size") != inner:
+            raise self.wrong("moe_intermediate_size", f"{inner}, as intermediate_size: an expert is the base's FFN")
         experts = config.get("num_local_experts", config.get("num_experts"))
         if "num_experts" in config and config["num_experts"] != experts:
             raise self.wrong("num_experts", f"{experts}, as num_local_experts")

@@ -117,6 +117,8 @@ def check_checkpoint(path: Path, *, to_upcycle: bool = False, trust_remote_code:
 
 def _kind(config: dict[str, Any], where: Path, trust_remote_code: bool) -> Kind:
     model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise CheckpointError(f"{where / CONFIG}: model_type is {model_type!r}; expected one such as 'llama'")
     if config.get("auto_map") and not trust_remote_code and model_type not in OUR_OWN:
         raise UnsupportedModelError(
             f"{where} brings its own code (auto_map in config.json), which is not run by default: read it, then use "
@@ -129,8 +131,6 @@ def _kind(config: dict[str, Any], where: Path, trust_remote_code: bool) -> Kind:
         raise UnsupportedModelError(
             f"{where} is quantised ({method}): give the unquantised checkpoint (without quantization_config)"
         )
-    if not isinstance(model_type, str):
-        raise CheckpointError(f"{where / CONFIG}: model_type is {model_type!r}; expected one such as 'llama'")
     if model_type not in CONFIG_MAPPING and model_type not in OUR_OWN and model_type not in MOE_FAMILIES:
         hint = " (a multimodal one, by its text_config)" if "text_config" in config else ""
         raise UnsupportedModelError(
