@@ -167,6 +167,21 @@ def prove_files(directory: Path, reference: ReferenceModel, what: str, tolerance
     return checked(f"{what} differs from what it was made of", ours, expected, tolerance, probes)
 
 
+def prove_extracted(source: TensorSource, moe_dir: Path, base_dir: Path, tolerance: float = TOLERANCE) -> StepZero:
+    """Compares a base extracted from a mixture, by a plain reading, with that mixture's expert 0 in its stock class.
+
+    source: the mixture's tensors. Raises StepZeroError above the tolerance.
+    """
+    config, family = read_transformers_config(moe_dir), moe_family_of(read_config(moe_dir), moe_dir)
+    with CheckpointReader(base_dir) as reader:
+        resolved = plain_config(read_transformers_config(base_dir))
+        reference = reference_of(read_config(base_dir), resolved, reader, base_dir)
+        probes = probes_for(config, parameters_of(reader))
+        expected = reference_logits(reference, config, probes, f"the mixture {moe_dir}")
+    ours = streamed_logits(source, config, family, probes.tokens, only_expert=0, positions=probes.positions)
+    return checked(f"the base extracted from {moe_dir} differs from its expert 0", ours, expected, tolerance, probes)
+
+
 def logits_of(model: nn.Module, probes: Probes) -> Tensor:
     """A model's logits on the probes, as in evaluation, on the CPU."""
     training, device = model.training, next(model.parameters()).device

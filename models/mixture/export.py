@@ -22,6 +22,7 @@ from eclectus.models.checkpoints.config_file import CheckpointError, read_json_o
 from eclectus.models.checkpoints.dense_base import open_base
 from eclectus.models.checkpoints.door import check_checkpoint
 from eclectus.models.checkpoints.families import Family, moe_family_of
+from eclectus.models.checkpoints.proof import prove_extracted
 from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSource, TensorSpec
 from eclectus.models.checkpoints.writing import MAX_SHARD_BYTES, Converted, plain_config, write_checkpoint
@@ -154,6 +155,7 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
         write_checkpoint(
             partial, base_config, specs, lambda name: source.tensor(originals[name]).to(types[name]), moe_dir
         )
+        prove_extracted(source, moe_dir, partial)
     return out_dir
 
 

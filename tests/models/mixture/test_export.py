@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from eclectus.models.checkpoints.families import UnsupportedModelError
+from eclectus.models.checkpoints.proof import StepZeroError
 from eclectus.models.checkpoints.tensor_files import CheckpointReader
 from eclectus.models.mixture.experts import frozen_digest, set_trainable, split_experts
 from eclectus.models.mixture.export import NotTheBaseError, export_checkpoint, extract_base
@@ -169,3 +170,14 @@ def test_a_mixture_that_lacks_a_tensor_is_not_exported(tmp_path):
     for make in (export_checkpoint, extract_base):
         with pytest.raises(ValueError, match=r"experts\.1\.w2\.weight"):
             make(tmp_path / "moe", tmp_path / "out")
+
+
+def test_an_extracted_base_that_computes_something_else_is_not_written(tmp_path):
+    upcycle(write_base(tmp_path / "base", "llama"), tmp_path / "moe", experts=2)
+    path = tmp_path / "moe" / "config.json"
+    config = json.loads(path.read_text())
+    config["upcycled_from"]["rope_parameters"]["rope_theta"] = 500000.0
+    path.write_text(json.dumps(config))
+    with pytest.raises(StepZeroError, match="other rotary positions"):
+        extract_base(tmp_path / "moe", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
