@@ -73,6 +73,7 @@ def export_mixture(
     """
     import torch
 
+    from eclectus.models.checkpoints.proof import StepZeroError
     from eclectus.models.mixture.export import export_checkpoint
     from eclectus.models.mixture.export import extract_base as write_base
 
@@ -82,7 +83,7 @@ def export_mixture(
             write_base(folder, out)
         else:
             export_checkpoint(folder, out, dtype=getattr(torch, dtype) if dtype else None)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StepZeroError) as error:
         raise EclectusError(f"{checkpoint} was not exported: {error}") from error
     if extract_base:
         architecture = _read(out / "config.json")["architectures"][0]
