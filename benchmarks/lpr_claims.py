@@ -15,9 +15,11 @@ Cost at size laptop: 87 jobs, five minutes of one core for the base and 0.5 to 1
 
 Retention is 100 * base / method in bits per byte of held-out text of the original languages. Every baseline trains as
 many steps on the same text as stage 1; those with replay mix the review's text in and train as many steps as both
-stages. Every baseline has the best of three learning rates (full fine-tuning of four), chosen on `valid`, a held-out
-part that is not reported, by the expanded languages, in the baselines' favour; the later seeds use that rate (smollm
-without a GPU: one rate). Our own settings were chosen on `valid` too, once.
+stages. Every baseline has the best of three to six learning rates, chosen on `valid`, a held-out part that is not
+reported, by the expanded languages, in the baselines' favour. Full fine-tuning with and without replay, the mixture
+that trains whole, and one stage have all their rates on every base (lpr_queue.py), so that retention can be compared at
+equal gain; the others use the first seed's best (smollm without a GPU: one rate). Our own settings were chosen on
+`valid` too, once.
 
 The base of size laptop reads 30% of the expanded languages, in documents that stage 1 does not have. MoE-LPR freezes
 embeddings and attention, so what it can reach depends on how well the base has learned those for the new languages;

@@ -19,18 +19,23 @@ from lpr_sizes import Review, Size
 # Factors on the size's stage-1 learning rate to choose among; the second is tried first.
 RATES = {
     "full": (0.25, 2.0, 4.0, 1.0, 0.5, 8.0),
-    "moe_all": (1.0, 2.0, 4.0),
+    "full_replay": (0.25, 4.0, 0.5, 1.0, 2.0),
+    "moe_all": (1.0, 2.0, 4.0, 0.06, 0.25),
+    "one_stage": (0.5, 1.0, 2.0),
     "lora": (1.0, 3.0, 9.0),
     "llama_pro": (1.0, 2.0, 4.0),
 }
 # A pretrained base bears less: at a factor of 2 four steps of full fine-tuning spoiled SmolLM2 in every language.
 PRETRAINED = {
     "full": (0.03, 0.1, 0.3),
+    "full_replay": (0.03, 0.1, 0.3),
     "moe_all": (0.03, 0.1, 0.3),
     "lora": (0.3, 1.0, 3.0),
     "llama_pro": (0.1, 0.3, 1.0),
 }
 FIRST, OTHER_RATES, SEEDS, SWEEPS = range(4)
+# These have all rates on every base: gain against retention is compared at every rate, not at the best one alone.
+ON_EVERY_BASE = ("full", "full_replay", "moe_all", "one_stage")
 # What MoE-LPR is compared with, in the order in which it runs.
 METHODS = ("full", "no_lpr", "moe_all", "lora", "llama_pro", "random_experts", "one_stage", "full_replay")
 
@@ -121,10 +126,7 @@ class Queue:
         self._add(part, seed, "review", name, [start], title=title, sweep=sweep, batch=self._size.review_batch, **more)
 
     def _single(self, seed: int, method: str) -> None:
-        """A method of one stage: under the first seed at several learning rates, under the others at the best of them.
-
-        Full fine-tuning, which everything is compared with, has all rates on every base.
-        """
+        """A method of one stage, at several learning rates; under later seeds of a base at the best of them."""
         size = self._size
         replay = method in ("full_replay", "one_stage")
         part = FIRST if seed == self._seeds[0] else SEEDS
@@ -136,21 +138,18 @@ class Queue:
         if method == "one_stage":
             more["gamma"] = size.gamma
         more["replay_share"] = self._reviews / steps if replay else 0.0
-        tuned = "full" if method == "full_replay" else method
-        factors = self._rates.get(tuned, ())
+        factors = self._rates.get(method, ())
         # Where steps are few and dear, the middle one has to do.
         factors = factors if self._tunes else factors[1:2]
-        factors = factors if tuned in self._chosen.methods else ()
-        own = method == "full" and seed < self._seeds[0] + self._chosen.bases
-        tried = [f"{self._seeds[0]}/{tuned} x{factor:g}" for factor in factors]
-        if not tried:
+        every_base = method in ON_EVERY_BASE and seed < self._seeds[0] + self._chosen.bases
+        if not factors:
             self._add(part, seed, "single", method, [start], rate=size.stage1_rate, **more)
-        elif (seed != self._seeds[0] and not own) or tuned != method:
-            late = SEEDS if part == SEEDS else OTHER_RATES
-            self._add(late, seed, "single", method, [start, *tried], best_of=tried, rate=0.0, **more)
+        elif seed != self._seeds[0] and not every_base:
+            tried = [f"{self._seeds[0]}/{method} x{factor:g}" for factor in factors]
+            self._add(part, seed, "single", method, [start, *tried], best_of=tried, rate=0.0, **more)
         else:
             for factor in factors:
-                when = part if factor == self._rates[method][1] else max(part, OTHER_RATES)
+                when = part if factor == factors[min(1, len(factors) - 1)] else max(part, OTHER_RATES)
                 rate = size.stage1_rate * factor
                 self._add(when, seed, "single", f"{method} x{factor:g}", [start], rate=rate, **more)
 

@@ -125,14 +125,14 @@ class Table:
 
 
 def cost_cells(runs: list[dict[str, Any]], stages: dict[str, dict[str, Any]]) -> list[str]:
-    """Of both stages where there are two; empty for results of before costs were measured."""
-    for run in runs:
-        parts = [run, *(stages[name] for name in run["needs"][:1] if name in stages)]
-        if all("training_flops" in part for part in parts):
-            sums = {name: sum(part[name] for part in parts) for name in ("training_flops", "cpu_seconds")}
-            sizes = f"{run['all_parameters'] / 1e6:.2f}M, {run['active_parameters'] / 1e6:.2f}M"
-            return [sizes, f"{sums['training_flops'] / 1e12:.2f}", f"{sums['cpu_seconds']:.0f}"]
-    return [""] * len(COSTS)
+    """Of both stages where there are two, of the first run; empty where a result has no costs."""
+    parts = [runs[0], *(stages[name] for name in runs[0]["needs"][:1] if name in stages)]
+    if any("training_flops" not in part for part in parts):
+        return [""] * len(COSTS)
+    sizes = f"{runs[0]['all_parameters'] / 1e6:.2f}M, {runs[0]['active_parameters'] / 1e6:.2f}M"
+    seconds = [part.get("cpu_seconds") for part in parts]
+    spent = "" if None in seconds else f"{sum(seconds):.0f}"
+    return [sizes, f"{sum(part['training_flops'] for part in parts) / 1e12:.2f}", spent]
 
 
 def claims(about: dict[str, Any], table: Table, held: HeldOut, stages: dict[str, dict[str, Any]]) -> list[str]:
