@@ -25,81 +25,74 @@ STYLE = {
 }
 
 
-def read_table(page: str, heading: str, first: str) -> dict[str, dict[str, str]]:
-    """Rows by first cell, of the table under a heading whose first column is called `first`. Raises ValueError."""
+def read_rows(page: str, heading: str, first: str) -> list[dict[str, str]]:
+    """Rows of the table under a heading whose first column is called `first`. Raises ValueError if there is none."""
     section = page.split(f"\n{heading}\n", 1)[-1] if f"\n{heading}\n" in page else ""
     for block in re.findall(r"(?:^\|.*\n)+", re.split(r"\n## ", section)[0], re.MULTILINE):
         lines = []
         for line in block.splitlines():
             lines.append([cell.strip(" *`") for cell in line.split("|")[1:-1]])
         if lines[0][0] == first:
-            return {row[0]: dict(zip(lines[0][1:], row[1:], strict=True)) for row in lines[2:]}
+            return [dict(zip(lines[0], row, strict=True)) for row in lines[2:]]
     raise ValueError(f"docs/benchmarks.md has no table '{first}' under '{heading}'")
 
 
+def read_table(page: str, heading: str, first: str) -> dict[str, dict[str, str]]:
+    """The same, by first cell."""
+    return {row[first]: row for row in read_rows(page, heading, first)}
+
+
 def numbers(cell: str) -> list[float]:
-    """The numbers of a cell, without the mean and deviation behind a colon."""
-    return [float(number) for number in re.findall(NUMBER, cell.split(":")[0])]
+    """The numbers of a cell."""
+    return [float(number) for number in re.findall(NUMBER, cell)]
+
+
+def interval(cell: str) -> tuple[float, float, float]:
+    """Mean and ends of a cell such as "-9.7% (-15.2 to -4.0)"."""
+    mean, low, high = numbers(cell)
+    return mean, low, high
 
 
 def draw_lory(page: str, out: Path) -> None:
-    heading = "### On passages, the default"
-    models = read_table(page, heading, "model, batches")
-    domains = read_table(page, heading, "domain")
-    shown = {
-        "Lory": "Lory, similar documents",
-        "Lory, random": "Lory, random documents",
-        "prefix routing": "Lory, prefix routing",
-        "the same by threshold (causal)": "Expert Choice by token",
-    }
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.4), width_ratios=(1, 1.1))
-    for place, (row, label) in enumerate(shown.items()):
-        changes = numbers(models[row]["reported half"])
-        mean = sum(changes) / len(changes)
-        left.barh(place, mean, color=OURS if row == "Lory" else OTHER, height=0.6)
-        left.plot(changes, [place] * len(changes), "o", color="black", markeredgecolor="white", markersize=5)
-        left.text(0.5, place, label, va="center")
-    left.set(xlim=(-30, 24), yticks=[], xlabel="perplexity against the dense twin, % (dots: seeds)")
-    left.set_xticks([-30, -20, -10, 0])
-    left.spines["left"].set_visible(False)
+    heading = "## Lory's claims on works, with controls: `python benchmarks/lory_claims.py`"
+    models, domains = read_table(page, heading, "model"), read_table(page, heading, "domain")
+    shown = {name: row for name, row in models.items() if row["against the twin"].strip()}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.6), width_ratios=(1, 1))
+    for place, (name, row) in enumerate(shown.items()):
+        mean, low, high = interval(row["against the twin"])
+        colour = OURS if name.startswith("Lory") else BASELINE if name.startswith("dense") else OTHER
+        left.plot([low, high], [place, place], color=colour, linewidth=2)
+        left.plot(mean, place, "o", color=colour, markersize=7)
+    left.set_yticks(range(len(shown)), shown)
+    left.set(xlabel="perplexity against the dense twin, % (95% intervals)")
     left.axvline(0, color="black", linewidth=0.8)
     left.invert_yaxis()
-    changes = [numbers(row["change"])[0] for row in domains.values()]
-    right.barh(list(domains), changes, color=OURS, height=0.6)
+    right.barh(list(domains), [numbers(row["Lory"])[0] for row in domains.values()], color=OURS, height=0.6)
     right.invert_yaxis()
     right.set(xlabel="the same by domain, % (Lory, mean of seeds)")
     save(figure, out)
 
 
 def draw_moe_lpr(page: str, out: Path) -> None:
-    rows = read_table(page, "## MoE-LPR's claims: `python benchmarks/lpr_claims.py`", "bits per byte")
-    colours = {"MoE-LPR": OURS, "no review": OTHER, "review without LPR": OTHER, "random new experts": OTHER}
-    colours["MoE-LPR in one stage"] = OTHER
-    # Labels that would meet another one: (points right, points up, alignment).
-    moved = {
-        "MoE-LPR": (0, 8, "center"),
-        "MoE, all trained": (0, -16, "center"),
-        "full fine-tuning": (8, -4, "left"),
-        "base": (-8, -4, "right"),
-        "LoRA, r = 8": (0, -14, "center"),
-        "LLaMA-Pro": (8, 0, "left"),
-        "no review": (-8, -10, "right"),
-        "MoE-LPR in one stage": (-8, -2, "right"),
-        "review without LPR": (8, -8, "left"),
-    }
-    figure, axes = plt.subplots(figsize=(7.6, 4.2))
-    for name, row in rows.items():
-        x, y = numbers(row["vs full"].strip("*"))[0], numbers(row["retention"].strip("*"))[0]
-        axes.plot(x, y, "o", color=colours.get(name, BASELINE), markersize=9 if name == "MoE-LPR" else 6)
-        right, up, alignment = moved.get(name, (8, -4, "left"))
-        axes.annotate(name, (x, y), (right, up), textcoords="offset points", ha=alignment, va="baseline")
-    axes.axhline(99, color="black", linewidth=0.6, linestyle=":")
-    axes.axvline(3, color="black", linewidth=0.6, linestyle=":")
+    heading = "## MoE-LPR's claims on works and bases: `python benchmarks/lpr_claims.py`"
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in read_rows(page, heading, "method"):
+        means = [sum(numbers(row[name])) / len(numbers(row[name])) for name in ("gain, %", "kept, %")]
+        points.setdefault(row["method"], []).append((means[0], means[1]))
+    ours = ("MoE-LPR", "MoE-LPR in one stage")
+    ablations = ("no review", "review without LPR", "random new experts")
+    figure, axes = plt.subplots(figsize=(7.8, 4.6))
+    for name, found in points.items():
+        colour = OURS if name in ours else OTHER if name in ablations else None
+        x, y = zip(*found, strict=True)
+        axes.plot(x, y, "o-", color=colour, linewidth=1, markersize=9 if name == "MoE-LPR" else 5, label=name)
+        axes.annotate(name, found[len(found) // 2], (7, 4), textcoords="offset points", fontsize=8)
+    axes.plot(0, 100, "s", color="black", markersize=5)
+    axes.annotate("base", (0, 100), (7, -3), textcoords="offset points", fontsize=8)
     axes.set(
-        xlim=(-4.5, 10.5), ylim=(55, 103),
-        xlabel="bits per byte in the new languages against full fine-tuning, % (left is better)",
+        xlabel="bits per byte in the new languages below the base's, % (lines: learning rates, in their order)",
         ylabel="English kept, %",
-    )  # fmt: skip
+    )
     save(figure, out)
 
 

@@ -177,22 +177,21 @@ def retention(ratio: Ratio) -> str:
 
 
 def frontier(about: dict[str, Any], results: list[dict[str, Any]], bases: dict[int, Any], held: HeldOut) -> list[str]:
-    """Gain in the new languages against retention of every training of a method, whatever its rate: which method keeps
-    more at the same gain? One line for each base."""
-    points = defaultdict(list)
+    """Gain in the new languages and retention of every training, by method and rate: what keeps more at equal gain?"""
+    gains: dict[tuple[str, float, str], list[tuple[int, float, float]]] = defaultdict(list)
     for each in results:
         if each.get("title") and each["kind"] in ("single", "review", "stage1") and not each.get("best_of"):
             base = bases[each.get("base_seed", each["seed"])]
             gain = -100 * held.ratio([base], [each], about["expanded"]).value
             kept = 100 / (1 + held.ratio([base], [each], about["original"]).value)
-            label = each["title"] if each.get("sweep") else f"{each['rate']:.2g}"
-            title = "MoE-LPR, other settings" if each.get("sweep") else TITLES.get(each["title"], each["title"])
-            points[base["seed"], title].append((gain, kept, label))
-    lines = ["### Gain in the new languages and retention, at every rate (gain%, kept%: rate or setting)", ""]
-    lines += [row(["base", "method", "trainings"]), row(["---"] * 3)]
-    for (seed, title), found in sorted(points.items()):
-        cells = (f"{gain:.1f}, {kept:.1f}: {label}" for gain, kept, label in sorted(found))
-        lines.append(row([str(seed), title, "; ".join(cells)]))
+            title = "MoE-LPR" if each.get("sweep") else TITLES.get(each["title"], each["title"])
+            what = title, each["rate"], each["title"] if each.get("sweep") else f"{each['rate']:.2g}"
+            gains[what].append((base["seed"], gain, kept))
+    lines = ["### Gain in the new languages and retention, at every rate, by base", ""]
+    lines += [row(["method", "rate", "gain, %", "kept, %"]), row(["---"] * 4)]
+    for (title, _, label), found in sorted(gains.items()):
+        cells = (", ".join(f"{each[part]:.1f}" for each in sorted(found)) for part in (1, 2))
+        lines.append(row([title, label, *cells]))
     return [*lines, ""]
 
 
