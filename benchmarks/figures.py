@@ -15,6 +15,15 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).parents[1]
 NUMBER = r"[+-]?\d*\.?\d+"
 OURS, OTHER, BASELINE = "#1f5fa8", "#9aa5b1", "#c0504d"
+# Labels that would meet others: (which point, points right, points up).
+LABELS = {
+    "MoE-LPR": (0, -18, 9),
+    "MoE-LPR in one stage": (2, 8, -3),
+    "review without LPR": (0, 5, 9),
+    "no review": (0, -2, -13),
+    "LLaMA-Pro": (2, 7, -3),
+    "LoRA": (2, -4, -14),
+}
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "eclectus",
@@ -57,19 +66,19 @@ def draw_lory(page: str, out: Path) -> None:
     heading = "## Lory's claims on works, with controls: `python benchmarks/lory_claims.py`"
     models, domains = read_table(page, heading, "model"), read_table(page, heading, "domain")
     shown = {name: row for name, row in models.items() if row["against the twin"].strip()}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 3.6), width_ratios=(1, 1))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.8), width_ratios=(1, 1))
     for place, (name, row) in enumerate(shown.items()):
         mean, low, high = interval(row["against the twin"])
         colour = OURS if name.startswith("Lory") else BASELINE if name.startswith("dense") else OTHER
         left.plot([low, high], [place, place], color=colour, linewidth=2)
         left.plot(mean, place, "o", color=colour, markersize=7)
     left.set_yticks(range(len(shown)), shown)
-    left.set(xlabel="perplexity against the dense twin, % (95% intervals)")
+    left.set(xlabel="perplexity against the twin, % (95% intervals)")
     left.axvline(0, color="black", linewidth=0.8)
     left.invert_yaxis()
     right.barh(list(domains), [numbers(row["Lory"])[0] for row in domains.values()], color=OURS, height=0.6)
     right.invert_yaxis()
-    right.set(xlabel="the same by domain, % (Lory, mean of seeds)")
+    right.set(xlabel="by domain: Lory, mean of seeds, %")
     save(figure, out)
 
 
@@ -86,7 +95,8 @@ def draw_moe_lpr(page: str, out: Path) -> None:
         colour = OURS if name in ours else OTHER if name in ablations else None
         x, y = zip(*found, strict=True)
         axes.plot(x, y, "o-", color=colour, linewidth=1, markersize=9 if name == "MoE-LPR" else 5, label=name)
-        axes.annotate(name, found[len(found) // 2], (7, 4), textcoords="offset points", fontsize=8)
+        place, right, up = LABELS.get(name, (len(found) // 2, 7, 4))
+        axes.annotate(name, found[place], (right, up), textcoords="offset points", fontsize=8)
     axes.plot(0, 100, "s", color="black", markersize=5)
     axes.annotate("base", (0, 100), (7, -3), textcoords="offset points", fontsize=8)
     axes.set(
