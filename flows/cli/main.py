@@ -109,7 +109,10 @@ class Commands:
 
     def add_parser(self, name: str, help: str, description: str | None = None) -> argparse.ArgumentParser:
         self.help[name] = help
-        return self._parsers.add_parser(name, description=description or help, formatter_class=_formatter)
+        part = self._parsers.add_parser(name, description=description or help, formatter_class=_formatter)
+        # As the program's own option, before the command.
+        part.add_argument("--home", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        return part
 
     def listing(self) -> str:
         lines = []

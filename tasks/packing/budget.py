@@ -23,7 +23,7 @@ from pydantic import Field, field_validator
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.documents.language_codes import normalise
+from eclectus.tasks.documents.language_codes import read_language
 from eclectus.tasks.documents.split import draws
 from eclectus.tasks.documents.table import TRAINING, read_batches, read_table, relabel
 from eclectus.tasks.packing.text_tokens import token_ids
@@ -60,10 +60,10 @@ def amounts(entries: list[str]) -> dict[str, float]:
     """["el=5M", "en=1"] -> {"el": 5e6, "en": 1.0}. Raises ValueError on anything else, zero and repeats included."""
     result: dict[str, float] = {}
     for entry in entries:
-        match = re.fullmatch(r"\s*([\w-]+)\s*=\s*(\d+(?:\.\d+)?)\s*([kMGB]?)\s*", entry)
-        language = normalise(match[1]) if match else None
-        if not match or language is None or not float(match[2]):
+        match = re.fullmatch(r"\s*([^=]*[^=\s])\s*=\s*(\d+(?:\.\d+)?)\s*([kMGB]?)\s*", entry)
+        if not match or not float(match[2]):
             raise ValueError(f"'{entry}' cannot be read; expected LANGUAGE=NUMBER, such as el=5M")
+        language = read_language(match[1])
         if language in result:
             raise ValueError(f"language '{language}' is given twice")
         result[language] = float(match[2]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}[match[3]]

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from eclectus.models.checkpoints.config_file import check_config
 from eclectus.models.checkpoints.expected_tensors import expected_tensors
 from eclectus.models.checkpoints.families import UnsupportedModelError
 from eclectus.models.checkpoints.gguf.header import Metadata, StoredTensor, read_header
 from eclectus.models.checkpoints.gguf.rope import reference_rope, rope_parameters
+from eclectus.models.checkpoints.gguf.tokenizer import check_split, read_gguf_tokenizer
 from eclectus.models.checkpoints.reference import ReferenceModel
 from eclectus.models.checkpoints.tensor_files import CheckpointError, TensorSpec
 from eclectus.models.checkpoints.writing import plain_config
@@ -100,7 +101,7 @@ def read_gguf(path: Path) -> GgufModel:
     """
     with _named_errors(path):
         config, config_dict, tensors, reference = _described(path)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = read_gguf_tokenizer(path, _read_shards(path)[0])
     return GgufModel(config, config_dict, tensors, tokenizer, reference)
 
 
@@ -114,6 +115,7 @@ def _described(path: Path) -> tuple[PretrainedConfig, dict[str, Any], GgufTensor
     values, stored = _read_shards(path)
     metadata = Metadata(path, values)
     _check_kind(metadata)
+    check_split(path, values)
     freqs = _frequency_divisors(stored)
     config_dict = _config(metadata, stored, freqs)
     config = AutoConfig.for_model(**config_dict)

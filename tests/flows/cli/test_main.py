@@ -1,5 +1,6 @@
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -158,6 +159,17 @@ def test_help_and_sql_import_nothing_that_takes_long(tmp_path, words):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
+
+
+def test_the_home_may_stand_before_or_after_the_command(capsys, home, monkeypatch):
+    monkeypatch.delenv("ECLECTUS_HOME", raising=False)
+    for words in (
+        ["--home", str(home.root), "sql", "select 7 as n"],
+        ["sql", "select 7 as n", "--home", str(home.root)],
+    ):
+        main(words)
+        assert "7" in capsys.readouterr().out
+        assert os.environ["ECLECTUS_HOME"] == str(home.root)
 
 
 def test_sql_answers_as_table_and_as_json(capsys, home):

@@ -176,6 +176,23 @@ def test_ids_of_special_tokens_are_the_files(tmp_path):
     assert model.tokenizer.eos_token_id == 6 and model.tokenizer.chat_template == "{{ hi }}"
 
 
+@pytest.mark.parametrize(
+    ("split", "pieces"),
+    {
+        None: ["ab", "Ġ12345", "cd", "'", "LL"],
+        "gpt-2": ["ab", "Ġ12345", "cd", "'", "LL"],
+        "smollm": ["ab", "Ġ", "1", "2", "3", "4", "5", "cd", "'", "LL"],
+        "llama-bpe": ["ab", "Ġ", "123", "45", "cd", "'LL"],
+        "qwen2": ["ab", "Ġ", "1", "2", "3", "4", "5", "cd", "'LL"],
+    }.items(),
+)
+def test_text_is_split_as_the_file_says(tmp_path, split, pieces):
+    """tokenizer.ggml.pre against llama.cpp's patterns, by hand."""
+    write_model(tmp_path / "a.gguf", model_of(), general={"tokenizer.ggml.pre": split} if split else {})
+    backend = read_gguf(tmp_path / "a.gguf").tokenizer.backend_tokenizer
+    assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("ab 12345cd'LL")] == pieces
+
+
 REFUSED = {
     "a key that nobody reads": ({"metadata": {"attention.scale": 0.1}}, "attention.scale = 0.1"),
     "a foreign key": ({"general": {"acme.secret_sauce": 3}}, "acme.secret_sauce = 3"),
@@ -209,6 +226,8 @@ REFUSED = {
     "other widths": ({"metadata": {"feed_forward_length": 40}}, "its config says"),
     "another vocabulary": ({"metadata": {"vocab_size": 90}}, "96 embeddings, a vocab_size of 90"),
     "more tokens than embeddings": ({"tokens": 100}, "and 100 tokens"),
+    "an unknown split of text": ({"general": {"tokenizer.ggml.pre": "acme-bpe"}}, "tokenizer.ggml.pre = 'acme-bpe'"),
+    "the default split, which nobody trains with": ({"general": {"tokenizer.ggml.pre": "default"}}, "pre = 'default'"),
     "big-endian": ({"endianness": gguf.GGUFEndian.BIG}, "big-endian"),
 }
 

@@ -65,6 +65,7 @@ def test_budgets_that_cannot_be_read_or_met_are_refused(store, trained):
     [
         ([], {}),
         (["el=5M"], {"el": 5e6}),
+        (["Chinese (Simplified)=1M", "Norwegian Bokmål = 2k"], {"zh": 1e6, "no": 2e3}),
         (["ell_Grek=1.5k", "en = 2", "zh-cn=3B", "ceb=1G"], {"el": 1500.0, "en": 2.0, "zh": 3e9, "ceb": 1e9}),
     ],
 )
