@@ -26,12 +26,12 @@ STOP_SECONDS = 15
 class Background:
     """A program started here or by an earlier command.
 
-    started: when, in seconds of the system clock; process ids are reused, so an id alone does not identify it.
+    started: identity of this start (`start_of`); process ids are reused, so an id alone does not identify it.
     """
 
     name: str
     pid: int
-    started: float
+    started: str
     log: str
 
     @classmethod
@@ -56,12 +56,11 @@ class Background:
                 start_new_session=True,
                 preexec_fn=_die_with_parent if dies_with_us and sys.platform == "linux" else None,
             )
-        return cls(name, process.pid, psutil.Process(process.pid).create_time(), str(log))
+        return cls(name, process.pid, start_of(process.pid), str(log))
 
     def is_alive(self) -> bool:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(self.pid)
-            return process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
+            return start_of(self.pid) == self.started and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
         return False
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
@@ -84,6 +83,23 @@ class Background:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(left, STOP_SECONDS)
+
+
+def start_of(pid: int) -> str:
+    """What tells a process from every other that ever had its id, whatever the clock does meanwhile.
+
+    On Linux the boot and the tick after it at which the process started; elsewhere the time. Raises
+    psutil.NoSuchProcess.
+    """
+    if sys.platform != "linux":
+        return str(psutil.Process(pid).create_time())
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        # Fields after the name, which may itself hold blanks and parentheses; the tick is field 22 of proc(5).
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError as error:
+        raise psutil.NoSuchProcess(pid) from error
+    return f"{boot} {fields[19]}"
 
 
 def free_port(wanted: int = 0) -> int:

@@ -13,10 +13,12 @@ import os
 import sys
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from eclectus.flows.services.background import Background, free_port
+from eclectus.storage.atomic_write import write_atomically
 from eclectus.storage.home import Home
 
 NOTE = "server.json"
@@ -74,12 +76,15 @@ def start_server(folder: Path, address: str, dies_with_us: bool) -> Background:
     except BaseException:
         server.stop()
         raise
-    (folder / NOTE).write_text(json.dumps({"address": address, "pid": server.pid}))
+    write_atomically(folder / NOTE, json.dumps({"address": address, "server": asdict(server)}))
     return server
 
 
 def stop_server(folder: Path, server: Background) -> None:
-    (folder / NOTE).unlink(missing_ok=True)
+    """Stops a server; the note stays if it is about another one, which `up` has started meanwhile."""
+    noted = _read_note(folder)
+    if noted and noted[1] == server:
+        (folder / NOTE).unlink(missing_ok=True)
     server.stop()
 
 
@@ -108,12 +113,17 @@ def _flush_queues() -> None:
 
 
 def _already_running(folder: Path) -> str | None:
+    address, server = _read_note(folder) or ("", None)
+    return address if server and server.is_alive() and is_up(address) else None
+
+
+def _read_note(folder: Path) -> tuple[str, Background] | None:
+    """(address, process) of the server that was last started for this home."""
     try:
         note = json.loads((folder / NOTE).read_text())
-        os.kill(note["pid"], 0)
-    except (OSError, ValueError, KeyError):
+        return note["address"], Background(**note["server"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return note["address"] if is_up(note["address"]) else None
 
 
 def is_up(address: str) -> bool:
