@@ -107,7 +107,7 @@ def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def gather_model(model: nn.Module, process: Process) -> None:
-    """Collects a sharded model on the CPU of rank 0, ready to be saved; the other ranks lose its weights.
+    """Collects a sharded model on the CPU of rank 0, ready to compute and be saved; the other ranks lose its weights.
 
     All processes must call it. A model that is not sharded stays as it is.
     """
@@ -126,6 +126,10 @@ def gather_model(model: nn.Module, process: Process) -> None:
         if isinstance(module, FSDPModule):
             # fully_shard made the module's class a subclass (FSDPModule, plain class); torch offers no way to undo it,
             # and save_pretrained writes the class's name into config.json.
+            # Nor does it for the hooks, in which a forward pass of rank 0 would wait for the other ranks.
+            state = module._get_fsdp_state()
+            for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
+                handle.remove()
             _, plain_class = type(module).__bases__
             module.__class__ = plain_class
 
