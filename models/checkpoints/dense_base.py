@@ -1,6 +1,6 @@
 """Opening a dense checkpoint for upcycling, with checks that name whatever is wrong.
 
-A base is a directory with safetensors (one file or shards) or a GGUF file, which transformers dequantises into memory.
+A base is a directory with safetensors (one file or shards) or a GGUF file, dequantised one tensor at a time.
 A directory with its own code is refused unless that code is trusted; then the upcycled model is compared with the
 logits of that code, for which the model is held in memory.
 """

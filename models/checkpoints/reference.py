@@ -22,8 +22,8 @@ from eclectus.models.checkpoints.tensor_files import CheckpointError, TensorSour
 # Rows of the output matrix that are widened to float64 at once.
 HEAD_ROWS = 8192
 # Names in a transformers checkpoint.
-_MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
+MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -202,7 +202,7 @@ def reference_of(raw: dict[str, Any], resolved: dict[str, Any], tensors: TensorS
     width = config.get("head_dim") or config["hidden_size"] // heads
 
     def weight(name: str) -> Tensor | None:
-        stored = _stored_name(name)
+        stored = stored_name(name)
         return tensors.tensor(stored) if stored in tensors.specs else None
 
     return ReferenceModel(
@@ -226,9 +226,10 @@ def _activation(config: dict[str, Any], where: object) -> str:
     return name
 
 
-def _stored_name(name: str) -> str:
+def stored_name(name: str) -> str:
+    """The name in a transformers checkpoint of one of llama.cpp's, such as `blk.3.attn_q.weight`."""
     *block, part, kind = name.split(".")
-    return f"model.layers.{block[1]}.{_LAYER[part]}.{kind}" if block else f"{_MODEL[part]}.{kind}"
+    return f"model.layers.{block[1]}.{LAYER_NAMES[part]}.{kind}" if block else f"{MODEL_NAMES[part]}.{kind}"
 
 
 def _windows(raw: dict[str, Any], config: dict[str, Any], layers: int) -> tuple[int | None, ...]:

@@ -28,25 +28,11 @@ from eclectus.models.checkpoints.families import UnsupportedModelError
 from eclectus.models.checkpoints.gguf.header import Metadata, StoredTensor, read_header
 from eclectus.models.checkpoints.gguf.rope import reference_rope, rope_parameters
 from eclectus.models.checkpoints.gguf.tokenizer import check_split, read_gguf_tokenizer
-from eclectus.models.checkpoints.reference import ReferenceModel
+from eclectus.models.checkpoints.reference import LAYER_NAMES, MODEL_NAMES, ReferenceModel, stored_name
 from eclectus.models.checkpoints.tensor_files import CheckpointError, TensorSpec
 from eclectus.models.checkpoints.writing import plain_config
 
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-_MODEL = {"token_embd": "embed_tokens", "output_norm": "norm"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
@@ -100,19 +86,21 @@ def read_gguf(path: Path) -> GgufModel:
     known here.
     """
     with _named_errors(path):
-        config, config_dict, tensors, reference = _described(path)
-        tokenizer = read_gguf_tokenizer(path, _read_shards(path)[0])
+        values, stored = _read_shards(path)
+        config, config_dict, tensors, reference = _described(path, values, stored)
+        tokenizer = read_gguf_tokenizer(path, values)
     return GgufModel(config, config_dict, tensors, tokenizer, reference)
 
 
 def read_gguf_config(path: Path) -> dict[str, Any]:
     """config.json of the model in a GGUF file, from its header alone. Raises as `read_gguf` does."""
     with _named_errors(path):
-        return _described(path)[1]
+        return _described(path, *_read_shards(path))[1]
 
 
-def _described(path: Path) -> tuple[PretrainedConfig, dict[str, Any], GgufTensors, ReferenceModel]:
-    values, stored = _read_shards(path)
+def _described(
+    path: Path, values: dict[str, Any], stored: dict[str, StoredTensor]
+) -> tuple[PretrainedConfig, dict[str, Any], GgufTensors, ReferenceModel]:
     metadata = Metadata(path, values)
     _check_kind(metadata)
     check_split(path, values)
@@ -281,12 +269,8 @@ def _check_window(metadata: Metadata, limit: int) -> None:
 def _transformers_name(path: Path, name: str) -> str:
     match = _NAME.fullmatch(name)
     block, part, kind = match.groups() if match else (None, None, None)
-    if block is not None and part in _LAYER:
-        return f"model.layers.{block}.{_LAYER[part]}.{kind}"
-    if block is None and part in _MODEL and kind == "weight":
-        return f"model.{_MODEL[part]}.weight"
-    if name == "output.weight":
-        return "lm_head.weight"
+    if part in LAYER_NAMES if block is not None else part in MODEL_NAMES and kind == "weight":
+        return stored_name(name)
     raise UnsupportedModelError(
         f"{path} has a tensor {name}, which is not read here, so that the result would be another model: give the "
         "safetensors checkpoint"
