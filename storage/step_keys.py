@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,8 +68,14 @@ class KnownKeys:
         self.note(done, label)
 
     def note(self, done: Record, label: str) -> None:
-        """Records that `label` last used this key (after a reuse too)."""
-        self._write(self._label_path(label), {"key": done.key})
+        """Records that `label` last used this key (after a reuse too).
+
+        A full disk does not end a run here: without the note, the next key is only compared with an earlier one.
+        """
+        try:
+            self._write(self._label_path(label), {"key": done.key})
+        except OSError as error:
+            logging.getLogger("eclectus").warning("the last key of '%s' was not noted: %s", label, error)
 
     @contextlib.contextmanager
     def hold(self, key: str, when_waiting: Callable[[], None]) -> Iterator[None]:

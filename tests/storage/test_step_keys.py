@@ -62,3 +62,16 @@ def test_the_reason_names_what_changed_since_the_label_last_ran(known, artifact)
 def test_many_differences_are_counted_not_listed():
     words = differences(record(settings={}), record(settings={str(number): number for number in range(20)}))
     assert words[-1] == "and 14 more"
+
+
+def test_a_last_key_that_cannot_be_noted_ends_no_run_and_the_artifact_is_found(known, artifact, home, caplog):
+    labels = home.keys / "labels"
+    labels.parent.mkdir(parents=True, exist_ok=True)
+    labels.write_text("a file where the folder should be: nothing can be written there")
+    done = record()
+    known.remember(
+        Record("group", 1, done.settings, done.inputs, {"out": f"{artifact.kind}-{artifact.digest}"}), "group"
+    )
+    assert "the last key of 'group' was not noted" in caplog.text
+    labels.unlink()
+    assert known.find(done, "group")[0] == {"out": artifact}
