@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prefect import flow
-
 from eclectus.flows.parameters import CurateParameters
+from eclectus.flows.prefect_flow import as_flow
 from eclectus.flows.run import open_run
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.documents.ingest import IngestSettings, ingest
@@ -46,7 +45,7 @@ def read_documents(parameters: CurateParameters) -> tuple[Artifact, Artifact]:
     return ingested, split(documents=documents, settings=SplitSettings.of(parameters))
 
 
-@flow(name="curate")
+@as_flow
 def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
     """From sources to training instances: languages, held-out split, embeddings, similarity grouping, packing."""
     parameters.check_together()

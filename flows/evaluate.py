@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from prefect import flow
-
 from eclectus.flows.curate import Curated, curate
 from eclectus.flows.extend import extend
 from eclectus.flows.parameters import (
@@ -16,6 +14,7 @@ from eclectus.flows.parameters import (
     ExtendParameters,
     PretrainParameters,
 )
+from eclectus.flows.prefect_flow import as_flow
 from eclectus.flows.pretrain import pretrain
 from eclectus.flows.run import current_home, name_repeats, once, open_run
 from eclectus.storage.artifact import Artifact
@@ -64,7 +63,7 @@ class Evaluated(Measured):
     repeated: dict[str, Artifact]
 
 
-@flow(name="evaluate")
+@as_flow
 def evaluate(parameters: EvaluateParameters = EvaluateParameters()) -> Evaluated:
     """Scores models on held-out documents and tasks, applies the gate, and writes the report."""
     parameters.check_together()

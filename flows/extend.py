@@ -6,10 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
-
 from eclectus.flows.curate import Curated, curate
 from eclectus.flows.parameters import CurateParameters, ExtendParameters, PretrainParameters
+from eclectus.flows.prefect_flow import as_flow
 from eclectus.flows.pretrain import pretrain
 from eclectus.flows.run import name_repeats, once, open_run
 from eclectus.storage.artifact import Artifact
@@ -37,7 +36,7 @@ class Extended:
     repeated: dict[str, Artifact] = field(default_factory=dict)
 
 
-@flow(name="extend")
+@as_flow
 def extend(parameters: ExtendParameters = ExtendParameters()) -> Extended:
     """Upcycles a model and trains it on new languages (stage 1), then reviews the old ones (stage 2)."""
     parameters.check_together()

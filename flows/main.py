@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from prefect import flow
-
 from eclectus.flows.curate import curate
 from eclectus.flows.evaluate import Evaluated, check_models, evaluate, evaluate_alone
 from eclectus.flows.extend import extend
@@ -14,11 +12,12 @@ from eclectus.flows.parameters import (
     MainParameters,
     PretrainParameters,
 )
+from eclectus.flows.prefect_flow import as_flow
 from eclectus.flows.pretrain import pretrain
 from eclectus.flows.run import once, open_run
 
 
-@flow(name="main")
+@as_flow
 def main(parameters: MainParameters = MainParameters()) -> Evaluated:
     """Curates the sources, pre-trains Lory and its dense twin, extends it to new languages, evaluates, reports."""
     parameters.check_together()

@@ -87,14 +87,23 @@ class FlowParameters(Settings):
                 found[group_of.get(name, "other")].append(name)
         return {group: names for group, names in found.items() if names}
 
+    @classmethod
+    def of_form(cls, values: dict[str, Any], origin: str) -> Self:
+        """Like `read`, of what a form submits, which may have `more_settings` too."""
+        return cls.read(cls.with_more_settings(values), origin)
+
     @model_validator(mode="before")
     @classmethod
     def _take_more_settings(cls, values: Any) -> Any:
+        return cls.with_more_settings(values) if isinstance(values, dict) else values
+
+    @classmethod
+    def with_more_settings(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Replaces the text `more_settings` of the form by the settings that it holds.
 
         Raises EclectusError for a setting that is unknown, wrong or given by name as well.
         """
-        if not isinstance(values, dict) or MORE not in values:
+        if MORE not in values:
             return values
         by_name = {name: value for name, value in values.items() if name != MORE}
         hidden = cls().model_dump(mode="json", exclude={name for name in cls.model_fields if cls.is_basic(name)})

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from prefect import flow
-
 from eclectus.flows.curate import Curated, curate
 from eclectus.flows.parameters import CurateParameters, PretrainParameters
+from eclectus.flows.prefect_flow import as_flow
 from eclectus.flows.run import name_repeats, once, open_run
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.training.check_base import check_dense_start
@@ -33,7 +32,7 @@ class Pretrained:
         return {"dense": self.dense, "lory": self.lory, **self.baselines}
 
 
-@flow(name="pretrain")
+@as_flow
 def pretrain(parameters: PretrainParameters = PretrainParameters()) -> Pretrained:
     """Pre-trains a Lory model, its dense twin and the chosen baselines on the original languages."""
     parameters.check_together()

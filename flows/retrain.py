@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from prefect import flow
-
 from eclectus.flows.curate import Curated, curate, read_documents
 from eclectus.flows.evaluate import Evaluated, check_models, evaluate_models
 from eclectus.flows.extend import extend, train_on
 from eclectus.flows.parameters import CurateParameters, ExtendParameters, RetrainParameters, gate_of
+from eclectus.flows.prefect_flow import as_flow
 from eclectus.flows.run import current_home, name_repeats, once, open_run
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.lineage.champions import champion, decisions
@@ -48,7 +47,7 @@ class _Trained:
     repeated: dict[str, Artifact]
 
 
-@flow(name="retrain")
+@as_flow
 def retrain(parameters: RetrainParameters = RetrainParameters()) -> Retrained:
     """Lists the sources; trains on from the champion if enough documents are new; promotes what passes the gate."""
     parameters.check_together()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prefect import flow
-
 from eclectus.flows.parameters import SimilarityParameters
+from eclectus.flows.prefect_flow import as_flow
 from eclectus.flows.run import open_run
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.documents.ingest import IngestSettings, ingest
@@ -23,7 +22,7 @@ class Measured:
     similarity: Artifact
 
 
-@flow(name="similarity")
+@as_flow
 def similarity(parameters: SimilarityParameters) -> Measured:
     """Measures the cosine similarity of languages in every layer and divides a budget of new experts (LayerMoE)."""
     parameters.check_together()
