@@ -49,7 +49,6 @@ class Journal:
         self.run = run
         self._name = f"{run}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:4]}.ndjson"
         self._handles: dict[str, int] = {}
-        self._torn: set[int] = set()
         self._scrub = scrubber()
 
     def event(self, event: str, **columns: Any) -> None:
@@ -119,18 +118,15 @@ class Journal:
         return handle
 
     def _append(self, handle: int, line: bytes) -> None:
-        """One whole line; a line that a full disk truncated is ended first, so that it damages no other."""
-        if handle in self._torn:
-            line = b"\n" + line
+        """One whole line, or none: what a full disk took of it is taken back."""
         written = 0
         try:
             while written < len(line):
                 written += os.write(handle, line[written:])
         except OSError:
             if written:
-                self._torn.add(handle)
+                os.ftruncate(handle, os.fstat(handle).st_size - written)
             raise
-        self._torn.discard(handle)
 
 
 def _open_held(folder: Path, name: str) -> int:

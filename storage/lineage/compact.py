@@ -139,8 +139,8 @@ def faults(home: Home) -> list[str]:
     for path in sorted((home.journal / DAMAGED).glob("*")):
         found.append(f"journal part {path} was damaged and quarantined; put it back from a copy, or remove it")
     for path in sorted((home.journal / "rejected").glob("*.ndjson")):
-        count = len(path.read_text().splitlines())
-        found.append(f"journal {path}: {count} lines that could not be read were quarantined")
+        if count := len(path.read_text().splitlines()):
+            found.append(f"journal {path}: {count} lines that could not be read were quarantined")
     return found
 
 
@@ -343,4 +343,4 @@ def _batches(paths: list[Path]) -> Iterator[list[Path]]:
 def _quarantine(home: Home, path: Path, bad: list[dict[str, object]]) -> None:
     folder = home.journal / "rejected"
     folder.mkdir(exist_ok=True)
-    (folder / path.name).write_text("".join(json.dumps(each) + "\n" for each in bad))
+    write_atomically(folder / path.name, "".join(json.dumps(each) + "\n" for each in bad))

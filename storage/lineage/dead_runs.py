@@ -49,16 +49,17 @@ def end_dead_runs(home: Home) -> list[str]:
 def _has_no_end(handle: BinaryIO) -> bool:
     size = os.fstat(handle.fileno()).st_size
     handle.seek(-min(size, LAST_BYTES), os.SEEK_END)
-    return b'"run_ended"' not in handle.read()
+    tail = handle.read()
+    return b'"run_ended"' not in tail or not tail.endswith(b"\n")
 
 
 def _write_ends(handle: BinaryIO) -> str | None:
     handle.seek(0)
     started: dict[str, Any] | None = None
     steps: dict[str, dict[str, Any]] = {}
-    last, whole = "", True
+    last, end = "", 0
     for line in handle:
-        whole = line.endswith(b"\n")
+        end += len(line) if line.endswith(b"\n") else 0
         try:
             row = json.loads(line)
             kind, last = row["event"], row["logged"]
@@ -66,12 +67,15 @@ def _write_ends(handle: BinaryIO) -> str | None:
             continue
         if kind == "run_started":
             started = row
-        elif kind == "run_ended":
+        elif kind == "run_ended" and line.endswith(b"\n"):
+            handle.truncate(end)
             return None
         elif kind == "step_started":
             steps[row["step"]] = row
         elif kind == "step_ended":
             steps.pop(row["step"], None)
+    # A line that was cut short says nothing.
+    handle.truncate(end)
     if started is None:
         return None
     about = {"logged": now(), "run": started["run"], "state": CRASHED}
@@ -81,11 +85,12 @@ def _write_ends(handle: BinaryIO) -> str | None:
         seconds = _seconds(step["logged"], last)
         lines.append({"event": "step_ended", **about, **known, "reason": WHY, "seconds": seconds})
     lines.append({"event": "run_ended", **about, "seconds": _seconds(started["logged"], last), "error": WHY})
-    # A line that was cut short is ended first, so that it damages no other.
-    text = ("" if whole else "\n") + "".join(json.dumps(each) + "\n" for each in lines)
-    handle.seek(0, os.SEEK_END)
-    handle.write(text.encode())
-    handle.flush()
+    text = "".join(json.dumps(each) + "\n" for each in lines).encode()
+    # Not through the handle's buffer, which would write the rest at close.
+    if os.pwrite(handle.fileno(), text, end) < len(text):
+        # A full disk took only a part; the next command tries again.
+        handle.truncate(end)
+        return None
     os.fsync(handle.fileno())
     return str(started["run"])
 

@@ -62,13 +62,25 @@ def test_sql_tells_a_running_run_from_a_dead_one(home, worker):
     assert faults(home) == []
 
 
-def test_a_line_that_the_kill_cut_short_stays_the_only_damage(home, worker):
+@pytest.mark.parametrize("begun", [b'{"event": "step_ended", "st', b'{"event": "run_ended", "st'])
+def test_a_line_that_the_kill_cut_short_gives_way_to_the_end(home, worker, begun):
     kill(worker)
     with open(journal_of(home), "ab") as handle:
-        handle.write(b'{"event": "step_ended", "st')
+        handle.write(begun)
     assert end_dead_runs(home) == ["r1"] and end_dead_runs(home) == []
     assert query("select state from runs", home)[1] == [("crashed",)]
-    assert len(faults(home)) == 1
+    assert query(STATES, home)[1] == [("one", "completed"), ("two", "crashed")]
+    assert faults(home) == []
+
+
+def test_ends_that_a_full_disk_cuts_short_are_written_by_a_later_command(home, worker, monkeypatch):
+    kill(worker)
+    said = journal_of(home).read_bytes()
+    with monkeypatch.context() as full:
+        full.setattr(os, "pwrite", lambda handle, text, at: os.pwritev(handle, [text[:-30]], at))
+        assert end_dead_runs(home) == []
+    assert journal_of(home).read_bytes() == said
+    assert end_dead_runs(home) == ["r1"] and faults(home) == []
 
 
 def test_the_journal_of_another_machine_is_left_alone(home, worker):

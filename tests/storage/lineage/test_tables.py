@@ -273,7 +273,7 @@ def test_the_database_is_in_a_format_that_shells_of_version_1_open(home):
     assert header[8:12] == b"DUCK" and int.from_bytes(header[12:20], "little") <= 64
 
 
-def test_an_unfinished_disk_write_ends_with_its_own_line(home):
+def test_a_line_that_a_full_disk_cut_short_is_taken_back(home):
     program = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
@@ -295,6 +295,7 @@ def test_an_unfinished_disk_write_ends_with_its_own_line(home):
     assert "cannot be written" in done.stdout and "free space" in done.stdout
     values = [value for (value,) in query("select value from metrics order by value", home)[1]]
     assert values == [*map(float, range(len(values) - 1)), 1000.0] and len(values) > 5
+    assert faults(home) == []
 
 
 def test_a_planted_secret_never_reaches_the_journal(home, monkeypatch):
