@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from eclectus.flows.flow import flow
 from eclectus.flows.parameters import CurateParameters
-from eclectus.flows.prefect_flow import as_flow
-from eclectus.flows.run import open_run
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.documents.ingest import IngestSettings, ingest
 from eclectus.tasks.documents.languages import LanguageSettings, languages
@@ -45,54 +44,52 @@ def read_documents(parameters: CurateParameters) -> tuple[Artifact, Artifact]:
     return ingested, split(documents=documents, settings=SplitSettings.of(parameters))
 
 
-@as_flow
+@flow
 def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
     """From sources to training instances: languages, held-out split, embeddings, similarity grouping, packing."""
-    parameters.check_together()
-    with open_run("curate", parameters):
-        chosen, tokens = TokenizerSettings.of(parameters), None
-        if chosen.tokenizer != TRAINED_HERE:
-            # First, since a wrong one should not be found after hours.
-            tokens = tokenizer(documents=None, settings=chosen)
-        ingested, documents = read_documents(parameters)
-        model = None
-        if parameters.embedding_model == STATIC:
-            model = train_embedding(documents=documents, settings=StaticEmbeddingSettings.of(parameters))
-        embeddings = embed(documents=documents, model=model, settings=EmbedSettings.of(parameters))
-        nearest = neighbors(documents=documents, embeddings=embeddings, settings=NeighborSettings.of(parameters))
-        grouping = group(
-            documents=documents, neighbors=nearest, embeddings=embeddings, settings=GroupSettings.of(parameters)
-        )
-        tokens = tokens or tokenizer(documents=documents, settings=chosen)
-        divided = documents
-        if parameters.language_budgets or parameters.language_weights:
-            documents = budget(documents=documents, tokenizer=tokens, settings=BudgetSettings.of(parameters))
+    chosen, tokens = TokenizerSettings.of(parameters), None
+    if chosen.tokenizer != TRAINED_HERE:
+        # First, since a wrong one should not be found after hours.
+        tokens = tokenizer(documents=None, settings=chosen)
+    ingested, documents = read_documents(parameters)
+    model = None
+    if parameters.embedding_model == STATIC:
+        model = train_embedding(documents=documents, settings=StaticEmbeddingSettings.of(parameters))
+    embeddings = embed(documents=documents, model=model, settings=EmbedSettings.of(parameters))
+    nearest = neighbors(documents=documents, embeddings=embeddings, settings=NeighborSettings.of(parameters))
+    grouping = group(
+        documents=documents, neighbors=nearest, embeddings=embeddings, settings=GroupSettings.of(parameters)
+    )
+    tokens = tokens or tokenizer(documents=documents, settings=chosen)
+    divided = documents
+    if parameters.language_budgets or parameters.language_weights:
+        documents = budget(documents=documents, tokenizer=tokens, settings=BudgetSettings.of(parameters))
 
-        def packed(name: str, of: Artifact, order: Artifact | None, which: str) -> Artifact:
-            return pack(
-                label=f"pack {name}",
-                documents=of,
-                tokenizer=tokens,
-                grouping=order,
-                embeddings=embeddings,
-                settings=PackSettings.of(parameters, pack_group=which),
-            )
-
-        original = packed("original", documents, grouping, "original")
-        expanded = review = replayed = None
-        if parameters.expanded_languages:
-            expanded = packed("expanded", documents, grouping, "expanded")
-            replayed = replay(
-                documents=documents, grouping=grouping, tokenizer=tokens, settings=ReplaySettings.of(parameters)
-            )
-            review = packed("review", replayed, None, "all")
-        page = data_report(
-            ingested=ingested,
-            documents=documents,
-            divided=divided,
-            grouping=grouping,
-            instances={"original": original, "expanded": expanded, "review": review},
-            replayed=replayed,
-            settings=DataReportSettings.of(parameters),
+    def packed(name: str, of: Artifact, order: Artifact | None, which: str) -> Artifact:
+        return pack(
+            label=f"pack {name}",
+            documents=of,
+            tokenizer=tokens,
+            grouping=order,
+            embeddings=embeddings,
+            settings=PackSettings.of(parameters, pack_group=which),
         )
-        return Curated(ingested, documents, grouping, tokens, original, expanded, review, page)
+
+    original = packed("original", documents, grouping, "original")
+    expanded = review = replayed = None
+    if parameters.expanded_languages:
+        expanded = packed("expanded", documents, grouping, "expanded")
+        replayed = replay(
+            documents=documents, grouping=grouping, tokenizer=tokens, settings=ReplaySettings.of(parameters)
+        )
+        review = packed("review", replayed, None, "all")
+    page = data_report(
+        ingested=ingested,
+        documents=documents,
+        divided=divided,
+        grouping=grouping,
+        instances={"original": original, "expanded": expanded, "review": review},
+        replayed=replayed,
+        settings=DataReportSettings.of(parameters),
+    )
+    return Curated(ingested, documents, grouping, tokens, original, expanded, review, page)

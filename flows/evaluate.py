@@ -7,6 +7,7 @@ from typing import Any
 
 from eclectus.flows.curate import Curated, curate
 from eclectus.flows.extend import extend
+from eclectus.flows.flow import flow, once
 from eclectus.flows.parameters import (
     CurateParameters,
     EvaluateParameters,
@@ -14,9 +15,8 @@ from eclectus.flows.parameters import (
     ExtendParameters,
     PretrainParameters,
 )
-from eclectus.flows.prefect_flow import as_flow
 from eclectus.flows.pretrain import pretrain
-from eclectus.flows.run import current_home, name_repeats, once, open_run
+from eclectus.flows.run import current_home, name_repeats
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.champions import Decision
@@ -25,6 +25,7 @@ from eclectus.tasks.evaluation.contamination import ContaminationSettings, conta
 from eclectus.tasks.evaluation.evaluate import EvaluateSettings
 from eclectus.tasks.evaluation.evaluate import evaluate as score
 from eclectus.tasks.evaluation.training_names import further_training
+from eclectus.tasks.lookup import check_before_work
 from eclectus.tasks.promotion.gate import Gate, read_gates
 from eclectus.tasks.promotion.promote import Candidate, decide
 from eclectus.tasks.report.report import ReportSettings, report
@@ -63,20 +64,18 @@ class Evaluated(Measured):
     repeated: dict[str, Artifact]
 
 
-@as_flow
+@flow
 def evaluate(parameters: EvaluateParameters = EvaluateParameters()) -> Evaluated:
     """Scores models on held-out documents and tasks, applies the gate, and writes the report."""
-    parameters.check_together()
-    with open_run("evaluate", parameters):
-        gates = read_gates(parameters.gate) if parameters.gate else {}
-        if not parameters.evaluate_checkpoints:
-            check_models(parameters)
-        if parameters.seeds == 1:
-            return evaluate_models(*_checkpoints(parameters), parameters, gates)
-        first, *others = parameters.trainings()
-        alone = evaluate_alone(first)
-        trained = {each.seed_of_training: _trained(each) for each in others}
-        return _conclude(alone, name_repeats({first.seed_of_training: {}} | trained), parameters, gates)
+    gates = read_gates(parameters.gate) if parameters.gate else {}
+    if not parameters.evaluate_checkpoints:
+        check_before_work(check_models, parameters)
+    if parameters.seeds == 1:
+        return evaluate_models(*_checkpoints(parameters), parameters, gates)
+    first, *others = parameters.trainings()
+    alone = evaluate_alone(first)
+    trained = {each.seed_of_training: _trained(each) for each in others}
+    return _conclude(alone, name_repeats({first.seed_of_training: {}} | trained), parameters, gates)
 
 
 def check_models(parameters: EvaluationParameters) -> None:
@@ -270,7 +269,7 @@ def _checkpoints(parameters: EvaluateParameters) -> tuple[Curated, dict[str, Art
         store = current_home().store
         chosen = {name: store.find(name) for name in parameters.evaluate_checkpoints}
         for name, checkpoint in chosen.items():
-            check_to_evaluate(name, checkpoint.path, parameters.evaluation_tokens)
+            check_before_work(check_to_evaluate, name, checkpoint.path, parameters.evaluation_tokens)
         return once(curate, CurateParameters.of(parameters)), chosen
     models: dict[str, Artifact] = {}
     if not parameters.base_model:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from eclectus.flows.curate import Curated, curate
+from eclectus.flows.flow import flow, once
 from eclectus.flows.parameters import CurateParameters, ExtendParameters, PretrainParameters
-from eclectus.flows.prefect_flow import as_flow
 from eclectus.flows.pretrain import pretrain
-from eclectus.flows.run import name_repeats, once, open_run
+from eclectus.flows.run import name_repeats
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.lookup import check_before_work
 from eclectus.tasks.training.add_experts import AddExpertsSettings, add_experts, kind_of
 from eclectus.tasks.training.check_base import check_base_to_extend
 from eclectus.tasks.training.extend import ExtendStageSettings, recipe_of
@@ -36,19 +37,17 @@ class Extended:
     repeated: dict[str, Artifact] = field(default_factory=dict)
 
 
-@as_flow
+@flow
 def extend(parameters: ExtendParameters = ExtendParameters()) -> Extended:
     """Upcycles a model and trains it on new languages (stage 1), then reviews the old ones (stage 2)."""
-    parameters.check_together()
-    with open_run("extend", parameters):
-        if parameters.seeds > 1:
-            trained = {each.seed_of_training: once(extend, each) for each in parameters.trainings()}
-            repeated = name_repeats({seed: each.checkpoints for seed, each in trained.items()})
-            return replace(trained[parameters.seed_of_training], repeated=repeated)
-        base, curated = _base(parameters)
-        start = recipe_of(parameters.extension_method).start
-        upcycled = _with_experts(parameters, base, curated) if start == "upcycled" else None
-        return Extended(curated, base, upcycled, train_on(upcycled or base, curated, parameters))
+    if parameters.seeds > 1:
+        trained = {each.seed_of_training: once(extend, each) for each in parameters.trainings()}
+        repeated = name_repeats({seed: each.checkpoints for seed, each in trained.items()})
+        return replace(trained[parameters.seed_of_training], repeated=repeated)
+    base, curated = _base(parameters)
+    start = recipe_of(parameters.extension_method).start
+    upcycled = _with_experts(parameters, base, curated) if start == "upcycled" else None
+    return Extended(curated, base, upcycled, train_on(upcycled or base, curated, parameters))
 
 
 def train_on(start: Artifact, curated: Curated, parameters: ExtendParameters) -> dict[str, Artifact]:
@@ -84,11 +83,11 @@ def _base(parameters: ExtendParameters) -> tuple[Artifact, Curated]:
         pretrained = once(pretrain, PretrainParameters.of(parameters))
         return pretrained.lory if parameters.extension_base == "lory" else pretrained.dense, pretrained.curated
     wanted = parameters.base_model, parameters.extension_method, parameters.instance_tokens
-    check_base_to_extend(*wanted)
+    check_before_work(check_base_to_extend, *wanted)
     base = once(_fetch_base, FetchSettings.of(parameters))
     if not Path(parameters.base_model).is_dir():
         # From the hub, or of a .gguf file: its config is known only now.
-        check_base_to_extend(*wanted, base.path)
+        check_before_work(check_base_to_extend, *wanted, base.path)
     return base, once(curate, CurateParameters.of(parameters, tokenizer=base.path))
 
 

@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 from eclectus.flows.curate import Curated, curate, read_documents
 from eclectus.flows.evaluate import Evaluated, check_models, evaluate_models
 from eclectus.flows.extend import extend, train_on
+from eclectus.flows.flow import flow, once
 from eclectus.flows.parameters import CurateParameters, ExtendParameters, RetrainParameters, gate_of
-from eclectus.flows.prefect_flow import as_flow
-from eclectus.flows.run import current_home, name_repeats, once, open_run
+from eclectus.flows.run import current_home, name_repeats
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.lineage.champions import champion, decisions
-from eclectus.storage.lineage.history import Made, read_history
+from eclectus.storage.lineage.history import Made
 from eclectus.tasks.evaluation.contamination import packed_documents
+from eclectus.tasks.lookup import check_before_work
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.promotion.new_documents import NewDocumentsSettings, RefreshSettings, news, refresh
 from eclectus.tasks.run import notify, require_run
@@ -47,39 +48,38 @@ class _Trained:
     repeated: dict[str, Artifact]
 
 
-@as_flow
+@flow
 def retrain(parameters: RetrainParameters = RetrainParameters()) -> Retrained:
     """Lists the sources; trains on from the champion if enough documents are new; promotes what passes the gate."""
-    parameters.check_together()
-    with open_run("retrain", parameters):
-        gate, find = gate_of(parameters), current_home().store.find
-        past = decisions(current_home(), gate.line)
-        promoted = champion(current_home(), gate.line)
-        current = find(f"checkpoint-{promoted.checkpoint}") if promoted else None
-        _, documents = read_documents(parameters)
-        found = news(
-            documents=documents,
-            seen=_packed(_history([each.checkpoint for each in past])),
-            model=current or (find(f"checkpoint-{past[-1].checkpoint}") if past else None),
-            settings=NewDocumentsSettings.of(parameters),
-        )
-        reason = found.statistics["reason"]
-        if not found.statistics["train"]:
-            last = past[-1]
-            outcome = f"checkpoint-{last.checkpoint[:12]}, was {last.verdict} ({last.reason})"
-            notify("retrain", f"Not trained: {reason}. The last evaluated model of line '{gate.line}', {outcome}.")
-            return Retrained(found, None)
-        notify("retrain", f"Training: {reason}.")
-        if current:
-            check_base_to_extend(current.name, parameters.extension_method, parameters.instance_tokens, current.path)
-        else:
-            check_models(parameters)
-        trained = _train_on(current, parameters) if current else _train_first(parameters)
-        evaluated = evaluate_models(trained.curated, trained.models, parameters, {gate.line: gate}, trained.repeated)
-        decision = evaluated.decisions.get(gate.line)
-        outcome = f"{decision.verdict}: {decision.reason}" if decision else "; ".join(evaluated.left_out)
-        notify("retrain", f"Trained: {reason}. The gate of line '{gate.line}': {outcome}.")
-        return Retrained(found, evaluated)
+    gate, find = gate_of(parameters), current_home().store.find
+    past = decisions(current_home(), gate.line)
+    promoted = champion(current_home(), gate.line)
+    current = find(f"checkpoint-{promoted.checkpoint}") if promoted else None
+    _, documents = read_documents(parameters)
+    found = news(
+        documents=documents,
+        seen=_packed(_history([each.checkpoint for each in past])),
+        model=current or (find(f"checkpoint-{past[-1].checkpoint}") if past else None),
+        settings=NewDocumentsSettings.of(parameters),
+    )
+    reason = found.statistics["reason"]
+    if not found.statistics["train"]:
+        last = past[-1]
+        outcome = f"checkpoint-{last.checkpoint[:12]}, was {last.verdict} ({last.reason})"
+        notify("retrain", f"Not trained: {reason}. The last evaluated model of line '{gate.line}', {outcome}.")
+        return Retrained(found, None)
+    notify("retrain", f"Training: {reason}.")
+    if current:
+        method, tokens = parameters.extension_method, parameters.instance_tokens
+        check_before_work(check_base_to_extend, current.name, method, tokens, current.path)
+    else:
+        check_before_work(check_models, parameters)
+    trained = _train_on(current, parameters) if current else _train_first(parameters)
+    evaluated = evaluate_models(trained.curated, trained.models, parameters, {gate.line: gate}, trained.repeated)
+    decision = evaluated.decisions.get(gate.line)
+    outcome = f"{decision.verdict}: {decision.reason}" if decision else "; ".join(evaluated.left_out)
+    notify("retrain", f"Trained: {reason}. The gate of line '{gate.line}': {outcome}.")
+    return Retrained(found, evaluated)
 
 
 def _train_first(parameters: RetrainParameters) -> _Trained:
@@ -114,10 +114,7 @@ def _train_on(current: Artifact, parameters: RetrainParameters) -> _Trained:
 
 def _history(checkpoints: list[str]) -> dict[str, Made]:
     """Everything upstream of these checkpoints, given by digest, in the order in which it was made."""
-    run = require_run("retrain")
-    return read_history(
-        run.home, run.id, [Artifact("checkpoint", each, "") for each in dict.fromkeys(checkpoints)]
-    ).made
+    return require_run("retrain").upstream(Artifact("checkpoint", each, "") for each in dict.fromkeys(checkpoints))
 
 
 def _packed(made: dict[str, Made]) -> list[Artifact]:

@@ -69,12 +69,10 @@ def open_run(
     parameters: Settings,
     home: Home | None = None,
     displays: list[Display] | None = None,
-    served: bool = False,
 ) -> Iterator[Run]:
     """Opens the run of this process for `flow`, or joins the run that a calling flow has opened.
 
-    served: a Prefect server is running although no flow run has started yet. Raises EclectusError for a flow run that
-    was started more than STARTS times.
+    Raises EclectusError for a flow run that was started more than STARTS times.
     """
     if (run := current_run()) is not None:
         with _joined(run, flow):
@@ -86,7 +84,7 @@ def open_run(
     check_roots(parameters)
     home = home or Home.open()
     run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-    with _maintained(home), Journal(home.journal, run_id, home.mirror) as journal:
+    with contextlib.ExitStack() as services, _maintained(home), Journal(home.journal, run_id, home.mirror) as journal:
         run = Run(
             id=run_id,
             home=home,
@@ -94,20 +92,11 @@ def open_run(
             known=KnownKeys(home.keys, home.store),
             displays=displays or [],
             flow=flow,
-            in_prefect=served or prefect_flow_run is not None,
             prefect_flow_run=prefect_flow_run,
+            services=services,
         )
-        pages = None
-        if run.in_prefect:
-            from eclectus.flows.ui import PrefectPages
-
-            pages = PrefectPages()
-            run.displays.append(pages)
-
-        def show_steps(display: Display) -> None:
-            if pages is not None and display is pages:
-                pages.run_ended(run)
-
+        if prefect_flow_run:
+            _show_in_prefect(run)
         journal.event("run_started", flow=flow, parameters=parameters.model_dump(mode="json"), **_surroundings())
         started, error = time.monotonic(), None
         try:
@@ -129,7 +118,25 @@ def open_run(
                 run.close_kept(error)
                 shut_ray()
                 if _state(error) != "cancelled":
-                    run.show(show_steps)
+                    run.show(lambda display: _show_end(display, run))
+
+
+def serve(run: Run) -> None:
+    """Starts what a run with work needs: a Prefect server, unless one is configured or running, and its pages."""
+    run.services.enter_context(prefect_server(run.home))
+    _show_in_prefect(run)
+
+
+def _show_in_prefect(run: Run) -> None:
+    from eclectus.flows.ui import PrefectPages
+
+    run.in_prefect = True
+    run.displays.append(PrefectPages())
+
+
+def _show_end(display: Display, run: Run) -> None:
+    if ended := getattr(display, "run_ended", None):
+        ended(run)
 
 
 @contextlib.contextmanager
@@ -164,8 +171,8 @@ def _try(act: Callable[..., Any], *arguments: Any) -> None:
 
 @contextlib.contextmanager
 def served_run(flow: str, parameters: Settings, home: Home, displays: list[Display]) -> Iterator[Run]:
-    """Opens a run for the command line, with a Prefect server for the flows that are called in the block."""
-    with prefect_server(home), open_run(flow, parameters, home, displays, served=True) as run, interrupts_noted(run):
+    """Opens a run for the command line."""
+    with open_run(flow, parameters, home, displays) as run, interrupts_noted(run):
         yield run
 
 
@@ -191,16 +198,6 @@ def interrupts_noted(run: Run) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def once(call: Any, parameters: Settings) -> Any:
-    """Calls a flow or function with these parameters at most once per run: several flows call what they build on."""
-    name = getattr(call, "name", None) or call.__qualname__
-    results = require_run(f"flow '{name}'").results
-    key = f"{name} {parameters.model_dump_json()}"
-    if key not in results:
-        results[key] = call(parameters)
-    return results[key]
 
 
 def name_repeats(models: dict[int, dict[str, Artifact]]) -> dict[str, Artifact]:

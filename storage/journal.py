@@ -51,10 +51,15 @@ class Journal:
         self._handles: dict[str, int] = {}
         self._scrub = scrubber()
 
-    def event(self, event: str, **columns: Any) -> None:
-        """One event (`run_started`, `run_ended`, `step_started`, `step_ended`), on disk when this returns."""
-        os.fsync(self._write(EVENTS, {"event": event, "logged": now(), "run": self.run, **columns}))
-        self._push(EVENTS)
+    def event(self, event: str, sync: bool = True, **columns: Any) -> None:
+        """One event (`run_started`, `run_ended`, `step_started`, `step_ended`), on disk when this returns.
+
+        sync: False leaves that to the next event: a run that reuses many steps waits for the disk once.
+        """
+        handle = self._write(EVENTS, {"event": event, "logged": now(), "run": self.run, **columns})
+        if sync:
+            os.fsync(handle)
+            self._push(EVENTS)
 
     def metric(
         self, step: str, name: str, value: float, at_step: int | None = None, tags: dict[str, str] | None = None

@@ -73,7 +73,8 @@ class KnownKeys:
         A full disk does not end a run here: without the note, the next key is only compared with an earlier one.
         """
         try:
-            self._write(self._label_path(label), {"key": done.key})
+            if self._read(self._label_path(label)) != {"key": done.key}:
+                self._write(self._label_path(label), {"key": done.key})
         except OSError as error:
             logging.getLogger("eclectus").warning("the last key of '%s' was not noted: %s", label, error)
 
@@ -104,6 +105,7 @@ class KnownKeys:
         return "; ".join(differences(before, wanted)) or "the record of it is gone"
 
     def _write(self, path: Path, value: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, scrubbed(value))
         if self.store.mirror:
             self.store.mirror.push(path)
@@ -119,14 +121,10 @@ class KnownKeys:
         return value if path.parent.name == "labels" else Record(**value)
 
     def _record_path(self, key: str) -> Path:
-        path = self.root / "records" / f"{key}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        return self.root / "records" / f"{key}.json"
 
     def _label_path(self, label: str) -> Path:
-        path = self.root / "labels" / f"{hashlib.sha256(label.encode()).hexdigest()[:32]}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        return self.root / "labels" / f"{hashlib.sha256(label.encode()).hexdigest()[:32]}.json"
 
 
 def differences(before: Record, after: Record) -> list[str]:

@@ -11,13 +11,17 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.journal import Journal
-from eclectus.storage.step_keys import KnownKeys
+from eclectus.storage.lineage.history import Made, made_upstream, read_makers
+from eclectus.storage.step_keys import KnownKeys, Record
+
+if TYPE_CHECKING:
+    from eclectus.tasks.lookup import Lookup
 
 T = TypeVar("T")
 MOST_FAULTS = 3
@@ -45,7 +49,8 @@ class Run:
     """One run. id: its name in the lineage. flow: the flow that is now calling steps. interrupted: by Ctrl-C.
 
     step, label: of the step that is running. states: by label. results: of flows, by name and parameters.
-    faults: of displays, by name.
+    faults: of displays, by name. lookup: set while keys are only looked up (tasks/lookup.py). services: what was
+    started for the run, ended after its displays. read: what was read from the lineage, by name.
     """
 
     id: str
@@ -63,19 +68,74 @@ class Run:
     results: dict[str, Any] = field(default_factory=dict)
     kept: dict[str, contextlib.AbstractContextManager[Any]] = field(default_factory=dict)
     faults: Counter[str] = field(default_factory=Counter)
+    lookup: Lookup | None = None
+    services: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    read: dict[str, Any] = field(default_factory=dict)
+    _made: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _reused: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def show(self, act: Callable[[Display], None]) -> None:
         """Calls every display. None of them can end the run: a fault is logged, after MOST_FAULTS it is left out."""
         for display in list(self.displays):
-            try:
-                act(display)
-            except Exception as error:
-                name = type(display).__name__
-                self.faults[name] += 1
-                if self.faults[name] >= MOST_FAULTS:
-                    self.displays.remove(display)
-                left = "; it is left out from now on" if display not in self.displays else ""
-                logging.getLogger("eclectus").warning("%s could not show this (%s)%s", name, error, left)
+            self.show_on(display, act)
+
+    def show_on(self, display: Display, act: Callable[[Display], None]) -> None:
+        """Calls one display, as `show` does."""
+        try:
+            act(display)
+        except Exception as error:
+            name = type(display).__name__
+            self.faults[name] += 1
+            if self.faults[name] >= MOST_FAULTS:
+                self.displays.remove(display)
+            left = "; it is left out from now on" if display not in self.displays else ""
+            logging.getLogger("eclectus").warning("%s could not show this (%s)%s", name, error, left)
+
+    def show_lookup(self, label: str | None) -> None:
+        """Shows which step is being looked up on displays that can; None: the look-up has ended."""
+        for display in self.displays:
+            if looking_up := getattr(display, "looking_up", None):
+                self.show_on(display, lambda _: looking_up(label))
+
+    def find(self, kind: str, digest: str) -> Artifact:
+        """An artifact of the store, or one that a plan expects. Raises EclectusError when there is none."""
+        planned = self.lookup.find(digest) if self.lookup else None
+        return planned or self.home.store.find(f"{kind}-{digest}")
+
+    def upstream(self, checkpoints: Iterable[Artifact]) -> dict[str, Made]:
+        """By digest, what these were made from and they themselves, inputs before outputs: lineage is read once.
+
+        What this run made or reused meanwhile is known from its own steps.
+        """
+        known = self.once_read("makers", lambda: read_makers(self.home))
+        return made_upstream({**self._reused, **known, **self._made}, [each.digest for each in checkpoints])
+
+    def note_maker(self, record: Record, label: str, output: Artifact, made: bool) -> None:
+        """Records the step that made an artifact of this run, or with which it was reused."""
+        # As in the lineage: what trained a checkpoint says more than that it was copied.
+        makers = self._made if made and record.step != "fetch" else self._reused
+        makers[output.digest] = {
+            "kind": output.kind, "step": "", "name": record.step, "label": label, "settings": record.settings,
+            "inputs": {name: value.partition("-")[2] for name, value in record.inputs.items()}, "statistics": {},
+        }  # fmt: skip
+
+    def once_read(self, name: str, read: Callable[[], T]) -> T:
+        """What `read` returns, called once per run and name: opening the lineage takes a tenth of a second and more."""
+        if name not in self.read:
+            self.read[name] = read()
+        return cast(T, self.read[name])
+
+    def act(self, action: Callable[[Run], None]) -> None:
+        """Calls `action` with this run: now, or when a look-up has found that nothing is to be done."""
+        if self.lookup is not None:
+            self.lookup.actions.append(action)
+        else:
+            action(self)
+
+    def forget_lookup(self) -> None:
+        """Drops what flows returned and steps were found to have made in a look-up that found work."""
+        self.results.clear()
+        self._reused.clear()
 
     def keep(self, name: str, make: Callable[[], C]) -> C:
         """The resource of this name: made on first use, closed when the run ends (a group of workers, for example)."""
@@ -118,6 +178,21 @@ def activate(run: Run) -> Iterator[Run]:
         _current = previous
 
 
+def undisturbed(call: Callable[[], T], outcome: list[tuple[bool, Any]], act: Callable[[], T]) -> T:
+    """What `act` returns or raises, called by `call`, which shows it in Prefect, whatever becomes of Prefect's server.
+
+    outcome: gets (True, result) or (False, error) from whoever runs `act`. If `call` failed before it ran, `act` is
+    called without it; if it failed later, it makes no difference.
+    """
+    try:
+        return call()
+    except Exception as fault:
+        if outcome and not outcome[-1][0]:
+            raise outcome[-1][1] from None
+        logging.getLogger("eclectus").warning("Prefect cannot show this (%s: %s)", type(fault).__name__, fault)
+        return cast(T, outcome[-1][1]) if outcome else act()
+
+
 def metric(name: str, value: float, at_step: int | None = None, **tags: str) -> None:
     """Journals one metric of the running step. tags: what it was measured on (language="el", domain="code")."""
     if _current is not None and _current.step is not None:
@@ -142,7 +217,7 @@ def progress(total: float | None, what: str, unit: str) -> Callable[[float], Non
 def notify(name: str, text: str) -> None:
     """Shows a message on all displays: a decision with its reason, or a warning. name: of the Prefect artifact."""
     if _current:
-        _current.show(lambda display: display.notified(name, text))
+        _current.act(lambda run: run.show(lambda display: display.notified(name, text)))
 
 
 def track(items: Iterable[T], total: int | None, what: str, unit: str) -> Iterator[T]:

@@ -25,15 +25,17 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
+from eclectus.storage.journal import now
 from eclectus.storage.secrets import scrub
 from eclectus.storage.step_keys import Record
-from eclectus.tasks.run import Run, notify, require_run
+from eclectus.tasks.run import Run, notify, require_run, undisturbed
 from eclectus.tasks.settings import Settings
 
 # Stands for the digest of something that changed while it was read, so that no digest is true of what was read.
@@ -71,9 +73,24 @@ class Step:
                     f"step '{self.name}' has no input '{name}'; it takes {', '.join(sorted(self._parameters))}"
                 )
         label = label or self.name
-        if run.in_prefect:
-            return self._in_prefect(run, label, arguments)
-        return self._execute(run, label, arguments)
+        if run.lookup is not None:
+            return run.lookup.call(run, self, label, arguments)
+        if run.interrupted:
+            raise KeyboardInterrupt
+        call = _Call(label, arguments, now(), time.monotonic())
+        run.show(lambda display: display.step_began(label))
+        # What is reused is no task run: Prefect takes tens of milliseconds for each.
+        try:
+            call.record = self.record(arguments)
+            found, reason = run.known.find(call.record, label)
+        except Exception as error:
+            call.error = error
+        else:
+            if found:
+                times = call.began, now(), time.monotonic() - call.started
+                self.report_reuse(run, label, call.record, found["out"], reason, times)
+                return found["out"]
+        return self._in_prefect(run, call) if run.in_prefect else self._execute(run, call)
 
     def record(self, arguments: dict[str, Any], read: dict[str, str] | None = None) -> Record:
         """The part of the call that the key is computed from. read: what was read, in place of the fingerprint."""
@@ -90,97 +107,150 @@ class Step:
                 }
         return Record(self.name, self.version, settings, inputs | (read or {}))
 
-    def _in_prefect(self, run: Run, label: str, arguments: dict[str, Any]) -> Artifact:
+    def report_reuse(
+        self, run: Run, label: str, record: Record, output: Artifact, reason: str, times: tuple[str, str, float]
+    ) -> None:
+        """Journals and shows that the run reuses an artifact. times: when its look-up began and ended, and seconds."""
+        began, ended, seconds = times
+        step_id = uuid.uuid4().hex
+        run.journal.event(
+            "step_started", sync=False, logged=began, step=step_id, name=self.name, label=label, flow=run.flow,
+            key=record.key,
+        )  # fmt: skip
+        run.known.note(record, label)
+        columns = self._columns(step_id, run, label, record, "reused", reason, seconds)
+        run.journal.event("step_ended", sync=False, logged=ended, **columns, output=_describe(output))
+        run.note_maker(record, label, output, made=False)
+        run.states[label] = "reused"
+        previous, run.step, run.label = (run.step, run.label), step_id, label
+        run.show(lambda display: display.step_ended(label, "reused", reason, seconds, output))
+        run.step, run.label = previous
+
+    def _in_prefect(self, run: Run, call: _Call) -> Artifact:
         import prefect
         from prefect.cache_policies import NO_CACHE
+        from prefect.context import TagsContext
+
+        outcome: list[tuple[bool, Any]] = []
 
         def execute() -> Artifact:
-            return self._execute(run, label, arguments)
+            return self._execute(run, call)
+
+        def execute_noted() -> Any:
+            try:
+                made = execute()
+            except Exception as error:
+                outcome.append((False, error))
+                if not isinstance(error, EclectusError):
+                    raise
+                # The UI then shows the sentence; the caller gets it raised.
+                return prefect.states.Failed(message=str(error), data=error)
+            outcome.append((True, made))
+            return made
 
         as_task = prefect.task(
             name=self.name,
-            task_run_name=label,
+            task_run_name=call.label,
             description=inspect.getdoc(self.function),
             cache_policy=NO_CACHE,
             persist_result=False,
-            tags=[self.makes],
         )
-        return as_task(execute)()
+        # Prefect leases a concurrency slot for every tag of a task run, its own and the flow run's: 0.2 s each, and the
+        # task fails if the server cannot be asked.
+        with TagsContext(current_tags=set()):
+            return undisturbed(as_task(execute_noted), outcome, execute)
 
-    def _execute(self, run: Run, label: str, arguments: dict[str, Any]) -> Artifact:
-        if run.interrupted:
-            raise KeyboardInterrupt
+    def _execute(self, run: Run, call: _Call) -> Artifact:
+        label = call.label
         step_id = uuid.uuid4().hex
         previous, run.step, run.label = (run.step, run.label), step_id, label
-        started = time.monotonic()
-        run.show(lambda display: display.step_began(label))
-        record, state, reason, memory = None, "failed", "", _Memory()
+        record, state, reason, memory = call.record, "failed", "", _Memory()
         output: Artifact | None = None
         try:
-            record = self.record(arguments)
-            run.journal.event("step_started", step=step_id, name=self.name, label=label, flow=run.flow, key=record.key)
-            with run.known.hold(record.key, lambda: _report_waiting(run, label)):
-                found, reason = run.known.find(record, label)
-                if found:
-                    state, output = "reused", found["out"]
-                    run.known.note(record, label)
-                else:
-                    with memory:
-                        record, output = self._make(run, arguments, record)
-                    state = "completed"
-                    done = {"out": f"{output.kind}-{output.digest}"}
-                    run.known.remember(Record(self.name, self.version, record.settings, record.inputs, done), label)
+            with self._disk_full_named(run):
+                if call.error is not None:
+                    raise call.error
+                assert record is not None
+                run.journal.event(
+                    "step_started", step=step_id, name=self.name, label=label, flow=run.flow, key=record.key
+                )
+                with run.known.hold(record.key, lambda: _report_waiting(run, label)):
+                    found, reason = run.known.find(record, label)
+                    if found:
+                        # Another run made it meanwhile.
+                        state, output = "reused", found["out"]
+                        run.known.note(record, label)
+                    else:
+                        with memory:
+                            record, output = self._make(run, call.arguments, record)
+                        state = "completed"
+                        done = {"out": f"{output.kind}-{output.digest}"}
+                        run.known.remember(Record(self.name, self.version, record.settings, record.inputs, done), label)
+                run.note_maker(record, label, output, made=state == "completed")
             return output
         except BaseException as error:
             reason = scrub(f"{type(error).__name__}: {error}")
             state = "failed" if isinstance(error, Exception) else "cancelled"
             raise
         finally:
-            seconds = time.monotonic() - started
+            seconds = time.monotonic() - call.started
             run.journal.event(
                 "step_ended",
-                step=step_id,
-                name=self.name,
-                label=label,
-                flow=run.flow,
-                key=record.key if record else None,
-                version=self.version,
-                state=state,
-                reason=reason,
-                seconds=round(seconds, 3),
+                **self._columns(step_id, run, label, record, state, reason, seconds),
                 peak_memory=memory.peak,
-                seed=(record.settings.get("seed") if record else None),
                 prefect_task_run=_prefect_task_run(run),
-                settings=record.settings if record else {},
-                inputs=record.inputs if record else {},
                 output=_describe(output),
             )
             run.states[label] = state
             run.show(lambda display: display.step_ended(label, state, reason, seconds, output))
             run.step, run.label = previous
 
+    def _columns(
+        self, step_id: str, run: Run, label: str, record: Record | None, state: str, reason: str, seconds: float
+    ) -> dict[str, Any]:
+        """Columns of the event `step_ended`."""
+        return {
+            "step": step_id,
+            "name": self.name,
+            "label": label,
+            "flow": run.flow,
+            "key": record.key if record else None,
+            "version": self.version,
+            "state": state,
+            "reason": reason,
+            "seconds": round(seconds, 3),
+            "seed": record.settings.get("seed") if record else None,
+            "settings": record.settings if record else {},
+            "inputs": record.inputs if record else {},
+        }
+
     def _make(self, run: Run, arguments: dict[str, Any], record: Record) -> tuple[Record, Artifact]:
         """The artifact, and the record that is true of what was read for it, which may differ from the given one.
 
         Raises EclectusError if what is read does not keep still.
         """
+        for last in (False, True):
+            with run.home.store.draft(self.makes) as draft:
+                self.function(**arguments, out=draft)
+                as_read = record if draft.read is None else self.record(arguments, draft.read)
+                changed = [name for name, digest in as_read.inputs.items() if digest != record.inputs.get(name)]
+                changed += [name for name in record.inputs if name not in as_read.inputs]
+                if not changed or (last and CHANGED not in as_read.inputs.values()):
+                    return as_read, run.home.store.commit(draft)
+            names = ", ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
+            if not last:
+                notify("changed input", f"{names} changed while being read; step '{self.name}' reads again")
+                record = self.record(arguments)
+        raise EclectusError(
+            f"step '{self.name}' read {names} twice, and both times it changed meanwhile; run again when it is "
+            "written, or name a copy"
+        )
+
+    @contextlib.contextmanager
+    def _disk_full_named(self, run: Run) -> Iterator[None]:
+        """Turns an error that says that nothing more can be written into one that names the home and the fix."""
         try:
-            for last in (False, True):
-                with run.home.store.draft(self.makes) as draft:
-                    self.function(**arguments, out=draft)
-                    as_read = record if draft.read is None else self.record(arguments, draft.read)
-                    changed = [name for name, digest in as_read.inputs.items() if digest != record.inputs.get(name)]
-                    changed += [name for name in record.inputs if name not in as_read.inputs]
-                    if not changed or (last and CHANGED not in as_read.inputs.values()):
-                        return as_read, run.home.store.commit(draft)
-                names = ", ".join(changed[:3]) + (" ..." if len(changed) > 3 else "")
-                if not last:
-                    notify("changed input", f"{names} changed while being read; step '{self.name}' reads again")
-                    record = self.record(arguments)
-            raise EclectusError(
-                f"step '{self.name}' read {names} twice, and both times it changed meanwhile; run again when it is "
-                "written, or name a copy"
-            )
+            yield
         except Exception as error:
             reason = _disk_full(error)
             if reason is None:
@@ -211,6 +281,20 @@ def _disk_full(error: Exception) -> str | None:
     # NumPy's tofile reports only how much it wrote.
     cut = isinstance(error, OSError) and error.errno is None and re.search(r"\d+ requested and \d+ written", str(error))
     return full.lower() if full in str(error) or cut else None
+
+
+@dataclass
+class _Call:
+    """A call of a step. began, started: when, as in the journal and on the monotonic clock. record: None if it could
+    not be computed or looked up because of `error`.
+    """
+
+    label: str
+    arguments: dict[str, Any]
+    began: str
+    started: float
+    record: Record | None = None
+    error: Exception | None = None
 
 
 class _Memory:

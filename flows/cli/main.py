@@ -194,16 +194,14 @@ def _run_flow(chosen: argparse.Namespace) -> None:
     parameters.check_together()
     from eclectus.flows.cli.summary import near, summarize
     from eclectus.flows.cli.terminal import Terminal
+    from eclectus.flows.flow import flow_named, run_flow
     from eclectus.flows.run import served_run
 
     home = Home.open()
     with Terminal() as terminal:
         terminal.print(f"eclectus {chosen.flow}: home {near(home.root) if not home.mirror else home.name}")
         with served_run(chosen.flow, parameters, home, [terminal]) as run:
-            import importlib
-
-            flow = getattr(importlib.import_module(f"eclectus.flows.{chosen.flow}"), chosen.flow)
-            result = flow(parameters)
+            result = run_flow(run, flow_named(chosen.flow), parameters)
         summarize(run, result, terminal)
 
 

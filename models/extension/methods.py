@@ -19,7 +19,6 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -43,53 +42,14 @@ from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.checkpoints.tensor_files import read_config, tensor_bytes
 from eclectus.models.checkpoints.writing import save_model
 from eclectus.models.extension.lory import save_lory, split_lory
+from eclectus.models.extension.recipes import RECIPES, Recipe, recipe_of
 from eclectus.models.lory.model import LoryForCausalLM
-from eclectus.models.mixture.experts import Stage, set_trainable, split_experts, whole
+from eclectus.models.mixture.experts import set_trainable, split_experts, whole
 from eclectus.models.mixture.export import export_checkpoint
 from eclectus.models.training.instances import Batch, Instances, rows_at
 
 # Largest difference of a logit by merging adapters, as a share of the largest: matrix products on GPUs may be TF32.
 MERGED = 1e-2
-Method = Literal[
-    "moe_lpr", "full", "lora", "llama_pro", "moe_all", "no_review", "no_lpr", "random_experts", "one_stage"
-]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a method extends a dense model; the defaults are MoE-LPR's."""
-
-    title: str
-    start: Literal["upcycled", "dense", "lora", "blocks"] = "upcycled"
-    trained: Stage = "post_pretrain"
-    """What trains in stage 1 of an upcycled model."""
-    mixed: bool = False
-    """Whether stage 1 also reads the review's data, with both losses."""
-    reviewed: bool = True
-    prior: bool = True
-    """Whether the review has the language prior loss; without it gamma is 0."""
-    random_experts: bool = False
-    """Whether new experts are random (init "drop" with drop_ratio 1) instead of copies."""
-
-
-RECIPES: dict[Method, Recipe] = {
-    "moe_lpr": Recipe("MoE-LPR"),
-    "full": Recipe("full fine-tuning", start="dense", trained="full", reviewed=False),
-    "lora": Recipe("LoRA", start="lora", reviewed=False),
-    "llama_pro": Recipe("LLaMA-Pro", start="blocks", reviewed=False),
-    "moe_all": Recipe("MoE, all trained", trained="all", reviewed=False),
-    "no_review": Recipe("MoE-LPR without review", reviewed=False),
-    "no_lpr": Recipe("MoE-LPR, review without LPR", prior=False),
-    "random_experts": Recipe("MoE-LPR, random new experts", random_experts=True),
-    "one_stage": Recipe("MoE-LPR in one stage", mixed=True, reviewed=False),
-}
-
-
-def recipe_of(method: str) -> Recipe:
-    """The recipe of that name. Raises ValueError naming the existing ones."""
-    if method not in RECIPES:
-        raise ValueError(f"unknown extension method {method!r}: choose {', '.join(RECIPES)}")
-    return RECIPES[method]
 
 
 def open_method(

@@ -89,6 +89,19 @@ def read_history(home: Home, run: str, artifacts: list[Artifact]) -> History:
         return history
 
 
+def read_makers(home: Home) -> dict[str, dict[str, Any]]:
+    """By digest: the step that made each artifact of a home, for `made_upstream`."""
+    from eclectus.storage.lineage.connection import connect
+
+    with connect(home) as connection:
+        return _makers(connection)
+
+
+def made_upstream(makers: dict[str, dict[str, Any]], digests: list[str]) -> dict[str, Made]:
+    """By digest, everything upstream of these and they themselves, inputs before outputs."""
+    return _upstream(makers, digests)
+
+
 def _makers(connection: duckdb.DuckDBPyConnection) -> dict[str, dict[str, Any]]:
     """By digest: the step that made the artifact, else one that reused it, with settings, inputs and statistics.
 

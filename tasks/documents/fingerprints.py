@@ -8,26 +8,22 @@ every local byte is read once (SHA-256, 1 to 2 GB/s per core, all cores).
 from __future__ import annotations
 
 import errno
-import functools
 import hashlib
 import io
 import json
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from eclectus.storage.artifact import hash_file
+from eclectus.storage.artifact import hash_all, hash_unchanged
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.folders import files_below
 from eclectus.tasks.documents.sources import Source, parse_dataset
 from eclectus.tasks.step import CHANGED
 
 FINGERPRINTS_PER_ENTRY = 64
-# A file that changed this long ago has another time stamp when it changes again; some file systems count in 2 seconds.
-SETTLED_SECONDS = 3
 _PERMANENT = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 _THIS_PROCESS = uuid.uuid4().hex[:12]
 
@@ -67,12 +63,7 @@ def named(sources: list[Source], digests: list[str]) -> dict[str, str]:
 def digest_of(source: Source) -> str:
     if source.kind == "dataset":
         return dataset_digest(source, hub_commit_of(source))
-    try:
-        status = os.stat(source.path)
-        key = (source.path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        return file_digest(lambda: _hash_settled(*key) if is_settled(status) else hash_file(Path(source.path)))
-    except OSError as error:
-        return unreadable_digest(error)
+    return file_digest(lambda: hash_unchanged(Path(source.path)))
 
 
 def file_digest(hashed: Callable[[], str]) -> str:
@@ -88,20 +79,10 @@ def unreadable_digest(error: OSError) -> str:
     return f"unreadable-{error.strerror}{passing}"
 
 
-def is_settled(status: os.stat_result) -> bool:
-    """Whether a later change of the file shows in its times: they are not those of this moment."""
-    return max(status.st_mtime, status.st_ctime) < time.time() - SETTLED_SECONDS
-
-
 def hash_open_file(file: io.FileIO) -> str:
     """Hex SHA-256 of all bytes of an open file."""
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@functools.lru_cache(maxsize=100_000)
-def _hash_settled(path: str, inode: int, size: int, modified: int, changed: int) -> str:
-    return hash_file(Path(path))
 
 
 def dataset_digest(source: Source, commit: str | None) -> str:
@@ -110,7 +91,9 @@ def dataset_digest(source: Source, commit: str | None) -> str:
     content: str | list[tuple[str, str]] | None = commit
     if commit is None:
         try:
-            content = [(path.relative_to(name).as_posix(), hash_file(path)) for path in files_below(Path(name))]
+            files = files_below(Path(name))
+            named_files = [path.relative_to(name).as_posix() for path in files]
+            content = list(zip(named_files, hash_all(files), strict=True))
         except OSError as error:
             return unreadable_digest(error)
     return f"dataset-{hashlib.sha256(json.dumps([content, config, split]).encode()).hexdigest()}"

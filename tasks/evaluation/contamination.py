@@ -34,7 +34,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
-from eclectus.storage.lineage.history import Made, read_history
+from eclectus.storage.lineage.history import Made
 from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.documents.table import read_batches
 from eclectus.tasks.evaluation.ngrams import hash_grams, hash_words
@@ -120,11 +120,10 @@ def trained_on(checkpoint: Artifact) -> tuple[list[Artifact], list[Artifact]]:
     run = current_run()
     if run is None:
         return [], []
-    made = read_history(run.home, run.id, [checkpoint]).made
+    made = run.upstream([checkpoint])
     instances = [digest for digest, each in made.items() if each.kind == "instances"]
-    find = run.home.store.find
-    documents = [find(f"documents-{each}") for each in packed_documents(made)]
-    return documents, [find(f"instances-{each}") for each in sorted(instances)]
+    documents = [run.find("documents", each) for each in packed_documents(made)]
+    return documents, [run.find("instances", each) for each in sorted(instances)]
 
 
 def packed_documents(made: dict[str, Made]) -> list[str]:

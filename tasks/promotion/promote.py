@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
-from eclectus.storage.lineage.champions import PROMOTED, REFUSED, Decision, champion, decisions, record
+from eclectus.storage.lineage.champions import PROMOTED, REFUSED, Decision, decisions, record
 from eclectus.storage.lineage.connection import connect
 from eclectus.tasks.evaluation.training_names import further_training, training_name
 from eclectus.tasks.promotion.gate import BASE, CANDIDATE, Gate, GateSettings, gate
@@ -45,7 +45,8 @@ def decide(
     was promoted with. repeats: evaluations of further trainings of the run's models, by name as "stage 2 seed 1".
     """
     run = require_run("promote.decide")
-    holder = champion(run.home, gate_file.line)
+    past = [each for each in run.once_read("decisions", lambda: decisions(run.home)) if each.line == gate_file.line]
+    holder = next((each for each in reversed(past) if each.verdict == PROMOTED), None)
     opponent = None
     if holder and holder.checkpoint != candidate.checkpoint.digest:
         opponent = next((each.evaluations for each in others if each.checkpoint.digest == holder.checkpoint), None)
@@ -63,7 +64,7 @@ def decide(
             gate_model=gate_file.model,
             gate_rules=gate_file.rules,
             gate_default_spread=gate_file.default_spread,
-            gate_earlier_spreads=_earlier_spreads(run.home, gate_file.line),
+            gate_earlier_spreads=_earlier_spreads(run.home, past),
         ),
     )
     result = outcome.statistics
@@ -77,7 +78,7 @@ def decide(
         result["rules"],
     )
     if holder is None or holder.checkpoint != decision.checkpoint or decision.verdict != holder.verdict:
-        record(run.home, decision, run.id)
+        run.act(lambda of: record(of.home, decision, of.id))
     return decision
 
 
@@ -95,10 +96,10 @@ def _repeats(
     return chosen
 
 
-def _earlier_spreads(home: Home, line: str) -> dict[str, tuple[float, int]]:
-    """Spreads by text that gates of this line measured, the latest of each; decisions whose gate is gone have none."""
+def _earlier_spreads(home: Home, past: Sequence[Decision]) -> dict[str, tuple[float, int]]:
+    """Spreads by text that these decisions' gates measured, the latest of each; those whose gate is gone have none."""
     spreads: dict[str, tuple[float, int]] = {}
-    for each in decisions(home, line):
+    for each in past:
         if each.gate:
             try:
                 measured = home.store.find(f"evaluation-{each.gate}").statistics.get("spreads", {})

@@ -43,7 +43,7 @@ def check_base_to_extend(name: str, method: str, tokens: int, path: str | Path |
 
     method: `extension_method`. path: as in `check_base`.
     """
-    from eclectus.models.extension.methods import recipe_of
+    from eclectus.models.extension.recipes import recipe_of
 
     checked = check_base(name, path)
     if checked is None:

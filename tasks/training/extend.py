@@ -26,9 +26,10 @@ from eclectus.tasks.step import step
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings
 from eclectus.tasks.training.run_training import TrainingSettings, check_tokens, resume_directory, run_training
 from eclectus.tasks.training.upcycle import UpcycleSettings
+from eclectus.tasks.training.without_torch import without_torch
 
 if TYPE_CHECKING:
-    from eclectus.models.extension.methods import Recipe
+    from eclectus.models.extension.recipes import Recipe
     from eclectus.models.training.loop import Report
     from eclectus.models.training.process import Process
 
@@ -38,7 +39,7 @@ Method = Literal[
 ]
 
 
-# Methods with a second stage, as in models/extension/methods.py, which imports PyTorch.
+# Methods with a second stage, as in models/extension/recipes.py.
 REVIEWED = ("moe_lpr", "no_lpr", "random_experts")
 
 
@@ -167,9 +168,8 @@ class ExtendStageSettings(MethodSettings, PostPretrainSettings, ReviewSettings, 
 
 def recipe_of(method: Method) -> Recipe:
     """What a method does: what it starts from, what it trains, whether a review follows."""
-    from eclectus.models.extension.methods import recipe_of as recipe
-
-    return recipe(method)
+    found: Recipe = without_torch("extension/recipes.py").recipe_of(method)
+    return found
 
 
 @step(makes="checkpoint", version=3)

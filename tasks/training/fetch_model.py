@@ -6,8 +6,6 @@ refused, and code, optimizer states and weights in other formats are not copied.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import re
 import shutil
 from dataclasses import asdict
@@ -16,11 +14,12 @@ from typing import Any
 
 from pydantic import Field
 
-from eclectus.storage.artifact import ArtifactStore, Draft, hash_file
+from eclectus.storage.artifact import ArtifactStore, Draft, hash_all, hash_file
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
 from eclectus.tasks.training.check_base import check_base
+from eclectus.tasks.training.without_torch import without_torch
 
 
 class FetchSettings(Settings):
@@ -44,7 +43,8 @@ def fingerprint(settings: FetchSettings) -> dict[str, str]:
         ggufs = sorted(path.glob("*.gguf"))
         if ggufs and not any(each.suffix == ".safetensors" for each in files):
             return _gguf_digests(ggufs[0])
-        return {f"base_model {each.relative_to(path)}": hash_file(each) for each in files}
+        names = [f"base_model {each.relative_to(path)}" for each in files]
+        return dict(zip(names, hash_all(files), strict=True))
     return {"base_model": f"commit-{_hub_commit(settings.base_model)}"}
 
 
@@ -89,7 +89,8 @@ def _as_read(settings: FetchSettings, folder: Path, out: Draft) -> dict[str, str
 def _gguf_digests(path: Path) -> dict[str, str]:
     """The digest of a .gguf file, and of its further shards by their names."""
     others = listing().gguf_shards(path)[1:]
-    return {"base_model": hash_file(path)} | {f"base_model {each.name}": hash_file(each) for each in others}
+    names = ["base_model", *(f"base_model {each.name}" for each in others)]
+    return dict(zip(names, hash_all([path, *others]), strict=True))
 
 
 def find_checkpoint(store: ArtifactStore, name: str) -> Path:
@@ -108,18 +109,9 @@ def find_checkpoint(store: ArtifactStore, name: str) -> Path:
     return _download(name)
 
 
-@functools.cache
 def listing() -> Any:
-    """The module models/checkpoints/side_files.py, by its path: importing its package would import PyTorch.
-
-    A run that reuses its base needs the list for the fingerprint alone.
-    """
-    path = Path(__file__).parents[2] / "models" / "checkpoints" / "side_files.py"
-    spec = importlib.util.spec_from_file_location("side_files", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module models/checkpoints/side_files.py, without PyTorch."""
+    return without_torch("checkpoints/side_files.py")
 
 
 def _hub_commit(name: str) -> str:

@@ -15,12 +15,12 @@ import io
 import os
 from collections.abc import Callable, Generator, Iterator
 
+from eclectus.storage.artifact import is_settled
 from eclectus.tasks.documents.fingerprints import (
     dataset_digest,
     file_digest,
     hash_open_file,
     hub_commit_of,
-    is_settled,
     unreadable_digest,
 )
 from eclectus.tasks.documents.readers.compression import DamagedArchive, HashedFile, decompressed
