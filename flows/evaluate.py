@@ -29,6 +29,7 @@ from eclectus.tasks.lookup import check_before_work
 from eclectus.tasks.promotion.gate import Gate, read_gates
 from eclectus.tasks.promotion.promote import Candidate, decide
 from eclectus.tasks.report.report import ReportSettings, report
+from eclectus.tasks.run import require_run
 from eclectus.tasks.training.check_base import (
     check_base_to_extend,
     check_dense_start,
@@ -121,6 +122,7 @@ def _conclude(
     measured: Measured, repeated: dict[str, Artifact], parameters: EvaluationParameters, gates: dict[str, Gate]
 ) -> Evaluated:
     """Scores the further trainings, applies the gates to the first one, and writes the report of all."""
+    run = require_run("evaluate")
     curated, evaluations, left_out = measured.curated, measured.evaluations, [*measured.left_out]
     repeats = _score(curated, _distinct(measured, repeated, left_out), parameters, left_out)
     kinds = {"text": evaluations, "tasks": measured.benchmarks, "contamination": measured.contaminations}
@@ -140,7 +142,7 @@ def _conclude(
         instances={"original": curated.original, "expanded": curated.expanded, "review": curated.review},
         benchmarks=measured.benchmarks,
         contaminations=measured.contaminations,
-        gates={line: current_home().store.find(f"evaluation-{each.gate}") for line, each in decisions.items()},
+        gates={line: run.find("evaluation", str(each.gate)) for line, each in decisions.items()},
         settings=ReportSettings.of(parameters, report_left_out=left_out),
     )
     shown = {each.name: getattr(measured, each.name) for each in fields(Measured)} | {"left_out": left_out}
@@ -267,7 +269,7 @@ def _checkpoints(parameters: EvaluateParameters) -> tuple[Curated, dict[str, Art
     """The models to evaluate: the named checkpoints, or those of pre-training and extension."""
     if parameters.evaluate_checkpoints:
         store = current_home().store
-        chosen = {name: store.find(name) for name in parameters.evaluate_checkpoints}
+        chosen = {name: store.find_whole(name) for name in parameters.evaluate_checkpoints}
         for name, checkpoint in chosen.items():
             check_before_work(check_to_evaluate, name, checkpoint.path, parameters.evaluation_tokens)
         return once(curate, CurateParameters.of(parameters)), chosen

@@ -14,6 +14,7 @@ from eclectus.flows.run import name_repeats
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.lookup import check_before_work
+from eclectus.tasks.plan import NotMadeYet, Planned
 from eclectus.tasks.training.add_experts import AddExpertsSettings, add_experts, kind_of
 from eclectus.tasks.training.check_base import check_base_to_extend
 from eclectus.tasks.training.extend import ExtendStageSettings, recipe_of
@@ -95,9 +96,21 @@ def _fetch_base(settings: FetchSettings) -> Artifact:
     return fetch(settings=settings)
 
 
+def _kind(parameters: ExtendParameters, base: Artifact) -> str:
+    """What the base is; in a plan that has to make it, what it will be."""
+    if not isinstance(base, Planned):
+        return kind_of(base)
+    if not parameters.base_model:
+        return parameters.extension_base
+    given = Path(parameters.base_model)
+    if not given.exists():
+        raise NotMadeYet(base.label)
+    return kind_of(Artifact(base.kind, base.digest, str(given))) if (given / "config.json").is_file() else "dense"
+
+
 def _with_experts(parameters: ExtendParameters, base: Artifact, curated: Curated) -> Artifact:
     """The base model with new experts, whether or not it has experts already."""
-    kind, seed_label = kind_of(base), parameters.seed_label
+    kind, seed_label = _kind(parameters, base), parameters.seed_label
     if kind in ("upcycled", "lory upcycled"):
         return base
     if kind != "dense":

@@ -20,7 +20,8 @@ from typing import Any
 
 from eclectus.flows.run import open_run, serve
 from eclectus.tasks.lookup import reuse_all
-from eclectus.tasks.run import Run, current_run, require_run, undisturbed
+from eclectus.tasks.plan import Plan
+from eclectus.tasks.run import Outcome, Run, current_run, require_run, undisturbed
 from eclectus.tasks.settings import Settings
 
 
@@ -55,14 +56,8 @@ def flow(body: Callable[..., Any]) -> Any:
         given = signature.bind(*arguments, **named)
         given.apply_defaults()
         parameters = given.arguments["parameters"]
-        outcome = _outcomes.pop() if _outcomes else []
-        try:
-            result = _run(body, parameters)
-        except Exception as error:
-            outcome.append((False, error))
-            raise
-        outcome.append((True, result))
-        return result
+        outcome = _outcomes.pop() if _outcomes else Outcome()
+        return outcome.of(lambda: _run(body, parameters))
 
     return _prefect_flow(whole) if "prefect" in sys.modules else Flow(whole)
 
@@ -99,22 +94,21 @@ def call_in_run(flow: Any, parameters: Any) -> Any:
         return flow(parameters)
     if run is None or not run.in_prefect or run.lookup is not None:
         return function(parameters)
-    outcome: list[tuple[bool, Any]] = []
+    outcome = Outcome()
     _outcomes.append(outcome)
-    try:
-        return undisturbed(lambda: flow(parameters), outcome, lambda: function(parameters))
-    finally:
-        if outcome in _outcomes:
-            _outcomes.remove(outcome)
+    return undisturbed(lambda: flow(parameters), outcome, lambda: function(parameters))
 
 
-# What waits for the outcome of a flow that Prefect was asked to call.
-_outcomes: list[list[tuple[bool, Any]]] = []
+# Of flows that Prefect was asked to call, and that have not begun.
+_outcomes: list[Outcome] = []
 
 
 def _run(body: Callable[..., Any], parameters: Any) -> Any:
-    parameters.check_together()
-    opens = current_run() is None
+    caller = current_run()
+    opens = caller is None
+    if caller is None or not isinstance(caller.lookup, Plan):
+        # A plan has checked its flow's; those of a flow within it may name what is not made yet.
+        parameters.check_together()
     with open_run(body.__name__, parameters) as run:
         if opens:
             finished, result = reuse_all(run, lambda: body(parameters))

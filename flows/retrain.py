@@ -19,12 +19,14 @@ from eclectus.flows.flow import flow, once
 from eclectus.flows.parameters import CurateParameters, ExtendParameters, RetrainParameters, gate_of
 from eclectus.flows.run import current_home, name_repeats
 from eclectus.storage.artifact import Artifact
-from eclectus.storage.lineage.champions import champion, decisions
+from eclectus.storage.lineage.champions import PROMOTED
 from eclectus.storage.lineage.history import Made
 from eclectus.tasks.evaluation.contamination import packed_documents
 from eclectus.tasks.lookup import check_before_work
 from eclectus.tasks.packing.pack import PackSettings, pack
+from eclectus.tasks.plan import Planned
 from eclectus.tasks.promotion.new_documents import NewDocumentsSettings, RefreshSettings, news, refresh
+from eclectus.tasks.promotion.promote import past_decisions
 from eclectus.tasks.run import notify, require_run
 from eclectus.tasks.training.check_base import check_base_to_extend
 
@@ -52,9 +54,9 @@ class _Trained:
 def retrain(parameters: RetrainParameters = RetrainParameters()) -> Retrained:
     """Lists the sources; trains on from the champion if enough documents are new; promotes what passes the gate."""
     gate, find = gate_of(parameters), current_home().store.find
-    past = decisions(current_home(), gate.line)
-    promoted = champion(current_home(), gate.line)
-    current = find(f"checkpoint-{promoted.checkpoint}") if promoted else None
+    past = past_decisions(require_run("retrain"), gate.line)
+    promoted = next((each for each in reversed(past) if each.verdict == PROMOTED), None)
+    current = current_home().store.find_whole(f"checkpoint-{promoted.checkpoint}") if promoted else None
     _, documents = read_documents(parameters)
     found = news(
         documents=documents,
@@ -62,8 +64,10 @@ def retrain(parameters: RetrainParameters = RetrainParameters()) -> Retrained:
         model=current or (find(f"checkpoint-{past[-1].checkpoint}") if past else None),
         settings=NewDocumentsSettings.of(parameters),
     )
-    reason = found.statistics["reason"]
-    if not found.statistics["train"]:
+    # Nothing was trained before, so a plan knows what will be found.
+    decided = {"train": True, "reason": ""} if isinstance(found, Planned) and not past else found.statistics
+    reason = decided["reason"]
+    if not decided["train"]:
         last = past[-1]
         outcome = f"checkpoint-{last.checkpoint[:12]}, was {last.verdict} ({last.reason})"
         notify("retrain", f"Not trained: {reason}. The last evaluated model of line '{gate.line}', {outcome}.")
@@ -118,4 +122,4 @@ def _history(checkpoints: list[str]) -> dict[str, Made]:
 
 
 def _packed(made: dict[str, Made]) -> list[Artifact]:
-    return [current_home().store.find(f"documents-{each}") for each in packed_documents(made)]
+    return [require_run("retrain").find("documents", each) for each in packed_documents(made)]

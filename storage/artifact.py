@@ -133,7 +133,7 @@ class ArtifactStore:
         if not files:
             raise EclectusError(f"the step wrote no file into its {draft.kind} artifact; nothing was kept")
         digest = content_digest(draft.kind, files)
-        place = self._place(draft.kind, digest)
+        place = self.place(draft.kind, digest)
         artifact = Artifact(draft.kind, digest, str(place))
         if place.exists():
             if not self.faults(artifact):
@@ -189,6 +189,13 @@ class ArtifactStore:
             count = "no artifact" if not found else f"{len(found)} artifacts"
             raise EclectusError(f"{count} under {self.root} match '{name}'; see: eclectus sql 'from artifacts'")
         return self.find(str(found[0]))
+
+    def find_whole(self, name: str) -> Artifact:
+        """As `find`. Raises EclectusError also when a byte is not as it was committed."""
+        artifact = self.find(name)
+        if fault := self.faults(artifact):
+            raise EclectusError(f"{fault}; put it back from a copy, or make it again: run what made it")
+        return artifact
 
     def faults(self, artifact: Artifact) -> str | None:
         """Why this artifact cannot be used, as a message, or None if every byte is as committed.
@@ -253,7 +260,8 @@ class ArtifactStore:
             if not place.exists() and place.relative_to(self.root).match(pattern):
                 self.mirror.pull(place)
 
-    def _place(self, kind: str, digest: str) -> Path:
+    def place(self, kind: str, digest: str) -> Path:
+        """The directory of an artifact, whether or not it is there."""
         return self.root / kind / digest[:32]
 
     def _quarantine(self, place: Path) -> None:

@@ -62,6 +62,17 @@ class KnownKeys:
                 return None, fault
         return outputs, "same settings and inputs; every file is as it was written"
 
+    def expected(self, wanted: Record) -> dict[str, Artifact] | None:
+        """The outputs that a known key had, whether or not they are there and whole."""
+        record = self._read(self._record_path(wanted.key))
+        return {name: self._artifact(value) for name, value in record.outputs.items()} if record else None
+
+    def last(self, label: str) -> Record | None:
+        """The record of the key that `label` last used."""
+        noted = self._read(self._label_path(label))
+        found: Record | None = self._read(self._record_path(noted["key"])) if noted else None
+        return found
+
     def remember(self, done: Record, label: str) -> None:
         """Records the outputs of a step, and its key as the last one of this label."""
         self._write(self._record_path(done.key), asdict(done))
@@ -96,8 +107,7 @@ class KnownKeys:
         return Artifact(kind, digest, str(self.store.root / kind / digest[:32]))
 
     def _reason(self, wanted: Record, label: str) -> str:
-        last = self._read(self._label_path(label))
-        before = self._read(self._record_path(last["key"])) if last else None
+        before = self.last(label)
         if before is None:
             return "first time"
         # Records are written without secrets, so secrets are hidden before the comparison.

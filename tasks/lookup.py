@@ -12,14 +12,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.journal import now
+from eclectus.tasks.run import Run, current_run
 
 if TYPE_CHECKING:
-    from eclectus.tasks.run import Run
     from eclectus.tasks.step import Step
 
 
@@ -33,6 +33,8 @@ class Lookup:
 
     checks: of inputs, which are made before any work; where there is none, the keys prove that the same bytes passed.
     """
+
+    writes: ClassVar[bool] = True
 
     actions: list[Callable[[Run], None]] = field(default_factory=list)
     checks: list[Callable[[], None]] = field(default_factory=list)
@@ -71,11 +73,11 @@ def reuse_all(run: Run, call: Callable[[], Any]) -> tuple[bool, Any]:
         result = call()
     except WorkToDo:
         run.forget_lookup()
-        _check(lookup)
+        run_checks(lookup)
         return False, None
     except EclectusError:
         run.forget_lookup()
-        _check(lookup)
+        run_checks(lookup)
         _act(run, lookup)
         raise
     finally:
@@ -87,8 +89,6 @@ def reuse_all(run: Run, call: Callable[[], Any]) -> tuple[bool, Any]:
 
 def check_before_work(check: Callable[..., Any], *arguments: Any) -> None:
     """Calls a check of the run's inputs, or leaves it to the moment before the first step that has to run."""
-    from eclectus.tasks.run import current_run
-
     run = current_run()
     if run is not None and run.lookup is not None:
         run.lookup.checks.append(lambda: check(*arguments))
@@ -96,7 +96,7 @@ def check_before_work(check: Callable[..., Any], *arguments: Any) -> None:
         check(*arguments)
 
 
-def _check(lookup: Lookup) -> None:
+def run_checks(lookup: Lookup) -> None:
     for check in lookup.checks:
         check()
 

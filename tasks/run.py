@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
@@ -19,9 +19,6 @@ from eclectus.storage.home import Home
 from eclectus.storage.journal import Journal
 from eclectus.storage.lineage.history import Made, made_upstream, read_makers
 from eclectus.storage.step_keys import KnownKeys, Record
-
-if TYPE_CHECKING:
-    from eclectus.tasks.lookup import Lookup
 
 T = TypeVar("T")
 MOST_FAULTS = 3
@@ -42,6 +39,22 @@ class Display(Protocol):
 
     def linked(self, name: str, address: str, what: str) -> None:
         """A link to open in a browser; shown once per run."""
+
+
+class StepCalls(Protocol):
+    """What answers the calls of a run's steps instead of the steps (tasks/lookup.py).
+
+    writes: whether it may write into the home. actions: what is done if the run does nothing else. checks: of inputs.
+    """
+
+    writes: ClassVar[bool]
+    actions: list[Callable[[Run], None]]
+    checks: list[Callable[[], None]]
+
+    def call(self, run: Run, step: Any, label: str, arguments: dict[str, Any]) -> Artifact: ...
+
+    def find(self, digest: str) -> Artifact | None:
+        """The artifact of this digest if the store does not have it yet."""
 
 
 @dataclass
@@ -68,7 +81,7 @@ class Run:
     results: dict[str, Any] = field(default_factory=dict)
     kept: dict[str, contextlib.AbstractContextManager[Any]] = field(default_factory=dict)
     faults: Counter[str] = field(default_factory=Counter)
-    lookup: Lookup | None = None
+    lookup: StepCalls | None = None
     services: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     read: dict[str, Any] = field(default_factory=dict)
     _made: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -107,7 +120,7 @@ class Run:
 
         What this run made or reused meanwhile is known from its own steps.
         """
-        known = self.once_read("makers", lambda: read_makers(self.home))
+        known = self.once_read("makers", lambda: read_makers(self.home, self.writes))
         return made_upstream({**self._reused, **known, **self._made}, [each.digest for each in checkpoints])
 
     def note_maker(self, record: Record, label: str, output: Artifact, made: bool) -> None:
@@ -132,10 +145,16 @@ class Run:
         else:
             action(self)
 
+    @property
+    def writes(self) -> bool:
+        """Whether the home may be written: not by a plan."""
+        return self.lookup is None or self.lookup.writes
+
     def forget_lookup(self) -> None:
         """Drops what flows returned and steps were found to have made in a look-up that found work."""
         self.results.clear()
         self._reused.clear()
+        self.read.pop("decisions", None)
 
     def keep(self, name: str, make: Callable[[], C]) -> C:
         """The resource of this name: made on first use, closed when the run ends (a group of workers, for example)."""
@@ -178,19 +197,42 @@ def activate(run: Run) -> Iterator[Run]:
         _current = previous
 
 
-def undisturbed(call: Callable[[], T], outcome: list[tuple[bool, Any]], act: Callable[[], T]) -> T:
+@dataclass
+class Outcome:
+    """What became of a call that Prefect makes: whether it began, and its result or error once it ended."""
+
+    began: bool = False
+    ended: bool = False
+    result: Any = None
+    error: Exception | None = None
+
+    def of(self, act: Callable[[], T]) -> T:
+        """Calls `act`."""
+        self.began = True
+        try:
+            result = act()
+        except Exception as error:
+            self.error = error
+            raise
+        self.ended, self.result = True, result
+        return result
+
+
+def undisturbed(call: Callable[[], T], outcome: Outcome, act: Callable[[], T]) -> T:
     """What `act` returns or raises, called by `call`, which shows it in Prefect, whatever becomes of Prefect's server.
 
-    outcome: gets (True, result) or (False, error) from whoever runs `act`. If `call` failed before it ran, `act` is
-    called without it; if it failed later, it makes no difference.
+    outcome: of `act`, if `call` came to it. If it did not, `act` is called without Prefect.
     """
     try:
         return call()
     except Exception as fault:
-        if outcome and not outcome[-1][0]:
-            raise outcome[-1][1] from None
+        if outcome.error is not None:
+            raise outcome.error from None
+        if outcome.began and not outcome.ended:
+            # It was interrupted.
+            raise
         logging.getLogger("eclectus").warning("Prefect cannot show this (%s: %s)", type(fault).__name__, fault)
-        return cast(T, outcome[-1][1]) if outcome else act()
+        return cast(T, outcome.result) if outcome.ended else act()
 
 
 def metric(name: str, value: float, at_step: int | None = None, **tags: str) -> None:

@@ -35,7 +35,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.storage.journal import now
 from eclectus.storage.secrets import scrub
 from eclectus.storage.step_keys import Record
-from eclectus.tasks.run import Run, notify, require_run, undisturbed
+from eclectus.tasks.run import Outcome, Run, notify, require_run, undisturbed
 from eclectus.tasks.settings import Settings
 
 # Stands for the digest of something that changed while it was read, so that no digest is true of what was read.
@@ -126,27 +126,28 @@ class Step:
         run.show(lambda display: display.step_ended(label, "reused", reason, seconds, output))
         run.step, run.label = previous
 
+    def artifacts(self, arguments: dict[str, Any]) -> list[Artifact]:
+        """The artifacts in the arguments of a call."""
+        given = {name: value for name, value in arguments.items() if not isinstance(value, Settings)}
+        return [artifact for name, value in given.items() for _, artifact in _artifacts(self.name, name, value)]
+
     def _in_prefect(self, run: Run, call: _Call) -> Artifact:
         import prefect
         from prefect.cache_policies import NO_CACHE
         from prefect.context import TagsContext
+        from prefect.states import Failed
 
-        outcome: list[tuple[bool, Any]] = []
+        outcome = Outcome()
 
         def execute() -> Artifact:
             return self._execute(run, call)
 
         def execute_noted() -> Any:
             try:
-                made = execute()
-            except Exception as error:
-                outcome.append((False, error))
-                if not isinstance(error, EclectusError):
-                    raise
+                return outcome.of(execute)
+            except EclectusError as error:
                 # The UI then shows the sentence; the caller gets it raised.
-                return prefect.states.Failed(message=str(error), data=error)
-            outcome.append((True, made))
-            return made
+                return Failed(message=scrub(str(error)), data=error)
 
         as_task = prefect.task(
             name=self.name,
@@ -155,10 +156,11 @@ class Step:
             cache_policy=NO_CACHE,
             persist_result=False,
         )
+        in_task: Callable[[], Artifact] = as_task(execute_noted)
         # Prefect leases a concurrency slot for every tag of a task run, its own and the flow run's: 0.2 s each, and the
         # task fails if the server cannot be asked.
         with TagsContext(current_tags=set()):
-            return undisturbed(as_task(execute_noted), outcome, execute)
+            return undisturbed(in_task, outcome, execute)
 
     def _execute(self, run: Run, call: _Call) -> Artifact:
         label = call.label

@@ -14,6 +14,7 @@ from typing import Any
 from eclectus.flows.cli.checkpoints import add_checkpoint_commands
 from eclectus.flows.cli.lineage import add_lineage_commands
 from eclectus.flows.cli.options import HELP_ALL, add_config, add_settings, read_parameters
+from eclectus.flows.cli.plan import add_plan_command
 from eclectus.flows.cli.promotion import add_promotion_commands
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.secrets import scrub
@@ -31,7 +32,7 @@ FLOWS = {
 }
 # The commands as `eclectus --help` lists them.
 GROUPS = {
-    "run": [*FLOWS],
+    "run": [*FLOWS, "plan"],
     "models": ["upcycle", "export", "promote", "rollback", "champions"],
     "lineage": [
         "sql", "runs", "lineage", "trace", "diff", "compare", "why", "verify", "bundle", "openlineage",
@@ -156,6 +157,8 @@ def make_parser(command: str | None = None, show_all: bool = False) -> argparse.
         add_config(part)
         if name == command:
             add_settings(part, name, flow, show_all)
+
+    add_plan_command(commands, FLOWS, command, show_all)
 
     def add(name: str, act: Callable[[Any], None], help_text: str, **positional: str) -> argparse.ArgumentParser:
         part = commands.add_parser(name, help_text)

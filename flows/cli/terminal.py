@@ -54,6 +54,7 @@ class Terminal:
             disable=not self.console.is_terminal,
         )
         self._bars: dict[str, tuple[TaskID, str]] = {}
+        self._look_up: TaskID | None = None
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -63,6 +64,16 @@ class Terminal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+    def looking_up(self, label: str | None) -> None:
+        """Shows the step whose artifact is looked up and checked; None: the look-up has ended."""
+        if label is not None:
+            if self._look_up is None:
+                self._look_up = self._progress.add_task("", total=None, unit="")
+            self._progress.update(self._look_up, description=f"{label}: checking what is there")
+        elif self._look_up is not None:
+            self._progress.remove_task(self._look_up)
+            self._look_up = None
 
     def step_began(self, label: str) -> None:
         self._bars[label] = self._progress.add_task(label, total=None, unit=""), ""

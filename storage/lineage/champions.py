@@ -53,9 +53,11 @@ def champion(home: Home, line: str) -> Decision | None:
     return found[-1] if found else None
 
 
-def decisions(home: Home, line: str | None = None) -> list[Decision]:
-    """All decisions, first to last; of one line where it is given."""
-    with connect(home) as connection:
+def decisions(home: Home, line: str | None = None, writes: bool = True) -> list[Decision]:
+    """All decisions, first to last; of one line where it is given. writes: as in `connect`."""
+    if not home.journal.is_dir():
+        return []
+    with connect(home, writes) as connection:
         rows = connection.execute(
             """
             select line, verdict, checkpoint, reason, evaluations, gate, rules, "by", run, logged::varchar

@@ -34,19 +34,21 @@ STORAGE_VERSION = "v1.0.0"
 ROWS_AT_ONCE = 2_000
 
 
-def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
+def connect(home: Home | str | Path | None = None, writes: bool = True) -> duckdb.DuckDBPyConnection:
     """A read-only DuckDB connection with the views over a home's journals: `connect().sql("from runs").df()`.
 
     Only lineage can be read through it, and nothing can be written: DuckDB itself refuses COPY, ATTACH, EXPORT, INSTALL
-    and other files. Temporary tables are allowed. Raises EclectusError when there is no home.
+    and other files. Temporary tables are allowed. writes: whether the home is repaired and its views are kept for the
+    next time. Raises EclectusError when there is no home.
     """
     from eclectus.storage.lineage.read_only_files import PREFIX, ROOT, ReadOnlyFiles
 
     home = home if isinstance(home, Home) else Home.open(home)
     home.refresh()
-    create_placeholders(home)
-    end_dead_runs(home)
-    repair(home)
+    if writes:
+        create_placeholders(home)
+        end_dead_runs(home)
+        repair(home)
     folders = [home.journal, *(home.store.root / kind for kind in ("instances", "documents", "evaluation"))]
     files = ReadOnlyFiles(home.root, folders, partial(replaced, home, GRACE / 2))
     cached = home.journal / "views" / f"{_digest(home, ROOT)}.duckdb"
@@ -54,14 +56,15 @@ def connect(home: Home | str | Path | None = None) -> duckdb.DuckDBPyConnection:
     with tempfile.TemporaryDirectory(prefix="eclectus-") as scratch:
         path = Path(scratch) / "lineage.duckdb"
         try:
-            _copy_views(home, path, files, ROOT, cached)
+            _copy_views(home, path, files, ROOT, cached, writes)
             connection = _open(path)
         except duckdb.Error:
             # A cached file that cannot be opened is damaged, and made again.
             path.unlink(missing_ok=True)
-            cached.unlink(missing_ok=True)
+            if writes:
+                cached.unlink(missing_ok=True)
             try:
-                _copy_views(home, path, files, ROOT, cached)
+                _copy_views(home, path, files, ROOT, cached if writes else None, writes)
                 connection = _open(path)
             except duckdb.Error as error:
                 why = str(error).splitlines()[0]
@@ -164,9 +167,9 @@ def query(sql: str, home: Home | None = None) -> tuple[list[str], list[tuple[Any
         return names, list(rows)
 
 
-def _copy_views(home: Home, path: Path, files: ReadOnlyFiles, root: str, cached: Path) -> None:
+def _copy_views(home: Home, path: Path, files: ReadOnlyFiles, root: str, cached: Path | None, keep: bool) -> None:
     """A database with the views at `path`, copied from `cached` where that exists: creating one takes half a second."""
-    if cached.exists():
+    if cached is not None and cached.exists():
         shutil.copyfile(cached, path)
         return
     with duckdb.connect() as connection:
@@ -174,6 +177,8 @@ def _copy_views(home: Home, path: Path, files: ReadOnlyFiles, root: str, cached:
         connection.execute(f"attach {text(path)} as books (block_size 16384)")
         connection.execute("use books")
         create_views(connection, home, root)
+    if cached is None or not keep:
+        return
     # A read-only home is queried all the same.
     with contextlib.suppress(OSError):
         cached.parent.mkdir(exist_ok=True)

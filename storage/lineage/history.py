@@ -89,11 +89,13 @@ def read_history(home: Home, run: str, artifacts: list[Artifact]) -> History:
         return history
 
 
-def read_makers(home: Home) -> dict[str, dict[str, Any]]:
-    """By digest: the step that made each artifact of a home, for `made_upstream`."""
+def read_makers(home: Home, writes: bool = True) -> dict[str, dict[str, Any]]:
+    """By digest: the step that made each artifact of a home, for `made_upstream`. writes: as in `connect`."""
     from eclectus.storage.lineage.connection import connect
 
-    with connect(home) as connection:
+    if not home.journal.is_dir():
+        return {}
+    with connect(home, writes) as connection:
         return _makers(connection)
 
 

@@ -18,9 +18,12 @@ from eclectus.storage.home import Home
 from eclectus.storage.lineage.champions import PROMOTED, REFUSED, Decision, decisions, record
 from eclectus.storage.lineage.connection import connect
 from eclectus.tasks.evaluation.training_names import further_training, training_name
+from eclectus.tasks.plan import Planned
 from eclectus.tasks.promotion.gate import BASE, CANDIDATE, Gate, GateSettings, gate
-from eclectus.tasks.run import require_run
+from eclectus.tasks.run import Run, require_run
 
+# In a plan, of a gate that has to run.
+UNDECIDED = "undecided"
 STEPS = {"text": "evaluate", "tasks": "benchmark", "contamination": "contamination"}
 
 
@@ -45,28 +48,36 @@ def decide(
     was promoted with. repeats: evaluations of further trainings of the run's models, by name as "stage 2 seed 1".
     """
     run = require_run("promote.decide")
-    past = [each for each in run.once_read("decisions", lambda: decisions(run.home)) if each.line == gate_file.line]
+    past = past_decisions(run, gate_file.line)
     holder = next((each for each in reversed(past) if each.verdict == PROMOTED), None)
+    # The champion itself is compared with the one before it, as when it was promoted: the same question again.
+    rivals = [each for each in past if each.verdict == PROMOTED and each.checkpoint != candidate.checkpoint.digest]
     opponent = None
-    if holder and holder.checkpoint != candidate.checkpoint.digest:
-        opponent = next((each.evaluations for each in others if each.checkpoint.digest == holder.checkpoint), None)
+    if rivals:
+        rival = rivals[-1]
+        opponent = next((each.evaluations for each in others if each.checkpoint.digest == rival.checkpoint), None)
         if not opponent:
             find = run.home.store.find
-            opponent = {kind: find(f"evaluation-{digest}") for kind, digest in holder.evaluations.items()}
+            opponent = {kind: find(f"evaluation-{digest}") for kind, digest in rival.evaluations.items()}
+    repeated = _repeats(gate_file, repeats or {}, [candidate, base])
+    # The trainings of this run say more than what its own earlier decision measured on them.
+    before = [each for each in past if not repeated or each.checkpoint != candidate.checkpoint.digest]
     outcome = gate(
         label=f"gate {gate_file.line}",
         candidate=candidate.evaluations,
         base=base.evaluations if base else None,
         champion=opponent,
-        repeats=_repeats(gate_file, repeats or {}, [candidate, base]) or None,
+        repeats=repeated or None,
         settings=GateSettings(
             gate_line=gate_file.line,
             gate_model=gate_file.model,
             gate_rules=gate_file.rules,
             gate_default_spread=gate_file.default_spread,
-            gate_earlier_spreads=_earlier_spreads(run.home, past),
+            gate_earlier_spreads=_earlier_spreads(run.home, before),
         ),
     )
+    if isinstance(outcome, Planned):
+        return Decision(gate_file.line, UNDECIDED, candidate.checkpoint.digest, "", gate=outcome.digest)
     result = outcome.statistics
     decision = Decision(
         gate_file.line,
@@ -80,6 +91,15 @@ def decide(
     if holder is None or holder.checkpoint != decision.checkpoint or decision.verdict != holder.verdict:
         run.act(lambda of: record(of.home, decision, of.id))
     return decision
+
+
+def past_decisions(run: Run, line: str) -> list[Decision]:
+    """The decisions of a line before this run, first to last."""
+    # While steps run, others may decide: then they are read every time.
+    if run.lookup is None:
+        return decisions(run.home, line)
+    found = run.once_read("decisions", lambda: decisions(run.home, writes=run.writes))
+    return [each for each in found if each.line == line]
 
 
 def _repeats(

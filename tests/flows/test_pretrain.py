@@ -10,7 +10,6 @@ from eclectus.flows.run import open_run
 from eclectus.storage.home import Home
 from eclectus.tasks.corpus import CorpusSettings, write_corpus
 from eclectus.tasks.evaluation.evaluate import EvaluateSettings, evaluate
-from tests.support.unserved import call_as_functions
 
 pytestmark = pytest.mark.slow
 SMALL = {
@@ -42,12 +41,11 @@ def world(tmp_path_factory):
     return SimpleNamespace(corpus=root / "corpus", home=Home.open(root / "home"))
 
 
-def pretrained(world, monkeypatch, **changes):
+def pretrained(world, **changes):
     """(the flow's result, step states by label, bits per byte by model)"""
-    call_as_functions(monkeypatch)
     parameters = PretrainParameters(**{**SMALL, "sources": [str(world.corpus)], **changes})
     with open_run("pretrain", parameters, world.home) as run:
-        made = eclectus.flows.pretrain.pretrain(parameters)
+        made = eclectus.flows.pretrain.pretrain.whole(parameters)
         scores = {}
         for name, checkpoint in {"dense": made.dense, "lory": made.lory, **made.baselines}.items():
             scores[name] = evaluate(
@@ -62,21 +60,21 @@ def pretrained(world, monkeypatch, **changes):
 
 def test_one_setting_trains_every_baseline_next_to_lory_and_all_are_scored(world, monkeypatch):
     asked = ["prefix", "expert_choice", "top_k", "document_pools", "dense_equal_flops", "random"]
-    made, states, scores = pretrained(world, monkeypatch, pretrain_baselines=asked)
+    made, states, scores = pretrained(world, pretrain_baselines=asked)
     assert scores.keys() == {"dense", "lory", *asked[:-1], "dense random", "lory random"}
     assert all(0 < each < 9 for each in scores.values())
     assert len({each.digest for each in (made.dense, made.lory, *made.baselines.values())}) == 9
     assert len({each.statistics["tokens"] for each in (made.dense, made.lory, *made.baselines.values())}) == 1
     assert states["train dense warm-up"] == "completed"
 
-    fewer, states, _ = pretrained(world, monkeypatch)
+    fewer, states, _ = pretrained(world)
     assert (fewer.dense, fewer.lory, fewer.baselines) == (made.dense, made.lory, {})
     assert {states[label] for label in ("train dense", "train lory", "group", "pack original")} == {"reused"}
 
 
 def test_a_dense_checkpoint_brings_its_tokenizer_and_takes_the_warm_ups_place(world, monkeypatch):
-    first, _, before = pretrained(world, monkeypatch)
-    made, states, after = pretrained(world, monkeypatch, dense_start=first.dense.path, pretrain_baselines=["prefix"])
+    first, _, before = pretrained(world)
+    made, states, after = pretrained(world, dense_start=first.dense.path, pretrain_baselines=["prefix"])
     assert states["fetch dense start"] == "completed" and "train dense warm-up" not in states
     assert after.keys() == {"dense", "lory", "prefix"}
     assert all(score < before["dense"] for score in after.values()), "they go on from a trained model"

@@ -18,7 +18,6 @@ from eclectus.storage.lineage.champions import champion
 from eclectus.storage.lineage.connection import query
 from tests.support.dense_bases import write_base
 from tests.support.displays import NullDisplay
-from tests.support.unserved import call_as_functions
 
 WORDS = {
     "en": "the ship left harbour court heard owner rain fell village letter engine market bread coast dawn",
@@ -60,11 +59,9 @@ def runs(tmp_path_factory):
         gate.write_text(json.dumps({"lines": {"extended": {"model": "stage 2", "base": "dense", "rules": rules}}}))
         given = {**SMALL, "sources": [str(sources)], "base_model": str(folder / "base"), "gate": str(gate), **changes}
         display = NullDisplay()
-        with pytest.MonkeyPatch.context() as patch:
-            # Flows called as functions: what is tested here needs no Prefect server.
-            call_as_functions(patch)
-            with open_run("retrain", RetrainParameters(**given), home, [display]) as run:
-                given = retrain.fn(RetrainParameters(**given))
+        # Flows called as functions: what is tested here needs no Prefect server.
+        with open_run("retrain", RetrainParameters(**given), home, [display]) as run:
+            given = retrain.whole(RetrainParameters(**given))
         said = [text for text in display.texts if not text.startswith("Held-out shares")]
         done = SimpleNamespace(result=given, states=run.states, said=said, champion=champion(home, "extended"))
         setattr(found, name, done)
@@ -184,4 +181,4 @@ def test_a_line_that_retraining_makes_no_model_for_is_refused_before_any_work(ru
     for line, complaint in (("lory", "evaluates 'lory', and retraining"), ("extended", "its lines are lory")):
         given = {**SMALL, "sources": [str(runs.folder / "sources")], "gate": str(gate), "retrain_line": line}
         with pytest.raises(EclectusError, match=complaint):
-            retrain.fn(RetrainParameters(**given))
+            retrain.whole(RetrainParameters(**given))

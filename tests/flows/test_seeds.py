@@ -22,7 +22,6 @@ from eclectus.storage.lineage.connection import query
 from eclectus.tasks.report.compare_runs import compare_runs
 from eclectus.tasks.training.pretrain import PretrainStageSettings
 from tests.support.tiny_training import write_instances
-from tests.support.unserved import call_as_functions
 
 WORDS = {
     "en": "the ship left harbour court heard owner rain fell village letter engine market bread coast dawn",
@@ -65,10 +64,8 @@ def runs(tmp_path_factory):
         parameters = MainParameters(
             **SMALL, sources=[str(folder / "documents.jsonl")], seed=5, gate=str(gate), **changes
         )
-        with pytest.MonkeyPatch.context() as patch:
-            call_as_functions(patch)
-            with open_run("main", parameters, home) as run:
-                result = eclectus.flows.main.main(parameters)
+        with open_run("main", parameters, home) as run:
+            result = eclectus.flows.main.main.whole(parameters)
         steps = query(f"select name, label, key, seed, state from steps where run = '{run.id}' order by started", home)[
             1
         ]

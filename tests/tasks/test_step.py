@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 from pydantic import Field
 
-from eclectus.flows.run import current_home, interrupts_noted, once
+from eclectus.flows.flow import once
+from eclectus.flows.run import current_home, interrupts_noted
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.connection import query
