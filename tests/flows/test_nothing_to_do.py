@@ -20,15 +20,15 @@ from tests.support.displays import NullDisplay
 from tests.support.made_up_steps import make_up_steps, run, settings_of, words_of, write_inputs
 
 ROOT = Path(__file__).parents[2]
-# Of each flow, settings that take it through other steps; the second ones are beside the common path.
-VARIANTS = {
-    "main": [{}, {"seeds": 2, "pretrain_baselines": ["random", "prefix"]}],
-    "curate": [{"language_weights": ["en=2"]}],
-    "pretrain": [{}, {"dense_start": "BASE"}],
-    "extend": [{"base_model": "BASE"}, {"extension_method": "lora"}],
-    "evaluate": [{"base_model": "BASE", "extension_expert_budget": 6}],
-    "similarity": [{"base_model": "BASE"}],
-    "retrain": [{"base_model": "BASE"}],
+# Of each flow, settings with which it takes more than its common steps.
+FLOWS = {
+    "main": {},
+    "curate": {"language_weights": ["en=2"]},
+    "pretrain": {"dense_start": "BASE"},
+    "extend": {"base_model": "BASE"},
+    "evaluate": {"base_model": "BASE", "extension_expert_budget": 6},
+    "similarity": {"base_model": "BASE"},
+    "retrain": {"base_model": "BASE"},
 }
 COMMANDS = {"main": "run"}
 # What a run that does nothing must not import, each of which takes seconds.
@@ -77,28 +77,30 @@ def steps_of(home, run):
     )[1]
 
 
-def test_no_flow_imports_or_starts_anything_when_all_of_its_steps_are_reused(world, steps, home, monkeypatch):
-    commands = []
-    for flow, variants in VARIANTS.items():
-        for changes in variants:
-            given = settings_of(world, flow, changes)
-            # A retraining is settled when its own first model has been evaluated.
-            for _ in range(3 if flow == "retrain" else 1):
-                run(home, flow, given)
-            commands.append(["--home", str(home.root), COMMANDS.get(flow, flow), *words_of(given)])
-    before = set(query("select run from runs", home)[1])
+def test_no_flow_imports_or_starts_anything_when_all_of_its_steps_are_reused(world, steps, tmp_path):
+    commands, homes = [], []
+    for flow, changes in FLOWS.items():
+        # Of its own: a champion that another flow promotes is a new question to the gate.
+        home = Home.open(tmp_path / flow)
+        homes.append(home)
+        given = settings_of(world, flow, changes)
+        # A retraining has looked for new documents when its own first model is champion.
+        for _ in range(2 if flow == "retrain" else 1):
+            run(home, flow, given)
+        commands.append(["--home", str(home.root), COMMANDS.get(flow, flow), *words_of(given)])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED.format(heavy=HEAVY, commands=commands)],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
-    assert done.stdout.endswith("[]\n") and not (home.root / "prefect").exists()
-    states = query("select run, state from runs", home)[1]
-    assert len(states) == len(before) + len(commands) and {state for _, state in states} == {"completed"}
-    new = [name for name, _ in states if (name,) not in before]
-    made = query(f"select count(*) from steps where state != 'reused' and list_contains({new}, run)", home)[1]
-    assert made == [(0,)]
+    assert done.stdout.endswith("[]\n")
+    for home in homes:
+        *_, (last, state) = query("select run, state from runs order by started", home)[1]
+        made = query(f"select count(*) from steps where state = 'reused' and run = '{last}'", home)[1][0][0]
+        others = query(f"select count(*) from steps where state != 'reused' and run = '{last}'", home)[1][0][0]
+        assert (state, others) == ("completed", 0) and made > 3
+        assert not (home.root / "prefect").exists()
 
 
 def test_the_lineage_of_such_a_run_is_that_of_one_that_walked_through_its_steps(world, steps, home):
