@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from eclectus.storage.atomic_write import write_atomically
+from eclectus.storage.commands import command
 from eclectus.storage.errors import DamagedArtifact, EclectusError
-from eclectus.storage.mirror import Mirror
+from eclectus.storage.mirror import Mirror, is_below
 from eclectus.storage.secrets import scrubbed
 
 KINDS = (
@@ -187,7 +188,10 @@ class ArtifactStore:
                 found.append(place)
         if len(found) != 1:
             count = "no artifact" if not found else f"{len(found)} artifacts"
-            raise EclectusError(f"{count} under {self.root} match '{name}'; see: eclectus sql 'from artifacts'")
+            home = self.mirror.url if self.mirror else self.root.parent
+            raise EclectusError(
+                f"{count} under {self.root} match '{name}'; see: {command('sql', 'from artifacts', home=home)}"
+            )
         return self.find(str(found[0]))
 
     def find_whole(self, name: str) -> Artifact:
@@ -338,8 +342,10 @@ def read_manifest(place: Path) -> dict[str, Any]:
         manifest = json.loads((place / MANIFEST).read_text())
         if not manifest.keys() >= MANIFEST_FIELDS:
             raise ValueError(f"it lacks {', '.join(sorted(MANIFEST_FIELDS - manifest.keys()))}")
+        if wrong := [file["name"] for file in manifest["files"] if not is_below(file["name"])]:
+            raise ValueError(f"it names {wrong[0]!r}, which is outside the artifact")
         return manifest
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
         raise DamagedArtifact(f"{place} is no whole artifact: {MANIFEST} cannot be read ({error})") from error
 
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from eclectus.storage.artifact import ArtifactStore
+from eclectus.storage.commands import DEFAULT_HOME, HOME_VARIABLE, quoted
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.mirror import SCHEME, Mirror, cache_folder
+from eclectus.storage.secrets import scrub
 
-DEFAULT = "home"
 LAYOUT = 2
 
 
@@ -35,7 +37,7 @@ class Home:
         reading: accept a read-only home. Raises EclectusError when it cannot be created or written, or was written by a
         newer version.
         """
-        named = str(root or os.environ.get("ECLECTUS_HOME") or DEFAULT)
+        named = str(root or os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
         if SCHEME in named:
             path = cache_folder(named)
             mirror = Mirror(named.rstrip("/"), path)
@@ -82,6 +84,11 @@ class Home:
     def name(self) -> str:
         """For messages: the URL, or the folder."""
         return self.mirror.url if self.mirror else str(self.root)
+
+    @property
+    def shown(self) -> str:
+        """The same for a shell in the current folder: quoted, relative where that is shorter."""
+        return shlex.quote(scrub(self.mirror.url)) if self.mirror else quoted(self.root)
 
     def refresh(self) -> None:
         """Downloads what queries read and is missing here: journals, documents of instances, routing of evaluations."""

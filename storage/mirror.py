@@ -21,6 +21,7 @@ from typing import Any
 
 from eclectus.storage.atomic_write import replacing, temporary_path
 from eclectus.storage.errors import EclectusError
+from eclectus.storage.secrets import scrub
 
 SCHEME = "://"
 
@@ -31,12 +32,22 @@ def cache_folder(url: str) -> Path:
     return Path(top).absolute() / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
 
 
+def is_below(name: str) -> bool:
+    """Whether a file's name in a manifest or an object store stays below the folder that it is relative to."""
+    return bool(name) and not name.startswith("/") and ".." not in name.split("/")
+
+
 @dataclass(frozen=True)
 class Mirror:
     """The tree at `url` that mirrors the local folder `local`; its methods take paths under `local`."""
 
     url: str
     local: Path
+
+    @property
+    def name(self) -> str:
+        """For messages: the URL without its password."""
+        return scrub(self.url)
 
     def push(self, path: Path, last: str | None = None) -> None:
         """Uploads a file or a whole folder. last: the file of the folder that is uploaded after all others."""
@@ -97,7 +108,7 @@ class Mirror:
         with self._faults():
             bucket = self._root.split("/")[0]
             if bucket and not self._is_there(bucket):
-                raise EclectusError(f"home {self.url}: bucket '{bucket}' does not exist; create it")
+                raise EclectusError(f"home {self.name}: bucket '{bucket}' does not exist; create it")
 
     @property
     def _files(self) -> Any:
@@ -109,7 +120,7 @@ class Mirror:
             return fsspec.filesystem(protocol, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise EclectusError(
-                f"home {self.url}: {error}; for s3:// install the extra: pip install 'eclectus[s3]'"
+                f"home {self.name}: {error}; for s3:// install the extra: pip install 'eclectus[s3]'"
             ) from error
 
     def _is_there(self, key: str) -> bool:
@@ -129,7 +140,10 @@ class Mirror:
 
     def _below(self, name: str, path: Path) -> str:
         """The store's `name` relative to `path`; empty when it is that very file."""
-        return name.lstrip("/")[len(self._key(path).lstrip("/")) :].lstrip("/")
+        below = name.lstrip("/")[len(self._key(path).lstrip("/")) :].lstrip("/")
+        if below and not is_below(below):
+            raise EclectusError(f"home {self.name} holds '{name}', whose name leads out of the home; remove it there")
+        return below
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
@@ -140,6 +154,6 @@ class Mirror:
             raise
         except Exception as error:
             raise EclectusError(
-                f"home {self.url} cannot be used ({type(error).__name__}: {error}); "
+                f"home {self.name} cannot be used ({type(error).__name__}: {error}); "
                 "check the bucket, AWS_ENDPOINT_URL and the credentials"
             ) from error

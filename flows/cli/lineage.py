@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from eclectus.flows.cli.rows import print_rows
+from eclectus.storage.commands import command, quoted
 from eclectus.storage.errors import EclectusError
 
 if TYPE_CHECKING:
@@ -87,7 +88,9 @@ def _lineage(chosen: argparse.Namespace) -> None:
 
     rows = walk(chosen.artifact, _home())
     if not rows:
-        raise EclectusError(f"nothing in the lineage is called '{chosen.artifact}'; see: eclectus sql 'from artifacts'")
+        raise EclectusError(
+            f"nothing in the lineage is called '{chosen.artifact}'; see: {command('sql', 'from artifacts')}"
+        )
     print_rows(list(rows[0]), [list(row.values()) for row in rows], chosen.json)
 
 
@@ -187,7 +190,8 @@ def _bundle(chosen: argparse.Namespace) -> None:
     if chosen.json:
         print(json.dumps({"run": run, "bundle": str(out), "bytes": out.stat().st_size}))
     else:
-        print(f"{out}: run {run}, {out.stat().st_size / 1e6:.1f} MB; open it with duckdb -readonly {out}")
+        place = quoted(out)
+        print(f"{place}: run {run}, {out.stat().st_size / 1e6:.1f} MB; open it with duckdb -readonly {place}")
 
 
 def _openlineage(chosen: argparse.Namespace) -> None:
@@ -204,7 +208,7 @@ def _openlineage(chosen: argparse.Namespace) -> None:
     if chosen.json:
         print(json.dumps({"runs": runs, "events": count, "out": chosen.out}))
     else:
-        print(f"{count} events of {', '.join(runs)} {f'written to {chosen.out}' if chosen.out else 'sent'}")
+        print(f"{count} events of {', '.join(runs)} {f'written to {quoted(chosen.out)}' if chosen.out else 'sent'}")
 
 
 def _keep(chosen: argparse.Namespace) -> None:
@@ -238,7 +242,9 @@ def _gc(chosen: argparse.Namespace) -> None:
     if not chosen.json:
         unknown = f", and {planned.unknown} that the lineage does not know" if planned.unknown else ""
         print(f"kept: {planned.kept} artifacts of {len(planned.runs)} runs and of champions{unknown}")
-        print(f"{'freed' if chosen.yes else 'could be freed with --yes'}: {total / 1e6:.1f} MB")
+        size = f"{total / 1e6:.1f} MB"
+        do_it = command("gc", *(["--runs", str(chosen.runs)] if chosen.runs != LATEST else []), "--yes")
+        print(f"freed: {size}" if chosen.yes else f"could be freed: {size}, with: {do_it}")
 
 
 def _count(text: str) -> int:

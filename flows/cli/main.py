@@ -16,6 +16,7 @@ from eclectus.flows.cli.lineage import add_lineage_commands
 from eclectus.flows.cli.options import HELP_ALL, add_config, add_settings, read_parameters
 from eclectus.flows.cli.plan import add_plan_command
 from eclectus.flows.cli.promotion import add_promotion_commands
+from eclectus.storage.commands import command, quoted
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.secrets import scrub
 
@@ -93,7 +94,7 @@ def _write_traceback() -> str:
     try:
         path = Home.open().root / "fault.log"
         path.write_text(text)
-        return str(path)
+        return quoted(path)
     except (OSError, EclectusError):
         print(text, file=sys.stderr)
         return "the lines above"
@@ -195,14 +196,14 @@ def _run_flow(chosen: argparse.Namespace) -> None:
     from eclectus.storage.home import Home
 
     parameters.check_together()
-    from eclectus.flows.cli.summary import near, summarize
+    from eclectus.flows.cli.summary import summarize
     from eclectus.flows.cli.terminal import Terminal
     from eclectus.flows.flow import flow_named, run_flow
     from eclectus.flows.run import served_run
 
     home = Home.open()
     with Terminal() as terminal:
-        terminal.print(f"eclectus {chosen.flow}: home {near(home.root) if not home.mirror else home.name}")
+        terminal.print(f"{chosen.flow} in home {home.shown}")
         with served_run(chosen.flow, parameters, home, [terminal]) as run:
             result = run_flow(run, flow_named(chosen.flow), parameters)
         summarize(run, result, terminal)
@@ -213,14 +214,14 @@ def _corpus(chosen: argparse.Namespace) -> None:
 
     summary = write_corpus(Path(chosen.out), CorpusSettings())
     megabytes, files = summary.bytes / 1e6, len(summary.files)
-    print(f"{summary.documents} documents, {megabytes:.1f} MB of text in {files} files in {chosen.out}")
+    print(f"{summary.documents} documents, {megabytes:.1f} MB of text in {files} files in {quoted(chosen.out)}")
 
 
 def _up(_: argparse.Namespace) -> None:
     from eclectus.flows.services.up import up
     from eclectus.storage.home import Home
 
-    print(f"Prefect is up: {up(Home.open())}   (stop it with: eclectus down)")
+    print(f"Prefect is up: {up(Home.open())}   (stop it with: {command('down')})")
 
 
 def _down(_: argparse.Namespace) -> None:

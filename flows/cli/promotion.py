@@ -29,14 +29,14 @@ def add_promotion_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     def show_comparison(chosen: argparse.Namespace) -> None:
         from eclectus.flows.cli.compare import compare
-        from eclectus.flows.cli.summary import near
+        from eclectus.storage.commands import quoted
 
         tables, page = compare(chosen.runs, chosen.measure, chosen.out)
         for names, rows in tables:
             if rows:
                 print_rows(names, rows, chosen.json)
         if not chosen.json:
-            print(f"\ncurves: {near(page)}")
+            print(f"\ncurves: {quoted(page)}")
 
     compare = add("compare", show_comparison, "compare runs: differing settings, measures with their spread, curves")
     compare.add_argument("runs", nargs="+", help=RUN_HELP)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from eclectus.flows.cli.terminal import Terminal
-from eclectus.storage.home import DEFAULT
+from eclectus.storage.commands import command, quoted
 from eclectus.tasks.evaluation.training_names import further_training
 
 if TYPE_CHECKING:
@@ -40,11 +38,11 @@ def summarize(run: Run, result: Any, terminal: Terminal) -> None:
         _similarity(result.similarity.statistics, terminal)
     terminal.print("")
     for name, path in _outputs(run, result).items():
-        terminal.print(f"  {name:<25} {near(path)}")
+        terminal.print(f"  {name:<25} {quoted(path)}")
     terminal.print("")
     terminal.print("Try next:")
-    for command in _next_commands(run, "group" if hasattr(result, "grouping") else None):
-        terminal.print(f"  {command}")
+    for line in _next_commands(run, "group" if hasattr(result, "grouping") else None):
+        terminal.print(f"  {line}")
 
 
 def _scores(evaluations: dict[str, Any], repeats: dict[str, Any], terminal: Terminal) -> None:
@@ -141,18 +139,12 @@ def _outputs(run: Run, result: Any) -> dict[str, Path]:
 
 def _next_commands(run: Run, step: str | None) -> list[str]:
     """Commands to copy. step: the step whose metrics to show; None for evaluations."""
-    eclectus = near(Path(shutil.which("eclectus") or Path(sys.executable).with_name("eclectus")))
-    if run.home.root != Path(DEFAULT).absolute():
-        eclectus += f" --home {near(run.home.root)}"
     numbers = f"steps.label = '{step}'" if step else "metrics.name = 'bits_per_byte'"
+    home = run.home.name
     return [
-        f"{eclectus} sql \"select label, state, seconds, reason from steps where run = '{run.id}'\"",
-        f'{eclectus} sql "select metrics.name, label, value from metrics join steps using (step) where {numbers}"',
-        f"{eclectus} run --config configs/default.yaml --sources my-documents.jsonl",
+        command("sql", f"select label, state, seconds, reason from steps where run = '{run.id}'", home=home),
+        command(
+            "sql", f"select metrics.name, label, value from metrics join steps using (step) where {numbers}", home=home
+        ),
+        command("why", run.id, list(run.states)[-1], home=home) if run.states else command("runs", home=home),
     ]
-
-
-def near(path: Path) -> str:
-    """The path relative to the current folder if it is inside it, else as it is."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative

@@ -40,7 +40,7 @@ class Terminal:
     """The display of the command line (see `eclectus.tasks.run.Display`)."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, emoji=False)
         self._progress = Progress(
             TextColumn("  {task.description}"),
             BarColumn(bar_width=24),

@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from eclectus.storage.commands import command
 from eclectus.storage.errors import EclectusError
 
 POOL = "eclectus"
@@ -28,7 +29,7 @@ SCHEDULE = ("schedule", "active", "parameters", "slug")
 def deploy() -> list[str]:
     """Returns the names of the automations. Raises EclectusError when no server is configured or it refuses."""
     if not os.environ.get("PREFECT_API_URL"):
-        raise EclectusError("no Prefect server is configured; set PREFECT_API_URL, or start one with: eclectus up")
+        raise EclectusError(f"no Prefect server is configured; set PREFECT_API_URL, or start one with: {command('up')}")
     os.environ.setdefault("ECLECTUS_DIRECTORY", str(project()))
     from prefect.client.orchestration import get_client
 

@@ -63,15 +63,23 @@ def has_tokenizer(folder: Path) -> bool:
     return bool(_matching(folder, VOCABULARIES))
 
 
+def is_file_name(name: object) -> bool:
+    """Whether it names a file in the directory of the file that names it, and nowhere else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
+
+
 def checkpoint_files(folder: Path) -> list[Path]:
     """Paths, relative to the folder, of all that makes a checkpoint: weights, config, side files and records.
 
     Weights are model.safetensors or the files of its index. Code, pickled weights and optimizer states are not listed.
+    Raises ValueError for an index that names a file outside the folder.
     """
     weights = ["model.safetensors"]
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         weights = [INDEX, *set(index["weight_map"].values())]
+        if wrong := [name for name in weights if not is_file_name(name)]:
+            raise ValueError(f"{folder / INDEX}: weight_map names {wrong[0]!r}; expected a file in the same directory")
     held = [Path(name) for name in ("config.json", *RECORDS, *weights) if (folder / name).is_file()]
     return sorted({*held, *side_files(folder)})
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from eclectus.models.checkpoints.config_file import CheckpointError as CheckpointError
 from eclectus.models.checkpoints.config_file import read_config as read_config
 from eclectus.models.checkpoints.config_file import read_json_object
-from eclectus.models.checkpoints.side_files import INDEX
+from eclectus.models.checkpoints.side_files import INDEX, is_file_name
 
 # As in the safetensors library.
 LARGEST_HEADER = 100_000_000
@@ -205,7 +205,7 @@ def weight_files(directory: Path) -> dict[Path, set[str] | None]:
     files: dict[Path, set[str] | None] = {}
     named: dict[str, set[str]] = {}
     for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or Path(file_name).name != file_name or "\\" in file_name:
+        if not is_file_name(file_name):
             raise CheckpointError(
                 f"{index}: weight_map names {file_name!r} for {name}; expected the name of a file in the same directory"
             )

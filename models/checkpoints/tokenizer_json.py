@@ -62,6 +62,14 @@ def check_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         if value is not None and (not isinstance(value, allowed) or of_token or (name == "eos_token" and not value)):
             expected = " or ".join(_KINDS[each] for each in allowed)
             raise TokenizerError(f"{path}: {name} is {_shown(value)}; expected {expected}")
+    for name, value in config.items():
+        # Of these, transformers opens some by the path that is given; the usual ones are another machine's, and gone.
+        outside = isinstance(value, str) and not (path.parent / value).resolve().is_relative_to(path.parent.resolve())
+        named = name.endswith("_file") or name in ("vocab", "merges")
+        if named and outside and (path.parent / value).exists():
+            raise TokenizerError(f"{path}: {name} names {_shown(value)}, outside its folder; remove {name}")
+    if any(isinstance(each, str) for each in _list(config.get("init_inputs"))):
+        raise TokenizerError(f"{path}: init_inputs is {_shown(config['init_inputs'])}; remove it")
     for number, token in (config.get("added_tokens_decoder") or {}).items():
         if not number.isdecimal() or not (isinstance(token, dict) and _is_token(token)):
             raise TokenizerError(
@@ -193,6 +201,10 @@ def _check_template(path: Path, processor: Any, ids: dict[str, int]) -> None:
 def _parts(value: Any) -> list[dict[str, Any]]:
     """The objects in a list."""
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _is_token(value: Any) -> bool:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import duckdb
 
 from eclectus.storage.atomic_write import creating, replacing
+from eclectus.storage.commands import command
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.compact import GRACE, replaced
@@ -69,7 +70,7 @@ def connect(home: Home | str | Path | None = None, writes: bool = True) -> duckd
             except duckdb.Error as error:
                 why = str(error).splitlines()[0]
                 raise EclectusError(
-                    f"the lineage of {home.name} cannot be opened ({why}); see: eclectus verify"
+                    f"the lineage of {home.name} cannot be opened ({why}); see: {command('verify', home=home.name)}"
                 ) from error
     connection.register_filesystem(files)
     connection.execute("set enable_progress_bar = false")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from eclectus.storage.commands import command
 from eclectus.storage.errors import EclectusError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def find_run(connection: duckdb.DuckDBPyConnection, name: str) -> str:
     if found:
         raise EclectusError(f"'{name}' is the start of {len(found)} runs, such as {_some(found)}; write more of it")
     near = difflib.get_close_matches(name, latest_first, n=SHOWN)
-    hint = f"did you mean {_some(near)}?" if near else f"the latest are {_some(latest_first)}; see: eclectus runs"
+    hint = f"did you mean {_some(near)}?" if near else f"the latest are {_some(latest_first)}; see: {command('runs')}"
     raise EclectusError(f"there is no run '{name}'; {hint}")
 
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from eclectus.storage.artifact import hash_all, hash_unchanged
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.allowed_paths import hash_all_allowed, hash_allowed
 from eclectus.tasks.documents.folders import files_below
 from eclectus.tasks.documents.sources import Source, parse_dataset
 from eclectus.tasks.step import CHANGED
@@ -63,7 +63,7 @@ def named(sources: list[Source], digests: list[str]) -> dict[str, str]:
 def digest_of(source: Source) -> str:
     if source.kind == "dataset":
         return dataset_digest(source, hub_commit_of(source))
-    return file_digest(lambda: hash_unchanged(Path(source.path)))
+    return file_digest(lambda: hash_allowed(source.path, f"source '{source.name}'"))
 
 
 def file_digest(hashed: Callable[[], str]) -> str:
@@ -92,8 +92,8 @@ def dataset_digest(source: Source, commit: str | None) -> str:
     if commit is None:
         try:
             files = files_below(Path(name))
-            named_files = [path.relative_to(name).as_posix() for path in files]
-            content = list(zip(named_files, hash_all(files), strict=True))
+            names = [path.relative_to(name).as_posix() for path in files]
+            content = list(zip(names, hash_all_allowed(files, f"data set '{name}'"), strict=True))
         except OSError as error:
             return unreadable_digest(error)
     return f"dataset-{hashlib.sha256(json.dumps([content, config, split]).encode()).hexdigest()}"

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.allowed_paths import check_path
+from eclectus.tasks.allowed_paths import check_path, check_tree
 from eclectus.tasks.documents.folders import LINKED, PassedOver, files_below, name_of, readable, why_no_file
 from eclectus.tasks.documents.language_codes import is_language
 
@@ -91,6 +91,8 @@ def find_sources(entries: list[str], text_suffixes: list[str]) -> Found:
         for source in _resolve(entry, origin, text_suffixes, others):
             if source.kind != "dataset":
                 check_path(source.path, f"source '{entry}'")
+            elif folder := _local_dataset(source.path)[0]:
+                check_tree(folder, f"source '{entry}'")
             found.setdefault(_identity(source), source)
     sources = _with_unique_names(list(found.values()))
     others.passed_over.update((each.name, why) for each in sources if (why := _why_nothing(each)))
@@ -127,7 +129,7 @@ def parse_dataset(entry: str) -> tuple[str, str | None, str | None, str]:
     if not name:
         first, *parts = entry.removeprefix(DATASET).split(":")
         name, _, revision = first.partition("@")
-    if not name or len(parts) > 2:
+    if not name or len(parts) > 2 or "://" in entry:
         raise EclectusError(f"source '{entry}' is no data set; expected dataset:NAME[@REVISION][:CONFIG[:SPLIT]]")
     config = parts[0] if parts else ""
     return name, revision or None, config or None, parts[1] if len(parts) > 1 and parts[1] else "train"
@@ -185,7 +187,7 @@ def _resolve(entry: str, origin: int, text_suffixes: list[str], others: Found) -
         return [source]
     elif glob.has_magic(str(path)):
         top = _fixed_part(path)
-        matching = _matching(path, top)
+        matching = _matching(path, top, f"source '{entry}'")
         files = [file for file in matching if not file.is_dir()]
         if "**" not in path.parts:
             folders = [file for file in matching if file not in files and not file.name.startswith(".")]
@@ -270,8 +272,16 @@ def _fixed_part(path: Path) -> Path:
     return Path(*parts) if parts else Path()
 
 
-def _matching(pattern: Path, top: Path) -> list[Path]:
-    """The files and folders that a glob matches. Python's own follows links into loops, of which two take forever."""
+def _matching(pattern: Path, top: Path, what: str) -> list[Path]:
+    """The files and folders that a glob matches. Raises EclectusError for one outside the allowed folders."""
+    found = _glob(pattern, top)
+    for each in found:
+        check_path(each, what)
+    return found
+
+
+def _glob(pattern: Path, top: Path) -> list[Path]:
+    """As Python's own, which follows links into loops, of which two take forever."""
     if "**" in pattern.parts:
         passed: PassedOver = {}
         files = files_below(top, passed)

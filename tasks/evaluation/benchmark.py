@@ -27,8 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from eclectus.storage.artifact import Artifact, Draft, hash_file
+from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.allowed_paths import hash_allowed
 from eclectus.tasks.evaluation.benchmark_rows import FIELDS, SCORE_FIELDS, group_rows, item_rows, score_rows
 from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, files_of, local_questions, version, wanted_tasks
 from eclectus.tasks.evaluation.evaluate import check_vocabulary, read_model_config
@@ -97,10 +98,16 @@ def _fingerprint(settings: BenchmarkSettings) -> dict[str, str]:
     wanted = settings.wanted()
     files = local_questions(settings.benchmark_files)
     names = {each.name for each in wanted}
-    read = {f"questions {name}": hash_file(path) for name, path in files.items() if name in names}
+    read = {
+        f"questions {name}": hash_allowed(path, f"benchmark file {path}")
+        for name, path in files.items()
+        if name in names
+    }
     for each in wanted:
         for path in files_of(each.path) if each.path else ():
-            read[f"task {each.name}" if path == each.path else f"task {each.name} {path}"] = hash_file(path)
+            read[f"task {each.name}" if path == each.path else f"task {each.name} {path}"] = hash_allowed(
+                path, f"task {each.path}"
+            )
     Harness.check_installed()
     return read | {"lm_eval": hashlib.sha256(version().encode()).hexdigest()}
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import io
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.allowed_paths import check_path, check_tree, open_allowed
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -129,6 +131,7 @@ def local_questions(files: list[str]) -> dict[str, Path]:
             raise EclectusError(
                 f"benchmark_files names {word}, which does not exist; expected a folder, a file or '{OLMO}'"
             )
+        check_path(path, f"benchmark_files names {word}, which")
         listed = sorted(path.iterdir()) if path.is_dir() else [path]
         named = {_task_of(each): each for each in listed if each.name.endswith(SUFFIXES)}
         if not named:
@@ -253,13 +256,19 @@ def files_of(task: Path) -> list[Path]:
     paths from the YAML's folder or from the current one.
     """
     found, left = {task}, [task]
+    what = f"task {task}"
+    # The harness reads every YAML file of the folder.
+    check_tree(task.parent, what)
     while left:
         path = left.pop()
         text = path.read_text("utf-8", errors="replace")
         words = [word.rstrip(",") for word in re.findall(r"[^\s'\"\[\]{}]+", text)]
         words += [f"{module}.py" for module in re.findall(r"!function\s+['\"]?([\w.]+)\.\w+", text)]
-        for place in (place for word in words for place in (path.parent / word, Path(word).absolute())):
+        for word, place in ((word, top / word) for word in words for top in (path.parent, Path.cwd())):
             # os.path: a word may be longer than a name of a file can be.
+            named = os.path.isabs(word) or ".." in Path(word).parts
+            if os.path.isfile(place) or (named and re.search(r"\w", word) and os.path.exists(place)):
+                check_path(place, what)
             if place not in found and os.path.isfile(place):
                 found.add(place)
                 left += [place] if place.suffix in (".yaml", ".yml") else []
@@ -280,8 +289,10 @@ def _read(word: str) -> Wanted:
     if not name.endswith((".yaml", ".yml")):
         return Wanted(name, number)
     path = Path(name)
+    check_path(path, f"benchmark_tasks names {name}, which")
     if not path.is_file():
         raise EclectusError(f"benchmark_tasks names {name}, which does not exist")
+    files_of(path.absolute())
     called = _NAMED.search(path.read_text("utf-8"))
     if called is None:
         raise EclectusError(
@@ -314,10 +325,9 @@ def _splits(found: Mapping[str, Path], read: Any) -> dict[str, Any]:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    opened = gzip.open if path.suffix == ".gz" else open
-    rows = []
+    rows: list[dict[str, Any]] = []
     try:
-        with opened(path, "rt", encoding="utf-8") as lines:
+        with open_allowed(path, f"benchmark file {path}") as file, _as_text(file, path.suffix) as lines:
             rows += [json.loads(line) for line in lines if line.strip()]
     except (OSError, EOFError, ValueError) as error:
         raise EclectusError(
@@ -326,6 +336,11 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise EclectusError(f"{path} holds no questions; expected one JSON object per line")
     return rows
+
+
+def _as_text(file: io.FileIO, suffix: str) -> io.TextIOWrapper:
+    content = gzip.GzipFile(fileobj=file) if suffix == ".gz" else file
+    return io.TextIOWrapper(io.BufferedReader(content), encoding="utf-8")  # type: ignore[arg-type]  # as gzip.open does
 
 
 def _read_arrow(folder: Path) -> list[dict[str, Any]]:

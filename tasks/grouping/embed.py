@@ -25,7 +25,7 @@ from eclectus.tasks.documents.normalise import VERSION as NORMALISATION
 from eclectus.tasks.documents.table import read_ids
 from eclectus.tasks.grouping.disk_matrix import create_matrix, usable_rows
 from eclectus.tasks.grouping.embedding_log import StoredVectors, locate, read_logs, remove_stale_logs
-from eclectus.tasks.grouping.encoder import STATIC, EmbedSettings, EncoderPool, digest_folder
+from eclectus.tasks.grouping.encoder import STATIC, EmbedSettings, EncoderPool, check_model_folder, digest_folder
 from eclectus.tasks.reuse import earlier, is_whole
 from eclectus.tasks.run import current_run, metric, notify
 from eclectus.tasks.step import step
@@ -40,6 +40,7 @@ def model_fingerprint(settings: EmbedSettings) -> dict[str, str]:
     if settings.embedding_model == STATIC:
         return {}
     if _is_folder(settings):
+        check_model_folder(Path(settings.embedding_model))
         return {"embedding_model": digest_folder(Path(settings.embedding_model))}
     commit = _commit(settings.embedding_model)
     return {"embedding_model": f"commit-{commit}"} if commit else {}

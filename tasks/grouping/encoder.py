@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, hash_file
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.allowed_paths import check_tree
 from eclectus.tasks.documents.normalise import composed
 from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.documents.text_reader import TextReader
@@ -84,6 +85,8 @@ class EmbedSettings(EmbeddingText):
                 f"embedding_model '{folder}' has no modules.json or config.json, so it is no "
                 "sentence-transformers model"
             )
+        else:
+            check_model_folder(folder)
 
 
 @dataclass
@@ -310,6 +313,32 @@ class EncoderPool:
 
             with contextlib.suppress(Exception):
                 ray.kill(actor)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises EclectusError for a sentence-transformers model that names files outside its own folder, or links there.
+
+    Its modules.json gives the folders of the modules, sentence_bert_config.json may name another tokenizer.
+    """
+    what = f"embedding_model '{folder}'"
+    check_tree(folder, what)
+    for path in (folder / "modules.json", *sorted(folder.glob("**/sentence_bert_config.json"))):
+        try:
+            about = json.loads(path.read_text("utf-8")) if path.is_file() else []
+        except ValueError as error:
+            raise EclectusError(f"{what}: {path.name} is not JSON ({error}); fetch it again") from error
+        for name in texts_in(about):
+            if name.startswith("/") or ".." in name.split("/"):
+                raise EclectusError(f"{what}: {path.name} names '{name}'; expected a name below the folder")
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(each)
 
 
 def digest_folder(folder: Path) -> str:

@@ -7,7 +7,10 @@ megabyte.
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +18,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from eclectus.storage.artifact import Artifact, Draft, hash_file
+from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.allowed_paths import check_tree, hash_allowed
 from eclectus.tasks.documents.table import TRAINING, read_batches
+from eclectus.tasks.run import current_run
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
 from eclectus.tasks.training.fetch_model import listing
+from eclectus.tasks.training.without_torch import without_torch
 
 END_OF_DOCUMENT = "<|endoftext|>"
 TRAINED_HERE = "train"
@@ -45,6 +51,12 @@ class TokenizerSettings(Settings):
     tokenizer_sample_megabytes: float = Field(
         8.0, gt=0, description="Text to train the tokenizer on, in MB over all languages, in equal parts."
     )
+
+    def check_together(self) -> None:
+        super().check_together()
+        # Within a run it is checked already, or that of an artifact.
+        if self.tokenizer != TRAINED_HERE and current_run() is None:
+            check_given(self.tokenizer)
 
 
 class BeginSettings(Settings):
@@ -86,7 +98,9 @@ def fingerprint(settings: TokenizerSettings) -> dict[str, str]:
         return {}
     folder = Path(settings.tokenizer).expanduser()
     if _is_path(settings.tokenizer):
-        return {f"tokenizer {path.relative_to(folder)}": hash_file(path) for path in _files(folder)}
+        what = f"setting 'tokenizer' of '{settings.tokenizer}'"
+        check_tree(folder, what, depth=2)
+        return {f"tokenizer {path.relative_to(folder)}": hash_allowed(path, what) for path in _files(folder)}
     return {"tokenizer": f"commit-{_commit(settings.tokenizer)}"}
 
 
@@ -116,6 +130,61 @@ def tokenizer(documents: Artifact | None, settings: TokenizerSettings, out: Draf
         "end_of_document": tokens.eos_token,
         "origin": settings.tokenizer,
     }
+
+
+def check_given(name: str) -> None:
+    """Raises EclectusError for what is no tokenizer, as far as its files tell without transformers, or is out of reach.
+
+    name: the setting `tokenizer`. One on the hub must be there now, or have been downloaded.
+    """
+    remedy = f"give '{TRAINED_HERE}', a folder with tokenizer.json or tokenizer.model, or a name on the hub"
+    wrong = ""
+    try:
+        folder = Path(name).expanduser()
+        if "://" in name:
+            wrong = "which is a URL"
+        elif not _is_path(name):
+            if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+                _commit(name)
+            else:
+                wrong = "which is neither a folder nor a name on the hub"
+        elif not folder.exists():
+            wrong = "which does not exist"
+        elif not folder.is_dir():
+            wrong = "which is a file"
+        else:
+            check_tree(folder, f"setting 'tokenizer' of '{name}'", depth=2)
+            if not os.listdir(folder):
+                wrong = "which is an empty folder"
+            elif not listing().has_tokenizer(folder):
+                wrong = "a folder without a tokenizer"
+            else:
+                _check_files(_files(folder))
+    except (OSError, RuntimeError) as error:
+        wrong = f"which cannot be read ({getattr(error, 'strerror', None) or error})"
+    except ValueError as error:
+        raise EclectusError(f"setting 'tokenizer' is '{name}': {error}") from error
+    if wrong:
+        raise EclectusError(f"setting 'tokenizer' is '{name}', {wrong}; {remedy}")
+
+
+def _check_files(files: list[Path]) -> None:
+    """Raises ValueError for a file of JSON that is damaged. Their times are remembered: flows call this again."""
+    stats = [each.stat() for each in files]
+    _check_json(tuple(files), tuple((each.st_ino, each.st_size, each.st_mtime_ns) for each in stats))
+
+
+@functools.lru_cache(maxsize=4)
+def _check_json(files: tuple[Path, ...], _: tuple[Any, ...]) -> None:
+    check = without_torch("checkpoints/tokenizer_json.py")
+    for path in files:
+        if path.suffix != ".json":
+            continue
+        value = check.read_json(path)
+        if path.name == "tokenizer.json":
+            check.check_tokenizer_json(path, value)
+        elif path.name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"):
+            check.check_config(path, value)
 
 
 def load_tokenizer(folder: str | Path) -> Any:

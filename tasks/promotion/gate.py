@@ -27,6 +27,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.allowed_paths import open_allowed
 from eclectus.tasks.evaluation.routing_statistics import collapsed_layers
 from eclectus.tasks.evaluation.scores import Scores, read_trainings
 from eclectus.tasks.promotion.gate_rules import Missing, ModelResults, Rule, check, text_of
@@ -65,10 +66,11 @@ class GateSettings(Settings):
 def read_gates(path: str | Path) -> dict[str, Gate]:
     """The gates of a file by line. Raises EclectusError naming file, line and rule."""
     try:
-        content = yaml.safe_load(Path(path).read_text("utf-8"))
+        with open_allowed(path, f"gate file {path}") as file:
+            content = yaml.safe_load(file.read().decode("utf-8"))
     except OSError as error:
         raise EclectusError(f"gate file {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise EclectusError(f"gate file {path} is not YAML: {' '.join(str(error).split())}") from error
     lines = content.get("lines") if isinstance(content, dict) else None
     if not isinstance(lines, dict) or not lines:

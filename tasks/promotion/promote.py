@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eclectus.storage.artifact import Artifact
+from eclectus.storage.commands import command
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.champions import PROMOTED, REFUSED, Decision, decisions, record
@@ -155,8 +156,8 @@ def find_candidate(home: Home, checkpoint: Artifact, run: str | None = None) -> 
                     name, evaluated_in = label.removeprefix("evaluate "), of_run
     if "text" not in found:
         raise EclectusError(
-            f"{checkpoint.name} was never evaluated here; run: "
-            f"eclectus evaluate --evaluate-checkpoints {checkpoint.name}"
+            f"{checkpoint.name} was never evaluated here; evaluate it on the sources of its run with "
+            f"--evaluate-checkpoints {checkpoint.name} (see: {command('evaluate', '--help', home=home.name)})"
         )
     return Candidate(checkpoint, found), name, evaluated_in
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.allowed_paths import check_path, check_tree
+from eclectus.tasks.training.without_torch import without_torch
 
 if TYPE_CHECKING:
     from eclectus.models.checkpoints.door import Checked
@@ -32,10 +34,25 @@ def check_base(
     place = Path(path or name)
     if not place.exists():
         return None
+    check_files(place, f"{what} {name}")
     try:
         return check_checkpoint(place, to_upcycle=to_upcycle)
     except (ValueError, OSError) as error:
         raise EclectusError(f"{what} {name}: {error}") from error
+
+
+def check_files(place: Path, what: str) -> None:
+    """Raises EclectusError if a file that opening a model would read lies outside the allowed folders (ECLECTUS_ROOTS).
+
+    place: its folder, or its .gguf file, beside which shards and side files lie. what: the model, for the message.
+    """
+    if place.is_dir():
+        check_tree(place, what, depth=2)
+        return
+    files = without_torch("checkpoints/side_files.py")
+    beside = [place.parent / each for each in ("config.json", *files.side_files(place.parent))]
+    for path in (*files.gguf_shards(place), place, *beside):
+        check_path(path, what)
 
 
 def check_base_to_extend(name: str, method: str, tokens: int, path: str | Path | None = None) -> None:

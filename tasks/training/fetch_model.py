@@ -7,18 +7,18 @@ refused, and code, optimizer states and weights in other formats are not copied.
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from eclectus.storage.artifact import ArtifactStore, Draft, hash_all, hash_file
+from eclectus.storage.artifact import ArtifactStore, Draft, hash_file
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.allowed_paths import copy_allowed, hash_all_allowed
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
-from eclectus.tasks.training.check_base import check_base
+from eclectus.tasks.training.check_base import check_base, check_files
 from eclectus.tasks.training.without_torch import without_torch
 
 
@@ -30,7 +30,9 @@ class FetchSettings(Settings):
 
 def fingerprint(settings: FetchSettings) -> dict[str, str]:
     """Digests of a local model's files, or the commit that the name on the hub points to now."""
-    path = Path(settings.base_model)
+    path, what = Path(settings.base_model), f"base model {settings.base_model}"
+    if path.exists():
+        check_files(path, what)
     if path.is_file():
         return _gguf_digests(path)
     if path.is_dir():
@@ -44,7 +46,7 @@ def fingerprint(settings: FetchSettings) -> dict[str, str]:
         if ggufs and not any(each.suffix == ".safetensors" for each in files):
             return _gguf_digests(ggufs[0])
         names = [f"base_model {each.relative_to(path)}" for each in files]
-        return dict(zip(names, hash_all(files), strict=True))
+        return dict(zip(names, hash_all_allowed(files, what), strict=True))
     return {"base_model": f"commit-{_hub_commit(settings.base_model)}"}
 
 
@@ -56,15 +58,18 @@ def fetch(settings: FetchSettings, out: Draft) -> None:
     from eclectus.models.checkpoints.proof import StepZeroError
 
     base, proof = Path(settings.base_model), None
-    folder = base if base.exists() else _download(settings.base_model)
+    folder, what = base if base.exists() else _download(settings.base_model), f"base model {settings.base_model}"
+    check_files(folder, what)
     try:
         checked = check_checkpoint(folder)
         check_contents(checked)
         if checked.path.is_file():
             proof = DenseBase.from_gguf(checked.path).save(out.path)
+            # Its readers open it by name: no link may have been swapped meanwhile.
+            check_files(checked.path, what)
         else:
             for path in listing().checkpoint_files(folder):
-                shutil.copyfile(folder / path, out.file(str(path)))
+                copy_allowed(folder / path, out.file(str(path)), what)
         # What was converted, or copied while somebody wrote it, passes once more.
         check_checkpoint(out.path)
     except (ValueError, StepZeroError) as error:
@@ -90,7 +95,7 @@ def _gguf_digests(path: Path) -> dict[str, str]:
     """The digest of a .gguf file, and of its further shards by their names."""
     others = listing().gguf_shards(path)[1:]
     names = ["base_model", *(f"base_model {each.name}" for each in others)]
-    return dict(zip(names, hash_all([path, *others]), strict=True))
+    return dict(zip(names, hash_all_allowed([path, *others], f"base model {path}"), strict=True))
 
 
 def find_checkpoint(store: ArtifactStore, name: str) -> Path:

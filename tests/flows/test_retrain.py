@@ -59,9 +59,12 @@ def runs(tmp_path_factory):
         gate.write_text(json.dumps({"lines": {"extended": {"model": "stage 2", "base": "dense", "rules": rules}}}))
         given = {**SMALL, "sources": [str(sources)], "base_model": str(folder / "base"), "gate": str(gate), **changes}
         display = NullDisplay()
-        # Flows called as functions: what is tested here needs no Prefect server.
-        with open_run("retrain", RetrainParameters(**given), home, [display]) as run:
-            given = retrain.whole(RetrainParameters(**given))
+        with pytest.MonkeyPatch.context() as patch:
+            # The home is not among the allowed folders: what a run puts into settings itself is not subject to them.
+            patch.setenv("ECLECTUS_ROOTS", f"{sources}:{folder / 'base'}:{gate}")
+            # Flows called as functions: what is tested here needs no Prefect server.
+            with open_run("retrain", RetrainParameters(**given), home, [display]) as run:
+                given = retrain.whole(RetrainParameters(**given))
         said = [text for text in display.texts if not text.startswith("Held-out shares")]
         done = SimpleNamespace(result=given, states=run.states, said=said, champion=champion(home, "extended"))
         setattr(found, name, done)

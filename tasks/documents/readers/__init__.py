@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Generator, Iterator
 
 from eclectus.storage.artifact import is_settled
+from eclectus.tasks.allowed_paths import open_allowed
 from eclectus.tasks.documents.fingerprints import (
     dataset_digest,
     file_digest,
@@ -62,7 +63,7 @@ def read_records(
 def _read_file(source: Source, reading: Reading, position: Position) -> Generator[Numbered, None, None]:
     line: int | None = 0
     try:
-        with HashedFile(source.path) as file:
+        with HashedFile(open_allowed(source.path, f"source '{source.name}'")) as file:
             try:
                 content = decompressed(file, source.compression)
                 for line, record in _READERS[source.kind](content, reading):
@@ -83,7 +84,7 @@ def _read_file(source: Source, reading: Reading, position: Position) -> Generato
 def _read_parquet(source: Source, reading: Reading, position: Position) -> Generator[Numbered, None, None]:
     """Parquet is not read in order, so the file is hashed after it, and before it as well if it was just written."""
     try:
-        with open(source.path, "rb", buffering=0) as file:
+        with open_allowed(source.path, f"source '{source.name}'") as file:
             status = os.fstat(file.fileno())
             before = None if is_settled(status) else hash_open_file(file)
             file.seek(0)

@@ -42,10 +42,10 @@ class DamagedArchive(Exception):
 
 
 class HashedFile(io.RawIOBase):
-    """A file that is read once from its beginning, with the SHA-256 of all of it."""
+    """A file, opened unbuffered, that is read once from its beginning, with the SHA-256 of all of it."""
 
-    def __init__(self, path: str) -> None:
-        self._file = io.FileIO(path)
+    def __init__(self, file: io.FileIO) -> None:
+        self._file = file
         self._hash = hashlib.sha256()
         self.bytes = 0
 

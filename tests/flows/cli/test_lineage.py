@@ -73,7 +73,7 @@ def test_last_is_the_newest_run(answer, command):
     ("name", "message"),
     [
         (f"{OLD[:-1]}b", f"there is no run '{OLD[:-1]}b'; did you mean {OLD}"),
-        ("nonsense", f"there is no run 'nonsense'; the latest are {NEW}, {OLD}; see: eclectus runs"),
+        ("nonsense", f"there is no run 'nonsense'; the latest are {NEW}, {OLD}; see: "),
         ("2026", f"'2026' is the start of 2 runs, such as {NEW}, {OLD}; write more of it"),
         ("last~2", "there is no run 'last~2'; there are 2 runs, the first one is last~1"),
         ("last~x", "there is no run 'last~x'; expected last or last~N, as in last~1"),

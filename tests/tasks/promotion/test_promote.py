@@ -97,7 +97,7 @@ def test_lineage_finds_the_latest_evaluations_of_a_checkpoint_with_its_name_and_
     found, name, made_in = find_candidate(run.home, old.checkpoint)
     assert found == Candidate(old.checkpoint, {"text": new.evaluations["text"], "contamination": seen})
     assert (name, made_in) == ("stage 2", run.id)
-    with pytest.raises(EclectusError, match="was never evaluated here; run: eclectus evaluate"):
+    with pytest.raises(EclectusError, match="was never evaluated here; evaluate it on the sources of its run"):
         find_candidate(run.home, old.checkpoint, run="another-run")
     with pytest.raises(EclectusError, match="was never evaluated here"):
         find_candidate(run.home, train(settings=Made(name="fresh")))
