@@ -26,6 +26,7 @@ from typing import Any
 import duckdb
 
 import eclectus
+from eclectus.flows.library_warnings import library_warnings_logged, limit_verbosity
 from eclectus.flows.services.server import prefect_server
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
@@ -61,6 +62,7 @@ COMPACTED_JOURNALS = 200
 LIBRARIES = {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 for _name, _value in LIBRARIES.items():
     os.environ.setdefault(_name, _value)
+limit_verbosity()
 
 
 @contextlib.contextmanager
@@ -84,7 +86,12 @@ def open_run(
     check_roots(parameters)
     home = home or Home.open()
     run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-    with contextlib.ExitStack() as services, _maintained(home), Journal(home.journal, run_id, home.mirror) as journal:
+    with (
+        contextlib.ExitStack() as services,
+        _maintained(home),
+        library_warnings_logged(home.root),
+        Journal(home.journal, run_id, home.mirror) as journal,
+    ):
         run = Run(
             id=run_id,
             home=home,

@@ -55,10 +55,11 @@ def _plan(chosen: argparse.Namespace) -> None:
 
 def _home() -> Home:
     """The home, which is not created where there is none."""
-    from eclectus.storage.home import DEFAULT, Home
+    from eclectus.storage.commands import DEFAULT_HOME
+    from eclectus.storage.home import Home
     from eclectus.storage.mirror import SCHEME
 
-    named = os.environ.get("ECLECTUS_HOME") or DEFAULT
+    named = os.environ.get("ECLECTUS_HOME") or DEFAULT_HOME
     if SCHEME in named or Path(named, "journal").is_dir():
         return Home.open(named, reading=True)
     return Home(Path(named).absolute())
