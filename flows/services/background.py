@@ -6,13 +6,13 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
@@ -20,6 +20,7 @@ from eclectus.storage.errors import EclectusError
 
 START_SECONDS = 240
 STOP_SECONDS = 15
+LOG_BYTES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,9 @@ class Background:
         environment: dict[str, str],
         log: Path,
         folder: Path | None = None,
-        dies_with_us: bool = False,
     ) -> Background:
-        """Starts a program with its output in `log`. dies_with_us: on Linux, it is stopped when this process ends."""
-        with open(log, "wb") as handle:
+        """Starts a program with its output at the end of `log`."""
+        with open_log(log) as handle:
             process = subprocess.Popen(
                 list(command),
                 env=environment,
@@ -54,7 +54,6 @@ class Background:
                 stdout=handle,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent if dies_with_us and sys.platform == "linux" else None,
             )
         return cls(name, process.pid, start_of(process.pid), str(log))
 
@@ -78,11 +77,35 @@ class Background:
         with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
             processes = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
             os.killpg(self.pid, signal.SIGTERM)
-            _, left = psutil.wait_procs(processes, STOP_SECONDS)
+            left = _wait_for(processes, STOP_SECONDS)
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-            psutil.wait_procs(left, STOP_SECONDS)
+            _wait_for(left, STOP_SECONDS)
+
+
+def _wait_for(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that still run after `seconds`. A zombie does not: its parent may be another command, busy with its run."""
+    deadline = time.monotonic() + seconds
+    while left := [each for each in processes if _runs(each)]:
+        if time.monotonic() > deadline:
+            break
+        psutil.wait_procs(left, 0.1)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def open_log(log: Path) -> BinaryIO:
+    """Opens a log to write at its end; one over LOG_BYTES becomes `NAME.1` first, and the one before it goes."""
+    with contextlib.suppress(OSError):
+        if log.stat().st_size > LOG_BYTES:
+            os.replace(log, log.with_name(f"{log.name}.1"))
+    return open(log, "ab")
 
 
 def start_of(pid: int) -> str:
@@ -102,19 +125,11 @@ def start_of(pid: int) -> str:
     return f"{boot} {fields[19]}"
 
 
-def free_port(wanted: int = 0) -> int:
-    """A free port on loopback: `wanted` if it is free."""
-    with socket.socket() as probe:
-        # Closed connections hold a port for a minute; without this, `up` after `down` would get another address.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError:
-            return free_port()
-        return probe.getsockname()[1]
-
-
-def _die_with_parent() -> None:
-    """Asks Linux to stop this process when its parent dies, so that a killed run leaves no server running."""
+def die_with(parent: int) -> None:
+    """Asks Linux to end this process (SIGTERM) when its parent does, however that ends; elsewhere it is not asked."""
+    if sys.platform != "linux":
+        return
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise SystemExit("its parent has ended")

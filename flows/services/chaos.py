@@ -4,7 +4,7 @@ The job runs once undisturbed (the baseline) and once under a seeded plan of kil
 
     worker   one of Ray Train's worker processes: Ray restarts the group, training resumes from its last checkpoint
     node     the raylet and everything on it: the driver ends, or hangs and is killed
-    server   the Prefect server of the run
+    server   the Prefect server of the home
     driver   the process of the run itself
 
 A driver that ends before the job is complete is restarted with the same command, as a schedule or an automation would.
@@ -26,13 +26,14 @@ from pathlib import Path
 
 import psutil
 
+from eclectus.flows.services.server_note import read_note
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.journal import EVENTS
 from eclectus.storage.lineage.connection import query
 
-# Part of the command line by which each victim is found among the driver's descendants.
-VICTIMS = {"worker": "ray::RayTrainWorker", "node": "raylet/raylet", "server": "prefect server start", "driver": ""}
+# Part of the command line by which a victim is found among the driver's descendants; the server's note names it.
+VICTIMS = {"worker": "ray::RayTrainWorker", "node": "raylet/raylet", "server": "", "driver": ""}
 MOST_STARTS = 12
 LONGEST_SILENCE = 240.0  # seconds without a journal entry after which the driver counts as hung
 LONGEST_DELAY = 1.0
@@ -142,7 +143,7 @@ def _one_start(
                 report(f"  nothing was journaled for {LONGEST_SILENCE:g} s: killing the driver")
                 driver.kill()
             for kill in [kill for kill in left if kill.label in begun and now >= begun[kill.label] + kill.delay]:
-                if _kill(kill, process):
+                if _kill(kill, process, home):
                     outcome.kills.append(f"killed {kill.victim} in '{kill.label}'")
                     report(f"  killed {kill.victim} in '{kill.label}'")
                     left.remove(kill)
@@ -155,11 +156,18 @@ def _one_start(
     return driver.returncode
 
 
-def _kill(kill: Kill, driver: psutil.Process) -> bool:
+def _kill(kill: Kill, driver: psutil.Process, home: Path) -> bool:
     """Kills the victim; returns whether it was running."""
     mark = VICTIMS[kill.victim]
     with contextlib.suppress(psutil.Error):
-        if not mark:
+        if kill.victim == "server":
+            # Not always a descendant of this driver: a killed one may have started it.
+            noted = read_note(home / "prefect")
+            if noted is None or not noted.server.is_alive():
+                return False
+            psutil.Process(noted.server.pid).kill()
+            return True
+        if kill.victim == "driver":
             driver.kill()
             return True
         for each in _descendants(driver):

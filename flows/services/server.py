@@ -1,29 +1,41 @@
-"""A Prefect server: the configured one, the one that `eclectus up` started, or one that lasts as long as a run.
+"""The Prefect server of a home, which all commands of the home share, or the configured one.
 
-Prefect's ephemeral server loses task-run records at exit, so a run starts a real server: on a free port on loopback,
-with its database in the home. It takes 3 s and 250 MB (19 s the first time, for migrations) and stops with the run,
-also when the run is killed.
+Prefect's ephemeral server loses task-run records at exit, so a run needs a real server: on loopback, with its database
+in the home. The first command that needs it starts it, in 3 s and 250 MB (19 s the first time, for migrations), and
+the last one ends it; `eclectus up` is one of its users. Starting, finding and ending it happen under one lock, and a
+keeper process (eclectus.flows.services.keeper) starts it again if it dies and ends it if all of its users are killed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import os
+import secrets
 import sys
-import urllib.request
+import threading
+import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eclectus.flows.services.background import Background, free_port
-from eclectus.storage.atomic_write import write_atomically
+import eclectus
+from eclectus.flows.services.background import START_SECONDS, Background, start_of
+from eclectus.flows.services.configured_server import check_configured
+from eclectus.flows.services.keeper import LOG
+from eclectus.flows.services.ports import home_port
+from eclectus.flows.services.server_note import LOGIN, is_up, port_of, read_note
+from eclectus.flows.services.users import add_user, remove_user, server_lock, users
+from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 
-NOTE = "server.json"
 # Environment variable with the address at which the home's reports are served; set by `eclectus up`.
 PAGES = "ECLECTUS_PAGES"
+AUTH = "auth"
+KEEPER = [sys.executable, "-m", "eclectus.flows.services.keeper"]
+SERVER = [sys.executable, "-m", "eclectus.flows.services.guarded_server"]
+WATCH_SECONDS = 2.0
+LEAVE_SECONDS = 60.0
 
 # Defaults for every Prefect process that we start, and for this one.
 QUIET = {
@@ -37,67 +49,201 @@ QUIET = {
 
 @contextlib.contextmanager
 def prefect_server(home: Home) -> Iterator[str]:
-    """Yields the API address of the configured server, of one already running for this home, or of one started here.
+    """Yields the API address of the configured server, or of this home's, which is used until the block ends.
 
-    Sets PREFECT_API_URL for this process, so enter it before Prefect is imported.
+    Sets PREFECT_API_URL and the like for this process, so enter it before Prefect is imported. Raises EclectusError
+    when the configured server does not answer as a Prefect API that accepts us, or this home's does not start.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     configured = os.environ.get("PREFECT_API_URL")
     if configured:
-        yield configured
+        folder = home.root / "prefect"
+        with _environment(_own_auth(folder, configured)):
+            check_configured(configured, folder / AUTH)
+            yield configured
         return
     folder = prefect_folder(home)
-    os.environ.setdefault("PREFECT_HOME", str(folder))
-    running, server = _already_running(folder), None
-    address = running or f"http://127.0.0.1:{free_port()}/api"
-    if not running:
-        server = start_server(folder, address, dies_with_us=True)
-    os.environ["PREFECT_API_URL"] = address
+    address = join(folder)
+    over = threading.Event()
+    threading.Thread(target=_keep_alive, args=(folder, port_of(address), over), daemon=True).start()
     try:
-        yield address
+        with _environment(clients_environment(folder, address)):
+            try:
+                yield address
+            finally:
+                _flush_queues()
     finally:
-        _flush_queues()
-        os.environ.pop("PREFECT_API_URL", None)
-        if server is not None:
-            stop_server(folder, server)
+        over.set()
+        # Whatever is wrong with the server by now does not change how the run ended; the keeper notices our end.
+        with contextlib.suppress(EclectusError, OSError):
+            leave(folder)
 
 
-def start_server(folder: Path, address: str, dies_with_us: bool) -> Background:
-    """Starts a server at `http://127.0.0.1:PORT/api` with its data in `folder`, and waits until it answers."""
-    environment = os.environ | server_environment(folder, address)
-    port = address.removesuffix("/api").rpartition(":")[2]
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
-    server = Background.start(
-        "the Prefect server", command, environment, folder / "server.log", dies_with_us=dies_with_us
-    )
-    try:
-        server.wait_until(lambda: is_up(address))
-    except BaseException:
-        server.stop()
-        raise
-    write_atomically(folder / NOTE, json.dumps({"address": address, "server": asdict(server)}))
-    return server
+def join(folder: Path, user: Background | None = None, port: int = 0) -> str:
+    """Makes a process (default: this one) a user of the server in `folder`, and returns the API's address.
+
+    Starts the server if none runs, at `port` if that is free. Cheap if it runs. Raises EclectusError if it cannot be
+    started, naming its log.
+    """
+    with server_lock(folder):
+        add_user(folder, user or _this_process())
+        try:
+            return _found(folder) or _started(folder, port)
+        except BaseException:
+            remove_user(folder, user or _this_process())
+            raise
 
 
-def stop_server(folder: Path, server: Background) -> None:
-    """Stops a server; the note stays if it is about another one, which `up` has started meanwhile."""
-    noted = _read_note(folder)
-    if noted and noted[1] == server:
-        (folder / NOTE).unlink(missing_ok=True)
-    server.stop()
+def leave(folder: Path, user: Background | None = None) -> bool:
+    """The process uses the server no longer. Ends the server, and returns True, if it was the last to."""
+    with server_lock(folder, LEAVE_SECONDS):
+        remove_user(folder, user or _this_process())
+        noted = read_note(folder)
+        if users(folder) or noted is None or not noted.keeper.is_alive():
+            return False
+        noted.keeper.stop()
+        return True
+
+
+def clients_environment(folder: Path, address: str) -> dict[str, str]:
+    """Environment of whatever talks to the server: this process, its children, workers, Ray."""
+    around = {
+        name: ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"])) for name in ("NO_PROXY", "no_proxy")
+    }
+    return around | {
+        "PREFECT_HOME": str(folder),
+        "PREFECT_API_URL": address,
+        "PREFECT_API_AUTH_STRING": auth_string(folder),
+    }
 
 
 def server_environment(folder: Path, address: str) -> dict[str, str]:
-    """Environment of a server on this machine and its clients. On ports other than 4200 the UI needs the address."""
-    addresses = {"PREFECT_HOME": str(folder), "PREFECT_API_URL": address, "PREFECT_SERVER_UI_API_URL": address}
-    return QUIET | addresses
+    """Environment of `eclectus up`'s services: the clients' with what keeps them quiet."""
+    return QUIET | clients_environment(folder, address)
+
+
+def login_address(folder: Path, address: str) -> str:
+    """Where a browser is logged in and shown the UI."""
+    return f"{address.removesuffix('/api')}{LOGIN}#{auth_string(folder)}"
+
+
+def auth_string(folder: Path) -> str:
+    """USER:PASSWORD of the server, made when first asked for and kept in a file that only its owner can read."""
+    path = folder / AUTH
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        kept = path.read_text().strip()
+        if ":" in kept and kept.isprintable():
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o600)
+            return kept
+    made = f"eclectus:{secrets.token_urlsafe(24)}"
+    temporary = path.with_name(f".{AUTH}.{secrets.token_hex(4)}")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
+            handle.write(made + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise EclectusError(f"{path} cannot be written ({error.strerror}); make room or free it") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return made
 
 
 def prefect_folder(home: Home) -> Path:
     folder = home.root / "prefect"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def _found(folder: Path) -> str | None:
+    """The address of the running server, when it answers. Call it under the lock."""
+    deadline = time.monotonic() + START_SECONDS
+    while (noted := read_note(folder)) and noted.keeper.is_alive():
+        if is_up(noted.address):
+            return noted.address
+        if time.monotonic() > deadline:
+            raise EclectusError(f"the Prefect server of this home does not answer; its log is {folder / LOG}")
+        time.sleep(0.2)
+    return None
+
+
+def _started(folder: Path, port: int) -> str:
+    """Starts a keeper and returns the server's address when it answers. Call it under the lock."""
+    wanted = home_port(folder, "server", port)
+    keeper = Background.start(
+        "the Prefect server",
+        [*KEEPER, str(folder), str(wanted), *SERVER],
+        os.environ | _server_settings(folder),
+        folder / LOG,
+    )
+    try:
+        keeper.wait_until(lambda: bool((noted := read_note(folder)) and noted.keeper.pid == keeper.pid))
+    except BaseException:
+        keeper.stop()
+        raise
+    noted = read_note(folder)
+    if noted is None:
+        raise EclectusError(f"the Prefect server ended as soon as it had started; its log is {folder / LOG}")
+    return noted.address
+
+
+def _server_settings(folder: Path) -> dict[str, str]:
+    """Environment of the server. What depends on its port is added when that is known (guarded_server)."""
+    settings = QUIET | {
+        "PREFECT_HOME": str(folder),
+        "PREFECT_SERVER_API_AUTH_STRING": auth_string(folder),
+        # In memory, the leases of concurrency slots would be lost when the server is started again: healthy runs
+        # would be ended at their next renewal, and slots of dead ones never given back.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    }
+    # `python -m eclectus...` finds a bare checkout from every folder.
+    root = Path(eclectus.__file__).resolve().parents[1]
+    if (root / "prefect.yaml").is_file():
+        settings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return settings
+
+
+def _keep_alive(folder: Path, port: int, over: threading.Event) -> None:
+    """Starts a keeper at the same port again, if it was killed, until `over`."""
+    while not over.wait(WATCH_SECONDS):
+        noted = read_note(folder)
+        if noted and noted.keeper.is_alive():
+            continue
+        try:
+            with server_lock(folder):
+                if not over.is_set() and _found(folder) is None:
+                    _started(folder, port)
+        except (EclectusError, OSError) as error:
+            logging.getLogger("eclectus").warning("the Prefect server is gone: %s", error)
+            over.wait(10 * WATCH_SECONDS)
+
+
+def _this_process() -> Background:
+    return Background("eclectus", os.getpid(), start_of(os.getpid()), "")
+
+
+def _own_auth(folder: Path, configured: str) -> dict[str, str]:
+    """The home's own auth string, if its own server is the configured one and no string is."""
+    noted = read_note(folder)
+    if noted is None or noted.address != configured.rstrip("/") or os.environ.get("PREFECT_API_AUTH_STRING"):
+        return {}
+    return {"PREFECT_API_AUTH_STRING": auth_string(folder)}
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Sets environment variables for the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _flush_queues() -> None:
@@ -110,26 +256,3 @@ def _flush_queues() -> None:
         queues: tuple[type[QueueService[Any]], ...] = (APILogWorker, EventsWorker)
         for queue in queues:
             queue.drain_all(timeout=5)
-
-
-def _already_running(folder: Path) -> str | None:
-    address, server = _read_note(folder) or ("", None)
-    return address if server and server.is_alive() and is_up(address) else None
-
-
-def _read_note(folder: Path) -> tuple[str, Background] | None:
-    """(address, process) of the server that was last started for this home."""
-    try:
-        note = json.loads((folder / NOTE).read_text())
-        return note["address"], Background(**note["server"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def is_up(address: str) -> bool:
-    """Whether a Prefect API answers at this address."""
-    try:
-        with urllib.request.urlopen(f"{address}/health", timeout=2) as answer:
-            return answer.status == 200
-    except OSError:
-        return False

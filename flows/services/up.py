@@ -19,9 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from eclectus.flows.services.background import Background, free_port
+from eclectus.flows.services.background import Background
 from eclectus.flows.services.deploy import POOL, project
-from eclectus.flows.services.server import NOTE, PAGES, is_up, prefect_folder, server_environment, start_server
+from eclectus.flows.services.ports import free_port, home_port, keep_port
+from eclectus.flows.services.server import PAGES, join, leave, login_address, prefect_folder, server_environment
+from eclectus.flows.services.server_note import is_up, port_of
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.tasks.ray_cluster import OBJECT_STORE_BYTES, local_cpus
@@ -31,28 +33,30 @@ RAY_DASHBOARD_PORT = 8265
 
 
 def up(home: Home) -> str:
-    """Starts the services that are not running yet and returns the address of the UI."""
+    """Starts the services that are not running yet and returns the address that logs a browser into the UI."""
     folder = prefect_folder(home)
     notes = _read(folder)
     if notes and all(service.is_alive() for service in _services(notes)) and is_up(notes["api"]):
-        return notes["ui"]
+        return login_address(folder, notes["api"])
     down(home)
-    port = free_port(DEFAULT_PORT)
-    ui, api = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port}/api"
+    api = join(folder, port=DEFAULT_PORT)
+    keep_port(folder, "server", port_of(api))
+    ui = api.removesuffix("/api")
     # Ray puts sockets into this folder, whose paths must be short; a path in the home may be too long.
     ray_folder = tempfile.mkdtemp(prefix="eclectus-ray-")
     notes = {"ui": ui, "api": api, "ray": ray_folder, "services": []}
 
     def started(service: Background) -> Background:
         notes["services"].append(asdict(service))
+        join(folder, service)
         (folder / "services.json").write_text(json.dumps(notes))
         return service
 
     try:
-        pages = f"http://127.0.0.1:{free_port()}"
+        pages = f"http://127.0.0.1:{home_port(folder, 'pages')}"
+        keep_port(folder, "pages", port_of(pages))
         environment = os.environ | server_environment(folder, api) | service_environment(home) | {PAGES: pages}
         ray = started(_start_ray(folder, Path(ray_folder), environment))
-        started(start_server(folder, api, dies_with_us=False))
         started(_start_pages(home, folder, pages))
         _run(environment, "-m", "eclectus", "deploy")
         ray.wait_until(lambda: bool(_ray_address(Path(ray_folder))))
@@ -63,7 +67,9 @@ def up(home: Home) -> str:
     except BaseException:
         down(home)
         raise
-    return ui
+    finally:
+        leave(folder)
+    return login_address(folder, api)
 
 
 def down(home: Home) -> list[str]:
@@ -73,11 +79,12 @@ def down(home: Home) -> list[str]:
     running = [service for service in _services(notes) if service.is_alive()]
     for service in reversed(running):
         service.stop()
-    for name in ("services.json", NOTE):
-        (folder / name).unlink(missing_ok=True)
+    (folder / "services.json").unlink(missing_ok=True)
     if notes.get("ray"):
         shutil.rmtree(notes["ray"], ignore_errors=True)
-    return [service.name for service in running]
+    # Runs of the command line go on, and the last of them ends the server.
+    ended = ["the Prefect server"] if leave(folder) else []
+    return [service.name for service in running] + ended
 
 
 def service_environment(home: Home) -> dict[str, str]:
@@ -119,8 +126,8 @@ def _start_pages(home: Home, folder: Path, address: str) -> Background:
     """Serves the home's reports, so that a run's link to its report opens."""
     reports = home.store.root / "report"
     reports.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "http.server", address.rpartition(":")[2], "--bind", "127.0.0.1"]
-    return Background.start("the report pages", command, dict(os.environ), folder / "pages.log", reports)
+    command = [sys.executable, "-m", "eclectus.flows.services.pages", str(reports), address.rpartition(":")[2]]
+    return Background.start("the report pages", command, dict(os.environ), folder / "pages.log")
 
 
 def _run(environment: dict[str, str], *words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
 import json
 import os
@@ -16,8 +17,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import ValidationError, is_valid_schema, validate
 
 from eclectus.flows.parameters import PARAMETERS, CurateParameters, MainParameters
-from eclectus.flows.services.background import free_port
-from eclectus.flows.services.server import prefect_folder, server_environment, start_server, stop_server
+from eclectus.flows.services.server import auth_string, join, leave, prefect_folder, server_environment
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import query
@@ -95,12 +95,15 @@ def test_a_deployed_run_takes_more_settings_and_settings_by_name_and_journals_wh
     source = tmp_path / "documents.jsonl"
     texts = [f"Document {number} of the harbour, the {number}th ship and its cargo of grain." for number in range(60)]
     source.write_text("\n".join(json.dumps({"text": text, "language": "en"}) for text in texts))
-    folder, address = prefect_folder(home), f"http://127.0.0.1:{free_port()}/api"
+    folder = prefect_folder(home)
+    address = join(folder)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     environment |= server_environment(folder, address) | {
         "ECLECTUS_HOME": str(home.root),
         "ECLECTUS_DIRECTORY": str(ROOT),
     }
+
+    password = base64.b64encode(auth_string(folder).encode()).decode()
 
     def start(*words):
         done = subprocess.run(
@@ -112,12 +115,11 @@ def test_a_deployed_run_takes_more_settings_and_settings_by_name_and_journals_wh
         request = urllib.request.Request(
             f"{address}/{path}",
             data=None if body is None else json.dumps(body).encode(),
-            headers={"content-type": "application/json"},
+            headers={"content-type": "application/json", "authorization": f"Basic {password}"},
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
 
-    server = start_server(folder, address, dies_with_us=True)
     try:
         start("eclectus", "deploy")
         deployment = ask("deployments/name/curate/curate")["id"]
@@ -130,7 +132,7 @@ def test_a_deployed_run_takes_more_settings_and_settings_by_name_and_journals_wh
         start("prefect", "flow-run", "execute", created["id"])
         assert ask(f"flow_runs/{created['id']}")["state_type"] == "COMPLETED"
     finally:
-        stop_server(folder, server)
+        leave(folder)
     (parameters,) = query("select parameters from runs where state = 'completed'", home)[1][0]
     resolved = json.loads(parameters) if isinstance(parameters, str) else parameters
     assert (resolved["language_detector"], resolved["embedding_steps"], resolved["embedding_dimension"]) == (

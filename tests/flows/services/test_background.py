@@ -9,6 +9,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
+from eclectus.flows.services import background
 from eclectus.flows.services.background import Background, start_of
 
 
@@ -60,3 +61,22 @@ def test_names_with_blanks_and_parentheses_do_not_shift_the_tick(tmp_path):
             process.kill()
     with pytest.raises(psutil.NoSuchProcess):
         start_of(process.pid)
+
+
+def test_a_program_that_ended_is_not_waited_for_while_its_parent_leaves_it_a_zombie(sleeper, tmp_path):
+    """As the command does that started the Prefect server, when a later one ends it."""
+    code = (
+        "import sys; from eclectus.flows.services.background import Background\n"
+        "Background('it', int(sys.argv[1]), sys.argv[2], '').stop()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(sleeper.pid), sleeper.started], check=True, timeout=12)
+    assert not sleeper.is_alive()
+
+
+def test_a_log_keeps_its_past_up_to_a_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(background, "LOG_BYTES", 10)
+    log = tmp_path / "program.log"
+    for word in ("first", "second", "third"):
+        with background.open_log(log) as handle:
+            handle.write(f"{word}\n".encode())
+    assert (log.read_text(), (tmp_path / "program.log.1").read_text()) == ("third\n", "first\nsecond\n")

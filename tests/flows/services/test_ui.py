@@ -21,7 +21,7 @@ import pytest
 from playwright.sync_api import Error, JSHandle, Page, TimeoutError
 
 from eclectus.flows.parameters import MORE_FIELD, PARAMETERS
-from eclectus.flows.services.background import free_port
+from eclectus.flows.services.ports import free_port
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import query
 from tests.support.browser import BROWSER, HEIGHT, open_browser
