@@ -27,7 +27,10 @@ import duckdb
 
 import eclectus
 from eclectus.flows.library_warnings import library_warnings_logged, limit_verbosity
-from eclectus.flows.services.server import prefect_server
+from eclectus.flows.services.flow_runs.api import Api
+from eclectus.flows.services.flow_runs.decide import STARTS, crashes
+from eclectus.flows.services.flow_runs.stops import watched_flow_run, why_ended
+from eclectus.flows.services.server import prefect_folder, prefect_server
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
@@ -42,7 +45,6 @@ from eclectus.tasks.ray_cluster import shut_ray
 from eclectus.tasks.run import Display, Run, activate, current_run, require_run
 from eclectus.tasks.settings import Settings
 
-STARTS = 4
 PACKAGES = [
     "eclectus",
     "prefect",
@@ -107,7 +109,7 @@ def open_run(
         journal.event("run_started", flow=flow, parameters=parameters.model_dump(mode="json"), **_surroundings())
         started, error = time.monotonic(), None
         try:
-            with activate(run):
+            with activate(run), watched_flow_run(prefect_flow_run, prefect_folder(home)):
                 yield run
         except BaseException as fault:
             error = fault
@@ -120,7 +122,7 @@ def open_run(
                     state=_state(error),
                     seconds=round(time.monotonic() - started, 3),
                     prefect_flow_run=run.prefect_flow_run,
-                    error=f"{type(error).__name__}: {error}" if error else None,
+                    error=why_ended(error, run.prefect_flow_run, prefect_folder(home)),
                 )
                 run.close_kept(error)
                 shut_ray()
@@ -150,9 +152,11 @@ def _show_end(display: Display, run: Run) -> None:
 def _joined(run: Run, flow: str) -> Iterator[None]:
     """Makes `flow` the flow of an open run whose steps are being called, for the block."""
     caller, run.flow = run.flow, flow
-    run.prefect_flow_run = run.prefect_flow_run or _prefect_flow_run()
+    first = None if run.prefect_flow_run else _prefect_flow_run()
+    run.prefect_flow_run = run.prefect_flow_run or first
     try:
-        yield
+        with watched_flow_run(first, prefect_folder(run.home)):
+            yield
     finally:
         run.flow = caller
 
@@ -267,7 +271,10 @@ def _check_starts() -> None:
 
     if (flow_run.run_count or 0) > 1:
         close_lost_steps(str(flow_run.id))
-    if (flow_run.run_count or 0) > STARTS:
+    api = Api.of_environment()
+    # Starts that `eclectus down` ended are no crashes.
+    states = api.states(str(flow_run.id)) if api and (flow_run.run_count or 0) > STARTS else ()
+    if crashes([(state["type"], state["name"]) for state in states]) >= STARTS:
         raise EclectusError(
             f"this run crashed in each of its {STARTS} starts; read its logs and the worker's, then start a new run"
         )

@@ -1,148 +1,163 @@
 """`eclectus up` and `down`: a local Prefect server, Ray, a process worker and all deployments, in the background.
 
-Each service leads its own process group, recorded in `prefect/services.json` in the home, so that `down` stops it and
-everything it started. Ready in 20 to 40 s; takes 2 GB. `down` interrupts runs in progress; at the next `up` the
-automation for crashed runs (flows/services/automations.py) resumes them from their finished steps.
+`up` starts a supervisor (flows/services/supervisor), which starts the services, starts again those that die, and
+settles the flow runs that died. Ready in 20 to 40 s; takes 2 GB. `down` ends the supervisor, then runs and services;
+the next `up` resumes the runs that it interrupted. What runs is noted in `prefect/services.json` in the home.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import secrets
 import shutil
-import subprocess
+import signal
 import sys
-import tempfile
-from dataclasses import asdict
+import time
 from pathlib import Path
-from typing import Any
+
+import psutil
 
 from eclectus.flows.services.background import Background
-from eclectus.flows.services.deploy import POOL, project
-from eclectus.flows.services.ports import free_port, home_port, keep_port
-from eclectus.flows.services.server import PAGES, join, leave, login_address, prefect_folder, server_environment
-from eclectus.flows.services.server_note import is_up, port_of
+from eclectus.flows.services.deploy import project
+from eclectus.flows.services.flow_runs.api import Api
+from eclectus.flows.services.flow_runs.notes import TOKEN
+from eclectus.flows.services.flow_runs.settle import stop_runs
+from eclectus.flows.services.server import auth_string, leave, login_address, prefect_folder
+from eclectus.flows.services.server_note import is_up
+from eclectus.flows.services.supervisor.note import NOTE, UpNote, beat_age, read_up_note, up_lock
+from eclectus.flows.services.supervisor.programs import WORKER_PROGRAM
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
-from eclectus.tasks.ray_cluster import OBJECT_STORE_BYTES, local_cpus
 
-DEFAULT_PORT = 4200
-RAY_DASHBOARD_PORT = 8265
+SUPERVISOR = "eclectus.flows.services.supervisor.watch"
+# Seconds to wait for all services; a service that fails again and again is given up sooner.
+UP_SECONDS = 300.0
+MOST_FAILURES = 4
+# A server that another command uses, and a Ray cluster that another has started, are not this home's.
+OF_OTHERS = frozenset({"PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "RAY_ADDRESS", TOKEN})
+# A supervisor that has not looked at its services for so long hangs.
+HUNG_SECONDS = 60.0
 
 
 def up(home: Home) -> str:
-    """Starts the services that are not running yet and returns the address that logs a browser into the UI."""
+    """Starts the services that are not running yet; returns the address that logs a browser into the UI.
+
+    Raises EclectusError, naming service and log, if they do not come up. Services that were up before stay.
+    """
     folder = prefect_folder(home)
-    notes = _read(folder)
-    if notes and all(service.is_alive() for service in _services(notes)) and is_up(notes["api"]):
-        return login_address(folder, notes["api"])
-    down(home)
-    api = join(folder, port=DEFAULT_PORT)
-    keep_port(folder, "server", port_of(api))
-    ui = api.removesuffix("/api")
-    # Ray puts sockets into this folder, whose paths must be short; a path in the home may be too long.
-    ray_folder = tempfile.mkdtemp(prefix="eclectus-ray-")
-    notes = {"ui": ui, "api": api, "ray": ray_folder, "services": []}
-
-    def started(service: Background) -> Background:
-        notes["services"].append(asdict(service))
-        join(folder, service)
-        (folder / "services.json").write_text(json.dumps(notes))
-        return service
-
-    try:
-        pages = f"http://127.0.0.1:{home_port(folder, 'pages')}"
-        keep_port(folder, "pages", port_of(pages))
-        environment = os.environ | server_environment(folder, api) | service_environment(home) | {PAGES: pages}
-        ray = started(_start_ray(folder, Path(ray_folder), environment))
-        started(_start_pages(home, folder, pages))
-        _run(environment, "-m", "eclectus", "deploy")
-        ray.wait_until(lambda: bool(_ray_address(Path(ray_folder))))
-        environment["RAY_ADDRESS"] = _ray_address(Path(ray_folder))
-        worker = ["-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "local"]
-        log = folder / "worker.log"
-        started(Background.start("the worker", [sys.executable, *worker], environment, log, project()))
-    except BaseException:
-        down(home)
-        raise
-    finally:
-        leave(folder)
-    return login_address(folder, api)
+    with up_lock(folder):
+        note = read_up_note(folder)
+        if note and note.supervisor_running() and beat_age(folder) < HUNG_SECONDS and _all_run(note):
+            return login_address(folder, note.api)
+        before = bool(note and note.ready)
+        if note and (Path(note.path) != folder.resolve() or not note.token):
+            # Of a home that was moved since, or by an earlier version: they know the old path only.
+            _down(home, folder)
+            before = False
+        supervisor = _start_supervisor(home, folder)
+    return _wait(home, folder, supervisor, before)
 
 
 def down(home: Home) -> list[str]:
-    """Stops the services of `up` and all their child processes; returns the names of those that were running."""
+    """Stops the services of `up`, flow runs and all child processes; returns the names of those that were running.
+
+    Runs of the command line that use the Prefect server go on, and the last of them ends it.
+    """
     folder = prefect_folder(home)
-    notes = _read(folder) or {"services": []}
-    running = [service for service in _services(notes) if service.is_alive()]
-    for service in reversed(running):
+    with up_lock(folder):
+        return _down(home, folder)
+
+
+def _all_run(note: UpNote) -> bool:
+    return note.ready and len(note.running()) == len(note.services) and is_up(note.api)
+
+
+def _start_supervisor(home: Home, folder: Path) -> Background:
+    """Finds the supervisor, or starts one."""
+    note = read_up_note(folder)
+    running = note.supervisor_running() if note else None
+    if running and beat_age(folder) > HUNG_SECONDS:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(running.pid, signal.SIGKILL)
+        psutil.wait_procs([psutil.Process(running.pid)] if psutil.pid_exists(running.pid) else [], 10)
+        running = None
+    if running:
+        os.kill(running.pid, signal.SIGUSR1)
+        return running
+    environment = {name: value for name, value in os.environ.items() if name not in OF_OTHERS}
+    command = [sys.executable, "-m", SUPERVISOR, home.name]
+    log = folder / "supervisor.log"
+    supervisor = Background.start("the supervisor", command, environment, log, project())
+    supervisor.wait_until(lambda: _noted_supervisor(folder) == supervisor)
+    return supervisor
+
+
+def _noted_supervisor(folder: Path) -> Background | None:
+    note = read_up_note(folder)
+    return note.supervisor_running() if note else None
+
+
+def _wait(home: Home, folder: Path, supervisor: Background, before: bool) -> str:
+    """Until all services are ready. before: they were, so what runs is left running when one does not come up."""
+    deadline = time.monotonic() + UP_SECONDS
+    while True:
+        note = read_up_note(folder)
+        if not supervisor.is_alive():
+            ended = "stopped by `eclectus down` meanwhile" if note is None else f"it ended; its log is {supervisor.log}"
+            raise EclectusError(f"the supervisor of the services was {ended}")
+        if note and _all_run(note):
+            return login_address(folder, note.api)
+        trouble = "; ".join(note.status.values()) if note else ""
+        gave_up = bool(note) and max(note.failures.values(), default=0) >= MOST_FAILURES
+        if time.monotonic() > deadline or gave_up:
+            if not before:
+                down(home)
+            raise EclectusError(trouble or f"the services did not come up in time; the log is {supervisor.log}")
+        time.sleep(0.2)
+
+
+def _down(home: Home, folder: Path) -> list[str]:
+    note = read_up_note(folder)
+    if note is None:
+        # None, or the note in a copy of a home, which is about the original's processes.
+        (folder / NOTE).unlink(missing_ok=True)
+        note = UpNote(str(folder), "", token="", ray="")
+    if supervisor := note.supervisor_running():
+        supervisor.stop()
+    # It may have started one just before it ended.
+    note = read_up_note(folder) or note
+    running = note.running()
+    mark = None
+    if note.token and note.api:
+        with contextlib.suppress(OSError):
+            mark = stop_runs(folder, Api(note.api, auth_string(folder)), note.token)
+    for service in running:
+        if service.name == WORKER_PROGRAM:
+            service.stop()
+    if mark:
+        # Without a server, the next `up` settles them.
+        with contextlib.suppress(OSError, KeyError, TypeError):
+            mark()
+    for service in running:
         service.stop()
-    (folder / "services.json").unlink(missing_ok=True)
-    if notes.get("ray"):
-        shutil.rmtree(notes["ray"], ignore_errors=True)
-    # Runs of the command line go on, and the last of them ends the server.
+    _end_all(folder, note.token)
+    (folder / NOTE).unlink(missing_ok=True)
+    if note.ray:
+        shutil.rmtree(note.ray, ignore_errors=True)
     ended = ["the Prefect server"] if leave(folder) else []
     return [service.name for service in running] + ended
 
 
-def service_environment(home: Home) -> dict[str, str]:
-    """Environment that the worker passes to every flow run."""
-    return {
-        "PREFECT_WORKER_QUERY_SECONDS": "3",
-        # The automation for zombie runs waits for heartbeats; 30 s is the shortest interval that Prefect allows.
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # A token for this cluster; Ray's own token file is shared by all clusters of a user.
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
-        "ECLECTUS_HOME": home.name,
-        "ECLECTUS_DIRECTORY": str(project()),
-    }
-
-
-def _start_ray(folder: Path, ray_folder: Path, environment: dict[str, str]) -> Background:
-    """Starts a Ray head for this machine, with its dashboard. It listens on every interface, hence the token."""
-    command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
-        f"--port={free_port()}", f"--temp-dir={ray_folder}", f"--ray-client-server-port={free_port()}",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={free_port(RAY_DASHBOARD_PORT)}",
-        f"--dashboard-agent-listen-port={free_port()}",
-        f"--num-cpus={local_cpus()}", f"--object-store-memory={OBJECT_STORE_BYTES}",
-    ]  # fmt: skip
-    # `down` stops the runs before Ray, so Ray need not wait for them.
-    quick = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
-    return Background.start("Ray", command, environment | quick, folder / "ray.log")
-
-
-def _ray_address(ray_folder: Path) -> str:
-    """HOST:PORT, which Ray writes to a file when it is ready; empty before."""
-    note = ray_folder / "ray_current_cluster"
-    return note.read_text().strip() if note.is_file() else ""
-
-
-def _start_pages(home: Home, folder: Path, address: str) -> Background:
-    """Serves the home's reports, so that a run's link to its report opens."""
-    reports = home.store.root / "report"
-    reports.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "eclectus.flows.services.pages", str(reports), address.rpartition(":")[2]]
-    return Background.start("the report pages", command, dict(os.environ), folder / "pages.log")
-
-
-def _run(environment: dict[str, str], *words: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *words], env=environment, cwd=project(), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise EclectusError(f"`python {' '.join(words)}` failed: {(done.stderr or done.stdout).strip()[-500:]}")
-
-
-def _services(notes: dict[str, Any]) -> list[Background]:
-    return [Background(**service) for service in notes["services"]]
-
-
-def _read(folder: Path) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / "services.json").read_text())
-    return None
+def _end_all(folder: Path, token: str) -> None:
+    """Kills every process that carries the token, or whose note was lost: those of `up`'s that work in this folder."""
+    left: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            environment = process.environ()
+            ours = environment.get(TOKEN, "")
+            if ours and (ours == token or environment.get("PREFECT_HOME") == str(folder)):
+                left[process.pid] = process
+    for process in left.values():
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs([*left.values()], 10)
