@@ -26,6 +26,7 @@ from eclectus.flows.services.server import auth_string, leave, login_address, pr
 from eclectus.flows.services.server_note import is_up
 from eclectus.flows.services.supervisor.note import NOTE, UpNote, beat_age, read_up_note, up_lock
 from eclectus.flows.services.supervisor.programs import WORKER_PROGRAM
+from eclectus.flows.services.supervisor.service import end_session
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 
@@ -140,6 +141,9 @@ def _down(home: Home, folder: Path) -> list[str]:
             mark()
     for service in running:
         service.stop()
+    for service in note.noted():
+        # Ray's agents hide their environment; they stay in the session of the process that started Ray.
+        end_session(service.pid)
     _end_all(folder, note.token)
     (folder / NOTE).unlink(missing_ok=True)
     if note.ray:

@@ -30,7 +30,7 @@ from eclectus.flows.services.server import auth_string, join, prefect_folder
 from eclectus.flows.services.server_note import port_of
 from eclectus.flows.services.supervisor.note import BEAT, UpNote, read_up_note
 from eclectus.flows.services.supervisor.programs import PAGES_SERVER, RAY, WORKER_PROGRAM, Programs
-from eclectus.flows.services.supervisor.service import Service, pause
+from eclectus.flows.services.supervisor.service import Service, end_session, pause
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 
@@ -75,6 +75,9 @@ class Supervisor:
         """Until a signal ends the process; the services go on."""
         self.programs.choose_pages()
         now = time.monotonic()
+        for process in self.note.noted():
+            if not process.is_alive():
+                end_session(process.pid)
         for process in self.note.running():
             for service in self.services:
                 if service.name == process.name:
