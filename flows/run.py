@@ -30,7 +30,7 @@ from eclectus.flows.library_warnings import library_warnings_logged, limit_verbo
 from eclectus.flows.services.flow_runs.api import Api
 from eclectus.flows.services.flow_runs.decide import STARTS, crashes
 from eclectus.flows.services.flow_runs.stops import watched_flow_run, why_ended
-from eclectus.flows.services.server import prefect_folder, prefect_server
+from eclectus.flows.services.server import prefect_path, prefect_server
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
@@ -109,7 +109,7 @@ def open_run(
         journal.event("run_started", flow=flow, parameters=parameters.model_dump(mode="json"), **_surroundings())
         started, error = time.monotonic(), None
         try:
-            with activate(run), watched_flow_run(prefect_flow_run, prefect_folder(home)):
+            with activate(run), watched_flow_run(prefect_flow_run, prefect_path(home)):
                 yield run
         except BaseException as fault:
             error = fault
@@ -122,7 +122,7 @@ def open_run(
                     state=_state(error),
                     seconds=round(time.monotonic() - started, 3),
                     prefect_flow_run=run.prefect_flow_run,
-                    error=why_ended(error, run.prefect_flow_run, prefect_folder(home)),
+                    error=why_ended(error, run.prefect_flow_run, prefect_path(home)),
                 )
                 run.close_kept(error)
                 shut_ray()
@@ -155,7 +155,7 @@ def _joined(run: Run, flow: str) -> Iterator[None]:
     first = None if run.prefect_flow_run else _prefect_flow_run()
     run.prefect_flow_run = run.prefect_flow_run or first
     try:
-        with watched_flow_run(first, prefect_folder(run.home)):
+        with watched_flow_run(first, prefect_path(run.home)):
             yield
     finally:
         run.flow = caller

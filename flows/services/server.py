@@ -151,9 +151,15 @@ def auth_string(folder: Path) -> str:
 
 
 def prefect_folder(home: Home) -> Path:
-    folder = home.root / "prefect"
+    """The home's folder of Prefect and its services, made if there is none."""
+    folder = prefect_path(home)
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def prefect_path(home: Home) -> Path:
+    """Where `prefect_folder` is or would be."""
+    return home.root / "prefect"
 
 
 def _found(folder: Path) -> str | None:

@@ -109,7 +109,7 @@ def _wait(home: Home, folder: Path, supervisor: Background, before: bool) -> str
         if note and _all_run(note):
             return login_address(folder, note.api)
         trouble = "; ".join(note.status.values()) if note else ""
-        gave_up = bool(note) and max(note.failures.values(), default=0) >= MOST_FAILURES
+        gave_up = note is not None and max(note.failures.values(), default=0) >= MOST_FAILURES
         if time.monotonic() > deadline or gave_up:
             if not before:
                 down(home)
