@@ -227,9 +227,10 @@ def _write_part(
 
 def _write_index(connection: duckdb.DuckDBPyConnection, home: Home, stem: str) -> None:
     """Writes the edges and nodes of the table `part`, for the part of this name, in place of those that it has."""
+    ended = "(from part where event = 'step_ended')"
     tables = {
-        "edges": f"select * from ({edges('part')}) order by output, input",
-        "nodes": f"select * from ({nodes('part')}) order by placed, node, made, made_by",
+        "edges": f"select * from ({edges(ended)}) order by output, input",
+        "nodes": f"select * from ({nodes(ended)}) order by placed, node, made, made_by",
     }
     for name, sql in tables.items():
         with temporary_path(home.journal / name / "part") as temporary:
