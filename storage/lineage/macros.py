@@ -5,8 +5,8 @@
     trace(x)                     which artifacts hold a document, and what was made from them
     difference(a, b)             what differs between two runs
 
-`reached` is one breadth-first recursive query, which the others hold, in Python connections, in `eclectus.duckdb` and in
-bundles alike. It keeps one row per node (`using key`), so a diamond is visited once; this needs DuckDB 1.3 or later.
+`reached` is one breadth-first recursive query, which the others hold, in Python connections, in `eclectus.duckdb` and
+in bundles alike. It keeps one row per node (`using key`), so a diamond is visited once; this needs DuckDB 1.3 or later.
 Compaction writes the index next to each Parquet part of events: `edges`, two 64-bit numbers each, and `nodes`, ordered
 by time, since artifacts of one lineage were made at about the same time. Cost: one scan of the edges, then one hash
 join per level; docs/benchmarks.md.
@@ -80,7 +80,8 @@ _LINEAGE = f"""table
 # A document's name in its source, or at least 8 digits of the SHA-256 of its text, of which its id has the first 32.
 _CALLED = (
     "(document = x or name = x "
-    "or (length(x) between 8 and 64 and regexp_full_match(x, '[0-9a-fA-F]+') and starts_with(document, lower(x)[1:32])))"
+    "or (length(x) between 8 and 64 and regexp_full_match(x, '[0-9a-fA-F]+') "
+    "and starts_with(document, lower(x)[1:32])))"
 )
 
 # What holds the document, and the steps that read it: in a bundle, and in a home, where the journals are read once.

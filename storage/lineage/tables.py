@@ -141,7 +141,8 @@ VIEWS = {
         "run flow state event logged started seconds parameters code_version host python packages prefect_flow_run "
         "error",
         """
-        with of_runs as materialized (from {events} where event in ('run_started', 'run_ended', 'run_kept', 'run_released')),
+        with of_runs as materialized (
+                 from {events} where event in ('run_started', 'run_ended', 'run_kept', 'run_released')),
              keeping as (select run, arg_max(event = 'run_kept', logged) as kept
                          from of_runs where event in ('run_kept', 'run_released') group by run)
         select run, flow, coalesce(state, 'unfinished') as state, started,
