@@ -92,7 +92,7 @@ def call_in_run(flow: Any, parameters: Any) -> Any:
     function = getattr(flow, "whole", None)
     if function is None:
         return flow(parameters)
-    if run is None or not run.in_prefect or run.lookup is not None:
+    if run is None or not run.shown_in_prefect:
         return function(parameters)
     outcome = Outcome()
     _outcomes.append(outcome)

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,21 @@ def _show_in_prefect(run: Run) -> None:
     from eclectus.flows.ui import PrefectPages
 
     run.in_prefect = True
+    run.prefect_answers = _prefect_answers
     run.displays.append(PrefectPages())
+
+
+def _prefect_answers() -> bool:
+    """Whether something listens at the address of Prefect's API."""
+    address = urllib.parse.urlsplit(os.environ.get("PREFECT_API_URL", ""))
+    if not address.hostname:
+        return True
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def _show_end(display: Display, run: Run) -> None:

@@ -55,6 +55,8 @@ class PrefectPages:
     It is called in the step's task run, which owns the artifacts.
     """
 
+    needs_prefect = True
+
     def __init__(self) -> None:
         self._bars: dict[str, tuple[UUID, float]] = {}
         self._rows: list[dict[str, Any]] = []

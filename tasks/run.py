@@ -62,7 +62,8 @@ class Run:
     """One run. id: its name in the lineage. flow: the flow that is now calling steps. interrupted: by Ctrl-C.
 
     step, label: of the step that is running. states: by label. results: of flows, by name and parameters.
-    faults: of displays, by name. lookup: set while keys are only looked up (tasks/lookup.py). services: what was
+    faults: of displays, by name. prefect_answers: whether Prefect's server, if any, is there (its client asks a dead
+    one for a minute at every call). lookup: set while keys are only looked up (tasks/lookup.py). services: what was
     started for the run, ended after its displays. read: what was read from the lineage, by name.
     """
 
@@ -81,6 +82,7 @@ class Run:
     results: dict[str, Any] = field(default_factory=dict)
     kept: dict[str, contextlib.AbstractContextManager[Any]] = field(default_factory=dict)
     faults: Counter[str] = field(default_factory=Counter)
+    prefect_answers: Callable[[], bool] = lambda: True
     lookup: StepCalls | None = None
     services: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     read: dict[str, Any] = field(default_factory=dict)
@@ -93,7 +95,9 @@ class Run:
             self.show_on(display, act)
 
     def show_on(self, display: Display, act: Callable[[Display], None]) -> None:
-        """Calls one display, as `show` does."""
+        """Calls one display, as `show` does; one that needs Prefect only while that answers."""
+        if getattr(display, "needs_prefect", False) and not self.prefect_answers():
+            return
         try:
             act(display)
         except Exception as error:
@@ -109,6 +113,11 @@ class Run:
         for display in self.displays:
             if looking_up := getattr(display, "looking_up", None):
                 self.show_on(display, lambda _: looking_up(label))
+
+    @property
+    def shown_in_prefect(self) -> bool:
+        """Whether calls of steps and flows are shown in Prefect now."""
+        return self.in_prefect and self.lookup is None and self.prefect_answers()
 
     def find(self, kind: str, digest: str) -> Artifact:
         """An artifact of the store, or one that a plan expects. Raises EclectusError when there is none."""

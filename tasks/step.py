@@ -90,7 +90,7 @@ class Step:
                 times = call.began, now(), time.monotonic() - call.started
                 self.report_reuse(run, label, call.record, found["out"], reason, times)
                 return found["out"]
-        return self._in_prefect(run, call) if run.in_prefect else self._execute(run, call)
+        return self._in_prefect(run, call) if run.shown_in_prefect else self._execute(run, call)
 
     def record(self, arguments: dict[str, Any], read: dict[str, str] | None = None) -> Record:
         """The part of the call that the key is computed from. read: what was read, in place of the fingerprint."""

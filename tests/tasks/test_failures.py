@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import Field
 from eclectus.flows.cli.main import main
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.connection import query
-from eclectus.tasks.run import MOST_FAULTS
+from eclectus.tasks.run import MOST_FAULTS, Outcome, undisturbed
 from eclectus.tasks.settings import Settings
 from eclectus.tasks.step import step
 
@@ -60,6 +61,59 @@ def test_no_display_can_end_a_run_or_keep_its_end_out_of_the_lineage(home, monke
     assert query("select count(*) from steps where state = 'completed'", home)[1] == [(4,)]
     assert shown.text and Gone.calls == MOST_FAULTS and "left out from now on" in caplog.text
     assert [type(display) for display in run.displays] == [Shown]
+
+
+class Server(Gone):
+    """A display of a Prefect server that does not answer."""
+
+    needs_prefect = True
+
+
+def test_a_dead_prefect_server_is_not_asked_and_the_steps_go_on(home, monkeypatch):
+    from eclectus.flows import flow
+    from eclectus.flows import run as runs
+
+    monkeypatch.setenv("MY_API_TOKEN", "x")
+    monkeypatch.setattr(runs, "shut_ray", lambda: None)
+    # Bound, and nobody listens.
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{closed.getsockname()[1]}/api")
+        monkeypatch.setattr(flow.Flow, "__call__", lambda *_: pytest.fail("Prefect was asked"))
+        before = Gone.calls
+        with runs.open_run("curate", PlaceSettings(), home, [Server()]) as run:
+            run.in_prefect, run.prefect_answers = True, runs._prefect_answers
+            look(settings=PlaceSettings(sources=["y"]))
+            assert flow.call_in_run(flow.Flow(lambda parameters: parameters), 3) == 3
+    assert Gone.calls == before
+    assert query("select label, state, prefect_task_run from steps", home)[1] == [("look", "completed", None)]
+
+
+def test_a_call_that_prefect_cannot_show_is_made_once_and_keeps_its_result_or_error():
+    def calls(before, after, act):
+        """As Prefect calls `act`, with what fails before and after it."""
+        outcome, made = Outcome(), []
+
+        def acted():
+            made.append(1)
+            return act()
+
+        def call():
+            if before:
+                raise before
+            outcome.of(acted)
+            raise after
+
+        return made, lambda: undisturbed(call, outcome, acted)
+
+    refused = ConnectionError("refused")
+    for before, after in ((refused, None), (None, refused)):
+        made, call = calls(before, after, lambda: 5)
+        assert call() == 5 and made == [1]
+    made, call = calls(None, refused, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call()
+    assert made == [1]
 
 
 def test_the_end_is_in_the_lineage_when_what_comes_after_it_fails(home, monkeypatch):
