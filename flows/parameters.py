@@ -51,7 +51,7 @@ MORE = "more_settings"
 MORE_FIELD = {
     "title": "More Settings",
     "description": "Any other settings, one 'setting: value' per line, as in a config file; "
-    "`eclectus COMMAND --help-all` describes them.",
+    "eclectus COMMAND --help-all describes them.",
     "type": "string",
     "default": "",
 }

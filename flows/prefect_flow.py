@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,6 +24,15 @@ from eclectus.storage.secrets import scrub
 
 R = TypeVar("R")
 FORM = "the form"
+# What the present UI puts into a form as a run's name, as `omicron3-chaltok`, and the other one, as `Rustic-Egret`.
+GREEK = re.compile(
+    "(alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|omicron|pi|rho|sigma|tau|upsilon|phi|"
+    r"chi|psi|omega)\d*(-[a-z]+)+"
+)
+PRODUCT = re.compile(
+    "(Awesome|Rustic|Small|Gorgeous|Fantastic|Sleek|Intelligent|Unbranded|Refined|Licensed|Generic|Practical|Ergonomic|"
+    r"Handcrafted|Tasty|Handmade|Incredible)-[A-Z][^-]{1,5}"
+)
 
 
 def as_flow(function: Callable[..., R]) -> Flow[..., R]:
@@ -70,9 +80,11 @@ def _name_now(name: str) -> str:
 
 
 def is_generated(name: str) -> bool:
-    """Whether Prefect made this name of a run out of two random words."""
+    """Whether Prefect made this name: its server from two random words, or one of its two UIs in the form."""
     from coolname.data import config
 
+    if GREEK.fullmatch(name) or PRODUCT.fullmatch(name):
+        return True
     lists: Any = config.values()
     words = {word for each in lists for word in each.get("words", ())}
     return "-" in name and words.issuperset(name.split("-"))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePosixPath
 from typing import Any
 
 LONGEST = 120
+# The end of the name of a retraining that has not counted the new documents yet.
+SEARCHING = "looking for new documents"
 
 
 def run_name(flow: str, parameters: Any) -> str:
@@ -52,7 +55,7 @@ def _evaluate(given: Any) -> str:
 
 
 def _retrain(given: Any) -> str:
-    return f"retrain {given.retrain_line}: looking for new documents"
+    return f"retrain {given.retrain_line}: {SEARCHING}"
 
 
 def _similarity(given: Any) -> str:
@@ -88,8 +91,11 @@ def _sources(given: Any) -> str:
 
 
 def _model(name: str) -> str:
-    """A short name of a model: of a folder or a name on the hub, its last part."""
-    return _last(name) or "no model"
+    """A short name of a model: of a folder or a name on the hub its last part, of an artifact's folder its name."""
+    last = _last(name)
+    if re.fullmatch("[0-9a-f]{32,64}", last):
+        return f"{PurePosixPath(name).parent.name or 'checkpoint'}-{last[:12]}"
+    return last or "no model"
 
 
 def _last(path: str) -> str:

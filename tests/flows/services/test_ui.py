@@ -258,8 +258,7 @@ def test_every_field_of_the_form_explains_itself_and_has_a_working_default(user)
     *shown, more = user.page.evaluate(SHOWN)
     assert [label for label, _, _ in shown] == [name.replace("_", " ").title() for name in names]
     assert [label for label, _, _ in shown][:2] == ["Sources", "Base Model"]
-    # The form draws Markdown.
-    assert more == [MORE_FIELD["title"], MORE_FIELD["description"].replace("`", ""), [""]]
+    assert more == [MORE_FIELD["title"], MORE_FIELD["description"], [""]]
     for name, (_, explained, values) in zip(names, shown, strict=True):
         field = model.model_fields[name]
         assert explained == field.description
