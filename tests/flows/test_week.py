@@ -1,0 +1,129 @@
+"""A week of unattended operation in minutes: a schedule of one minute and kills, full disks, clock steps, up, down.
+
+ECLECTUS_WEEK_MINUTES (default 4; 60 for the full hour) and ECLECTUS_WEEK_SEED (default 1) choose its length and what
+happens when; the timeline is printed and kept in timeline.txt in the test's folder (or in ECLECTUS_WEEK_FOLDER).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.week import Week, short
+from tests.support.week_accounts import account_for_runs, left_over, open_runs, overlaps
+from tests.support.week_events import EVENTS, Chaos, Questions, draw_plan
+from tests.support.week_questions import QUESTIONS, wrong_answers
+
+MINUTES = float(os.environ.get("ECLECTUS_WEEK_MINUTES", "4"))
+SEED = int(os.environ.get("ECLECTUS_WEEK_SEED", "1"))
+QUIET = 120.0
+# A retraining of the last documents may take this long on a busy machine.
+SETTLED = 600.0
+
+
+def test_a_plan_is_the_same_for_a_seed_and_in_an_hour_everything_happens():
+    plan = draw_plan(3, 60)
+    assert plan == draw_plan(3, 60) != draw_plan(4, 60)
+    assert {event.name for event in plan} == set(EVENTS)
+    assert [event.at for event in plan] == sorted(event.at for event in plan) and 3500 < plan[-1].at <= 3600
+    assert len(QUESTIONS) >= 22
+    assert draw_plan(3, 4) == [event for event in plan if event.at <= 240]
+
+
+# Slow: minutes of a real server, worker and Ray, killed and started again. Alone: it measures minutes on a clock.
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.timeout(60 * (MINUTES + 40))
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found by their environment in /proc")
+def test_a_week_of_kills_and_restarts_ends_with_every_run_accounted_for_and_nothing_left(tmp_path):
+    folder = Path(os.environ.get("ECLECTUS_WEEK_FOLDER") or tmp_path)
+    shutil.rmtree(folder, ignore_errors=True)
+    week = Week(folder, SEED)
+    try:
+        complaints = live(week)
+    finally:
+        week.close()
+    assert not complaints, "\n".join([*week.lines[-200:], f"seed {SEED}, {MINUTES:g} minutes:", *complaints])
+
+
+def live(week):
+    rng = random.Random(SEED)
+    week.log(f"seed {SEED}, {MINUTES:g} minutes, home {week.home}, mark {week.mark}")
+    week.write_documents(rng)
+    code, text = week.ask("up")
+    assert code == 0, text
+    week.schedule_every_minute()
+    week.watch()
+    week.log("up; the schedule begins")
+    chaos = Chaos(week)
+    with Questions(week) as questions:
+        chaos.happen(draw_plan(SEED, MINUTES))
+        week.write_documents(rng)
+        last = time.time()
+        week.log(f"quiet; {questions.asked} questions were asked")
+        settled = settle(week, last)
+    complaints = list(week.faults)
+    if not settled:
+        complaints.append(f"no run that began after the last documents has completed in {SETTLED:g} s")
+    complaints += account_for_runs(week) + overlaps(week)
+    complaints += stop_schedule(week) + everything_is_trained(week)
+    code, text = week.ask("down")
+    complaints += [] if code == 0 else [f"the last `down` ended with {code}: {text}"]
+    time.sleep(5)
+    complaints += left_over(week)
+    code, text = week.ask("verify")
+    complaints += [] if code == 0 else [f"`verify` ended with {code}: {text}"]
+    complaints += open_runs(week) + wrong_answers(week.home, week.rows)
+    week.log(f"end; {len(complaints)} complaints")
+    for each in complaints:
+        week.log(f"COMPLAINT {each}")
+    return complaints
+
+
+def everything_is_trained(week):
+    code, text = week.ask("retrain", "--config", str(week.folder / "week.yaml"))
+    return [] if code == 0 and "nothing is new" in text else [f"a retraining after the week ended with {code}: {text}"]
+
+
+def settle(week, last):
+    """Waits for the quiet time, and for a completed run that began after the last documents."""
+    began = time.time()
+    while time.time() - began < SETTLED:
+        done = any(
+            not seen.gone and seen.state == "Completed" and any(
+                name == "Running" and when > last for when, name, _ in seen.states
+            )
+            for seen in list(week.flow_runs.values())
+        )  # fmt: skip
+        if done and time.time() - began > QUIET:
+            week.log(f"settled after {time.time() - began:.0f} s")
+            return True
+        time.sleep(1)
+    return False
+
+
+def stop_schedule(week):
+    """Pauses the schedule, waits for the run in progress; the slots of the deployment must be free then."""
+    deployment = week.deployment()
+    schedules = week.api(f"deployments/{deployment['id']}/schedules")
+    if not any(each["schedule"].get("interval") == 60 for each in schedules):
+        return [f"the user's schedule of one minute is gone; there are {schedules}"]
+    for each in schedules:
+        week.api(f"deployments/{deployment['id']}/schedules/{each['id']}", {"active": False}, "PATCH")
+    end = time.time() + 240
+    while time.time() < end:
+        active = [
+            f"{short(name)} {seen.state}"
+            for name, seen in week.flow_runs.items()
+            if not seen.gone and seen.state in ("Pending", "Running", "Cancelling", "Late", "AwaitingRetry")
+        ]
+        slots = week.limit()["active_slots"]
+        if not active and not slots:
+            return []
+        time.sleep(1)
+    return [f"4 minutes after the schedule was paused: active {active}, slots in use {slots}"]
