@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eclectus.storage.home import Home
 from tests.support.dense_bases import write_base
 from tests.support.week_clock import COMPILER, SteppedClock
 
@@ -51,6 +50,7 @@ RULES = ["bits_per_byte.expanded <= champion * 2", "retention.original >= 0.1"]
 PATIENCE = 420
 # The issue asks for a minute; a process that starts on a busy machine may take another.
 STUCK = 150.0
+ACTIVE = ("Pending", "Submitting", "InfrastructurePending", "Running", "Cancelling")
 
 
 @dataclass
@@ -353,9 +353,8 @@ class Week:
             state = (each["state"] or {}).get("name")
             if state == "Late":
                 waits[each["id"], "Late"] = time.time()
-            elif state in ("Pending", "Submitting", "InfrastructurePending", "Running", "Cancelling"):
-                if each["id"] not in homes:
-                    waits[each["id"], "active without a process"] = time.time()
+            elif state in ACTIVE and each["id"] not in homes:
+                waits[each["id"], "active without a process"] = time.time()
         self._waits = {key: self._waits.get(key, now) for key, now in waits.items()}
         for (name, what), since in self._waits.items():
             if time.time() - since > STUCK:

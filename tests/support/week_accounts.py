@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import json
+import itertools
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.support.week import Week, is_locked, listening, short
+from tests.support.week import ACTIVE, Week, is_locked, listening, short
 from tests.support.week_questions import Files, read_journals
 
 ENDS = ("Completed", "Failed", "Crashed", "Cancelled")
@@ -81,8 +81,7 @@ def held_by_another(week: Week, name: str, when: float) -> bool:
     for other, seen in week.flow_runs.items():
         ends = [moment for moment, _, _ in seen.states[1:]] + [seen.gone or time.time()]
         for (began, state, _), ended in zip(seen.states, ends, strict=True):
-            active = state in ("Pending", "Submitting", "Running", "Cancelling", "InfrastructurePending")
-            if other != name and active and began - 15 <= when <= ended + 15:
+            if other != name and state in ACTIVE and began - 15 <= when <= ended + 15:
                 return True
     return False
 
@@ -94,7 +93,7 @@ def missing_minutes(week: Week, due: dict[str, Any]) -> list[str]:
     excuses = [each for each in week.did if each.name in ("services down", "step clock", "kill server", "fill disk")]
     return [
         f"no run was planned between {clock(a)} and {clock(b)}"
-        for a, b in zip(slots, slots[1:], strict=False)
+        for a, b in itertools.pairwise(slots)
         if b - a > 60 and not any(each.clock_started - 60 < b and each.clock_ended + 60 > a for each in excuses)
     ]
 
@@ -106,7 +105,7 @@ def clock(moment: float) -> str:
 def overlaps(week: Week) -> list[str]:
     """Moments at which more than one flow run of the deployment was worked at, two samples in a row."""
     found = []
-    for (_, before), (when, held) in zip(week.at_work, week.at_work[1:], strict=False):
+    for (_, before), (when, held) in itertools.pairwise(week.at_work):
         both = set(before.values()) & set(held.values())
         if len(both) > 1:
             found.append(f"{when - week.started:.0f} s: {sorted(short(name) for name in both)}")

@@ -1,4 +1,4 @@
-"""What happens to a home in its week: a seeded plan of kills, full disks, clock steps, `up` and `down`, and users' acts.
+"""What happens to a home in its week: a seeded plan of kills, full disks, clock steps, `up`, `down`, users' acts.
 
 Each event waits for what it needs (a run to be killed, say), so the plan gives the earliest moment of each; what was
 done, to which process and when, is in the timeline.

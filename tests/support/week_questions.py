@@ -20,7 +20,7 @@ Rows = list[dict[str, Any]]
 
 
 class Files:
-    """What the journals of a home say: runs and steps by id (their first and last events merged), metrics, decisions."""
+    """What the journals of a home say: runs and steps by id (first and last event merged), metrics, decisions."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -188,7 +188,8 @@ QUESTIONS: dict[str, tuple[str, Callable[[Files], Rows]]] = {
         "select run as \"value\", round(seconds, 3) as n from runs where state = 'completed' order by 1",
         lambda files: [{"value": name, "n": round(run["seconds"], 3)} for name, run in sorted(files.runs.items())
                        if run["state"] == "completed"]),
-    "how did the steps end": (by("state", "steps"), lambda files: counted(step["state"] for step in files.steps.values())),
+    "how did the steps end": (
+        by("state", "steps"), lambda files: counted(step["state"] for step in files.steps.values())),
     "which steps were reused": (
         by("label", "steps", "state = 'reused'"),
         lambda files: counted(step["label"] for step in files.steps.values() if step["state"] == "reused")),
@@ -215,12 +216,15 @@ QUESTIONS: dict[str, tuple[str, Callable[[Files], Rows]]] = {
         "group by all order by all",
         lambda files: counted(str(step["settings"]["retrain_documents"]) for step in files.ended()
                               if "retrain_documents" in (step.get("settings") or {}))),
-    "how many numbers were measured": (by("name", "metrics"), lambda files: counted(row["name"] for row in files.metrics)),
+    "how many numbers were measured": (
+        by("name", "metrics"), lambda files: counted(row["name"] for row in files.metrics)),
     "where did each training's loss end": (
         "select step as \"value\", round(arg_max(value, at_step), 6) as n from metrics "
         "where name = 'loss' and at_step is not null group by step order by 1", last_losses),
-    "what did the gate decide": (by("verdict", "decisions"), lambda files: counted(row["verdict"] for row in files.decisions)),
-    "which model is champion": ('select checkpoint as "value" from champions', lambda files: names(filter(None, [files.champion()]))),
+    "what did the gate decide": (
+        by("verdict", "decisions"), lambda files: counted(row["verdict"] for row in files.decisions)),
+    "which model is champion": (
+        'select checkpoint as "value" from champions', lambda files: names(filter(None, [files.champion()]))),
     "what was the champion made from": (
         "select artifact as \"value\" from upstream((select 'checkpoint-' || any_value(checkpoint) from champions)) "
         "order by 1",
