@@ -6,16 +6,23 @@ happens when; the timeline is printed and kept in timeline.txt in the test's fol
 
 from __future__ import annotations
 
+import datetime
+import functools
+import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.support.week import Week, short
+from tests.support.week import Did, Seen, Week, short
 from tests.support.week_accounts import account_for_runs, left_over, open_runs, overlaps
+from tests.support.week_clock import COMPILER, SteppedClock
 from tests.support.week_events import EVENTS, Chaos, Questions, draw_plan
 from tests.support.week_questions import QUESTIONS, wrong_answers
 
@@ -33,6 +40,55 @@ def test_a_plan_is_the_same_for_a_seed_and_in_an_hour_everything_happens():
     assert [event.at for event in plan] == sorted(event.at for event in plan) and 3500 < plan[-1].at <= 3600
     assert len(QUESTIONS) >= 22
     assert draw_plan(3, 4) == [event for event in plan if event.at <= 240]
+
+
+@pytest.mark.skipif(not COMPILER, reason="the clock of other processes is stepped by a small C library: no compiler")
+def test_a_stepped_clock_moves_the_time_of_a_running_process_and_not_what_it_waits_by(tmp_path):
+    clock = SteppedClock(tmp_path)
+    code = "import time\nfor _ in range(2): print(time.time(), time.monotonic(), flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | clock.environment, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    before = [float(each) for each in process.stdout.readline().split()]
+    clock.step(-3600)
+    process.stdin.write("\n\n")
+    process.stdin.flush()
+    after = [float(each) for each in process.stdout.readline().split()]
+    process.communicate()
+    assert -3600 <= after[0] - before[0] < -3500 and 0 <= after[1] - before[1] < 100
+
+
+def reckoning(tmp_path, states, did=(), deleted=()):
+    """Complaints about one flow run that was due two minutes ago, among others that are all well."""
+    now = time.time()
+    due = [datetime.datetime.fromtimestamp(now - 120 + 60 * n, datetime.UTC).isoformat() for n in range(2)]
+    runs = {"watched": Seen(due[0], states=[(now - ago, *state) for ago, *state in states])}
+    runs["next"] = Seen(due[1], states=[(now - 10, "Running", "")])
+    week = SimpleNamespace(
+        home=tmp_path, flow_runs=runs, deleted=set(deleted), now=lambda: now, log=lambda text: None,
+        did=[Did(name, "", now - 90, now - 80, now - 90, now - 80) for name in did],
+    )  # fmt: skip
+    return account_for_runs(week)
+
+
+def test_the_reckoning_notices_runs_that_nothing_accounts_for(tmp_path):
+    check = functools.partial(reckoning, tmp_path)
+    assert "has been Pending for 100 s" in check([(100, "Pending", "")])[0]
+    assert "has been Late for 70 s" in check([(70, "Late", "")], did=["kill worker"])[0]
+    assert "Completed with 0 completed runs in the journal" in check([(60, "Completed", "")])[0]
+    assert "no reason is given" in check([(60, "Failed", "")], did=["fill disk"])[0]
+    killed, full = (60, "Crashed", "status code: -9"), (60, "Failed", "no space left on device")
+    assert "no event of the week explains it" in check([killed])[0]
+    assert check([killed], did=["kill flow run"]) == []
+    assert "no event of the week explains it" in check([full], did=["kill flow run"])[0]
+    assert check([full], did=["fill disk"]) == []
+    cancelled = (60, "Cancelled", "Deployment concurrency limit reached.")
+    assert "no other run was active then" in check([cancelled])[0]
+    (tmp_path / "journal" / "events").mkdir(parents=True)
+    ended = {"event": "run_ended", "logged": "now", "run": "1", "state": "completed", "prefect_flow_run": "watched"}
+    (tmp_path / "journal" / "events" / "20260101.ndjson").write_text(json.dumps(ended) + "\n")
+    assert check([(60, "Completed", "")]) == []
 
 
 # Slow: minutes of a real server, worker and Ray, killed and started again. Alone: it measures minutes on a clock.

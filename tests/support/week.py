@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support.dense_bases import write_base
 from tests.support.week_clock import COMPILER, SteppedClock
 
 ROOT = Path(__file__).parents[2]
@@ -121,6 +120,9 @@ class Week:
             "ECLECTUS_HOME": str(self.home),
             **(self.clock.environment if self.clock else {}),
         }
+        # Here, since the fast tests of the plan and the reckoning need no torch.
+        from tests.support.dense_bases import write_base
+
         write_base(folder / "base", "llama")
         gate = {"lines": {"extended": {"model": "stage 2", "base": "dense", "rules": RULES}}}
         (folder / "gate.yaml").write_text(json.dumps(gate))
