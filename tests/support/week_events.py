@@ -337,7 +337,9 @@ class Questions:
             self.asked += 1
 
     def _started(self) -> int:
-        return len({row["run"] for row in read_journals(self.week.home) if row["event"] == "run_started"})
+        # Compaction folds the beginning into the end.
+        begun = ("run_started", "run_ended")
+        return len({row["run"] for row in read_journals(self.week.home) if row["event"] in begun})
 
     def count_runs(self) -> None:
         before = self._started()
