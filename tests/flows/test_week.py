@@ -1,7 +1,7 @@
 """A week of unattended operation in minutes: a schedule of one minute and kills, full disks, clock steps, up, down.
 
 ECLECTUS_WEEK_MINUTES (default 4; 60 for the full hour) and ECLECTUS_WEEK_SEED (default 1) choose its length and what
-happens when; the timeline is printed and kept in timeline.txt in the test's folder (or in ECLECTUS_WEEK_FOLDER).
+happens when, ECLECTUS_WEEK_EVENTS ("fill disk,kill server") that only such events happen; the timeline is printed and kept in timeline.txt in the test's folder (or in ECLECTUS_WEEK_FOLDER).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tests.support.week_questions import QUESTIONS, wrong_answers
 
 MINUTES = float(os.environ.get("ECLECTUS_WEEK_MINUTES", "4"))
 SEED = int(os.environ.get("ECLECTUS_WEEK_SEED", "1"))
+ONLY = [name for name in os.environ.get("ECLECTUS_WEEK_EVENTS", "").split(",") if name]
 QUIET = 120.0
 # A retraining of the last documents may take this long on a busy machine.
 SETTLED = 600.0
@@ -118,7 +119,7 @@ def live(week):
     week.log("up; the schedule begins")
     chaos = Chaos(week)
     with Questions(week) as questions:
-        chaos.happen(draw_plan(SEED, MINUTES))
+        chaos.happen(draw_plan(SEED, MINUTES, ONLY))
         week.write_documents(rng)
         last = time.time()
         week.log(f"quiet; {questions.asked} questions were asked")

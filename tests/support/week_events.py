@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +39,8 @@ class Event:
     luck: float
 
 
-def draw_plan(seed: int, minutes: float) -> list[Event]:
-    """No kind of event comes twice before all have come once; documents arrive in between."""
+def draw_plan(seed: int, minutes: float, kinds: Collection[str] = ()) -> list[Event]:
+    """No kind of event comes twice before all have come once; documents arrive in between. kinds: only these."""
     rng, at, names = random.Random(seed), 0.0, []
     plan = []
     while True:
@@ -48,7 +48,7 @@ def draw_plan(seed: int, minutes: float) -> list[Event]:
         if at > minutes * 60:
             return plan
         if not names:
-            names = [*EVENTS, *ORDINARY]
+            names = list(kinds) or [*EVENTS, *ORDINARY]
             rng.shuffle(names)
         plan.append(Event(round(at, 1), names.pop(), round(rng.random(), 4)))
 
