@@ -1,7 +1,8 @@
 """A week of unattended operation in minutes: a schedule of one minute and kills, full disks, clock steps, up, down.
 
 ECLECTUS_WEEK_MINUTES (default 4; 60 for the full hour) and ECLECTUS_WEEK_SEED (default 1) choose its length and what
-happens when, ECLECTUS_WEEK_EVENTS ("fill disk,kill server") that only such events happen; the timeline is printed and kept in timeline.txt in the test's folder (or in ECLECTUS_WEEK_FOLDER).
+happens when, ECLECTUS_WEEK_EVENTS ("fill disk,kill server") that only such events happen. The timeline is printed and
+kept in timeline.txt in the test's folder (or in ECLECTUS_WEEK_FOLDER).
 """
 
 from __future__ import annotations
