@@ -24,9 +24,13 @@ from tests.support.week_questions import read_journals
 GAP = 20.0  # seconds between two events, on average
 WAIT_FOR_A_RUN = 75.0
 # Parts of command lines: whom to kill, not whom to look for when all should be gone.
-WORKER, SERVER, KEEPER = r"prefect worker start", r"prefect server start|guarded_server", r"services[./]keeper"
+WORKER, SERVER, KEEPER = (
+    r"prefect worker start|flow_runs[./]worker",
+    r"prefect server start|guarded_server",
+    r"services[./]keeper",
+)
 RAY = r"raylet/raylet|gcs_server"
-ENGINE = r"prefect\.engine|prefect\.flow_engine|flow-run execute|_workspace"
+ENGINE = r"python"
 ORDINARY = ("documents", "documents", "kill flow run", "kill worker")
 
 
