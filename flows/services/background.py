@@ -83,6 +83,15 @@ class Background:
                     process.kill()
             _wait_for(left, STOP_SECONDS)
 
+    def stop_alone(self, number: int = signal.SIGTERM) -> None:
+        """Stops the program and leaves its descendants: this signal, after STOP_SECONDS SIGKILL."""
+        for each in (number, signal.SIGKILL):
+            if self.is_alive():
+                with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                    process = psutil.Process(self.pid)
+                    os.kill(self.pid, each)
+                    _wait_for([process], STOP_SECONDS)
+
 
 def _wait_for(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
     """Those that still run after `seconds`. A zombie does not: its parent may be another command, busy with its run."""

@@ -24,6 +24,7 @@ from eclectus.flows.services.flow_runs.notes import TOKEN
 from eclectus.flows.services.flow_runs.settle import stop_runs
 from eclectus.flows.services.server import auth_string, leave, login_address, prefect_folder
 from eclectus.flows.services.server_note import is_up
+from eclectus.flows.services.server_note import read_note as read_server_note
 from eclectus.flows.services.supervisor.note import NOTE, UpNote, beat_age, read_up_note, up_lock
 from eclectus.flows.services.supervisor.programs import WORKER_PROGRAM
 from eclectus.flows.services.supervisor.service import end_session
@@ -78,9 +79,7 @@ def _start_supervisor(home: Home, folder: Path) -> Background:
     note = read_up_note(folder)
     running = note.supervisor_running() if note else None
     if running and beat_age(folder) > HUNG_SECONDS:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(running.pid, signal.SIGKILL)
-        psutil.wait_procs([psutil.Process(running.pid)] if psutil.pid_exists(running.pid) else [], 10)
+        running.stop_alone(signal.SIGKILL)
         running = None
     if running:
         os.kill(running.pid, signal.SIGUSR1)
@@ -118,13 +117,15 @@ def _wait(home: Home, folder: Path, supervisor: Background, before: bool) -> str
 
 
 def _down(home: Home, folder: Path) -> list[str]:
-    note = read_up_note(folder)
+    note, server = read_up_note(folder), read_server_note(folder)
+    keeper = server.keeper if server and server.keeper.is_alive() else None
     if note is None:
         # None, or the note in a copy of a home, which is about the original's processes.
         (folder / NOTE).unlink(missing_ok=True)
         note = UpNote(str(folder), "", token="", ray="")
     if supervisor := note.supervisor_running():
-        supervisor.stop()
+        # Its services are its children, and runs are to be told why they end before the worker goes.
+        supervisor.stop_alone()
     # It may have started one just before it ended.
     note = read_up_note(folder) or note
     running = note.running()
@@ -148,7 +149,9 @@ def _down(home: Home, folder: Path) -> list[str]:
     (folder / NOTE).unlink(missing_ok=True)
     if note.ray:
         shutil.rmtree(note.ray, ignore_errors=True)
-    ended = ["the Prefect server"] if leave(folder) else []
+    # Its keeper may have seen first that nobody uses the server any more.
+    leave(folder)
+    ended = ["the Prefect server"] if keeper and not keeper.is_alive() else []
     return [service.name for service in running] + ended
 
 
