@@ -1,4 +1,4 @@
-"""`eclectus compare`: tables in the terminal, and a page with the curves."""
+"""`eclectus compare`: tables in the terminal and, with `-o`, a page with the curves."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import Any
 
 from eclectus.storage.home import Home
 from eclectus.tasks.report.compare_runs import Comparison, Measure, compare_runs, measure_name
-from eclectus.tasks.report.comparison_page import write_page
 
 # Numbers per layer and expert are too many for a table; the page and SQL have them.
 FINE = ("expert", "layer")
 
 
-def compare(runs: list[str], words: str, out: str | None) -> tuple[list[tuple[list[str], list[tuple[Any, ...]]]], Path]:
-    """(tables as columns and rows, path of the page). words: only measures with these in their name, all if empty."""
+def compare(runs: list[str], words: str, out: Path | None) -> list[tuple[list[str], list[tuple[Any, ...]]]]:
+    """Tables as columns and rows. words: only measures with these in their name, all if empty. out: the page."""
     home = Home.open()
     comparison = compare_runs(home, runs)
     chosen = [each for each in comparison.measures if words in measure_name(each) and not _is_fine(each)]
-    page = Path(out) if out else home.root / "compare.html"
-    page.write_text(write_page(comparison, chosen), "utf-8")
-    return [_runs(comparison), _settings(comparison), _values(comparison, chosen)], page
+    if out:
+        # matplotlib takes longer than the question.
+        from eclectus.tasks.report.comparison_page import write_page
+
+        out.write_text(write_page(comparison, chosen), "utf-8")
+    return [_runs(comparison), _settings(comparison), _values(comparison, chosen)]
 
 
 def _is_fine(measure: Measure) -> bool:

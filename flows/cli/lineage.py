@@ -121,10 +121,12 @@ def _trace(chosen: argparse.Namespace) -> None:
 
 def _diff(chosen: argparse.Namespace) -> None:
     from eclectus.storage.lineage.connection import connect
-    from eclectus.storage.lineage.runs import find_run
+    from eclectus.storage.lineage.runs import find_runs
 
-    with connect(_home()) as connection:
-        runs = [find_run(connection, name) for name in (chosen.run_a, chosen.run_b)]
+    home = _home()
+    with connect(home) as connection:
+        runs = find_runs(connection, [chosen.run_a, chosen.run_b])
+    with connect(home, runs=runs) as connection:
         answer = connection.execute("from difference(?, ?)", runs)
         names, rows = [column[0] for column in answer.description], answer.fetchall()
     print_rows(names, rows, chosen.json)
@@ -199,11 +201,11 @@ def _openlineage(chosen: argparse.Namespace) -> None:
 
     from eclectus.storage.lineage.connection import connect
     from eclectus.storage.lineage.openlineage import export
-    from eclectus.storage.lineage.runs import find_run
+    from eclectus.storage.lineage.runs import find_runs
 
     home = _home()
     with connect(home) as connection:
-        runs = [find_run(connection, name) for name in chosen.runs]
+        runs = find_runs(connection, chosen.runs)
     count = export(home, runs, Path(chosen.out) if chosen.out else None, chosen.namespace)
     if chosen.json:
         print(json.dumps({"runs": runs, "events": count, "out": chosen.out}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 from eclectus.flows.cli.lineage import RUN_HELP
 from eclectus.flows.cli.rows import print_rows
@@ -31,17 +32,19 @@ def add_promotion_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         from eclectus.flows.cli.compare import compare
         from eclectus.storage.commands import quoted
 
-        tables, page = compare(chosen.runs, chosen.measure, chosen.out)
-        for names, rows in tables:
+        page = Path(chosen.out) if chosen.out else None
+        for names, rows in compare(chosen.runs, chosen.measure, page):
             if rows:
                 print_rows(names, rows, chosen.json)
-        if not chosen.json:
+        if page and not chosen.json:
             print(f"\ncurves: {quoted(page)}")
 
-    compare = add("compare", show_comparison, "compare runs: differing settings, measures with their spread, curves")
+    compare = add(
+        "compare", show_comparison, "compare runs: differing settings, measures with their spread, curves (-o)"
+    )
     compare.add_argument("runs", nargs="+", help=RUN_HELP)
     compare.add_argument("--measure", default="", metavar="WORDS", help="only measures whose name holds these words")
-    compare.add_argument("-o", "--out", help="page to write (default: compare.html in the home)")
+    compare.add_argument("-o", "--out", help="also write a page (HTML) with the curves")
     compare.add_argument("--json", action="store_true", help="one JSON object per row instead of tables")
     rollback = add("rollback", _rollback, "make the previous champion champion again")
     rollback.add_argument("--line", help="line of champions (default: the only one that has a champion)")

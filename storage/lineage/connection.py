@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,12 +35,15 @@ STORAGE_VERSION = "v1.0.0"
 ROWS_AT_ONCE = 2_000
 
 
-def connect(home: Home | str | Path | None = None, writes: bool = True) -> duckdb.DuckDBPyConnection:
+def connect(
+    home: Home | str | Path | None = None, writes: bool = True, runs: Collection[str] | None = None
+) -> duckdb.DuckDBPyConnection:
     """A read-only DuckDB connection with the views over a home's journals: `connect().sql("from runs").df()`.
 
     Only lineage can be read through it, and nothing can be written: DuckDB itself refuses COPY, ATTACH, EXPORT, INSTALL
     and other files. Temporary tables are allowed. writes: whether the home is repaired and its views are kept for the
-    next time. Raises EclectusError when there is no home.
+    next time. runs: those that are asked about; of runs that are not compacted yet, no other is read. Raises
+    EclectusError when there is no home.
     """
     from eclectus.storage.lineage.read_only_files import PREFIX, ROOT, ReadOnlyFiles
 
@@ -51,7 +54,7 @@ def connect(home: Home | str | Path | None = None, writes: bool = True) -> duckd
         end_dead_runs(home)
         repair(home)
     folders = [home.journal, *(home.store.root / kind for kind in ("instances", "documents", "evaluation"))]
-    files = ReadOnlyFiles(home.root, folders, partial(replaced, home, GRACE / 2))
+    files = ReadOnlyFiles(home.root, folders, partial(replaced, home, GRACE / 2), runs)
     cached = home.journal / "views" / f"{_digest(home, ROOT)}.duckdb"
     # DuckDB is read-only for a file only. This one holds the views alone, and is removed once it is open.
     with tempfile.TemporaryDirectory(prefix="eclectus-") as scratch:
@@ -81,6 +84,11 @@ def connect(home: Home | str | Path | None = None, writes: bool = True) -> duckd
     return connection
 
 
+def read_once(connection: duckdb.DuckDBPyConnection) -> None:
+    """Keeps the ends of steps in a table of the connection, for one that asks several questions about them."""
+    connection.execute("create temp table live_ended as from live_ended")
+
+
 def walk(name: str, home: Home | None = None) -> list[dict[str, Any]]:
     """What an artifact was made from (direction `up`), `this`, and what was made from it (`down`), nearest first.
 
@@ -88,6 +96,7 @@ def walk(name: str, home: Home | None = None) -> list[dict[str, Any]]:
     lineage does not know the name. Raises EclectusError when it is the start of several. Cost: docs/benchmarks.md.
     """
     with connect(home) as connection:
+        read_once(connection)
         answer = connection.execute(
             "select 'up' as direction, * from upstream($1) union all select 'down', * from downstream($1)", [name]
         )

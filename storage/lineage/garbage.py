@@ -29,7 +29,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.journal import EVENTS, Journal
 from eclectus.storage.lineage.compact import finished, journals
-from eclectus.storage.lineage.connection import connect
+from eclectus.storage.lineage.connection import connect, read_once
 from eclectus.storage.lineage.macros import NODE
 from eclectus.storage.lineage.tables import matching, text
 
@@ -73,6 +73,7 @@ class Plan:
 def plan(home: Home, latest: int) -> Plan:
     """What could be deleted if the `latest` runs are kept, besides those that users keep."""
     with connect(home) as connection:
+        read_once(connection)
         runs = _kept_runs(connection, latest) | set(active_runs(home))
         needed = _needed(connection, runs)
         known = dict(connection.execute("select kind || '/' || artifact[1:32], bytes from artifacts").fetchall())
@@ -123,9 +124,10 @@ def active_runs(home: Home) -> list[str]:
 def _kept_runs(connection: duckdb.DuckDBPyConnection, latest: int) -> set[str]:
     rows = connection.execute(
         """
-        select run from runs where kept
+        with listed as materialized (select run, kept, started from runs)
+        select run from listed where kept
         union select run from (
-            select run from runs where run in (select run from step_outputs) order by started desc limit $1)
+            select run from listed where run in (select run from step_outputs) order by started desc limit $1)
         """,
         [latest],
     ).fetchall()

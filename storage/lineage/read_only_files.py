@@ -13,12 +13,13 @@ import glob
 import io
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from fsspec import AbstractFileSystem
 
+from eclectus.storage.artifact import EMPTY
 from eclectus.storage.journal import DECISIONS, EVENTS, METRICS
 
 PROTOCOL = "books"
@@ -31,13 +32,23 @@ class ReadOnlyFiles(AbstractFileSystem):
     """Local files below the folders of a root, symbolic links resolved first. Others raise PermissionError.
 
     replaced: returns journals and parts, as `events/NAME`, that are no longer listed, since others replace them.
+    runs: only their journals are listed, beside what was compacted (default: all).
     """
 
     protocol = PROTOCOL
     cachable = False
 
-    def __init__(self, root: Path, folders: list[Path], replaced: Callable[[], set[str]] = set, **options: Any) -> None:
+    def __init__(
+        self,
+        root: Path,
+        folders: list[Path],
+        replaced: Callable[[], set[str]] = set,
+        runs: Collection[str] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
+        self._runs = None if runs is None else {EMPTY, *runs}
+        self._resolved: set[str] = set()
         self._replaced = replaced
         self._root = root
         self._folders = [os.path.realpath(folder) for folder in folders]
@@ -68,7 +79,10 @@ class ReadOnlyFiles(AbstractFileSystem):
         self._inside(below.split("*")[0].rstrip("/"))
         pattern = os.path.join(glob.escape(str(self._root)), below)
         replaced = self._replaced()
-        return sorted(self._inside(found) for found in glob.glob(pattern) if not _belongs_to(found, replaced))
+        found = [path for path in glob.glob(pattern) if not _belongs_to(path, replaced)]
+        if self._runs is not None and below.endswith(".ndjson"):
+            found = [path for path in found if os.path.basename(path).split(".")[0] in self._runs]
+        return sorted(map(self._inside, found))
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         resolved = self._inside(path)
@@ -76,9 +90,13 @@ class ReadOnlyFiles(AbstractFileSystem):
         return [self.info(each) for each in found] if detail else found
 
     def _inside(self, path: str) -> str:
+        if path in self._resolved:
+            return path
         resolved = os.path.realpath(os.path.join(self._root, self._strip_protocol(path)))
         if not any(resolved == folder or resolved.startswith(folder + os.sep) for folder in self._folders):
             raise PermissionError(f"{path} is not part of the lineage")
+        # Each journal is asked for several times in each query, and resolving costs a system call per folder above it.
+        self._resolved.add(resolved)
         return resolved
 
     @classmethod
@@ -102,7 +120,8 @@ class _File(io.RawIOBase):
     def __init__(self, resolved: str) -> None:
         super().__init__()
         self.name = resolved
-        self._handle = os.open(resolved, os.O_RDONLY)
+        # What was resolved is no link; one that has become one since is not followed.
+        self._handle = os.open(resolved, os.O_RDONLY | os.O_NOFOLLOW)
         self._at = 0
         self._sought = threading.local()
 

@@ -18,8 +18,17 @@ SHOWN = 3
 
 def find_run(connection: duckdb.DuckDBPyConnection, name: str) -> str:
     """The id of the run that `name` means. Raises EclectusError with the nearest ones if unknown or ambiguous."""
+    return find_runs(connection, [name])[0]
+
+
+def find_runs(connection: duckdb.DuckDBPyConnection, names: Sequence[str]) -> list[str]:
+    """As `find_run`, for several, which reads the runs once."""
     rows = connection.execute("select run from runs order by started desc, run desc").fetchall()
     latest_first = [run for (run,) in rows]
+    return [_find(latest_first, name) for name in names]
+
+
+def _find(latest_first: list[str], name: str) -> str:
     if not latest_first:
         raise EclectusError(f"there is no run '{name}': this home has no runs yet")
     if name in latest_first:

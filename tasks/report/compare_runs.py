@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eclectus.storage.home import Home
-from eclectus.storage.lineage.connection import connect
-from eclectus.storage.lineage.runs import find_run
+from eclectus.storage.lineage.connection import connect, read_once
+from eclectus.storage.lineage.runs import find_runs
 
 if TYPE_CHECKING:
     import duckdb
@@ -90,10 +90,23 @@ class Comparison:
 
 
 def compare_runs(home: Home, names: list[str]) -> Comparison:
-    """Compares runs, named as in `find_run`. Raises EclectusError for an unknown one."""
+    """Compares runs, named as in `find_runs`. Raises EclectusError for an unknown one."""
     with connect(home) as connection:
-        chosen = list(dict.fromkeys(find_run(connection, name) for name in names))
-        runs = [_read(connection, run) for run in chosen]
+        read_once(connection)
+        chosen = list(dict.fromkeys(find_runs(connection, names)))
+        about = connection.execute(
+            "select run, state, parameters, code_version from runs where run in (select unnest($1::varchar[]))",
+            [chosen],
+        ).fetchall()
+        used = _used(connection, chosen)
+    # The metrics of a step are in the journal of its run, and those of the other runs are not read.
+    with connect(home, runs={maker_run for *_, maker_run in used}) as connection:
+        metrics = _metrics(connection, {maker for _, _, maker, _ in used})
+    measured: dict[str, list[tuple[Any, ...]]] = {run: [] for run in chosen}
+    for run, label, maker, _ in used:
+        measured[run] += [(label, maker, *row) for row in metrics[maker]]
+    found = {run: (state, parameters, code) for run, state, parameters, code in about}
+    runs = [_compared(run, *found[run], measured[run]) for run in chosen]
     groups: dict[str, Group] = {}
     for run in runs:
         same = json.dumps({key: value for key, value in run.settings.items() if key not in SEEDS}, sort_keys=True)
@@ -114,27 +127,44 @@ def measure_name(measure: Measure) -> str:
     return f"{label}: {name}{f', {of}' if of else ''}"
 
 
-def _read(connection: duckdb.DuckDBPyConnection, run: str) -> ComparedRun:
-    ((state, parameters, code),) = connection.execute(
-        "select state, parameters, code_version from runs where run = ?", [run]
-    ).fetchall()
-    # For each step, the step that made the artifact that this run used: itself, or an earlier one if it was reused.
-    rows = connection.execute(
+def _used(connection: duckdb.DuckDBPyConnection, runs: list[str]) -> list[tuple[str, str, str, str]]:
+    """(run, label, maker, run of the maker) of each step that ended well, in the order of their starts.
+
+    The maker is the step that made the artifact: the step itself, or an earlier one's where it was reused.
+    """
+    return connection.execute(
         """
         with used as (
-            select s.label, coalesce(a.made_by, s.step) as maker, s.started
+            select s.run, s.label, coalesce(a.made_by, s.step) as maker, s.started
             from steps s join step_outputs o using (step) join artifacts a on a.artifact = o.artifact
-            where s.run = ? and s.state in ('completed', 'reused'))
-        select u.label, u.maker, m.name, m.at_step, m.tags, arg_max(m.value, m.logged), min(u.started) as started
-        from used u join metrics m on m.step = u.maker
-        where m.value is not null
-        group by u.label, u.maker, m.name, m.at_step, m.tags order by started, u.label, m.name, m.at_step
+            where s.run in (select unnest($1::varchar[])) and s.state in ('completed', 'reused'))
+        select u.run, u.label, u.maker, any_value(o.run) from used u join step_outputs o on o.step = u.maker
+        group by u.run, u.label, u.maker order by min(u.started), u.label
         """,
-        [run],
+        [runs],
     ).fetchall()
+
+
+def _metrics(connection: duckdb.DuckDBPyConnection, steps: set[str]) -> dict[str, list[tuple[Any, ...]]]:
+    """By step: (name, step of training, tags, last value)."""
+    rows = connection.execute(
+        """
+        select step, name, at_step, tags, arg_max(value, logged) from metrics
+        where value is not null and step in (select unnest($1::varchar[]))
+        group by step, name, at_step, tags order by name, at_step
+        """,
+        [sorted(steps)],
+    ).fetchall()
+    found = defaultdict(list)
+    for step, *row in rows:
+        found[step].append(tuple(row))
+    return found
+
+
+def _compared(run: str, state: str, parameters: str | None, code: str, rows: list[tuple[Any, ...]]) -> ComparedRun:
     values: dict[Measure, dict[str, float]] = defaultdict(dict)
     curves: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
-    for full_label, maker, name, at_step, tags, value, _ in rows:
+    for full_label, maker, name, at_step, tags, value in rows:
         of = ", ".join(f"{key} {tag}" for key, tag in sorted((tags or {}).items()))
         label = FURTHER.sub("", full_label)
         values[label, name, of][maker] = value

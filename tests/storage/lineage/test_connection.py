@@ -9,7 +9,8 @@ import pytest
 
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.journal import Journal
-from eclectus.storage.lineage.connection import connect, query, write_database
+from eclectus.storage.lineage.compact import compact
+from eclectus.storage.lineage.connection import connect, query, read_once, write_database
 
 FROZEN = {
     "runs": "run flow state started ended seconds parameters code_version host python packages prefect_flow_run error "
@@ -128,3 +129,45 @@ def test_hundreds_of_journals_are_read_as_one(home):
         with Journal(home.journal, f"r{number}") as journal:
             write_step(journal, f"s{number}")
     assert query("select count(*) from steps where state = 'completed'", home)[1] == [(300,)]
+
+
+def test_a_connection_for_some_runs_reads_their_journals_and_what_is_compacted(home):
+    for number in range(4):
+        with Journal(home.journal, f"r{number}") as journal:
+            write_step(journal, f"s{number}")
+        if number == 0:
+            compact(home, sys.maxsize)
+    with connect(home, runs=["r2"]) as connection:
+        read_once(connection)
+        assert connection.execute("select step from steps order by step").fetchall() == [("s0",), ("s2",)]
+        assert connection.execute("select distinct step from step_inputs order by step").fetchall() == [
+            ("s0",),
+            ("s2",),
+        ]
+        assert connection.execute("select step from metrics order by step").fetchall() == [("s0",), ("s2",)]
+
+
+def test_what_is_read_once_answers_as_what_is_read_each_time(home):
+    for number in range(3):
+        with Journal(home.journal, f"r{number}") as journal:
+            write_step(journal, f"s{number}", artifact=f"{number}a" * 32)
+    asked = ["from artifacts order by name", "from step_inputs order by step", "from edges order by all"]
+    asked += ["from nodes order by all", "from upstream('0a')", "from downstream('0a')", "from steps order by step"]
+    with connect(home) as connection:
+        before = [connection.execute(sql).fetchall() for sql in asked]
+        read_once(connection)
+        assert [connection.execute(sql).fetchall() for sql in asked] == before
+    assert all(before)
+
+
+def test_a_journal_that_becomes_a_link_while_it_is_read_is_not_followed(home, tmp_path):
+    with Journal(home.journal, "r1") as journal:
+        write_step(journal, "s1")
+    (path,) = (home.journal / "events").glob("r1.*")
+    with connect(home) as connection:
+        assert connection.execute("select count(*) from steps").fetchall() == [(1,)]
+        (tmp_path / "secret").write_bytes(path.read_bytes().replace(b"s1", b"s2"))
+        path.unlink()
+        path.symlink_to(tmp_path / "secret")
+        with pytest.raises(duckdb.Error):
+            print(connection.execute("select step from steps").fetchall())
