@@ -6,11 +6,11 @@ Pure functions from rows to text: no Prefect is imported here.
 from __future__ import annotations
 
 import re
-import shlex
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from eclectus.storage.commands import quoted_word
 from eclectus.storage.secrets import scrub
 from eclectus.tasks.run import Run
 
@@ -109,11 +109,11 @@ def summary(run: Run, rows: list[Row], links: list[Link], ended: bool) -> str:
 
 def questions(run: Run, rows: list[Row]) -> list[str]:
     """Commands that answer what a user may ask about this run."""
-    program = f"eclectus --home {shlex.quote(scrub(run.home.name))}"
+    program = f"eclectus --home {quoted_word(scrub(run.home.name))}"
     asked = next((row.step for row in rows if row.state == "completed"), rows[0].step if rows else "ingest")
     return [
         f"{program} sql \"from steps where run = '{run.id}'\"",
-        f"{program} why {run.id} {shlex.quote(asked)}",
+        f"{program} why {run.id} {quoted_word(asked)}",
         f"{program} bundle {run.id}",
     ]
 

@@ -7,6 +7,7 @@ a command names the home that it was printed for: a folder, or the URL of an obj
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -26,7 +27,7 @@ def command(*words: str | Path, home: str | Path | None = None) -> str:
         if named == DEFAULT_HOME and HOME_VARIABLE not in os.environ:
             named = ""
     chosen = ["--home", named] if named else []
-    return scrub(shlex.join([*_program(), *chosen, *map(str, words)]))
+    return scrub(" ".join(quoted_word(str(word)) for word in [*_program(), *chosen, *words]))
 
 
 def near(path: str | Path) -> str:
@@ -38,7 +39,12 @@ def near(path: str | Path) -> str:
 
 def quoted(path: str | Path) -> str:
     """`near`, for a shell."""
-    return shlex.quote(near(path))
+    return quoted_word(near(path))
+
+
+def quoted_word(word: str) -> str:
+    """One argument for a shell; SQL, which has single quotes of its own, stays readable."""
+    return f'"{word}"' if "'" in word and not re.search(r'["$`\\!]', word) else shlex.quote(word)
 
 
 def _program() -> list[str]:

@@ -103,10 +103,10 @@ def compare_runs(home: Home, names: list[str]) -> Comparison:
     with connect(home, runs={maker_run for *_, maker_run in used}) as connection:
         metrics = _metrics(connection, {maker for _, _, maker, _ in used})
     measured: dict[str, list[tuple[Any, ...]]] = {run: [] for run in chosen}
-    for run, label, maker, _ in used:
-        measured[run] += [(label, maker, *row) for row in metrics[maker]]
-    found = {run: (state, parameters, code) for run, state, parameters, code in about}
-    runs = [_compared(run, *found[run], measured[run]) for run in chosen]
+    for of, label, maker, _ in used:
+        measured[of] += [(label, maker, *row) for row in metrics[maker]]
+    found = {name: rest for name, *rest in about}
+    runs = [_compared(name, *found[name], measured[name]) for name in chosen]
     groups: dict[str, Group] = {}
     for run in runs:
         same = json.dumps({key: value for key, value in run.settings.items() if key not in SEEDS}, sort_keys=True)

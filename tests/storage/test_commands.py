@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eclectus.storage import commands
-from eclectus.storage.commands import command, near, quoted
+from eclectus.storage.commands import command, near, quoted, quoted_word
 from eclectus.storage.home import Home
 
 HOSTILE = [
@@ -82,3 +82,12 @@ def test_a_home_is_shown_as_it_can_be_pasted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Home.open("it's $HOME [1] ü").shown == shlex.quote("it's $HOME [1] ü")
     assert Home.open(tmp_path / "-x").shown == "./-x"
+
+
+@pytest.mark.parametrize(
+    "word", ["select 'a'", "it's $HOME", "a'\"b", "'`ls`'", "'\\'", "'!'", "'a\nb'", "", "~", "a b", "'*'"]
+)
+def test_a_word_is_the_same_after_the_shell_and_sql_stays_readable(word):
+    shell = ["bash", "-c", f"printf '%s\\0' {quoted_word(word)}"]
+    assert subprocess.run(shell, capture_output=True, check=True).stdout.decode() == f"{word}\0"
+    assert quoted_word("select 'a'") == "\"select 'a'\""
