@@ -105,7 +105,7 @@ def compare_runs(home: Home, names: list[str]) -> Comparison:
     measured: dict[str, list[tuple[Any, ...]]] = {run: [] for run in chosen}
     for of, label, maker, _ in used:
         measured[of] += [(label, maker, *row) for row in metrics[maker]]
-    found = {name: rest for name, *rest in about}
+    found = {name: (state, parameters, code) for name, state, parameters, code in about}
     runs = [_compared(name, *found[name], measured[name]) for name in chosen]
     groups: dict[str, Group] = {}
     for run in runs:
