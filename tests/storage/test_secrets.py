@@ -110,3 +110,9 @@ def test_neither_errors_nor_printed_commands_nor_the_journal_show_a_password(hom
     assert "hunter2" not in rows and SECRET not in rows and "is gone" in rows
     written = "".join(path.read_bytes().decode("latin-1") for path in home.journal.rglob("*") if path.is_file())
     assert "hunter2" not in written and SECRET not in written
+
+
+def test_the_name_of_the_product_is_no_secret_whatever_it_is_used_for(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "eclectus")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "minio-secret")
+    assert scrub("/opt/eclectus and minio-secret") == "/opt/eclectus and ***"
