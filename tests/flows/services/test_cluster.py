@@ -19,7 +19,7 @@ from tests.support.compose import DOCKERS_GRACE, SECRETS, Cluster, missing, proc
 
 WHY_NOT = missing()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
-DEPLOYMENTS = {"main", "curate", "pretrain", "extend", "evaluate", "retrain"}
+DEPLOYMENTS = {"main", "curate", "pretrain", "extend", "evaluate", "retrain", "similarity"}
 AUTOMATIONS = {"eclectus: crashed runs", "eclectus: pending runs", "eclectus: zombie runs"}
 ENDS = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 # Two workers, each on a Ray node of its own.
