@@ -80,7 +80,7 @@ def read_up_note(folder: Path) -> UpNote | None:
     """None without a note, with a damaged one, and in a copy of a home, whose services are the original's."""
     try:
         read = json.loads((folder / NOTE).read_text())
-        known = {name: read[name] for name in UpNote.__dataclass_fields__ if name in read}
+        known = {name: value for name, value in read.items() if name in UpNote.__dataclass_fields__}
         note = UpNote(**{"path": str(folder.resolve()), "identity": identity(folder), "token": "", **known})
         note.running()
     except (OSError, ValueError, TypeError, AttributeError):
