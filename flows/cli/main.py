@@ -45,7 +45,9 @@ GROUPS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. An EclectusError is one line on stderr and exit code 2, any other exception exit code 1."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = make_parser(next((word for word in words if word in FLOWS), None), show_all=HELP_ALL in words)
+    # `plan` takes flows by their names too, of which that of `run` is another.
+    named = {flow: command for command, (flow, _) in FLOWS.items()} | {command: command for command in FLOWS}
+    parser = make_parser(next((named[word] for word in words if word in named), None), show_all=HELP_ALL in words)
     chosen, unknown = parser.parse_known_args(words)
     if chosen.home:
         os.environ["ECLECTUS_HOME"] = chosen.home

@@ -29,7 +29,9 @@ def add_plan_command(commands: Any, flows: dict[str, tuple[str, str]], chosen: s
     part = commands.add_parser("plan", what, f"Plans a flow: {what}.")
     parts = part.add_subparsers(metavar="FLOW", required=True, dest="command")
     for command, (flow, help_text) in flows.items():
-        each = parts.add_parser(command, help=help_text, formatter_class=part.formatter_class)
+        # The UI and the lineage name the flow of `run` "main".
+        aliases = [flow] if flow != command else []
+        each = parts.add_parser(command, aliases=aliases, help=help_text, formatter_class=part.formatter_class)
         each.add_argument("--home", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         each.add_argument("--json", action="store_true", help="one JSON object instead of lines")
         each.set_defaults(act=_plan, flow=flow)

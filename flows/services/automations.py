@@ -4,8 +4,8 @@
     crashed  a crashed run of a deployment is rescheduled after 30 s and resumes from its last checkpoint
     pending  a run that a worker took and never started (the worker's container ended, say) is given back
 
-They are what a cluster has. What `eclectus up` started is looked after sooner, by flows/services/settle.py, and these
-find nothing to do. `eclectus.flows.run` fails a run that crashed in each of `STARTS` starts; failed runs are not
+They are what a cluster has. What `eclectus up` started is looked after sooner, by flows/services/flow_runs/settle.py,
+and these find nothing to do. `eclectus.flows.run` fails a run that crashed in each of `STARTS` starts; failed runs are not
 rescheduled.
 
 Prefect keeps what it waits for under the ids of triggers, and an update gives new ones, so it loses every run that is
