@@ -5,8 +5,8 @@
     pending  a run that a worker took and never started (the worker's container ended, say) is given back
 
 They are what a cluster has. What `eclectus up` started is looked after sooner, by flows/services/flow_runs/settle.py,
-and these find nothing to do. `eclectus.flows.run` fails a run that crashed in each of `STARTS` starts; failed runs are not
-rescheduled.
+and these find nothing to do. `eclectus.flows.run` fails a run that crashed in each of `STARTS` starts; failed runs are
+not rescheduled.
 
 Prefect keeps what it waits for under the ids of triggers, and an update gives new ones, so it loses every run that is
 being waited for. An automation that is equal on the server is therefore left alone.

@@ -14,8 +14,6 @@ from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import query
 from tests.support.made_up_steps import make_up_steps, run, settings_of, words_of, write_inputs
 
-COMMANDS = {"main": "run"}
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
