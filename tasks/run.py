@@ -233,15 +233,18 @@ def undisturbed(call: Callable[[], T], outcome: Outcome, act: Callable[[], T]) -
     outcome: of `act`, if `call` came to it. If it did not, `act` is called without Prefect.
     """
     try:
-        return call()
+        shown = call()
     except Exception as fault:
-        if outcome.error is not None:
-            raise outcome.error from None
-        if outcome.began and not outcome.ended:
-            # It was interrupted.
-            raise
-        logging.getLogger("eclectus").warning("Prefect cannot show this (%s: %s)", type(fault).__name__, fault)
-        return cast(T, outcome.result) if outcome.ended else act()
+        if outcome.error is None:
+            if outcome.began and not outcome.ended:
+                # It was interrupted.
+                raise
+            logging.getLogger("eclectus").warning("Prefect cannot show this (%s: %s)", type(fault).__name__, fault)
+            return cast(T, outcome.result) if outcome.ended else act()
+    if outcome.error is not None:
+        # Also where the call raised nothing: a task that failed with a sentence returns its state.
+        raise outcome.error
+    return shown
 
 
 def metric(name: str, value: float, at_step: int | None = None, **tags: str) -> None:

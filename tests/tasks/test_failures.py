@@ -116,6 +116,31 @@ def test_a_call_that_prefect_cannot_show_is_made_once_and_keeps_its_result_or_er
     assert made == [1]
 
 
+def test_a_step_that_fails_in_prefect_ends_its_flow_though_the_task_returns_a_state_and_raises_nothing(
+    home, monkeypatch
+):
+    import prefect
+
+    from eclectus.flows import run as runs
+
+    states = []
+
+    def task(**_):
+        # Prefect's task engine returns a state that a task returns.
+        return lambda function: lambda: (states.append(function()), states[-1])[1]
+
+    monkeypatch.setenv("MY_API_TOKEN", SECRET)
+    monkeypatch.setattr(runs, "shut_ray", lambda: None)
+    monkeypatch.setattr(prefect, "task", task)
+    with pytest.raises(EclectusError, match="cannot read"), runs.open_run("curate", PlaceSettings(), home) as run:
+        run.in_prefect, run.prefect_answers = True, lambda: True
+        made = look(settings=PlaceSettings(fails=True))
+        pytest.fail(f"the step returned {made}")
+    (state,) = states
+    assert state.is_failed() and state.message.startswith("cannot read [] with") and SECRET not in state.message
+    assert query("select state from runs", home)[1] == query("select state from steps", home)[1] == [("failed",)]
+
+
 def test_the_end_is_in_the_lineage_when_what_comes_after_it_fails(home, monkeypatch):
     from eclectus.flows import run as runs
 

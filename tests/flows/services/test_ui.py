@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -236,19 +237,23 @@ def user(services, tmp_path_factory):
     pictures = Path(kept) if kept else tmp_path_factory.mktemp("screenshots")
     pictures.mkdir(parents=True, exist_ok=True)
     with open_browser() as browser:
-        yield User(browser.new_page(reduced_motion="reduce"), services.notes["ui"], pictures)
+        page = browser.new_page(reduced_motion="reduce")
+        # The printed address logs the browser in.
+        page.goto(re.search(r"http://\S+", services.printed)[0])
+        page.wait_for_url(f"{services.notes['ui']}/**")
+        yield User(page, services.notes["ui"], pictures)
 
 
 def test_up_prints_one_line_with_the_address_where_all_deployments_are(services, user):
     (line,) = services.printed.splitlines()
-    assert f"{user.ui} " in line
+    assert f"{user.ui}/" in line
     user.goes_to("/deployments")
-    user.sees("6 Deployments")
-    for name in ("main", "curate", "pretrain", "extend", "evaluate", "retrain"):
+    user.sees(f"{len(PARAMETERS)} Deployments")
+    for name in PARAMETERS:
         user.waits(f"{elements('a', name)}.length >= 1")
     user.keeps_picture("1-deployments")
     user.goes_to("/deployments", width=390)
-    user.sees("6 Deployments")
+    user.sees(f"{len(PARAMETERS)} Deployments")
     user.keeps_picture("1-deployments-390")
 
 
