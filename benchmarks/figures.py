@@ -21,7 +21,7 @@ LABELS = {
     "MoE-LPR in one stage": (2, 8, -3),
     "review without LPR": (0, 5, 9),
     "no review": (0, -2, -13),
-    "full fine-tuning with replay": (3, 7, -3),
+    "full fine-tuning with replay": (3, -30, -14),
     "LLaMA-Pro": (2, 7, -3),
     "LoRA": (2, -4, -14),
 }
