@@ -288,7 +288,10 @@ def _check_starts() -> None:
         close_lost_steps(str(flow_run.id))
     api = Api.of_environment()
     # Starts that `eclectus down` ended are no crashes.
-    states = api.states(str(flow_run.id)) if api and (flow_run.run_count or 0) > STARTS else ()
+    states: list[dict[str, Any]] = []
+    if api and (flow_run.run_count or 0) > STARTS:
+        with contextlib.suppress(OSError):
+            states = api.states(str(flow_run.id))
     if crashes([(state["type"], state["name"]) for state in states]) >= STARTS:
         raise EclectusError(
             f"this run crashed in each of its {STARTS} starts; read its logs and the worker's, then start a new run"

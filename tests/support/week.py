@@ -220,9 +220,17 @@ class Week:
         request = urllib.request.Request(
             f"{notes['api']}/{path}", None if body is None else json.dumps(body).encode(), headers, method=method
         )
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
+                    text = answer.read()
+                return json.loads(text) if text else None
+            except urllib.error.HTTPError as error:
+                # The database is locked by other requests.
+                if error.code != 503 or time.monotonic() > deadline:
+                    raise
+            time.sleep(1)
 
     def _password(self) -> str:
         with contextlib.suppress(OSError):

@@ -6,12 +6,16 @@ import base64
 import http.client
 import json
 import os
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from typing import Any
 
 TIMEOUT = 10.0
+# The server's answer when its database is locked by other requests; such a request has changed nothing.
+BUSY = 503
+BUSY_PAUSES = (0.3, 1.0, 2.0)
 MOST = 200
 
 
@@ -40,6 +44,16 @@ class Api:
         """The answer as JSON, {} if it is empty, None for 404."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._address + path, data, self._headers, method=method)
+        for pause in BUSY_PAUSES:
+            try:
+                return self._answer(request, timeout)
+            except urllib.error.HTTPError as error:
+                if error.code != BUSY:
+                    raise
+            time.sleep(pause)
+        return self._answer(request, timeout)
+
+    def _answer(self, request: urllib.request.Request, timeout: float) -> Any:
         try:
             with self._open(request, timeout=timeout) as answer:
                 return json.loads(answer.read() or b"{}")
