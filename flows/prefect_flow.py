@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ from eclectus.storage.errors import EclectusError
 from eclectus.storage.secrets import scrub
 
 R = TypeVar("R")
+# Errors whose sentence is in the log of the flow run that they ended.
+_shown: weakref.WeakSet[EclectusError] = weakref.WeakSet()
 FORM = "the form"
 # What the present UI puts into a form as a run's name, as `omicron3-chaltok`, and the other one, as `Rustic-Egret`.
 GREEK = re.compile(
@@ -48,6 +51,7 @@ def as_flow(function: Callable[..., R]) -> Flow[..., R]:
                 raise
             sentence = scrub(str(error))
             get_run_logger().error(sentence)
+            _shown.add(error)
             # Whoever calls this flow gets the error itself, from the state.
             return Failed(message=sentence, data=error)
 
@@ -91,11 +95,16 @@ def is_generated(name: str) -> bool:
 
 
 class OneSentence(logging.Filter):
-    """Turns Prefect's report of an EclectusError in a log, which has a traceback, into the error's sentence."""
+    """Turns Prefect's report of an EclectusError in a log, which has a traceback, into the error's sentence.
+
+    If the log has the sentence already, the report is dropped.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
         if isinstance(error, EclectusError):
+            if error in _shown:
+                return False
             record.msg, record.args, record.exc_info = scrub(str(error)), (), None
         return True
 

@@ -245,8 +245,8 @@ def _window(checkpoint: Artifact, tokenizer: Any, settings: EvaluateSettings) ->
         raise EclectusError(f"evaluation_tokens is {length}, but {checkpoint.name} has {longest} positions; lower it")
     if length <= settings.evaluation_context:
         raise EclectusError(
-            f"evaluation_context is {settings.evaluation_context}, which leaves nothing to score in windows of "
-            f"{length} tokens for {checkpoint.name}; lower it, or raise evaluation_tokens"
+            f"evaluation_context (of flows: lory_segment) is {settings.evaluation_context}, which leaves nothing to "
+            f"score in windows of {length} tokens for {checkpoint.name}; lower it, or raise evaluation_tokens"
         )
     return length
 

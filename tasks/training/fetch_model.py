@@ -107,11 +107,16 @@ def find_checkpoint(store: ArtifactStore, name: str) -> Path:
         return Path(name)
     if name.startswith("checkpoint-"):
         return Path(store.find(name).path)
+    _check_hub_name(name, name)
+    return _download(name)
+
+
+def _check_hub_name(name: str, shown: str) -> None:
+    """Raises EclectusError for what can only be a path. shown: the name in the message."""
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise EclectusError(
-            f"{name} does not exist; give a checkpoint's folder, a .gguf file, or a model's name on the hub"
+            f"{shown} does not exist; give a checkpoint's folder, a .gguf file, or a model's name on the hub"
         )
-    return _download(name)
 
 
 def listing() -> Any:
@@ -122,6 +127,7 @@ def listing() -> Any:
 def _hub_commit(name: str) -> str:
     from huggingface_hub import HfApi
 
+    _check_hub_name(name, f"model '{name}'")
     try:
         return str(HfApi().model_info(name).sha)
     except Exception as error:
@@ -131,6 +137,7 @@ def _hub_commit(name: str) -> str:
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    _check_hub_name(name, f"model '{name}'")
     files = listing()
     try:
         return Path(snapshot_download(name, allow_patterns=list(files.WANTED), ignore_patterns=list(files.UNWANTED)))
@@ -140,4 +147,4 @@ def _download(name: str) -> Path:
 
 def _not_found(name: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0]
-    return f"base_model '{name}' is not a local folder or file, and it cannot be downloaded from the hub: {first}"
+    return f"model '{name}' is not a local folder or file, and it cannot be downloaded from the hub: {first}"

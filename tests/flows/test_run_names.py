@@ -106,6 +106,12 @@ def test_an_error_of_the_user_is_one_sentence_in_the_state_and_in_the_log(monkey
     assert "\n" not in state.message and logged == [state.message]
     # What called the flow gets the error.
     assert isinstance(state.data, EclectusError)
+    # Prefect's report of the same error is no second sentence.
+    try:
+        raise state.data
+    except EclectusError:
+        report = logging.LogRecord("prefect.engine", logging.ERROR, "", 0, "exited", (), sys.exc_info())
+    assert not OneSentence().filter(report)
 
 
 def test_prefects_own_report_of_such_an_error_has_no_traceback_and_those_of_others_keep_theirs():

@@ -1,5 +1,7 @@
 """Bases come into the home whole, whatever form they have, and what cannot be read is named."""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,6 +39,10 @@ def test_what_is_no_model_is_named(home, tmp_path):
         fetched(home, tmp_path / "broken.gguf")
     with pytest.raises(EclectusError, match=r"does not exist"):
         find_checkpoint(home.store, str(tmp_path / "nowhere"))
+    # What cannot be a name on the hub is not looked for there.
+    for mistyped in (str(tmp_path / "nowhere"), "./modles/tiny", "modles/llama/tiny", "~/tiny", "tiny.gguf"):
+        with pytest.raises(EclectusError, match=re.escape(f"model '{mistyped}' does not exist; give a checkpoint's")):
+            fetched(home, mistyped)
     (tmp_path / "empty").mkdir()
     with pytest.raises(EclectusError, match=r"empty is empty"):
         fetched(home, tmp_path / "empty")
