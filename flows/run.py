@@ -85,7 +85,7 @@ def open_run(
         return
     prefect_flow_run = _prefect_flow_run()
     if prefect_flow_run:
-        _check_starts()
+        _check_starts(prefect_flow_run)
     check_roots(parameters)
     home = home or Home.open()
     run_id = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
@@ -278,20 +278,28 @@ def _prefect_flow_run() -> str | None:
     return str(flow_run.id) if flow_run.id else None
 
 
-def _check_starts() -> None:
-    """Fails a flow run that was restarted too often; the automations reschedule crashed runs, not failed ones."""
+def _starts() -> int:
     from prefect.runtime import flow_run
 
+    return flow_run.run_count or 0
+
+
+def _check_starts(prefect_flow_run: str) -> None:
+    """Fails a flow run that was restarted too often; the automations reschedule crashed runs, not failed ones."""
     from eclectus.flows.ui import close_lost_steps
 
-    if (flow_run.run_count or 0) > 1:
-        close_lost_steps(str(flow_run.id))
-    api = Api.of_environment()
-    # Starts that `eclectus down` ended are no crashes.
     states: list[dict[str, Any]] = []
-    if api and (flow_run.run_count or 0) > STARTS:
-        with contextlib.suppress(OSError):
-            states = api.states(str(flow_run.id))
+    # A server that is busy or away keeps no run from starting.
+    try:
+        count = _starts()
+        if count > 1:
+            close_lost_steps(prefect_flow_run)
+        api = Api.of_environment()
+        if api and count > STARTS:
+            states = api.states(prefect_flow_run)
+    except Exception as error:
+        logging.getLogger("eclectus").warning("Prefect did not say how often this run was started: %s", error)
+    # Starts that `eclectus down` ended are no crashes.
     if crashes([(state["type"], state["name"]) for state in states]) >= STARTS:
         raise EclectusError(
             f"this run crashed in each of its {STARTS} starts; read its logs and the worker's, then start a new run"

@@ -293,3 +293,25 @@ def test_a_full_disk_is_named_keeps_what_was_done_and_hurts_nothing_else(tmp_pat
     assert "cannot write to" in said and "no space left on device; free some space" in said
     assert '{"state": "completed", "n": 2}\n{"state": "failed", "n": 1}' in said
     assert "2 artifacts and the journals are as they were written" in said
+
+
+def test_a_prefect_server_that_is_away_keeps_no_run_from_starting_and_too_many_crashes_do(monkeypatch, caplog):
+    from eclectus.flows import run as runs
+    from eclectus.flows import ui
+    from eclectus.flows.services.flow_runs.api import Api
+
+    def away(*_):
+        raise ConnectionError("refused")
+
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setattr(runs, "_starts", lambda: runs.STARTS + 1)
+    monkeypatch.setattr(ui, "close_lost_steps", away)
+    runs._check_starts("a")
+    assert "refused" in caplog.text
+    monkeypatch.setattr(ui, "close_lost_steps", lambda _: None)
+    monkeypatch.setattr(Api, "states", away)
+    runs._check_starts("a")
+    crashed = [{"type": kind, "name": kind.title()} for kind in ("RUNNING", "CRASHED") * runs.STARTS]
+    monkeypatch.setattr(Api, "states", lambda *_: crashed)
+    with pytest.raises(EclectusError, match=f"crashed in each of its {runs.STARTS} starts"):
+        runs._check_starts("a")
