@@ -8,6 +8,7 @@ eclectus.duckdb, report.html                  for users
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import shlex
@@ -64,6 +65,25 @@ class Home:
                 f"home {path} cannot be written ({error.strerror}); set --home or ECLECTUS_HOME to another folder"
             ) from error
         return home
+
+    @classmethod
+    def existing(cls, root: str | Path | None = None, reading: bool = True) -> Home:
+        """As `open`, for whoever asks about a home: none is created. Raises EclectusError where there is none."""
+        home = cls.found(root, reading)
+        if not home.mirror and not home.journal.is_dir():
+            others = [path.parent.name for path in home.root.parent.glob("*/journal") if path.is_dir()]
+            near = difflib.get_close_matches(home.root.name, others, n=1)
+            hint = f"did you mean {near[0]}?" if near else "name one with --home or ECLECTUS_HOME"
+            raise EclectusError(f"there is no home at {home.root} yet; {hint} (`eclectus run` and `up` make one)")
+        return home
+
+    @classmethod
+    def found(cls, root: str | Path | None = None, reading: bool = False) -> Home:
+        """As `open`, but a folder that is not there is not created; what asks for its artifacts finds none."""
+        named = str(root or os.environ.get(HOME_VARIABLE) or DEFAULT_HOME)
+        if SCHEME in named or Path(named, "journal").is_dir():
+            return cls.open(named, reading)
+        return cls(Path(named).absolute())
 
     def _check_layout(self) -> None:
         """Homes without a number have layout 1: journals only, which every later version reads."""

@@ -32,7 +32,7 @@ def promote(checkpoint: str, gate: str, line: str | None, force: str | None) -> 
     A user's promotion against the gate (`force`) is recorded after the gate's refusal. Raises EclectusError for a
     checkpoint that was never evaluated, and for a line that is not in the gate's file.
     """
-    home = Home.open()
+    home = Home.existing(reading=False)
     gates, artifact = read_gates(gate), home.store.find(checkpoint)
     if artifact.kind != "checkpoint":
         raise EclectusError(f"{artifact.name} is no checkpoint, so it cannot be promoted")
@@ -57,7 +57,7 @@ def rollback(line: str | None = None) -> Decision:
 
     line: default is the only one with a champion. Raises EclectusError when there is no previous one, or it is damaged.
     """
-    home = Home.open()
+    home = Home.existing(reading=False)
     promoted = [each for each in decisions(home) if each.verdict == PROMOTED]
     lines = list(dict.fromkeys(each.line for each in promoted))
     if line is None and len(lines) == 1:
@@ -92,7 +92,7 @@ def _champion_history(promoted: list[Decision]) -> list[Decision]:
 
 def champion_rows(everything: bool) -> tuple[list[str], list[tuple[Any, ...]]]:
     """(column names, rows): the last decision per line, verdict and checkpoint, or all of them."""
-    found = decisions(Home.open())
+    found = decisions(Home.existing())
     champions = {each.line: each for each in found if each.verdict == PROMOTED}
     if not everything:
         found = list({(each.line, each.checkpoint, each.verdict): each for each in found}.values())

@@ -98,7 +98,7 @@ def _upcycle(chosen: argparse.Namespace) -> None:
     settings = UpcycleSettings.read(values, "the command line")
     out = Path(chosen.out)
     made = upcycle_folder(
-        find_checkpoint(Home.open().store, chosen.base), out, settings, trust_remote_code=chosen.trust_remote_code
+        find_checkpoint(Home.found().store, chosen.base), out, settings, trust_remote_code=chosen.trust_remote_code
     )
     held = f"{made.experts} experts" if made.experts_per_layer is None else f"{made.experts_per_layer} experts"
     print(f"{out}: {made.base_model_type} to {made.model_type}, {held} per layer, top {made.top_k}")
@@ -124,7 +124,7 @@ def _export(chosen: argparse.Namespace) -> None:
     from eclectus.tasks.export.lory import export
     from eclectus.tasks.export.mixture import checkpoint_folder, export_dense, export_mixture, kind_of
 
-    home, out = Home.open(), Path(chosen.out)
+    home, out = Home.found(), Path(chosen.out)
     kind = kind_of(checkpoint_folder(home, chosen.checkpoint)[0])
     allowed = OPTIONS[kind]
     if wrong := [name for names in OPTIONS.values() for name in names if name not in allowed and getattr(chosen, name)]:

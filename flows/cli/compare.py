@@ -15,7 +15,7 @@ FINE = ("expert", "layer")
 
 def compare(runs: list[str], words: str, out: Path | None) -> list[tuple[list[str], list[tuple[Any, ...]]]]:
     """Tables as columns and rows. words: only measures with these in their name, all if empty. out: the page."""
-    home = Home.open()
+    home = Home.existing()
     comparison = compare_runs(home, runs)
     chosen = [each for each in comparison.measures if words in measure_name(each) and not _is_fine(each)]
     if out:

@@ -219,7 +219,7 @@ def _keep(chosen: argparse.Namespace) -> None:
     from eclectus.storage.lineage.garbage import keep
     from eclectus.storage.lineage.runs import find_run
 
-    home = Home.open()
+    home = Home.existing(reading=False)
     with connect(home) as connection:
         run = find_run(connection, chosen.run)
     keep(home, run, not chosen.release)
@@ -233,7 +233,7 @@ def _gc(chosen: argparse.Namespace) -> None:
     from eclectus.storage.home import Home
     from eclectus.storage.lineage.garbage import free, plan
 
-    home = Home.open()
+    home = Home.existing(reading=not chosen.yes)
     planned = plan(home, chosen.runs)
     rows = [[each.what, each.name, each.bytes, each.why, str(each.place)] for each in planned.unneeded]
     if rows or chosen.json:
@@ -259,7 +259,7 @@ def _compact(chosen: argparse.Namespace) -> None:
     from eclectus.storage.home import Home
     from eclectus.storage.lineage.compact import compact_and_clean_up
 
-    done = compact_and_clean_up(Home.open())
+    done = compact_and_clean_up(Home.existing(reading=False))
     for bad in done.rejected:
         print(f"journal {bad['file']}, line {bad['line']} quarantined: {bad['why']}", file=sys.stderr)
     row = {"journals": done.journals, "rows": done.rows, "merged": done.merged, "rejected": len(done.rejected)}
@@ -279,4 +279,4 @@ def _print_query(chosen: argparse.Namespace, sql: str, values: list[Any]) -> Non
 def _home() -> Home:
     from eclectus.storage.home import Home
 
-    return Home.open(reading=True)
+    return Home.existing()

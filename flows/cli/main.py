@@ -94,7 +94,7 @@ def _write_traceback() -> str:
 
     text = scrub(traceback.format_exc())
     try:
-        path = Home.open().root / "fault.log"
+        path = Home.existing(reading=False).root / "fault.log"
         path.write_text(text)
         return quoted(path)
     except (OSError, EclectusError):
@@ -230,7 +230,7 @@ def _down(_: argparse.Namespace) -> None:
     from eclectus.flows.services.up import down
     from eclectus.storage.home import Home
 
-    print(f"stopped: {', '.join(down(Home.open())) or 'nothing was running'}")
+    print(f"stopped: {', '.join(down(Home.existing())) or 'nothing was running'}")
 
 
 def _deploy(_: argparse.Namespace) -> None:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eclectus.flows.cli.options import add_config, add_settings, read_parameters
 
 if TYPE_CHECKING:
-    from eclectus.storage.home import Home
     from eclectus.storage.lineage.costs import Cost
     from eclectus.tasks.plan import Plan
 
@@ -44,27 +41,16 @@ def _plan(chosen: argparse.Namespace) -> None:
     parameters = read_parameters(chosen)
     parameters.check_together()
     from eclectus.flows.flow import flow_named
+    from eclectus.storage.home import Home
     from eclectus.storage.lineage.costs import last_costs
     from eclectus.tasks.plan import plan_flow
 
-    home = _home()
+    home = Home.found(reading=True)
     plan = plan_flow(home, chosen.flow, lambda: flow_named(chosen.flow).whole(parameters))
     costs = last_costs(home, [(each.name, each.label, each.settings) for each in plan.to_run])
     print(json.dumps(_as_json(plan, costs), indent=1) if chosen.json else "\n".join(_lines(plan, costs)))
     if plan.to_run:
         raise SystemExit(WORK)
-
-
-def _home() -> Home:
-    """The home, which is not created where there is none."""
-    from eclectus.storage.commands import DEFAULT_HOME
-    from eclectus.storage.home import Home
-    from eclectus.storage.mirror import SCHEME
-
-    named = os.environ.get("ECLECTUS_HOME") or DEFAULT_HOME
-    if SCHEME in named or Path(named, "journal").is_dir():
-        return Home.open(named, reading=True)
-    return Home(Path(named).absolute())
 
 
 def _lines(plan: Plan, costs: list[Cost | None]) -> list[str]:

@@ -47,7 +47,7 @@ def connect(
     """
     from eclectus.storage.lineage.read_only_files import PREFIX, ROOT, ReadOnlyFiles
 
-    home = home if isinstance(home, Home) else Home.open(home)
+    home = home if isinstance(home, Home) else Home.existing(home)
     home.refresh()
     if writes:
         create_placeholders(home)

@@ -85,6 +85,7 @@ def test_an_unknown_or_ambiguous_run_is_one_line_with_the_nearest(answer, comman
 
 
 def test_a_home_without_runs_says_so(tmp_path, capsys):
+    Home.open(tmp_path / "empty")
     for command in COMMANDS:
         words = [{"RUN": "last", "OUT": str(tmp_path / command)}.get(word, word) for word in COMMANDS[command]]
         with pytest.raises(SystemExit):

@@ -11,6 +11,7 @@ import pytest
 
 from eclectus.flows.cli.main import GROUPS, main
 from eclectus.flows.parameters import PARAMETERS
+from eclectus.storage.home import Home
 from eclectus.storage.journal import Journal
 
 ROOT = Path(__file__).parents[3]
@@ -150,6 +151,7 @@ def test_an_internal_error_is_one_line_that_names_the_file_with_the_traceback(ca
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["sql", "from runs"], ["--version"]])
 def test_help_and_sql_import_nothing_that_takes_long(tmp_path, words):
+    Home.open(tmp_path / "home")
     program = (
         f"import sys; sys.argv = ['eclectus', '--home', {str(tmp_path / 'home')!r}, *{words}]\n"
         "from eclectus.flows.cli.main import main\n"
