@@ -19,6 +19,8 @@ WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMET
 
 # Of a Ray started on this machine, for one run or by `eclectus up`.
 OBJECT_STORE_BYTES = 256 * 2**20
+# It listens on every interface unless it is told that this machine is in no cluster, as on a Mac or Windows.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 def local_cpus() -> int:
@@ -30,11 +32,14 @@ def ensure_ray() -> None:
     """Connects this process to Ray unless it is connected."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        for name, value in LOOPBACK.items():
+            os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "eclectus"}
     # Ray Train's clean-up looks for a cluster by itself; without RAY_ADDRESS it fails on a machine with two of them.
     runtime = {"env_vars": WORKER_ENVIRONMENT | ({"RAY_ADDRESS": address} if address else {})}

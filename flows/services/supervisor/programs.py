@@ -21,7 +21,7 @@ from eclectus.flows.services.server_note import port_of
 from eclectus.flows.services.supervisor.note import UpNote
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
-from eclectus.tasks.ray_cluster import OBJECT_STORE_BYTES, local_cpus
+from eclectus.tasks.ray_cluster import LOOPBACK, OBJECT_STORE_BYTES, local_cpus
 
 RAY_DASHBOARD_PORT = 8265
 # Which of the services a process belongs to, in its environment.
@@ -53,6 +53,7 @@ class Programs:
                 # The automation for zombie runs waits for heartbeats; 30 s is the shortest interval Prefect allows.
                 "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
                 "RAY_USAGE_STATS_ENABLED": "0",
+                **LOOPBACK,
                 # A token for this cluster; Ray's own token file is shared by all clusters of a user.
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or self.note.ray_token,
@@ -67,7 +68,7 @@ class Programs:
         )
 
     def start_ray(self) -> Background:
-        """Starts a Ray head for this machine, with its dashboard. It listens on every interface, hence the token."""
+        """Starts a Ray head for this machine, with its dashboard, on loopback."""
         self.end_left(RAY)
         (Path(self.note.ray) / "ray_current_cluster").unlink(missing_ok=True)
         ports = self.note.ray_ports
@@ -76,7 +77,8 @@ class Programs:
             ports[name] = free_port(ports.get(name) or wanted)
         command = [
             str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
-            f"--port={ports['head']}", f"--temp-dir={self.note.ray}", f"--ray-client-server-port={ports['client']}",
+            "--node-ip-address=127.0.0.1", f"--port={ports['head']}",
+            f"--temp-dir={self.note.ray}", f"--ray-client-server-port={ports['client']}",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={ports['dashboard']}",
             f"--dashboard-agent-listen-port={ports['agent']}",
             f"--num-cpus={local_cpus()}", f"--object-store-memory={OBJECT_STORE_BYTES}",
