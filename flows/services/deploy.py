@@ -107,12 +107,18 @@ def _timing(schedule: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _create_pool(client: Any) -> None:
-    from prefect.exceptions import ObjectNotFound
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+    from prefect.workers.process import ProcessWorker
 
     try:
         client.read_work_pool(POOL)
     except ObjectNotFound:
-        _prefect("work-pool", "create", POOL, "--type", "process")
+        # `prefect work-pool create` would ask the server for the list of worker types, which asks the internet.
+        template = ProcessWorker.get_default_base_job_template()
+        # Another `deploy` may have been quicker.
+        with contextlib.suppress(ObjectAlreadyExists):
+            client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
 
 
 def _read_deployments(client: Any, names: list[str]) -> dict[str, Any]:
