@@ -21,6 +21,8 @@ from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import StateType
 
+from eclectus.flows.services.flow_runs.decide import STOPPED
+
 # Twenty heartbeats of 30 s, so that a sleeping laptop or a busy server is not mistaken for a dead process.
 SILENCE = datetime.timedelta(minutes=10)
 # A worker reports a dead process twice, the second time after it has loaded the flow to look for hooks (2 to 8 s
@@ -28,8 +30,6 @@ SILENCE = datetime.timedelta(minutes=10)
 SETTLING = datetime.timedelta(seconds=30)
 # From the moment a worker takes a run until its flow begins; images and imports may take minutes.
 STARTING = datetime.timedelta(minutes=15)
-# State of a run that `eclectus down` ended (its type is Crashed). By this name no automation takes it for a crash.
-STOPPED = "Stopped"
 BEGINS = ("Scheduled", "Late", "Pending", "Running", "Retrying")
 ENDS = ("Completed", "Failed", "Crashed", STOPPED, "Cancelled", "Cancelling", "Paused", "Suspended", "AwaitingRetry")
 RUNS = {"prefect.resource.id": "prefect.flow-run.*"}

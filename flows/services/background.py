@@ -58,9 +58,7 @@ class Background:
         return cls(name, process.pid, start_of(process.pid), str(log))
 
     def is_alive(self) -> bool:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return start_of(self.pid) == self.started and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
-        return False
+        return lives(self.pid, self.started)
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
         """Waits until `ready()`. Raises EclectusError naming the log if it ends or START_SECONDS pass first."""
@@ -115,6 +113,13 @@ def open_log(log: Path) -> BinaryIO:
         if log.stat().st_size > LOG_BYTES:
             os.replace(log, log.with_name(f"{log.name}.1"))
     return open(log, "ab")
+
+
+def lives(pid: int, started: str) -> bool:
+    """Whether a process is still the one of this start (`start_of`), and no zombie."""
+    with contextlib.suppress(psutil.Error):
+        return start_of(pid) == started and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def start_of(pid: int) -> str:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from eclectus.flows.services.background import die_with
+from eclectus.flows.services.ports import LOOPBACK, names_loopback
 from eclectus.flows.services.server_note import LOGIN
 
 Scope = MutableMapping[str, Any]
@@ -26,7 +26,6 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 # The address of this page carries the auth string after `#`; Prefect's UIs look for it under this name.
 LOGIN_PAGE = b"""<!doctype html><meta charset="utf-8"><title>Eclectus</title>
 <script>
@@ -61,7 +60,7 @@ class Guard:
 
     def why_refused(self, headers: Sequence[tuple[bytes, bytes]]) -> str | None:
         hosts = [value.decode("latin-1") for name, value in headers if name.lower() == b"host"]
-        if len(hosts) != 1 or re.sub(r":\d+$", "", hosts[0]) not in LOOPBACK:
+        if not names_loopback(hosts):
             return "the Host header names another machine"
         origins = {value.decode("latin-1") for name, value in headers if name.lower() == b"origin"}
         if not origins <= self.origins:

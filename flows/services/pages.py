@@ -7,7 +7,6 @@ Only files under FOLDER, no lists of them, and nothing to pages of other sites: 
 
 from __future__ import annotations
 
-import re
 import sys
 import urllib.parse
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-HOSTS = ("127.0.0.1", "localhost", "[::1]")
+from eclectus.flows.services.ports import names_loopback
 
 
 class Pages(SimpleHTTPRequestHandler):
@@ -27,8 +26,7 @@ class Pages(SimpleHTTPRequestHandler):
 
     def send_head(self) -> Any:
         """As the base class, which calls it for GET and HEAD alike, for what may be shown."""
-        host = self.headers.get_all("Host") or []
-        if len(host) != 1 or re.sub(r":\d+$", "", host[0]) not in HOSTS:
+        if not names_loopback(self.headers.get_all("Host") or []):
             return self.send_error(HTTPStatus.FORBIDDEN, "the Host header names another machine")
         embedded = self.headers.get("Sec-Fetch-Mode", "navigate") != "navigate"
         if self.headers.get("Sec-Fetch-Site") == "cross-site" and embedded:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from eclectus.storage.atomic_write import write_atomically
@@ -12,6 +14,13 @@ from eclectus.storage.atomic_write import write_atomically
 PORTS = "ports.json"
 # As many connections wait in the kernel while the server is started again.
 BACKLOG = 512
+# How this machine is called in addresses.
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+def names_loopback(hosts: Sequence[str]) -> bool:
+    """Whether a request has one Host header, and that names this machine: a page with DNS rebinding names another."""
+    return len(hosts) == 1 and re.sub(r":\d+$", "", hosts[0]) in LOOPBACK
 
 
 def free_port(wanted: int = 0) -> int:

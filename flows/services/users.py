@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from eclectus.flows.services.background import Background
@@ -26,22 +26,34 @@ LOCK = "server.lock"
 LOCK_SECONDS = 600.0
 
 
-@contextlib.contextmanager
-def server_lock(folder: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+def server_lock(folder: Path, seconds: float = LOCK_SECONDS) -> contextlib.AbstractContextManager[None]:
     """Waits for the lock. Raises EclectusError that names its holder after `seconds`, or if it cannot be opened."""
+
+    def refusal(holder: str) -> str:
+        return (
+            f"process {holder} has been starting or ending the Prefect server of {folder.parent} for over "
+            f"{seconds:g} s; end it and try again"
+        )
+
+    return waited_lock(folder / LOCK, seconds, refusal)
+
+
+@contextlib.contextmanager
+def waited_lock(path: Path, seconds: float, refusal: Callable[[str], str]) -> Iterator[None]:
+    """Waits for a lock on a file in a home's folder, which the system releases when its holder ends in any way.
+
+    Raises EclectusError after `seconds`, with the message that `refusal` makes of the holder's process id.
+    """
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise EclectusError(f"the home's folder {folder} cannot be written ({error.strerror}); free it") from error
+        raise EclectusError(f"the home's folder {path.parent} cannot be written ({error.strerror}); free it") from error
     try:
         deadline = time.monotonic() + seconds
         while not _locked(descriptor):
             if time.monotonic() > deadline:
                 holder = os.pread(descriptor, 40, 0).decode(errors="replace").strip() or "unknown"
-                raise EclectusError(
-                    f"process {holder} has been starting or ending the Prefect server of {folder.parent} for over "
-                    f"{seconds:g} s; end it and try again"
-                )
+                raise EclectusError(refusal(holder))
             time.sleep(0.05)
         with contextlib.suppress(OSError):
             # Only for the message above: a full disk does no harm.

@@ -19,13 +19,15 @@ from pathlib import Path
 
 import psutil
 
-from eclectus.flows.services.background import start_of
+from eclectus.flows.services.background import lives, start_of
 from eclectus.storage.atomic_write import write_atomically
 
 FOLDER = "flow-runs"
 # In the environment of everything that `eclectus up` starts and of what that starts in turn.
 TOKEN = "ECLECTUS_UP"
 FLOW_RUN = "PREFECT__FLOW_RUN_ID"
+# A file whose time says when the worker last asked for runs, so that a hung worker is noticed.
+BEAT = "worker.beat"
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,6 @@ class Note:
 
     def owner_lives(self) -> bool:
         return lives(self.owner, self.owner_started)
-
-
-def lives(pid: int, started: str) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return start_of(pid) == started and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 def write_note(folder: Path, flow_run: str, itself: bool = False) -> Note:

@@ -15,10 +15,7 @@ from prefect.settings import get_current_settings
 from prefect.utilities.processutils import setup_signal_handlers_worker
 from prefect.workers.process import ProcessWorker
 
-from eclectus.flows.services.flow_runs.notes import TOKEN, processes, read_note, remove_note, write_note
-
-# A file whose time says when the worker last asked for runs, so that a hung worker is noticed.
-BEAT = "worker.beat"
+from eclectus.flows.services.flow_runs.notes import BEAT, TOKEN, processes, read_note, remove_note, write_note
 
 
 class NotingWorker(ProcessWorker):

@@ -7,21 +7,19 @@ note is about the original's processes.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eclectus.flows.services.background import Background
 from eclectus.flows.services.server_note import identity
+from eclectus.flows.services.users import waited_lock
 from eclectus.storage.atomic_write import replacing
-from eclectus.storage.errors import EclectusError
 
 NOTE = "services.json"
 LOCK = "up.lock"
@@ -90,19 +88,12 @@ def read_up_note(folder: Path) -> UpNote | None:
     return None if copied else note
 
 
-@contextlib.contextmanager
-def up_lock(folder: Path) -> Iterator[None]:
+def up_lock(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Held while services are started or stopped as a whole. Raises EclectusError after LOCK_SECONDS."""
-    with open(folder / LOCK, "ab") as lock:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            if time.monotonic() > deadline:
-                raise EclectusError(f"another `eclectus up` or `down` holds {folder / LOCK}; end it and try again")
-            time.sleep(0.1)
-        yield
+    path = folder / LOCK
+    return waited_lock(
+        path, LOCK_SECONDS, lambda _: f"another `eclectus up` or `down` holds {path}; end it and try again"
+    )
 
 
 def beat_age(folder: Path) -> float:

@@ -13,7 +13,7 @@ import psutil
 
 from eclectus.flows.services.background import Background
 from eclectus.flows.services.deploy import POOL, project
-from eclectus.flows.services.flow_runs.notes import TOKEN, environments
+from eclectus.flows.services.flow_runs.notes import BEAT, TOKEN, environments
 from eclectus.flows.services.flow_runs.settle import WORKER
 from eclectus.flows.services.ports import free_port, home_port, keep_port
 from eclectus.flows.services.server import PAGES, server_environment
@@ -29,8 +29,6 @@ PART = "ECLECTUS_PART"
 RAY, PAGES_SERVER, WORKER_PROGRAM = "Ray", "the report pages", "the worker"
 # The worker asks for runs every 3 s, and at least once a minute when the server does not answer.
 HUNG_SECONDS = 150.0
-# As in eclectus.flows.services.flow_runs.worker, which imports Prefect.
-BEAT = "worker.beat"
 DEPLOY_SECONDS = 300
 
 
