@@ -27,24 +27,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.support.retraining import PASSES, SMALL, WORDS
 from tests.support.week_clock import COMPILER, SteppedClock
 
 ROOT = Path(__file__).parents[2]
 MARK = "ECLECTUS_WEEK"
 FLOW_RUN = "PREFECT__FLOW_RUN_ID"
 DISK_MB = 400
-WORDS = {
-    "en": "the ship left harbour court heard owner rain fell village letter engine market bread coast dawn",
-    "tr": "gemi liman sabah mahkeme dinledi sahibi yagmur koy mektup motor pazar ekmek kiyi ayrildi okudu",
-}
-SETTINGS = {
-    "language_detector": "field", "original_languages": ["en"], "expanded_languages": ["tr"], "embedding_steps": 2,
-    "embedding_dimension": 16, "instance_tokens": 32, "lory_segment": 16, "heldout_minimum": 4, "extension_experts": 2,
-    "post_pretrain_steps": 2, "post_pretrain_warmup_steps": 1, "review_steps": 1, "review_warmup_steps": 1,
-    "training_workers": 0, "evaluation_samples": 0, "report_resamples": 100,
-    "retrain_documents": 5, "retrain_tokens": 50,
+SETTINGS = SMALL | {
+    "extension_experts": 2, "post_pretrain_steps": 2, "review_steps": 1, "retrain_documents": 5, "retrain_tokens": 50,
 }  # fmt: skip
-RULES = ["bits_per_byte.expanded <= champion * 2", "retention.original >= 0.1"]
 # Of a command: the machine may be busy.
 PATIENCE = 420
 # The issue asks for a minute; a process that starts on a busy machine may take another.
@@ -124,7 +116,7 @@ class Week:
         from tests.support.dense_bases import write_base
 
         write_base(folder / "base", "llama")
-        gate = {"lines": {"extended": {"model": "stage 2", "base": "dense", "rules": RULES}}}
+        gate = {"lines": {"extended": {"model": "stage 2", "base": "dense", "rules": PASSES}}}
         (folder / "gate.yaml").write_text(json.dumps(gate))
         self.parameters = SETTINGS | {
             "sources": [str(self.sources)], "base_model": str(folder / "base"), "gate": str(folder / "gate.yaml"),
