@@ -11,16 +11,18 @@ import pytest
 
 # In a process of its own, since Ray is started once in a process.
 PROGRAM = """
-import json, psutil
+import contextlib, json, psutil
 from eclectus.tasks.ray_cluster import ensure_ray
 ensure_ray()
 import ray
 assert ray.get(ray.remote(lambda: 7).remote()) == 7
 found = []
 for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-    for each in process.net_connections("inet"):
-        if each.status == psutil.CONN_LISTEN:
-            found.append((process.name(), each.laddr.ip))
+    # Ray's short-lived helpers end meanwhile.
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in process.net_connections("inet"):
+            if each.status == psutil.CONN_LISTEN:
+                found.append((process.name(), each.laddr.ip))
 print(json.dumps(found))
 """
 
