@@ -6,10 +6,11 @@ from pathlib import Path
 from eclectus.flows.services import server
 from eclectus.storage.home import Home
 
-server.SERVER = [sys.executable, str(Path(__file__).with_name("fake_server.py"))]
-server.WATCH_SECONDS = 0.2
+FAKE_SERVER = [sys.executable, str(Path(__file__).with_name("fake_server.py"))]
 
 if __name__ == "__main__":
+    # Only here: tests import this module, and the other tests of their process need the real server.
+    server.SERVER, server.WATCH_SECONDS = FAKE_SERVER, 0.2
     with server.prefect_server(Home.open(sys.argv[1])) as address:
         print(address, flush=True)
         sys.stdin.read()

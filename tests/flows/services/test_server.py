@@ -28,7 +28,8 @@ PATIENCE = 60
 
 @pytest.fixture
 def folder(home, monkeypatch):
-    monkeypatch.setattr(services, "SERVER", server_user.server.SERVER)
+    monkeypatch.setattr(services, "SERVER", server_user.FAKE_SERVER)
+    monkeypatch.setattr(services, "WATCH_SECONDS", 0.2)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     folder = prefect_folder(home)
     yield folder
