@@ -118,6 +118,7 @@ def open_run(
         finally:
             with _interrupts_held():
                 # The journal comes first: whatever fails after it, the lineage knows how the run ended.
+                journal.end_steps(_state(error), f"{type(error).__name__}: {error}" if error else "")
                 journal.event(
                     "run_ended",
                     state=_state(error),

@@ -50,16 +50,27 @@ class Journal:
         self._name = f"{run}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:4]}.ndjson"
         self._handles: dict[str, int] = {}
         self._scrub = scrubber()
+        self._steps: dict[str, dict[str, Any]] = {}
 
     def event(self, event: str, sync: bool = True, **columns: Any) -> None:
         """One event (`run_started`, `run_ended`, `step_started`, `step_ended`), on disk when this returns.
 
         sync: False leaves that to the next event: a run that reuses many steps waits for the disk once.
         """
-        handle = self._write(EVENTS, {"event": event, "logged": now(), "run": self.run, **columns})
+        row = {"event": event, "logged": now(), "run": self.run, **columns}
+        handle = self._write(EVENTS, row)
+        if event == "step_started":
+            self._steps[row["step"]] = row
+        elif event == "step_ended":
+            self._steps.pop(row["step"], None)
         if sync:
             os.fsync(handle)
             self._push(EVENTS)
+
+    def end_steps(self, state: str, reason: str) -> None:
+        """Ends the steps that have none yet: a signal may arrive between the two events of a step."""
+        for row in list(self._steps.values()):
+            self.event("step_ended", **cut_short(row, state, reason, now()))
 
     def metric(
         self, step: str, name: str, value: float, at_step: int | None = None, tags: dict[str, str] | None = None
@@ -132,6 +143,18 @@ class Journal:
             if written:
                 os.ftruncate(handle, os.fstat(handle).st_size - written)
             raise
+
+
+def cut_short(started: dict[str, Any], state: str, reason: str, last: str) -> dict[str, Any]:
+    """Columns of the event `step_ended` of a step of which only the start was journaled. last: time heard of it."""
+    known = {name: started.get(name) for name in ("step", "name", "label", "flow", "key")}
+    return {**known, "state": state, "reason": reason, "seconds": seconds_between(started["logged"], last)}
+
+
+def seconds_between(first: str, last: str) -> float:
+    """Seconds between two times of the journal."""
+    passed = datetime.datetime.fromisoformat(last) - datetime.datetime.fromisoformat(first)
+    return round(passed.total_seconds(), 3)
 
 
 def _open_held(folder: Path, name: str) -> int:

@@ -9,7 +9,6 @@ compacted.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import fcntl
 import json
 import os
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO
 import psutil
 
 from eclectus.storage.home import Home
-from eclectus.storage.journal import EVENTS, now
+from eclectus.storage.journal import EVENTS, cut_short, now, seconds_between
 from eclectus.storage.lineage.live_journals import LAST_BYTES, journals
 
 CRASHED = "crashed"
@@ -81,10 +80,8 @@ def _write_ends(handle: BinaryIO) -> str | None:
     about = {"logged": now(), "run": started["run"], "state": CRASHED}
     lines = []
     for step in steps.values():
-        known = {name: step.get(name) for name in ("step", "name", "label", "flow", "key")}
-        seconds = _seconds(step["logged"], last)
-        lines.append({"event": "step_ended", **about, **known, "reason": WHY, "seconds": seconds})
-    lines.append({"event": "run_ended", **about, "seconds": _seconds(started["logged"], last), "error": WHY})
+        lines.append({"event": "step_ended", **about, **cut_short(step, CRASHED, WHY, last)})
+    lines.append({"event": "run_ended", **about, "seconds": seconds_between(started["logged"], last), "error": WHY})
     text = "".join(json.dumps(each) + "\n" for each in lines).encode()
     # Not through the handle's buffer, which would write the rest at close.
     if os.pwrite(handle.fileno(), text, end) < len(text):
@@ -93,9 +90,3 @@ def _write_ends(handle: BinaryIO) -> str | None:
         return None
     os.fsync(handle.fileno())
     return str(started["run"])
-
-
-def _seconds(first: str, last: str) -> float:
-    """Until the last that was heard of it."""
-    passed = datetime.datetime.fromisoformat(last) - datetime.datetime.fromisoformat(first)
-    return round(passed.total_seconds(), 3)

@@ -153,6 +153,30 @@ def test_the_end_is_in_the_lineage_when_what_comes_after_it_fails(home, monkeypa
     assert query("select state from runs", home)[1] == [("completed",)]
 
 
+@pytest.mark.parametrize("reused", [False, True])
+def test_a_signal_between_the_two_events_of_a_step_leaves_no_step_without_an_end(home, monkeypatch, reused):
+    from eclectus.flows import run as runs
+    from eclectus.storage.step_keys import KnownKeys
+
+    monkeypatch.setenv("MY_API_TOKEN", "x")
+    monkeypatch.setattr(runs, "shut_ray", lambda: None)
+    if reused:
+        with runs.open_run("curate", PlaceSettings(), home):
+            look(settings=PlaceSettings())
+
+    def stop(*_):
+        raise KeyboardInterrupt("asked to stop")
+
+    with pytest.raises(KeyboardInterrupt), runs.open_run("curate", PlaceSettings(), home) as run:
+        if reused:
+            monkeypatch.setattr(KnownKeys, "note", stop)
+        else:
+            monkeypatch.setattr(type(look), "_columns", stop)
+        look(settings=PlaceSettings())
+    ends = f"select state, reason, ended is not null from steps where run = '{run.id}'"
+    assert query(ends, home)[1] == [("cancelled", "KeyboardInterrupt: asked to stop", True)]
+
+
 class Shown:
     def __init__(self):
         self.text = ""
