@@ -77,6 +77,10 @@ class Artifact:
     def statistics(self) -> dict[str, Any]:
         return self.manifest()["statistics"]
 
+    def digests(self) -> dict[str, str]:
+        """Hex SHA-256 of each file, by name."""
+        return {file["name"]: file["sha256"] for file in self.manifest()["files"]}
+
 
 @dataclass
 class Draft:

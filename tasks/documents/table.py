@@ -106,6 +106,12 @@ def parts(documents: Artifact) -> list[Path]:
     return sorted(Path(documents.path).glob("documents/part-*.parquet"))
 
 
+def first_rows(documents: Artifact) -> np.ndarray:
+    """The first row of each part, and the number of all rows: int64 [parts + 1]."""
+    counts = [pq.read_metadata(path).num_rows for path in parts(documents)]
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
 def relabel(documents: Artifact, labels: dict[str, pa.Array | pa.ChunkedArray], out: Draft) -> None:
     """Writes the same documents with other labels: {column of LABELS: values [N]}; other columns keep their values."""
     unchanged = [name for name in LABELS if name not in labels]

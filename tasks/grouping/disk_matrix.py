@@ -1,12 +1,16 @@
-"""Matrices on disk that are filled through a memory map."""
+"""Matrices on disk: filled through a memory map, or in parts and read as one."""
 
 from __future__ import annotations
 
+import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+RESIDENT_BYTES = 256 * 2**20
 
 
 def create_matrix(path: Path, dtype: Any, shape: tuple[int, int]) -> np.memmap:
@@ -27,3 +31,56 @@ def usable_rows(vectors: np.ndarray) -> np.ndarray:
         block = np.asarray(vectors[begin : begin + 2**16])
         usable[begin : begin + len(block)] = np.isfinite(block).all(axis=1) & (block != 0).any(axis=1)
     return usable
+
+
+class PartMatrix:
+    """Matrices `.npy` of parts [n_i, ...], read as one [N, ...]: `matrix[rows]` for int rows in any order, or a slice.
+
+    The result is always in memory. Pages that were read are given back after RESIDENT_BYTES, so that a matrix larger
+    than memory stays on disk. begins: int64 [parts + 1], the first row of each part.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Raises OSError or ValueError for a file that is none."""
+        self._parts = [_mapped(path) for path in paths]
+        widths = [part.shape[1:] for part in self._parts if len(part)] or [part.shape[1:] for part in self._parts]
+        self.begins = np.concatenate([[0], np.cumsum([len(part) for part in self._parts])]).astype(np.int64)
+        self.shape = (int(self.begins[-1]), *(widths[0] if widths else ()))
+        self.dtype = self._parts[0].dtype if self._parts else np.dtype(np.float32)
+        self._touched = 0
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        if isinstance(rows, slice):
+            rows = np.arange(*rows.indices(len(self)))
+        rows = np.asarray(rows)
+        flat = rows.ravel()
+        flat = np.where(flat < 0, flat + len(self), flat)
+        out = np.empty((len(flat), *self.shape[1:]), self.dtype)
+        part = np.searchsorted(self.begins, flat, side="right") - 1
+        for number in np.unique(part).tolist():
+            here = np.flatnonzero(part == number)
+            out[here] = self._parts[number][flat[here] - self.begins[number]]
+        self._give_back(out.nbytes)
+        return out.reshape(*rows.shape, *self.shape[1:])
+
+    def _give_back(self, touched: int) -> None:
+        # A row that is read brings in its whole page.
+        self._touched += touched
+        if self._touched < RESIDENT_BYTES:
+            return
+        self._touched = 0
+        for part in self._parts:
+            mapped = getattr(part, "_mmap", None)
+            if mapped is not None:
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except ValueError:
+        # A matrix without rows cannot be mapped.
+        return np.load(path)
