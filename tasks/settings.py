@@ -80,6 +80,17 @@ class Settings(BaseModel):
         return not (isinstance(extra, dict) and extra.get("affects_output") is False)
 
 
+class WorkerSettings(Settings):
+    """How many calls of a step run at the same time (`eclectus.tasks.over_parts`)."""
+
+    curation_workers: int = RuntimeSetting(
+        0,
+        "Workers over which a step spreads its parts; 1 uses this process only, 0 takes all CPUs of the cluster for "
+        "large corpora.",
+        ge=0,
+    )
+
+
 def parse_settings(text: str, origin: str) -> dict[str, Any]:
     """Unchecked settings from YAML text of 'setting: value' lines. Raises EclectusError naming `origin`."""
     try:
