@@ -1,7 +1,7 @@
 """The home: one directory with a project's artifacts and lineage, here or on an object store (storage/mirror.py).
 
 artifacts/   immutable results                keys/       which settings and inputs made which artifact
-journal/     events, metrics and decisions    work/       unfinished training, to resume
+journal/     events, metrics and decisions    work/       unfinished training and parts, to resume
 layout       the number of this layout        prefect/    the local Prefect server's data
 eclectus.duckdb, report.html                  for users
 """

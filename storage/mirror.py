@@ -5,8 +5,8 @@ so that it is whole there or absent; the records of keys; journals as they grow.
 to a temporary path and renamed. Credentials and address are the object store's own variables (AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL for MinIO). Cost: one upload of every new byte, one listing per lineage query.
 
-Local only: `work/` (a machine that replaces a lost one starts the unfinished stage again) and locks: two machines may
-make the same artifact at once, which is then one artifact, as it is named by its content.
+Local only: unfinished training in `work/` (a machine that replaces a lost one starts the unfinished stage again) and
+locks: two machines may make the same artifact at once, which is then one artifact, as it is named by its content.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ A function computes with one thread and gets nothing but its arguments, so its r
 nor on how many ran beside it (one that imports faiss or torch sets their threads itself: they are read at the import).
 Parts are as large as the caller cuts them, never cut by the number of workers.
 
-Paths in the arguments that lie below the home are there when the function is called: a worker of a home on an object
-store downloads what its machine lacks, and uploads its result; no disk is shared. Ray's start costs 8 s and each of its
-processes about 1 s of imports, hence the choice by CPU seconds.
+Paths in the arguments that lie below the home are there when the function is called. With a home on an object store
+and a cluster (RAY_ADDRESS) no disk is shared: the driver uploads what the store lacks of them, a worker downloads what
+its machine lacks, and uploads its result. Ray's start costs 8 s and each of its processes about 1 s of imports, hence
+the choice by CPU seconds.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eclectus.storage.artifact import hash_file, write_json
+from eclectus.storage.artifact import hash_file, hash_unchanged, write_json
 from eclectus.storage.atomic_write import temporary_path
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
+from eclectus.storage.mirror import Mirror
 from eclectus.tasks.run import current_run, progress
 
 FOLDER = "parts"
@@ -96,7 +99,8 @@ def over_parts(
     Raises EclectusError: of the function, or naming the part that failed in every try.
     """
     store = _Store.of_run()
-    done: list[Done | None] = [store.find(part.key) for part in parts]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = list(pool.map(store.find, [part.key for part in parts]))
     missing = [number for number, each in enumerate(done) if each is None]
     finished = sum(part.size for part, each in zip(parts, done, strict=True) if each)
     report_progress = progress(sum(part.size for part in parts), what, unit)
@@ -128,24 +132,23 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class _Store:
-    """Where the results are. Picklable: every worker opens the home for itself. url: of the home."""
+    """Where the results are. mirror: the object store through which machines exchange files; None for one disk."""
 
-    url: str
     root: Path
     folder: Path
+    mirror: Mirror | None = None
 
     @classmethod
     def of_run(cls) -> _Store:
         run = current_run()
         if run is None:
             folder = _temporary_folder()
-            return cls("", folder, folder)
-        return cls(run.home.name if run.home.mirror else "", run.home.root, run.home.work / FOLDER)
+            return cls(folder, folder)
+        return cls.of_home(run.home)
 
-    @functools.cached_property
-    def home(self) -> Home | None:
-        """The home on an object store; None for a folder."""
-        return Home.open(self.url) if self.url else None
+    @classmethod
+    def of_home(cls, home: Home) -> _Store:
+        return cls(home.root, home.work / FOLDER, home.mirror if os.environ.get("RAY_ADDRESS") else None)
 
     def place(self, key: str) -> Path:
         return self.folder / key[:2] / key[:40]
@@ -153,8 +156,8 @@ class _Store:
     def find(self, key: str) -> Done | None:
         """The whole result of an earlier call, here or in the object store. A damaged one is removed."""
         place = self.place(key)
-        if self.home and self.home.mirror and not place.exists() and self.home.mirror.has(place / DESCRIPTION):
-            self.home.mirror.pull(place)
+        if self.mirror and not place.exists() and self.mirror.has(place / DESCRIPTION):
+            self.mirror.pull(place)
         about = _read_whole(place)
         if about is None:
             shutil.rmtree(place, ignore_errors=True)
@@ -191,8 +194,8 @@ class _Store:
             if not value.is_relative_to(theirs):
                 return value
             here = self.root / value.relative_to(theirs)
-            if not here.exists() and self.home and self.home.mirror:
-                self.home.mirror.pull(here)
+            if self.mirror and not here.exists():
+                self.mirror.pull(here)
             return here
         if isinstance(value, list | tuple):
             return type(value)(self.local(each, theirs) for each in value)
@@ -201,13 +204,25 @@ class _Store:
         return value
 
 
+def _share(value: Any, store: _Store) -> None:
+    """Uploads the files and folders in `value` below the home that the object store lacks."""
+    if isinstance(value, Path):
+        if store.mirror and value.is_relative_to(store.root) and not store.mirror.has(value):
+            store.mirror.push(value)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _share(each, store)
+    elif isinstance(value, Mapping):
+        _share(list(value.values()), store)
+
+
 def _read_whole(place: Path) -> dict[str, Any] | None:
     """What a result says of itself; None unless every byte is as it was written."""
     try:
         told = json.loads((place / DESCRIPTION).read_text())
         for name, (size, digest) in told["files"].items():
             path = place / name
-            if path.stat().st_size != size or hash_file(path) != digest:
+            if path.stat().st_size != size or hash_unchanged(path) != digest:
                 return None
         about: dict[str, Any] = told["about"]
         return about
@@ -247,6 +262,7 @@ def _in_ray(function: Function, parts: list[Part], store: _Store, workers: int, 
         while waiting or running:
             while waiting and len(running) < slots:
                 number = waiting.popleft()
+                _share(parts[number].arguments, store)
                 running[remote.remote(function, parts[number].key, dict(parts[number].arguments), store)] = number
             reference = ray.wait(list(running))[0][0]
             number = running.pop(reference)
@@ -276,14 +292,18 @@ def _in_ray(function: Function, parts: list[Part], store: _Store, workers: int, 
 
 def _remotely(function: Function, key: str, arguments: dict[str, Any], theirs: _Store) -> dict[str, Any]:
     """In a Ray worker: the same call with this machine's paths."""
-    if not theirs.url:
+    if not theirs.mirror:
         return theirs.make(key, function, arguments)
-    home = Home.open(theirs.url)
-    mine = _Store(theirs.url, home.root, home.work / FOLDER)
+    mine = _Store.of_home(_home_here(theirs.mirror.url))
     about = mine.make(key, function, mine.local(arguments, theirs.root))
-    if home.mirror:
-        home.mirror.push(mine.place(key), last=DESCRIPTION)
+    if mine.mirror:
+        mine.mirror.push(mine.place(key), last=DESCRIPTION)
     return about
+
+
+@functools.cache
+def _home_here(url: str) -> Home:
+    return Home.open(url)
 
 
 def _failed(part: Part, reason: BaseException) -> str:

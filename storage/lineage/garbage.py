@@ -3,10 +3,10 @@
 Needed is everything that was read or made by the latest runs with an output, by runs that users keep and by active
 runs; every checkpoint that was ever promoted, with its evaluations and its gate; what all of these were made from; and,
 of refused models, their documents (`retrain` counts new documents against them) and each line's last one. Artifacts
-that the lineage does not know are left alone. Deleted too: drafts of processes that died, quarantined artifacts, and
-unfinished training that was not resumed for a week. The lineage keeps its rows, and which documents were in deleted
-instances, so that `trace` answers as before; a run that needs a deleted artifact makes it again. Nothing is deleted
-while a run is active.
+that the lineage does not know are left alone. Deleted too: drafts of processes that died, quarantined artifacts,
+unfinished training that was not resumed for a week, and parts of steps that no run used for a week. The lineage keeps
+its rows, and which documents were in deleted instances, so that `trace` answers as before; a run that needs a deleted
+artifact makes it again. Nothing is deleted while a run is active.
 """
 
 from __future__ import annotations
@@ -179,6 +179,11 @@ def _left_behind(home: Home) -> Iterator[Unneeded]:
     for place in sorted(home.work.glob("*")):
         if re.fullmatch("[0-9a-f]{32}", place.name) and _quiet(place) > 7 * DAY:
             yield Unneeded("training", place.name, _size(place), "unfinished, and not resumed for a week", place)
+    for place in sorted(home.work.glob("parts/*/*")):
+        if _quiet(place) > (DAY if place.name.startswith(".") else 7 * DAY):
+            yield Unneeded(
+                "part", place.name, _size(place, alone=True), "a part of a step, and not used for a week", place
+            )
 
 
 def _keep_documents(home: Home, place: Path) -> None:
@@ -202,6 +207,7 @@ def _remove(home: Home, place: Path) -> None:
     """Renamed first, so that an artifact is whole or gone; on the object store the manifest is deleted first."""
     if home.mirror and home.store.root in place.parents:
         home.mirror.remove(place / MANIFEST)
+    if home.mirror:
         home.mirror.remove(place)
     if not place.exists():
         return
@@ -211,8 +217,10 @@ def _remove(home: Home, place: Path) -> None:
     shutil.rmtree(renamed)
 
 
-def _size(place: Path) -> int:
-    return sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+def _size(place: Path, alone: bool = False) -> int:
+    """Bytes of a folder's files. alone: without those that stand elsewhere too, by a hard link."""
+    found = [path.stat() for path in place.rglob("*") if path.is_file()]
+    return sum(each.st_size for each in found if not alone or each.st_nlink == 1)
 
 
 def _quiet(place: Path) -> float:

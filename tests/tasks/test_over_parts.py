@@ -4,15 +4,18 @@ import os
 import subprocess
 import sys
 import textwrap
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from eclectus.storage.errors import EclectusError
+from eclectus.storage.home import Home
+from eclectus.tasks import over_parts as work
 from eclectus.tasks.grouping.disk_matrix import PartMatrix
 from eclectus.tasks.over_parts import DESCRIPTION, Part, forget, key_of, over_parts
-from tests.support.part_functions import square, square_or_fail
+from tests.support.part_functions import read, square, square_or_fail
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,6 +118,33 @@ def test_rays_workers_give_the_same_and_a_part_that_kills_its_worker_is_tried_ag
     assert done.stdout.startswith("[0, 1, 4, 9, 16, 25]"), done.stderr[-3000:]
     # What was finished before is not made again.
     assert len(os.listdir(calls)) - before < 6
+
+
+def test_machines_that_share_no_disk_exchange_files_through_the_object_store(object_store, tmp_path, monkeypatch):
+    url = f"s3://models/{uuid.uuid4().hex}"
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+
+    def machine(name):
+        monkeypatch.setenv("ECLECTUS_CACHE", str(tmp_path / name))
+        work._home_here.cache_clear()
+        return Home.open(url)
+
+    driver = machine("driver")
+    made = driver.work / "given"
+    made.write_text("what the driver made")
+    mine = work._Store.of_home(driver)
+    arguments = {"path": made}
+    work._share(arguments, mine)
+    key = work.key_of("read", 1)
+    machine("worker")
+    about = work._remotely(read, key, arguments, mine)
+    assert about["text"] == "what the driver made" and about["root"].startswith(str(tmp_path / "worker"))
+    assert not mine.place(key).exists()
+    found = mine.find(key)
+    assert found and found.about == about and found.folder == mine.place(key)
+    # A machine that replaces the driver finds what the workers finished.
+    found = work._Store.of_home(machine("another")).find(key)
+    assert found and found.about == about
 
 
 def test_a_matrix_in_parts_reads_as_one(tmp_path, monkeypatch):

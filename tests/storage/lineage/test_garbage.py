@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -14,7 +15,9 @@ from eclectus.storage.journal import Journal
 from eclectus.storage.lineage.compact import compact
 from eclectus.storage.lineage.connection import query
 from eclectus.storage.lineage.garbage import free, keep, plan
+from eclectus.tasks.over_parts import Part, key_of, over_parts
 from tests.support.history import RUNS, write_history
+from tests.support.part_functions import square
 
 OLD, NEW = RUNS
 DRAFTING = """
@@ -102,6 +105,28 @@ def test_the_draft_of_a_killed_process_is_freed_and_that_of_a_living_one_is_not(
     assert names(planned, "draft") == ["documents"] and planned.unneeded[0].bytes == 4
     free(home, planned)
     assert not list((home.store.root / ".drafts").iterdir())
+
+
+def test_parts_of_steps_are_freed_a_week_after_their_last_use(run, home, tmp_path):
+    parts = [Part(key_of("square", number), {"number": number, "calls": str(tmp_path)}) for number in (2, 3)]
+    done = over_parts(square, parts, "squaring")
+    os.link(done[0].file("square"), tmp_path / "linked")
+    begun = done[1].folder.with_name(".begun")
+    begun.mkdir()
+    for each in (*(path for one in done for path in (*one.folder.iterdir(), one.folder)), begun):
+        os.utime(each, (time.time() - 8 * 86_400,) * 2)
+    assert len(plan(home, 1).unneeded) == 3
+    # Finding it is using it.
+    over_parts(square, parts[:1], "squaring")
+    planned = plan(home, 1)
+    assert names(planned, "part") == sorted([done[1].folder.name, ".begun"])
+    os.utime(done[0].folder, (time.time() - 8 * 86_400,) * 2)
+    sizes = {each.place: each.bytes for each in plan(home, 1).unneeded}
+    assert sizes[done[0].folder] == sizes[done[1].folder] - 1, "what is linked elsewhere is not freed"
+    run.journal.event("run_ended", state="completed")
+    run.journal.close()
+    free(home, planned)
+    assert done[0].folder.exists() and not done[1].folder.exists() and not begun.exists()
 
 
 def test_what_the_lineage_does_not_know_is_left_alone(home):
