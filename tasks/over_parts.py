@@ -115,6 +115,11 @@ def over_parts(
     return [each for each in done if each is not None]
 
 
+def find(key: str) -> Done | None:
+    """The whole result with this key, if some earlier work left one."""
+    return _Store.of_run().find(key)
+
+
 def forget(done: Sequence[Done]) -> None:
     """Removes results that no later run would look for."""
     for each in done:
