@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,13 @@ ONE_THREAD = {
 
 
 def records(sources: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for path in sorted(sources.glob("*.jsonl")) for line in open(path)]
+    return [json.loads(line) for line in lines(sources)]
+
+
+def lines(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("*.jsonl")):
+        with open(path) as handle:
+            yield from handle
 
 
 def shingles(text: str) -> set[str]:
@@ -111,7 +117,7 @@ def datatrove_minhash(sources: Path, buckets: int, each: int) -> set[str]:
         ):
             # In this process, so that its CPU seconds are counted.
             LocalPipelineExecutor(steps, tasks=tasks, workers=1, logging_dir=f"{folder}/logs/{time.time()}").run()
-        return {json.loads(line)["id"] for path in Path(folder, "removed").glob("*.jsonl") for line in open(path)}
+        return {json.loads(line)["id"] for line in lines(Path(folder, "removed"))}
 
 
 def recall(vectors: np.ndarray, found: np.ndarray, queries: np.ndarray, exact: np.ndarray) -> float:
@@ -263,7 +269,7 @@ def main() -> None:
         return
     sources, home, python = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
     os.environ |= ONE_THREAD
-    count = sum(1 for path in sources.glob("*.jsonl") for _ in open(path))
+    count = sum(1 for _ in lines(sources))
     rows, vectors = ours(sources, home)
     for name in PEERS:
         words = [python, __file__, "--peer", name, str(sources), str(vectors)]
