@@ -21,9 +21,9 @@ import numpy as np
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.disk_matrix import create_matrix, usable_rows
 from eclectus.tasks.documents.normalise import VERSION as NORMALISATION
 from eclectus.tasks.documents.table import read_ids
-from eclectus.tasks.grouping.disk_matrix import create_matrix, usable_rows
 from eclectus.tasks.grouping.embedding_log import StoredVectors, locate, read_logs, remove_stale_logs
 from eclectus.tasks.grouping.encoder import STATIC, EmbedSettings, EncoderPool, check_model_folder, digest_folder
 from eclectus.tasks.reuse import earlier, is_whole

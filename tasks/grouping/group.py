@@ -25,10 +25,10 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.disk_matrix import usable_rows
 from eclectus.tasks.documents.shingles import MEASURE
 from eclectus.tasks.documents.split import DuplicateSettings
 from eclectus.tasks.documents.table import read_codes, read_table
-from eclectus.tasks.grouping.disk_matrix import usable_rows
 from eclectus.tasks.grouping.duplicates import Overlaps, as_columns, near_duplicates
 from eclectus.tasks.grouping.instance_layout import plan
 from eclectus.tasks.grouping.nearest import exact_neighbors

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from eclectus.storage.artifact import Draft
-from eclectus.tasks.grouping.disk_matrix import create_matrix
+from eclectus.tasks.disk_matrix import create_matrix
 from eclectus.tasks.settings import SEED, RuntimeSetting, Settings
 
 SLACK = 4

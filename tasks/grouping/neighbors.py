@@ -21,8 +21,8 @@ import numpy as np
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.disk_matrix import usable_rows
 from eclectus.tasks.documents.table import read_codes
-from eclectus.tasks.grouping.disk_matrix import usable_rows
 from eclectus.tasks.grouping.nearest import Lists, NeighborSettings, Partition, search
 from eclectus.tasks.grouping.neighbor_update import MADE_OF, copy_lists, find_earlier, made_of, update
 from eclectus.tasks.run import metric, progress

@@ -13,7 +13,7 @@ import pytest
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.tasks import over_parts as work
-from eclectus.tasks.grouping.disk_matrix import PartMatrix
+from eclectus.tasks.disk_matrix import PartMatrix
 from eclectus.tasks.over_parts import DESCRIPTION, Part, forget, key_of, over_parts
 from tests.support.part_functions import read, square, square_or_fail
 
@@ -148,7 +148,7 @@ def test_machines_that_share_no_disk_exchange_files_through_the_object_store(obj
 
 
 def test_a_matrix_in_parts_reads_as_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("eclectus.tasks.grouping.disk_matrix.RESIDENT_BYTES", 100)
+    monkeypatch.setattr("eclectus.tasks.disk_matrix.RESIDENT_BYTES", 100)
     random = np.random.default_rng(0)
     parts = [random.normal(size=(count, 3)).astype(np.float16) for count in (4, 0, 1, 7)]
     for number, part in enumerate(parts):
