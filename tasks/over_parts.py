@@ -273,7 +273,7 @@ def _in_ray(function: Function, parts: list[Part], store: _Store, workers: int, 
             number = running.pop(reference)
             tries[number] += 1
             try:
-                about = ray.get(reference)
+                about, seconds = ray.get(reference)
             except ray.exceptions.RayError as error:
                 reason = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
                 if isinstance(reason, EclectusError):
@@ -284,6 +284,8 @@ def _in_ray(function: Function, parts: list[Part], store: _Store, workers: int, 
                     slots = max(1, slots // 2)
                 waiting.append(number)
                 continue
+            if run := current_run():
+                run.remote_seconds += seconds
             place = store.place(parts[number].key)
             if not (place / DESCRIPTION).is_file() and store.find(parts[number].key) is None:
                 waiting.append(number)
@@ -295,15 +297,17 @@ def _in_ray(function: Function, parts: list[Part], store: _Store, workers: int, 
                 ray.cancel(reference, force=True)
 
 
-def _remotely(function: Function, key: str, arguments: dict[str, Any], theirs: _Store) -> dict[str, Any]:
-    """In a Ray worker: the same call with this machine's paths."""
-    if not theirs.mirror:
-        return theirs.make(key, function, arguments)
-    mine = _Store.of_home(_home_here(theirs.mirror.url))
-    about = mine.make(key, function, mine.local(arguments, theirs.root))
-    if mine.mirror:
-        mine.mirror.push(mine.place(key), last=DESCRIPTION)
-    return about
+def _remotely(function: Function, key: str, arguments: dict[str, Any], theirs: _Store) -> tuple[dict[str, Any], float]:
+    """In a Ray worker: the same call with this machine's paths. Returns the description, and CPU seconds."""
+    began = sum(os.times()[:4])
+    if theirs.mirror:
+        mine = _Store.of_home(_home_here(theirs.mirror.url))
+        about = mine.make(key, function, mine.local(arguments, theirs.root))
+        if mine.mirror:
+            mine.mirror.push(mine.place(key), last=DESCRIPTION)
+    else:
+        about = theirs.make(key, function, arguments)
+    return about, sum(os.times()[:4]) - began
 
 
 @functools.cache

@@ -64,7 +64,8 @@ class Run:
     step, label: of the step that is running. states: by label. results: of flows, by name and parameters.
     faults: of displays, by name. prefect_answers: whether Prefect's server, if any, is there (its client asks a dead
     one for a minute at every call). lookup: set while keys are only looked up (tasks/lookup.py). services: what was
-    started for the run, ended after its displays. read: what was read from the lineage, by name.
+    started for the run, ended after its displays. read: what was read from the lineage, by name. remote_seconds: CPU
+    seconds of parts that Ray's workers computed.
     """
 
     id: str
@@ -86,6 +87,7 @@ class Run:
     lookup: StepCalls | None = None
     services: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     read: dict[str, Any] = field(default_factory=dict)
+    remote_seconds: float = 0.0
     _made: dict[str, dict[str, Any]] = field(default_factory=dict)
     _reused: dict[str, dict[str, Any]] = field(default_factory=dict)
 

@@ -167,6 +167,7 @@ class Step:
         step_id = uuid.uuid4().hex
         previous, run.step, run.label = (run.step, run.label), step_id, label
         record, state, reason, memory = call.record, "failed", "", _Memory()
+        cpu = _cpu_seconds(run)
         output: Artifact | None = None
         try:
             with self._disk_full_named(run):
@@ -200,6 +201,7 @@ class Step:
                 "step_ended",
                 **self._columns(step_id, run, label, record, state, reason, seconds),
                 peak_memory=memory.peak,
+                cpu_seconds=round(_cpu_seconds(run) - cpu, 3),
                 prefect_task_run=_prefect_task_run(run),
                 output=_describe(output),
             )
@@ -297,6 +299,11 @@ class _Call:
     started: float
     record: Record | None = None
     error: Exception | None = None
+
+
+def _cpu_seconds(run: Run) -> float:
+    """CPU seconds so far: of this process, of its children that ended, and of parts in Ray's workers."""
+    return sum(os.times()[:4]) + run.remote_seconds
 
 
 class _Memory:

@@ -65,6 +65,7 @@ COLUMNS = {
         "reason": "VARCHAR",
         "seconds": "DOUBLE",
         "peak_memory": "BIGINT",
+        "cpu_seconds": "DOUBLE",
         "seed": "BIGINT",
         "prefect_task_run": "VARCHAR",
         "settings": "MAP(VARCHAR, JSON)",
@@ -151,11 +152,12 @@ VIEWS = {
         from of_runs left join keeping using (run) where event in ('run_started', 'run_ended')""",
     ),
     "steps": View(
-        "step run name label flow key version state reason started event logged seconds peak_memory seed "
+        "step run name label flow key version state reason started event logged seconds peak_memory cpu_seconds seed "
         "prefect_task_run",
         """
         select step, run, name, label, flow, key, version, coalesce(state, 'unfinished') as state, reason, started,
-               case when event = 'step_ended' then logged end as ended, seconds, peak_memory, seed, prefect_task_run
+               case when event = 'step_ended' then logged end as ended, seconds, peak_memory, cpu_seconds, seed,
+               prefect_task_run
         from {events} where event in ('step_started', 'step_ended')""",
     ),
     "artifacts": View(

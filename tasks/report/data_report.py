@@ -5,6 +5,7 @@
     held out     documents, works and shares by language, near-duplicates counted once; deviations from the setting
     contents     languages, domains, lengths; rejected records with reasons and examples; near-duplicates side by side
     grouping     its statistics and picture, the purity of instances, and some chains
+    cost         of a sample (`documents_limit`): what the whole would take on this cluster (cost_estimate.py)
 
 Files: `data.html` (one page, offline, no script) and `data.md`. Users' texts are escaped in both. Price: a second; only
 the text of the shown documents is read.
@@ -27,6 +28,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.language_codes import language_name, shortened
 from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.documents.text_reader import TextReader
+from eclectus.tasks.report.cost_estimate import whole_cost
 from eclectus.tasks.report.formatting import count, in_words, size
 from eclectus.tasks.report.markdown import facts_markdown, safe, table_markdown
 from eclectus.tasks.report.page import render
@@ -99,7 +101,7 @@ def data_report(
         picture=base64.b64encode(grouping.file("quality.png").read_bytes()).decode(),
     )
     more = (_shares_table(divided), _rejected_table(ingested), _passed_over_table(ingested), instances_table(given))
-    contents.tables += [table for table in more if table]
+    contents.tables += [table for table in (*more, whole_cost(ingested)) if table]
     out.file("data.html").write_text(_page(contents), "utf-8")
     out.file("data.md").write_text(_markdown(contents), "utf-8")
     out.rows = accounts["records"]

@@ -137,7 +137,8 @@ def test_machines_that_share_no_disk_exchange_files_through_the_object_store(obj
     work._share(arguments, mine)
     key = work.key_of("read", 1)
     machine("worker")
-    about = work._remotely(read, key, arguments, mine)
+    about, seconds = work._remotely(read, key, arguments, mine)
+    assert seconds >= 0
     assert about["text"] == "what the driver made" and about["root"].startswith(str(tmp_path / "worker"))
     assert not mine.place(key).exists()
     found = mine.find(key)

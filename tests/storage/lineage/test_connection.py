@@ -15,7 +15,7 @@ from eclectus.storage.lineage.connection import connect, query, read_once, write
 FROZEN = {
     "runs": "run flow state started ended seconds parameters code_version host python packages prefect_flow_run error "
     "kept",
-    "steps": "step run name label flow key version state reason started ended seconds peak_memory seed "
+    "steps": "step run name label flow key version state reason started ended seconds peak_memory cpu_seconds seed "
     "prefect_task_run",
     "artifacts": "name artifact kind rows bytes created path statistics made_by",
     "step_inputs": "step run name artifact kind",
