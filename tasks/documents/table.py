@@ -139,24 +139,31 @@ def read_batches(
 
     Row groups without a matching document are not read. Memory: the text of one row group, the other columns of a part.
     """
-    names = columns or SCHEMA.names
     for path in parts(documents):
-        with pq.ParquetFile(path) as file:
-            short = _matching_rows(file, path, names, where)
-            if "text" not in names:
-                yield from short.select(names).combine_chunks().to_batches(rows)
-                continue
-            begin = 0
-            for group in range(file.num_row_groups):
-                end = begin + file.metadata.row_group(group).num_rows
-                first, last = np.searchsorted(short["row"].to_numpy(), (begin, end))
-                if last > first:
-                    part = short.slice(first, last - first)
-                    texts = file.read_row_group(group, columns=["text"])["text"]
-                    if len(part) < len(texts):
-                        texts = texts.take(pc.subtract(part["row"], begin))
-                    yield from part.append_column("text", texts).select(names).combine_chunks().to_batches(rows)
-                begin = end
+        yield from read_part(path, columns, where, rows)
+
+
+def read_part(
+    path: Path, columns: list[str] | None = None, where: Where = (), rows: int = ROWS_PER_GROUP
+) -> Iterator[pa.RecordBatch]:
+    """`read_batches` of one part. path: of `parts`; its labels are read from the folder beside it."""
+    names = columns or SCHEMA.names
+    with pq.ParquetFile(path) as file:
+        short = _matching_rows(file, path, names, where)
+        if "text" not in names:
+            yield from short.select(names).combine_chunks().to_batches(rows)
+            return
+        begin = 0
+        for group in range(file.num_row_groups):
+            end = begin + file.metadata.row_group(group).num_rows
+            first, last = np.searchsorted(short["row"].to_numpy(), (begin, end))
+            if last > first:
+                part = short.slice(first, last - first)
+                texts = file.read_row_group(group, columns=["text"])["text"]
+                if len(part) < len(texts):
+                    texts = texts.take(pc.subtract(part["row"], begin))
+                yield from part.append_column("text", texts).select(names).combine_chunks().to_batches(rows)
+            begin = end
 
 
 def read_table(documents: Artifact, columns: list[str] | None = None, where: Where = ()) -> pa.Table:
