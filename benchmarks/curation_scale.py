@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from eclectus.flows.curate import curate
+from eclectus.flows.flow import call_in_run
 from eclectus.flows.parameters import CurateParameters
 from eclectus.storage.home import Home
 from eclectus.storage.journal import Journal
@@ -104,7 +105,7 @@ def main() -> None:
         known = KnownKeys(home.keys, home.store)
         run = Run(journal.run, home, journal, known, [table], "benchmark")
         with activate(run):
-            curate(CurateParameters(sources=[sources], **values))
+            call_in_run(curate, CurateParameters(sources=[sources], **values))
         journal.event("run_ended", state="completed", seconds=time.monotonic() - began)
     cpu = sum(row["cpu"] for row in table.rows)
     peak = max(row["peak_gb"] for row in table.rows)

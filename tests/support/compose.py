@@ -202,10 +202,17 @@ class Instance:
 class Cluster:
     """Services of the file, and the bridge between them. A context: all have ended when it is left."""
 
-    def __init__(self, folder: Path, scale: dict[str, int] | None = None, only: set[str] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        scale: dict[str, int] | None = None,
+        only: set[str] | None = None,
+        environment: dict[str, str] | None = None,
+    ):
+        """scale: instances of a service. only: services to start; all by default. environment: more of it, for all."""
         self.folder = folder
         self.services = {
-            name: service
+            name: service | {"environment": service.get("environment", {}) | (environment or {})}
             for name, service in read().items()
             if "profiles" not in service and (only is None or name in only)
         }
