@@ -42,7 +42,7 @@ class PartMatrix:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         """Raises OSError or ValueError for a file that is none."""
-        self._parts = [_mapped(path) for path in paths]
+        self._parts = [mapped(path) for path in paths]
         widths = [part.shape[1:] for part in self._parts if len(part)] or [part.shape[1:] for part in self._parts]
         self.begins = np.concatenate([[0], np.cumsum([len(part) for part in self._parts])]).astype(np.int64)
         self.shape = (int(self.begins[-1]), *(widths[0] if widths else ()))
@@ -78,7 +78,8 @@ class PartMatrix:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _mapped(path: Path) -> np.ndarray:
+def mapped(path: Path) -> np.ndarray:
+    """The array of a `.npy` file, mapped for reading."""
     try:
         return np.load(path, mmap_mode="r")
     except ValueError:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from eclectus.tasks.compiled import compiled
 from eclectus.tasks.documents.language_codes import shortened
 
 TOLERANCE = 0.05
@@ -53,9 +54,11 @@ class Shares:
         self.size = np.bincount(work[is_page], minlength=count)
         self.pages = np.bincount(stratum[is_page], minlength=len(strata))
         self.home = np.full(count, -1)
-        codes, pages = np.unique(work[is_page] * max(len(strata), 1) + stratum[is_page], return_counts=True)
-        for code in codes[np.argsort(pages, kind="stable")].tolist():
-            self.home[code // len(strata)] = code % len(strata)
+        codes = work[is_page].astype(np.int64) * max(len(strata), 1) + stratum[is_page]
+        codes, pages = np.unique(codes, return_counts=True)
+        # Of equal places the last is written: the stratum of most pages.
+        codes = codes[np.argsort(pages, kind="stable")]
+        self.home[codes // max(len(strata), 1)] = codes % max(len(strata), 1)
         self.works_in = np.bincount(self.home[self.home >= 0], minlength=len(strata))
 
     def languages(self) -> dict[str, np.ndarray]:
@@ -158,14 +161,32 @@ class _Bounds:
 
 def _nearest(wanted: np.ndarray, draw: np.ndarray, size: np.ndarray, bounds: _Bounds) -> np.ndarray:
     """The wanted works [n], and more or fewer of them until their pages are within the bounds: bool [n]."""
-    held, count = np.zeros(len(draw), bool), 0
-    longest = max(size.sum() / 2, 1)
-    for each in np.lexsort((draw, ~wanted)).tolist():
-        middle, missing = count + size[each] / 2, count < bounds.minimum and size[each] <= longest
-        if not wanted[each] and not missing and count + HALF > bounds.least:
+    order = np.lexsort((draw, ~wanted))
+    return _taken(
+        order, wanted, size, max(size.sum() / 2, 1), bounds.least, bounds.most, bounds.minimum, bounds.maximum
+    )
+
+
+@compiled
+def _taken(
+    order: np.ndarray,
+    wanted: np.ndarray,
+    size: np.ndarray,
+    longest: float,
+    least: float,
+    most: float,
+    minimum: int,
+    maximum: float,
+) -> np.ndarray:
+    """Works that are held out when they are offered in this order, bool [n]. longest: the longest that may be added to
+    reach the minimum."""
+    held, count = np.zeros(len(order), np.bool_), 0
+    for each in order:
+        middle, missing = count + size[each] / 2, count < minimum and size[each] <= longest
+        if not wanted[each] and not missing and count + 0.5 > least:
             break
-        fits = middle <= bounds.most and (wanted[each] or middle <= bounds.least)
-        if (fits or missing) and count + size[each] <= bounds.maximum:
+        fits = middle <= most and (wanted[each] or middle <= least)
+        if (fits or missing) and count + size[each] <= maximum:
             held[each] = True
             count += size[each]
     return held

@@ -19,13 +19,18 @@ correction moved 0.1 to 3 training documents of a thousand (at worst 14); from 3
 language of two or more works holds out at least one and trains on at least one. Documents of group `other` are in
 neither split: `apart`, as copies are.
 
-Price: that of finding near-duplicates; 300 bytes of memory per document.
+The pairs of near-duplicates stand in `near_duplicates.parquet`, for the grouping. Price: 35 CPU seconds for a million
+documents of 450 characters, nearly all of it for near-duplicates, 2 where 1% is new; 40 bytes of memory per document,
+and the pairs' part of a few steps.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,21 +40,35 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.compiled import compiled
+from eclectus.tasks.disk_matrix import PartMatrix
 from eclectus.tasks.documents.held_out_share import Shares, choose
-from eclectus.tasks.documents.near_duplicates import near_duplicate_pairs
-from eclectus.tasks.documents.table import read_codes, read_table, relabel
+from eclectus.tasks.documents.near_duplicates import FILE as NEAR_DUPLICATES
+from eclectus.tasks.documents.near_duplicates import read_pairs, write_near_duplicates
+from eclectus.tasks.documents.table import (
+    codes_of,
+    first_rows,
+    ids_of,
+    parts,
+    read_ids_at,
+    read_part_table,
+    relabel,
+)
+from eclectus.tasks.over_parts import Part, key_of, over_parts
 from eclectus.tasks.run import metric, notify
-from eclectus.tasks.settings import SEED, Settings
+from eclectus.tasks.settings import SEED, WorkerSettings
 from eclectus.tasks.step import step
 
-SPLITS = np.array(["train", "heldout", "apart"])
+SPLITS = pa.array(["train", "heldout", "apart"])
 TRAIN, HELDOUT, APART = range(3)
 COPIES = "copies.parquet"
+IDS, WORKS = "ids.npy", "works.npy"
+SECONDS_DRAW = 2e-6
 OTHER_DOMAINS = "(other domains)"
 MOST_STRATA = 1000
 
 
-class DuplicateSettings(Settings):
+class DuplicateSettings(WorkerSettings):
     """When two texts are near-duplicates, for the split and for the grouping."""
 
     duplicate_overlap: float = Field(
@@ -90,23 +109,32 @@ class SplitSettings(DuplicateSettings):
         return maximum
 
 
-@step(makes="documents", version=3)
+@step(makes="documents", version=4)
 def split(documents: Artifact, settings: SplitSettings, out: Draft) -> None:
-    """Fills the column split, writes copies.parquet. Raises EclectusError if no document is left to train on."""
-    corpus = _Corpus(documents, settings)
-    shares = Shares(corpus.strata, corpus.stratum, corpus.work, corpus.is_page)
-    held_W = choose(shares, corpus.draw_W, settings)
+    """Fills the column split, writes copies.parquet and near_duplicates.parquet (row, other, overlap).
+
+    Raises EclectusError if no document is left to train on.
+    """
+    corpus = _Corpus.read(documents, settings)
+    rank = np.where(corpus.stratum < 0, -1, corpus.rank)
+    near = out.file(NEAR_DUPLICATES)
+    compared = write_near_duplicates(documents, rank, settings.duplicate_overlap, near, settings.curation_workers)
+    del rank
+    pages = _Pages(corpus, near)
+    shares = Shares(corpus.strata, corpus.stratum, corpus.work, pages.is_page)
+    held_W = choose(shares, pages.draw_W, settings)
     choice = np.where(held_W[corpus.work], HELDOUT, TRAIN).astype(np.int8)
     choice[corpus.stratum < 0] = APART
-    copies = corpus.without_copies(choice)
+    copies = pages.exclude_copies(choice)
     if not (choice == TRAIN).any():
         raise EclectusError(
             f"no document is left to train on: {len(choice)} documents, {int((choice == APART).sum())} of them "
             "excluded; add documents, or lower 'language_confidence'"
         )
-    relabel(documents, {"split": pa.array(SPLITS[choice])}, out)
-    pq.write_table(copies, out.file(COPIES), compression="zstd")
-    out.statistics = _statistics(corpus, choice, copies) | shares.statistics(choice == HELDOUT, settings)
+    relabel(documents, lambda begin, end: {"split": SPLITS.take(pa.array(choice[begin:end]))}, out)
+    _write_copies(documents, copies, out)
+    out.statistics = _statistics(corpus, pages, choice) | shares.statistics(choice == HELDOUT, settings) | compared
+    out.statistics["copies_excluded"] = len(copies[0])
     for name in ("train", "heldout", "apart"):
         metric("split_documents", out.statistics[name], split=name)
     for language, each in out.statistics["shares"].items():
@@ -117,112 +145,243 @@ def split(documents: Artifact, settings: SplitSettings, out: Draft) -> None:
         notify("split", f"Held-out shares that deviate from the setting: {first}{more}.")
 
 
-def draws(names: list[str], purpose: str, seed: int) -> np.ndarray:
-    """A number in [0, 1) for each name [N], independent between purposes and seeds, the same in every corpus."""
+def hashes_of(names: list[str], purpose: str, seed: int) -> np.ndarray:
+    """16 bytes of a hash of each name [N] with the purpose and the seed: uint64 [N, 2]."""
     prefix = hashlib.sha256(f"{purpose} {seed} ".encode())
     words = bytearray()
     for name in names:
         digest = prefix.copy()
         digest.update(name.encode())
-        words += digest.digest()[:8]
-    return (np.frombuffer(bytes(words), ">u8") >> np.uint64(11)) * 2.0**-53
+        words += digest.digest()[:16]
+    return np.frombuffer(bytes(words), ">u8").astype(np.uint64).reshape(-1, 2)
 
 
+def draws(names: list[str], purpose: str, seed: int) -> np.ndarray:
+    """A number in [0, 1) for each name [N], independent between purposes and seeds, the same in every corpus."""
+    return _as_draws(hashes_of(names, purpose, seed)[:, 0])
+
+
+def _as_draws(words: np.ndarray) -> np.ndarray:
+    return (words >> np.uint64(11)) * 2.0**-53
+
+
+def _write_copies(documents: Artifact, copies: tuple[np.ndarray, np.ndarray, np.ndarray], out: Draft) -> None:
+    """The excluded copies: document, copy_of, overlap. copies: rows, ascending, those they copy, and overlaps."""
+    rows, originals, overlaps = copies
+    ids = read_ids_at(documents, np.concatenate([rows, originals]))
+    columns = {"document": ids[: len(rows)], "copy_of": ids[len(rows) :], "overlap": overlaps}
+    pq.write_table(pa.table(columns), out.file(COPIES), compression="zstd")
+
+
+@dataclass
 class _Corpus:
     """The documents as the split sees them.
 
-    ids: pyarrow [N]. stratum: int32 [N], index into `strata` (language, domain); -1 is none. work: int32 [N].
-    name_draw, draw_W: float64 [W], by the work's name alone, and raised by its copies. pairs: int64 [P, 2], rows of
-    near-duplicates. is_page: bool [N], one document of each page.
+    firsts: the first row of each part, and the number of all. strata: (language, domain) [S]. stratum: int32 [N], index
+    into `strata`; -1 is none. work: int32 [N], numbered in the order of the documents. draw_W: float64 [W], by the
+    work's name. rank: int32 [N], distinct, the highest draw is the highest.
     """
 
-    def __init__(self, documents: Artifact, settings: SplitSettings) -> None:
-        table = read_table(documents, ["document", "work"])
-        works = table["work"].dictionary_encode().combine_chunks()
-        self.ids = table["document"]
-        self.work = works.indices.to_numpy().astype(np.int32)
-        self.strata, self.stratum = _strata(documents)
-        self.name_draw = draws(works.dictionary.to_pylist(), "split", settings.seed)
-        ids = np.array(self.ids.to_pylist(), "S32")
-        # Within a work the ids decide, not the order of reading.
-        self._rank = np.argsort(np.lexsort((ids, self.name_draw[self.work]))) if len(ids) else np.empty(0, np.int64)
-        rank = np.where(self.stratum < 0, -1, self._rank)
-        self.pairs, self.overlaps = near_duplicate_pairs(documents, rank, settings.duplicate_overlap)
-        self.is_page = (self.stratum >= 0) & ~self._repeats(np.ones(len(self.work), bool))
+    firsts: np.ndarray
+    strata: list[tuple[str, str]]
+    stratum: np.ndarray
+    work: np.ndarray
+    draw_W: np.ndarray
+    rank: np.ndarray
+
+    @classmethod
+    def read(cls, documents: Artifact, settings: SplitSettings) -> _Corpus:
+        digests, paths = documents.digests(), parts(documents)
+        work = [
+            Part(
+                key_of("works 1", digests[f"documents/{path.name}"], settings.seed),
+                {"part": path, "seed": settings.seed},
+                pq.read_metadata(path).num_rows,
+                f"works of {path.name}",
+            )
+            for path in paths
+        ]
+        done = over_parts(draw_works, work, "drawing works", seconds=SECONDS_DRAW, workers=settings.curation_workers)
+        strata, stratum = _strata(paths)
+        works, draw_W = _numbered([each.file(WORKS) for each in done])
+        rank = _ranks(draw_W[works], [each.file(IDS) for each in done])
+        return cls(first_rows(documents), strata, stratum, works, draw_W, rank)
+
+
+class _Pages:
+    """What near-duplicates mean for the split.
+
+    pairs: the file of the pairs. is_page: bool [N], one document of each page. draw_W: raised by copies.
+    """
+
+    def __init__(self, corpus: _Corpus, pairs: Path) -> None:
+        self._corpus, self._pairs = corpus, pairs
+        self.is_page = (corpus.stratum >= 0) & ~self._repeats(np.ones(len(corpus.work), bool))
         self.draw_W = self._raised_draws()
 
     def _repeats(self, among: np.ndarray) -> np.ndarray:
         """Which of these documents [N] near-duplicate one of higher rank that does not: greedy from the top."""
-        repeats = np.zeros(len(self.work), bool)
-        pairs = self.pairs[among[self.pairs].all(axis=1)]
-        low_high = np.take_along_axis(pairs, np.argsort(self._rank[pairs], axis=1), axis=1)
-        for low, high in low_high[np.argsort(-self._rank[low_high[:, 0]], kind="stable")].tolist():
-            repeats[low] |= not repeats[high]
-        return repeats
+        rank, found = self._corpus.rank, [np.empty((0, 2), np.int32)]
+        for one, other, _ in read_pairs(self._pairs):
+            here = among[one] & among[other]
+            pairs = np.stack([one[here], other[here]], axis=1).astype(np.int32)
+            falling = rank[pairs[:, 0]] > rank[pairs[:, 1]]
+            found.append(np.where(falling[:, None], pairs[:, ::-1], pairs))
+        low_high = np.concatenate(found)
+        order = np.argsort(-rank[low_high[:, 0]].astype(np.int64), kind="stable")
+        return _greedy(low_high, order, np.zeros(len(rank), bool))
 
     def _raised_draws(self) -> np.ndarray:
         """The draw of each work [W]: its own, or what half its documents reach by their copies' works."""
-        reach = self.name_draw[self.work]
-        for one, other in ((0, 1), (1, 0)):
-            np.maximum.at(reach, self.pairs[:, one], self.name_draw[self.work[self.pairs[:, other]]])
-        order = np.lexsort((reach, self.work))
-        sizes = np.bincount(self.work, minlength=len(self.name_draw))
-        return reach[order][np.cumsum(sizes) - sizes + sizes // 2] if len(order) else self.name_draw
+        work, draw_W = self._corpus.work, self._corpus.draw_W
+        reach = draw_W[work]
+        for one, other, _ in read_pairs(self._pairs):
+            np.maximum.at(reach, one, draw_W[work[other]])
+            np.maximum.at(reach, other, draw_W[work[one]])
+        raised = draw_W.copy()
+        sizes = np.bincount(work, minlength=len(draw_W))
+        # Most works are one document.
+        several = sizes > 1
+        raised[work] = np.where(several[work], raised[work], reach)
+        rows = np.flatnonzero(several[work])
+        order = rows[np.lexsort((reach[rows], work[rows]))]
+        middle = np.cumsum(sizes[several]) - sizes[several] + sizes[several] // 2
+        raised[several] = reach[order][middle]
+        return raised
 
-    def without_copies(self, choice: np.ndarray) -> pa.Table:
-        """Excludes copies in `choice` [N] (changed in place); returns them: document, copy_of, overlap."""
-        held, copy_of = choice == HELDOUT, np.full(len(choice), -1)
-        overlap = np.zeros(len(choice))
-        both_ways = np.concatenate([self.pairs, self.pairs[:, ::-1]])
-        overlaps = np.concatenate([self.overlaps, self.overlaps])
+    def exclude_copies(self, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Excludes copies in `choice` [N] (changed in place). Returns their rows, ascending, the row of which each is a
+        copy, and the overlaps."""
+        copy_of, overlap = np.full(len(choice), -1), np.zeros(len(choice))
+        work, draw_W = self._corpus.work, self._corpus.draw_W
 
-        def exclude(which: np.ndarray) -> None:
-            rows, others = both_ways[which].T
-            copy_of[rows], overlap[rows] = others, overlaps[which]
-            choice[rows] = APART
+        def exclude(which: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+            """which: of pairs of rows (one, other), in which one is excluded."""
+            found = []
+            for swapped in (False, True):
+                for pair_one, pair_other, overlaps in read_pairs(self._pairs):
+                    one, other = (pair_other, pair_one) if swapped else (pair_one, pair_other)
+                    here = np.flatnonzero(which(one, other))
+                    found.append((one[here], other[here], overlaps[here]))
+            for one, other, overlaps in found:
+                copy_of[one], overlap[one], choice[one] = other, overlaps, APART
 
-        one, other = both_ways.T
-        train_above = self.name_draw[self.work[other]] > self.draw_W[self.work[one]]
-        exclude(held[one] & (choice[other] == TRAIN) & train_above)
+        def repeats_training(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+            above = draw_W[work[other]] > self.draw_W[work[one]]
+            return (choice[one] == HELDOUT) & (choice[other] == TRAIN) & above
+
+        exclude(repeats_training)
         held = choice == HELDOUT
         repeats = self._repeats(held)
-        exclude(repeats[one] & held[other] & ~repeats[other])
-        exclude((choice[one] == TRAIN) & (choice == HELDOUT)[other])
+        exclude(lambda one, other: repeats[one] & held[other] & ~repeats[other])
+        exclude(lambda one, other: (choice[one] == TRAIN) & (choice[other] == HELDOUT))
         rows = np.flatnonzero(copy_of >= 0)
-        columns = {"document": self.ids.take(rows), "copy_of": self.ids.take(copy_of[rows]), "overlap": overlap[rows]}
-        return pa.table(columns)
+        return rows, copy_of[rows], overlap[rows]
 
 
-def _strata(documents: Artifact) -> tuple[list[tuple[str, str]], np.ndarray]:
+def draw_works(out: Path, part: Path, seed: int) -> dict[str, Any]:
+    """Writes ids.npy, S16 [n], and works.npy, uint64 [n, 2]: 16 bytes of a hash of each document's work and the seed,
+    of which the first 8 are its draw."""
+    table = read_part_table(part, ["document", "work"])
+    works = table["work"].dictionary_encode().combine_chunks()
+    hashes = hashes_of(works.dictionary.to_pylist(), "split", seed)
+    np.save(out / WORKS, hashes[works.indices.to_numpy()])
+    np.save(out / IDS, ids_of(table["document"]))
+    return {"documents": len(table)}
+
+
+def _numbered(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """The works' numbers in the order of the documents, int32 [N], and the draw of each work, float64 [W].
+
+    files: works.npy of each part.
+    """
+    high, low = (np.concatenate([np.empty(0, np.uint64), *(np.load(each)[:, i] for each in files)]) for i in (0, 1))
+    order = np.argsort(high, kind="stable")
+    if (low[order[1:]] != low[order[:-1]])[high[order[1:]] == high[order[:-1]]].any():
+        order = np.lexsort((low, high))
+    new = (high[order[1:]] != high[order[:-1]]) | (low[order[1:]] != low[order[:-1]])
+    new = np.concatenate([[True], new])[: len(order)]
+    del low
+    first = order[new]
+    group = np.cumsum(new, dtype=np.int32) - 1
+    number = np.empty(len(first), np.int32)
+    by_row = np.argsort(first)
+    number[by_row] = np.arange(len(first), dtype=np.int32)
+    work = np.empty(len(order), np.int32)
+    work[order] = number[group]
+    return work, _as_draws(high[first[by_row]])
+
+
+def _ranks(draw: np.ndarray, files: list[Path]) -> np.ndarray:
+    """The rank of each document by its work's draw [N] and within a work by its id, not by the order of reading.
+
+    files: ids.npy of each part.
+    """
+    order = np.argsort(draw, kind="stable")
+    same = np.concatenate([[False], draw[order[1:]] == draw[order[:-1]], [False]])
+    places = np.flatnonzero(same[1:] | same[:-1])[: len(order)]
+    if len(places):
+        tied = np.sort(order[places])
+        ids = np.ascontiguousarray(PartMatrix(files)[tied]).view(">u8").astype(np.uint64)
+        order[places] = tied[np.lexsort((ids[1::2], ids[::2], draw[tied]))]
+    rank = np.empty(len(draw), np.int32 if len(draw) < 2**31 else np.int64)
+    rank[order] = np.arange(len(draw), dtype=rank.dtype)
+    return rank
+
+
+@compiled
+def _greedy(low_high: np.ndarray, order: np.ndarray, repeats: np.ndarray) -> np.ndarray:
+    """Marks the lower document of each pair, in this order, unless the higher one is marked."""
+    for number in order:
+        if not repeats[low_high[number, 1]]:
+            repeats[low_high[number, 0]] = True
+    return repeats
+
+
+def _strata(paths: list[Path]) -> tuple[list[tuple[str, str]], np.ndarray]:
     """Names (language, domain) of the strata, sorted, and each document's [N]; -1 for documents of group other."""
-    language, languages = read_codes(documents, "language")
-    domain, domains = read_codes(documents, "domain")
-    group, groups = read_codes(documents, "group")
-    here = np.array([name != "other" for name in groups], bool)[group] if groups else np.empty(0, bool)
-    stratum = np.full(len(language), -1, np.int32)
-    pairs, stratum[here] = np.unique(language[here] * max(len(domains), 1) + domain[here], return_inverse=True)
-    return [(languages[pair // len(domains)], domains[pair % len(domains)]) for pair in pairs.tolist()], stratum
+    numbers: dict[tuple[str, str], int] = {}
+    found = [np.empty(0, np.int32)]
+    names = ["language", "domain", "group"]
+    for path in paths:
+        table = read_part_table(path, names, names)
+        (language, languages), (domain, domains), (group, groups) = (codes_of(table[name]) for name in names)
+        here = np.array([name != "other" for name in groups], bool)[group]
+        stratum = np.full(len(language), -1, np.int32)
+        pairs, inverse = np.unique(language[here] * len(domains) + domain[here], return_inverse=True)
+        named = [(languages[pair // len(domains)], domains[pair % len(domains)]) for pair in pairs.tolist()]
+        stratum[here] = np.array([numbers.setdefault(each, len(numbers)) for each in named], np.int32)[inverse]
+        found.append(stratum)
+    strata = sorted(numbers)
+    places = np.empty(len(strata) + 1, np.int32)
+    places[[numbers[each] for each in strata]] = np.arange(len(strata))
+    places[-1] = -1
+    return strata, places[np.concatenate(found)]
 
 
-def _statistics(corpus: _Corpus, choice: np.ndarray, copies: pa.Table) -> dict[str, Any]:
+def _statistics(corpus: _Corpus, pages: _Pages, choice: np.ndarray) -> dict[str, Any]:
     """Counts by split and stratum; of very many domains the largest, and the others together."""
     table: dict[str, dict[str, dict[str, int]]] = defaultdict(dict)
     counts = np.zeros((len(corpus.strata), len(SPLITS)), np.int64)
     inside = corpus.stratum >= 0
-    np.add.at(counts, (corpus.stratum[inside], choice[inside]), 1)
+    codes = corpus.stratum[inside].astype(np.int64) * len(SPLITS) + choice[inside]
+    counts += np.bincount(codes, minlength=counts.size).reshape(counts.shape)
     shown = set(np.argsort(-counts.sum(axis=1), kind="stable")[:MOST_STRATA].tolist())
     for number, ((language, domain), each) in enumerate(zip(corpus.strata, counts.tolist(), strict=True)):
         here = table[language].setdefault(domain if number in shown else OTHER_DOMAINS, {"train": 0, "heldout": 0})
         here["train"] += each[TRAIN]
         here["heldout"] += each[HELDOUT]
-    return {str(name): int((choice == i).sum()) for i, name in enumerate(SPLITS)} | {
+    return {name: int((choice == i).sum()) for i, name in enumerate(SPLITS.to_pylist())} | {
         "by_language": dict(table),
         "without_heldout": [
             language for language, domains in table.items() if not any(each["heldout"] for each in domains.values())
         ],
-        "pages": int(corpus.is_page.sum()),
-        "near_duplicates": int((inside & ~corpus.is_page).sum()),
-        "works": len(np.unique(corpus.work[inside])),
-        "works_heldout": len(np.unique(corpus.work[choice == HELDOUT])),
-        "copies_excluded": len(copies),
+        "pages": int(pages.is_page.sum()),
+        "near_duplicates": int((inside & ~pages.is_page).sum()),
+        "works": _distinct(corpus.work[inside]),
+        "works_heldout": _distinct(corpus.work[choice == HELDOUT]),
     }
+
+
+def _distinct(numbers: np.ndarray) -> int:
+    return int((np.bincount(numbers) > 0).sum())

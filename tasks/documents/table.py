@@ -13,9 +13,8 @@ A step that only sets labels hard-links the document parts instead of writing th
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +26,7 @@ import pyarrow.parquet as pq
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.tasks.documents.works import works_of
+from eclectus.tasks.over_parts import link_or_copy
 
 ROWS_PER_PART = 200_000
 ROWS_PER_GROUP = 2_000
@@ -112,24 +112,26 @@ def first_rows(documents: Artifact) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def relabel(documents: Artifact, labels: dict[str, pa.Array | pa.ChunkedArray], out: Draft) -> None:
-    """Writes the same documents with other labels: {column of LABELS: values [N]}; other columns keep their values."""
-    unchanged = [name for name in LABELS if name not in labels]
-    table = read_table(documents, unchanged) if unchanged else pa.table({})
-    row = 0
+Labels = Callable[[int, int], dict[str, pa.Array | pa.ChunkedArray]]
+"""The new labels of the documents [begin, end): {column of LABELS: values}."""
+
+
+def relabel(documents: Artifact, labels: dict[str, pa.Array | pa.ChunkedArray] | Labels, out: Draft) -> None:
+    """Writes the same documents with other labels: {column of LABELS: values [N]}, or a function that gives those of a
+    part; other columns keep their values."""
+    schema = pa.schema([SCHEMA.field(name) for name in LABELS])
+    begin = 0
     for path in parts(documents):
-        target = out.file(f"documents/{path.name}")
-        try:
-            os.link(path, target)
-        except OSError:
-            shutil.copyfile(path, target)
-        count = pq.read_metadata(path).num_rows
-        columns = {name: (labels if name in labels else table)[name].slice(row, count) for name in LABELS}
-        schema = pa.schema([SCHEMA.field(name) for name in LABELS])
-        cast = [column.cast(SCHEMA.field(name).type) for name, column in columns.items()]
-        pq.write_table(pa.table(cast, schema=schema), out.file(f"labels/{path.name}"), compression="zstd")
-        row += count
-    out.rows = row
+        link_or_copy(path, out.file(f"documents/{path.name}"))
+        end = begin + pq.read_metadata(path).num_rows
+        given = labels(begin, end) if callable(labels) else {n: labels[n].slice(begin, end - begin) for n in labels}
+        unchanged = [name for name in LABELS if name not in given]
+        table = read_part_table(path, unchanged) if unchanged else pa.table({})
+        columns = [(given if name in given else table)[name].cast(schema.field(name).type) for name in LABELS]
+        table = pa.table(columns, schema=schema).combine_chunks()
+        pq.write_table(table, out.file(f"labels/{path.name}"), compression="zstd")
+        begin = end
+    out.rows = begin
 
 
 def read_batches(
@@ -181,14 +183,9 @@ def read_codes(documents: Artifact, column: str, missing: str = "") -> tuple[np.
     """
     parts_of_codes, numbers = [np.empty(0, np.int64)], dict[str, int]()
     for path in parts(documents):
-        with pq.ParquetFile(path, read_dictionary=[column]) as file:
-            labels = _matching_rows(file, path, [column], (), dictionary=[column])[column]
-        for chunk in labels.chunks:
-            chunk = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
-            names = [*chunk.dictionary.to_pylist(), None]
-            here = [numbers.setdefault(missing if name is None else name, len(numbers)) for name in names]
-            indices = chunk.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)
-            parts_of_codes.append(np.array(here, np.int64)[indices])
+        codes, names = codes_of(read_part_table(path, [column], [column])[column], missing)
+        here = [numbers.setdefault(name, len(numbers)) for name in names]
+        parts_of_codes.append(np.array(here, np.int64)[codes])
     used, codes = np.unique(np.concatenate(parts_of_codes), return_inverse=True)
     every = list(numbers)
     names = [every[number] for number in used.tolist()]
@@ -196,9 +193,54 @@ def read_codes(documents: Artifact, column: str, missing: str = "") -> tuple[np.
     return np.argsort(order)[codes], [names[number] for number in order]
 
 
+def codes_of(labels: pa.ChunkedArray, missing: str = "") -> tuple[np.ndarray, list[str]]:
+    """Labels as codes, int64 [n], and the names that they index, some of which may not occur. missing: for null."""
+    codes, numbers = [np.empty(0, np.int64)], dict[str, int]()
+    for chunk in labels.chunks:
+        chunk = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+        names = [*chunk.dictionary.to_pylist(), None]
+        here = [numbers.setdefault(missing if name is None else name, len(numbers)) for name in names]
+        indices = chunk.indices.fill_null(len(names) - 1).to_numpy(zero_copy_only=False)
+        codes.append(np.array(here, np.int64)[indices])
+    return np.concatenate(codes), list(numbers)
+
+
+def read_ids_at(documents: Artifact, rows: np.ndarray) -> pa.ChunkedArray:
+    """Ids of these rows, int64 [n] in any order, repeats allowed; a part is read where it has one of them."""
+    firsts = first_rows(documents)
+    order = np.argsort(rows, kind="stable")
+    ends = np.searchsorted(rows[order], firsts)
+    found = [pa.array([], pa.string())]
+    for number, path in enumerate(parts(documents)):
+        here = rows[order[ends[number] : ends[number + 1]]] - firsts[number]
+        if len(here):
+            found += read_part_table(path, ["document"])["document"].take(pa.array(here)).chunks
+    places = np.empty(len(order), np.int64)
+    places[order] = np.arange(len(order))
+    return pa.chunked_array(found).combine_chunks().take(pa.array(places))
+
+
 def read_ids(documents: Artifact) -> np.ndarray:
     """Ids of all documents in order, bytes [N]."""
     return np.array(read_table(documents, ["document"])["document"].to_pylist(), dtype="S32")
+
+
+def read_part_table(path: Path, columns: list[str], dictionary: Sequence[str] = ()) -> pa.Table:
+    """These columns of one part of the documents, in order, without text. dictionary: columns to give as codes."""
+    with pq.ParquetFile(path, read_dictionary=[name for name in dictionary if name != "work"]) as file:
+        return _matching_rows(file, path, columns, (), dictionary).select(columns)
+
+
+def ids_of(column: pa.ChunkedArray) -> np.ndarray:
+    """The documents' ids as 16 bytes each, S16 [n]: those of 32 hexadecimal digits as they are, others hashed."""
+    ids = column.cast(pa.binary())
+    if not (pc.all(pc.match_substring_regex(column, "^[0-9a-f]{32}$")).as_py() or len(ids) == 0):
+        hashed = [hashlib.sha256(each or b"").digest()[:16] for each in ids.to_pylist()]
+        return np.frombuffer(b"".join(hashed), "S16")
+    chunks = [np.frombuffer(b"".join(chunk.to_pylist()), np.uint8) for chunk in ids.chunks]
+    digits = np.concatenate([np.empty(0, np.uint8), *chunks])
+    halves = np.where(digits > ord("9"), digits - (ord("a") - 10), digits - ord("0")).astype(np.uint8)
+    return ((halves[::2] << 4) | halves[1::2]).view("S16")
 
 
 def _matching_rows(

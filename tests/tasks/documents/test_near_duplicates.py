@@ -1,15 +1,21 @@
 import unicodedata
-from itertools import combinations
+from collections import defaultdict
+from itertools import combinations, pairwise
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from eclectus.storage.artifact import ArtifactStore
-from eclectus.tasks.documents.near_duplicates import band_width, near_duplicate_pairs
+from eclectus.tasks.documents import near_duplicates as module
+from eclectus.tasks.documents.near_duplicates import candidates, overlaps, read_pairs, sketches, write_near_duplicates
+from eclectus.tasks.documents.near_duplicates.candidates import band_width, bands_of
 from eclectus.tasks.documents.normalise import normalised
-from eclectus.tasks.documents.shingles import BINS, overlap, shingles, sketch
+from eclectus.tasks.documents.shingles import BINS, overlap, shingles
+from eclectus.tasks.documents.shingles import sketches as sketches_of
 from eclectus.tasks.documents.split import SplitSettings, split
-from eclectus.tasks.documents.table import read_table
+from eclectus.tasks.documents.table import parts, read_table
 from eclectus.tasks.grouping.encoder import EmbedSettings, Encoder
 from tests.support.topics import make, write_documents
 
@@ -41,16 +47,148 @@ def varied(random, vocabulary, count):
     return list(dict.fromkeys(texts))
 
 
+def pairs_of(documents, rank, threshold, workers=1):
+    """(lower row, higher row) -> overlap."""
+    path = Path(documents.path).parent / f"pairs-{threshold}.parquet"
+    write_near_duplicates(documents, rank, threshold, path, workers)
+    return {pair[:2]: pair[2] for block in read_pairs(path) for pair in zip(*(c.tolist() for c in block), strict=True)}
+
+
+def in_parts(store, texts, *ends):
+    """Documents of these texts, in parts that end at these rows."""
+    whole = write_documents(store, [{"text": text} for text in texts])
+    table = pq.read_table(parts(whole)[0])
+    with store.draft("documents") as out:
+        for number, (begin, end) in enumerate(pairwise([0, *ends, len(texts)])):
+            part = table.slice(begin, end - begin)
+            pq.write_table(part, out.file(f"documents/part-{number:05d}.parquet"), row_group_size=64)
+        return store.commit(out)
+
+
+def corpus(kind, random):
+    """Texts of one kind, all different."""
+    vocabulary = words_of(random, ALPHABETS["hu"], 1500)
+    page = vocabulary[random.integers(0, len(vocabulary), 60)]
+    pages = [" ".join(vocabulary[random.integers(0, len(vocabulary), 40)]) for _ in range(100)]
+    texts = {
+        "copies": lambda: varied(random, vocabulary, 150),
+        "templates": lambda: [
+            " ".join(np.where(random.random(60) < 0.1, vocabulary[random.integers(0, len(vocabulary), 60)], page))
+            for _ in range(250)
+        ],
+        "counters": lambda: [f"{' '.join(page)} page {i} of 400" for i in range(250)],
+        "reordered": lambda: [" ".join(random.permutation(page)) for _ in range(250)],
+        "cluster": lambda: [*pages, *(f"{pages[7]} copy {i}" for i in range(400))],
+        "short": lambda: [f"{vocabulary[i]}"[: random.integers(1, 9)] + chr(0x4E00 + i) for i in range(250)],
+        "one long": lambda: [" ".join(vocabulary[random.integers(0, len(vocabulary), 300_000)]), *pages],
+    }[kind]()
+    return list(dict.fromkeys(texts))
+
+
+def reference(texts, rank, threshold):
+    """Candidates as the module describes them, from dictionaries."""
+    sketch, found, width = sketches_of(texts).astype(np.int64), set(), band_width(threshold)
+
+    def alike(a, b):
+        return (sketch[a] == sketch[b]).mean()
+
+    for begin in bands_of(threshold):
+        groups = defaultdict(list)
+        for row in np.flatnonzero(rank >= 0).tolist():
+            groups[tuple(sketch[row, begin : begin + width])].append(row)
+        for group in groups.values():
+            first = max(group, key=lambda row: rank[row])
+            after = [(begin + width + i) % BINS for i in reversed(range(8))]
+            group.sort(key=lambda row: (tuple(sketch[row, after]), row))
+            found |= {(first, row) for row in group if row != first and alike(first, row) >= threshold - 0.12}
+            sure = {row for row in group if len(group) > 4 and alike(first, row) >= threshold + 0.12}
+            for step in (1, 2, 3):
+                for pair in zip(group, group[step:], strict=False):
+                    if not sure.issuperset(pair) and alike(*pair) >= threshold - 0.12:
+                        found.add(pair)
+    sets = {row: shingles(texts[row]) for row in {row for pair in found for row in pair}}
+    measured = {tuple(sorted(pair)): overlap(sets[pair[0]], sets[pair[1]]) for pair in found}
+    return {pair: value for pair, value in measured.items() if value >= threshold}
+
+
+KINDS = ["copies", "templates", "counters", "reordered", "cluster", "short", "one long"]
+
+
+@pytest.mark.parametrize(("kind", "threshold"), [*((kind, 0.7) for kind in KINDS), ("copies", 0.9), ("counters", 0.9)])
+def test_parts_bands_and_ranges_give_the_pairs_of_the_plain_description(tmp_path, kind, threshold, monkeypatch):
+    random = np.random.default_rng(len(kind))
+    texts = corpus(kind, random)
+    rank = random.permutation(len(texts))
+    rank[random.random(len(texts)) < 0.05] = -1
+    expected = reference(texts, rank, threshold)
+    store = ArtifactStore(tmp_path)
+    assert pairs_of(write_documents(store, [{"text": text} for text in texts]), rank, threshold) == expected
+    monkeypatch.setattr(module, "DOCUMENTS_PER_RANGE", len(texts) // 3)
+    monkeypatch.setattr(module, "DOCUMENTS_PER_CALL", 20 * len(texts))
+    monkeypatch.setattr(candidates, "COMPARED_AT_A_TIME", 50)
+    assert pairs_of(in_parts(store, texts, 50, 50, 77), rank, threshold) == expected
+    assert len(expected) > 20 or kind not in ("copies", "counters", "cluster")
+
+
+@pytest.mark.parametrize("change", ["appended", "put in front", "put in between", "taken away", "reordered"])
+@pytest.mark.usefixtures("run")
+def test_a_corpus_that_changed_reads_and_compares_what_is_new_and_finds_what_a_fresh_one_does(
+    home, tmp_path, change, monkeypatch
+):
+    random = np.random.default_rng(5)
+    vocabulary = words_of(random, ALPHABETS["tr"])
+    texts = varied(random, vocabulary, 150)
+    more = [f"{text} more" for text in texts[40:46]]
+    changed, ends = {
+        "appended": (texts + more, (100, 200)),
+        "put in front": (more + texts, (106, 206)),
+        "put in between": (texts[:150] + more + texts[150:], (100, 206)),
+        "taken away": (texts[:120] + texts[130:], (100, 190)),
+        "reordered": (texts[::-1], (90, 190)),
+    }[change]
+    first = in_parts(home.store, texts, 100, 200)
+    statistics = write_near_duplicates(first, np.arange(len(texts)), 0.7, tmp_path / "first.parquet", 1)
+    with home.store.draft("documents") as out:
+        out.file("documents/part-00000.parquet").write_bytes(b"")
+        out.statistics = statistics
+        home.store.commit(out)
+    sketched, shingled = [], []
+    for where, name, seen in ((sketches, "sketches", sketched), (overlaps, "shingle_sets", shingled)):
+        make_them = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda given, seen=seen, make=make_them: (seen.extend(given), make(given))[1])
+    grown = in_parts(home.store, changed, *ends)
+    rank = np.array([texts.index(text) if text in texts else 1000 + i for i, text in enumerate(changed)])
+    got = pairs_of(grown, rank, 0.7)
+    if change != "reordered":
+        assert len(set(sketched)) == (6 if len(changed) > len(texts) else 0)
+        assert len(set(shingled)) < 40
+    monkeypatch.undo()
+    fresh = ArtifactStore(tmp_path / "fresh")
+    monkeypatch.setattr(module, "earlier_comparison", lambda: None)
+    monkeypatch.setattr(module, "RECORDED", "fresh")
+    assert got == pairs_of(in_parts(fresh, changed, *ends), rank, 0.7)
+    assert len(got) > 100
+
+
+def test_templates_cost_a_few_pairs_per_document(tmp_path):
+    random = np.random.default_rng(0)
+    vocabulary = words_of(random, ALPHABETS["hu"], 1500)
+    page = " ".join(vocabulary[random.integers(0, len(vocabulary), 60)])
+    for size in (500, 4000):
+        documents = in_parts(ArtifactStore(tmp_path / str(size)), [f"{page} {i} of {i * 7}" for i in range(size)])
+        pairs = pairs_of(documents, random.permutation(size), 0.7)
+        assert size - 1 <= len(pairs) < 12 * size
+
+
 @pytest.mark.parametrize(("seed", "threshold"), [(0, 0.7), (1, 0.7), (2, 0.5), (3, 0.9)])
 def test_nearly_all_pairs_of_a_brute_force_search_are_found_and_none_that_it_does_not_find(tmp_path, seed, threshold):
     random = np.random.default_rng(seed)
     texts = varied(random, words_of(random, ALPHABETS["hu"], 1500), 80)
     documents = write_documents(ArtifactStore(tmp_path), [{"text": text} for text in texts])
-    found, overlaps = near_duplicate_pairs(documents, random.permutation(len(texts)), threshold)
+    got = pairs_of(documents, random.permutation(len(texts)), threshold)
     sets = [{text[i : i + 5] for i in range(len(text) - 4)} for text in map(normalised, texts)]
     exact = {(a, b): len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in combinations(range(len(texts)), 2)}
     expected = {pair for pair, value in exact.items() if value >= threshold}
-    got = {tuple(pair): value for pair, value in zip(found.tolist(), overlaps.tolist(), strict=True)}
     assert set(got) <= expected and len(expected) > 10
     assert len(got) >= len(expected) - 1 - 0.02 * len(expected)
     assert [exact[pair] for pair in got] == pytest.approx(list(got.values()), abs=1e-3)
@@ -59,9 +197,7 @@ def test_nearly_all_pairs_of_a_brute_force_search_are_found_and_none_that_it_doe
 def test_two_sketches_agree_as_often_as_their_texts_overlap():
     random = np.random.default_rng(0)
     texts = varied(random, words_of(random, ALPHABETS["el"]), 120)
-    sketches = np.zeros((len(texts), BINS), np.uint8)
-    for text, out in zip(texts, sketches, strict=True):
-        sketch(text, out)
+    sketches = sketches_of(texts)
     pairs = [(a, a + 1) for a in range(len(texts) - 1)]
     errors = [(sketches[a] == sketches[b]).mean() - overlap(shingles(texts[a]), shingles(texts[b])) for a, b in pairs]
     assert abs(np.mean(errors)) < 0.01 and np.std(errors) < 0.05
