@@ -1,6 +1,7 @@
-"""Exact search against the index, and an update against a new search: python benchmarks/neighbors.py [N] [dimension]
+"""Exact search against search by cells: python benchmarks/neighbors.py [N] [dimension]
 
-Vectors around 2,000 centres, unit length; k = 20. The update has 1% new documents.
+Vectors around 2,000 centres, unit length; k = 20; one process. Prints CPU seconds, and the recall of the cells by
+cosine, which counts any of equally near documents.
 """
 
 from __future__ import annotations
@@ -8,12 +9,16 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 
-from eclectus.storage.home import Home
+from eclectus.tasks.grouping.cells.lists import write_lists
+from eclectus.tasks.grouping.cells.partition import Corpus, search_partition
 from eclectus.tasks.grouping.nearest import Lists, NeighborSettings, Partition, search
-from eclectus.tasks.grouping.neighbor_update import Earlier, update
+from eclectus.tasks.over_parts import key_of
+
+SETTINGS = NeighborSettings()
 
 
 def vectors_of(count: int, dimension: int) -> np.ndarray:
@@ -23,45 +28,23 @@ def vectors_of(count: int, dimension: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def lists_for(count: int, k: int) -> Lists:
-    return Lists(np.full((count, k), -1, np.int32), np.full((count, k), np.nan, np.float32))
-
-
-def searched(vectors: np.ndarray, count: int, settings: NeighborSettings):
-    lists = lists_for(len(vectors), settings.neighbors_k)
-    begun = time.perf_counter()
-    reported = search(vectors, Partition("all", np.arange(count)), lists, settings)
-    return lists, time.perf_counter() - begun, reported
-
-
 def main(count: int, dimension: int) -> None:
-    vectors = vectors_of(count, dimension)
-    exact = NeighborSettings(neighbors_exact_below=2 * count)
-    index = NeighborSettings(neighbors_exact_below=0)
-    truth, seconds, _ = searched(vectors, count, exact)
-    print(f"exact   {count} x {dimension}: {seconds:.1f} s")
-    found, took, reported = searched(vectors, count, index)
-    recall = np.mean([np.isin(a, b).mean() for a, b in zip(truth.rows, found.rows, strict=True)])
-    print(f"index   {took:.1f} s ({took / seconds:.2f} of exact), recall {recall:.4f}, reported {reported}")
-    for name, settings, full, lists_full in (("exact", exact, seconds, truth), ("index", index, took, None)):
-        then = count - count // 100
-        lists = searched(vectors, then, settings)[0]
-        with tempfile.TemporaryDirectory() as folder:
-            earlier = earlier_lists(Home.open(folder), name, then)
-            begun = time.perf_counter()
-            carried = np.arange(count) < then
-            update(vectors, Partition("all", np.arange(count)), earlier, carried, lists, settings)
-            updated = time.perf_counter() - begun
-        same = "" if lists_full is None else f", equal to a new search: {np.array_equal(lists.rows, lists_full.rows)}"
-        print(f"update of {name} lists by 1%: {updated:.2f} s ({updated / full:.3f} of a new search){same}")
-
-
-def earlier_lists(home: Home, method: str, count: int) -> Earlier:
-    """What `update` needs to know of the existing lists: by which method they were found."""
-    with home.store.draft("neighbors") as out:
-        out.file("note.txt").write_text(method)
-        out.statistics = {"partitions": [{"partition": "all", "method": "exact" if method == "exact" else "ivf"}]}
-        return Earlier(home.store.commit(out), np.arange(count))
+    vectors, k = vectors_of(count, dimension), SETTINGS.neighbors_k
+    lists = Lists(np.full((count, k), -1, np.int32), np.full((count, k), np.nan, np.float32))
+    begun = time.process_time()
+    search(vectors, Partition("all", np.arange(count)), lists, SETTINGS)
+    seconds = time.process_time() - begun
+    print(f"exact   {count} x {dimension}: {seconds:.1f} CPU s")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "embeddings.npy")
+        np.save(path, vectors)
+        corpus = Corpus([path], np.array([0, count]), SETTINGS, key_of("benchmark", count, dimension), 1)
+        begun = time.process_time()
+        found = search_partition(corpus, "all", np.arange(count), corpus.hashes())
+        (part,) = write_lists(corpus, [], [found], count)
+        took = time.process_time() - begun
+        near = np.load(part.file("similarities.npy")) >= lists.similarities[:, -1:] - 1e-5
+    print(f"cells   {took:.1f} CPU s ({took / seconds:.2f} of exact), recall {near.mean():.4f}, {found.statistics}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from eclectus.storage.artifact import Artifact
+
 RESIDENT_BYTES = 256 * 2**20
 
 
@@ -24,7 +26,7 @@ def create_matrix(path: Path, dtype: Any, shape: tuple[int, int]) -> np.memmap:
     return matrix
 
 
-def usable_rows(vectors: np.ndarray) -> np.ndarray:
+def usable_rows(vectors: np.ndarray | PartMatrix) -> np.ndarray:
     """Which rows have an embedding, bool [N]: all finite, and not all zero."""
     usable = np.zeros(len(vectors), bool)
     for begin in range(0, len(vectors), 2**16):
@@ -85,3 +87,27 @@ def mapped(path: Path) -> np.ndarray:
     except ValueError:
         # A matrix without rows cannot be mapped.
         return np.load(path)
+
+
+def matrix_files(artifact: Artifact, name: str) -> list[Path]:
+    """The parts of a matrix of an artifact, in order: `<name>/part-*.npy`, or `<name>.npy` where there is only one."""
+    whole = artifact.file(f"{name}.npy")
+    return [whole] if whole.is_file() else sorted(Path(artifact.path).glob(f"{name}/part-*.npy"))
+
+
+def open_matrix(artifact: Artifact, name: str) -> PartMatrix:
+    """A matrix of an artifact with one row per document: "neighbors", "similarities". Raises OSError if it has none."""
+    files = matrix_files(artifact, name)
+    if not files:
+        raise FileNotFoundError(f"{artifact.name} has no {name}")
+    return PartMatrix(files)
+
+
+def open_embeddings(artifact: Artifact) -> PartMatrix:
+    """The embeddings [N, D] of an artifact; row i is that of document i."""
+    return open_matrix(artifact, "embeddings")
+
+
+def open_ids(artifact: Artifact) -> PartMatrix:
+    """The ids bytes [N] of the documents of an artifact of embeddings."""
+    return open_matrix(artifact, "ids")

@@ -27,7 +27,7 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.documents.shingles import MEASURE, overlap, shingles
 from eclectus.tasks.documents.text_reader import TextReader
-from eclectus.tasks.grouping.nearest import similarities_of, unit
+from eclectus.tasks.grouping.nearest import Matrix, similarities_of, unit
 from eclectus.tasks.reuse import earlier, is_whole
 
 TEXTS_AT_A_TIME = 2_048
@@ -46,13 +46,13 @@ class Duplicate:
     overlap: float
 
 
-def candidate_pairs(rows: np.ndarray, similarities: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+def candidate_pairs(rows: Matrix, similarities: Matrix, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Pairs int64 [P, 2] of neighbours at least this similar (lower row first, sorted, unique), and cosines [P]."""
     pairs, cosines = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)]
     for begin in range(0, len(rows), 2**16):
         part = similarities[begin : begin + 2**16]
         near, column = np.nonzero((part >= threshold) & (rows[begin : begin + 2**16] >= 0))
-        other = rows[begin + near, column].astype(np.int64)
+        other = rows[begin + near][np.arange(len(near)), column].astype(np.int64)
         pairs.append(np.sort(np.stack([begin + near, other], axis=1), axis=1))
         cosines.append(part[near, column])
     every, first = np.unique(np.concatenate(pairs), axis=0, return_index=True)
@@ -124,9 +124,9 @@ class Overlaps:
 
 def near_duplicates(
     overlaps: Overlaps,
-    vectors: np.ndarray,
-    neighbors: np.ndarray,
-    similarities: np.ndarray,
+    vectors: Matrix,
+    neighbors: Matrix,
+    similarities: Matrix,
     train: np.ndarray,
     heldout: np.ndarray,
     sizes: np.ndarray,
@@ -192,7 +192,7 @@ def _most_alike(row: int, survivors: list[int], comparison: _PairComparison) -> 
 class _PairComparison:
     """Cosine and overlap of pairs, cached."""
 
-    def __init__(self, vectors: np.ndarray, overlaps: Overlaps, similarity: float, overlap: float) -> None:
+    def __init__(self, vectors: Matrix, overlaps: Overlaps, similarity: float, overlap: float) -> None:
         self._vectors, self._overlaps, self._similarity, self._overlap = vectors, overlaps, similarity, overlap
         self.known: dict[tuple[int, int], tuple[float, float]] = {}
 

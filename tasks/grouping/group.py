@@ -25,13 +25,13 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.disk_matrix import usable_rows
+from eclectus.tasks.disk_matrix import PartMatrix, open_embeddings, open_matrix, usable_rows
 from eclectus.tasks.documents.shingles import MEASURE
 from eclectus.tasks.documents.split import DuplicateSettings
 from eclectus.tasks.documents.table import read_codes, read_table
 from eclectus.tasks.grouping.duplicates import Overlaps, as_columns, near_duplicates
 from eclectus.tasks.grouping.instance_layout import plan
-from eclectus.tasks.grouping.nearest import exact_neighbors
+from eclectus.tasks.grouping.nearest import Matrix, exact_neighbors
 from eclectus.tasks.grouping.neighbors import largest, rows_by_label
 from eclectus.tasks.grouping.quality import draw, instance_quality, mean, order_quality, pair_similarities
 from eclectus.tasks.run import metric
@@ -135,9 +135,9 @@ class _Corpus:
     domains: np.ndarray
     labels: np.ndarray
     names: list[str]
-    vectors: np.ndarray
-    neighbors: np.ndarray
-    similarities: np.ndarray
+    vectors: PartMatrix
+    neighbors: PartMatrix
+    similarities: PartMatrix
 
     @classmethod
     def read(cls, documents: Artifact, embeddings: Artifact, neighbors: Artifact) -> _Corpus:
@@ -149,9 +149,9 @@ class _Corpus:
             domains=read_codes(documents, "domain", "unknown")[0],
             labels=np.load(neighbors.file("partition.npy")),
             names=json.loads(neighbors.file("partitions.json").read_text()),
-            vectors=np.load(embeddings.file("embeddings.npy"), mmap_mode="r"),
-            neighbors=np.load(neighbors.file("neighbors.npy"), mmap_mode="r"),
-            similarities=np.load(neighbors.file("similarities.npy"), mmap_mode="r"),
+            vectors=open_embeddings(embeddings),
+            neighbors=open_matrix(neighbors, "neighbors"),
+            similarities=open_matrix(neighbors, "similarities"),
         )
         for name, rows in ((embeddings.name, len(corpus.vectors)), (neighbors.name, len(corpus.neighbors))):
             if rows != len(corpus.ids):
@@ -215,7 +215,7 @@ def _ordered(
     return order, restarts
 
 
-def _joined(vectors: np.ndarray, partitions: list[_Chained]) -> list[_Chained]:
+def _joined(vectors: Matrix, partitions: list[_Chained]) -> list[_Chained]:
     """The partitions in order: after the first, always the one whose first document is most similar to the last.
 
     Of very many, the next JOINED that are left are compared.

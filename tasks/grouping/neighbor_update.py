@@ -5,8 +5,8 @@
     new         searched exactly among all documents of the partition
     merged      every kept list is compared with the new documents only; those nearer than its last entry are inserted
 
-Price for n documents of which m are new: one matrix product of n x m, instead of n x n, and no index. Exact lists equal
-those of a full search; the lists of an index keep their recall, which is measured again.
+Price for n documents of which m are new: one matrix product of n x m, instead of n x n. The lists equal those of a full
+search. For partitions that are searched exactly.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import numpy as np
 
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.disk_matrix import matrix_files, open_ids, open_matrix
 from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.grouping.nearest import (
     SLACK,
     Lists,
+    Matrix,
     NeighborSettings,
     Partition,
-    measured_recall,
-    recall_sample,
     similarities_of,
     unit,
 )
@@ -38,7 +38,6 @@ MADE_OF = "made_of.json"
 BLOCK = 65_536
 PRODUCTS = 2**23
 MINIMUM_BLOCK = 256
-RECALL_STRIDE = 4
 ROUNDING = 1e-5
 
 
@@ -73,9 +72,9 @@ def find_earlier(
 
     names, labels: the present partitions; a document that changed its partition counts as removed.
     """
-    if settings.neighbors_growth == 0 or not embeddings.file("ids.npy").is_file():
+    if settings.neighbors_growth == 0 or not matrix_files(embeddings, "ids"):
         return None
-    ids, key = np.load(embeddings.file("ids.npy"), mmap_mode="r"), embeddings.statistics.get("embedding_key")
+    ids, key = open_ids(embeddings)[:], embeddings.statistics.get("embedding_key")
     of_this_model = {each.digest: each for each in earlier("embeddings", embedding_key=key)}
     best: tuple[int, Earlier] | None = None
     for artifact in earlier("neighbors"):
@@ -94,7 +93,7 @@ def find_earlier(
 def _rows_now(
     artifact: Artifact, before: Artifact, ids: np.ndarray, names: list[str], labels: np.ndarray
 ) -> np.ndarray:
-    old = np.load(before.file("ids.npy"), mmap_mode="r")
+    old = open_ids(before)[:]
     if len(ids) == 0:
         return np.full(len(old), -1)
     rows = positions_of(old, ids)
@@ -108,11 +107,10 @@ def _rows_now(
 def copy_lists(earlier: Earlier, lists: Lists) -> np.ndarray:
     """Copies the lists without removed documents into `lists`, renumbered; returns which rows have one, bool [N]."""
     kept = np.zeros(len(lists.rows), bool)
-    rows = np.load(earlier.artifact.file("neighbors.npy"), mmap_mode="r")
-    similarities = np.load(earlier.artifact.file("similarities.npy"), mmap_mode="r")
+    rows, similarities = (open_matrix(earlier.artifact, name) for name in ("neighbors", "similarities"))
     in_order = earlier.in_order
     for begin in range(0, len(rows), BLOCK):
-        part = np.asarray(rows[begin : begin + BLOCK])
+        part = rows[begin : begin + BLOCK]
         renumbered = np.where(part < 0, -1, earlier.to_new[part])
         target = earlier.to_new[begin : begin + len(part)]
         whole = (target >= 0) & ((part < 0) == (renumbered < 0)).all(axis=1) & (part >= 0).any(axis=1)
@@ -127,7 +125,7 @@ def copy_lists(earlier: Earlier, lists: Lists) -> np.ndarray:
 
 
 def update(
-    vectors: np.ndarray,
+    vectors: Matrix,
     partition: Partition,
     earlier: Earlier,
     kept: np.ndarray,
@@ -141,20 +139,15 @@ def update(
     new = partition.rows[~kept[partition.rows]]
     method = earlier.methods.get(partition.name)
     # A partition may be new, one without any embedding, or one of very many.
-    if method is None or len(new) > settings.neighbors_growth * len(partition.rows):
+    if method != "exact" or len(new) > settings.neighbors_growth * len(partition.rows):
         lists.clear(partition.rows)
         return None
     if len(new):
         _insert_new(vectors, new, partition.rows, kept, lists)
-    recall = 1.0
-    if method != "exact":
-        # A quarter of the sample: few new documents hardly change the recall, which was measured on all of it before.
-        sample = recall_sample(partition.rows, settings)[::RECALL_STRIDE]
-        recall = measured_recall(vectors, partition.rows, sample, lists, settings)
-    return {"method": method, "recall": round(recall, 4), "updated": len(new)}
+    return {"method": method, "recall": 1.0, "updated": len(new)}
 
 
-def _insert_new(vectors: np.ndarray, new: np.ndarray, rows: np.ndarray, kept: np.ndarray, lists: Lists) -> None:
+def _insert_new(vectors: Matrix, new: np.ndarray, rows: np.ndarray, kept: np.ndarray, lists: Lists) -> None:
     """Fills the lists of the new documents (rows) from `rows`, all of the partition, and inserts them into kept lists.
 
     Every cosine is computed once, blockwise, for both directions; few of them exceed the last entry of a list.

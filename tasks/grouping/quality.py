@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from eclectus.tasks.grouping.nearest import unit
+from eclectus.tasks.grouping.nearest import Matrix, unit
 
 PAIRS = 200_000
 BLOCK = 16_384
@@ -24,7 +24,7 @@ BINS = 48
 EDGES = (-0.2, 1.0)
 
 
-def pair_similarities(vectors: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def pair_similarities(vectors: Matrix, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosines float32 [P] of the rows a [P] with the rows b [P]; NaN if one has no embedding."""
     cosines = np.empty(len(a), np.float32)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -41,7 +41,7 @@ def mean(values: np.ndarray) -> float | None:
 
 
 def order_quality(
-    vectors: np.ndarray,
+    vectors: Matrix,
     order: np.ndarray,
     partitions: np.ndarray,
     restarts: np.ndarray,
@@ -76,7 +76,7 @@ def order_quality(
 
 
 def instance_quality(
-    vectors: np.ndarray,
+    vectors: Matrix,
     rows: np.ndarray,
     offsets: np.ndarray,
     tokens: np.ndarray,

@@ -28,6 +28,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.disk_matrix import open_embeddings, open_ids
 from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.documents.table import read_batches, read_table
 from eclectus.tasks.grouping.instance_layout import Spans, plan
@@ -249,7 +250,7 @@ def _describe(about: pa.Table, rows: np.ndarray, spans: Spans, meta: dict[str, A
 
 def _quality(about: pa.Table, spans: Spans, embeddings: Artifact, seed: int) -> dict[str, float | None]:
     """Similarity of the documents within an instance and across its border (`eclectus.tasks.grouping.quality`)."""
-    ids = np.load(embeddings.file("ids.npy"))
+    ids = open_ids(embeddings)[:]
     wanted = np.array(about["document"].to_pylist(), ids.dtype)
     rows = positions_of(wanted, ids)
     if (rows < 0).any():
@@ -257,7 +258,7 @@ def _quality(about: pa.Table, spans: Spans, embeddings: Artifact, seed: int) -> 
     domains = np.zeros(len(ids), np.int64)
     domains[rows] = _codes(about["domain"], "unknown").indices.to_numpy()
     return instance_quality(
-        np.load(embeddings.file("embeddings.npy"), mmap_mode="r"),
+        open_embeddings(embeddings),
         rows[spans.position],
         spans.firsts,
         spans.size,

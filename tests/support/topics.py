@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -63,8 +64,18 @@ def splits(documents):
     return {row["document"]: row["split"] for row in read_table(documents).to_pylist()}
 
 
-def write_documents(store, rows):
-    """A documents artifact of these rows; missing columns are filled in."""
+def write_documents(store, rows, parts=1):
+    """A documents artifact of these rows; missing columns are filled in. parts: into how many they are cut at least."""
+    if parts > 1:
+        with store.draft("documents") as out:
+            for number in range(parts):
+                begin, end = (len(rows) * each // parts for each in (number, number + 1))
+                one = write_documents(store, rows[begin:end])
+                shutil.copyfile(
+                    one.file("documents/part-00000.parquet"), out.file(f"documents/part-{number:05d}.parquet")
+                )
+            out.rows = len(rows)
+            return store.commit(out)
     with store.draft("documents") as out:
         with DocumentsWriter(out) as writer:
             for start in range(0, len(rows), 64):

@@ -51,25 +51,6 @@ def test_shards_threads_and_repetition_change_no_bit(store):
     assert others[-1] == first
 
 
-def test_index_reaches_its_target_recall_and_reports_it(store):
-    vectors = unit_vectors(3000, 16, clusters=200)
-    _, exact = search(store, vectors, {"en/sea": 3000}, neighbors_k=10)
-    _, artifact = search(
-        store, vectors, {"en/sea": 3000}, neighbors_k=10, neighbors_exact_below=100, neighbors_recall_target=0.95
-    )
-    statistics = artifact.statistics["partitions"][0]
-    found = np.mean([np.isin(a, b).mean() for a, b in zip(lists(exact)[0], lists(artifact)[0], strict=True)])
-    assert statistics["method"] == "ivf"
-    assert statistics["recall"] >= 0.93
-    assert abs(found - statistics["recall"]) < 0.03
-
-
-def test_index_is_the_same_twice(store):
-    vectors = unit_vectors(1500, 16)
-    ask = {"neighbors_exact_below": 100, "neighbors_shard_rows": 1000}
-    assert search(store, vectors, {"en/sea": 1500}, **ask)[1] == search(store, vectors, {"en/sea": 1500}, **ask)[1]
-
-
 def test_lists_are_padded_where_the_partition_is_smaller_than_k(store):
     _, artifact = search(store, unit_vectors(23, 8), {"en/sea": 20, "el/sea": 3}, neighbors_k=30)
     rows, similarities = lists(artifact)
@@ -168,13 +149,3 @@ def test_a_corpus_that_grew_much_is_searched_again(run):
     second = grown(run.home.store, rows, vectors)
     assert "updated" not in second.statistics["partitions"][0]
     assert same_lists(second, grown(run.home.store, rows, vectors, neighbors_growth=0))
-
-
-def test_an_index_that_is_updated_keeps_its_recall(run):
-    rows, vectors = topical({"en/sea": 2000}), unit_vectors(2000, 16, clusters=100)
-    ask = {"neighbors_k": 10, "neighbors_exact_below": 100}
-    first = grown(run.home.store, rows[:1980], vectors[:1980], **ask)
-    second = grown(run.home.store, rows, vectors, **ask)
-    before, after = (each.statistics["partitions"][0] for each in (first, second))
-    assert (after["method"], after["updated"]) == ("ivf", 20)
-    assert after["recall"] > before["recall"] - 0.01

@@ -1,0 +1,227 @@
+"""Exact search within cells, a block of cells per call, and the lists of all blocks put together part by part.
+
+    a cell       one symmetric product of its vectors with themselves; a pair is offered to both its documents. On a
+                 GPU a product and a top-k by torch: the same lists up to ties
+    a block      the union of its cells' documents; their lists go to files, sorted by document
+    a part       the lists of its documents in all blocks, merged; then copies (documents with the same embedding, of
+                 which one was searched) get their list and stand in the lists of others
+
+Best first, ties to the lower document. A cell holds at most MOST_MEMBERS: of a crowded one those stay to which few
+other cells are nearer, and one with too many of its own becomes several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eclectus.tasks.compiled import compiled
+from eclectus.tasks.disk_matrix import mapped
+from eclectus.tasks.grouping.cells.tree import Vectors, set_one_thread
+
+MOST_MEMBERS = 4_096
+MERGED = 65_536
+
+
+def search_block(
+    out: Path,
+    embeddings: list[Path],
+    rows: Path,
+    assigned: list[Path],
+    begin: int,
+    end: int,
+    width: int,
+    device: str = "cpu",
+) -> dict[str, int]:
+    """Searches cells begin to end - 1. assigned: folders of `assign_cells`, in order of documents.
+
+    Writes document.npy int32 [m], ascending, near.npy int32 [m, width] (documents, -1 is padding) and cosine.npy
+    float32 [m, width] (-inf there).
+    """
+    set_one_thread()
+    cell, document, place = entries(assigned, begin, end)
+    documents, position = np.unique(document, return_inverse=True)
+    vectors = Vectors(embeddings, rows)(documents)
+    near = np.full((len(documents), width), -1, np.int32)
+    cosines = np.full((len(documents), width), -np.inf, np.float32)
+    largest = 0
+    for members in cells_of(cell, position, place):
+        largest = max(largest, len(members))
+        if device == "cpu":
+            _insert_pairs(near, cosines, members, _products(vectors[members]))
+        else:
+            positions, found = within_by_torch(vectors[members], width, device)
+            merge_lines(near, cosines, members, members[positions], found)
+    np.save(out / "document.npy", documents.astype(np.int32))
+    np.save(out / "near.npy", np.where(near < 0, -1, documents[near]).astype(np.int32))
+    np.save(out / "cosine.npy", cosines)
+    return {"largest": largest}
+
+
+def entries(assigned: list[Path], begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cell, document and place of all entries of these cells, by cell, then place, then document."""
+    cells, documents, places = [np.empty(0, np.int32)], [np.empty(0, np.int32)], [np.empty(0, np.int8)]
+    for folder in assigned:
+        cell = mapped(folder / "cell.npy")
+        first, last = np.searchsorted(cell, (begin, end))
+        if last > first:
+            cells.append(cell[first:last])
+            documents.append(mapped(folder / "document.npy")[first:last])
+            places.append(mapped(folder / "place.npy")[first:last])
+    cell, document, place = np.concatenate(cells), np.concatenate(documents), np.concatenate(places)
+    order = np.argsort(cell.astype(np.int64) * 128 + place, kind="stable")
+    return cell[order], document[order], place[order]
+
+
+def cells_of(cell: np.ndarray, member: np.ndarray, place: np.ndarray) -> Iterator[np.ndarray]:
+    """The members of each cell, ascending; arguments as of `entries`."""
+    bounds = np.flatnonzero(np.diff(cell, prepend=-1, append=-1))
+    for begin, end in pairwise(bounds.tolist()):
+        own = int((place[begin:end] == 0).sum())
+        inside = member[begin:end][: max(MOST_MEMBERS, own)]
+        for part in np.array_split(inside, -(-len(inside) // MOST_MEMBERS)):
+            yield np.sort(part)
+
+
+def _products(vectors: np.ndarray) -> np.ndarray:
+    """Cosines float32 [m, m] of unit vectors [m, D], below the diagonal."""
+    from scipy.linalg.blas import ssyrk
+
+    # Half the work of a product; the transpose makes it C-contiguous.
+    return ssyrk(1.0, vectors.T, trans=1).T
+
+
+def within_by_torch(vectors: np.ndarray, width: int, device: str) -> tuple[np.ndarray, np.ndarray]:
+    """Positions int64 [m, w] of the nearest within unit vectors [m, D], themselves excluded, and cosines, on
+    `device`."""
+    import torch
+
+    here = torch.from_numpy(vectors).to(device)
+    products = here @ here.T
+    products.fill_diagonal_(-torch.inf)
+    cosines, positions = products.topk(min(width, max(0, len(vectors) - 1)), dim=1)
+    return positions.cpu().numpy(), cosines.cpu().numpy()
+
+
+@compiled
+def _insert_pairs(near: np.ndarray, cosines: np.ndarray, members: np.ndarray, products: np.ndarray) -> None:
+    """Offers every pair of members [m] to the lists of both. products: float32 [m, m], below the diagonal."""
+    last = near.shape[1] - 1
+    lasts = np.empty(len(members), np.float32)
+    for i in range(len(members)):
+        lasts[i] = cosines[members[i], last]
+    for i in range(len(members)):
+        for j in range(i):
+            cosine = products[i, j]
+            for side in range(2):
+                a, b = (i, j) if side == 0 else (j, i)
+                if cosine < lasts[a]:
+                    continue
+                me, other = members[a], members[b]
+                at = last
+                if near[me, at] >= 0 and cosine == cosines[me, at] and other > near[me, at]:
+                    continue
+                listed = False
+                for c in range(last + 1):
+                    if near[me, c] == other:
+                        listed = True
+                    if near[me, c] < 0:
+                        break
+                if listed:
+                    continue
+                while at > 0 and (
+                    near[me, at - 1] < 0
+                    or cosines[me, at - 1] < cosine
+                    or (cosines[me, at - 1] == cosine and near[me, at - 1] > other)
+                ):
+                    near[me, at], cosines[me, at] = near[me, at - 1], cosines[me, at - 1]
+                    at -= 1
+                near[me, at], cosines[me, at] = other, cosine
+                lasts[a] = cosines[me, last]
+
+
+def merge_blocks(out: Path, blocks: list[Path], begin: int, end: int, width: int) -> dict[str, Any]:
+    """Writes near.npy int32 [n, width] and cosine.npy of documents begin to end - 1, from the folders of all blocks."""
+    near = np.full((end - begin, width), -1, np.int32)
+    cosines = np.full((end - begin, width), -np.inf, np.float32)
+    for folder in blocks:
+        documents = mapped(folder / "document.npy")
+        first, last = np.searchsorted(documents, (begin, end))
+        for start in range(first, last, MERGED):
+            part = slice(start, min(start + MERGED, last))
+            theirs = [np.asarray(mapped(folder / name)[part]) for name in ("near.npy", "cosine.npy")]
+            merge_lines(near, cosines, np.asarray(documents[part]) - begin, *theirs)
+    np.save(out / "near.npy", near)
+    np.save(out / "cosine.npy", cosines)
+    return {}
+
+
+@compiled
+def merge_lines(
+    near: np.ndarray, cosines: np.ndarray, lines: np.ndarray, others: np.ndarray, found: np.ndarray
+) -> None:
+    """Merges neighbours `others` [m, w], below 0 is padding at the end, and their cosines `found`, best first, into
+    these lines [m] of `near`: best first, ties to the lower document, each once."""
+    last = near.shape[1] - 1
+    for i in range(len(lines)):
+        me = lines[i]
+        for c in range(others.shape[1]):
+            other, cosine = others[i, c], found[i, c]
+            if other < 0 or cosine < cosines[me, last]:
+                break
+            at, listed = last, False
+            if near[me, at] >= 0 and cosine == cosines[me, at] and other > near[me, at]:
+                continue
+            # A pair may have other last bits in another cell; the first ones stay.
+            for d in range(last + 1):
+                if near[me, d] == other:
+                    listed = True
+                if near[me, d] < 0:
+                    break
+            if listed:
+                continue
+            while at > 0 and (
+                near[me, at - 1] < 0
+                or cosines[me, at - 1] < cosine
+                or (cosines[me, at - 1] == cosine and near[me, at - 1] > other)
+            ):
+                near[me, at], cosines[me, at] = near[me, at - 1], cosines[me, at - 1]
+                at -= 1
+            near[me, at], cosines[me, at] = other, cosine
+
+
+@compiled
+def with_copies(
+    near: np.ndarray,
+    cosines: np.ndarray,
+    owns: np.ndarray,
+    documents: np.ndarray,
+    starts: np.ndarray,
+    copies: np.ndarray,
+    width: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of these documents [n] out of those of their representatives: int64 [n, width], -1 is padding; cosines.
+
+    near: int32 [n, w], the representatives near each document's own, and cosines. owns: int64 [n], the number of each
+    document's representative. starts, copies: the documents of each representative, ascending, as CSR.
+    """
+    out = np.full((len(documents), width), -1, np.int64)
+    found = np.full((len(documents), width), np.nan, np.float32)
+    for line in range(len(documents)):
+        filled = 0
+        for at in range(-1, near.shape[1]):
+            if at >= 0 and near[line, at] < 0:
+                break
+            of = owns[line] if at < 0 else near[line, at]
+            cosine = np.float32(1) if at < 0 else min(cosines[line, at], np.float32(1))
+            for position in range(starts[of], starts[of + 1]):
+                if filled == width:
+                    break
+                if copies[position] != documents[line]:
+                    out[line, filled], found[line, filled] = copies[position], cosine
+                    filled += 1
+    return out, found
