@@ -16,7 +16,7 @@ DASHES: tuple[Dash, ...] = ("solid", "dotted", "dashed", "dashdot")
 
 def write_page(comparison: Comparison, measures: list[Measure]) -> str:
     """The page as HTML that opens offline."""
-    from eclectus.tasks.report.page import render
+    from eclectus.tasks.report.rendering import render
 
     names = [group.name for group in comparison.groups]
     runs = Table(

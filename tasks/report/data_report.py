@@ -30,8 +30,7 @@ from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.documents.text_reader import TextReader
 from eclectus.tasks.report.cost_estimate import whole_cost
 from eclectus.tasks.report.formatting import count, in_words, size
-from eclectus.tasks.report.markdown import facts_markdown, safe, table_markdown
-from eclectus.tasks.report.page import render
+from eclectus.tasks.report.rendering import facts_markdown, render, safe, table_markdown
 from eclectus.tasks.report.tables import Cell, Facts, Table, documents_table, instances_table
 from eclectus.tasks.settings import SEED, Settings
 from eclectus.tasks.step import step

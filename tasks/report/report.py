@@ -30,8 +30,7 @@ from eclectus.tasks.report.contents import Contents, Extras, collect_contents
 from eclectus.tasks.report.drawing import draw_png
 from eclectus.tasks.report.figures import colour
 from eclectus.tasks.report.graph import draw_lineage
-from eclectus.tasks.report.markdown import write_markdown
-from eclectus.tasks.report.page import render
+from eclectus.tasks.report.rendering import render, write_markdown
 from eclectus.tasks.report.verdict import Comparer
 from eclectus.tasks.run import current_run
 from eclectus.tasks.step import step

@@ -1,16 +1,34 @@
-"""The report as Markdown, for pull requests: verdict, tables, samples and settings, with links to the pictures."""
+"""How a report is written: one HTML page that refers to nothing outside itself, and Markdown for pull requests."""
 
 from __future__ import annotations
 
 import html
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eclectus.tasks.report.drawing import draw_svg
 
 if TYPE_CHECKING:
     from eclectus.tasks.report.contents import Contents
     from eclectus.tasks.report.tables import Cell, Facts, Table
 
+HERE = Path(__file__).parent
 _ACTIVE = re.compile(r"([\\`*_\[\]|~#!])")
+
+
+def render(template: str, **values: Any) -> str:
+    """The page of a template in this folder, with its style, script and charts."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
+    environment.filters["svg"] = draw_svg
+    return environment.get_template(template).render(
+        **values,
+        css=Markup((HERE / "page.css").read_text("utf-8")),
+        script=Markup((HERE / "page.js").read_text("utf-8")),
+    )
 
 
 def write_markdown(contents: Contents) -> str:
