@@ -1,8 +1,9 @@
 """Fingerprints: digests of everything that `ingest` reads, for its key, and of what it did read, to compare.
 
-A file's digest is that of its bytes; a data set's is that of its files, or its commit on the hub. What cannot be read
-has a digest of the reason; one that may pass, such as an error of the disk, is never reused by another process. Price:
-every local byte is read once (SHA-256, 1 to 2 GB/s per core, all cores).
+A file's digest is that of its bytes, of a file over 64 MB that of the digests of its pieces, so that many cores hash
+it; a data set's is that of its files, or its commit on the hub. What cannot be read has a digest of the reason; one
+that may pass, such as an error of the disk, is never reused by another process. How files are cut and hashed:
+tasks/documents/intake/slices.py.
 """
 
 from __future__ import annotations
@@ -11,31 +12,20 @@ import errno
 import hashlib
 import io
 import json
-import os
 import uuid
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.allowed_paths import hash_all_allowed, hash_allowed
+from eclectus.tasks.allowed_paths import hash_all_allowed
 from eclectus.tasks.documents.folders import files_below
 from eclectus.tasks.documents.sources import Source, parse_dataset
 from eclectus.tasks.step import CHANGED
 
 FINGERPRINTS_PER_ENTRY = 64
+PIECE = 64 * 2**20
 _PERMANENT = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 _THIS_PROCESS = uuid.uuid4().hex[:12]
-
-
-def fingerprints(sources: Iterable[Source]) -> dict[str, str]:
-    """Name -> digest of everything that is read, for the key of a step.
-
-    Raises EclectusError when a data set on the hub cannot be reached.
-    """
-    sources = list(sources)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return named(sources, list(pool.map(digest_of, sources)))
 
 
 def named(sources: list[Source], digests: list[str]) -> dict[str, str]:
@@ -60,18 +50,52 @@ def named(sources: list[Source], digests: list[str]) -> dict[str, str]:
     return result
 
 
-def digest_of(source: Source) -> str:
-    if source.kind == "dataset":
-        return dataset_digest(source, hub_commit_of(source))
-    return file_digest(lambda: hash_allowed(source.path, f"source '{source.name}'"))
+class ContentHash:
+    """The digest of bytes that are given one after another."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._hashed = 0
+        self._pieces: list[str] = []
+
+    def update(self, content: memoryview) -> None:
+        while content:
+            if self._hashed == PIECE:
+                self._pieces.append(self._hash.hexdigest())
+                self._hash, self._hashed = hashlib.sha256(), 0
+            piece = content[: PIECE - self._hashed]
+            self._hash.update(piece)
+            self._hashed += len(piece)
+            content = content[len(piece) :]
+
+    def digest(self) -> str:
+        return digest_of_pieces([*self._pieces, self._hash.hexdigest()])
 
 
-def file_digest(hashed: Callable[[], str]) -> str:
-    """The digest of a file, or of the reason why it cannot be read. hashed: hex SHA-256 of its bytes."""
+def digest_of_pieces(pieces: list[str]) -> str:
+    """The digest of content whose pieces of `PIECE` bytes have these hex SHA-256."""
+    if len(pieces) == 1:
+        return f"file-{pieces[0]}"
+    return f"pieces-{hashlib.sha256(json.dumps(pieces).encode()).hexdigest()}"
+
+
+def pieces_of(begin: int, end: int) -> list[tuple[int, int]]:
+    """Where the pieces of a file's bytes [begin, end) begin and end; one, perhaps empty, at least."""
+    return [(start, min(start + PIECE, end)) for start in range(begin, max(end, begin + 1), PIECE)]
+
+
+def file_digest(digest: Callable[[], str]) -> str:
+    """The digest of a file, or of the reason why it cannot be read."""
     try:
-        return f"file-{hashed()}"
+        return digest()
     except OSError as error:
         return unreadable_digest(error)
+
+
+def is_same(digest: str, other: str) -> bool:
+    """Whether two digests, perhaps of two processes, are of the same content, or of the same reason for none."""
+    own = [each.rpartition("-")[0] if each.count("-") > 1 else each for each in (digest, other)]
+    return digest == other or (digest.startswith("unreadable-") and own[0] == own[1])
 
 
 def unreadable_digest(error: OSError) -> str:
@@ -79,10 +103,13 @@ def unreadable_digest(error: OSError) -> str:
     return f"unreadable-{error.strerror}{passing}"
 
 
-def hash_open_file(file: io.FileIO) -> str:
-    """Hex SHA-256 of all bytes of an open file."""
+def digest_of_open_file(file: io.FileIO) -> str:
+    """The digest of all bytes of an open file."""
     file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    content, space = ContentHash(), memoryview(bytearray(2**20))
+    while size := file.readinto(space):
+        content.update(space[:size])
+    return content.digest()
 
 
 def dataset_digest(source: Source, commit: str | None) -> str:

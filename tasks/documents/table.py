@@ -68,14 +68,7 @@ class DocumentsWriter:
         writer = self._writer
         if writer is None or self._rows_in_part >= ROWS_PER_PART:
             writer = self._next_part()
-        columns = [
-            table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
-            for field in SCHEMA
-        ]
-        work, document = SCHEMA.names.index("work"), SCHEMA.names.index("document")
-        own = pc.fill_null(pc.equal(columns[work], columns[document]), False)
-        columns[work] = pc.if_else(own, pa.scalar(None, pa.string()), columns[work])
-        writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=ROWS_PER_GROUP)
+        writer.write_table(as_rows(table), row_group_size=ROWS_PER_GROUP)
         self._rows_in_part += len(table)
         self.rows += len(table)
 
@@ -100,6 +93,18 @@ class DocumentsWriter:
         self.parts += 1
         self._rows_in_part = 0
         return self._writer
+
+
+def as_rows(table: pa.Table) -> pa.Table:
+    """The rows of a part, from any subset of the columns of SCHEMA; the missing ones become null."""
+    columns = [
+        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in SCHEMA
+    ]
+    work, document = SCHEMA.names.index("work"), SCHEMA.names.index("document")
+    own = pc.fill_null(pc.equal(columns[work], columns[document]), False)
+    columns[work] = pc.if_else(own, pa.scalar(None, pa.string()), columns[work])
+    return pa.table(columns, schema=SCHEMA)
 
 
 def parts(documents: Artifact) -> list[Path]:

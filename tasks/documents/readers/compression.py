@@ -8,13 +8,14 @@ what `COMPRESSED_AT_ONCE` unpacks to, at most 128 MB.
 from __future__ import annotations
 
 import bz2
-import hashlib
 import io
 import lzma
 import zlib
 from typing import TYPE_CHECKING, Any
 
 import zstandard
+
+from eclectus.tasks.documents.fingerprints import ContentHash
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -42,39 +43,46 @@ class DamagedArchive(Exception):
 
 
 class HashedFile(io.RawIOBase):
-    """A file, opened unbuffered, that is read once from its beginning, with the SHA-256 of all of it."""
+    """A file, opened unbuffered, of which the bytes from `begin` up to `end` are read once, with their digest."""
 
-    def __init__(self, file: io.FileIO) -> None:
+    def __init__(self, file: io.FileIO, begin: int = 0, end: int | None = None) -> None:
         self._file = file
-        self._hash = hashlib.sha256()
-        self.bytes = 0
+        self._hash = ContentHash()
+        self._left = None if end is None else end - begin
+        if begin:
+            file.seek(begin)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        target = memoryview(buffer).cast("B")
+        target = memoryview(buffer).cast("B")[: self._left]
         size = self._file.readinto(target) or 0
         self._hash.update(target[:size])
-        self.bytes += size
+        if self._left is not None:
+            self._left -= size
         return size
 
     def digest(self) -> str:
-        """Hex SHA-256 of the whole file; what was not read yet is read now."""
+        """The digest of all of these bytes; what was not read yet is read now."""
         space = bytearray(BUFFER)
         while self.readinto(space):
             pass
-        return self._hash.hexdigest()
+        return self._hash.digest()
 
     def close(self) -> None:
         self._file.close()
         super().close()
 
 
-def decompressed(file: io.RawIOBase, compression: str | None) -> io.BufferedReader:
-    """The content of a file. compression: what its suffix says."""
-    raw: io.BufferedReader = io.BufferedReader(file, BUFFER)
-    start = raw.peek(10)
+def decompressed(raw: io.BufferedReader, compression: str | None) -> io.BufferedReader:
+    """The content of a file that stands at its beginning. compression: what its suffix says."""
+    usual = compression_of(raw.peek(10), compression)
+    return raw if usual is None else io.BufferedReader(_Decompressed(raw, usual), BUFFER)
+
+
+def compression_of(start: bytes, compression: str | None) -> str | None:
+    """How a file that begins so is compressed; None if it is not."""
     usual = ".zst" if compression == ".zstd" else compression
     if not (usual and start.startswith(_MAGIC[usual])):
         found = next((suffix for suffix, magic in _MAGIC.items() if start.startswith(magic)), None)
@@ -82,7 +90,7 @@ def decompressed(file: io.RawIOBase, compression: str | None) -> io.BufferedRead
             usual = found
         elif start.lstrip().startswith(_PLAIN):
             usual = None
-    return raw if usual is None else io.BufferedReader(_Decompressed(raw, usual), BUFFER)
+    return usual
 
 
 def _begin(compression: str) -> Any:

@@ -18,13 +18,13 @@ from eclectus.tasks.documents.readers.json_array import AT_ONCE, Array
 from eclectus.tasks.documents.readers.json_scan import Grammar, end_of, end_of_blank
 from eclectus.tasks.documents.readers.json_value import as_record, parse
 from eclectus.tasks.documents.readers.lines import Lines
-from eclectus.tasks.documents.readers.records import Fault, Numbered, Reading, Record, foreign, start_of
+from eclectus.tasks.documents.readers.records import Fault, Numbered, Position, Reading, Record, foreign, start_of
 
 MARK = b"\xef\xbb\xbf"
 BLANK = b" \t\r\n\0"
 
 
-def read_json(handle: io.BufferedReader, reading: Reading) -> Iterator[Numbered]:
+def read_json(handle: io.BufferedReader, reading: Reading, position: Position) -> Iterator[Numbered]:
     """Every record or fault: with its line, or its number in the array."""
     lines = Lines(handle, reading.longest_line)
     start = lines.read(AT_ONCE).removeprefix(MARK)
@@ -32,14 +32,23 @@ def read_json(handle: io.BufferedReader, reading: Reading) -> Iterator[Numbered]
     if fault:
         yield None, fault
         return
-    is_array = start.lstrip().startswith(b"[")
+    is_array = begins_an_array(start)
     if is_array:
         start, is_array = _is_one_array(start, lines)
     if is_array:
         yield from Array(start, lines, reading).items()
     else:
         lines.begin_with(start)
-        yield from _read_lines(lines, reading)
+        yield from _read_lines(lines, reading, position)
+
+
+def read_lines(handle: io.BufferedReader, reading: Reading, position: Position) -> Iterator[Numbered]:
+    """Every record or fault of lines that are not the first of their file, with its line from 1."""
+    yield from _read_lines(Lines(handle, reading.longest_line), reading, position)
+
+
+def begins_an_array(start: bytes) -> bool:
+    return start.removeprefix(MARK).lstrip().startswith(b"[")
 
 
 def _is_one_array(start: bytes, lines: Lines) -> tuple[bytes, bool]:
@@ -54,9 +63,9 @@ def _is_one_array(start: bytes, lines: Lines) -> tuple[bytes, bool]:
     return start, not rest.startswith((b"[", b"{"))
 
 
-def _read_lines(lines: Lines, reading: Reading) -> Iterator[Numbered]:
+def _read_lines(lines: Lines, reading: Reading, position: Position) -> Iterator[Numbered]:
     while line := lines.next_line():
-        number = lines.number
+        number = position.lines = lines.number
         if not lines.is_whole(line):
             lines.skip(line)
             detail = f"the line is longer than {reading.longest_line:,} bytes"
@@ -67,6 +76,7 @@ def _read_lines(lines: Lines, reading: Reading) -> Iterator[Numbered]:
         except ValueError:
             if line.strip():
                 for each in _look_again(line, lines, reading):
+                    position.lines, position.goes_on = lines.number, lines.ran_out
                     yield number, each
             continue
         yield number, as_record(record, line, reading, "the line")
@@ -111,7 +121,7 @@ def _continued(line: bytes, lines: Lines, longest: int) -> bytes | None:
     """
     grammar, taken, size = Grammar(), [line], len(line)
     state = grammar.feed(line)
-    while state == "open" and size < longest and (more := lines.next_line()):
+    while state == "open" and size < longest and (more := lines.next_of_object()):
         taken.append(more)
         size += len(more)
         state = grammar.feed(more)
@@ -124,6 +134,6 @@ def _continued(line: bytes, lines: Lines, longest: int) -> bytes | None:
     if line.strip() in (b"{", b"[") or len(rest) > 1:
         begins = line[: len(line) - len(line.lstrip())] + b"{"
         while rest and not rest[0].startswith(begins):
-            rest = rest[1:] or [each for each in [lines.next_line()] if each]
+            rest = rest[1:] or [each for each in [lines.next_of_object()] if each]
     lines.push(*rest)
     return None

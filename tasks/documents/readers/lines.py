@@ -10,7 +10,7 @@ from collections import deque
 class Lines:
     """Lines of a file, at most `longest` bytes at once, which can be pushed back.
 
-    number: of the last line.
+    number: of the last line. ran_out: whether a line was missed by an object that is not closed.
     """
 
     def __init__(self, handle: io.BufferedReader, longest: int) -> None:
@@ -20,11 +20,18 @@ class Lines:
         self._start = b""
         self.longest = longest
         self.number = 0
+        self.ran_out = False
 
     def next_line(self) -> bytes:
         """The next line with its end, or its first `longest` bytes; b"" after the last."""
         line = self._pushed.popleft() if self._pushed else self._from_file()
         self.number += bool(line)
+        return line
+
+    def next_of_object(self) -> bytes:
+        """The next line, where the object that began in an earlier one needs one more."""
+        line = self.next_line()
+        self.ran_out |= not line
         return line
 
     def _from_file(self) -> bytes:

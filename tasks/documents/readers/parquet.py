@@ -15,12 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from eclectus.tasks.documents.readers.records import Fault, Numbered, Reading, Record, first_line, not_utf8
+from eclectus.tasks.documents.readers.records import Fault, Numbered, Reading, Record, Slice, first_line, not_utf8
 
 ROWS_PER_BATCH = 256
 
 
-def read_parquet(handle: BinaryIO, reading: Reading) -> Iterator[Numbered]:
+def read_parquet(handle: BinaryIO, reading: Reading, part: Slice) -> Iterator[Numbered]:
+    """Every row or fault of these row groups, with its number in the file."""
     try:
         file = pq.ParquetFile(handle, buffer_size=2**20, pre_buffer=False)
         schema = file.schema_arrow
@@ -41,8 +42,8 @@ def read_parquet(handle: BinaryIO, reading: Reading) -> Iterator[Numbered]:
             if field.name in reading.columns
             and (field.name == reading.text_field or not pa.types.is_nested(field.type))
         ]
-        done = 0
-        for group in range(file.num_row_groups):
+        done = part.first_row
+        for group in range(part.begin, file.num_row_groups if part.end is None else part.end):
             rows = file.metadata.row_group(group).num_rows
             yield from _read_group(file, group, names, reading.text_field, done, rows)
             done += rows

@@ -42,12 +42,33 @@ class Reading:
     longest_line: int
 
 
+@dataclass(frozen=True)
+class Slice:
+    """What is read of a source: its bytes, or row groups of Parquet, from `begin` up to `end`; None: all of it.
+
+    first_row: rows of the file before those of the row groups. digest: that of the bytes, of a Parquet file all of it,
+    of a data set its own. status: size and times of a Parquet file with this digest, if it has been left alone for long
+    enough that they tell of every change. commit: of a data set on the hub.
+    """
+
+    begin: int = 0
+    end: int | None = None
+    first_row: int = 0
+    digest: str = ""
+    status: tuple[int, ...] | None = None
+    commit: str | None = None
+
+
 class Position:
-    """How many bytes of the current file have been read, and the digest of all of it once it is read."""
+    """What has been read. digest: of what the slice should hold, once all is read. lines: of a slice of JSON lines.
+
+    goes_on: whether its last record is not whole: an object that began in it goes on after it.
+    """
 
     def __init__(self) -> None:
-        self.bytes = 0
         self.digest = ""
+        self.lines = 0
+        self.goes_on = False
 
 
 def start_of(content: bytes | str) -> str:

@@ -12,7 +12,8 @@ from eclectus.storage.artifact import hash_file
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.connection import query
 from eclectus.tasks.documents import fingerprints as of
-from eclectus.tasks.documents.ingest import IngestSettings, _Intake, fingerprint, ingest
+from eclectus.tasks.documents.ingest import IngestSettings, fingerprint, ingest
+from eclectus.tasks.documents.intake.read_slices import _Intake
 from eclectus.tasks.documents.table import read_table
 from tests.support.documents import lines, texts
 
@@ -99,13 +100,13 @@ def test_parquet_that_changes_while_it_is_read_is_an_error_in_one_line(run, tmp_
     changes = []
     take = _Intake.take
 
-    def change(self, source, line, record):
+    def change(self, source, number, line, record):
         if line == 1:
             changes.append(line)
             write_parquet(path, *(f"other {i} {len(changes)}" for i in range(3000)))
-        take(self, source, line, record)
+        take(self, source, number, line, record)
 
-    monkeypatch.setattr("eclectus.tasks.documents.ingest._Intake.take", change)
+    monkeypatch.setattr("eclectus.tasks.documents.intake.read_slices._Intake.take", change)
     with pytest.raises(EclectusError, match=r"source\.0\.a\.parquet twice, and both times it changed meanwhile"):
         ingest(settings=IngestSettings(sources=[str(path)]))
     assert len(changes) == 2 and list(run.home.store.all()) == []
@@ -165,5 +166,5 @@ def test_a_dataset_of_the_hub_is_read_at_the_commit_of_its_key(run, tmp_path, mo
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     monkeypatch.setattr("datasets.load_dataset", load)
     documents = ingest(settings=IngestSettings(sources=["dataset:owner/name"]))
-    # The first reading found another commit than its key's, so that it was read again.
-    assert texts(documents) == ["text of two"] and read == ["two", "two"]
+    # The first reading found another commit than its key's, so that the step began again, and found that.
+    assert texts(documents) == ["text of two"] and read == ["two"]

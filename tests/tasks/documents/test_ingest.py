@@ -1,6 +1,5 @@
 import gzip
 import hashlib
-import random
 import unicodedata
 
 import pyarrow as pa
@@ -8,7 +7,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.documents.digest_set import DigestMap
 from eclectus.tasks.documents.ingest import (
     read_duplicates,
     read_rejected,
@@ -116,22 +114,6 @@ def test_nothing_kept_is_an_error_with_the_first_reason(store, tmp_path):
 def test_the_same_sources_give_the_same_artifact(store, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines({"text": GREEK}, {"text": TURKISH}, {"text": GREEK}) + b"bad\n")
     assert ingested(store, [tmp_path / "a.jsonl"]).digest == ingested(store, [tmp_path / "a.jsonl"]).digest
-
-
-def test_a_digest_map_agrees_with_a_dict_whatever_its_size():
-    source = random.Random(1)
-    pool = [source.randbytes(15) + b"\0" for _ in range(300)] + [source.randbytes(16) for _ in range(700)]
-    digests = [source.choice(pool) for _ in range(5000)]
-    small, reference = DigestMap(recent=16), {}
-    for start in range(0, len(digests), 37):
-        part = digests[start : start + 37]
-        values = [source.randbytes(14) + b"\0\0" for _ in part]
-        expected = []
-        for digest, value in zip(part, values, strict=True):
-            expected.append(reference.get(digest))
-            reference.setdefault(digest, value)
-        assert small.add(part, values) == expected
-    assert len(small) == len(reference)
 
 
 @pytest.mark.parametrize("text", [GREEK, TURKISH, "Árvíztűrő tükörfúrógép", "हिन्दी क़लम", "한국어 문장", "Ｆｕｌｌ ﬁne"])
