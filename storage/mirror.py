@@ -57,20 +57,21 @@ class Mirror:
             for file in files:
                 self._files.put_file(str(file), self._key(file))
 
-    def pull(self, path: Path) -> bool:
-        """Downloads a file or a folder, unless it exists here; False if the store has none."""
+    def pull(self, path: Path, kept: Path | None = None) -> bool:
+        """Downloads a file or a folder, unless it is here; False if the store has none. kept: where, if elsewhere."""
+        kept = kept or path
         with self._faults():
             names = self._files.find(self._key(path))
             if not names:
                 return False
-            with temporary_path(path) as temporary:
+            with temporary_path(kept) as temporary:
                 for name in names:
                     target = temporary / self._below(name, path)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     self._files.get_file(name, str(target))
                 with contextlib.suppress(OSError):  # another process downloaded it meanwhile
-                    os.rename(temporary, path)
-        return path.exists()
+                    os.rename(temporary, kept)
+        return kept.exists()
 
     def read(self, path: Path) -> bytes:
         """The store's content of `path`, without downloading it into the cache."""

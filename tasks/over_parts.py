@@ -198,27 +198,49 @@ class _Store:
         if isinstance(value, Path):
             if not value.is_relative_to(theirs):
                 return value
-            here = self.root / value.relative_to(theirs)
-            if self.mirror and not here.exists():
-                self.mirror.pull(here)
-            return here
+            return self._here(self.root / value.relative_to(theirs))
         if isinstance(value, list | tuple):
             return type(value)(self.local(each, theirs) for each in value)
         if isinstance(value, dict):
             return {name: self.local(each, theirs) for name, each in value.items()}
         return value
 
+    def _here(self, path: Path) -> Path:
+        """This file or folder of the home on this machine, downloaded if it is not there.
 
-def _share(value: Any, store: _Store) -> None:
-    """Uploads the files and folders in `value` below the home that the object store lacks."""
+        A part comes whole; files of artifacts go to a place of their own, since half an artifact would be none.
+        """
+        if self.mirror is None:
+            return path
+        if path.is_relative_to(self.folder):
+            place = self.folder.joinpath(*path.relative_to(self.folder).parts[:2])
+            if not (place / DESCRIPTION).is_file():
+                self.mirror.pull(place)
+            return path
+        if path.exists():
+            return path
+        kept = self.root / "work" / "downloaded" / path.relative_to(self.root)
+        if not kept.exists():
+            self.mirror.pull(path, kept)
+        return kept
+
+
+def _share(value: Any, store: _Store, known: set[Path]) -> None:
+    """Uploads the files and folders in `value` below the home that the object store lacks. known: those it has."""
     if isinstance(value, Path):
-        if store.mirror and value.is_relative_to(store.root) and not store.mirror.has(value):
-            store.mirror.push(value)
+        if not store.mirror or value in known or not value.is_relative_to(store.root):
+            return
+        place, last = value, None
+        if value.is_relative_to(store.folder):
+            place, last = store.folder.joinpath(*value.relative_to(store.folder).parts[:2]), DESCRIPTION
+        if not store.mirror.has(place / DESCRIPTION if last else place):
+            store.mirror.push(place, last)
+        known.add(value)
     elif isinstance(value, list | tuple):
         for each in value:
-            _share(each, store)
+            _share(each, store, known)
     elif isinstance(value, Mapping):
-        _share(list(value.values()), store)
+        _share(list(value.values()), store, known)
 
 
 def _read_whole(place: Path) -> dict[str, Any] | None:
@@ -262,12 +284,13 @@ def _in_ray(function: Function, parts: list[Part], store: _Store, workers: int, 
     ensure_ray()
     slots = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     remote = ray.remote(_remotely).options(num_cpus=1, num_gpus=gpus, max_retries=0)
+    shared: set[Path] = set()
     waiting, tries, running = deque(range(len(parts))), [0] * len(parts), dict[Any, int]()
     try:
         while waiting or running:
             while waiting and len(running) < slots:
                 number = waiting.popleft()
-                _share(parts[number].arguments, store)
+                _share(parts[number].arguments, store, shared)
                 running[remote.remote(function, parts[number].key, dict(parts[number].arguments), store)] = number
             reference = ray.wait(list(running))[0][0]
             number = running.pop(reference)

@@ -130,22 +130,30 @@ def test_machines_that_share_no_disk_exchange_files_through_the_object_store(obj
         return Home.open(url)
 
     driver = machine("driver")
-    made = driver.work / "given"
-    made.write_text("what the driver made")
     mine = work._Store.of_home(driver)
-    arguments = {"path": made}
-    work._share(arguments, mine)
-    key = work.key_of("read", 1)
-    machine("worker")
-    about, seconds = work._remotely(read, key, arguments, mine)
-    assert seconds >= 0
-    assert about["text"] == "what the driver made" and about["root"].startswith(str(tmp_path / "worker"))
-    assert not mine.place(key).exists()
-    found = mine.find(key)
-    assert found and found.about == about and found.folder == mine.place(key)
-    # A machine that replaces the driver finds what the workers finished.
-    found = work._Store.of_home(machine("another")).find(key)
-    assert found and found.about == about
+    # A file of an artifact, and one of a part that was made in this process.
+    with driver.store.draft("report") as draft:
+        draft.file("page").write_text("a page")
+        draft.file("other").write_text("another")
+        artifact = driver.store.commit(draft)
+    mine.make(work.key_of("square", 6), square, {"number": 6, "calls": str(tmp_path)})
+    part = mine.place(work.key_of("square", 6))
+    for path, text in ((artifact.file("page"), "a page"), (part / "square", "36")):
+        key, arguments = work.key_of("read", text), {"path": path}
+        work._share(arguments, mine, set())
+        there = machine("worker")
+        about, seconds = work._remotely(read, key, arguments, mine)
+        assert about["text"] == text and about["root"].startswith(str(there.root)) and seconds >= 0
+        assert not mine.place(key).exists()
+        found = mine.find(key)
+        assert found and found.about == about and found.folder == mine.place(key)
+        # A machine that replaces the driver finds what the workers finished.
+        found = work._Store.of_home(machine("another")).find(key)
+        assert found and found.about == about
+    # On the worker's machine the part is whole, and the artifact is not half there.
+    there = machine("worker")
+    assert work._Store.of_home(there).find(work.key_of("square", 6))
+    assert there.store.find(artifact.name).file("other").read_text() == "another"
 
 
 def test_a_matrix_in_parts_reads_as_one(tmp_path, monkeypatch):
