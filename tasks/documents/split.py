@@ -75,8 +75,8 @@ class DuplicateSettings(WorkerSettings):
         0.7,
         ge=0,
         le=1,
-        description="Overlap of the texts (Jaccard of 5-character shingles) from which they are near-duplicates. The "
-        "grouping looks among similar documents, the split among all, from 0.5 on.",
+        description="Overlap of the texts (Jaccard of 5-character shingles) from which they are near-duplicates, for "
+        "the split and for the grouping; below 0.5 it acts as 0.5.",
     )
 
 

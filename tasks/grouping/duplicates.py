@@ -1,236 +1,302 @@
-"""Near-duplicates: pairs of neighbours with a high cosine, confirmed by the overlap of their whole texts.
+"""Near-duplicates that are dropped: pairs of the whole corpus that are alike in text and in embedding.
 
-    candidates    pairs in neighbour lists with cosine >= threshold
-    overlap       Jaccard similarity of the sets of 5-character shingles, measured as in the split
-                  (tasks/documents/shingles.py), for candidates only; overlaps measured earlier in this home are reused
-                  by the two ids, so that a grown corpus measures new pairs only
+    pairs         those of the split (near_duplicates.parquet of the documents), of which the overlap is at least
+                  `duplicate_overlap` and the cosine at least `duplicate_similarity`. Where the documents lack them, or
+                  have those of a higher threshold, they are found by the same function
     survivors     held-out documents first, then the longest, then the lowest row: a document is dropped if it is near,
-                  in cosine and in text, to one that stays: a neighbour, the original of a dropped neighbour, or one of
-                  the SURVIVORS longest of its cluster (more copies than a list has entries form a cluster)
+                  in cosine and in text, to one that stays: in a pair of its own, or one of the SURVIVORS first of its
+                  cluster, or, in a cluster of more survivors, the original of one that it is near to
 
-Price: shingling about 10 MB of candidate text per second, and 10 microseconds per pair; documents without a close
-neighbour cost nothing.
+A cluster is what pairs connect. Its documents are compared with its first, those that are not near that with the first
+of the rest, and so on: a cluster of many copies has few survivors, so a copy takes part in few comparisons.
+Price: 30 microseconds per pair, nearly all of it for the cosine; 15 per document of a cluster of three or more, whose
+text is read. Memory: 40 bytes per pair.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections import defaultdict
+import tempfile
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eclectus.storage.artifact import Artifact, Draft
-from eclectus.tasks.documents.digest_set import positions_of
-from eclectus.tasks.documents.shingles import MEASURE, overlap, shingles
-from eclectus.tasks.documents.text_reader import TextReader
+from eclectus.storage.artifact import Artifact
+from eclectus.tasks.compiled import compiled
+from eclectus.tasks.documents.near_duplicates import FILE, LOWEST, read_pairs, threshold_of, write_near_duplicates
+from eclectus.tasks.documents.near_duplicates.overlaps import TextOverlaps
+from eclectus.tasks.documents.table import ids_of, parts, read_ids_at, read_part_table
 from eclectus.tasks.grouping.nearest import Matrix, similarities_of, unit
-from eclectus.tasks.reuse import earlier, is_whole
 
-TEXTS_AT_A_TIME = 2_048
-PAIRS_AT_A_TIME = 8_192
 SURVIVORS = 16
-OVERLAPS = "overlaps.parquet"
+HOPS = 8
+PAIRS_AT_A_TIME = 8_192
+UNDECIDED, STAYS, DROPPED = range(3)
 
 
 @dataclass(frozen=True)
-class Duplicate:
-    """Document `row` repeats document `duplicate_of`, which stays. similarity: cosine. overlap: Jaccard of shingles."""
+class Duplicates:
+    """Documents `rows`, ascending, that repeat documents `originals`, which stay; cosines and overlaps of the two."""
 
-    row: int
-    duplicate_of: int
-    similarity: float
-    overlap: float
+    rows: np.ndarray
+    originals: np.ndarray
+    similarities: np.ndarray
+    overlaps: np.ndarray
 
+    @classmethod
+    def none(cls) -> Duplicates:
+        return cls(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0))
 
-def candidate_pairs(rows: Matrix, similarities: Matrix, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs int64 [P, 2] of neighbours at least this similar (lower row first, sorted, unique), and cosines [P]."""
-    pairs, cosines = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)]
-    for begin in range(0, len(rows), 2**16):
-        part = similarities[begin : begin + 2**16]
-        near, column = np.nonzero((part >= threshold) & (rows[begin : begin + 2**16] >= 0))
-        other = rows[begin + near][np.arange(len(near)), column].astype(np.int64)
-        pairs.append(np.sort(np.stack([begin + near, other], axis=1), axis=1))
-        cosines.append(part[near, column])
-    every, first = np.unique(np.concatenate(pairs), axis=0, return_index=True)
-    return every, np.concatenate(cosines)[first]
+    def __len__(self) -> int:
+        return len(self.rows)
 
-
-class Overlaps:
-    """Text overlap of pairs of documents: measured at the first request, reused from run to run."""
-
-    def __init__(self, documents: Artifact, ids: np.ndarray) -> None:
-        """ids: of all documents, bytes [N]."""
-        self._ids = ids
-        self._texts = TextReader(documents)
-        self._shingles: dict[int, np.ndarray] = {}
-        self._known: dict[tuple[int, int], float] = {}
-        self.reused = 0
-
-    def of(self, pairs: np.ndarray) -> np.ndarray:
-        """Jaccard similarity float64 [P] of pairs of rows [P, 2], lower row first."""
-        missing = [pair for pair in map(tuple, pairs.tolist()) if pair not in self._known]
-        for begin in range(0, len(missing), PAIRS_AT_A_TIME):
-            part = missing[begin : begin + PAIRS_AT_A_TIME]
-            self._shingle(np.unique(np.array(part, np.int64)))
-            for a, b in part:
-                self._known[a, b] = overlap(self._shingles[a], self._shingles[b])
-        return np.array([self._known[a, b] for a, b in pairs.tolist()], np.float64)
-
-    def load_earlier(self, pairs: np.ndarray) -> None:
-        """Loads overlaps of these pairs of rows [P, 2] from earlier groupings, after verifying their hashes."""
-        keys = self._keys(pairs)
-        for artifact in earlier("grouping", overlaps=MEASURE):
-            missing = np.array([tuple(pair) not in self._known for pair in pairs.tolist()], bool)
-            if not missing.any():
-                return
-            with contextlib.suppress(OSError, pa.ArrowException, KeyError):
-                table = pq.read_table(artifact.file(OVERLAPS))
-                first, second = (table[name].to_numpy().astype("S32") for name in ("document", "other"))
-                position = positions_of(keys, np.char.add(first, second))
-                hit = np.flatnonzero((position >= 0) & missing)
-                if len(hit) and is_whole(artifact):
-                    found = table["overlap"].to_numpy()[position[hit]].tolist()
-                    self._known |= dict(zip(map(tuple, pairs[hit].tolist()), found, strict=True))
-        self.reused = len(self._known)
-
-    def write(self, out: Draft) -> None:
-        """Writes all known overlaps for later runs: document, other (ids, the smaller first), overlap; sorted."""
-        pairs = np.array(list(self._known), np.int64).reshape(-1, 2)
-        keys = self._keys(pairs)
-        order = np.argsort(keys, kind="stable")
-        ids = keys[order].view("S32").reshape(-1, 2)
+    def write(self, documents: Artifact, path: Path) -> None:
+        """Writes a Parquet file: row, document, duplicate_of_row, duplicate_of, similarity, overlap."""
+        ids = read_ids_at(documents, np.concatenate([self.rows, self.originals]))
         columns = {
-            "document": pa.array(ids[:, 0]).cast(pa.string()),
-            "other": pa.array(ids[:, 1]).cast(pa.string()),
-            "overlap": np.array(list(self._known.values()), np.float64)[order],
+            "row": self.rows,
+            "document": ids[: len(self)],
+            "duplicate_of_row": self.originals,
+            "duplicate_of": ids[len(self) :],
+            "similarity": self.similarities.astype(np.float32),
+            "overlap": self.overlaps.astype(np.float32),
         }
-        pq.write_table(pa.table(columns), out.file(OVERLAPS), compression="zstd")
-
-    def _keys(self, pairs: np.ndarray) -> np.ndarray:
-        """Both ids of each pair as one string, the smaller first: bytes [P]."""
-        ids = np.sort(self._ids[pairs].reshape(-1, 2), axis=1)
-        return np.char.add(ids[:, 0], ids[:, 1])
-
-    def _shingle(self, rows: np.ndarray) -> None:
-        rows = np.array([row for row in rows.tolist() if row not in self._shingles], np.int64)
-        for begin in range(0, len(rows), TEXTS_AT_A_TIME):
-            part = rows[begin : begin + TEXTS_AT_A_TIME]
-            self._shingles |= dict(zip(part.tolist(), map(shingles, self._texts.read(part)), strict=True))
+        pq.write_table(pa.table(columns), path, compression="zstd")
 
 
 def near_duplicates(
-    overlaps: Overlaps,
+    documents: Artifact,
     vectors: Matrix,
-    neighbors: Matrix,
-    similarities: Matrix,
     train: np.ndarray,
     heldout: np.ndarray,
     sizes: np.ndarray,
     similarity: float,
     overlap: float,
-) -> list[Duplicate]:
-    """The train documents to drop, by row; each names a document that stays, to which it is near.
+    workers: int = 0,
+) -> Duplicates:
+    """The train documents to drop; each names a document that stays, to which it is near.
 
-    vectors: [N, D]. neighbors, similarities: [N, k]. train, heldout: bool [N]; held-out ones are never dropped, and
-    documents that are neither are ignored. sizes: bytes, int [N].
+    vectors: [N, D]; documents without embedding are no duplicates. train, heldout: bool [N]; held-out ones are never
+    dropped, and documents that are neither are ignored. sizes: bytes, int [N].
     similarity, overlap: thresholds of cosine and Jaccard similarity for a pair of duplicates.
     """
-    pairs, _ = candidate_pairs(neighbors, similarities, similarity)
-    pairs = pairs[(train | heldout)[pairs].all(axis=1) & train[pairs].any(axis=1)]
-    # Much shorter documents share too few shingles. Not tighter than 0.5, because texts may repeat themselves.
-    lengths = np.sort(sizes[pairs], axis=1)
-    pairs = pairs[lengths[:, 0] >= 0.5 * overlap * lengths[:, 1]]
-    if len(pairs) == 0:
-        return []
-    overlaps.load_earlier(pairs)
-    comparison = _PairComparison(vectors, overlaps, similarity, overlap)
-    comparison.compare(pairs)
-    edges = pairs[comparison.confirmed(pairs)]
-    near: dict[int, list[int]] = defaultdict(list)
-    for a, b in edges.tolist():
-        near[a].append(b)
-        near[b].append(a)
-    cluster = _clusters(edges, len(train))
-    original: dict[int, int] = {}
-    survivors: dict[int, list[int]] = defaultdict(list)
-    for row in sorted(near, key=lambda row: (not heldout[row], -sizes[row], row)):
-        others = survivors[int(cluster[row])]
-        reached = {original[other] for other in near[row] if other in original} | set(others[:SURVIVORS])
-        best = None if heldout[row] else _most_alike(row, sorted(reached), comparison)
-        original[row] = row if best is None else best
-        if best is None:
-            others.append(row)
-    return [
-        Duplicate(row, kept, *comparison.known[_key(row, kept)])
-        for row, kept in sorted(original.items())
-        if row != kept
-    ]
+    overlap = max(overlap, LOWEST)
+    comparison = _Comparison(documents, vectors, similarity, overlap, workers)
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = documents.file(FILE)
+        if threshold_of(pairs) > overlap:
+            pairs = Path(folder) / FILE
+            write_near_duplicates(documents, _ranks(documents, train | heldout), overlap, pairs, workers)
+        for one, other, measured in read_pairs(pairs):
+            here = (measured >= overlap) & (train[one] | train[other])
+            here &= (train | heldout)[one] & (train | heldout)[other]
+            # Much shorter documents are contained, not repeated. Not tighter than 0.5: texts may repeat themselves.
+            short, long = np.minimum(sizes[one], sizes[other]), np.maximum(sizes[one], sizes[other])
+            here &= short >= 0.5 * overlap * long
+            comparison.add(one[here], other[here], measured[here])
+    if not comparison.found:
+        return Duplicates.none()
+    return _Clusters(comparison, heldout, sizes).duplicates()
 
 
-def _clusters(edges: np.ndarray, count: int) -> np.ndarray:
-    """Cluster number of every document [N]: equal for documents that edges [E, 2] connect."""
-    import scipy.sparse
-    from scipy.sparse.csgraph import connected_components
-
-    ones = np.ones(len(edges), bool)
-    graph = scipy.sparse.coo_matrix((ones, (edges[:, 0], edges[:, 1])), shape=(count, count))
-    return connected_components(graph, directed=False)[1]
+def _ranks(documents: Artifact, wanted: np.ndarray) -> np.ndarray:
+    """An order of the wanted documents [N] by their ids, which are hashes; -1 for the others."""
+    ids = np.concatenate([ids_of(read_part_table(path, ["document"])["document"]) for path in parts(documents)])
+    rank = np.empty(len(ids), np.int64)
+    rank[np.argsort(ids.view(">u8")[::2].astype(np.uint64), kind="stable")] = np.arange(len(ids))
+    return np.where(wanted, rank, -1)
 
 
-def _most_alike(row: int, survivors: list[int], comparison: _PairComparison) -> int | None:
-    """The survivor, among those near enough, whose text overlaps most with document `row`; None if there is none."""
-    unknown = [_key(row, kept) for kept in survivors if _key(row, kept) not in comparison.known]
-    comparison.compare(np.array(unknown, np.int64).reshape(-1, 2))
-    near = [each for each in survivors if comparison.is_near(row, each)]
-    return max(near, key=lambda each: (comparison.known[_key(row, each)][::-1], -each)) if near else None
+class _Comparison:
+    """Pairs of rows that are alike in text, and which of them are near in cosine too."""
+
+    def __init__(
+        self,
+        documents: Artifact,
+        vectors: Matrix,
+        similarity: float,
+        overlap: float,
+        workers: int,
+    ) -> None:
+        self._vectors, self._similarity, self._overlap = vectors, similarity, overlap
+        self._texts = TextOverlaps(documents, workers)
+        self.found: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def add(self, one: np.ndarray, other: np.ndarray, overlaps: np.ndarray) -> None:
+        """Keeps those of these pairs [P] that are near in cosine."""
+        cosines = self._cosines(one, other)
+        here = cosines >= self._similarity
+        if here.any():
+            self.found.append((one[here], other[here], cosines[here], overlaps[here]))
+
+    def read(self, rows: np.ndarray) -> None:
+        """Reads the texts of the documents that `compare` will be asked about."""
+        self._texts.read(rows)
+
+    def compare(self, one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which of these pairs of rows [P] are near, their cosines, and the overlaps of those near in cosine."""
+        cosines, overlaps = self._cosines(one, other), np.zeros(len(one))
+        near = cosines >= self._similarity
+        overlaps[near] = self._texts.of(one[near], other[near])
+        return near & (overlaps >= self._overlap), cosines, overlaps
+
+    def forget(self) -> None:
+        self._texts.forget()
+
+    def _cosines(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        found = [np.empty(0, np.float32)]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            for begin in range(0, len(one), PAIRS_AT_A_TIME):
+                here = slice(begin, begin + PAIRS_AT_A_TIME)
+                queries = unit(self._vectors, one[here])
+                found.append(similarities_of(self._vectors, queries, other[here, None])[:, 0])
+        return np.concatenate(found)
 
 
-class _PairComparison:
-    """Cosine and overlap of pairs, cached."""
+class _Clusters:
+    """Documents in clusters, of which some stay. Documents are numbered by their place in the order of survivors.
 
-    def __init__(self, vectors: Matrix, overlaps: Overlaps, similarity: float, overlap: float) -> None:
-        self._vectors, self._overlaps, self._similarity, self._overlap = vectors, overlaps, similarity, overlap
-        self.known: dict[tuple[int, int], tuple[float, float]] = {}
+    rows: int64 [n], first the held-out ones, then the longest, then the lowest. one, other: numbers of near pairs, the
+    one before the other; near: how near. known: pairs that were compared, as codes, sorted.
+    """
 
-    def compare(self, pairs: np.ndarray) -> None:
-        """pairs: int [P, 2], lower row first."""
-        if len(pairs) == 0:
-            return
-        cosines = np.concatenate(
-            [
-                similarities_of(self._vectors, unit(self._vectors, part[:, 0]), part[:, 1:])[:, 0]
-                for part in np.array_split(pairs, 1 + len(pairs) // PAIRS_AT_A_TIME)
-            ]
+    def __init__(self, comparison: _Comparison, heldout: np.ndarray, sizes: np.ndarray) -> None:
+        one, other, cosines, overlaps = (np.concatenate(each) for each in zip(*comparison.found, strict=True))
+        rows = np.unique(np.concatenate([one, other]))
+        order = np.lexsort((rows, -sizes[rows].astype(np.int64), ~heldout[rows]))
+        self.rows, self.comparison = rows[order], comparison
+        self.count, self.held = len(rows), heldout[self.rows]
+        number = np.empty(len(rows), np.int64)
+        number[order] = np.arange(len(rows))
+        ends = np.stack([number[np.searchsorted(rows, each)] for each in (one, other)], axis=1)
+        ends.sort(axis=1)
+        self.one, self.other = ends.T.copy()
+        self.cosines, self.overlaps = cosines, overlaps
+        self.known = np.sort(self.one * self.count + self.other)
+        self.cluster = self._connected()
+        self.state = np.where(self.held, STAYS, UNDECIDED).astype(np.int8)
+
+    def duplicates(self) -> Duplicates:
+        self._read_large()
+        for number in range(SURVIVORS):
+            if not (self.state == UNDECIDED).any():
+                break
+            self._compare_with_survivor(number)
+        # In clusters of more survivors the rest is decided by pairs, and by the originals of what they are near to.
+        undecided = self.state == UNDECIDED
+        for _ in range(HOPS if undecided.any() else 0):
+            self.state[undecided] = UNDECIDED
+            _decide(self.state, *self._by_other())
+            if not self._compare_with_originals(undecided):
+                break
+        if undecided.any():
+            self.state[undecided] = UNDECIDED
+            _decide(self.state, *self._by_other())
+        self.comparison.forget()
+        return self._named()
+
+    def _connected(self) -> np.ndarray:
+        """Cluster of every document [n]: equal for documents that pairs connect."""
+        import scipy.sparse
+        from scipy.sparse.csgraph import connected_components
+
+        ones = np.ones(len(self.one), bool)
+        graph = scipy.sparse.coo_matrix((ones, (self.one, self.other)), shape=(self.count, self.count))
+        return connected_components(graph, directed=False)[1]
+
+    def _read_large(self) -> None:
+        """Reads the documents of clusters in which not every pair is known."""
+        size = np.bincount(self.cluster)
+        pairs = np.bincount(self.cluster[self.one], minlength=len(size))
+        self.comparison.read(np.sort(self.rows[(pairs < size * (size - 1) // 2)[self.cluster]]))
+
+    def _compare_with_survivor(self, number: int) -> None:
+        """Drops what is near to this survivor of its cluster: the next held-out document, or the first undecided."""
+        first = self._survivor(number)
+        here = np.flatnonzero((self.state == UNDECIDED) & (first[self.cluster] >= 0))
+        one = first[self.cluster[here]]
+        self.state[one] = STAYS
+        here, one = here[one < here], one[one < here]
+        self._learn(one, here)
+        near = self._near_codes()
+        codes = one * self.count + here
+        place = np.minimum(np.searchsorted(near, codes), len(near) - 1)
+        self.state[here[near[place] == codes]] = DROPPED
+
+    def _survivor(self, number: int) -> np.ndarray:
+        """Of each cluster its survivor of this number in the order, or else its first undecided document; -1: none."""
+        alive = np.flatnonzero(self.state != DROPPED)
+        by_cluster = alive[np.argsort(self.cluster[alive], kind="stable")]
+        begins = np.searchsorted(self.cluster[by_cluster], np.arange(self.cluster.max() + 2))
+        place = begins[:-1] + number
+        there = place < begins[1:]
+        return np.where(there, by_cluster[np.minimum(place, len(by_cluster) - 1)], -1)
+
+    def _compare_with_originals(self, undecided: np.ndarray) -> bool:
+        """Compares those that stay by now with the originals of what they are near to; whether any pair was new."""
+        original = np.full(self.count, -1)
+        rows, originals = self._best()
+        original[rows] = originals
+        ends = [(self.one, self.other), (self.other, self.one)]
+        one = np.concatenate([original[via] for via, _ in ends])
+        other = np.concatenate([here for _, here in ends])
+        wanted = (one >= 0) & (one < other) & undecided[other] & (self.state[other] == STAYS)
+        return self._learn(one[wanted], other[wanted]) > 0
+
+    def _learn(self, one: np.ndarray, other: np.ndarray) -> int:
+        """Compares the pairs that are not known; returns their number."""
+        codes = np.unique(one * self.count + other)
+        codes = codes[~np.isin(codes, self.known, assume_unique=True)]
+        one, other = np.divmod(codes, self.count)
+        near, cosines, overlaps = self.comparison.compare(self.rows[one], self.rows[other])
+        self.known = np.union1d(self.known, codes)
+        self.one, self.other = np.append(self.one, one[near]), np.append(self.other, other[near])
+        self.cosines, self.overlaps = np.append(self.cosines, cosines[near]), np.append(self.overlaps, overlaps[near])
+        return len(codes)
+
+    def _near_codes(self) -> np.ndarray:
+        return np.sort(self.one * self.count + self.other)
+
+    def _by_other(self) -> tuple[np.ndarray, np.ndarray]:
+        """The near pairs in the order of their later documents."""
+        order = np.argsort(self.other, kind="stable")
+        return self.one[order], self.other[order]
+
+    def _best(self) -> tuple[np.ndarray, np.ndarray]:
+        """Each dropped document, and the survivor before it to which it is nearest: in text, then in cosine."""
+        rows, pairs = self._best_pairs()
+        return rows, self.one[pairs]
+
+    def _best_pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        pairs = np.flatnonzero((self.state[self.other] == DROPPED) & (self.state[self.one] == STAYS))
+        nearest = (-self.rows[self.one[pairs]], self.cosines[pairs], self.overlaps[pairs], self.other[pairs])
+        pairs = pairs[np.lexsort(nearest)]
+        rows = self.other[pairs]
+        last = np.concatenate([rows[1:] != rows[:-1], [True]])[: len(rows)]
+        return rows[last], pairs[last]
+
+    def _named(self) -> Duplicates:
+        numbers, pairs = self._best_pairs()
+        order = np.argsort(self.rows[numbers])
+        pairs = pairs[order]
+        return Duplicates(
+            self.rows[numbers[order]], self.rows[self.one[pairs]], self.cosines[pairs], self.overlaps[pairs]
         )
-        overlaps = self._overlaps.of(pairs)
-        for pair, *measured in zip(pairs.tolist(), cosines.tolist(), overlaps.tolist(), strict=True):
-            self.known[tuple(pair)] = measured[0], measured[1]
-
-    def is_near(self, a: int, b: int) -> bool:
-        cosine, overlap = self.known[_key(a, b)]
-        return cosine >= self._similarity and overlap >= self._overlap
-
-    def confirmed(self, pairs: np.ndarray) -> np.ndarray:
-        return np.array([self.is_near(a, b) for a, b in pairs.tolist()], bool)
 
 
-def _key(a: int, b: int) -> tuple[int, int]:
-    return (a, b) if a < b else (b, a)
-
-
-def as_columns(duplicates: list[Duplicate], ids: np.ndarray) -> dict[str, Any]:
-    """The duplicates as columns, with the documents' ids [N]."""
-    rows = np.array([each.row for each in duplicates], np.int64)
-    kept = np.array([each.duplicate_of for each in duplicates], np.int64)
-    return {
-        "row": rows,
-        "document": ids[rows].astype(str),
-        "duplicate_of_row": kept,
-        "duplicate_of": ids[kept].astype(str),
-        "similarity": np.array([each.similarity for each in duplicates], np.float32),
-        "overlap": np.array([each.overlap for each in duplicates], np.float32),
-    }
+@compiled
+def _decide(state: np.ndarray, one: np.ndarray, other: np.ndarray) -> None:
+    """Drops undecided documents near to one before them that stays; the others stay. Pairs by their later document."""
+    at = 0
+    for document in range(len(state)):
+        while at < len(other) and other[at] < document:
+            at += 1
+        if state[document] != 0:
+            continue
+        state[document] = 1
+        while at < len(other) and other[at] == document:
+            if state[one[at]] == 1:
+                state[document] = 2
+            at += 1

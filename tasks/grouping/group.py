@@ -26,10 +26,9 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.disk_matrix import PartMatrix, open_embeddings, open_matrix, usable_rows
-from eclectus.tasks.documents.shingles import MEASURE
 from eclectus.tasks.documents.split import DuplicateSettings
 from eclectus.tasks.documents.table import read_codes, read_table
-from eclectus.tasks.grouping.duplicates import Overlaps, as_columns, near_duplicates
+from eclectus.tasks.grouping.duplicates import Duplicates, near_duplicates
 from eclectus.tasks.grouping.instance_layout import plan
 from eclectus.tasks.grouping.nearest import Matrix, exact_neighbors
 from eclectus.tasks.grouping.neighbors import largest, rows_by_label
@@ -68,25 +67,23 @@ class GroupSettings(DuplicateSettings):
 
 @step(makes="grouping", version=3)
 def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settings: GroupSettings, out: Draft) -> None:
-    """Writes order.parquet (row, document, chain, partition, similarity to the previous document), duplicates.parquet,
-    overlaps.parquet (the overlaps measured) and quality.png. Rows of the artifact: documents in the order.
+    """Writes order.parquet (row, document, chain, partition, similarity to the previous document), duplicates.parquet
+    and quality.png. Rows of the artifact: documents in the order.
     """
     corpus = _Corpus.read(documents, embeddings, neighbors)
-    overlaps, dropped = Overlaps(documents, corpus.ids), []
+    kept, dropped = corpus.split == "train", Duplicates.none()
     if settings.duplicate_drop:
         dropped = near_duplicates(
-            overlaps,
+            documents,
             corpus.vectors,
-            corpus.neighbors,
-            corpus.similarities,
-            corpus.split == "train",
+            kept,
             corpus.split == "heldout",
             corpus.sizes,
             settings.duplicate_similarity,
             settings.duplicate_overlap,
+            settings.curation_workers,
         )
-    kept = corpus.split == "train"
-    kept[[each.row for each in dropped]] = False
+    kept[dropped.rows] = False
     partitions = _chain_partitions(corpus, kept, settings)
     order, restarts = _ordered(corpus, partitions, kept, settings)
     numbers, samples = _quality(corpus, order, restarts, partitions, settings)
@@ -103,12 +100,10 @@ def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settin
     }
     types = [pa.int64(), pa.string(), pa.int64(), pa.string(), pa.float32()]
     _write(out, "order.parquet", columns, types)
-    types = [pa.int64(), pa.string(), pa.int64(), pa.string(), pa.float32(), pa.float32()]
-    _write(out, "duplicates.parquet", as_columns(dropped, corpus.ids), types)
-    overlaps.write(out)
+    dropped.write(documents, out.file("duplicates.parquet"))
     draw(out.file("quality.png"), samples, numbers)
     out.rows = len(order)
-    out.statistics = {"grouping": settings.grouping, "overlaps": MEASURE, **numbers}
+    out.statistics = {"grouping": settings.grouping, **numbers}
     for name, value in numbers.items():
         if isinstance(value, int | float):
             metric(f"grouping_{name}", value)
@@ -265,14 +260,14 @@ def _quality(
     return numbers, samples
 
 
-def _counts(corpus: _Corpus, order: np.ndarray, restarts: np.ndarray, dropped: list[Any]) -> dict[str, int]:
+def _counts(corpus: _Corpus, order: np.ndarray, restarts: np.ndarray, dropped: Duplicates) -> dict[str, int]:
     return {
         "documents": len(corpus.ids),
         "heldout": int((corpus.split == "heldout").sum()),
         "apart": int((~np.isin(corpus.split, ("train", "heldout"))).sum()),
         "without_embedding": int((~usable_rows(corpus.vectors)).sum()),
         "duplicates": len(dropped),
-        "duplicates_of_heldout": sum(corpus.split[each.duplicate_of] == "heldout" for each in dropped),
+        "duplicates_of_heldout": int((corpus.split[dropped.originals] == "heldout").sum()),
         "grouped": len(order),
         "chains": int(restarts.sum()),
     }

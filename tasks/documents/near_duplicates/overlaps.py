@@ -11,6 +11,7 @@ Price: 15 microseconds per document of 450 characters and 3 per pair. Memory: th
 
 from __future__ import annotations
 
+import hashlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,16 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from eclectus.storage.artifact import Artifact
 from eclectus.tasks.disk_matrix import mapped
 from eclectus.tasks.documents.near_duplicates.candidates import PAIRS
 from eclectus.tasks.documents.shingles import overlaps, shingle_sets
+from eclectus.tasks.documents.table import first_rows, parts
+from eclectus.tasks.over_parts import Done, Part, forget, key_of, over_parts
 
 KNOWN, KNOWN_OVERLAPS, ROWS = "known.npy", "known_overlaps.npy", "rows.npy"
 VALUES, BEGINS, OVERLAPS = "values.npy", "begins.npy", "overlaps.npy"
+SECONDS_SHINGLE = 15e-6
 
 
 def merge(out: Path, candidates: list[Path], known: Path | None, begin: int, end: int, count: int) -> dict[str, Any]:
@@ -89,14 +94,74 @@ def compare(out: Path, pairs: Path, shingled: list[Path], firsts: list[int], num
     for other, (begin, end) in enumerate(pairwise(ends.tolist())):
         if end > begin:
             here = by_part[begin:end]
-            theirs = _sets(shingled[other])
-            positions = [np.searchsorted(sets[2], rows[here]) for sets, rows in ((ours, lower), (theirs, higher))]
-            values[here] = overlaps(ours[:2], theirs[:2], np.stack(positions, axis=1))
+            values[here] = _overlaps_of(ours, _sets(shingled[other]), lower[here], higher[here])
     np.save(out / OVERLAPS, values)
     return {"pairs": len(codes)}
 
 
-def _sets(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+class TextOverlaps:
+    """Overlaps of any pairs of documents, whose texts are read once."""
+
+    def __init__(self, documents: Artifact, workers: int) -> None:
+        self._documents, self._workers = documents, workers
+        self._firsts = first_rows(documents)
+        self._read: list[Done] = []
+
+    def read(self, rows: np.ndarray) -> None:
+        """Reads the texts of these rows, ascending, part by part."""
+        digests, work = self._documents.digests(), []
+        key = key_of("rows", hashlib.sha256(rows.tobytes()).hexdigest())
+        (saved,) = over_parts(save_rows, [Part(key, {"rows": rows})], "ordering documents", workers=1)
+        for path, (begin, end) in zip(parts(self._documents), pairwise(self._firsts.tolist()), strict=True):
+            work.append(
+                Part(
+                    key_of("shingle", digests[f"documents/{path.name}"], begin, key),
+                    {"part": path, "wanted": [saved.file(ROWS)], "begin": begin},
+                    int(np.diff(np.searchsorted(rows, (begin, end)))[0]),
+                    f"shingles of {path.name}",
+                )
+            )
+        self._read = over_parts(
+            shingle, work, "reading near-duplicates", seconds=SECONDS_SHINGLE, workers=self._workers
+        )
+        forget([saved])
+
+    def of(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Overlaps float64 [P] of pairs of rows that were read."""
+        lower, higher = np.minimum(one, other), np.maximum(one, other)
+        values = np.empty(len(one))
+        count = len(self._read)
+        pair_of_parts = (np.searchsorted(self._firsts, lower, side="right") - 1) * count
+        pair_of_parts += np.searchsorted(self._firsts, higher, side="right") - 1
+        order = np.argsort(pair_of_parts, kind="stable")
+        for each in np.unique(pair_of_parts).tolist():
+            first, last = np.searchsorted(pair_of_parts[order], (each, each + 1))
+            here = order[first:last]
+            ours, theirs = (_sets(self._read[number].folder) for number in divmod(each, count))
+            values[here] = _overlaps_of(ours, theirs, lower[here], higher[here])
+        return values
+
+    def forget(self) -> None:
+        """Removes what was read."""
+        forget(self._read)
+
+
+def save_rows(out: Path, rows: np.ndarray) -> dict[str, Any]:
+    """Writes row numbers for the calls that need some of them."""
+    np.save(out / ROWS, rows)
+    return {}
+
+
+Sets = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _overlaps_of(ours: Sets, theirs: Sets, lower: np.ndarray, higher: np.ndarray) -> np.ndarray:
+    """Overlaps float64 [P] of pairs of rows, the lower of `ours`, the higher of `theirs`."""
+    positions = [np.searchsorted(sets[2], rows) for sets, rows in ((ours, lower), (theirs, higher))]
+    return overlaps(ours[:2], theirs[:2], np.stack(positions, axis=1))
+
+
+def _sets(folder: Path) -> Sets:
     """Shingles, where those of each document begin, and the documents' rows."""
     values = np.asarray(mapped(folder / VALUES))
     return values, np.load(folder / BEGINS), np.load(folder / ROWS)

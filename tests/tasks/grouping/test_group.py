@@ -1,11 +1,16 @@
+from itertools import permutations
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from eclectus.storage.artifact import ArtifactStore
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.grouping import duplicates as module
-from eclectus.tasks.grouping.duplicates import Overlaps, candidate_pairs
+from eclectus.tasks.documents.near_duplicates.overlaps import TextOverlaps
+from eclectus.tasks.documents.shingles import overlap, shingles
+from eclectus.tasks.documents.split import SplitSettings, split
+from eclectus.tasks.documents.table import read_table
+from eclectus.tasks.grouping.duplicates import near_duplicates
 from eclectus.tasks.grouping.group import GroupSettings, _Chained, _joined, group
 from eclectus.tasks.grouping.neighbors import NeighborSettings, neighbors
 from eclectus.tasks.grouping.quality import instance_quality
@@ -60,8 +65,8 @@ def duplicates_of(grouping):
 def test_every_document_is_in_the_order_once_or_a_reported_duplicate_or_held_out(store, how):
     rows = topical(dict.fromkeys(TOPICS, 20))
     rows += [{**row, "text": row["text"] + " !"} for row in rows[:7]]
-    for i, split in ((11, "heldout"), (30, "heldout"), (31, "apart")):
-        rows[i]["split"] = split
+    for i, side in ((11, "heldout"), (30, "heldout"), (31, "apart")):
+        rows[i]["split"] = side
     grouping = grouped(store, rows, grouping=how)
     order = order_of(grouping)["row"]
     dropped = [each["row"] for each in duplicates_of(grouping)]
@@ -174,49 +179,116 @@ def test_neighbors_of_other_documents_are_refused(store):
         group.function(documents, embeddings, nearest, settings=GroupSettings(), out=other)
 
 
-def test_candidate_pairs_are_each_listed_once():
-    rows = np.array([[1, 2], [0, -1], [1, 0]])
-    similarities = np.array([[0.99, 0.5], [0.99, np.nan], [0.95, 0.5]], np.float32)
-    pairs, cosines = candidate_pairs(rows, similarities, 0.9)
-    assert pairs.tolist() == [[0, 1], [1, 2]]
-    assert np.allclose(cosines, [0.99, 0.95])
-
-
 def test_overlap_is_the_jaccard_similarity_of_shingles(store):
     texts = ["the quick brown fox jumps", "the quick brown fox sleeps", "法院条款上诉判决法规法官", ""]
-    documents = write_documents(store, [{"text": text} for text in texts])
-    overlaps = Overlaps(documents, np.array([f"{row:032x}" for row in range(4)], "S32"))
+    overlaps = TextOverlaps(write_documents(store, [{"text": text} for text in texts]), workers=1)
+    overlaps.read(np.arange(4))
     sets = [{text[i : i + 5] for i in range(len(text) - 4)} or {text} for text in texts]
-    pairs = np.array([[0, 1], [0, 0], [0, 2], [3, 3]])
+    pairs = np.array([[0, 1], [0, 0], [0, 2], [3, 3], [2, 1]])
     expected = [len(sets[a] & sets[b]) / max(1, len(sets[a] | sets[b])) for a, b in pairs]
-    assert overlaps.of(pairs).tolist() == pytest.approx(expected)
+    assert overlaps.of(*pairs.T).tolist() == pytest.approx(expected)
 
 
-def test_overlaps_are_measured_once_and_the_order_of_a_grown_corpus_is_that_of_a_fresh_one(run, tmp_path, monkeypatch):
-    rows = topical({"en/sea": 40, "en/law": 40})
-    rows += [{**row, "text": row["text"] + " end"} for row in rows[:12]]
-    more = [{**row, "text": row["text"] + " more"} for row in rows[70:74]]
-    grouped(run.home.store, rows)
-    shingled, shingle = [], module.Overlaps._shingle
-    monkeypatch.setattr(
-        module.Overlaps, "_shingle", lambda self, wanted: shingled.extend(wanted.tolist()) or shingle(self, wanted)
+def copied(random, count, words=60):
+    """Rows of pages with copies and copies of copies of other lengths, some of them held out."""
+    vocabulary = np.array(["".join(random.choice(list("abcdefghij"), 6)) for _ in range(500)], object)
+    rows = []
+    for _ in range(count):
+        text = list(vocabulary[random.integers(0, 500, words)])
+        for copy in range(random.integers(1, 8)):
+            split = random.choice(["train", "heldout", "apart"], p=[0.85, 0.08, 0.07])
+            rows.append({"text": " ".join(text) + f" {copy}", "split": split, "language": "en", "domain": "sea"})
+            text = list(np.where(random.random(len(text)) < 0.04, vocabulary[random.integers(0, 500, len(text))], text))
+            text += list(vocabulary[random.integers(0, 500, random.integers(0, 3))])
+    return [rows[i] for i in random.permutation(len(rows))]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_dropped_is_near_to_what_stays_and_what_stays_is_not_near_to_an_earlier_one(store, seed):
+    random = np.random.default_rng(seed)
+    rows = copied(random, 40)
+    documents = write_documents(store, rows)
+    vectors = unit_vectors(len(rows), 8) * 0.1 + np.array([1] + [0] * 7)
+    vectors[random.random(len(rows)) < 0.05] = 0
+    split, sizes = np.array([row["split"] for row in rows]), np.array([len(row["text"]) for row in rows])
+    train, heldout = split == "train", split == "heldout"
+    found = near_duplicates(documents, vectors.astype(np.float32), train, heldout, sizes, 0.95, 0.7, 1)
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+    sets = [shingles(row["text"]) for row in rows]
+    usable = (train | heldout) & vectors.any(axis=1)
+    near = {
+        (a, b): overlap(sets[a], sets[b])
+        for a, b in permutations(np.flatnonzero(usable).tolist(), 2)
+        if unit[a] @ unit[b] >= 0.95 and overlap(sets[a], sets[b]) >= 0.7 and not heldout[[a, b]].all()
+    }
+    stay: list[int] = []
+    for row in sorted(np.flatnonzero(usable).tolist(), key=lambda row: (not heldout[row], -sizes[row], row)):
+        if heldout[row] or not any((row, other) in near for other in stay):
+            stay.append(row)
+    assert sorted(found.rows.tolist()) == sorted(set(np.flatnonzero(usable).tolist()) - set(stay))
+    for row, original, measured in zip(found.rows, found.originals, found.overlaps, strict=True):
+        assert original in stay and near[row, original] == measured
+    assert len(found) > 50
+
+
+def test_a_cluster_of_a_thousand_copies_and_templates_keep_few(store):
+    random = np.random.default_rng(0)
+    words = np.array(["".join(random.choice(list("abcdefghij"), 6)) for _ in range(500)], object)
+    page = words[random.integers(0, 500, 60)]
+    rows = [{"text": f"{' '.join(page)} copy {i}"} for i in range(1000)]
+    rows += [
+        {"text": " ".join(np.where(random.random(60) < 0.08, words[random.integers(0, 500, 60)], page[::-1]))}
+        for _ in range(200)
+    ]
+    documents, everything = write_documents(store, rows), np.ones(len(rows), bool)
+    sizes = np.array([len(row["text"]) for row in rows])
+    ones = np.ones((len(rows), 4), np.float32)
+    found = near_duplicates(documents, ones, everything, ~everything, sizes, 0.9, 0.7, 1)
+    kept = np.setdiff1d(np.arange(len(rows)), found.rows)
+    assert (kept < 1000).sum() == 1
+    sets = [shingles(row["text"]) for row in rows]
+    fewest: list[int] = []
+    for row in sorted(range(1000, len(rows)), key=lambda row: (-sizes[row], row)):
+        if not any(overlap(sets[row], sets[other]) >= 0.7 for other in fewest):
+            fewest.append(row)
+    assert 16 < len(fewest) < 100 and len(kept) - 1 < 1.3 * len(fewest)
+    assert np.isin(found.originals, kept).all()
+    assert all(
+        overlap(sets[a], sets[b]) == measured >= 0.7
+        for a, b, measured in zip(found.rows, found.originals, found.overlaps, strict=True)
     )
-    again = grouped(run.home.store, rows + more)
-    assert 4 <= len(set(shingled)) < 20
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "earlier", lambda *_, **__: iter(()))
-    fresh = grouped(ArtifactStore(tmp_path / "fresh"), rows + more)
-    assert again.digest == fresh.digest
-    assert again.statistics["duplicates"] >= 16
 
 
 @pytest.mark.usefixtures("run")
-def test_a_grouping_without_a_pair_is_no_hindrance_to_the_next(home):
-    rows = topical({"en/sea": 3})
-    first = grouped(home.store, rows)
-    assert len(pq.read_table(first.file("overlaps.parquet"))) == 0
-    again = grouped(home.store, [*rows, {**rows[0], "text": rows[0]["text"] + " end"}])
-    assert again.statistics["duplicates"] == 1
+def test_the_pairs_of_the_split_give_what_a_search_gives_and_a_grown_corpus_what_a_fresh_one_does(home, tmp_path):
+    rows = copied(np.random.default_rng(1), 30)
+    for each in rows:
+        each["split"], each["group"] = "train", "original"
+    more = [{**row, "text": row["text"] + " more"} for row in rows[10:14]]
+
+    def dropped(store, rows):
+        divided = make(store, split, documents=write_documents(store, rows), settings=SplitSettings())
+        labels = read_table(divided, ["split"])["split"].to_numpy(zero_copy_only=False)
+        args = labels == "train", labels == "heldout", np.array([len(row["text"]) for row in rows]), 0.9, 0.7, 1
+        return divided, args, near_duplicates(divided, np.ones((len(rows), 2), np.float32), *args)
+
+    dropped(home.store, rows)
+    divided, args, found = dropped(home.store, rows + more)
+    divided.file("near_duplicates.parquet").unlink()
+    searched = near_duplicates(divided, np.ones((len(rows) + 4, 2), np.float32), *args)
+    _, _, fresh = dropped(ArtifactStore(tmp_path / "fresh"), rows + more)
+    assert found.rows.tolist() == searched.rows.tolist() == fresh.rows.tolist() and len(found) > 30
+    assert found.originals.tolist() == fresh.originals.tolist()
+
+
+def test_a_document_without_embedding_is_no_duplicate(store):
+    rows = topical({"en/sea": 30})
+    rows += [{**row, "text": row["text"] + " end"} for row in rows[:4]]
+    vectors = np.ones((34, 4), np.float32)
+    vectors[[0, 31]] = 0
+    everything, sizes = np.ones(34, bool), np.array([len(row["text"]) for row in rows])
+    found = near_duplicates(write_documents(store, rows), vectors, everything, ~everything, sizes, 0.9, 0.7, 1)
+    assert found.rows.tolist() == [2, 3] and found.originals.tolist() == [32, 33]
 
 
 def test_partitions_are_joined_where_their_ends_are_most_alike():
