@@ -114,7 +114,7 @@ class Home:
         """Downloads what queries read and is missing here: journals, documents of instances, routing of evaluations."""
         if self.mirror:
             self.mirror.pull_changed(self.journal, "")
-            self.mirror.pull_changed(self.store.root / "instances", "documents.parquet")
+            self.mirror.pull_changed(self.store.root / "instances", ".parquet")
             self.mirror.pull_changed(self.store.root / "evaluation", "routing.parquet")
 
     @property

@@ -6,6 +6,8 @@ Files, written by `eclectus.tasks.packing.pack`:
     spans.npy        [S, 5] int64, one row per part of a document inside an instance, sorted by start:
                      (start in the flat token stream, length, document ordinal, language, domain)
 
+Large data have several token files and as many files of spans, listed in instances.json; they are read as one.
+
 Labels of tokens are expanded from the spans only for the batch that is read: 40 bytes per span on disk, not 4 per
 token.
 """
@@ -13,6 +15,7 @@ token.
 from __future__ import annotations
 
 import json
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,8 @@ import numpy as np
 import torch
 
 IGNORED = -100
+RESIDENT_BYTES = 256 * 2**20
+PAGE_BYTES, SEARCHED_PAGES = 4096, 20
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,45 @@ class Batch:
         return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
 
 
+class PartedRows:
+    """Matrices [n_i, C] in files, read as one [M, C]: `rows[numbers]`, `rows[slice]` and `rows[:, column]` are copies.
+
+    Pages that were read are given back after RESIDENT_BYTES, so that data larger than memory stay on disk.
+    """
+
+    def __init__(self, parts: list[np.ndarray]) -> None:
+        self.parts, self._begins, self._touched = parts, np.cumsum([0, *(len(part) for part in parts)]), 0
+        self.shape, self.dtype = (int(self._begins[-1]), parts[0].shape[1]), parts[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate(self.parts).astype(dtype or self.dtype)
+
+    def __getitem__(self, rows: np.ndarray | slice | tuple[slice, int]) -> np.ndarray:
+        if isinstance(rows, tuple):
+            return np.concatenate([part[:, rows[1]] for part in self.parts])[rows[0]]
+        if isinstance(rows, slice):
+            rows = np.arange(*rows.indices(len(self)))
+        out = np.empty((len(rows), self.shape[1]), self.dtype)
+        numbers = np.searchsorted(self._begins, rows, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            here = np.flatnonzero(numbers == number)
+            out[here] = self.parts[number][rows[here] - self._begins[number]]
+        self.touched(out.nbytes + PAGE_BYTES * len(rows))
+        return out
+
+    def touched(self, count: int) -> None:
+        """Notes that so many bytes of pages were read."""
+        self._touched += count
+        if self._touched > RESIDENT_BYTES:
+            self._touched = 0
+            for part in self.parts:
+                if (mapped := getattr(part, "_mmap", None)) is not None:
+                    mapped.madvise(mmap.MADV_DONTNEED)
+
+
 class Instances:
     """The instances in a directory: `len`, `batch(rows)`, `rows_of_step`.
 
@@ -45,9 +89,15 @@ class Instances:
     def __init__(self, folder: Path | str, reordered: bool = False) -> None:
         folder, self._skipped_epochs = Path(folder), int(reordered)
         about = json.loads((folder / "instances.json").read_text())
-        at = about["matrices"]["input_ids"]
-        self.tokens = np.memmap(folder / at["file"], at["dtype"], "r", at["offset"], (at["rows"], at["columns"]))
-        self.spans = np.load(folder / "spans.npy", mmap_mode="r")
+        located = about["matrices"]["input_ids"]
+        parts: list[np.ndarray] = [
+            np.memmap(folder / at["file"], at["dtype"], "r", at["offset"], (at["rows"], at["columns"]))
+            for at in (located if isinstance(located, list) else [located])
+        ]
+        spans = [np.load(folder / name, mmap_mode="r") for name in about.get("spans", ["spans.npy"])]
+        self._part_ends = np.cumsum([len(part) for part in parts])
+        self.tokens: np.ndarray | PartedRows = parts[0] if len(parts) == 1 else PartedRows(parts)
+        self.spans: np.ndarray | PartedRows = spans[0] if len(spans) == 1 else PartedRows(spans)
         self.length: int = about["length"]
         self.vocabulary: int = about["vocabulary"]
         self.end_of_document: int = about["end_of_document"]
@@ -65,14 +115,21 @@ class Instances:
         """The instances with these numbers [B] int, in that order."""
         tokens = torch.from_numpy(self.tokens[rows].astype(np.int64))
         documents, languages, domains = (np.full((len(rows), self.length), -1, np.int64) for _ in range(3))
-        starts = self.spans[:, 0]
         for i, row in enumerate(rows):
-            first, last = np.searchsorted(starts, (row * self.length, (row + 1) * self.length))
-            for start, length, document, language, domain in self.spans[first:last]:
+            spans = self._spans_with(row)
+            first, last = np.searchsorted(spans[:, 0], (row * self.length, (row + 1) * self.length))
+            for start, length, document, language, domain in spans[first:last]:
                 here = slice(start - row * self.length, start - row * self.length + length)
                 documents[i, here], languages[i, here], domains[i, here] = document, language, domain
         labels = tokens.masked_fill(torch.from_numpy(documents < 0), IGNORED)
         return Batch(tokens, labels, *(torch.from_numpy(array) for array in (languages, domains, documents)))
+
+    def _spans_with(self, row: int) -> np.ndarray:
+        """Spans among which are all those of this instance."""
+        if not isinstance(self.spans, PartedRows):
+            return self.spans
+        self.spans.touched(SEARCHED_PAGES * PAGE_BYTES)
+        return self.spans.parts[int(np.searchsorted(self._part_ends, row, side="right"))]
 
     def rows_of_step(self, step: int, size: int, seed: int) -> np.ndarray:
         """The instance numbers [size] of a training step: a pure function of its arguments, for exact resuming."""

@@ -37,7 +37,7 @@ DAY = 86_400
 DIGITS = 32
 # Kind -> what is kept of a deleted artifact: the folder of the journal, the columns, and the files that have them.
 KEPT = {
-    "instances": ("documents", "*", "documents.parquet"),
+    "instances": ("documents", "*", "documents*.parquet"),
     "documents": ("held", "document, name", "documents/*.parquet"),
 }
 

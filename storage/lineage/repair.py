@@ -47,7 +47,11 @@ def repair(home: Home) -> list[str]:
 def _read_by_views(home: Home) -> Iterator[Path]:
     for folder in (*COLUMNS, *INDEXES, "documents", "held"):
         yield from home.journal.glob(f"{folder}/*.parquet")
-    for pattern in ("instances/*/documents.parquet", "documents/*/documents/*.parquet", "evaluation/*/routing.parquet"):
+    for pattern in (
+        "instances/*/documents*.parquet",
+        "documents/*/documents/*.parquet",
+        "evaluation/*/routing.parquet",
+    ):
         yield from home.store.root.glob(pattern)
 
 

@@ -441,7 +441,7 @@ def raw(files: str, stream: str, chosen: Collection[str] | None = None) -> str:
 def _instance_rows(files: _Files) -> str:
     """Documents of the instances in the store, and of freed ones whose table was kept in the journal."""
     globs = [
-        (files.home.store.root / "instances", "*/documents.parquet", "split_part(filename, '/', -2)"),
+        (files.home.store.root / "instances", "*/documents*.parquet", "split_part(filename, '/', -2)"),
         (files.home.journal / "documents", "*.parquet", "split_part(parse_filename(filename), '.', 1)"),
     ]
     return _of_artifacts(files, globs, DOCUMENTS)

@@ -151,12 +151,22 @@ def read_batches(
 
 
 def read_part(
-    path: Path, columns: list[str] | None = None, where: Where = (), rows: int = ROWS_PER_GROUP
+    path: Path,
+    columns: list[str] | None = None,
+    where: Where = (),
+    rows: int = ROWS_PER_GROUP,
+    chosen: np.ndarray | None = None,
+    dictionary: Sequence[str] = (),
 ) -> Iterator[pa.RecordBatch]:
-    """`read_batches` of one part. path: of `parts`; its labels are read from the folder beside it."""
+    """`read_batches` of one part. path: of `parts`; its labels are read from the folder beside it.
+
+    chosen: bool [rows of the part], the documents to read. dictionary: columns to give as dictionaries.
+    """
     names = columns or SCHEMA.names
-    with pq.ParquetFile(path) as file:
-        short = _matching_rows(file, path, names, where)
+    with pq.ParquetFile(path, read_dictionary=list(dictionary)) as file:
+        short = _matching_rows(file, path, names, where, dictionary)
+        if chosen is not None:
+            short = short.filter(pa.array(chosen))
         if "text" not in names:
             yield from short.select(names).combine_chunks().to_batches(rows)
             return
@@ -171,6 +181,12 @@ def read_part(
                     texts = texts.take(pc.subtract(part["row"], begin))
                 yield from part.append_column("text", texts).select(names).combine_chunks().to_batches(rows)
             begin = end
+
+
+def labels_of(path: Path) -> Path | None:
+    """The file of labels of a part of documents, if it has one."""
+    labels = path.parent.parent / "labels" / path.name
+    return labels if labels.is_file() else None
 
 
 def read_table(documents: Artifact, columns: list[str] | None = None, where: Where = ()) -> pa.Table:
@@ -257,13 +273,13 @@ def _matching_rows(
     """
     tested = {column for column, _, _ in where}
     columns = [name for name in SCHEMA.names if name in {*names, *tested} and name != "text"]
-    labels = path.parent.parent / "labels" / path.name
-    labelled = [name for name in columns if name in LABELS] if labels.is_file() else []
+    labels = labels_of(path)
+    labelled = [name for name in columns if name in LABELS] if labels else []
     original = [name for name in columns if name not in labelled]
     table = pa.table({"row": np.arange(file.metadata.num_rows)})
     if original:
         table = _with_columns(table, _with_works(file, original) if "work" in original else file.read(original))
-    if labelled:
+    if labels and labelled:
         table = _with_columns(table, pq.read_table(labels, columns=labelled, read_dictionary=list(dictionary)))
     return table.filter(pq.filters_to_expression(list(where))) if where else table
 

@@ -39,6 +39,7 @@ from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.documents.table import read_batches
 from eclectus.tasks.evaluation.ngrams import hash_grams, hash_words
 from eclectus.tasks.evaluation.passages import seen_share
+from eclectus.tasks.packing.instance_file import document_tables
 from eclectus.tasks.run import current_run, metric, progress
 from eclectus.tasks.settings import Settings
 from eclectus.tasks.step import step
@@ -141,8 +142,8 @@ def _trained(instances: list[Artifact]) -> set[str]:
         raise EclectusError("the training data of this model is unknown: no instances are upstream of it")
     ids: set[str] = set()
     for each in instances:
-        table = pq.read_table(each.file("documents.parquet"), columns=["document"])
-        ids.update(table["document"].unique().to_pylist())
+        for path in document_tables(each):
+            ids.update(pq.read_table(path, columns=["document"])["document"].unique().to_pylist())
     return ids
 
 

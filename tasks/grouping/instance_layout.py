@@ -36,14 +36,40 @@ def plan(sizes: np.ndarray, length: int, keep_remainder: bool, seed: int) -> Spa
     """
     begins = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     total = int(begins[-1])
-    count = -(-total // length) if keep_remainder else total // length
-    target = np.random.default_rng([seed, 2]).permutation(count)
-    end = min(total, count * length)
-    # Not `np.unique`, which hashes: 100 times slower for a million cuts.
-    cuts = np.sort(np.concatenate([begins[begins < end], np.arange(0, end, length)]))
-    cuts = cuts[np.diff(cuts, prepend=-1) > 0]
-    position = np.searchsorted(begins, cuts, side="right") - 1
-    to = target[cuts // length] * length + cuts % length
-    sort = np.argsort(to)
-    size, offset = np.diff(np.append(cuts, end)), cuts - begins[position]
-    return Spans(to[sort], size[sort], position[sort], offset[sort], count, length, total)
+    return spans_of(begins, shuffled(instance_count(total, length, keep_remainder), seed), 0, length)
+
+
+def instance_count(total: int, length: int, keep_remainder: bool) -> int:
+    """Instances of this length in so many tokens."""
+    return -(-total // length) if keep_remainder else total // length
+
+
+def shuffled(count: int, seed: int) -> np.ndarray:
+    """Which instance of the concatenation stands at each position of the shuffled stream, int64 [count]."""
+    source = np.empty(count, np.int64)
+    source[np.random.default_rng([seed, 2]).permutation(count)] = np.arange(count)
+    return source
+
+
+def spans_of(begins: np.ndarray, source: np.ndarray, first: int, length: int) -> Spans:
+    """The spans of some instances that follow each other in the shuffled stream.
+
+    begins: int64 [M + 1], where each document begins in the concatenation, and its end. source: int64 [count], which
+    instances of the concatenation they are. first: position of the first of them in the shuffled stream.
+    """
+    total = int(begins[-1])
+    start = source * length
+    end = np.minimum(start + length, total)
+    first_document = np.searchsorted(begins, start, side="right") - 1
+    counts = np.searchsorted(begins, end, side="left") - first_document
+    before = np.cumsum(counts) - counts
+    position = np.repeat(first_document - before, counts) + np.arange(counts.sum())
+    instance = np.repeat(np.arange(len(source)), counts)
+    left = np.maximum(begins[position], start[instance])
+    size = np.minimum(begins[position + 1], end[instance]) - left
+    to = (first + instance) * length + left - start[instance]
+    offset = left - begins[position]
+    if not size.all():
+        there = size > 0
+        to, size, position, offset = to[there], size[there], position[there], offset[there]
+    return Spans(to, size, position, offset, len(source), length, total)

@@ -6,49 +6,44 @@
 
 The shuffle matters: documents should be similar within an instance, not across adjacent instances (docs/methods.md
 1.6); if embeddings are given, both similarities are measured. The last, incomplete instance is dropped, or padded.
-Texts are tokenised once, on all cores, in storage order, into a scratch file; instances are then gathered from it, a
-million tokens at a time, so memory is bounded by 100 bytes per document. Price: tokenising, 0.5 to 1M tokens/s on 2
-cores; the rest takes a tenth of it.
+
+Three stages, of which each finds what an earlier run has left: the documents are tokenised part by part
+(document_tokens.py), the whole is planned (instance_plan.py), and the instances are gathered part by part
+(instance_part.py), over as many workers as there are; the bits are the same. Price: tokenising, about 150 CPU s per
+million documents of 450 characters; the rest takes a tenth of it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import tempfile
-from itertools import chain
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.disk_matrix import open_embeddings, open_ids
+from eclectus.tasks.disk_matrix import PartMatrix, open_embeddings, open_ids
 from eclectus.tasks.documents.digest_set import positions_of
-from eclectus.tasks.documents.table import read_batches, read_table
-from eclectus.tasks.grouping.instance_layout import Spans, plan
+from eclectus.tasks.documents.table import labels_of
+from eclectus.tasks.documents.table import parts as parts_of
 from eclectus.tasks.grouping.quality import instance_quality
-from eclectus.tasks.packing.instance_file import POSITIONS, TOKENS, Matrix, as_json, describe, lay_out, open_matrix
-from eclectus.tasks.packing.text_tokens import TextTokens
+from eclectus.tasks.over_parts import DESCRIPTION, Done, Part, forget, key_of, link_or_copy, over_parts
+from eclectus.tasks.packing.document_tokens import tokenize
+from eclectus.tasks.packing.instance_file import Matrix, as_json, describe, part_file
+from eclectus.tasks.packing.instance_part import names_by_part, write_part
+from eclectus.tasks.packing.instance_plan import plan_instances
 from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
-from eclectus.tasks.run import metric, progress
-from eclectus.tasks.settings import BASIC, SEED
+from eclectus.tasks.run import metric
+from eclectus.tasks.settings import BASIC, SEED, WorkerSettings
 from eclectus.tasks.step import step
 
-TEXTS_AT_ONCE = 512
-TOKENS_AT_ONCE = 2**20
-ABOUT = ["document", "name", "language", "domain", "source"]
-CODED = ("language", "domain", "source")
-MOST_LABELS = 1000
-ROWS_PER_GROUP, BYTES_PER_GROUP = 2**20, 2**30
+SECONDS_PER_TOKEN = 8e-8
 
 
-class PackSettings(BeginSettings):
+class PackSettings(BeginSettings, WorkerSettings):
     instance_tokens: int = Field(
         512, ge=16, description="Length L of a training instance, in tokens.", json_schema_extra=BASIC
     )
@@ -68,7 +63,7 @@ class PackSettings(BeginSettings):
     seed: int = SEED
 
 
-@step(makes="instances", version=3)
+@step(makes="instances", version=4)
 def pack(
     documents: Artifact,
     tokenizer: Artifact,
@@ -84,222 +79,152 @@ def pack(
     """
     from eclectus.models.checkpoints.tokenizer_files import vocabulary_size
 
-    tokens = load_tokenizer(tokenizer.path)
-    encode, vocabulary, begin = TextTokens(tokens), vocabulary_size(tokens), settings.begin(tokens)
-    rows = _rows_to_pack(documents, settings)
-    if len(rows) == 0:
+    words = load_tokenizer(tokenizer.path)
+    vocabulary, begin, end = vocabulary_size(words), settings.begin(words), int(words.eos_token_id)
+    kind, workers = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32), settings.curation_workers
+    tokens = tokenize(documents, tokenizer, settings.pack_group, begin, end, kind, workers)
+    if not tokens:
         raise EclectusError(
             f"no training document belongs to the group '{settings.pack_group}'; see the languages settings"
         )
-    with tempfile.TemporaryDirectory(dir=out.path.parent, prefix="tokens-") as scratch:
-        kind = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
-        flat, starts = _tokenize(documents, encode, begin, tokens.eos_token_id, kind, rows, Path(scratch) / "flat")
-        order = _order(rows, grouping, settings.seed)
-        spans = plan(np.diff(starts)[order], settings.instance_tokens, settings.pack_remainder == "pad", settings.seed)
-        if spans.count == 0:
-            raise EclectusError(
-                f"{len(order)} documents of group '{settings.pack_group}' give {spans.total} tokens, too few for one "
-                f"instance of {spans.length}; add text, lower instance_tokens, or set pack_remainder to pad"
-            )
-        matrices = _write_instances(flat, starts[order], spans, tokens.eos_token_id, settings.pack_position_ids, out)
-        del flat
-    about = _with_codes(read_table(documents, ABOUT)).take(pa.array(rows[order]))
+    plan = _plan(documents, tokens, grouping, settings, kind)
+    parts = _write(documents, tokens, plan, settings, kind, end)
+    for part in parts:
+        for path in part.folder.iterdir():
+            if path.name != DESCRIPTION:
+                link_or_copy(path, out.file(path.name))
+    matrices = [{name: Matrix(**where) for name, where in part.about["matrices"].items()} for part in parts]
+    describe(out, matrices, [part.about["digest"] for part in parts])
     meta = {
-        "length": spans.length,
+        "length": settings.instance_tokens,
         "vocabulary": vocabulary,
         **({"begin_of_document": begin} if begin else {}),
-        "end_of_document": tokens.eos_token_id,
+        "end_of_document": end,
         "remainder": settings.pack_remainder,
         "matrices": as_json(matrices),
+        "languages": plan.about["languages"],
+        "domains": plan.about["domains"],
     }
-    _describe(about, rows[order], spans, meta, out)
-    out.statistics |= {"control_tokens_in_texts": encode.respelled, "control_tokens_not_spelled": encode.lost}
+    if len(parts) > 1:
+        meta["spans"] = [part_file("spans", "npy", number, len(parts)) for number in range(len(parts))]
+    out.file("instances.json").write_text(json.dumps(meta, indent=1))
+    _describe(plan, parts, out)
     if embeddings is not None:
-        quality = _quality(about, spans, embeddings, settings.seed)
+        quality = _quality(parts[0], len(parts), settings, embeddings)
         out.statistics |= quality
         out.file("quality.json").write_text(json.dumps(quality, indent=1))
         for name, value in quality.items():
             if value is not None:
                 metric(name, value)
+    forget([plan, *parts])
 
 
-def _rows_to_pack(documents: Artifact, settings: PackSettings) -> np.ndarray:
-    """Row numbers, ascending, of the documents to pack."""
-    rows, first = [], 0
-    for batch in read_batches(documents, ["split", "group"]):
-        wanted = pc.equal(batch["split"], "train").to_numpy(zero_copy_only=False)
-        group = batch["group"].to_numpy(zero_copy_only=False)
-        wanted &= (group != "other") if settings.pack_group == "all" else (group == settings.pack_group)
-        rows.append(first + np.flatnonzero(wanted))
-        first += len(batch)
-    return np.concatenate(rows) if rows else np.empty(0, np.int64)
-
-
-def _tokenize(
+def _plan(
     documents: Artifact,
-    encode: TextTokens,
-    begin: list[int],
-    end: int,
+    tokens: list[tuple[int, Done]],
+    grouping: Artifact | None,
+    settings: PackSettings,
     kind: np.dtype,
-    rows: np.ndarray,
-    scratch: Path,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens of these rows end to end in a scratch file, start of each row [len(rows) + 1])."""
-    lengths, report_progress, seen, done = [np.zeros(1, np.int64)], progress(len(rows), "tokenising", "documents"), 0, 0
-    wanted = np.zeros(documents.manifest()["rows"], bool)
-    wanted[rows] = True
-    with open(scratch, "wb") as handle:
-        for batch in read_batches(documents, ["text"], rows=TEXTS_AT_ONCE):
-            texts = batch["text"].filter(pa.array(wanted[seen : seen + len(batch)])).to_pylist()
-            seen += len(batch)
-            ids = [begin + each for each in encode(texts)] if begin else encode(texts)
-            sizes = np.fromiter(map(len, ids), np.int64, len(ids))
-            ends = np.cumsum(sizes + 1)
-            tokens = np.full(ends[-1] if len(ends) else 0, end, kind)
-            inside = np.ones(len(tokens), bool)
-            inside[ends - 1] = False
-            tokens[inside] = np.fromiter(chain.from_iterable(ids), kind, int(sizes.sum()))
-            tokens.tofile(handle)
-            lengths.append(sizes + 1)
-            done += len(texts)
-            report_progress(done)
-    return np.memmap(scratch, kind, mode="r"), np.cumsum(np.concatenate(lengths))
+) -> Done:
+    """Order, layout and statistics, as one part: a run that is killed later finds it."""
+    arguments = {
+        "paths": parts_of(documents),
+        "labels": [labels_of(path) for path in parts_of(documents)],
+        "tokens": [(number, done.folder) for number, done in tokens],
+        "order": [grouping.file("order.parquet")] if grouping else [],
+        "group": settings.pack_group,
+        "length": settings.instance_tokens,
+        "token_bytes": kind.itemsize,
+        "keep_remainder": settings.pack_remainder == "pad",
+        "seed": settings.seed,
+    }
+    content = [documents.digest, grouping.digest if grouping else None, [done.folder.name for _, done in tokens]]
+    chosen = [arguments[name] for name in ("group", "length", "token_bytes", "keep_remainder", "seed")]
+    part = Part(key_of("plan of instances 1", *content, *chosen), arguments, 1, "the plan of the instances")
+    return over_parts(plan_instances, [part], "planning instances", "plans", workers=1)[0]
 
 
-def _order(rows: np.ndarray, grouping: Artifact | None, seed: int) -> np.ndarray:
-    """The order in which to concatenate, as positions in `rows`."""
-    if grouping is None:
-        return np.random.default_rng([seed, 1]).permutation(len(rows))
-    chained = pq.read_table(grouping.file("order.parquet"), columns=["row"])["row"].to_numpy()
-    chained = chained[np.isin(chained, rows)]
-    return np.searchsorted(rows, chained)
+def _write(
+    documents: Artifact, tokens: list[tuple[int, Done]], plan: Done, settings: PackSettings, kind: np.dtype, end: int
+) -> list[Done]:
+    names = names_by_part(documents, settings.curation_workers)
+    count, each, length = plan.about["instances"], plan.about["instances_per_part"], settings.instance_tokens
+    parts = -(-count // each)
+    wanted = []
+    for number in range(parts):
+        arguments = {
+            "plan": plan.folder,
+            "tokens": [done.folder for _, done in tokens],
+            "names": [done.folder for done in names],
+            "number": number,
+            "count": parts,
+            "instances": (number * each, min(count, (number + 1) * each)),
+            "length": length,
+            "kind": kind.name,
+            "padding": end,
+            "with_positions": settings.pack_position_ids,
+        }
+        key = key_of("instances 1", plan.folder.name, number, parts, kind.name, end, settings.pack_position_ids)
+        size = min(each, count - number * each)
+        wanted.append(Part(key, arguments, size, f"part {number} of the instances"))
+    seconds = SECONDS_PER_TOKEN * length
+    return over_parts(write_part, wanted, "packing", "instances", seconds, settings.curation_workers)
 
 
-def _write_instances(
-    flat: np.ndarray, starts: np.ndarray, spans: Spans, padding: int, with_positions: bool, out: Draft
-) -> dict[str, Matrix]:
-    """Gathers the tokens of every instance, block by block. starts: first token of each document in the order."""
-    columns = {TOKENS: flat.dtype}
-    if with_positions:
-        columns[POSITIONS] = np.dtype(np.uint16 if spans.length <= 2**16 else np.uint32)
-    matrices = lay_out(out, columns, spans.count, spans.length)
-    tokens = open_matrix(out, matrices[TOKENS])
-    positions = open_matrix(out, matrices[POSITIONS]) if with_positions else None
-    at_once, digest = max(1, TOKENS_AT_ONCE // spans.length), hashlib.sha256()
-    report_progress = progress(spans.count, "packing", "instances")
-    for first in range(0, spans.count, at_once):
-        last = min(first + at_once, spans.count)
-        a, b = np.searchsorted(spans.to, (first * spans.length, last * spans.length))
-        size = spans.size[a:b]
-        inside = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
-        source = np.repeat(starts[spans.position[a:b]] + spans.offset[a:b], size) + inside
-        target = np.repeat(spans.to[a:b] - first * spans.length, size) + inside
-        block = np.full((last - first) * spans.length, padding, flat.dtype)
-        block[target] = flat[source]
-        digest.update(block.tobytes())
-        tokens[first:last] = block.reshape(-1, spans.length)
-        if positions is not None:
-            block = np.zeros(len(block), positions.dtype)
-            block[target] = inside
-            positions[first:last] = block.reshape(-1, spans.length)
-        report_progress(last)
-    tokens.flush()
-    if positions is not None:
-        positions.flush()
-    describe(out, matrices, f"{digest.hexdigest()} {matrices}")
-    return matrices
+def _describe(plan: Done, parts: list[Done], out: Draft) -> None:
+    count = plan.about["instances"]
+    out.rows = count
+    out.statistics = plan.about["statistics"] | {
+        "documents_an_instance": round(sum(part.about["spans"] for part in parts) / count, 2),
+        "control_tokens_in_texts": plan.about["control"][0],
+        "control_tokens_not_spelled": plan.about["control"][1],
+    }
 
 
-def _describe(about: pa.Table, rows: np.ndarray, spans: Spans, meta: dict[str, Any], out: Draft) -> None:
-    """Writes spans, the `documents` table and `instances.json`, and the statistics.
+def _quality(part: Done, count: int, settings: PackSettings, embeddings: Artifact) -> dict[str, float | None]:
+    """Similarity of the documents within an instance and across its border (`eclectus.tasks.grouping.quality`).
 
-    about: columns ABOUT of the documents in the order. rows: int64, their rows in the documents artifact.
+    part: the first of `count`. Instances are shuffled, so it is a random sample of them.
     """
-    labels = {name: _codes(about[name], "") for name in ("language", "domain")}
-    names = {name: column.dictionary.to_pylist() for name, column in labels.items()}
-    codes = {
-        name: column.indices.to_numpy(zero_copy_only=False).astype(np.int64)[spans.position]
-        for name, column in labels.items()
-    }
-    table = [spans.to, spans.size, rows[spans.position], codes["language"], codes["domain"]]
-    np.save(out.file("spans.npy"), np.stack(table, axis=1))
-    spread = about.take(pa.array(spans.position))
-    locations = {
-        "instance": pa.array(spans.to // spans.length),
-        "instance_offset": pa.array(spans.to % spans.length, pa.int32()),
-        "tokens": pa.array(spans.size, pa.int32()),
-        "document_offset": pa.array(spans.offset, pa.int32()),
-    }
-    _write_texts(pa.table({**{name: spread[name] for name in ABOUT}, **locations}), out.file("documents.parquet"))
-    meta = meta | {"languages": names["language"], "domains": names["domain"]}
-    out.file("instances.json").write_text(json.dumps(meta, indent=1))
-    packed = int(np.count_nonzero(np.bincount(spans.position)))
-    out.rows = spans.count
-    out.statistics = {
-        "instances": spans.count,
-        "tokens": spans.count * spans.length,
-        "documents": packed,
-        "documents_dropped": len(rows) - packed,
-        "tokens_dropped": max(0, spans.total - spans.count * spans.length),
-        "tokens_padded": max(0, spans.count * spans.length - spans.total),
-        "tokens_by_language": _sums(names["language"], codes["language"], spans.size),
-        "tokens_by_domain": _sums(names["domain"], codes["domain"], spans.size),
-        "documents_an_instance": round(len(spans.to) / spans.count, 2),
-    }
-
-
-def _quality(about: pa.Table, spans: Spans, embeddings: Artifact, seed: int) -> dict[str, float | None]:
-    """Similarity of the documents within an instance and across its border (`eclectus.tasks.grouping.quality`)."""
-    ids = open_ids(embeddings)[:]
-    wanted = np.array(about["document"].to_pylist(), ids.dtype)
-    rows = positions_of(wanted, ids)
+    columns = ["document", "domain", "instance", "tokens"]
+    table = pq.read_table(part.file(part_file("documents", "parquet", 0, count)), columns=columns)
+    names = table["document"].combine_chunks().dictionary_encode()
+    rows = _rows_of(np.array(names.dictionary.to_pylist(), "S32"), open_ids(embeddings))
     if (rows < 0).any():
         raise EclectusError(f"{embeddings.name} lacks documents that are to be packed; embed these documents first")
-    domains = np.zeros(len(ids), np.int64)
-    domains[rows] = _codes(about["domain"], "unknown").indices.to_numpy()
+    position = names.indices.to_numpy()
+    domain = table["domain"].combine_chunks().fill_null("unknown").dictionary_encode().indices.to_numpy()
+    domains = np.zeros(len(rows), np.int64)
+    domains[position] = domain
+    instance = table["instance"].to_numpy()
+    chosen = _Chosen(open_embeddings(embeddings), rows)
     return instance_quality(
-        open_embeddings(embeddings),
-        rows[spans.position],
-        spans.firsts,
-        spans.size,
+        cast(np.ndarray, chosen),
+        position,
+        np.searchsorted(instance, np.arange(instance[-1] + 2)),
+        table["tokens"].to_numpy().astype(np.int64),
         domains,
-        seed,
+        settings.seed,
     )
 
 
-def _sums(names: list[str], codes: np.ndarray, sizes: np.ndarray) -> dict[str, int]:
-    """Tokens by label; of very many labels the largest, and the others together."""
-    tokens = np.bincount(codes, sizes, len(names)).astype(np.int64)
-    shown = np.sort(np.argsort(-tokens, kind="stable")[:MOST_LABELS])
-    sums = {names[number]: int(tokens[number]) for number in shown.tolist()}
-    rest = int(tokens.sum() - tokens[shown].sum())
-    return sums | {"(others)": rest} if rest else sums
+def _rows_of(wanted: np.ndarray, ids: PartMatrix) -> np.ndarray:
+    """Row in `ids` [N] of each of `wanted` [n], int64 [n]; -1 if it is not there. Reads the ids in blocks."""
+    order = np.argsort(wanted)
+    rows = np.full(len(wanted), -1)
+    for begin in range(0, len(ids), 2**20):
+        position = positions_of(ids[begin : begin + 2**20], wanted[order], ascending=True)
+        found = np.flatnonzero(position >= 0)
+        rows[order[position[found]]] = begin + found
+    return rows
 
 
-def _with_codes(about: pa.Table) -> pa.Table:
-    """With labels as dictionaries: a label may be long, and is repeated for every document and every span."""
-    for name in CODED:
-        about = about.set_column(ABOUT.index(name), name, about[name].dictionary_encode())
-    return about
+@dataclass(frozen=True)
+class _Chosen:
+    """Some rows of a matrix, as a matrix that is read by row numbers."""
 
+    matrix: PartMatrix
+    rows: np.ndarray
 
-def _codes(labels: pa.ChunkedArray, missing: str) -> pa.DictionaryArray:
-    """The labels of a column, in order of appearance, as one array of codes; `missing` stands for null."""
-    column = labels.combine_chunks()
-    names = column.dictionary.to_pylist()
-    null = names.index(missing) if missing in names else len(names)
-    codes, every = column.indices.fill_null(null).dictionary_encode(), [*names, missing]
-    ordered = [every[code] for code in codes.dictionary.to_pylist()]
-    return pa.DictionaryArray.from_arrays(codes.indices, pa.array(ordered, pa.string()))
-
-
-def _write_texts(table: pa.Table, path: Path) -> None:
-    """Writes codes as the texts they stand for, in row groups small enough for long labels."""
-    schema = pa.schema([pa.field(each.name, pa.string() if each.name in CODED else each.type) for each in table.schema])
-    longest = sum(
-        max((len(name) for name in _codes(table[each], "").dictionary.to_pylist()), default=0) for each in CODED
-    )
-    rows = max(1, min(ROWS_PER_GROUP, BYTES_PER_GROUP // max(1, 4 * longest)))
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for begin in range(0, max(1, len(table)), rows):
-            writer.write_table(table.slice(begin, rows).cast(schema))
+    def __getitem__(self, wanted: np.ndarray) -> np.ndarray:
+        return self.matrix[self.rows[wanted]]

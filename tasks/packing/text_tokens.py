@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
+from itertools import chain
 from typing import Any
+
+import numpy as np
 
 # A character that no piece holds costs more than any number of pieces.
 MISSING = 1_000_000
@@ -41,16 +44,46 @@ class TextTokens:
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """The token ids of each whole text, without special tokens. Runs on all cores (TOKENIZERS_PARALLELISM)."""
+        every = self._encode(texts)
+        return [ids if self.control.isdisjoint(ids) else self._respell(ids) for ids in every]
+
+    def flat(self, texts: list[str], kind: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same end to end: (ids, kind [sum of sizes]; sizes, int64 [n]; respelled, int64 [k, 3]).
+
+        kind: unsigned, wide enough for every id. respelled: (text, control tokens in it, those lost) where any were.
+        """
+        every = self._encode(texts)
+        sizes = np.fromiter(map(len, every), np.int64, len(every))
+        ids = np.fromiter(chain.from_iterable(every), kind, int(sizes.sum()))
+        found = np.flatnonzero(self._is_control[np.minimum(ids, len(self._is_control) - 1)])
+        if not len(found):
+            return ids, sizes, np.empty((0, 3), np.int64)
+        ends, counts = np.cumsum(sizes), []
+        for text in np.unique(np.searchsorted(ends, found, side="right")).tolist():
+            before = self.respelled, self.lost
+            every[text] = self._respell(every[text])
+            sizes[text] = len(every[text])
+            counts.append((text, self.respelled - before[0], self.lost - before[1]))
+        ids = np.fromiter(chain.from_iterable(every), kind, int(sizes.sum()))
+        return ids, sizes, np.array(counts, np.int64)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         if self._backend is None:
             given = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-            every = self._tokenizer(texts, **given)["input_ids"]
-        else:
-            # Other users of this tokenizer may have set these.
-            self._backend.no_truncation()
-            self._backend.no_padding()
-            self._backend.encode_special_tokens = True
-            every = [each.ids for each in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        return [ids if self.control.isdisjoint(ids) else self._respell(ids) for ids in every]
+            every: list[list[int]] = self._tokenizer(texts, **given)["input_ids"]
+            return every
+        # Other users of this tokenizer may have set these.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        return [each.ids for each in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @cached_property
+    def _is_control(self) -> np.ndarray:
+        """By id, bool [largest control id + 2]; the last is False."""
+        table = np.zeros(max(self.control, default=-1) + 2, bool)
+        table[list(self.control)] = True
+        return table
 
     def _respell(self, ids: list[int]) -> list[int]:
         result: list[int] = []

@@ -1,6 +1,7 @@
 """Documents and artifacts by whole digest, by the start of one, and by name: wherever a name is taken."""
 
 import hashlib
+import shutil
 
 import pytest
 
@@ -8,7 +9,8 @@ from eclectus.flows.cli.main import main
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import connect
-from tests.support.history import write_history
+from eclectus.storage.lineage.garbage import _keep_documents
+from tests.support.history import write_history, write_table
 
 TEXT = hashlib.sha256(b"a document").hexdigest()
 
@@ -67,3 +69,22 @@ def test_an_artifact_is_found_by_digest_start_name_or_path_and_only_in_its_home(
     with connect(home) as connection:
         for each in asked[:-1]:
             assert connection.execute("select count(*) from upstream(?)", [each]).fetchone()[0] >= 1
+
+
+def test_the_documents_of_instances_in_parts_are_found_in_every_part_also_when_the_artifact_is_freed(tmp_path):
+    home, other = Home.open(tmp_path / "home"), "f" * 32
+    write_history(home, document=TEXT[:32])
+    questions = [f"from trace('{TEXT[:32]}')", f"from trace('{other}')", "from documents order by all"]
+    for table in home.store.root.glob("instances/*/documents.parquet"):
+        first, second = (table.with_name(f"documents-{part:05d}-of-00002.parquet") for part in (0, 1))
+        table.rename(first)
+        write_table(home, second, f"select * replace ('{other}' as document) from read_parquet('{first}')")
+    with connect(home) as connection:
+        answers = [connection.execute(question).fetchall() for question in questions]
+    assert all(any("learned from it" in map(str, row) for row in answer) for answer in answers[:2])
+    assert len(answers[2]) == 4
+    for instances in list(home.store.root.glob("instances/[0-9a-f]*")):
+        _keep_documents(home, instances)
+        shutil.rmtree(instances)
+    with connect(home) as connection:
+        assert [connection.execute(question).fetchall() for question in questions[2:]] == answers[2:]

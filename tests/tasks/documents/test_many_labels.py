@@ -15,7 +15,7 @@ from eclectus.tasks.grouping import group as grouping
 from eclectus.tasks.grouping import neighbors as searching
 from eclectus.tasks.grouping.group import GroupSettings, group
 from eclectus.tasks.grouping.neighbors import NeighborSettings, neighbors, rows_by_label
-from eclectus.tasks.packing import pack as packing
+from eclectus.tasks.packing import instance_part, instance_plan
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.packing.tokenizer import TokenizerSettings, load_tokenizer, tokenizer
 from eclectus.tasks.report import tables
@@ -82,11 +82,11 @@ def test_codes_in_small_row_groups_are_the_texts_that_pyarrow_writes(store, tmp_
     pq.write_table(table, tmp_path / "whole.parquet", compression="zstd")
     assert packed.file("documents.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     coded = table
-    for number, name in enumerate(packing.ABOUT):
-        if name in packing.CODED:
+    for number, name in enumerate(table.column_names):
+        if name in instance_plan.CODED:
             coded = coded.set_column(number, name, table[name].dictionary_encode())
-    monkeypatch.setattr(packing, "BYTES_PER_GROUP", 10 * 4 * 20_000)
-    packing._write_texts(coded, tmp_path / "small.parquet")
+    monkeypatch.setattr(instance_part, "BYTES_PER_GROUP", 10 * 4 * 20_000)
+    instance_part.write_texts(coded, tmp_path / "small.parquet")
     assert pq.read_table(tmp_path / "small.parquet") == table
     assert pq.ParquetFile(tmp_path / "small.parquet").num_row_groups > 5
 
@@ -95,7 +95,7 @@ def test_very_many_domains_flood_neither_manifests_nor_tables(store, monkeypatch
     for module, name in (
         (splitting, "MOST_STRATA"),
         (searching, "MOST_PARTITIONS"),
-        (packing, "MOST_LABELS"),
+        (instance_plan, "MOST_LABELS"),
         (tables, "SHOWN_KINDS"),
         (held_out, "MOST_DOMAINS"),
     ):

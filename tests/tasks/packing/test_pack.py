@@ -144,10 +144,12 @@ def test_the_same_bytes_twice_and_other_instances_under_another_seed(world, tmp_
     assert world.pack(PackSettings(instance_tokens=LENGTH, seed=1)).digest != again.digest
 
 
-def test_small_blocks_change_no_bit(world, monkeypatch):
+def test_small_blocks_change_no_bit(world, monkeypatch, tmp_path):
     whole = world.pack()
-    monkeypatch.setattr("eclectus.tasks.packing.pack.TOKENS_AT_ONCE", 3 * LENGTH)
-    monkeypatch.setattr("eclectus.tasks.packing.pack.TEXTS_AT_ONCE", 7)
+    # What was tokenised already would be found again.
+    monkeypatch.setattr("eclectus.tasks.over_parts._temporary_folder", lambda: tmp_path)
+    monkeypatch.setattr("eclectus.tasks.packing.instance_part.TOKENS_AT_ONCE", 3 * LENGTH)
+    monkeypatch.setattr("eclectus.tasks.packing.document_tokens.TEXTS_AT_ONCE", 7)
     assert world.pack().digest == whole.digest
 
 
