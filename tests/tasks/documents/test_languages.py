@@ -177,9 +177,9 @@ def test_an_earlier_label_is_reused_for_the_same_document(run, tmp_path, monkeyp
     label_in_run(old)
     classified, detect_in_samples = [], language_detection.detect_in_samples
 
-    def recorded(samples, detector):
+    def recorded(samples, *detector):
         classified.append(samples)
-        return detect_in_samples(samples, detector)
+        return detect_in_samples(samples, *detector)
 
     monkeypatch.setattr(language_detection, "detect_in_samples", recorded)
     grown = label_in_run([f"{TEXTS['hu']} 1", *old[::-1], f"{TEXTS['el']} 2"], expanded_languages=["el", "hu"])

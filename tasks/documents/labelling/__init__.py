@@ -1,0 +1,1 @@
+"""The parts of `languages`: its settings, labels of parts of the documents, models that users bring."""
