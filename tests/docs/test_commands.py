@@ -19,6 +19,7 @@ import eclectus.flows.run
 from eclectus.flows.cli.main import main
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import query
+from tests.support import fasttext_files
 from tests.support.history import RUNS, write_history
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +82,8 @@ def workspace(tmp_path, monkeypatch):
     (tmp_path / "my-task.yaml").write_text("task: my-task\ndataset_path: json\n")
     (tmp_path / "questions").mkdir()
     (tmp_path / "questions/arc_easy.jsonl").write_text("{}\n")
+    (tmp_path / "path/to").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "path/to/glotlid.bin").write_bytes(fasttext_files.written())
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ECLECTUS_HOME", str(tmp_path / "home"))
