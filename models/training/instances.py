@@ -48,7 +48,10 @@ class PartedRows:
     """
 
     def __init__(self, parts: list[np.ndarray]) -> None:
-        self.parts, self._begins, self._touched = parts, np.cumsum([0, *(len(part) for part in parts)]), 0
+        self._mapped = [mapped for part in parts if (mapped := getattr(part, "_mmap", None)) is not None]
+        # Indexing a plain array takes a third of the time of indexing a memory map.
+        self.parts = [part.view(np.ndarray) for part in parts]
+        self._begins, self._touched = np.cumsum([0, *(len(part) for part in parts)]), 0
         self.shape, self.dtype = (int(self._begins[-1]), parts[0].shape[1]), parts[0].dtype
 
     def __len__(self) -> int:
@@ -64,7 +67,7 @@ class PartedRows:
             rows = np.arange(*rows.indices(len(self)))
         out = np.empty((len(rows), self.shape[1]), self.dtype)
         numbers = np.searchsorted(self._begins, rows, side="right") - 1
-        for number in np.unique(numbers).tolist():
+        for number in set(numbers.tolist()):
             here = np.flatnonzero(numbers == number)
             out[here] = self.parts[number][rows[here] - self._begins[number]]
         self.touched(out.nbytes + PAGE_BYTES * len(rows))
@@ -75,9 +78,8 @@ class PartedRows:
         self._touched += count
         if self._touched > RESIDENT_BYTES:
             self._touched = 0
-            for part in self.parts:
-                if (mapped := getattr(part, "_mmap", None)) is not None:
-                    mapped.madvise(mmap.MADV_DONTNEED)
+            for mapped in self._mapped:
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class Instances:
@@ -113,23 +115,34 @@ class Instances:
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The instances with these numbers [B] int, in that order."""
+        rows = np.asarray(rows, np.int64)
         tokens = torch.from_numpy(self.tokens[rows].astype(np.int64))
-        documents, languages, domains = (np.full((len(rows), self.length), -1, np.int64) for _ in range(3))
-        for i, row in enumerate(rows):
-            spans = self._spans_with(row)
-            first, last = np.searchsorted(spans[:, 0], (row * self.length, (row + 1) * self.length))
-            for start, length, document, language, domain in spans[first:last]:
-                here = slice(start - row * self.length, start - row * self.length + length)
-                documents[i, here], languages[i, here], domains[i, here] = document, language, domain
-        labels = tokens.masked_fill(torch.from_numpy(documents < 0), IGNORED)
-        return Batch(tokens, labels, *(torch.from_numpy(array) for array in (languages, domains, documents)))
+        spans, place = self._spans_of(rows)
+        start, length = spans[:, 0] - (rows - np.arange(len(rows)))[place] * self.length, spans[:, 1]
+        inside = np.repeat(start - (np.cumsum(length) - length), length) + np.arange(length.sum())
+        columns = []
+        for column in (3, 4, 2):
+            values = np.full((len(rows), self.length), -1, np.int64)
+            values.reshape(-1)[inside] = np.repeat(spans[:, column], length)
+            columns.append(torch.from_numpy(values))
+        return Batch(tokens, tokens.masked_fill(columns[2] < 0, IGNORED), *columns)
 
-    def _spans_with(self, row: int) -> np.ndarray:
-        """Spans among which are all those of this instance."""
-        if not isinstance(self.spans, PartedRows):
-            return self.spans
-        self.spans.touched(SEARCHED_PAGES * PAGE_BYTES)
-        return self.spans.parts[int(np.searchsorted(self._part_ends, row, side="right"))]
+    def _spans_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(the spans of these instances, int64 [S, 5]; of each the position in `rows` of its instance, int64 [S])."""
+        parts = self.spans.parts if isinstance(self.spans, PartedRows) else [self.spans]
+        number = np.searchsorted(self._part_ends, rows, side="right") if len(parts) > 1 else np.zeros_like(rows)
+        found, places = [np.empty((0, 5), np.int64)], [np.empty(0, np.int64)]
+        for part in set(number.tolist()):
+            here = np.flatnonzero(number == part)
+            borders = np.concatenate([rows[here], rows[here] + 1]) * self.length
+            first, last = np.searchsorted(parts[part][:, 0], borders).reshape(2, -1)
+            counts = last - first
+            chosen = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+            found.append(parts[part][chosen])
+            places.append(np.repeat(here, counts))
+        if isinstance(self.spans, PartedRows):
+            self.spans.touched(len(rows) * SEARCHED_PAGES * PAGE_BYTES)
+        return np.concatenate(found), np.concatenate(places)
 
     def rows_of_step(self, step: int, size: int, seed: int) -> np.ndarray:
         """The instance numbers [size] of a training step: a pure function of its arguments, for exact resuming."""

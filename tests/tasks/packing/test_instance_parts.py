@@ -301,3 +301,19 @@ def test_workers_of_ray_give_the_same_bytes(world, in_parts, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         found.append(done.stdout.split())
     assert [ray for ray, _ in found] == ["False", "True"] and found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("part_bytes", [10**9, 9 * 2 * LENGTH])
+def test_a_batch_has_the_document_language_and_domain_of_every_token(world, monkeypatch, part_bytes):
+    monkeypatch.setattr(instance_plan, "PART_BYTES", part_bytes)
+    instances = Instances(packed(world, pack_remainder="pad").path)
+    expected = np.full((3, len(instances) * LENGTH), -1)
+    for start, length, *labels in np.asarray(instances.spans).tolist():
+        expected[:, start : start + length] = np.array(labels)[:, None]
+    expected = expected.reshape(3, len(instances), LENGTH)
+    for rows in (np.arange(len(instances)), np.array([5, 0, 5, len(instances) - 1]), np.empty(0, np.int64)):
+        batch = instances.batch(rows)
+        for found, wanted in zip((batch.documents, batch.languages, batch.domains), expected, strict=True):
+            assert (found.numpy() == wanted[rows]).all()
+        padding = expected[0][rows] < 0
+        assert (batch.labels.numpy() == np.where(padding, -100, batch.tokens.numpy())).all()
