@@ -43,15 +43,15 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.compiled import compiled
 from eclectus.tasks.disk_matrix import PartMatrix
 from eclectus.tasks.documents.held_out_share import Shares, choose
-from eclectus.tasks.documents.near_duplicates import FILE as NEAR_DUPLICATES
 from eclectus.tasks.documents.near_duplicates import read_pairs, write_near_duplicates
 from eclectus.tasks.documents.table import (
+    NEAR_DUPLICATES,
     codes_of,
     first_rows,
     ids_of,
     parts,
-    read_ids_at,
     read_part_table,
+    read_rows,
     relabel,
 )
 from eclectus.tasks.over_parts import Part, key_of, over_parts
@@ -131,7 +131,7 @@ def split(documents: Artifact, settings: SplitSettings, out: Draft) -> None:
             f"no document is left to train on: {len(choice)} documents, {int((choice == APART).sum())} of them "
             "excluded; add documents, or lower 'language_confidence'"
         )
-    relabel(documents, lambda begin, end: {"split": SPLITS.take(pa.array(choice[begin:end]))}, out)
+    relabel(documents, lambda _, begin, end: {"split": SPLITS.take(pa.array(choice[begin:end]))}, out)
     _write_copies(documents, copies, out)
     out.statistics = _statistics(corpus, pages, choice) | shares.statistics(choice == HELDOUT, settings) | compared
     out.statistics["copies_excluded"] = len(copies[0])
@@ -168,7 +168,7 @@ def _as_draws(words: np.ndarray) -> np.ndarray:
 def _write_copies(documents: Artifact, copies: tuple[np.ndarray, np.ndarray, np.ndarray], out: Draft) -> None:
     """The excluded copies: document, copy_of, overlap. copies: rows, ascending, those they copy, and overlaps."""
     rows, originals, overlaps = copies
-    ids = read_ids_at(documents, np.concatenate([rows, originals]))
+    ids = read_rows(documents, np.concatenate([rows, originals]), ["document"])["document"]
     columns = {"document": ids[: len(rows)], "copy_of": ids[len(rows) :], "overlap": overlaps}
     pq.write_table(pa.table(columns), out.file(COPIES), compression="zstd")
 

@@ -7,6 +7,7 @@ heldout, or apart: in neither). Row order is the order of ingestion.
 
     documents/part-*.parquet    all columns, as ingested
     labels/part-*.parquet       the columns in LABELS, row by row, as a later step set them; they override the former
+    near_duplicates.parquet     pairs of rows and their overlaps, from the split on (tasks/documents/near_duplicates)
 
 A step that only sets labels hard-links the document parts instead of writing the text again: 20 bytes per document.
 """
@@ -45,6 +46,7 @@ SCHEMA = pa.schema(
         ("split", pa.string()),
     ]
 )
+NEAR_DUPLICATES = "near_duplicates.parquet"
 LABELS = ("language", "language_confidence", "group", "split")
 
 Where = Sequence[tuple[str, str, Any]]
@@ -117,8 +119,8 @@ def first_rows(documents: Artifact) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-Labels = Callable[[int, int], dict[str, pa.Array | pa.ChunkedArray]]
-"""The new labels of the documents [begin, end): {column of LABELS: values}."""
+Labels = Callable[[Path, int, int], dict[str, pa.Array | pa.ChunkedArray]]
+"""The new labels of a part, the documents [begin, end): {column of LABELS: values}."""
 
 
 def relabel(documents: Artifact, labels: dict[str, pa.Array | pa.ChunkedArray] | Labels, out: Draft) -> None:
@@ -129,13 +131,18 @@ def relabel(documents: Artifact, labels: dict[str, pa.Array | pa.ChunkedArray] |
     for path in parts(documents):
         link_or_copy(path, out.file(f"documents/{path.name}"))
         end = begin + pq.read_metadata(path).num_rows
-        given = labels(begin, end) if callable(labels) else {n: labels[n].slice(begin, end - begin) for n in labels}
+        given = (
+            labels(path, begin, end) if callable(labels) else {n: labels[n].slice(begin, end - begin) for n in labels}
+        )
         unchanged = [name for name in LABELS if name not in given]
         table = read_part_table(path, unchanged) if unchanged else pa.table({})
         columns = [(given if name in given else table)[name].cast(schema.field(name).type) for name in LABELS]
         table = pa.table(columns, schema=schema).combine_chunks()
         pq.write_table(table, out.file(f"labels/{path.name}"), compression="zstd")
         begin = end
+    pairs = out.file(NEAR_DUPLICATES)
+    if documents.file(NEAR_DUPLICATES).is_file() and not pairs.exists():
+        link_or_copy(documents.file(NEAR_DUPLICATES), pairs)
     out.rows = begin
 
 
@@ -226,19 +233,19 @@ def codes_of(labels: pa.ChunkedArray, missing: str = "") -> tuple[np.ndarray, li
     return np.concatenate(codes), list(numbers)
 
 
-def read_ids_at(documents: Artifact, rows: np.ndarray) -> pa.ChunkedArray:
-    """Ids of these rows, int64 [n] in any order, repeats allowed; a part is read where it has one of them."""
+def read_rows(documents: Artifact, rows: np.ndarray, columns: list[str]) -> pa.Table:
+    """These rows, int64 [n] in any order, repeats allowed, without text; a part is read where it has one of them."""
     firsts = first_rows(documents)
     order = np.argsort(rows, kind="stable")
     ends = np.searchsorted(rows[order], firsts)
-    found = [pa.array([], pa.string())]
+    found = [pa.schema([SCHEMA.field(name) for name in columns]).empty_table()]
     for number, path in enumerate(parts(documents)):
         here = rows[order[ends[number] : ends[number + 1]]] - firsts[number]
         if len(here):
-            found += read_part_table(path, ["document"])["document"].take(pa.array(here)).chunks
+            found.append(read_part_table(path, columns).take(pa.array(here)))
     places = np.empty(len(order), np.int64)
     places[order] = np.arange(len(order))
-    return pa.chunked_array(found).combine_chunks().take(pa.array(places))
+    return pa.concat_tables(found).combine_chunks().take(pa.array(places))
 
 
 def read_ids(documents: Artifact) -> np.ndarray:
@@ -246,18 +253,23 @@ def read_ids(documents: Artifact) -> np.ndarray:
     return np.array(read_table(documents, ["document"])["document"].to_pylist(), dtype="S32")
 
 
-def read_part_table(path: Path, columns: list[str], dictionary: Sequence[str] = ()) -> pa.Table:
-    """These columns of one part of the documents, in order, without text. dictionary: columns to give as codes."""
+def read_part_table(path: Path, columns: list[str], dictionary: Sequence[str] = (), where: Where = ()) -> pa.Table:
+    """These columns of one part of the documents, in order, without text; `row` is the number within the part.
+
+    dictionary: columns to give as codes. where: which documents; all by default.
+    """
     with pq.ParquetFile(path, read_dictionary=[name for name in dictionary if name != "work"]) as file:
-        return _matching_rows(file, path, columns, (), dictionary).select(columns)
+        return _matching_rows(file, path, columns, where, dictionary).select(columns)
 
 
 def ids_of(column: pa.ChunkedArray) -> np.ndarray:
     """The documents' ids as 16 bytes each, S16 [n]: those of 32 hexadecimal digits as they are, others hashed."""
     ids = column.cast(pa.binary())
-    if not (pc.all(pc.match_substring_regex(column, "^[0-9a-f]{32}$")).as_py() or len(ids) == 0):
-        hashed = [hashlib.sha256(each or b"").digest()[:16] for each in ids.to_pylist()]
-        return np.frombuffer(b"".join(hashed), "S16")
+    usual = pc.fill_null(pc.match_substring_regex(column, "^[0-9a-f]{32}$"), False).combine_chunks()
+    if usual.false_count:
+        pairs = zip(ids.to_pylist(), usual.to_pylist(), strict=True)
+        made = [bytes.fromhex(each.decode()) if ok else hashlib.sha256(each or b"").digest()[:16] for each, ok in pairs]
+        return np.frombuffer(b"".join(made), "S16")
     chunks = [np.frombuffer(b"".join(chunk.to_pylist()), np.uint8) for chunk in ids.chunks]
     digits = np.concatenate([np.empty(0, np.uint8), *chunks])
     halves = np.where(digits > ord("9"), digits - (ord("a") - 10), digits - ord("0")).astype(np.uint8)

@@ -36,7 +36,7 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.history import Made
 from eclectus.tasks.documents.digest_set import positions_of
-from eclectus.tasks.documents.table import read_batches
+from eclectus.tasks.documents.table import ids_of, read_batches
 from eclectus.tasks.evaluation.ngrams import hash_grams, hash_words
 from eclectus.tasks.evaluation.passages import seen_share
 from eclectus.tasks.packing.instance_file import document_tables
@@ -45,6 +45,7 @@ from eclectus.tasks.settings import Settings
 from eclectus.tasks.step import step
 
 ROWS_AT_ONCE = 256
+IDS_AT_ONCE = 2**18
 
 ITEM_FIELDS = {
     "kind": pa.string(), "item": pa.string(), "words": pa.int64(), "overlap": pa.float64(), "seen": pa.bool_(),
@@ -111,9 +112,10 @@ def contamination(
     for row in _questions(benchmark):
         items.add("task", f"{row['task']}/{row['item']}", f"{row['question']} {row['target']}", row)
     searched = _search(_trained_texts(trained, ids), items)
-    _write(
-        items, sorted(ids & names), benchmark, {"trained_documents": len(ids), "compared_with": searched}, settings, out
-    )
+    known = sorted(names)
+    same = np.flatnonzero(positions_of(ids_of(pa.chunked_array([known], pa.string())), ids, ascending=True) >= 0)
+    counts = {"trained_documents": len(ids), "compared_with": searched}
+    _write(items, [known[number] for number in same.tolist()], benchmark, counts, settings, out)
 
 
 def trained_on(checkpoint: Artifact) -> tuple[list[Artifact], list[Artifact]]:
@@ -136,15 +138,17 @@ def packed_documents(made: dict[str, Made]) -> list[str]:
     return sorted(packed)
 
 
-def _trained(instances: list[Artifact]) -> set[str]:
-    """Ids of the documents in these instances. Raises EclectusError if there are none."""
+def _trained(instances: list[Artifact]) -> np.ndarray:
+    """Ids of the documents in these instances, S16, ascending. Raises EclectusError if there are none."""
     if not instances:
         raise EclectusError("the training data of this model is unknown: no instances are upstream of it")
-    ids: set[str] = set()
+    ids = [np.empty(0, "S16")]
     for each in instances:
         for path in document_tables(each):
-            ids.update(pq.read_table(path, columns=["document"])["document"].unique().to_pylist())
-    return ids
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(IDS_AT_ONCE, columns=["document"]):
+                    ids.append(np.unique(ids_of(pa.chunked_array([batch["document"].cast(pa.string())]))))
+    return np.unique(np.concatenate(ids))
 
 
 def _questions(benchmark: Artifact | None) -> Iterator[dict[str, Any]]:
@@ -189,17 +193,19 @@ class _Items:
         return np.array([len(grams) for grams in self._grams])
 
 
-def _trained_texts(sources: list[Artifact], trained: set[str]) -> Iterator[tuple[str, str]]:
-    """(id, text) of every trained document, once each; reports progress."""
+def _trained_texts(sources: list[Artifact], trained: np.ndarray) -> Iterator[tuple[str, str]]:
+    """(id, text) of every trained document, once each; reports progress. trained: ids, ascending."""
     report_progress = progress(len(trained), "comparing", "documents")
-    seen: set[str] = set()
+    wanted = np.ones(len(trained), bool)
     for source in sources:
         for batch in read_batches(source, ["document", "text"], rows=ROWS_AT_ONCE):
-            for document, text in zip(batch["document"].to_pylist(), batch["text"].to_pylist(), strict=True):
-                if document in trained and document not in seen:
-                    seen.add(document)
-                    yield document, text
-            report_progress(len(seen))
+            place = positions_of(ids_of(pa.chunked_array([batch["document"]])), trained, ascending=True)
+            here = np.flatnonzero((place >= 0) & wanted[place])
+            wanted[place[here]] = False
+            yield from zip(
+                *(batch[name].take(pa.array(here)).to_pylist() for name in ("document", "text")), strict=True
+            )
+            report_progress(int(len(wanted) - wanted.sum()))
 
 
 def _search(trained_texts: Iterable[tuple[str, str]], items: _Items) -> int:
@@ -208,12 +214,13 @@ def _search(trained_texts: Iterable[tuple[str, str]], items: _Items) -> int:
     hit = np.zeros(len(grams), bool)
     best = np.zeros(len(items.rows), np.int64)
     where: list[str | None] = [None] * len(items.rows)
-    compared: set[str] = set()
+    compared = 0
 
     def by_words() -> Iterator[str]:
         """Compares the words of every trained text, and passes the text on."""
+        nonlocal compared
         for document, text in trained_texts:
-            compared.add(document)
+            compared += 1
             words = hash_words(text)
             in_text = np.concatenate([grams[:0], *(hash_grams(words, length) for length in items.lengths)])
             at = np.flatnonzero(np.isin(grams, in_text[positions_of(in_text, grams, ascending=True) >= 0]))
@@ -230,7 +237,7 @@ def _search(trained_texts: Iterable[tuple[str, str]], items: _Items) -> int:
         count = items.counts[number]
         row |= {"overlap": float(found_of[number] / count) if count else None, "document": where[number]}
         row["passages"] = None if np.isnan(passages[number]) else float(passages[number])
-    return len(compared)
+    return compared
 
 
 def _write(

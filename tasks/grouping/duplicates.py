@@ -25,9 +25,9 @@ import pyarrow.parquet as pq
 
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.compiled import compiled
-from eclectus.tasks.documents.near_duplicates import FILE, LOWEST, read_pairs, threshold_of, write_near_duplicates
+from eclectus.tasks.documents.near_duplicates import LOWEST, read_pairs, threshold_of, write_near_duplicates
 from eclectus.tasks.documents.near_duplicates.overlaps import TextOverlaps
-from eclectus.tasks.documents.table import ids_of, parts, read_ids_at, read_part_table
+from eclectus.tasks.documents.table import NEAR_DUPLICATES, ids_of, parts, read_part_table, read_rows
 from eclectus.tasks.grouping.nearest import Matrix, similarities_of, unit
 
 SURVIVORS = 16
@@ -54,7 +54,7 @@ class Duplicates:
 
     def write(self, documents: Artifact, path: Path) -> None:
         """Writes a Parquet file: row, document, duplicate_of_row, duplicate_of, similarity, overlap."""
-        ids = read_ids_at(documents, np.concatenate([self.rows, self.originals]))
+        ids = read_rows(documents, np.concatenate([self.rows, self.originals]), ["document"])["document"]
         columns = {
             "row": self.rows,
             "document": ids[: len(self)],
@@ -85,9 +85,9 @@ def near_duplicates(
     overlap = max(overlap, LOWEST)
     comparison = _Comparison(documents, vectors, similarity, overlap, workers)
     with tempfile.TemporaryDirectory() as folder:
-        pairs = documents.file(FILE)
+        pairs = documents.file(NEAR_DUPLICATES)
         if threshold_of(pairs) > overlap:
-            pairs = Path(folder) / FILE
+            pairs = Path(folder) / NEAR_DUPLICATES
             write_near_duplicates(documents, _ranks(documents, train | heldout), overlap, pairs, workers)
         for one, other, measured in read_pairs(pairs):
             here = (measured >= overlap) & (train[one] | train[other])

@@ -30,7 +30,14 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.split import draws
-from eclectus.tasks.documents.table import DocumentsWriter, read_batches
+from eclectus.tasks.documents.table import (
+    ROWS_PER_GROUP,
+    SCHEMA,
+    DocumentsWriter,
+    codes_of,
+    parts,
+    read_part_table,
+)
 from eclectus.tasks.packing.budget import bytes_per_token
 from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
 from eclectus.tasks.run import describe, metric, notify, progress
@@ -99,18 +106,21 @@ def replay(
     """
     ratio = bytes_per_token(documents, load_tokenizer(tokenizer.path), settings) if tokenizer else {}
     strata: dict[tuple[str, str], int] = {}
-    draw, stratum, tokens = [], [], []
-    for batch in read_batches(documents, ["document", "language", "group", "split", "bytes"]):
-        draw.append(draws(batch["document"].to_pylist(), "replay", settings.seed))
-        columns = (batch[name].to_pylist() for name in ("group", "language", "split"))
-        stratum.append(np.array([_stratum(strata, *row) for row in zip(*columns, strict=True)], np.int16))
-        each = np.array([ratio.get(language, BYTES_PER_TOKEN) for language in batch["language"].to_pylist()])
-        tokens.append(batch["bytes"].fill_null(0).to_numpy() / each)
-    draw_N, tokens_N = (np.concatenate(each or [np.zeros(0)]) for each in (draw, tokens))
-    stratum_N = np.concatenate(stratum or [np.zeros(0, np.int16)])
+    draw, stratum, tokens = [np.zeros(0)], [np.zeros(0, np.int16)], [np.zeros(0)]
+    for path in parts(documents):
+        table = read_part_table(path, ["document", "language", "group", "split", "bytes"])
+        numbers, bytes_per = _strata(table, strata, ratio)
+        drawn = np.zeros(len(table))
+        here = np.flatnonzero(numbers >= 0)
+        drawn[here] = draws(table["document"].take(pa.array(here)).to_pylist(), "replay", settings.seed)
+        draw.append(drawn)
+        stratum.append(numbers)
+        tokens.append(table["bytes"].fill_null(0).to_numpy() / bytes_per)
+    draw_N, tokens_N, stratum_N = (np.concatenate(each) for each in (draw, tokens, stratum))
     if grouping is not None:
-        kept = pq.read_table(grouping.file("order.parquet"), columns=["row"])["row"].to_numpy()
-        stratum_N[~np.isin(np.arange(len(stratum_N)), kept)] = -1
+        kept = np.zeros(len(stratum_N), bool)
+        kept[pq.read_table(grouping.file("order.parquet"), columns=["row"])["row"].to_numpy()] = True
+        stratum_N[~kept] = -1
     rows = {}
     for (_, language), number in strata.items():
         here = np.flatnonzero(stratum_N == number)
@@ -232,19 +242,45 @@ def _summary(drawn: dict[str, Any]) -> str:
     return text
 
 
-def _stratum(strata: dict[tuple[str, str], int], group: str, language: str, split: str) -> int:
-    """The number of the (group, language), or -1 if the document may not be drawn."""
-    if split != "train" or group == "other":
-        return -1
-    return strata.setdefault((group, language), len(strata))
+def _strata(
+    table: pa.Table, strata: dict[tuple[str, str], int], ratio: dict[str, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each document of a part the number of its (group, language), int16 [n], -1 if it may not be drawn, and the
+    bytes per token of its language, float64 [n]. strata: gets the new ones in the order of the documents."""
+    (language, languages), (group, groups), (split, splits) = (
+        codes_of(table[name]) for name in ("language", "group", "split")
+    )
+    allowed = np.array([name == "train" for name in splits], bool)[split]
+    allowed &= np.array([name != "other" for name in groups], bool)[group]
+    here = np.flatnonzero(allowed)
+    pairs, first, inverse = np.unique(
+        group[here] * len(languages) + language[here], return_index=True, return_inverse=True
+    )
+    places = np.empty(len(pairs), np.int16)
+    for each in np.argsort(first).tolist():
+        of_group, of_language = divmod(int(pairs[each]), len(languages))
+        places[each] = strata.setdefault((groups[of_group], languages[of_language]), len(strata))
+    numbers = np.full(len(table), -1, np.int16)
+    numbers[here] = places[inverse]
+    return numbers, np.array([ratio.get(name, BYTES_PER_TOKEN) for name in languages])[language]
 
 
 def _write(documents: Artifact, chosen: np.ndarray, out: Draft) -> None:
+    """Writes the chosen documents; row groups without one are not read."""
     report_progress, row = progress(len(chosen), "drawing the review", "documents"), 0
+    others = [name for name in SCHEMA.names if name != "text"]
     with DocumentsWriter(out) as writer:
-        for batch in read_batches(documents):
-            kept = pa.table(batch.columns, batch.schema.names).filter(pa.array(chosen[row : row + len(batch)]))
-            row += len(batch)
-            if len(kept):
-                writer.write(kept)
-            report_progress(row)
+        for path in parts(documents):
+            table, first = read_part_table(path, others), row
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    begin, row = row, row + file.metadata.row_group(group).num_rows
+                    if chosen[begin:row].any():
+                        texts = file.read_row_group(group, columns=["text"])["text"]
+                        here = table.slice(begin - first, row - begin).append_column("text", texts)
+                        for part in range(0, len(here), ROWS_PER_GROUP):
+                            rows = here.slice(part, ROWS_PER_GROUP)
+                            kept = rows.filter(pa.array(chosen[begin + part : begin + part + len(rows)]))
+                            if len(kept):
+                                writer.write(kept)
+                    report_progress(row)

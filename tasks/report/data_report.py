@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
@@ -26,7 +25,7 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.language_codes import language_name, shortened
-from eclectus.tasks.documents.table import read_table
+from eclectus.tasks.documents.table import codes_of, parts, read_codes, read_part_table, read_rows
 from eclectus.tasks.documents.text_reader import TextReader
 from eclectus.tasks.report.cost_estimate import whole_cost
 from eclectus.tasks.report.formatting import count, in_words, size
@@ -117,9 +116,9 @@ def account(
     """
     copies = (divided or documents).statistics.get("copies_excluded", 0)
     statistics = ingested.statistics
-    splits = read_table(documents, ["split"])["split"]
-    split = {each["values"]: each["counts"] for each in pc.value_counts(splits).to_pylist()}
-    train = splits.to_numpy() == "train"
+    codes, names = read_codes(documents, "split")
+    split = dict(zip(names, np.bincount(codes, minlength=len(names)).tolist(), strict=True))
+    train = codes == (names.index("train") if "train" in names else -1)
     order = pq.read_table(grouping.file("order.parquet"), columns=["row"])["row"].to_numpy()
     near = pq.read_table(grouping.file("duplicates.parquet"), columns=["row"])["row"].to_numpy()
     accounts = {
@@ -156,13 +155,16 @@ def _accounts_table(accounts: dict[str, int]) -> Table:
 
 
 def _lengths_table(documents: Artifact) -> Table:
-    table = read_table(documents, ["language", "bytes", "group"], [("group", "!=", "other")])
-    languages, sizes = table["language"].to_numpy(), table["bytes"].to_numpy()
+    language, languages = read_codes(documents, "language")
+    group, groups = read_codes(documents, "group")
+    size_N = np.concatenate([read_part_table(path, ["bytes"])["bytes"].fill_null(0) for path in parts(documents)])
+    language[np.array([name in ("", "other") for name in groups] or [False])[group]] = -1
     rows = []
-    for language in sorted(set(languages.tolist())):
-        here = sizes[languages == language]
-        spread = np.quantile(here, QUANTILES, method="lower")
-        rows.append([Cell(language_name(language)), Cell(count(len(here))), *(Cell(size(each)) for each in spread)])
+    for number, name in enumerate(languages):
+        here = size_N[language == number]
+        if len(here):
+            spread = np.quantile(here, QUANTILES, method="lower")
+            rows.append([Cell(language_name(name)), Cell(count(len(here))), *(Cell(size(each)) for each in spread)])
     head = ["language", "documents", "shortest tenth", "median", "longest tenth", "longest"]
     return Table("Lengths", head, rows, note="Of documents in the chosen languages, held-out ones included.")
 
@@ -240,13 +242,17 @@ def _largest(grouping: Artifact) -> list[dict[str, Any]]:
 
 def _chains(documents: Artifact, grouping: Artifact, settings: DataReportSettings) -> dict[str, list[Excerpt]]:
     """The first documents of some chains, drawn with the seed, as evenly over partitions as possible."""
-    order = pq.read_table(grouping.file("order.parquet"))
+    order = pq.read_table(
+        grouping.file("order.parquet"),
+        columns=["row", "chain", "partition", "similarity"],
+        read_dictionary=["partition"],
+    )
     chain = order["chain"].to_numpy()
     if len(chain) == 0:
         return {}
     starts = np.flatnonzero(np.diff(chain, prepend=-1))
     starts = starts[np.diff(np.append(starts, len(chain))) > 1]
-    partitions = order["partition"].dictionary_encode().combine_chunks().indices.to_numpy()[starts]
+    partitions = codes_of(order["partition"])[0][starts]
     draw = np.random.default_rng([settings.seed, 4]).permutation(len(starts))
     # The turn of each chain is its rank among the drawn ones of its partition.
     by_partition = np.argsort(partitions[draw], kind="stable")
@@ -267,7 +273,9 @@ def _chains(documents: Artifact, grouping: Artifact, settings: DataReportSetting
 
 def _duplicates(documents: Artifact, grouping: Artifact) -> dict[str, list[Excerpt]]:
     """The near-duplicates that overlap least, which are the likeliest mistakes."""
-    table = pq.read_table(grouping.file("duplicates.parquet")).sort_by([("overlap", "ascending"), ("row", "ascending")])
+    columns = ["row", "duplicate_of_row", "similarity", "overlap"]
+    table = pq.read_table(grouping.file("duplicates.parquet"), columns=columns)
+    table = table.sort_by([("overlap", "ascending"), ("row", "ascending")])
     return {
         f"cosine {each['similarity']:.3f}, overlap {each['overlap']:.3f}": _excerpts(
             documents, np.array([each["duplicate_of_row"], each["row"]]), [None, None], ["kept: ", "dropped: "]
@@ -279,7 +287,7 @@ def _duplicates(documents: Artifact, grouping: Artifact) -> dict[str, list[Excer
 def _excerpts(
     documents: Artifact, rows: np.ndarray, similarities: list[float | None], prefixes: list[str] | None = None
 ) -> list[Excerpt]:
-    names = read_table(documents, ["document", "name", "domain"]).take(pa.array(rows)).to_pylist()
+    names = read_rows(documents, rows, ["document", "name", "domain"]).to_pylist()
     excerpts = []
     for number, (about, text) in enumerate(zip(names, TextReader(documents).read(rows), strict=True)):
         title = (prefixes[number] if prefixes else "") + ", ".join(

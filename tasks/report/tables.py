@@ -11,7 +11,7 @@ import numpy as np
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.lineage.history import History
 from eclectus.tasks.documents.language_codes import language_name, shortened
-from eclectus.tasks.documents.table import read_codes, read_table
+from eclectus.tasks.documents.table import parts, read_codes, read_part_table
 from eclectus.tasks.evaluation.changes import Change
 from eclectus.tasks.evaluation.costs import Cost, flops
 from eclectus.tasks.evaluation.held_out import OTHER_DOMAINS
@@ -258,16 +258,19 @@ def _documents_by_label(documents: Artifact) -> dict[tuple[str, str, str], list[
     codes, names = zip(*(read_codes(documents, each, missing) for each, missing in LABELS_SHOWN.items()), strict=True)
     split, splits = read_codes(documents, "split")
     held = split == (splits.index("heldout") if "heldout" in splits else -1)
-    size_N = read_table(documents, ["bytes"])["bytes"].fill_null(0).to_numpy()
-    kinds, kind = np.unique(np.stack(codes), axis=1, return_inverse=True)
-    kind, total = kind.ravel(), np.zeros((kinds.shape[1], 4), np.int64)
+    size_N = np.concatenate([read_part_table(path, ["bytes"])["bytes"].fill_null(0) for path in parts(documents)])
+    shape = tuple(max(len(each), 1) for each in names)
+    kinds, kind = np.unique(np.ravel_multi_index(codes, shape), return_inverse=True)
+    total = np.zeros((len(kinds), 4), np.int64)
     for column, chosen in ((0, ~held), (2, held)):
-        np.add.at(total[:, column], kind[chosen], 1)
+        total[:, column] = np.bincount(kind[chosen], minlength=len(kinds))
         np.add.at(total[:, column + 1], kind[chosen], size_N[chosen])
     largest = set(np.argsort(-(total[:, 0] + total[:, 2]), kind="stable")[:SHOWN_KINDS].tolist())
     sums: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
     for row, values in enumerate(total.tolist()):
-        group, language, domain = (each[code] for each, code in zip(names, kinds[:, row].tolist(), strict=True))
+        group, language, domain = (
+            each[code] for each, code in zip(names, np.unravel_index(kinds[row], shape), strict=True)
+        )
         shown = domain if row in largest else OTHER_DOMAINS
         sums[group, language, shown] = [a + b for a, b in zip(sums[group, language, shown], values, strict=True)]
     return sums

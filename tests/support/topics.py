@@ -4,9 +4,12 @@ import hashlib
 import json
 import shutil
 from collections import Counter
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from eclectus.tasks.documents.table import DocumentsWriter, read_table
 
@@ -119,3 +122,17 @@ def unit_vectors(count, dimension, seed=0, clusters=8):
 
 def read_json(path):
     return json.loads(path.read_text())
+
+
+def in_parts(store, documents, *ends):
+    """The same documents, in parts that end at these rows, with what else the artifact holds."""
+    with store.draft("documents") as out:
+        for kind in ("documents", "labels"):
+            paths = sorted(Path(documents.path).glob(f"{kind}/part-*.parquet"))
+            table = pa.concat_tables([pq.read_table(path) for path in paths]) if paths else None
+            for number, (begin, end) in enumerate(pairwise([0, *ends, len(table)]) if table else ()):
+                part = out.file(f"{kind}/part-{number:05d}.parquet")
+                pq.write_table(table.slice(begin, end - begin), part, row_group_size=64)
+        for path in Path(documents.path).glob("*.parquet"):
+            shutil.copy(path, out.file(path.name))
+        return store.commit(out)

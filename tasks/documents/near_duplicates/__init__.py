@@ -46,7 +46,6 @@ from eclectus.tasks.documents.table import first_rows, parts
 from eclectus.tasks.over_parts import Done, Part, find, forget, key_of, over_parts
 
 LOWEST = 0.5
-FILE = "near_duplicates.parquet"
 ROWS_AT_A_TIME = 2**18
 DOCUMENTS_PER_RANGE = 20_000_000
 DOCUMENTS_PER_CALL = 2_000_000

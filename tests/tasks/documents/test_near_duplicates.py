@@ -1,10 +1,9 @@
 import unicodedata
 from collections import defaultdict
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
 from eclectus.storage.artifact import ArtifactStore
@@ -15,9 +14,9 @@ from eclectus.tasks.documents.normalise import normalised
 from eclectus.tasks.documents.shingles import BINS, overlap, shingles
 from eclectus.tasks.documents.shingles import sketches as sketches_of
 from eclectus.tasks.documents.split import SplitSettings, split
-from eclectus.tasks.documents.table import parts, read_table
+from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.grouping.encoder import EmbedSettings, Encoder
-from tests.support.topics import make, write_documents
+from tests.support.topics import in_parts, make, write_documents
 
 # Passages of a few letters each, with accents that NFD takes apart: words are made of them.
 ALPHABETS = {
@@ -54,15 +53,9 @@ def pairs_of(documents, rank, threshold, workers=1):
     return {pair[:2]: pair[2] for block in read_pairs(path) for pair in zip(*(c.tolist() for c in block), strict=True)}
 
 
-def in_parts(store, texts, *ends):
+def texts_in_parts(store, texts, *ends):
     """Documents of these texts, in parts that end at these rows."""
-    whole = write_documents(store, [{"text": text} for text in texts])
-    table = pq.read_table(parts(whole)[0])
-    with store.draft("documents") as out:
-        for number, (begin, end) in enumerate(pairwise([0, *ends, len(texts)])):
-            part = table.slice(begin, end - begin)
-            pq.write_table(part, out.file(f"documents/part-{number:05d}.parquet"), row_group_size=64)
-        return store.commit(out)
+    return in_parts(store, write_documents(store, [{"text": text} for text in texts]), *ends)
 
 
 def corpus(kind, random):
@@ -126,7 +119,7 @@ def test_parts_bands_and_ranges_give_the_pairs_of_the_plain_description(tmp_path
     monkeypatch.setattr(module, "DOCUMENTS_PER_RANGE", len(texts) // 3)
     monkeypatch.setattr(module, "DOCUMENTS_PER_CALL", 20 * len(texts))
     monkeypatch.setattr(candidates, "COMPARED_AT_A_TIME", 50)
-    assert pairs_of(in_parts(store, texts, 50, 50, 77), rank, threshold) == expected
+    assert pairs_of(texts_in_parts(store, texts, 50, 50, 77), rank, threshold) == expected
     assert len(expected) > 20 or kind not in ("copies", "counters", "cluster")
 
 
@@ -146,7 +139,7 @@ def test_a_corpus_that_changed_reads_and_compares_what_is_new_and_finds_what_a_f
         "taken away": (texts[:120] + texts[130:], (100, 190)),
         "reordered": (texts[::-1], (90, 190)),
     }[change]
-    first = in_parts(home.store, texts, 100, 200)
+    first = texts_in_parts(home.store, texts, 100, 200)
     statistics = write_near_duplicates(first, np.arange(len(texts)), 0.7, tmp_path / "first.parquet", 1)
     with home.store.draft("documents") as out:
         out.file("documents/part-00000.parquet").write_bytes(b"")
@@ -156,7 +149,7 @@ def test_a_corpus_that_changed_reads_and_compares_what_is_new_and_finds_what_a_f
     for where, name, seen in ((sketches, "sketches", sketched), (overlaps, "shingle_sets", shingled)):
         make_them = getattr(where, name)
         monkeypatch.setattr(where, name, lambda given, seen=seen, make=make_them: (seen.extend(given), make(given))[1])
-    grown = in_parts(home.store, changed, *ends)
+    grown = texts_in_parts(home.store, changed, *ends)
     rank = np.array([texts.index(text) if text in texts else 1000 + i for i, text in enumerate(changed)])
     got = pairs_of(grown, rank, 0.7)
     if change != "reordered":
@@ -166,7 +159,7 @@ def test_a_corpus_that_changed_reads_and_compares_what_is_new_and_finds_what_a_f
     fresh = ArtifactStore(tmp_path / "fresh")
     monkeypatch.setattr(module, "earlier_comparison", lambda: None)
     monkeypatch.setattr(module, "RECORDED", "fresh")
-    assert got == pairs_of(in_parts(fresh, changed, *ends), rank, 0.7)
+    assert got == pairs_of(texts_in_parts(fresh, changed, *ends), rank, 0.7)
     assert len(got) > 100
 
 
@@ -175,7 +168,7 @@ def test_templates_cost_a_few_pairs_per_document(tmp_path):
     vocabulary = words_of(random, ALPHABETS["hu"], 1500)
     page = " ".join(vocabulary[random.integers(0, len(vocabulary), 60)])
     for size in (500, 4000):
-        documents = in_parts(ArtifactStore(tmp_path / str(size)), [f"{page} {i} of {i * 7}" for i in range(size)])
+        documents = texts_in_parts(ArtifactStore(tmp_path / str(size)), [f"{page} {i} of {i * 7}" for i in range(size)])
         pairs = pairs_of(documents, random.permutation(size), 0.7)
         assert size - 1 <= len(pairs) < 12 * size
 

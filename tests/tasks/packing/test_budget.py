@@ -4,9 +4,11 @@ from pydantic import ValidationError
 from eclectus.storage.artifact import ArtifactStore
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.split import SplitSettings, split
+from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.packing.budget import BudgetSettings, amounts, budget, limits_of
+from eclectus.tasks.packing.replay import ReplaySettings, replay
 from eclectus.tasks.packing.tokenizer import TokenizerSettings, tokenizer
-from tests.support.topics import make, numbered, splits, tally
+from tests.support.topics import in_parts, make, numbered, splits, tally
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +97,23 @@ def test_a_budget_of_hardly_anything_keeps_one_document(store, trained):
     )
     assert limited.statistics["languages"]["el"]["documents"] == 1
     assert tally(limited, "language", "split")["el", "train"] == 1
+
+
+def test_parts_change_neither_a_budget_nor_a_review_and_near_duplicates_stay_with_the_documents(store, trained):
+    documents, bpe = trained
+    parts = in_parts(store, documents, 130, 700)
+    budgets = BudgetSettings(language_budgets=["el=2k"], language_weights=["en=1", "tr=1"])
+    limited, of_parts = (
+        make(store, budget, documents=each, tokenizer=bpe, settings=budgets) for each in (documents, parts)
+    )
+    assert splits(limited) == splits(of_parts) and limited.statistics == of_parts.statistics
+    for each in (limited, of_parts):
+        assert (
+            each.file("near_duplicates.parquet").read_bytes() == documents.file("near_duplicates.parquet").read_bytes()
+        )
+    drawn = [
+        make(store, replay, documents=each, settings=ReplaySettings(review_expanded_documents=40), tokenizer=bpe)
+        for each in (limited, of_parts)
+    ]
+    one, other = (read_table(each).to_pylist() for each in drawn)
+    assert one == other and len(one) > 60 and drawn[0].statistics == drawn[1].statistics
