@@ -13,6 +13,7 @@ import numpy as np
 from eclectus.storage.artifact import Artifact
 
 RESIDENT_BYTES = 256 * 2**20
+AROUND = 16 * 4096
 
 
 def create_matrix(path: Path, dtype: Any, shape: tuple[int, int]) -> np.memmap:
@@ -65,11 +66,11 @@ class PartMatrix:
         for number in np.unique(part).tolist():
             here = np.flatnonzero(part == number)
             out[here] = self._parts[number][flat[here] - self.begins[number]]
-        self._give_back(out.nbytes)
+            # A row brings in its page, and the kernel up to 15 around it.
+            self._give_back(min(self._parts[number].nbytes, AROUND * len(here)))
         return out.reshape(*rows.shape, *self.shape[1:])
 
     def _give_back(self, touched: int) -> None:
-        # A row that is read brings in its whole page.
         self._touched += touched
         if self._touched < RESIDENT_BYTES:
             return

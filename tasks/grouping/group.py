@@ -11,11 +11,13 @@ order. Price: linear in the edges of the graph.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,23 +27,30 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.disk_matrix import PartMatrix, open_embeddings, open_matrix, usable_rows
+from eclectus.tasks.disk_matrix import PartMatrix, matrix_files, open_embeddings, open_ids, open_matrix
 from eclectus.tasks.documents.split import DuplicateSettings
-from eclectus.tasks.documents.table import read_codes, read_table
+from eclectus.tasks.documents.table import read_codes, read_ids, read_table
+from eclectus.tasks.grouping.cells.chains import Chained, chain_by_blocks
 from eclectus.tasks.grouping.duplicates import Duplicates, near_duplicates
 from eclectus.tasks.grouping.instance_layout import plan
 from eclectus.tasks.grouping.nearest import Matrix, exact_neighbors
 from eclectus.tasks.grouping.neighbors import largest, rows_by_label
 from eclectus.tasks.grouping.quality import draw, instance_quality, mean, order_quality, pair_similarities
+from eclectus.tasks.over_parts import key_of
 from eclectus.tasks.run import metric
-from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting
+from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting, WorkerSettings
 from eclectus.tasks.step import step
 
+TRAIN, HELD_OUT, APART = 0, 1, 2
+ROWS = 2**20
+"""Documents per row group of the order."""
+
+PLANNED, RUNS = 2**21, 64
 JOINED = 1000
 """Partitions whose first documents are compared with the last document of the order."""
 
 
-class GroupSettings(DuplicateSettings):
+class GroupSettings(DuplicateSettings, WorkerSettings):
     """How the order of the documents is found."""
 
     grouping: Literal["similarity", "random", "domain"] = Field(
@@ -61,7 +70,9 @@ class GroupSettings(DuplicateSettings):
         description="Assumed bytes of text per instance in the quality numbers of the grouping, which are computed "
         "before tokens are counted.",
     )
-    group_threads: int = RuntimeSetting(0, "Partitions chained at the same time; 0 takes all CPUs.", ge=0)
+    group_threads: int = RuntimeSetting(
+        0, "Partitions, or blocks of a large one, chained at the same time; 0 takes all CPUs.", ge=0
+    )
     seed: int = SEED
 
 
@@ -71,13 +82,13 @@ def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settin
     and quality.png. Rows of the artifact: documents in the order.
     """
     corpus = _Corpus.read(documents, embeddings, neighbors)
-    kept, dropped = corpus.split == "train", Duplicates.none()
+    kept, dropped = corpus.split == TRAIN, Duplicates.none()
     if settings.duplicate_drop:
         dropped = near_duplicates(
             documents,
             corpus.vectors,
             kept,
-            corpus.split == "heldout",
+            corpus.split == HELD_OUT,
             corpus.sizes,
             settings.duplicate_similarity,
             settings.duplicate_overlap,
@@ -86,20 +97,11 @@ def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settin
     kept[dropped.rows] = False
     partitions = _chain_partitions(corpus, kept, settings)
     order, restarts = _ordered(corpus, partitions, kept, settings)
-    numbers, samples = _quality(corpus, order, restarts, partitions, settings)
+    adjacent = pair_similarities(corpus.vectors, order[:-1], order[1:])
+    numbers, samples = _quality(corpus, order, restarts, adjacent, partitions, settings)
     numbers |= _planned_instances(corpus, order, settings)
     numbers |= _counts(corpus, order, restarts, dropped)
-    columns = {
-        "row": order,
-        "document": corpus.ids[order].astype(str),
-        "chain": np.cumsum(restarts) - 1,
-        "partition": np.array(corpus.names, object)[corpus.labels[order]] if corpus.names else np.empty(0, object),
-        "similarity": np.concatenate([[np.nan], pair_similarities(corpus.vectors, order[:-1], order[1:])])[
-            : len(order)
-        ],
-    }
-    types = [pa.int64(), pa.string(), pa.int64(), pa.string(), pa.float32()]
-    _write(out, "order.parquet", columns, types)
+    _write_order(out, corpus, order, restarts, adjacent)
     dropped.write(documents, out.file("duplicates.parquet"))
     draw(out.file("quality.png"), samples, numbers)
     out.rows = len(order)
@@ -122,9 +124,10 @@ def chain(neighbors: np.ndarray, similarities: np.ndarray) -> np.ndarray:
 
 @dataclass
 class _Corpus:
-    """The inputs of grouping, [N] each: ids, split, bytes, domain and partition numbers; vectors and lists on disk."""
+    """The inputs of grouping, [N] each: ids, split (TRAIN, HELD_OUT, APART), bytes, domain and partition numbers;
+    vectors and lists on disk. files: of the matrices, where partitions were searched by cells. key: of all inputs."""
 
-    ids: np.ndarray
+    ids: Matrix
     split: np.ndarray
     sizes: np.ndarray
     domains: np.ndarray
@@ -133,49 +136,59 @@ class _Corpus:
     vectors: PartMatrix
     neighbors: PartMatrix
     similarities: PartMatrix
+    isolated: int
+    files: dict[str, list[Path]]
+    key: str
 
     @classmethod
     def read(cls, documents: Artifact, embeddings: Artifact, neighbors: Artifact) -> _Corpus:
-        table = read_table(documents, ["document", "split", "bytes"])
+        split, names = read_codes(documents, "split", "train")
+        places = np.array([{"train": TRAIN, "heldout": HELD_OUT}.get(name, APART) for name in names], np.int8)
+        files = {name: matrix_files(neighbors, name) for name in ("neighbors", "similarities", "block", "cells")}
         corpus = cls(
-            ids=np.array(table["document"].to_pylist(), dtype="S32"),
-            split=table["split"].fill_null("train").to_numpy(zero_copy_only=False),
-            sizes=table["bytes"].fill_null(0).to_numpy(),
+            ids=open_ids(embeddings) if matrix_files(embeddings, "ids") else read_ids(documents),
+            split=places[split] if len(split) else np.empty(0, np.int8),
+            sizes=read_table(documents, ["bytes"])["bytes"].fill_null(0).to_numpy(),
             domains=read_codes(documents, "domain", "unknown")[0],
             labels=np.load(neighbors.file("partition.npy")),
             names=json.loads(neighbors.file("partitions.json").read_text()),
             vectors=open_embeddings(embeddings),
             neighbors=open_matrix(neighbors, "neighbors"),
             similarities=open_matrix(neighbors, "similarities"),
+            isolated=len(np.load(neighbors.file("isolated.npy"))),
+            files={"embeddings": matrix_files(embeddings, "embeddings"), **files},
+            key=key_of("group", documents.digest, embeddings.digest, neighbors.digest),
         )
         for name, rows in ((embeddings.name, len(corpus.vectors)), (neighbors.name, len(corpus.neighbors))):
-            if rows != len(corpus.ids):
+            if rows != len(corpus.sizes):
                 raise EclectusError(
-                    f"{name} has {rows} rows and {documents.name} {len(corpus.ids)}; make it from these documents"
+                    f"{name} has {rows} rows and {documents.name} {len(corpus.sizes)}; make it from these documents"
                 )
         return corpus
 
 
-@dataclass
-class _Chained:
-    """One partition: its rows in the order of its chains, where chains begin, and each row's best similarity."""
-
-    rows: np.ndarray
-    restarts: np.ndarray
-    best: np.ndarray
-
-
-def _chain_partitions(corpus: _Corpus, kept: np.ndarray, settings: GroupSettings) -> list[_Chained]:
-    local = np.full(len(corpus.ids), -1, np.int64)
+def _chain_partitions(corpus: _Corpus, kept: np.ndarray, settings: GroupSettings) -> list[Chained]:
+    """Each partition's chains: by blocks of cells where it was searched so, else all at once."""
     members = [rows[kept[rows]] for rows in rows_by_label(corpus.labels, len(corpus.names))]
+    block = PartMatrix(corpus.files["block"])[:] if corpus.files["block"] else np.full(len(kept), -1, np.int32)
+    local = np.full(len(kept), -1, np.int32)
     for rows in members:
         local[rows] = np.arange(len(rows))
+    whole = [number for number, rows in enumerate(members) if not (block[rows] >= 0).any()]
     with ThreadPoolExecutor(settings.group_threads or os.cpu_count() or 1) as pool:
-        return list(pool.map(lambda rows: _chain_partition(corpus, rows, local), members))
+        results = pool.map(lambda number: _chain_partition(corpus, members[number], local), whole)
+        chained = dict(zip(whole, results, strict=True))
+    digest = hashlib.sha256(np.packbits(kept).tobytes()).hexdigest()
+    for number in set(range(len(members))) - set(whole):
+        rows = members[number]
+        key = key_of("chains", corpus.key, corpus.names[number], digest)
+        workers = settings.group_threads or settings.curation_workers
+        chained[number] = chain_by_blocks(corpus.vectors, corpus.files, rows, block[rows], kept, key, workers)
+    return [chained[number] for number in range(len(members))]
 
 
-def _chain_partition(corpus: _Corpus, rows: np.ndarray, local: np.ndarray) -> _Chained:
-    """Chains the documents `rows`. local: int64 [N], their numbers within the partition, -1 if not in the order."""
+def _chain_partition(corpus: _Corpus, rows: np.ndarray, local: np.ndarray) -> Chained:
+    """Chains the documents `rows`. local: int32 [N], their numbers within the partition, -1 if not in the order."""
     from eclectus.tasks.grouping.chain import chain_with_restarts
 
     lists, similarities = np.asarray(corpus.neighbors[rows]), np.asarray(corpus.similarities[rows])
@@ -190,11 +203,11 @@ def _chain_partition(corpus: _Corpus, rows: np.ndarray, local: np.ndarray) -> _C
     similarities = np.where(near < 0, np.nan, similarities).astype(np.float32)
     order, restarts = chain_with_restarts(near, similarities)
     best = np.where(near < 0, -np.inf, similarities).max(axis=1, initial=-np.inf)
-    return _Chained(rows[order], restarts, np.where(np.isfinite(best), best, np.nan)[order])
+    return Chained(rows[order], restarts, np.where(np.isfinite(best), best, np.nan)[order])
 
 
 def _ordered(
-    corpus: _Corpus, partitions: list[_Chained], kept: np.ndarray, settings: GroupSettings
+    corpus: _Corpus, partitions: list[Chained], kept: np.ndarray, settings: GroupSettings
 ) -> tuple[np.ndarray, np.ndarray]:
     """The order of the kept rows, int64 [M], and where chains begin, bool [M]; a baseline has one chain per block."""
     if settings.grouping == "similarity":
@@ -210,7 +223,7 @@ def _ordered(
     return order, restarts
 
 
-def _joined(vectors: Matrix, partitions: list[_Chained]) -> list[_Chained]:
+def _joined(vectors: Matrix, partitions: list[Chained]) -> list[Chained]:
     """The partitions in order: after the first, always the one whose first document is most similar to the last.
 
     Of very many, the next JOINED that are left are compared.
@@ -228,7 +241,13 @@ def _joined(vectors: Matrix, partitions: list[_Chained]) -> list[_Chained]:
 
 
 def _planned_instances(corpus: _Corpus, order: np.ndarray, settings: GroupSettings) -> dict[str, float | None]:
-    """Similarity of the documents within the future instances, and across their borders after the shuffle."""
+    """Similarity of the documents within the future instances, and across their borders after the shuffle.
+
+    Of a large corpus PLANNED documents are looked at, in RUNS stretches of the order.
+    """
+    if len(order) > PLANNED:
+        starts = np.linspace(0, len(order) - PLANNED // RUNS, RUNS).astype(np.int64)
+        order = order[(starts[:, None] + np.arange(PLANNED // RUNS)).ravel()]
     spans = plan(corpus.sizes[order], settings.group_instance_bytes, True, settings.seed)
     return instance_quality(
         corpus.vectors, order[spans.position], spans.firsts, spans.size, corpus.domains, settings.seed
@@ -236,7 +255,12 @@ def _planned_instances(corpus: _Corpus, order: np.ndarray, settings: GroupSettin
 
 
 def _quality(
-    corpus: _Corpus, order: np.ndarray, restarts: np.ndarray, partitions: list[_Chained], settings: GroupSettings
+    corpus: _Corpus,
+    order: np.ndarray,
+    restarts: np.ndarray,
+    adjacent: np.ndarray,
+    partitions: list[Chained],
+    settings: GroupSettings,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     best = np.full(len(corpus.ids), np.nan, np.float32)
     for each in partitions:
@@ -246,15 +270,18 @@ def _quality(
         corpus.vectors, order, blocks, restarts, best[order], corpus.domains[order], settings.seed
     )
     if settings.grouping == "similarity":
+        labels = corpus.labels[order]
+        begins = np.flatnonzero(np.diff(labels, prepend=-1)).tolist()
+        inside = {int(labels[a]): adjacent[a : b - 1] for a, b in pairwise([*begins, len(order)])}
         described = [
             {
                 "partition": name,
                 "grouped": len(each.rows),
                 "chains": int(each.restarts.sum()),
-                "adjacent_similarity": mean(pair_similarities(corpus.vectors, each.rows[:-1], each.rows[1:])),
+                "adjacent_similarity": mean(inside.get(number, adjacent[:0])),
                 "best_neighbor_similarity": mean(each.best),
             }
-            for name, each in zip(corpus.names, partitions, strict=True)
+            for number, (name, each) in enumerate(zip(corpus.names, partitions, strict=True))
         ]
         numbers["partitions"] = largest(described, "grouped")
     return numbers, samples
@@ -262,17 +289,40 @@ def _quality(
 
 def _counts(corpus: _Corpus, order: np.ndarray, restarts: np.ndarray, dropped: Duplicates) -> dict[str, int]:
     return {
-        "documents": len(corpus.ids),
-        "heldout": int((corpus.split == "heldout").sum()),
-        "apart": int((~np.isin(corpus.split, ("train", "heldout"))).sum()),
-        "without_embedding": int((~usable_rows(corpus.vectors)).sum()),
+        "documents": len(corpus.sizes),
+        "heldout": int((corpus.split == HELD_OUT).sum()),
+        "apart": int((corpus.split == APART).sum()),
+        "without_embedding": corpus.isolated,
         "duplicates": len(dropped),
-        "duplicates_of_heldout": int((corpus.split[dropped.originals] == "heldout").sum()),
+        "duplicates_of_heldout": int((corpus.split[dropped.originals] == HELD_OUT).sum()),
         "grouped": len(order),
         "chains": int(restarts.sum()),
     }
 
 
-def _write(out: Draft, name: str, columns: dict[str, np.ndarray], types: list[pa.DataType]) -> None:
-    arrays = [pa.array(values, kind) for values, kind in zip(columns.values(), types, strict=True)]
-    pq.write_table(pa.table(arrays, names=list(columns)), out.file(name), compression="zstd")
+def _write_order(out: Draft, corpus: _Corpus, order: np.ndarray, restarts: np.ndarray, adjacent: np.ndarray) -> None:
+    """Writes order.parquet, row group by row group. adjacent: similarities of the documents to those before, [M -
+    1]."""
+    kinds = {
+        "row": pa.int64(),
+        "document": pa.string(),
+        "chain": pa.int64(),
+        "partition": pa.string(),
+        "similarity": pa.float32(),
+    }
+    names, chains = np.array(corpus.names, object), 0
+    with pq.ParquetWriter(out.file("order.parquet"), pa.schema(list(kinds.items())), compression="zstd") as writer:
+        for begin in range(0, max(1, len(order)), ROWS):
+            rows = order[begin : begin + ROWS]
+            chain = np.cumsum(restarts[begin : begin + ROWS]) + (chains - 1)
+            chains = int(chain[-1]) + 1 if len(chain) else 0
+            before = adjacent[max(0, begin - 1) : begin + len(rows) - 1]
+            columns = {
+                "row": rows,
+                "document": corpus.ids[rows].astype(str),
+                "chain": chain,
+                "partition": names[corpus.labels[rows]] if corpus.names else names[:0],
+                "similarity": before if begin else np.concatenate([[np.nan], before])[: len(rows)],
+            }
+            arrays = [pa.array(columns[name], kind) for name, kind in kinds.items()]
+            writer.write_table(pa.table(arrays, names=list(kinds)))

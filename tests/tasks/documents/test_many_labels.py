@@ -140,7 +140,7 @@ def test_partitions_of_language_and_domain_have_the_names_of_every_document(stor
 
 def test_of_very_many_partitions_the_next_ones_are_joined(monkeypatch):
     vectors = unit_vectors(60, 3)
-    chains = [grouping._Chained(np.array([row]), np.array([True]), np.array([1.0])) for row in range(60)]
+    chains = [grouping.Chained(np.array([row]), np.array([True]), np.array([1.0])) for row in range(60)]
 
     def joined(most):
         monkeypatch.setattr(grouping, "JOINED", most)

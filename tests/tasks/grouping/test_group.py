@@ -11,7 +11,7 @@ from eclectus.tasks.documents.shingles import overlap, shingles
 from eclectus.tasks.documents.split import SplitSettings, split
 from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.grouping.duplicates import near_duplicates
-from eclectus.tasks.grouping.group import GroupSettings, _Chained, _joined, group
+from eclectus.tasks.grouping.group import Chained, GroupSettings, _joined, group
 from eclectus.tasks.grouping.neighbors import NeighborSettings, neighbors
 from eclectus.tasks.grouping.quality import instance_quality
 from tests.support.topics import TOPICS, make, topical, unit_vectors, write_documents, write_embeddings
@@ -295,7 +295,7 @@ def test_partitions_are_joined_where_their_ends_are_most_alike():
     angles = np.radians([0, 10, 80, 90, 20, 30, 40, 70])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     chained = [
-        _Chained(np.array(rows), np.array([True, False]), np.zeros(2)) for rows in ([0, 1], [2, 3], [4, 5], [6, 7])
+        Chained(np.array(rows), np.array([True, False]), np.zeros(2)) for rows in ([0, 1], [2, 3], [4, 5], [6, 7])
     ]
     assert [each.rows.tolist() for each in _joined(vectors, chained)] == [[0, 1], [4, 5], [6, 7], [2, 3]]
 
