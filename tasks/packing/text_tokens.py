@@ -9,20 +9,34 @@ about tokenizers that quotes "</s>" must not end there, in training or in evalua
                    a piece like any other                                    the unknown token where there are none
 
 The token of unknown text stays what it is, unless it also ends or begins documents: then unknown text is dropped.
+
+A text of over a million characters is encoded in pieces, cut where the tokens around the cut are the same with and
+without it (byte-level tokenizers have such a place nearly everywhere; SentencePiece's, which begin every text with a
+space, have none and encode it whole).
 Price: what the tokenizer takes, and 2% for the check.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from array import array
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
+Ids = Sequence[int]
+
 # A character that no piece holds costs more than any number of pieces.
 MISSING = 1_000_000
+PIECE = 1_000_000
+"""Characters of a text that are encoded at once: the library takes 200 to 300 bytes of memory for each."""
+SEARCHED, AROUND = 20_000, 1_000
+# Where a piece may end: before the space between two words, after a line, after a sign.
+BORDERS = [re.compile(each) for each in (r"(?<=\w)(?= \w)", r"(?<=\S\n)(?=\S)", r"(?<=[^\w\s])(?=\w)")]
 
 
 class TextTokens:
@@ -45,7 +59,7 @@ class TextTokens:
     def __call__(self, texts: list[str]) -> list[list[int]]:
         """The token ids of each whole text, without special tokens. Runs on all cores (TOKENIZERS_PARALLELISM)."""
         every = self._encode(texts)
-        return [ids if self.control.isdisjoint(ids) else self._respell(ids) for ids in every]
+        return [[*ids] if self.control.isdisjoint(ids) else self._respell(ids) for ids in every]
 
     def flat(self, texts: list[str], kind: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same end to end: (ids, kind [sum of sizes]; sizes, int64 [n]; respelled, int64 [k, 3]).
@@ -67,16 +81,49 @@ class TextTokens:
         ids = np.fromiter(chain.from_iterable(every), kind, int(sizes.sum()))
         return ids, sizes, np.array(counts, np.int64)
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: list[str]) -> list[Ids]:
+        if all(len(text) <= PIECE for text in texts):
+            return self._encode_whole(texts)
+        every: list[Ids] = []
+        for text in texts:
+            ids = array("I")
+            for piece in self._pieces_of(text):
+                ids.extend(self._encode_whole([piece])[0])
+            every.append(ids)
+        return every
+
+    def _encode_whole(self, texts: list[str]) -> list[Ids]:
         if self._backend is None:
             given = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-            every: list[list[int]] = self._tokenizer(texts, **given)["input_ids"]
+            every: list[Ids] = self._tokenizer(texts, **given)["input_ids"]
             return every
         # Other users of this tokenizer may have set these.
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
         return [each.ids for each in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _pieces_of(self, text: str) -> Iterator[str]:
+        """The text in pieces of about PIECE characters, whose tokens are those of the text."""
+        begin, end = 0, PIECE
+        while end < len(text):
+            cut = self._cut_before(text, end)
+            if cut > begin:
+                yield text[begin:cut]
+                begin = cut
+            end += PIECE
+        yield text[begin:]
+
+    def _cut_before(self, text: str, end: int) -> int:
+        """A place where a cut changes no token, as the tokens around it show; 0 if none of some places is one."""
+        first = max(0, end - SEARCHED)
+        found = [[first + match.start() for match in border.finditer(text[first:end])] for border in BORDERS]
+        for place in chain(*(reversed(each[-8:]) for each in found), range(end - 1, end - 17, -1)):
+            left, right = text[max(0, place - AROUND) : place], text[place : place + AROUND]
+            whole, before, after = self._encode_whole([left + right, left, right])
+            if [*before, *after] == [*whole]:
+                return place
+        return 0
 
     @cached_property
     def _is_control(self) -> np.ndarray:
@@ -85,7 +132,7 @@ class TextTokens:
         table[list(self.control)] = True
         return table
 
-    def _respell(self, ids: list[int]) -> list[int]:
+    def _respell(self, ids: Ids) -> list[int]:
         result: list[int] = []
         for each in ids:
             if each not in self.control:

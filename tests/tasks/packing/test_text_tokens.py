@@ -1,5 +1,8 @@
 """Texts to token ids: whatever a text spells, in every kind of tokenizer, no control token comes out of it."""
 
+import random
+
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
@@ -204,3 +207,28 @@ def test_packing_and_evaluation_see_the_same_tokens_and_an_end_per_document(kind
     assert packed.statistics["control_tokens_in_texts"] == (0 if kind is special_bpe else 72)
     estimate = make(store, budget, documents=documents, tokenizer=saved, settings=BudgetSettings())
     assert estimate.statistics["languages"]["en"]["tokens"] == sum(map(len, held.tokens)) + ends
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(kind, tmp_path, monkeypatch):
+    generator = random.Random(0)
+    choices = [*PROSE.split(), "\n", "\n\n", "  ", "12345", "漢字漢字。", "naïve", "it's", "e\u0301"]
+    texts = [
+        " ".join(generator.choices(choices, k=2000)),
+        "".join(generator.choices("漢字an。", k=8000)),
+        "".join(generator.choices("acgt", k=8000)),
+        " " * 8000,
+        "an\n\n\n" * 2000,
+        "</s>" * 2000,
+        "short",
+    ]
+    words = kind(tmp_path)
+    whole = TextTokens(words)(texts)
+    monkeypatch.setattr("eclectus.tasks.packing.text_tokens.PIECE", 3000)
+    encode = TextTokens(words)
+    pieces = [len(list(encode._pieces_of(text))) for text in texts]
+    if kind in (special_bpe, word_level, word_piece):
+        assert pieces[0] > 3 and pieces[-1] == 1
+    assert encode(texts) == whole
+    ids, sizes, _ = TextTokens(words).flat(texts, np.uint32)
+    assert np.split(ids, np.cumsum(sizes)[:-1])[0].tolist() == whole[0] and sizes.tolist() == [*map(len, whole)]
