@@ -23,6 +23,8 @@ from eclectus.tasks.disk_matrix import PartMatrix, open_embeddings, usable_rows
 from eclectus.tasks.documents.table import first_rows, read_codes
 from eclectus.tasks.grouping.cells.lists import search_small, write_lists
 from eclectus.tasks.grouping.cells.partition import Corpus, Searched, search_partition
+from eclectus.tasks.grouping.cells.tree import TREE
+from eclectus.tasks.grouping.cells.update import Carried, update_partition
 from eclectus.tasks.grouping.nearest import Lists, NeighborSettings, Partition, search
 from eclectus.tasks.grouping.neighbor_update import MADE_OF, copy_lists, find_earlier, made_of, update
 from eclectus.tasks.over_parts import forget, link_or_copy
@@ -39,7 +41,7 @@ def neighbors(documents: Artifact, embeddings: Artifact, settings: NeighborSetti
 
     A corpus of one part has neighbors.npy and similarities.npy, a larger one neighbors/part-*.npy and so on, one per
     part of the documents. Where a partition was searched by cells, so are block int32 [N], of cells, and cells int32
-    [N, overlap]; -1 is none.
+    [N, overlap]; -1 is none; tree/NUMBER/ has the cells of that partition.
     """
     vectors, begins = open_embeddings(embeddings), first_rows(documents)
     names, labels = partition_labels(documents, settings.neighbors_partition)
@@ -115,24 +117,47 @@ def _search_in_parts(
 ) -> Found:
     corpus = Corpus.of(embeddings, begins, labels, settings)
     hashes = corpus.hashes()
-    small, by_cells, searched = [], [], []
+    earlier = find_earlier(embeddings, settings, names, labels)
+    carried = None
+    if earlier:
+        then = json.loads(earlier.artifact.file("partitions.json").read_text())
+        carried = Carried.of(corpus, earlier.artifact, then, earlier.to_new)
+    small, by_cells, searched, samples = [], [], [], {}
+    as_before = np.zeros(len(labels), bool)
     for name, rows in zip(names, rows_by_label(labels, len(names)), strict=True):
         usable = rows[hashes[rows] != 0]
+        described: dict[str, Any] = {"method": "exact", "recall": 1.0}
         if _by_cells(len(usable), settings):
-            by_cells.append(search_partition(corpus, name, usable, hashes[usable]))
+            updated = update_partition(corpus, name, usable, hashes[usable], carried) if carried else None
+            if updated:
+                as_before[usable] = True
+                samples[name] = updated[1]
+            by_cells.append(updated[0] if updated else search_partition(corpus, name, usable, hashes[usable]))
             described = {"method": "cells", **by_cells[-1].statistics}
-            _report_recall(name, described["recall"], by_cells[-1], settings)
+        elif carried and len(usable) and carried.kept[usable].all():
+            as_before[usable] = True
+            described["updated"] = 0
         else:
             small.append(Partition(name, usable))
-            described = {"method": "exact", "recall": 1.0}
         searched.append({"partition": name, "documents": len(rows), **described})
-    parts = write_lists(corpus, search_small(corpus, small), by_cells, len(labels))
+    shared = corpus.publish("lists that stay", "", {"as_before": as_before}) / "as_before.npy" if carried else None
+    folders = carried.folders if carried else None
+    parts = write_lists(corpus, search_small(corpus, small), by_cells, len(labels), folders, shared)
+    similarities = PartMatrix([part.file("similarities.npy") for part in parts])
+    for each in by_cells:
+        described = next(described for described in searched if described["partition"] == each.name)
+        if each.name in samples:
+            sample = samples[each.name]
+            described["recall"] = round(sample.recall(similarities[each.members.rows[sample.positions]]), 4)
+        _report_recall(each.name, described["recall"], each, settings)
+        for name in TREE:
+            link_or_copy(each.tree / f"{name}.npy", out.file(f"tree/{names.index(each.name)}/{name}.npy"))
     for name in ("neighbors", "similarities", *(("block", "cells") if by_cells else ())):
         for number, part in enumerate(parts):
             file = f"{name}.npy" if len(parts) == 1 else f"{name}/part-{number:05d}.npy"
             link_or_copy(part.file(f"{name}.npy"), out.file(file))
     forget(corpus.made)
-    return searched, np.flatnonzero(hashes == 0), None
+    return searched, np.flatnonzero(hashes == 0), earlier.artifact.name if earlier else None
 
 
 def _report_recall(name: str, recall: float, searched: Searched, settings: NeighborSettings) -> None:

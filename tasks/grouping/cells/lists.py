@@ -11,6 +11,7 @@ import numpy as np
 from eclectus.tasks.disk_matrix import PartMatrix, mapped
 from eclectus.tasks.grouping.cells import tree
 from eclectus.tasks.grouping.cells.partition import Corpus, Members, Searched, consecutive, lists_of
+from eclectus.tasks.grouping.cells.search import merge_lines
 from eclectus.tasks.grouping.nearest import Lists, NeighborSettings, Partition, search
 from eclectus.tasks.over_parts import Done
 
@@ -48,17 +49,23 @@ def write_part(
     wide: bool,
     exact: list[Path],
     by_cells: list[dict[str, Any]],
+    carried: Path | None,
+    as_before: Path | None,
 ) -> dict[str, Any]:
     """Writes neighbors.npy, similarities.npy, block.npy int32 and cells.npy int32 of rows begin to end - 1.
 
     wide: whether rows need 8 bytes. exact: folders of `search_exactly`. by_cells: of each partition that was searched
-    by cells its folders `members`, `merged`, `assigned` and `tree`, and `first_block`, what its blocks are counted
-    from.
+    by cells its folders `members`, `merged`, `assigned`, `tree` and `fresh`, and `first_block`, what its blocks are
+    counted from. carried: folder of these rows' earlier lists; as_before: bool [N] in a file, whose are valid.
     """
     k, overlap = settings.neighbors_k, max([1, *(each["overlap"] for each in by_cells)])
     rows = np.full((end - begin, k), -1, np.int64 if wide else np.int32)
     similarities = np.full((end - begin, k), np.nan, np.float32)
     block, cells = np.full(end - begin, -1, np.int32), np.full((end - begin, overlap), -1, np.int32)
+    if carried and as_before:
+        lines = np.flatnonzero(mapped(as_before)[begin:end])
+        rows[lines], cosines = mapped(carried / "near.npy")[lines], mapped(carried / "cosine.npy")[lines]
+        similarities[lines] = np.where(rows[lines] < 0, np.nan, cosines)
     for folder in exact:
         row = mapped(folder / "row.npy")
         first, last = np.searchsorted(row, (begin, end))
@@ -73,8 +80,14 @@ def write_part(
             positions = np.arange(start, min(start + tree.BATCH, last))
             found, cosines = lists_of(members, each["merged"], positions, k)
             lines = members.rows[positions] - begin
-            rows[lines] = np.where(found < 0, -1, members.rows[np.maximum(found, 0)])
-            similarities[lines] = cosines
+            found = np.where(found < 0, -1, members.rows[np.maximum(found, 0)]).astype(rows.dtype)
+            if each["fresh"]:
+                # The others keep their lists, into which these are merged.
+                old = ~np.load(each["fresh"] / "fresh.npy", mmap_mode="r")[members.own[positions]]
+                near, before = rows[lines[old]], np.nan_to_num(similarities[lines[old]], nan=-np.inf)
+                merge_lines(near, before, np.arange(len(near)), found[old], np.nan_to_num(cosines[old], nan=-np.inf))
+                found[old], cosines[old] = near, np.where(near < 0, np.nan, before)
+            rows[lines], similarities[lines] = found, cosines
             own = assigned[members.own[positions]]
             cells[lines, : own.shape[1]] = own
             block[lines] = block_of[own[:, 0]] + each["first_block"]
@@ -83,11 +96,19 @@ def write_part(
     return {}
 
 
-def write_lists(corpus: Corpus, exact: list[Done], by_cells: list[Searched], rows: int) -> list[Done]:
-    """The lists of every part of the documents."""
+def write_lists(
+    corpus: Corpus,
+    exact: list[Done],
+    by_cells: list[Searched],
+    rows: int,
+    carried: list[Path] | None = None,
+    as_before: Path | None = None,
+) -> list[Done]:
+    """The lists of every part of the documents. carried, as_before: as of `write_part`, of each part."""
     described, blocks = [], 0
     for each in by_cells:
         folders = {"members": each.members.folder, "tree": each.tree, "merged": each.merged, "assigned": each.assigned}
+        folders["fresh"] = each.fresh
         described.append({**folders, "overlap": each.overlap, "first_block": blocks})
         blocks += each.blocks
     calls = [
@@ -99,10 +120,12 @@ def write_lists(corpus: Corpus, exact: list[Done], by_cells: list[Searched], row
                 "wide": rows >= 2**31,
                 "exact": [each.folder for each in exact],
                 "by_cells": described,
+                "carried": carried[number] if carried else None,
+                "as_before": as_before,
             },
             end - begin,
         )
-        for begin, end in pairwise(corpus.begins.tolist())
+        for number, (begin, end) in enumerate(pairwise(corpus.begins.tolist()))
     ]
     return corpus.over(write_part, "lists", "", calls)
 

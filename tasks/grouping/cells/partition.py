@@ -167,7 +167,10 @@ class Members:
 
 @dataclass(frozen=True)
 class Searched:
-    """A partition that was searched: folders of its tree, of its documents' cells by part, and of its lists by part."""
+    """A partition that was searched: folders of its tree, of its documents' cells by part, and of its lists by part.
+
+    fresh: folder that says which representatives have lists, where earlier lists were updated.
+    """
 
     name: str
     members: Members
@@ -177,6 +180,7 @@ class Searched:
     overlap: int
     blocks: int
     statistics: dict[str, Any] = field(default_factory=dict)
+    fresh: Path | None = None
 
 
 def search_partition(corpus: Corpus, name: str, rows: np.ndarray, hashes: np.ndarray) -> Searched:
@@ -192,7 +196,9 @@ def search_partition(corpus: Corpus, name: str, rows: np.ndarray, hashes: np.nda
     ]
     assigned = [each.folder for each in corpus.over(tree.assign_cells, "cells", name, calls)]
     merged, largest = search_blocks(corpus, name, members, assigned, bounds)
-    recall = sample.recall(members, merged, corpus.settings.neighbors_k)
+    half = (len(sample.positions) + 1) // 2 if len(sample.positions) > 1 else 0
+    found = lists_of(members, merged, sample.positions[half:], corpus.settings.neighbors_k)[1]
+    recall = sample.recall(found, half)
     statistics = {
         "recall": round(recall, 4),
         "cells": int(bounds[-1][1]),
@@ -325,14 +331,12 @@ class Sample:
         enough = np.flatnonzero(shares >= corpus.settings.neighbors_recall_target)
         return int(enough[0]) + 1 if len(enough) else tree.MOST_OVERLAP
 
-    def recall(self, members: Members, merged: list[Path], k: int) -> float:
-        """Share of the neighbours in the second half's lists that are as near as the exact ones: of documents that are
-        equally near, any will do."""
-        half = slice((len(self.positions) + 1) // 2 if len(self.positions) > 1 else 0, None)
-        positions, exact = self.positions[half], self.exact[half]
-        found = lists_of(members, merged, positions, k)[1]
-        last = np.where(exact < 0, np.inf, self.cosines[half]).min(axis=1, initial=np.inf)
-        hits = np.nan_to_num(found, nan=-np.inf) >= last[:, None] - ROUNDING
+    def recall(self, similarities: np.ndarray, begin: int = 0) -> float:
+        """Share of the neighbours listed that are as near as the exact ones: of documents that are equally near, any
+        will do. similarities: float32 [Q - begin, k], of the lists of the documents from `begin` on."""
+        exact = self.exact[begin:]
+        last = np.where(exact < 0, np.inf, self.cosines[begin:]).min(axis=1, initial=np.inf)
+        hits = np.nan_to_num(similarities, nan=-np.inf) >= last[:, None] - ROUNDING
         return float(hits.sum() / max(1, int((exact >= 0).sum())))
 
 

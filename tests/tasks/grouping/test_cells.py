@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from eclectus.tasks.disk_matrix import open_matrix
+from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.grouping.cells import search as module
 from eclectus.tasks.grouping.cells.partition import consecutive, representatives
 from eclectus.tasks.grouping.cells.search import cells_of, merge_lines, search_block, within_by_torch
@@ -208,3 +209,82 @@ def test_equal_hashes_of_other_vectors_are_no_copies():
 def test_consecutive_items_are_taken_together_up_to_a_limit():
     assert consecutive(np.array([3, 3, 9, 1, 1, 1]), 6) == [(0, 2), (2, 3), (3, 6)]
     assert consecutive(np.array([0]), 6) == [(0, 1)]
+
+
+def grown(store, rows, vectors, parts=2, **settings):
+    """Neighbours of these documents with these vectors, in the run under way; `embedding_key` marks one model."""
+    documents = write_documents(store, rows, parts)
+    ids = read_table(documents, ["document"])["document"].to_pylist()
+    ask = {"curation_workers": 1, "neighbors_k": 10, "neighbors_exact_below": 200, **settings}
+    embeddings = write_embeddings(store, vectors, ids, "one model")
+    return neighbors(documents=documents, embeddings=embeddings, settings=NeighborSettings(**ask))
+
+
+def described(artifact, name="en"):
+    return next(each for each in artifact.statistics["partitions"] if each["partition"] == name)
+
+
+@pytest.mark.parametrize("how", ["appended", "anywhere", "with copies"])
+def test_lists_of_a_grown_corpus_are_updated_and_as_good(run, how):
+    rows, vectors = topical({"en/sea": 2900, "el/sea": 90}, words=3), unit_vectors(2990, 16, clusters=200)
+    before = np.arange(2950)
+    if how == "anywhere":
+        before = np.sort(np.random.default_rng(0).permutation(2990)[:2950])
+    if how == "with copies":
+        vectors[2960:2980], vectors[100:104] = vectors[7], vectors[9]
+        vectors[2985] = vectors[9]
+    first = grown(run.home.store, [rows[i] for i in before], vectors[before])
+    second = grown(run.home.store, rows, vectors, 3)
+    check(second, vectors)
+    assert second.statistics["updated_from"] == first.name
+    assert 0 < described(second)["updated"] <= 60 and described(second)["recall"] > 0.97
+    fresh = grown(run.home.store, rows, vectors, 3, neighbors_growth=0)
+    english = np.load(second.file("partition.npy")) == 1
+    ours, theirs = (recall_within(each, vectors, english) for each in (second, fresh))
+    assert ours > theirs - 0.01
+    greek = np.flatnonzero(~english)
+    assert np.array_equal(lists(second)[0][greek], lists(fresh)[0][greek])
+    if how == "with copies":
+        assert english[[7, 9, 102, 2960, 2961, 2962, 2985]].all()
+        assert lists(second)[0][2960].tolist()[:3] == [7, 2961, 2962] and 2985 in lists(second)[0][102]
+
+
+def recall_within(artifact, vectors, here):
+    products = vectors[here] @ vectors[here].T
+    np.fill_diagonal(products, -np.inf)
+    last = -np.sort(-products, axis=1)[:, 9:10]
+    return float((lists(artifact)[1][here] >= last - 1e-5).mean())
+
+
+def test_documents_whose_neighbours_were_removed_are_searched_again_in_their_cells(run):
+    rows, vectors = topical({"en/sea": 3000}, words=3), unit_vectors(3000, 16, clusters=200)
+    grown(run.home.store, rows, vectors)
+    left = np.delete(np.arange(3000), [5, 100, 2000])
+    second = grown(run.home.store, [rows[i] for i in left], vectors[left])
+    check(second, vectors[left])
+    assert 0 < described(second)["updated"] < 100
+    assert recall(second, vectors[left]) > 0.97
+    again = grown(run.home.store, rows, vectors, neighbors_growth=0.2)
+    assert "updated" not in described(again)
+
+
+def test_a_partition_that_grew_much_is_searched_again_and_one_without_news_is_kept(run):
+    rows, vectors = topical({"en/sea": 2000}, words=3), unit_vectors(2100, 16, clusters=200)
+    rows += topical({"el/sea": 100}, words=3)
+    some = np.concatenate([np.arange(1000), np.arange(2000, 2100)])
+    grown(run.home.store, [rows[i] for i in some], vectors[some])
+    second = grown(run.home.store, rows, vectors)
+    assert "updated" not in described(second) and described(second, "el")["updated"] == 0
+    fresh = grown(run.home.store, rows, vectors, neighbors_growth=0)
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(lists(second), lists(fresh), strict=True))
+    third = grown(run.home.store, rows, vectors, neighbors_growth=0.05)
+    assert third.statistics["updated_from"] is None
+
+
+@pytest.mark.usefixtures("run")
+def test_an_update_of_an_update_keeps_its_recall(run):
+    rows, vectors = topical({"en/sea": 3000}, words=3), unit_vectors(3000, 16, clusters=200)
+    for count in (2850, 2900, 2950, 3000):
+        artifact = grown(run.home.store, rows[:count], vectors[:count])
+    check(artifact, vectors)
+    assert described(artifact)["updated"] >= 50 and recall(artifact, vectors) > 0.96
