@@ -69,6 +69,8 @@ def ingest(settings: IngestSettings, out: Draft) -> None:
         raise EclectusError(_nothing_kept(settings, found, out))
     out.rows = written.documents
     out.statistics = _statistics(found, read, written)
+    if settings.documents_limit and (expected := _expected(found, read, written)):
+        out.statistics["expected_documents"] = expected
     if ignored := out.statistics["labels_ignored"]:
         notify("labels", _labels_ignored(ignored))
     for name in ("documents", "rejected", "duplicates", "bytes"):
@@ -95,6 +97,22 @@ def _statistics(found: Found, read: list[Read], written: Written) -> dict[str, A
         "domains": dict(written.domains.most_common(MOST_DOMAINS)),
         "lengths": histogram(written.lengths),
     }
+
+
+def _expected(found: Found, read: list[Read], written: Written) -> int | None:
+    """How many documents all sources would give, from the share of their bytes that was taken.
+
+    None if all was, and for data sets, of which no size is known.
+    """
+    size, taken = Counter[int](), dict[int, float]()
+    for source in found.sources:
+        size[source.origin] += source.size
+        taken[source.origin] = 0.0
+    for each in read:
+        taken[each.batch.origin] += each.bytes
+    if any(source.kind == "dataset" for source in found.sources) or all(taken[i] >= size[i] for i in size):
+        return None
+    return round(sum(kept * max(1, size[i] / taken[i]) for i, kept in written.of_entry.items() if taken[i]))
 
 
 def read_rejected(documents: Artifact) -> pa.Table:

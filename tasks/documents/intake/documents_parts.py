@@ -1,9 +1,9 @@
 """Documents parts from pieces of candidates, without those that are exact duplicates.
 
 Pieces that follow each other are one part until it holds `part_bytes` of text. A part that is half full may end after
-a piece whose digest says so, so that documents that come in between, or go, change the parts around them and no others;
-documents that fit one part together are one. A part whose pieces and duplicates are those of an earlier run is found
-again. Price: 8 CPU seconds per million documents of 450 characters.
+a piece whose last id says so, so that documents that come in between, or go, change the parts around them and no
+others; documents that fit one part together are one. A part whose pieces and duplicates are those of an earlier run is
+found again. Price: 8 CPU seconds per million documents of 450 characters.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ MOST_COUNTED = 10_000
 """Domains of a part that are counted; of more, the most frequent ones."""
 
 
-def assembled(keys: Sequence[str], sizes: Sequence[int], part_bytes: int) -> list[range]:
-    """Which pieces are a part together. keys: hex digests of the pieces. sizes: bytes of their documents' texts."""
+def assembled(last: Sequence[str], sizes: Sequence[int], part_bytes: int) -> list[range]:
+    """Which pieces are a part together. last: id of the last candidate of each. sizes: bytes of their documents."""
     if sum(sizes) <= part_bytes:
         return [range(len(sizes))] if any(sizes) else []
     parts, begin, held = list[range](), 0, 0
-    for number, (key, size) in enumerate(zip(keys, sizes, strict=True)):
+    for number, (key, size) in enumerate(zip(last, sizes, strict=True)):
         if held and held + size > part_bytes:
             parts.append(range(begin, number))
             begin, held = number, 0

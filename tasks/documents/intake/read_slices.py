@@ -64,20 +64,25 @@ def read_slices(
 ) -> dict[str, Any]:  # fmt: skip
     """Reads each slice of its source, [n] of both, as dictionaries; at most `most` records, all if that is 0.
 
-    Returns the pieces' rows and bytes, and `changed`: the sources that held something else than their slices' digests.
+    Returns the pieces' rows, bytes and last ids, and `changed`: the sources that held something else than their slices'
+    digests; `shares`: how much of each slice was taken.
     """
     read_with = Fields(**fields)
-    changed, position = [], Position()
+    changed, shares, position = list[str](), list[float](), Position()
     with _Intake(read_with, out, piece_bytes) as intake:
         for number, (source, part) in enumerate(zip(map(_source, sources), map(_slice, slices), strict=True)):
+            if most and intake.records >= most:
+                shares.append(0.0)
+                continue
             position = Position()
             columns, longest = read_with.columns, read_with.maximum_characters
             records = read_records(source, read_with.text_field, columns, longest, position, part)
             with contextlib.closing(records):
                 for line, record in records:
+                    intake.take(source, number, line, record)
                     if most and intake.records >= most:
                         break
-                    intake.take(source, number, line, record)
+            shares.append(position.share if most else 1.0)
             if not is_same(position.digest, part.digest):
                 changed.append(source.name)
     return {
@@ -85,6 +90,7 @@ def read_slices(
         "records": intake.records,
         "lines": position.lines,
         "goes_on": position.goes_on,
+        "shares": shares,
         "changed": changed,
         "rejected": intake.rejected.count,
         "reasons": list(intake.reasons.items()),
@@ -127,7 +133,7 @@ class _Intake:
         self.reasons: Counter[str] = Counter()
 
     @property
-    def pieces(self) -> list[dict[str, int]]:
+    def pieces(self) -> list[dict[str, Any]]:
         return self._pieces.pieces
 
     def take(self, source: Source, number: int, line: int | None, record: Record | Fault) -> None:
@@ -233,7 +239,7 @@ class _Intake:
 
 
 class _PieceWriter:
-    """Writes candidates into pieces of about `piece_bytes` of text; `pieces`: rows and bytes of each."""
+    """Writes candidates into pieces of about `piece_bytes` of text; `pieces`: rows, bytes and last id of each."""
 
     def __init__(self, out: Path, piece_bytes: int) -> None:
         self._out = out
@@ -243,14 +249,14 @@ class _PieceWriter:
         self._places: list[np.ndarray] = []
         self._same: list[bytes] = []
         self._ids: list[bytes] = []
-        self.pieces: list[dict[str, int]] = []
+        self.pieces: list[dict[str, Any]] = []
 
     def write(self, table: pa.Table, places: np.ndarray, same: bytes, ids: bytes) -> None:
         """same, ids: 16 bytes of each row, one after another."""
         if self._writer is None or self._weight >= self._most:
             self.close()
             self._weight = 0
-            self.pieces.append({"rows": 0, "bytes": 0})
+            self.pieces.append({"rows": 0, "bytes": 0, "last": ""})
             path = self._out / f"piece-{len(self.pieces) - 1:05d}.parquet"
             self._writer = pq.ParquetWriter(path, SCHEMA, compression="zstd")
         self._writer.write_table(as_rows(table), row_group_size=ROWS_PER_GROUP)
@@ -259,6 +265,7 @@ class _PieceWriter:
         self._ids.append(ids)
         self._weight += int(places[:, 2].sum())
         self.pieces[-1]["rows"] += len(table)
+        self.pieces[-1]["last"] = ids[-16:].hex()
         self.pieces[-1]["bytes"] += sum(table["bytes"].to_pylist())
 
     def close(self) -> None:

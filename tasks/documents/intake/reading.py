@@ -21,7 +21,7 @@ from eclectus.tasks.documents.sources import parse_dataset
 from eclectus.tasks.over_parts import Done, Part, forget, key_of, over_parts
 from eclectus.tasks.ray_cluster import workers_see_files
 
-READING_VERSION = f"read slices 1, {normalise.VERSION}"
+READING_VERSION = f"read slices 2, {normalise.VERSION}"
 SECONDS_PER_BYTE = 7e-8
 
 
@@ -37,6 +37,13 @@ class Read:
     @property
     def about(self) -> dict[str, Any]:
         return self.done.about
+
+    @property
+    def bytes(self) -> float:
+        """How much of the sources was taken, in bytes."""
+        reads, shares = self.batch.reads, self.about["shares"]
+        sizes = [self.batch.size] if len(reads) == 1 else [source.size for source, _ in reads]
+        return sum(share * size for share, size in zip(shares, sizes, strict=True))
 
     def first_ignored(self, what: str, name: str, line: int | None) -> str:
         where = f"{name}, line {line + self.lines_before}" if line else name

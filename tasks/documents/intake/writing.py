@@ -26,24 +26,27 @@ SECONDS_PER_DOCUMENT = 8e-6
 
 @dataclass
 class Written:
-    """What became documents. domains, lengths: documents by domain, and by the bit length of their size in bytes."""
+    """What became documents. domains, lengths: documents by domain, and by the bit length of their size in bytes;
+    of_entry: by the index of the entry of `sources`."""
 
     documents: int = 0
     duplicates: int = 0
     bytes: int = 0
     domains: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
+    of_entry: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Candidates of one call. begin: the number of the first one among all. bytes: of their texts."""
+    """Candidates of one call. begin: the number of the first one among all. bytes: of their texts. last: last id."""
 
     read: Read
     number: int
     begin: int
     rows: int
     bytes: int
+    last: str
 
     def file(self, name: str, suffix: str) -> Path:
         return self.read.done.file(f"{name}-{self.number:05d}.{suffix}")
@@ -60,6 +63,8 @@ def write_documents(read: Sequence[Read], settings: IngestSettings, out: Draft) 
     rows = [dropped[places[i] : places[i + 1]] - each.begin for i, each in enumerate(pieces)]
     _write_duplicates(pieces, rows, [firsts[places[i] : places[i + 1]] for i in range(len(pieces))], out)
     written = Written(duplicates=len(dropped))
+    for piece, gone in zip(pieces, rows, strict=True):
+        written.of_entry[piece.read.batch.origin] += piece.rows - len(gone)
     _write_parts(pieces, rows, settings, out, written)
     return written
 
@@ -68,7 +73,7 @@ def _pieces(read: Sequence[Read]) -> list[_Piece]:
     pieces, begin = list[_Piece](), 0
     for each in read:
         for number, piece in enumerate(each.about["pieces"]):
-            pieces.append(_Piece(each, number, begin, piece["rows"], piece["bytes"]))
+            pieces.append(_Piece(each, number, begin, piece["rows"], piece["bytes"], piece["last"]))
             begin += piece["rows"]
     return pieces
 
@@ -119,7 +124,7 @@ def _write_parts(
     # Bytes of what is kept, so that duplicates make no small parts.
     sizes = [each.bytes * (each.rows - len(gone)) // each.rows for each, gone in zip(pieces, rows, strict=True)]
     parts = list[Part]()
-    for numbers in assembled(names, sizes, settings.part_bytes):
+    for numbers in assembled([each.last for each in pieces], sizes, settings.part_bytes):
         arguments = {
             "pieces": [pieces[i].file("piece", "parquet") for i in numbers],
             "places": [pieces[i].file("places", "npy") for i in numbers],

@@ -76,10 +76,20 @@ def _read_file(source: Source, reading: Reading, position: Position, part: Slice
                 detail = f"the archive is {error.state}{whole} ({error})"
                 yield (line or 0) + 1 if whole else None, Fault("damaged archive", detail)
             finally:
+                position.share = _share(file, content, position, part)
                 position.digest = file_digest(file.digest)
     except OSError as error:
         position.digest = unreadable_digest(error)
         yield None, Fault("unreadable", f"cannot be read ({error.strerror or error})")
+
+
+def _share(file: HashedFile, content: io.BufferedReader, position: Position, part: Slice) -> float:
+    """How much of a slice was taken, by the bytes that were read of the file and, where they are known, of its lines:
+    a buffer holds more than was taken."""
+    size = (part.end or 0) - part.begin
+    unpacked = getattr(content.raw, "unpacked", file.bytes)
+    taken = min(1.0, position.passed / unpacked) if position.passed and unpacked else 1.0
+    return min(1.0, file.bytes / size * taken) if size > 0 else 1.0
 
 
 def _records(
@@ -103,8 +113,9 @@ def _read_parquet(source: Source, reading: Reading, position: Position, part: Sl
             # Arrow closes what it reads from.
             shared = os.fdopen(os.dup(file.fileno()), "rb", buffering=0)
             try:
-                yield from read_parquet(shared, reading, part)
+                yield from read_parquet(shared, reading, part, position)
             finally:
+                position.share = position.passed / position.of if position.of else 1.0
                 with contextlib.suppress(OSError):
                     shared.close()
                 after = os.fstat(file.fileno())

@@ -49,6 +49,7 @@ class HashedFile(io.RawIOBase):
         self._file = file
         self._hash = ContentHash()
         self._left = None if end is None else end - begin
+        self.bytes = 0
         if begin:
             file.seek(begin)
 
@@ -59,6 +60,7 @@ class HashedFile(io.RawIOBase):
         target = memoryview(buffer).cast("B")[: self._left]
         size = self._file.readinto(target) or 0
         self._hash.update(target[:size])
+        self.bytes += size
         if self._left is not None:
             self._left -= size
         return size
@@ -116,6 +118,7 @@ class _Decompressed(io.RawIOBase):
         self._member: Any = None
         self._members = 0
         self._ready = memoryview(b"")
+        self.unpacked = 0
 
     def readable(self) -> bool:
         return True
@@ -140,6 +143,7 @@ class _Decompressed(io.RawIOBase):
         size = min(len(target), len(self._ready))
         target[:size] = self._ready[:size]
         self._ready = self._ready[size:]
+        self.unpacked += size
         return size
 
     def _unpack(self, compressed: bytes) -> bytes:

@@ -65,7 +65,8 @@ def _is_one_array(start: bytes, lines: Lines) -> tuple[bytes, bool]:
 
 def _read_lines(lines: Lines, reading: Reading, position: Position) -> Iterator[Numbered]:
     while line := lines.next_line():
-        number = position.lines = lines.number
+        number, position.passed = lines.number, lines.passed
+        position.lines = number
         if not lines.is_whole(line):
             lines.skip(line)
             detail = f"the line is longer than {reading.longest_line:,} bytes"

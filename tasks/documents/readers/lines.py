@@ -10,7 +10,8 @@ from collections import deque
 class Lines:
     """Lines of a file, at most `longest` bytes at once, which can be pushed back.
 
-    number: of the last line. ran_out: whether a line was missed by an object that is not closed.
+    number: of the last line. passed: bytes of all lines so far. ran_out: whether a line was missed by an object that is
+    not closed.
     """
 
     def __init__(self, handle: io.BufferedReader, longest: int) -> None:
@@ -20,12 +21,14 @@ class Lines:
         self._start = b""
         self.longest = longest
         self.number = 0
+        self.passed = 0
         self.ran_out = False
 
     def next_line(self) -> bytes:
         """The next line with its end, or its first `longest` bytes; b"" after the last."""
         line = self._pushed.popleft() if self._pushed else self._from_file()
         self.number += bool(line)
+        self.passed += len(line)
         return line
 
     def next_of_object(self) -> bytes:
@@ -48,6 +51,7 @@ class Lines:
     def push(self, *lines: bytes) -> None:
         self._pushed.extendleft(reversed(lines))
         self.number -= len(lines)
+        self.passed -= sum(map(len, lines))
 
     def is_whole(self, line: bytes) -> bool:
         return len(line) < self.longest or (len(line) == self.longest and line.endswith(b"\n"))

@@ -15,12 +15,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from eclectus.tasks.documents.readers.records import Fault, Numbered, Reading, Record, Slice, first_line, not_utf8
+from eclectus.tasks.documents.readers.records import (
+    Fault,
+    Numbered,
+    Position,
+    Reading,
+    Record,
+    Slice,
+    first_line,
+    not_utf8,
+)
 
 ROWS_PER_BATCH = 256
 
 
-def read_parquet(handle: BinaryIO, reading: Reading, part: Slice) -> Iterator[Numbered]:
+def read_parquet(handle: BinaryIO, reading: Reading, part: Slice, position: Position) -> Iterator[Numbered]:
     """Every row or fault of these row groups, with its number in the file."""
     try:
         file = pq.ParquetFile(handle, buffer_size=2**20, pre_buffer=False)
@@ -42,16 +51,19 @@ def read_parquet(handle: BinaryIO, reading: Reading, part: Slice) -> Iterator[Nu
             if field.name in reading.columns
             and (field.name == reading.text_field or not pa.types.is_nested(field.type))
         ]
-        done = part.first_row
-        for group in range(part.begin, file.num_row_groups if part.end is None else part.end):
+        done, groups = part.first_row, range(part.begin, file.num_row_groups if part.end is None else part.end)
+        position.of = sum(file.metadata.row_group(group).num_rows for group in groups)
+        for group in groups:
             rows = file.metadata.row_group(group).num_rows
-            yield from _read_group(file, group, names, reading.text_field, done, rows)
+            for row, record in _read_group(file, group, names, reading.text_field, done, rows):
+                position.passed = row - part.first_row
+                yield row, record
             done += rows
 
 
 def _read_group(
     file: pq.ParquetFile, group: int, names: list[str], text_field: str, done: int, rows: int
-) -> Iterator[Numbered]:
+) -> Iterator[tuple[int, Record | Fault]]:
     """done: rows before this group. If it cannot be read with all columns, it is read without those at fault."""
     row, end = done, done + rows
     for attempt in (names, None):

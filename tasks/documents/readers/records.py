@@ -62,13 +62,17 @@ class Slice:
 class Position:
     """What has been read. digest: of what the slice should hold, once all is read. lines: of a slice of JSON lines.
 
-    goes_on: whether its last record is not whole: an object that began in it goes on after it.
+    goes_on: whether its last record is not whole: an object that began in it goes on after it. share: how much of it
+    the records that were taken are, about. passed: bytes of lines, or rows of Parquet, with them; of: rows of all.
     """
 
     def __init__(self) -> None:
         self.digest = ""
         self.lines = 0
         self.goes_on = False
+        self.share = 1.0
+        self.passed = 0
+        self.of = 0
 
 
 def start_of(content: bytes | str) -> str:
