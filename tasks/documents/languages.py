@@ -49,7 +49,7 @@ def languages(documents: Artifact, settings: LanguageSettings, out: Draft) -> No
     else:
         labels, reused = detected(documents, settings, read.get("language_model", ""))
     groups = labels.groups(settings)
-    relabel(documents, lambda begin, end: labels.columns(groups, begin, end), out)
+    relabel(documents, lambda _, begin, end: labels.columns(groups, begin, end), out)
     statistics = labels.statistics(groups, _sizes(documents)) | fields.statistics(labels)
     if settings.language_detector == "field":
         fields.report(statistics)
