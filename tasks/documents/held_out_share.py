@@ -51,15 +51,20 @@ class Shares:
     ) -> None:
         self.strata, self.stratum, self.is_page = strata, stratum, is_page
         count = int(work.max()) + 1 if len(work) else 0
-        self.size = np.bincount(work[is_page], minlength=count)
+        self.size = np.bincount(work[is_page], minlength=count).astype(np.int32)
         self.pages = np.bincount(stratum[is_page], minlength=len(strata))
-        self.home = np.full(count, -1)
-        codes = work[is_page].astype(np.int64) * max(len(strata), 1) + stratum[is_page]
+        self.home = np.full(count, -1, np.int32)
+        self.home[work[is_page]] = stratum[is_page]
+        self._home_of_several(work, stratum, is_page & (self.size > 1)[work])
+        self.works_in = np.bincount(self.home[self.home >= 0], minlength=len(strata))
+
+    def _home_of_several(self, work: np.ndarray, stratum: np.ndarray, here: np.ndarray) -> None:
+        """Sets the home of works of several pages. here: those pages, bool [N]."""
+        codes = work[here].astype(np.int64) * max(len(self.strata), 1) + stratum[here]
         codes, pages = np.unique(codes, return_counts=True)
         # Of equal places the last is written: the stratum of most pages.
         codes = codes[np.argsort(pages, kind="stable")]
-        self.home[codes // max(len(strata), 1)] = codes % max(len(strata), 1)
-        self.works_in = np.bincount(self.home[self.home >= 0], minlength=len(strata))
+        self.home[codes // max(len(self.strata), 1)] = codes % max(len(self.strata), 1)
 
     def languages(self) -> dict[str, np.ndarray]:
         """Numbers of the strata of each language."""
@@ -114,7 +119,7 @@ class Shares:
 def choose(shares: Shares, draw: np.ndarray, settings: ShareSettings) -> np.ndarray:
     """Which works are held out, bool [W]. draw: float64 [W]."""
     held = np.zeros(len(draw), bool)
-    members = np.argsort(shares.home, kind="stable")
+    members = np.argsort(shares.home, kind="stable").astype(np.int32)
     starts = np.searchsorted(shares.home[members], np.arange(len(shares.strata) + 1))
     works_of = [members[begin:end] for begin, end in pairwise(starts)]
     target = np.minimum(settings.heldout_fraction * shares.pages, settings.heldout_maximum)

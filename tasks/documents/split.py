@@ -123,7 +123,7 @@ def split(documents: Artifact, settings: SplitSettings, out: Draft) -> None:
     pages = _Pages(corpus, near)
     shares = Shares(corpus.strata, corpus.stratum, corpus.work, pages.is_page)
     held_W = choose(shares, pages.draw_W, settings)
-    choice = np.where(held_W[corpus.work], HELDOUT, TRAIN).astype(np.int8)
+    choice = np.where(held_W[corpus.work], np.int8(HELDOUT), np.int8(TRAIN))
     choice[corpus.stratum < 0] = APART
     copies = pages.exclude_copies(choice)
     if not (choice == TRAIN).any():
@@ -238,11 +238,11 @@ class _Pages:
         for one, other, _ in read_pairs(self._pairs):
             np.maximum.at(reach, one, draw_W[work[other]])
             np.maximum.at(reach, other, draw_W[work[one]])
-        raised = draw_W.copy()
-        sizes = np.bincount(work, minlength=len(draw_W))
-        # Most works are one document.
+        sizes = np.bincount(work, minlength=len(draw_W)).astype(np.int32)
+        raised = np.empty_like(draw_W)
+        # Right for works of one document, which are most.
+        raised[work] = reach
         several = sizes > 1
-        raised[work] = np.where(several[work], raised[work], reach)
         rows = np.flatnonzero(several[work])
         order = rows[np.lexsort((reach[rows], work[rows]))]
         middle = np.cumsum(sizes[several]) - sizes[several] + sizes[several] // 2
@@ -252,8 +252,8 @@ class _Pages:
     def exclude_copies(self, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Excludes copies in `choice` [N] (changed in place). Returns their rows, ascending, the row of which each is a
         copy, and the overlaps."""
-        copy_of, overlap = np.full(len(choice), -1), np.zeros(len(choice))
         work, draw_W = self._corpus.work, self._corpus.draw_W
+        excluded = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
 
         def exclude(which: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
             """which: of pairs of rows (one, other), in which one is excluded."""
@@ -263,8 +263,9 @@ class _Pages:
                     one, other = (pair_other, pair_one) if swapped else (pair_one, pair_other)
                     here = np.flatnonzero(which(one, other))
                     found.append((one[here], other[here], overlaps[here]))
-            for one, other, overlaps in found:
-                copy_of[one], overlap[one], choice[one] = other, overlaps, APART
+            for one, _, _ in found:
+                choice[one] = APART
+            excluded.extend(found)
 
         def repeats_training(one: np.ndarray, other: np.ndarray) -> np.ndarray:
             above = draw_W[work[other]] > self.draw_W[work[one]]
@@ -275,8 +276,10 @@ class _Pages:
         repeats = self._repeats(held)
         exclude(lambda one, other: repeats[one] & held[other] & ~repeats[other])
         exclude(lambda one, other: (choice[one] == TRAIN) & (choice[other] == HELDOUT))
-        rows = np.flatnonzero(copy_of >= 0)
-        return rows, copy_of[rows], overlap[rows]
+        rows, copy_of, overlaps = (np.concatenate(each)[::-1] for each in zip(*excluded, strict=True))
+        # Of several pairs of a document the last counts.
+        rows, last = np.unique(rows, return_index=True)
+        return rows, copy_of[last], overlaps[last]
 
 
 def draw_works(out: Path, part: Path, seed: int) -> dict[str, Any]:
