@@ -6,8 +6,8 @@ and with the group's first: linear in its size. A band is as wide as it can be w
 one of them with a probability of FOUND.
 
 Every call takes some bands of all documents, or those of a range of the bands' bytes where there are very many.
-Price: 7 seconds per million documents of which a tenth are in groups. Memory: 40 bytes per
-document of the range, 60 where all are alike.
+Price: 7 seconds per million documents of which a tenth are in groups. Memory: 40 bytes per document of the range, 60
+where all are alike.
 """
 
 from __future__ import annotations
