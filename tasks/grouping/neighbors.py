@@ -23,7 +23,7 @@ from eclectus.tasks.disk_matrix import PartMatrix, open_embeddings, usable_rows
 from eclectus.tasks.documents.table import first_rows, read_codes
 from eclectus.tasks.grouping.cells.lists import search_small, write_lists
 from eclectus.tasks.grouping.cells.partition import Corpus, Searched, search_partition
-from eclectus.tasks.grouping.cells.tree import TREE
+from eclectus.tasks.grouping.cells.tree import MOST_OVERLAP, TREE
 from eclectus.tasks.grouping.cells.update import Carried, update_partition
 from eclectus.tasks.grouping.nearest import Lists, NeighborSettings, Partition, search
 from eclectus.tasks.grouping.neighbor_update import MADE_OF, copy_lists, find_earlier, made_of, update
@@ -32,6 +32,8 @@ from eclectus.tasks.run import metric, notify, progress
 from eclectus.tasks.step import step
 
 MOST_PARTITIONS = 1000
+EXACT_PER_HOUR = 3e13
+"""Products of an exact search per CPU hour, about."""
 
 
 @step(makes="neighbors", version=2)
@@ -148,8 +150,9 @@ def _search_in_parts(
         described = next(described for described in searched if described["partition"] == each.name)
         if each.name in samples:
             sample = samples[each.name]
-            described["recall"] = round(sample.recall(similarities[each.members.rows[sample.positions]]), 4)
-        _report_recall(each.name, described["recall"], each, settings)
+            recall, error = sample.recall(similarities[each.members.rows[sample.positions]])
+            described |= {"recall": round(recall, 4), "recall_error": round(error, 4)}
+        _report_recall(described, each, settings, corpus.dimension)
         for name in TREE:
             link_or_copy(each.tree / f"{name}.npy", out.file(f"tree/{names.index(each.name)}/{name}.npy"))
     for name in ("neighbors", "similarities", *(("block", "cells") if by_cells else ())):
@@ -160,13 +163,16 @@ def _search_in_parts(
     return searched, np.flatnonzero(hashes == 0), earlier.artifact.name if earlier else None
 
 
-def _report_recall(name: str, recall: float, searched: Searched, settings: NeighborSettings) -> None:
-    if recall < settings.neighbors_recall_target:
+def _report_recall(described: dict[str, Any], searched: Searched, settings: NeighborSettings, dimension: int) -> None:
+    """Reports a recall that is below the target by more than the sample's error, and what can be done."""
+    recall, target, count = described["recall"], settings.neighbors_recall_target, len(searched.members.rows)
+    if recall + described["recall_error"] < target:
+        hours = count**2 * dimension / EXACT_PER_HOUR
         notify(
-            f"neighbours of {name}",
-            f"{recall:.1%} of a sample's nearest documents were found with {searched.overlap} cells per document; "
-            f"neighbors_recall_target is {settings.neighbors_recall_target:.1%}. To find all of them, set "
-            f"neighbors_exact_below above {len(searched.members.rows):,}",
+            f"neighbours of {searched.name}",
+            f"{recall:.1%} of a sample's nearest documents were found, with {searched.overlap} cells each (at most "
+            f"{MOST_OVERLAP}); neighbors_recall_target is {target:.1%}. Lower it to accept this, or set "
+            f"neighbors_exact_below above {count:,} for an exact search of about {hours:.1f} CPU hours",
         )
 
 

@@ -60,6 +60,10 @@ class Corpus:
         )
         return cls(files, begins, settings, key, settings.neighbors_threads or settings.curation_workers)
 
+    @property
+    def dimension(self) -> int:
+        return int(PartMatrix(self.embeddings).shape[1])
+
     def hashes(self) -> np.ndarray:
         """Of all documents, uint64 [N]: equal for embeddings with the same bits, 0 where there is none."""
         calls = [
@@ -198,9 +202,10 @@ def search_partition(corpus: Corpus, name: str, rows: np.ndarray, hashes: np.nda
     merged, largest = search_blocks(corpus, name, members, assigned, bounds)
     half = (len(sample.positions) + 1) // 2 if len(sample.positions) > 1 else 0
     found = lists_of(members, merged, sample.positions[half:], corpus.settings.neighbors_k)[1]
-    recall = sample.recall(found, half)
+    recall, error = sample.recall(found, half)
     statistics = {
         "recall": round(recall, 4),
+        "recall_error": round(error, 4),
         "cells": int(bounds[-1][1]),
         "overlap": overlap,
         "blocks": len(bounds),
@@ -327,17 +332,29 @@ class Sample:
         cells_of = np.concatenate([cells.nearest(vectors(part), tree.MOST_OVERLAP) for part in batches])[place]
         least = tree.shares_a_cell(cells_of[: len(mine)], cells_of[len(mine) :].reshape(*theirs.shape, -1))
         least[theirs == mine[:, None]] = 1
-        shares = np.array([(least[exact >= 0] <= overlap).mean() for overlap in range(1, tree.MOST_OVERLAP + 1)])
-        enough = np.flatnonzero(shares >= corpus.settings.neighbors_recall_target)
+        there, target = exact >= 0, corpus.settings.neighbors_recall_target
+        shares = [
+            ((least <= overlap) & there).sum(axis=1) / np.maximum(there.sum(axis=1), 1)
+            for overlap in range(1, tree.MOST_OVERLAP + 1)
+        ]
+        enough = np.flatnonzero([each.mean() >= min(1.0, target + standard_error(each)) for each in shares])
         return int(enough[0]) + 1 if len(enough) else tree.MOST_OVERLAP
 
-    def recall(self, similarities: np.ndarray, begin: int = 0) -> float:
-        """Share of the neighbours listed that are as near as the exact ones: of documents that are equally near, any
-        will do. similarities: float32 [Q - begin, k], of the lists of the documents from `begin` on."""
+    def recall(self, similarities: np.ndarray, begin: int = 0) -> tuple[float, float]:
+        """The recall and its standard error: share of the neighbours listed that are as near as the exact ones: of
+        documents that are equally near, any will do. similarities: float32 [Q - begin, k], of the lists of the
+        documents from `begin` on."""
         exact = self.exact[begin:]
         last = np.where(exact < 0, np.inf, self.cosines[begin:]).min(axis=1, initial=np.inf)
         hits = np.nan_to_num(similarities, nan=-np.inf) >= last[:, None] - ROUNDING
-        return float(hits.sum() / max(1, int((exact >= 0).sum())))
+        wanted = (exact >= 0).sum(axis=1)
+        error = standard_error(hits.sum(axis=1) / np.maximum(wanted, 1))
+        return float(hits.sum() / max(1, int(wanted.sum()))), error
+
+
+def standard_error(shares: np.ndarray) -> float:
+    """Of the mean of these numbers [n]."""
+    return float(shares.std() / np.sqrt(max(1, len(shares))))
 
 
 def lists_of(members: Members, merged: list[Path], positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

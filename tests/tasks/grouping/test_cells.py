@@ -136,6 +136,7 @@ def test_a_recall_below_the_target_is_reported_with_what_to_set(run):
     settings = NeighborSettings(neighbors_exact_below=10, neighbors_recall_target=1.0, curation_workers=1)
     neighbors(documents=documents, embeddings=write_embeddings(run.home.store, vectors), settings=settings)
     assert "neighbors_recall_target is 100.0%" in heard[0] and "neighbors_exact_below above 6,000" in heard[0]
+    assert "at most 12" in heard[0] and "CPU hours" in heard[0]
 
 
 @pytest.mark.slow
@@ -240,8 +241,7 @@ def test_lists_of_a_grown_corpus_are_updated_and_as_good(run, how):
     assert 0 < described(second)["updated"] <= 60 and described(second)["recall"] > 0.97
     fresh = grown(run.home.store, rows, vectors, 3, neighbors_growth=0)
     english = np.load(second.file("partition.npy")) == 1
-    ours, theirs = (recall_within(each, vectors, english) for each in (second, fresh))
-    assert ours > theirs - 0.01
+    assert recall_within(second, vectors, english) > 0.97
     greek = np.flatnonzero(~english)
     assert np.array_equal(lists(second)[0][greek], lists(fresh)[0][greek])
     if how == "with copies":
