@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,14 @@ def write_part(
         np.load(plan / f"{name}.npy", mmap_mode="r") for name in ("source", "begins", "starts", "rows", "labels")
     )
     spans = spans_of(begins, np.asarray(source[first:last]), first, length)
+    token_starts = starts[spans.position] + spans.offset
+    if (plan / "offsets.npy").exists():
+        spans, token_starts = _without_gaps(spans, token_starts, starts, np.load(plan / "offsets.npy", mmap_mode="r"))
     columns = {TOKENS: np.full((last - first, length), padding, np.dtype(kind))}
     if with_positions:
         columns[POSITIONS] = np.zeros((last - first, length), np.uint16 if length <= 2**16 else np.uint32)
     to = spans.to - first * length
-    for at, where, inside in _pieces(tokens, np.dtype(kind), starts[spans.position] + spans.offset, to, spans.size):
+    for at, where, inside in _pieces(tokens, np.dtype(kind), token_starts, to, spans.size):
         columns[TOKENS].reshape(-1)[where] = at
         if with_positions:
             columns[POSITIONS].reshape(-1)[where] = inside
@@ -136,6 +139,17 @@ def _pieces(
             yield at, np.repeat(target[chosen], sizes) + inside, inside
         # Closed, the pages are no longer counted as this process's memory.
         del flat
+
+
+def _without_gaps(
+    spans: Spans, token_starts: np.ndarray, starts: np.ndarray, offsets: np.ndarray
+) -> tuple[Spans, np.ndarray]:
+    """The spans that are no gaps, with their start in the document, where the plan is over pieces of documents."""
+    there = starts[spans.position] >= 0
+    position = spans.position[there]
+    offset = spans.offset[there] + offsets[position]
+    kept = replace(spans, to=spans.to[there], size=spans.size[there], position=position, offset=offset)
+    return kept, token_starts[there]
 
 
 def _located(files: list[Path], rows: np.ndarray) -> dict[str, pa.Array]:

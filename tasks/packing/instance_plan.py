@@ -6,6 +6,8 @@ It is a folder of arrays over the M documents in their order, read by the parts 
     begins.npy   int64 [M + 1], in the stream, and its end  labels.npy   int32 [M, 3], codes of `names.json`
     source.npy   int64 [instances], which instance of the stream stands at each position of the shuffled one
 
+With `pack_fit` they are over pieces of documents and the gaps between them (whole_documents.py): `starts` is -1 at a
+gap, and `offsets.npy`, uint32, has the start of each piece in its document.
 Price: a sort's worth of seconds per ten million documents, 50 bytes of memory per document while it is made.
 """
 
@@ -22,6 +24,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.table import read_part
 from eclectus.tasks.grouping.instance_layout import instance_count, shuffled
 from eclectus.tasks.packing.document_tokens import belongs, coded
+from eclectus.tasks.packing.whole_documents import Pieces, fit_whole
 
 CODED = ("language", "domain", "source")
 MOST_LABELS = 1000
@@ -39,57 +42,75 @@ def plan_instances(
     length: int,
     token_bytes: int,
     keep_remainder: bool,
+    fit: int,
     seed: int,
 ) -> dict[str, Any]:
     """Writes the plan. Raises EclectusError if the documents do not fill one instance.
 
     paths: the parts of documents; labels: theirs, which must be here. tokens: (number of the part, folder). order: the
-    grouping's files; none for a random order.
+    grouping's files; none for a random order. fit: setting `pack_fit`.
     """
     wanted_N, labels_M3, names = _wanted(paths, group)
     starts_M, sizes_M, control = _tokens(paths, tokens, wanted_N)
-    rows_M = np.flatnonzero(wanted_N)
-    position = _order(wanted_N, order, seed)
-    del wanted_N
-    for name, array in (("rows", rows_M), ("starts", starts_M)):
-        np.save(out / f"{name}.npy", array[position])
-    del rows_M, starts_M
-    begins = np.zeros(len(position) + 1, np.int64)
-    np.cumsum(sizes_M[position], out=begins[1:])
-    np.save(out / "begins.npy", begins)
-    total = int(begins[-1])
-    count = instance_count(total, length, keep_remainder)
-    if count == 0:
-        raise EclectusError(
-            f"{len(position)} documents of group '{group}' give {total} tokens, too few for one "
-            f"instance of {length}; add text, lower instance_tokens, or set pack_remainder to pad"
-        )
-    np.save(out / "source.npy", shuffled(count, seed))
-    labels_M3 = labels_M3[position]
+    order_M = _order(wanted_N, order, seed)
+    rows, starts, sizes = np.flatnonzero(wanted_N)[order_M], starts_M[order_M], sizes_M[order_M]
+    labels_M3, documents, total = labels_M3[order_M], len(order_M), int(sizes.sum(dtype=np.int64))
+    del wanted_N, starts_M, sizes_M, order_M
     for column in range(len(CODED)):
         labels_M3[:, column], names[column] = _by_appearance(labels_M3[:, column], names[column])
-    np.save(out / "labels.npy", labels_M3)
+    pieces = fit_whole(sizes, length, fit) if fit else None
+    if pieces:
+        np.save(out / "offsets.npy", pieces.offset)
+        starts = np.where(pieces.document < 0, -1, starts[pieces.document] + pieces.offset)
+        rows, labels_M3, sizes = rows[pieces.document], labels_M3[pieces.document], pieces.size
+    begins = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=begins[1:])
+    count = instance_count(int(begins[-1]), length, keep_remainder)
+    if count == 0:
+        raise EclectusError(
+            f"{documents} documents of group '{group}' give {total} tokens, too few for one "
+            f"instance of {length}; add text, lower instance_tokens, or set pack_remainder to pad"
+        )
+    arrays = {"rows": rows, "starts": starts, "begins": begins, "labels": labels_M3, "source": shuffled(count, seed)}
+    for name, array in arrays.items():
+        np.save(out / f"{name}.npy", array)
     (out / "names.json").write_text(json.dumps(dict(zip(CODED, names, strict=True))))
     packed = np.diff(np.minimum(begins, count * length))
-    documents = int(np.count_nonzero(packed))
-    spans = len(position) // count + 1
+    packed[starts < 0] = 0
+    tokens_packed = int(packed.sum())
     return {
         "instances": count,
-        "instances_per_part": max(1, min(PART_BYTES // (length * token_bytes), PART_SPANS // spans)),
+        "instances_per_part": max(1, min(PART_BYTES // (length * token_bytes), PART_SPANS // (len(rows) // count + 1))),
         "languages": list(dict.fromkeys(name or "" for name in names[0])),
         "domains": list(dict.fromkeys(name or "" for name in names[1])),
         "statistics": {
             "instances": count,
             "tokens": count * length,
-            "documents": documents,
-            "documents_dropped": len(position) - documents,
-            "tokens_dropped": max(0, total - count * length),
-            "tokens_padded": max(0, count * length - total),
+            **_documents(begins, packed, length, documents, pieces),
+            "tokens_dropped": total - tokens_packed,
+            "tokens_padded": count * length - tokens_packed,
             "tokens_by_language": _sums(names[0], labels_M3[:, 0], packed),
             "tokens_by_domain": _sums(names[1], labels_M3[:, 1], packed),
         },
         "control": control,
     }
+
+
+def _documents(
+    begins: np.ndarray, packed: np.ndarray, length: int, documents: int, pieces: Pieces | None
+) -> dict[str, int]:
+    """Documents that are packed, that are not, and that would fit in an instance and are cut.
+
+    begins: of the documents, or of `pieces` of documents. packed: tokens of each that are packed.
+    """
+    there, cut = packed > 0, 0
+    if pieces is None:
+        fits = np.diff(begins) <= length
+        cut = int(np.count_nonzero(there & fits & (begins[:-1] // length != (begins[1:] - 1) // length)))
+        count = int(np.count_nonzero(there))
+    else:
+        count = int(np.count_nonzero(np.bincount(pieces.document[there])))
+    return {"documents": count, "documents_dropped": documents - count, "documents_cut": cut}
 
 
 def merged(names: list[str | None]) -> np.ndarray:

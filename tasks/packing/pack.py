@@ -55,6 +55,14 @@ class PackSettings(BeginSettings, WorkerSettings):
         "all",
         description="Which documents to pack: those of the original languages, of the expanded languages, or all.",
     )
+    pack_fit: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="Cut no document that fits in an instance: where the next one does not fit in the room that is "
+        "left, the first that does among so many next documents takes it, else the room is padded. 0 cuts documents "
+        "where an instance is full.",
+    )
     pack_position_ids: bool = Field(
         False,
         description="Also store position_ids, which restart at 0 with every document, for trainers whose attention "
@@ -136,10 +144,11 @@ def _plan(
         "length": settings.instance_tokens,
         "token_bytes": kind.itemsize,
         "keep_remainder": settings.pack_remainder == "pad",
+        "fit": settings.pack_fit,
         "seed": settings.seed,
     }
     content = [documents.digest, grouping.digest if grouping else None, [done.folder.name for _, done in tokens]]
-    chosen = [arguments[name] for name in ("group", "length", "token_bytes", "keep_remainder", "seed")]
+    chosen = [arguments[name] for name in ("group", "length", "token_bytes", "keep_remainder", "fit", "seed")]
     part = Part(key_of("plan of instances 1", *content, *chosen), arguments, 1, "the plan of the instances")
     return over_parts(plan_instances, [part], "planning instances", "plans", workers=1)[0]
 
