@@ -55,15 +55,16 @@ def band_pairs(
     """
     rows = PartMatrix([folder / ROWS for folder in sketches])
     rank_N, width = np.asarray(mapped(rank)), band_width(threshold)
-    found = np.empty(0, np.int64)
+    found = [np.empty(0, np.int64)]
     for begin in bands:
         # Opened for each band: pages that were read are then given back.
         columns = [np.asarray(mapped(folder / COLUMNS)) for folder in sketches]
         order, starts = _groups(read_bytes(columns, range(begin, begin + width)), columns, begin + width, rank_N, share)
         del columns
-        found = np.union1d(found, _pairs(order, starts, rows, rank_N, threshold))
-    np.save(out / PAIRS, found)
-    return {"pairs": len(found)}
+        found.append(_pairs(order, starts, rows, rank_N, threshold))
+    pairs = np.unique(np.concatenate(found))
+    np.save(out / PAIRS, pairs)
+    return {"pairs": len(pairs)}
 
 
 def read_bytes(columns: list[np.ndarray], wanted: Sequence[int], rows: np.ndarray | None = None) -> np.ndarray:

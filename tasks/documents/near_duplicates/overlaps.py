@@ -37,9 +37,9 @@ def merge(out: Path, candidates: list[Path], known: Path | None, begin: int, end
 
     candidates: files of pairs as `lower * count + higher`, sorted. known: folder of pairs and overlaps.
     """
-    found = np.empty(0, np.int64)
-    for path in candidates:
-        found = np.union1d(found, _between(mapped(path), begin * count, end * count))
+    here = [_between(mapped(path), begin * count, end * count) for path in candidates]
+    found = np.unique(np.concatenate([np.empty(0, np.int64), *here]))
+    del here
     there = np.zeros(len(found), bool)
     measured = np.empty(0)
     if known is not None:
