@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from eclectus.storage.errors import EclectusError
 from eclectus.tasks.run import current_run
 
 WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -87,6 +88,18 @@ def shut_ray() -> None:
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         ray.shutdown()
+
+
+def require_gpu(setting: str) -> None:
+    """Raises EclectusError where the cluster has no GPU: a call that asks for one would wait for ever.
+
+    setting: the name of that which is 'cuda'.
+    """
+    import ray
+
+    ensure_ray()
+    if not ray.cluster_resources().get("GPU", 0):
+        raise EclectusError(f"{setting} is 'cuda', but Ray has no GPU; set it to 'cpu' or add a node with one")
 
 
 def workers_see_files() -> bool:

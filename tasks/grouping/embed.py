@@ -38,6 +38,7 @@ from eclectus.tasks.grouping.encoder import (
 )
 from eclectus.tasks.grouping.static_model import is_static_model
 from eclectus.tasks.over_parts import Done, Part, find, key_of, link_or_copy, over_parts
+from eclectus.tasks.ray_cluster import require_gpu
 from eclectus.tasks.reuse import earlier, is_whole
 from eclectus.tasks.run import current_run, metric, notify
 from eclectus.tasks.step import step
@@ -147,7 +148,7 @@ class _Calls:
         """All embeddings, and the documents that have none. Raises EclectusError if these are too many."""
         cuda = self.settings.embedding_device == "cuda" and not self.static
         if cuda:
-            _check_gpu()
+            require_gpu("embedding_device")
         self._look_up()
         done: list[Done] = []
         # A transformer that gives nothing usable is noticed after its first part.
@@ -222,16 +223,6 @@ def _prefixes(ids: np.ndarray) -> np.ndarray:
     """The first 16 of the 32 digits of each id, as a number: uint64 [n]."""
     digits = np.ascontiguousarray(ids, "S32").view(np.uint64).reshape(-1, 4)
     return digits[:, 0] ^ (digits[:, 1] * np.uint64(0x9E3779B97F4A7C15))
-
-
-def _check_gpu() -> None:
-    import ray
-
-    from eclectus.tasks.ray_cluster import ensure_ray
-
-    ensure_ray()
-    if not ray.cluster_resources().get("GPU", 0):
-        raise EclectusError("embedding_device is 'cuda', but Ray has no GPU; set it to 'cpu' or add a node with one")
 
 
 def _source(settings: EmbedSettings, model: Artifact | None) -> Path | str:

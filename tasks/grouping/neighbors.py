@@ -28,6 +28,7 @@ from eclectus.tasks.grouping.cells.update import Carried, update_partition
 from eclectus.tasks.grouping.nearest import Lists, NeighborSettings, Partition, search
 from eclectus.tasks.grouping.neighbor_update import MADE_OF, copy_lists, find_earlier, made_of, update
 from eclectus.tasks.over_parts import forget, link_or_copy
+from eclectus.tasks.ray_cluster import require_gpu
 from eclectus.tasks.run import metric, notify, progress
 from eclectus.tasks.step import step
 
@@ -117,6 +118,8 @@ def _search_in_parts(
     settings: NeighborSettings,
     out: Draft,
 ) -> Found:
+    if settings.neighbors_device == "cuda":
+        require_gpu("neighbors_device")
     corpus = Corpus.of(embeddings, begins, labels, settings)
     hashes = corpus.hashes()
     earlier = find_earlier(embeddings, settings, names, labels)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from eclectus.storage.errors import EclectusError
 from eclectus.tasks.disk_matrix import open_matrix
 from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.grouping.cells import search as module
@@ -288,3 +289,10 @@ def test_an_update_of_an_update_keeps_its_recall(run):
         artifact = grown(run.home.store, rows[:count], vectors[:count])
     check(artifact, vectors)
     assert described(artifact)["updated"] >= 50 and recall(artifact, vectors) > 0.96
+
+
+def test_a_gpu_that_is_not_there_is_one_clear_line(store, monkeypatch):
+    monkeypatch.setattr("eclectus.tasks.ray_cluster.ensure_ray", lambda: None)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(EclectusError, match="neighbors_device is 'cuda', but Ray has no GPU"):
+        search(store, unit_vectors(200, 8), neighbors_device="cuda")
