@@ -248,16 +248,16 @@ def ours(sources: Path, home: Path) -> tuple[list[dict[str, Any]], Path]:
         grouping = timed("group", lambda: group(settings=GroupSettings(**one), **given))
         import pyarrow.parquet as pq
 
-        table = read_table(documents, ["name", "split"])
-        names, sides = table["name"].to_pylist(), table["split"].to_pylist()
-        dropped = {names[row] for row in pq.read_table(grouping.file("duplicates.parquet"))["row"].to_pylist()}
-        dropped |= {name for name, side in zip(names, sides, strict=True) if side == "apart"}
-        kept = set(names) - dropped
+        table = read_table(documents, ["name", "document"])
+        names, ids = table["name"].to_pylist(), table["document"].to_pylist()
+        near = {ids[row] for row in pq.read_table(grouping.file("duplicates.parquet"))["row"].to_pylist()}
+        near |= set(pq.read_table(documents.file("copies.parquet"))["document"].to_pylist())
+        kept = {name for name, each in zip(names, ids, strict=True) if each not in near}
         every = records(sources)
         dropped = {each["id"] for each in every if each["id"] not in kept}
         rows[-1] |= scores(every, dropped) | {"dropped": len(dropped)}
         stacked = Path(place.root) / "vectors.npy"
-        from eclectus.tasks.grouping.embed import open_embeddings
+        from eclectus.tasks.disk_matrix import open_embeddings
 
         np.save(stacked, open_embeddings(vectors)[:].astype(np.float32))
     return rows, stacked
