@@ -1,6 +1,6 @@
 """Split: which documents are held out, decided work by work before any training.
 
-    page        documents whose texts nearly repeat each other (tasks/documents/near_duplicates.py) count as one page;
+    page        documents whose texts nearly repeat each other (tasks/documents/near_duplicates) count as one page;
                 shares and settings are of pages
     draw        a number in [0, 1) of every work, a hash of its name and the seed; a work of which at least half the
                 documents stand in works of higher draws as well has the highest of these draws
@@ -20,8 +20,8 @@ language of two or more works holds out at least one and trains on at least one.
 neither split: `apart`, as copies are.
 
 The pairs of near-duplicates stand in `near_duplicates.parquet`, for the grouping. Price: 35 CPU seconds for a million
-documents of 450 characters, nearly all of it for near-duplicates, 2 where 1% is new; 40 bytes of memory per document,
-and the pairs' part of a few steps.
+documents of 450 characters, nearly all of it for near-duplicates, and a third of that where 1% is new; 40 bytes of
+memory per document and per pair.
 """
 
 from __future__ import annotations

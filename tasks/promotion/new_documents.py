@@ -4,12 +4,13 @@ then.
 A document is new if it is a training document (tasks/documents/split.py) of an original or expanded language and its id
 is in none of the `documents` packed for the models evaluated so far. Tokens are counted with the champion's tokenizer.
 `refresh` excludes known documents of the expanded languages except for a share, so that the few steps of a scheduled
-run are spent on new ones. Cost: reading all ids and the new texts (0.5M tokens/s); `refresh`: 20 bytes per document.
+run are spent on new ones. Cost: reading all ids and the new texts (0.5M tokens/s); 16 bytes per known document.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,16 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft, write_json
+from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.documents.split import draws
-from eclectus.tasks.documents.table import TRAINING, read_batches, read_table, relabel
+from eclectus.tasks.documents.table import TRAINING, ids_of, read_batches, read_part_table, relabel
 from eclectus.tasks.packing.text_tokens import TextTokens
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.settings import BASIC, SEED, Settings
 from eclectus.tasks.step import step
 
 TEXTS_AT_ONCE = 512
+IDS_AT_ONCE = 2**17
 
 
 class NewDocumentsSettings(Settings):
@@ -81,11 +84,12 @@ def news(
     encode = TextTokens(load_tokenizer(model.path)) if model else None
     counts: Counter[str] = Counter()
     new_tokens = 0
-    for batch in read_batches(documents, ["document", "language", "text"], TRAINING, TEXTS_AT_ONCE):
-        fresh = [row for row in batch.to_pylist() if row["document"] not in known]
-        counts.update(row["language"] for row in fresh)
-        if encode and fresh:
-            new_tokens += sum(map(len, encode([row["text"] for row in fresh])))
+    columns = ["document", "language", *(["text"] if encode else [])]
+    for batch in read_batches(documents, columns, TRAINING, TEXTS_AT_ONCE):
+        fresh = batch.filter(pa.array(~_are_known(batch["document"], known)))
+        counts.update(fresh["language"].to_pylist())
+        if encode and len(fresh):
+            new_tokens += sum(map(len, encode(fresh["text"].to_pylist())))
     decision = decide(dict(counts), new_tokens, sorted(set(counts) - languages), settings, model is not None)
     write_json(out.file("news.json"), decision)
     out.rows = decision["new_documents"]
@@ -118,24 +122,40 @@ def refresh(documents: Artifact, settings: RefreshSettings, out: Draft, seen: li
     If none is new, all stay: a retraining because of other languages still needs text of these.
     """
     known = known_ids(seen or [])
-    table = read_table(documents, ["document", "split", "group"])
-    trained = pc.and_(pc.equal(table["split"], "train"), pc.equal(table["group"], "expanded"))
-    ids = table["document"].to_pylist()
-    old = np.array(trained) & np.array([each in known for each in ids], bool)
-    new = int(np.array(trained).sum() - old.sum())
-    rows = np.flatnonzero(old)
+    kinds, is_old, draw = [], [], []
+    for batch in read_batches(documents, ["document", "split", "group"], rows=IDS_AT_ONCE):
+        trained = pc.and_(pc.equal(batch["split"], "train"), pc.equal(batch["group"], "expanded")).fill_null(False)
+        old = np.array(trained) & _are_known(batch["document"], known)
+        kinds.append(np.array(trained))
+        is_old.append(old)
+        draw.append(draws(batch["document"].filter(pa.array(old)).to_pylist(), "refresh", settings.seed))
+    rows = np.flatnonzero(np.concatenate([np.empty(0, bool), *is_old]))
+    new = int(sum(each.sum() for each in kinds)) - len(rows)
     again = min(len(rows), round(settings.retrain_replay * new)) if new else len(rows)
-    order = np.argsort(draws([ids[row] for row in rows], "refresh", settings.seed), kind="stable")
-    excluded = np.zeros(len(ids), bool)
+    order = np.argsort(np.concatenate([np.empty(0), *draw]), kind="stable")
+    excluded = np.zeros(sum(map(len, kinds)), bool)
     excluded[rows[order[again:]]] = True
-    relabel(documents, {"split": pc.if_else(pa.array(excluded), "apart", table["split"])}, out)
+
+    def labels(path: Path, begin: int, end: int) -> dict[str, pa.ChunkedArray]:
+        before = read_part_table(path, ["split"])["split"]
+        return {"split": pc.if_else(pa.array(excluded[begin:end]), "apart", before)}
+
+    relabel(documents, labels, out)
     out.statistics = {"new": new, "read_again": again, "set_apart": int(excluded.sum())}
 
 
-def known_ids(seen: list[Artifact]) -> set[str]:
-    """Ids of all documents of wanted languages in these artifacts, also of those a budget or refresh excluded."""
-    known: set[str] = set()
+def known_ids(seen: list[Artifact]) -> np.ndarray:
+    """Ids of all documents of wanted languages in these artifacts, also of those a budget or refresh excluded.
+
+    As 16 bytes each, S16 [n], ascending.
+    """
+    known = [np.empty(0, "S16")]
     for artifact in seen:
-        for batch in read_batches(artifact, ["document"], [("group", "!=", "other")]):
-            known.update(batch["document"].to_pylist())
-    return known
+        for batch in read_batches(artifact, ["document"], [("group", "!=", "other")], IDS_AT_ONCE):
+            known.append(ids_of(pa.chunked_array([batch["document"]])))
+    return np.unique(np.concatenate(known))
+
+
+def _are_known(documents: pa.Array, known: np.ndarray) -> np.ndarray:
+    """Which of these documents' ids [n] are among the known ones: bool [n]."""
+    return positions_of(ids_of(pa.chunked_array([documents])), known, ascending=True) >= 0
