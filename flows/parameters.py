@@ -33,7 +33,7 @@ from eclectus.tasks.packing.tokenizer import BeginSettings, TokenizerSettings
 from eclectus.tasks.promotion.new_documents import NewDocumentsSettings, RefreshSettings
 from eclectus.tasks.report.data_report import DataReportSettings
 from eclectus.tasks.report.report import ReportSettings
-from eclectus.tasks.settings import BASIC, Settings, parse_settings
+from eclectus.tasks.settings import BASIC, CurationWorkerSettings, Settings, parse_settings
 from eclectus.tasks.training.add_experts import AddExpertsSettings
 from eclectus.tasks.training.extend import ExtendSettings, MethodSettings, PostPretrainSettings, ReviewSettings
 from eclectus.tasks.training.fetch_model import FetchSettings
@@ -427,7 +427,7 @@ GROUPS: dict[str, tuple[type[Settings], ...]] = {
     "evaluation": (EvaluateSettings, BenchmarkSettings, ContaminationSettings, EvaluateParameters),
     "retraining": (NewDocumentsSettings, RefreshSettings, RetrainParameters),
     "reports": (DataReportSettings, IntervalSettings, ReportSettings),
-    "where it runs": (WorkerSettings,),
+    "where it runs": (CurationWorkerSettings, WorkerSettings),
 }
 
 PARAMETERS: dict[str, type[FlowParameters]] = {

@@ -80,7 +80,7 @@ class Settings(BaseModel):
         return not (isinstance(extra, dict) and extra.get("affects_output") is False)
 
 
-class WorkerSettings(Settings):
+class CurationWorkerSettings(Settings):
     """How many calls of a step run at the same time (`eclectus.tasks.over_parts`)."""
 
     curation_workers: int = RuntimeSetting(

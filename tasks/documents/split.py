@@ -56,10 +56,10 @@ from eclectus.tasks.documents.table import (
 )
 from eclectus.tasks.over_parts import Part, key_of, over_parts
 from eclectus.tasks.run import metric, notify
-from eclectus.tasks.settings import SEED, WorkerSettings
+from eclectus.tasks.settings import SEED, CurationWorkerSettings
 from eclectus.tasks.step import step
 
-SPLITS = pa.array(["train", "heldout", "apart"])
+SPLITS = ("train", "heldout", "apart")
 TRAIN, HELDOUT, APART = range(3)
 COPIES = "copies.parquet"
 IDS, WORKS = "ids.npy", "works.npy"
@@ -68,7 +68,7 @@ OTHER_DOMAINS = "(other domains)"
 MOST_STRATA = 1000
 
 
-class DuplicateSettings(WorkerSettings):
+class DuplicateSettings(CurationWorkerSettings):
     """When two texts are near-duplicates, for the split and for the grouping."""
 
     duplicate_overlap: float = Field(
@@ -131,7 +131,7 @@ def split(documents: Artifact, settings: SplitSettings, out: Draft) -> None:
             f"no document is left to train on: {len(choice)} documents, {int((choice == APART).sum())} of them "
             "excluded; add documents, or lower 'language_confidence'"
         )
-    relabel(documents, lambda _, begin, end: {"split": SPLITS.take(pa.array(choice[begin:end]))}, out)
+    relabel(documents, lambda _, begin, end: {"split": pa.array(SPLITS).take(pa.array(choice[begin:end]))}, out)
     _write_copies(documents, copies, out)
     out.statistics = _statistics(corpus, pages, choice) | shares.statistics(choice == HELDOUT, settings) | compared
     out.statistics["copies_excluded"] = len(copies[0])
@@ -374,7 +374,7 @@ def _statistics(corpus: _Corpus, pages: _Pages, choice: np.ndarray) -> dict[str,
         here = table[language].setdefault(domain if number in shown else OTHER_DOMAINS, {"train": 0, "heldout": 0})
         here["train"] += each[TRAIN]
         here["heldout"] += each[HELDOUT]
-    return {name: int((choice == i).sum()) for i, name in enumerate(SPLITS.to_pylist())} | {
+    return {name: int((choice == i).sum()) for i, name in enumerate(SPLITS)} | {
         "by_language": dict(table),
         "without_heldout": [
             language for language, domains in table.items() if not any(each["heldout"] for each in domains.values())

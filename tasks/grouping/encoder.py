@@ -27,7 +27,7 @@ from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.documents.normalise import composed
 from eclectus.tasks.grouping.static_embedding import EmbeddingText
 from eclectus.tasks.grouping.static_model import StaticModel, is_static_model
-from eclectus.tasks.settings import BASIC, RuntimeSetting, WorkerSettings
+from eclectus.tasks.settings import BASIC, CurationWorkerSettings, RuntimeSetting
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -36,7 +36,7 @@ STATIC = "static"
 SHOWN_IDS = 3
 
 
-class EmbedSettings(EmbeddingText, WorkerSettings):
+class EmbedSettings(EmbeddingText, CurationWorkerSettings):
     """Which model embeds, and how the embeddings are stored."""
 
     embedding_model: str = Field(

@@ -38,7 +38,7 @@ from eclectus.tasks.grouping.neighbors import largest, rows_by_label
 from eclectus.tasks.grouping.quality import draw, instance_quality, mean, order_quality, pair_similarities
 from eclectus.tasks.over_parts import key_of
 from eclectus.tasks.run import metric
-from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting, WorkerSettings
+from eclectus.tasks.settings import BASIC, SEED, CurationWorkerSettings, RuntimeSetting
 from eclectus.tasks.step import step
 
 TRAIN, HELD_OUT, APART = 0, 1, 2
@@ -50,7 +50,7 @@ JOINED = 1000
 """Partitions whose first documents are compared with the last document of the order."""
 
 
-class GroupSettings(DuplicateSettings, WorkerSettings):
+class GroupSettings(DuplicateSettings, CurationWorkerSettings):
     """How the order of the documents is found."""
 
     grouping: Literal["similarity", "random", "domain"] = Field(

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Draft
 from eclectus.tasks.disk_matrix import PartMatrix, create_matrix
-from eclectus.tasks.settings import SEED, RuntimeSetting, WorkerSettings
+from eclectus.tasks.settings import SEED, CurationWorkerSettings, RuntimeSetting
 
 Matrix = np.ndarray | PartMatrix
 """Embeddings [N, D], of which rows are read by their numbers."""
@@ -24,7 +24,7 @@ BLOCK = 4_096
 EXACT_ROWS = 200_000
 
 
-class NeighborSettings(WorkerSettings):
+class NeighborSettings(CurationWorkerSettings):
     """How neighbours are searched."""
 
     neighbors_k: int = Field(20, ge=1, description="Neighbours kept for each document.")

@@ -37,13 +37,13 @@ from eclectus.tasks.packing.instance_part import names_by_part, write_part
 from eclectus.tasks.packing.instance_plan import plan_instances
 from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
 from eclectus.tasks.run import metric
-from eclectus.tasks.settings import BASIC, SEED, WorkerSettings
+from eclectus.tasks.settings import BASIC, SEED, CurationWorkerSettings
 from eclectus.tasks.step import step
 
 SECONDS_PER_TOKEN = 8e-8
 
 
-class PackSettings(BeginSettings, WorkerSettings):
+class PackSettings(BeginSettings, CurationWorkerSettings):
     instance_tokens: int = Field(
         512, ge=16, description="Length L of a training instance, in tokens.", json_schema_extra=BASIC
     )

@@ -8,12 +8,12 @@ from pydantic import Field, field_validator
 
 from eclectus.tasks.documents.folders import readable
 from eclectus.tasks.documents.sources import Found, find_sources, split_entries
-from eclectus.tasks.settings import BASIC, RuntimeSetting, WorkerSettings
+from eclectus.tasks.settings import BASIC, CurationWorkerSettings, RuntimeSetting
 
 SLICES_PER_PART = 8
 
 
-class IngestSettings(WorkerSettings):
+class IngestSettings(CurationWorkerSettings):
     """Which documents are read, and from which fields."""
 
     sources: list[str] = RuntimeSetting(

@@ -9,10 +9,10 @@ from pydantic import Field, ValidationInfo, field_validator
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.labelling.fasttext_model import check_model
 from eclectus.tasks.documents.language_codes import read_language
-from eclectus.tasks.settings import BASIC, RuntimeSetting, WorkerSettings
+from eclectus.tasks.settings import BASIC, CurationWorkerSettings, RuntimeSetting
 
 
-class LanguageSettings(WorkerSettings):
+class LanguageSettings(CurationWorkerSettings):
     """How languages are detected, and which are original and expanded."""
 
     original_languages: list[str] = Field(
