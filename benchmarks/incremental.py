@@ -49,6 +49,9 @@ class Clock:
     def step_progressed(self, *_: object) -> None:
         pass
 
+    def notified(self, *_: object) -> None:
+        pass
+
     def step_ended(self, label: str, *_: object) -> None:
         self.seconds[label] = sum(os.times()[:4]) - self._began
 
