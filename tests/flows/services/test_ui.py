@@ -84,6 +84,16 @@ class User:
     def clicks(self, kinds: str, text: str) -> None:
         self._clicks(f"{elements(kinds, text)}[0]")
 
+    def submits(self) -> None:
+        """Until the form is left: while it takes in the last field, a click on its button may do nothing."""
+        left = f"location.pathname !== {json.dumps(self.page.evaluate('location.pathname'))}"
+        end = time.monotonic() + PATIENCE
+        while not self.page.evaluate(left):
+            assert time.monotonic() < end, "the form was not submitted"
+            self.clicks("button", "Submit")
+            with contextlib.suppress(TimeoutError):
+                self.page.wait_for_function(left, timeout=20_000)
+
     def opens_run(self, name: str) -> None:
         """A list that is being filled may move under the mouse; the page that comes then lists the run too."""
         there, end = "location.pathname.includes('/flow-run/')", time.monotonic() + PATIENCE
@@ -290,7 +300,7 @@ def test_a_run_is_watched_and_cancelled_with_all_its_processes_within_30_seconds
     user.fills("More Settings", "log_every: 2\nheldout_minimum: 10")
     user.fills("Instance Tokens", str(LENGTH))
     user.keeps_picture("3-filled-in")
-    user.clicks("button", "Submit")
+    user.submits()
     user.opens_run("Long")
     user.chooses_tab("Task Runs", f"{elements('a', 'train stage 1')}.length")
     user.sees("fetch", "upcycle")
@@ -335,7 +345,7 @@ def test_a_copy_of_it_with_fewer_steps_goes_on_and_ends_with_tables_pictures_and
     user.waits(f"{FIELDS}[1].values[0] == {json.dumps(services.base)}")
     user.names_the_run("Short")
     user.fills("Post Pretrain Steps", "30")
-    user.clicks("button", "Submit")
+    user.submits()
     user.opens_run("Short")
     user.waits(f"{elements('header', 'Completed')}.length")
     page = user.page.evaluate("location.pathname")
