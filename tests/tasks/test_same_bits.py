@@ -83,5 +83,5 @@ def test_on_two_machines_that_share_an_object_store_and_no_disk(sources, alone, 
         assert done.returncode == 0, done.stderr[-3000:]
         assert json.loads(done.stdout.splitlines()[-1]) == alone
         for name in ("ray-worker-1", "ray-worker-2"):
-            listed = cluster.instances[name].run(["bash", "-c", "ls /tmp/own-cache/*/work/parts | wc -l"])
+            listed = cluster.instances[name].run(["bash", "-c", "ls $ECLECTUS_CACHE/*/work/parts | wc -l"])
             assert int(listed.stdout) > 3, f"{name} made no part"
