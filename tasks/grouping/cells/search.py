@@ -108,6 +108,31 @@ def within_by_torch(vectors: np.ndarray, width: int, device: str) -> tuple[np.nd
 
 
 @compiled
+def offer(near: np.ndarray, cosines: np.ndarray, me: int, other: int, cosine: float) -> None:
+    """Offers document `other` to the list of `me`: best first, ties to the lower document, each once.
+
+    near: int [n, width], -1 is padding at the end. cosines: float32 [n, width], -inf there.
+    """
+    at = near.shape[1] - 1
+    if near[me, at] >= 0 and (cosine < cosines[me, at] or (cosine == cosines[me, at] and other > near[me, at])):
+        return
+    # A pair may have other last bits in another cell; the first ones stay.
+    for place in range(at + 1):
+        if near[me, place] == other:
+            return
+        if near[me, place] < 0:
+            break
+    while at > 0 and (
+        near[me, at - 1] < 0
+        or cosines[me, at - 1] < cosine
+        or (cosines[me, at - 1] == cosine and near[me, at - 1] > other)
+    ):
+        near[me, at], cosines[me, at] = near[me, at - 1], cosines[me, at - 1]
+        at -= 1
+    near[me, at], cosines[me, at] = other, cosine
+
+
+@compiled
 def _insert_pairs(near: np.ndarray, cosines: np.ndarray, members: np.ndarray, products: np.ndarray) -> None:
     """Offers every pair of members [m] to the lists of both. products: float32 [m, m], below the diagonal."""
     last = near.shape[1] - 1
@@ -121,27 +146,31 @@ def _insert_pairs(near: np.ndarray, cosines: np.ndarray, members: np.ndarray, pr
                 a, b = (i, j) if side == 0 else (j, i)
                 if cosine < lasts[a]:
                     continue
-                me, other = members[a], members[b]
-                at = last
-                if near[me, at] >= 0 and cosine == cosines[me, at] and other > near[me, at]:
-                    continue
-                listed = False
-                for c in range(last + 1):
-                    if near[me, c] == other:
-                        listed = True
-                    if near[me, c] < 0:
-                        break
-                if listed:
-                    continue
-                while at > 0 and (
-                    near[me, at - 1] < 0
-                    or cosines[me, at - 1] < cosine
-                    or (cosines[me, at - 1] == cosine and near[me, at - 1] > other)
-                ):
-                    near[me, at], cosines[me, at] = near[me, at - 1], cosines[me, at - 1]
-                    at -= 1
-                near[me, at], cosines[me, at] = other, cosine
+                me = members[a]
+                offer(near, cosines, me, members[b], cosine)
                 lasts[a] = cosines[me, last]
+
+
+@compiled
+def insert_fresh(
+    near: np.ndarray,
+    cosines: np.ndarray,
+    members: np.ndarray,
+    queries: np.ndarray,
+    products: np.ndarray,
+    is_fresh: np.ndarray,
+    lasts: np.ndarray,
+) -> None:
+    """Offers members [m] to the queries [q] among them, and queries to members that are not fresh. products: [q, m]."""
+    last = near.shape[1] - 1
+    for i in range(len(queries)):
+        for j in range(len(members)):
+            cosine = products[i, j]
+            for side in range(2):
+                me, other = (queries[i], members[j]) if side == 0 else (members[j], queries[i])
+                if me == other or cosine < cosines[me, last] or (side == 1 and (is_fresh[me] or cosine < lasts[me])):
+                    continue
+                offer(near, cosines, me, other, cosine)
 
 
 def merge_blocks(out: Path, blocks: list[Path], begin: int, end: int, width: int) -> dict[str, Any]:
@@ -173,25 +202,7 @@ def merge_lines(
             other, cosine = others[i, c], found[i, c]
             if other < 0 or cosine < cosines[me, last]:
                 break
-            at, listed = last, False
-            if near[me, at] >= 0 and cosine == cosines[me, at] and other > near[me, at]:
-                continue
-            # A pair may have other last bits in another cell; the first ones stay.
-            for d in range(last + 1):
-                if near[me, d] == other:
-                    listed = True
-                if near[me, d] < 0:
-                    break
-            if listed:
-                continue
-            while at > 0 and (
-                near[me, at - 1] < 0
-                or cosines[me, at - 1] < cosine
-                or (cosines[me, at - 1] == cosine and near[me, at - 1] > other)
-            ):
-                near[me, at], cosines[me, at] = near[me, at - 1], cosines[me, at - 1]
-                at -= 1
-            near[me, at], cosines[me, at] = other, cosine
+            offer(near, cosines, me, other, cosine)
 
 
 @compiled

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from eclectus.storage.artifact import Artifact
-from eclectus.tasks.compiled import compiled
 from eclectus.tasks.disk_matrix import PartMatrix, mapped, matrix_files
 from eclectus.tasks.grouping.cells import search
 from eclectus.tasks.grouping.cells.partition import Corpus, Members, Sample, Searched
@@ -185,49 +184,10 @@ def compare_fresh(
         queries = members[is_fresh[members]]
         if len(queries):
             products = vectors[queries] @ vectors[members].T
-            _insert_fresh(near, cosines, members, queries, products, is_fresh, lasts)
+            search.insert_fresh(near, cosines, members, queries, products, is_fresh, lasts)
     found = np.flatnonzero(near[:, 0] >= 0)
     near = near[found]
     np.save(out / "document.npy", documents[found].astype(np.int32))
     np.save(out / "near.npy", np.where(near < 0, -1, documents[np.maximum(near, 0)]).astype(np.int32))
     np.save(out / "cosine.npy", cosines[found])
     return {}
-
-
-@compiled
-def _insert_fresh(
-    near: np.ndarray,
-    cosines: np.ndarray,
-    members: np.ndarray,
-    queries: np.ndarray,
-    products: np.ndarray,
-    is_fresh: np.ndarray,
-    lasts: np.ndarray,
-) -> None:
-    """Offers members [m] to the queries [q] among them, and queries to members that are not fresh. products: [q, m]."""
-    last = near.shape[1] - 1
-    for i in range(len(queries)):
-        for j in range(len(members)):
-            cosine = products[i, j]
-            for side in range(2):
-                me, other = (queries[i], members[j]) if side == 0 else (members[j], queries[i])
-                if me == other or cosine < cosines[me, last] or (side == 1 and (is_fresh[me] or cosine < lasts[me])):
-                    continue
-                at, listed = last, False
-                if near[me, at] >= 0 and cosine == cosines[me, at] and other > near[me, at]:
-                    continue
-                for d in range(last + 1):
-                    if near[me, d] == other:
-                        listed = True
-                    if near[me, d] < 0:
-                        break
-                if listed:
-                    continue
-                while at > 0 and (
-                    near[me, at - 1] < 0
-                    or cosines[me, at - 1] < cosine
-                    or (cosines[me, at - 1] == cosine and near[me, at - 1] > other)
-                ):
-                    near[me, at], cosines[me, at] = near[me, at - 1], cosines[me, at - 1]
-                    at -= 1
-                near[me, at], cosines[me, at] = other, cosine
