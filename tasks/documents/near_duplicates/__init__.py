@@ -11,7 +11,8 @@ A band is as wide as it can be while a pair at the threshold agrees in one of th
 cluster of many copies not every pair is found, but each copy with the first of them.
 
 All of it works part by part, and band by band (tasks/over_parts.py). A corpus that has grown reads its new documents
-only, and compares only pairs of which the overlap was not measured before (earlier.py).
+only, forms only the groups again in which a document is new or gone (changed.py), and compares only pairs of which the
+overlap was not measured before (earlier.py).
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ import pyarrow.parquet as pq
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.disk_matrix import mapped
 from eclectus.tasks.documents.near_duplicates.candidates import PAIRS, band_pairs, bands_of
-from eclectus.tasks.documents.near_duplicates.earlier import RECORDED, carry_over, earlier_comparison
+from eclectus.tasks.documents.near_duplicates.changed import read_band_pairs, write_band_pairs
+from eclectus.tasks.documents.near_duplicates.earlier import RANK, RECORDED, carry_over, earlier_comparison
 from eclectus.tasks.documents.near_duplicates.overlaps import (
     KNOWN,
     KNOWN_OVERLAPS,
@@ -43,13 +45,15 @@ from eclectus.tasks.documents.near_duplicates.overlaps import (
 from eclectus.tasks.documents.near_duplicates.sketches import sketch_key, sketched_parts
 from eclectus.tasks.documents.shingles import MEASURE
 from eclectus.tasks.documents.table import first_rows, parts
-from eclectus.tasks.over_parts import Done, Part, find, forget, key_of, over_parts
+from eclectus.tasks.over_parts import Done, Part, find, forget, key_of, link_or_copy, over_parts
 
 LOWEST = 0.5
 ROWS_AT_A_TIME = 2**18
 DOCUMENTS_PER_RANGE = 20_000_000
 DOCUMENTS_PER_CALL = 2_000_000
-SECONDS_BAND, SECONDS_PAIR = 8e-8, 5e-6
+SECONDS_BAND, SECONDS_CHANGED, SECONDS_PAIR = 8e-8, 5e-9, 5e-6
+MOST_BAND_PAIRS = 64
+"""Pairs of bands per document that are kept for a later corpus; with more, it sorts all bands again."""
 SCHEMA = pa.schema([("row", pa.int64()), ("other", pa.int64()), ("overlap", pa.float64())])
 
 
@@ -111,16 +115,19 @@ class _Comparison:
     def compared(self, rank: np.ndarray, before: Done | None) -> Done:
         """All candidates with their overlaps. before: the same of an earlier corpus."""
         (saved,) = over_parts(save_rank, [Part(self.rank_key, {"rank": rank})], "ordering documents", workers=1)
-        bands = self._candidates(saved)
-        merged = self._merged(bands, before)
-        gathered = self._overlaps(merged)
-        forget([saved, *bands, *merged])
+        carried = self._carried(before, saved) if before else None
+        banded = carried if carried and carried.about["banded"] else None
+        ranges = 1 if banded else -(-self.count // DOCUMENTS_PER_RANGE)
+        bands = self._candidates(saved, ranges, banded)
+        merged = self._merged(bands, carried)
+        gathered = self._overlaps(merged, bands, ranges, saved)
+        forget([saved, *bands, *merged, *([carried] if carried else [])])
         return gathered
 
-    def _candidates(self, saved: Done) -> list[Done]:
-        """Files of candidates, of some bands each."""
-        bands, ranges = bands_of(self.threshold), -(-self.count // DOCUMENTS_PER_RANGE)
-        together = max(1, min(len(bands), DOCUMENTS_PER_CALL // self.count))
+    def _candidates(self, saved: Done, ranges: int, banded: Done | None) -> list[Done]:
+        """Files of candidates, of some bands each. banded: what `Changed` reads."""
+        bands, seconds = bands_of(self.threshold), SECONDS_CHANGED if banded else SECONDS_BAND
+        together = max(1, min(len(bands), int(DOCUMENTS_PER_CALL * SECONDS_BAND / seconds) // self.count))
         work = []
         for begin in range(0, len(bands), together):
             for number in range(ranges):
@@ -130,16 +137,15 @@ class _Comparison:
                     "bands": bands[begin : begin + together],
                     "threshold": self.threshold,
                     "share": (number, ranges),
+                    "before": banded.folder if banded else None,
                 }
-                band_key = key_of("band", self.key, begin, together, number, ranges)
+                band_key = key_of("band 2", self.key, begin, together, number, ranges)
                 size = len(bands[begin : begin + together]) * self.count // ranges
                 work.append(Part(band_key, arguments, size, f"bands from byte {bands[begin]}"))
-        return over_parts(
-            band_pairs, work, "looking for candidates", "sketches", seconds=SECONDS_BAND, workers=self.workers
-        )
+        return over_parts(band_pairs, work, "looking for candidates", "sketches", seconds=seconds, workers=self.workers)
 
-    def _overlaps(self, merged: list[Done]) -> Done:
-        """The overlaps of all candidates."""
+    def _overlaps(self, merged: list[Done], bands: list[Done], ranges: int, saved: Done) -> Done:
+        """The overlaps of all candidates, with the pairs of each band, in `ranges`, and the order by rank."""
         wanted = [each.file(ROWS) for each in merged]
         work = [
             Part(
@@ -171,16 +177,17 @@ class _Comparison:
         arguments = {
             "merged": [each.folder for each in merged],
             "compared": [each.folder for each in compared],
-            "sketches": self.sketch_keys,
-            "key": self.key,
+            "bands": [each.folder for each in bands],
+            "ranges": ranges,
+            "rank": saved.file(RANK),
+            "about": {"sketches": self.sketch_keys, "key": self.key, "threshold": self.threshold},
         }
         (gathered,) = over_parts(gather, [Part(self.key, arguments)], "near-duplicates", "files", workers=1)
         forget([*shingled, *compared])
         return gathered
 
-    def _merged(self, bands: list[Done], before: Done | None) -> list[Done]:
+    def _merged(self, bands: list[Done], carried: Done | None) -> list[Done]:
         """The candidates by part, those of which the overlap is known apart."""
-        carried = self._carried(before) if before else None
         known = carried.folder if carried else None
         work = [
             Part(
@@ -197,12 +204,10 @@ class _Comparison:
             )
             for number, (path, (begin, end)) in enumerate(zip(self.paths, pairwise(self.firsts), strict=True))
         ]
-        merged = over_parts(merge, work, "sorting candidates", seconds=SECONDS_BAND, workers=self.workers)
-        forget([carried] if carried else [])
-        return merged
+        return over_parts(merge, work, "sorting candidates", seconds=SECONDS_BAND, workers=self.workers)
 
-    def _carried(self, before: Done) -> Done | None:
-        """The known overlaps of pairs of an earlier corpus."""
+    def _carried(self, before: Done, saved: Done) -> Done | None:
+        """The known overlaps of pairs of an earlier corpus, and its pairs of bands."""
         theirs = [find(key) for key in before.about["sketches"]]
         folders = [each.folder for each in theirs if each]
         if len(folders) < len(theirs):
@@ -210,11 +215,9 @@ class _Comparison:
         numbers = {key: number for number, key in enumerate(self.sketch_keys)}
         same = [numbers.get(key, -1) for key in before.about["sketches"]]
         arguments = {"compared": before.folder, "theirs": folders, "ours": self.sketched, "same": same}
-        key = key_of("carry over", self.key, before.about["key"])
+        arguments |= {"rank": saved.file(RANK), "banded": before.about.get("threshold") == self.threshold}
+        key = key_of("carry over 2", self.key, before.about["key"])
         return over_parts(carry_over, [Part(key, arguments)], "earlier near-duplicates", "files", workers=1)[0]
-
-
-RANK = "rank.npy"
 
 
 def save_rank(out: Path, rank: np.ndarray) -> dict[str, Any]:
@@ -223,8 +226,17 @@ def save_rank(out: Path, rank: np.ndarray) -> dict[str, Any]:
     return {}
 
 
-def gather(out: Path, merged: list[Path], compared: list[Path], sketches: list[str], key: str) -> dict[str, Any]:
-    """All pairs in order, with their overlaps: pairs.npy and overlaps.npy. sketches: keys of the parts' sketches."""
+def gather(
+    out: Path,
+    merged: list[Path],
+    compared: list[Path],
+    bands: list[Path],
+    ranges: int,
+    rank: Path,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """All pairs in order, with their overlaps: pairs.npy and overlaps.npy; the pairs of each band, unless these are
+    very many, and rank.npy. bands: folders of `band_pairs`, `ranges` for each of its bands."""
     total = sum(len(mapped(folder / name)) for folder in merged for name in (PAIRS, KNOWN))
     pairs = np.lib.format.open_memmap(out / PAIRS, "w+", np.int64, (total,))
     overlaps = np.lib.format.open_memmap(out / OVERLAPS, "w+", np.float64, (total,))
@@ -236,4 +248,15 @@ def gather(out: Path, merged: list[Path], compared: list[Path], sketches: list[s
         pairs[done : done + len(codes)] = codes[order]
         overlaps[done : done + len(codes)] = measured[order]
         done += len(codes)
-    return {"sketches": sketches, "key": key, "pairs": total}
+    link_or_copy(rank, out / RANK)
+    by_call = [read_band_pairs(folder) for folder in bands]
+    if sum(each.size for call in by_call for each in call) <= MOST_BAND_PAIRS * len(mapped(rank)):
+        write_band_pairs(out, _bands(by_call, ranges))
+    return {**about, "pairs": total}
+
+
+def _bands(by_call: list[list[np.ndarray]], ranges: int) -> Iterator[np.ndarray]:
+    """The pairs of each band, sorted. by_call: of each call the pairs of its bands, `ranges` calls for each of them."""
+    for begin in range(0, len(by_call), ranges):
+        for of_ranges in zip(*by_call[begin : begin + ranges], strict=True):
+            yield of_ranges[0] if ranges == 1 else np.sort(np.concatenate(of_ranges))

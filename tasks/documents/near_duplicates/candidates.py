@@ -8,11 +8,12 @@ one of them with a probability of FOUND.
 Every call takes some bands of all documents, or those of a range of the bands' bytes where there are very many.
 Price: 7 seconds per million documents of which a tenth are in groups. Memory: 40 bytes per document of the range, 60
 where all are alike.
+
+Of a corpus that has grown, only the groups with a document that is new or gone are formed again (`changed.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ import numpy as np
 
 from eclectus.tasks.compiled import compiled
 from eclectus.tasks.disk_matrix import PartMatrix, mapped
+from eclectus.tasks.documents.near_duplicates.changed import (
+    MULTIPLIER,
+    Changed,
+    read_bytes,
+    without,
+    write_band_pairs,
+)
 from eclectus.tasks.documents.near_duplicates.sketches import COLUMNS, ROWS
 from eclectus.tasks.documents.shingles import BINS
 
@@ -28,9 +36,6 @@ FOUND = 0.995
 MARGIN = 0.12
 NEXT_IN_GROUP = 4
 COMPARED_AT_A_TIME = 2**18
-
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_BYTE = np.uint64(8)
 
 
 def band_width(threshold: float) -> int:
@@ -46,54 +51,49 @@ def bands_of(threshold: float) -> list[int]:
 
 
 def band_pairs(
-    out: Path, sketches: list[Path], rank: Path, bands: list[int], threshold: float, share: tuple[int, int]
+    out: Path,
+    sketches: list[Path],
+    rank: Path,
+    bands: list[int],
+    threshold: float,
+    share: tuple[int, int],
+    before: Path | None = None,
 ) -> dict[str, Any]:
-    """Writes the pairs that agree in one of these bands, as `lower row * N + higher row`, int64 [P], sorted, unique.
+    """Writes the pairs that agree in one of these bands, as `lower row * N + higher row`, int64 [P], sorted, unique;
+    and those of each band (BandPairs).
 
     sketches: folder of each part. rank: int64 [N], the highest goes first in its group; below 0 are documents that are
-    not compared. share: (number, of how many) of the range of a band's bytes.
+    not compared. share: (number, of how many) of the range of a band's bytes. before: folder of `carry_over`.
     """
     rows = PartMatrix([folder / ROWS for folder in sketches])
     rank_N, width = np.asarray(mapped(rank)), band_width(threshold)
-    found = [np.empty(0, np.int64)]
-    for begin in bands:
+    changed = Changed.load(before, bands, bands_of(threshold)) if before else None
+    found = []
+    for number, begin in enumerate(bands):
         # Opened for each band: pages that were read are then given back.
         columns = [np.asarray(mapped(folder / COLUMNS)) for folder in sketches]
-        order, starts = _groups(read_bytes(columns, range(begin, begin + width)), columns, begin + width, rank_N, share)
+        band = range(begin, begin + width)
+        if changed:
+            members, kept = changed.members(columns, band, rank_N), changed.pairs[number]
+        else:
+            members, kept = _not_alone(read_bytes(columns, band), rank_N, share), np.empty(0, np.int64)
+        order, starts = _groups(members, columns, band)
         del columns
-        found.append(_pairs(order, starts, rows, rank_N, threshold))
-    pairs = np.unique(np.concatenate(found))
+        pairs = _pairs(order, starts, rows, rank_N, threshold)
+        found.append(np.union1d(pairs, without(kept, members, len(rank_N))) if len(kept) else pairs)
+    write_band_pairs(out, found)
+    pairs = np.unique(np.concatenate([np.empty(0, np.int64), *found]))
     np.save(out / PAIRS, pairs)
     return {"pairs": len(pairs)}
 
 
-def read_bytes(columns: list[np.ndarray], wanted: Sequence[int], rows: np.ndarray | None = None) -> np.ndarray:
-    """Up to 8 bytes of the sketches as one number, the first the lowest: uint64 [N], or of ascending `rows`."""
-    ends = np.cumsum([part.shape[1] for part in columns])
-    out = np.zeros(int(ends[-1]) if rows is None else len(rows), np.uint64)
-    done = 0
-    for part, end in zip(columns, ends.tolist(), strict=True):
-        here = slice(None)
-        count = part.shape[1]
-        if rows is not None:
-            last = int(np.searchsorted(rows, end))
-            here, count = rows[done:last] - (end - part.shape[1]), last - done
-        for place, each in enumerate(wanted):
-            out[done : done + count] |= part[each % BINS][here].astype(np.uint64) << np.uint64(8 * place)
-        done += count
-    return out
+def _groups(rows: np.ndarray, columns: list[np.ndarray], band: range) -> tuple[np.ndarray, np.ndarray]:
+    """Of these rows, ascending, those that share a band's bytes with another, group by group, and where groups begin.
 
-
-def _groups(
-    key: np.ndarray, columns: list[np.ndarray], after: int, rank: np.ndarray, share: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the documents that share a band's bytes with another, group by group, and where the groups begin.
-
-    key: the band's bytes, uint64 [N]. Within a group the 8 bytes from `after` on decide the order.
+    Within a group the 8 bytes after the band decide the order.
     """
-    rows = _not_alone(key, rank, share)
-    key = key[rows]
-    inside = np.lexsort((read_bytes(columns, range(after, after + 8), rows), key))
+    key = read_bytes(columns, band, rows)
+    inside = np.lexsort((read_bytes(columns, range(band.stop, band.stop + 8), rows), key))
     rows, key = rows[inside], key[inside]
     new = np.concatenate([[True], key[1:] != key[:-1]])[: len(key)]
     # A row whose hash only equals that of another is in no group.
@@ -109,7 +109,7 @@ def _not_alone(key: np.ndarray, rank: np.ndarray, share: tuple[int, int]) -> np.
     bits = np.uint64(max(1, len(key).bit_length()))
     rows = np.flatnonzero(rank >= 0)
     both = key[rows]
-    both *= _MULTIPLIER
+    both *= MULTIPLIER
     if share[1] > 1:
         mine = (both >> np.uint64(32)) % np.uint64(share[1]) == share[0]
         rows, both = rows[mine], both[mine]

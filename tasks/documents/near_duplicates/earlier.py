@@ -1,7 +1,9 @@
-"""What an earlier corpus of the same home gives to one that has grown: sketches, and the overlaps of its pairs.
+"""What an earlier corpus of the same home gives to one that has grown: sketches, the overlaps of its pairs, and the
+pairs of each band.
 
 Documents are the same where their ids are, which are hashes of their texts. They must stand in the same order, which
-they do when files are added or taken away; else all pairs are compared again.
+they do when files are added or taken away; else all pairs are compared again. Pairs of bands are taken over where the
+order by rank is the same too.
 """
 
 from __future__ import annotations
@@ -15,14 +17,23 @@ import numpy as np
 from eclectus.tasks.disk_matrix import mapped
 from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.documents.near_duplicates.candidates import PAIRS
+from eclectus.tasks.documents.near_duplicates.changed import (
+    BANDS,
+    FRESH,
+    GONE,
+    read_band_pairs,
+    write_band_pairs,
+)
 from eclectus.tasks.documents.near_duplicates.overlaps import OVERLAPS
-from eclectus.tasks.documents.near_duplicates.sketches import IDS
-from eclectus.tasks.documents.shingles import MEASURE
+from eclectus.tasks.documents.near_duplicates.sketches import COLUMNS, IDS
+from eclectus.tasks.documents.shingles import BINS, MEASURE
 from eclectus.tasks.over_parts import Done, find
 from eclectus.tasks.reuse import earlier
 
-ROW_MAP = "row_map.npy"
+RANK = "rank.npy"
 AT_A_TIME = 2**20
+MOST_CHANGED = 0.2
+"""Share of the documents, new or gone, from which on it costs less to form all groups again."""
 RECORDED = f"near-duplicates 1, {MEASURE}"
 """Value of the statistic `compared_by` of artifacts that name their comparison in `compared`."""
 
@@ -36,13 +47,35 @@ def earlier_comparison() -> Done | None:
     return None
 
 
-def carry_over(out: Path, compared: Path, theirs: list[Path], ours: list[Path], same: list[int]) -> dict[str, Any]:
-    """Writes row_map.npy, int64: the present row of each earlier document, or -1; and the overlaps of the earlier pairs
-    whose documents are both here: pairs.npy as `lower row * N + higher row`, sorted, and overlaps.npy.
+def carry_over(
+    out: Path, compared: Path, theirs: list[Path], ours: list[Path], same: list[int], rank: Path, banded: bool
+) -> dict[str, Any]:
+    """Writes the overlaps of the earlier pairs whose documents are both here: pairs.npy as `lower row * N + higher
+    row`, sorted, and overlaps.npy; and, if `banded` and the order by rank is as it was, what `Changed` reads.
 
     theirs, ours: folders of the sketches of each part. same: for each of theirs, the number of the equal part of ours,
-    or -1.
+    or -1. rank: of the present documents.
     """
+    row_map = _row_map(theirs, ours, same)
+    count = int(first_rows_of(ours)[-1])
+    codes, measured = (mapped(compared / name) for name in (PAIRS, OVERLAPS))
+    blocks = [slice(begin, begin + AT_A_TIME) for begin in range(0, len(codes), AT_A_TIME)]
+    kept = sum(int((_present(codes[block], row_map, count) >= 0).sum()) for block in blocks)
+    pairs = np.lib.format.open_memmap(out / PAIRS, "w+", np.int64, (kept,))
+    overlaps = np.lib.format.open_memmap(out / OVERLAPS, "w+", np.float64, (kept,))
+    done = 0
+    for block in blocks:
+        mine = _present(codes[block], row_map, count)
+        here = np.flatnonzero(mine >= 0)
+        pairs[done : done + len(here)] = mine[here]
+        overlaps[done : done + len(here)] = measured[block][here]
+        done += len(here)
+    banded = banded and (compared / BANDS).is_file() and _carry_bands(out, compared, theirs, row_map, np.load(rank))
+    return {"pairs": kept, "banded": banded}
+
+
+def _row_map(theirs: list[Path], ours: list[Path], same: list[int]) -> np.ndarray:
+    """The present row of each earlier document, int64, or -1; all -1 if they do not stand in the same order."""
     their_rows, our_rows = (first_rows_of(each) for each in (theirs, ours))
     row_map = np.full(their_rows[-1], -1)
     others = [number for number in range(len(ours)) if number not in set(same)]
@@ -58,20 +91,32 @@ def carry_over(out: Path, compared: Path, theirs: list[Path], ours: list[Path], 
     there = row_map[row_map >= 0]
     if not (there[1:] > there[:-1]).all():
         row_map[:] = -1
-    np.save(out / ROW_MAP, row_map)
-    codes, measured = (mapped(compared / name) for name in (PAIRS, OVERLAPS))
-    blocks = [slice(begin, begin + AT_A_TIME) for begin in range(0, len(codes), AT_A_TIME)]
-    kept = sum(int((_present(codes[block], row_map, our_rows[-1]) >= 0).sum()) for block in blocks)
-    pairs = np.lib.format.open_memmap(out / PAIRS, "w+", np.int64, (kept,))
-    overlaps = np.lib.format.open_memmap(out / OVERLAPS, "w+", np.float64, (kept,))
-    done = 0
-    for block in blocks:
-        mine = _present(codes[block], row_map, our_rows[-1])
-        here = np.flatnonzero(mine >= 0)
-        pairs[done : done + len(here)] = mine[here]
-        overlaps[done : done + len(here)] = measured[block][here]
-        done += len(here)
-    return {"pairs": kept}
+    return row_map
+
+
+def _carry_bands(out: Path, compared: Path, theirs: list[Path], row_map: np.ndarray, rank: np.ndarray) -> bool:
+    """Writes the pairs of each band in present rows, fresh.npy and gone.npy; False if the order by rank changed, or too
+    many documents."""
+    then = np.load(compared / RANK)
+    now = np.where(row_map >= 0, rank[row_map], -1) if len(rank) else np.full(len(row_map), -1)
+    both = np.flatnonzero((then >= 0) & (now >= 0))
+    if not (np.diff(now[both[np.argsort(then[both])]]) > 0).all():
+        return False
+    fresh = rank >= 0
+    fresh[row_map[both]] = False
+    gone = np.flatnonzero((then >= 0) & (now < 0))
+    if fresh.sum() + len(gone) > MOST_CHANGED * len(rank):
+        return False
+    sketches, begins = [np.empty((BINS, 0), np.uint8)], first_rows_of(theirs)
+    for folder, (begin, end) in zip(theirs, pairwise(begins.tolist()), strict=True):
+        here = gone[np.searchsorted(gone, begin) : np.searchsorted(gone, end)] - begin
+        sketches.append(mapped(folder / COLUMNS)[:, here])
+    np.save(out / FRESH, np.flatnonzero(fresh))
+    np.save(out / GONE, np.concatenate(sketches, axis=1))
+    row_map = np.where(now >= 0, row_map, -1)
+    present = (_present(each, row_map, len(rank)) for each in read_band_pairs(compared))
+    write_band_pairs(out, (each[each >= 0] for each in present))
+    return True
 
 
 def first_rows_of(sketched: list[Path]) -> np.ndarray:

@@ -123,7 +123,19 @@ def test_parts_bands_and_ranges_give_the_pairs_of_the_plain_description(tmp_path
     assert len(expected) > 20 or kind not in ("copies", "counters", "cluster")
 
 
-@pytest.mark.parametrize("change", ["appended", "put in front", "put in between", "taken away", "reordered"])
+CHANGES = [
+    "appended",
+    "put in front",
+    "put in between",
+    "taken away",
+    "taken away and appended",
+    "others excluded",
+    "ranked otherwise",
+    "reordered",
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.usefixtures("run")
 def test_a_corpus_that_changed_reads_and_compares_what_is_new_and_finds_what_a_fresh_one_does(
     home, tmp_path, change, monkeypatch
@@ -137,30 +149,47 @@ def test_a_corpus_that_changed_reads_and_compares_what_is_new_and_finds_what_a_f
         "put in front": (more + texts, (106, 206)),
         "put in between": (texts[:150] + more + texts[150:], (100, 206)),
         "taken away": (texts[:120] + texts[130:], (100, 190)),
+        "taken away and appended": (texts[:120] + texts[130:] + more, (100, 190)),
         "reordered": (texts[::-1], (90, 190)),
-    }[change]
+    }.get(change, (texts, (100, 200)))
+    ranks = dict(zip([*texts, *more], random.permutation(len(texts) + len(more)).tolist(), strict=True))
+    then = np.array([ranks[text] for text in texts])
+    now = np.array([ranks[text] for text in changed])
+    then[20:40] = -1
+    if change == "others excluded":
+        now[[*range(20, 38), *range(60, 70)]] = -1
+    elif change == "ranked otherwise":
+        now = random.permutation(len(now))
     first = texts_in_parts(home.store, texts, 100, 200)
-    statistics = write_near_duplicates(first, np.arange(len(texts)), 0.7, tmp_path / "first.parquet", 1)
+    # Bands in two ranges of their bytes, as those of a very large corpus.
+    monkeypatch.setattr(module, "DOCUMENTS_PER_RANGE", 1 + len(texts) // 2)
+    statistics = write_near_duplicates(first, then, 0.7, tmp_path / "first.parquet", 1)
     with home.store.draft("documents") as out:
         out.file("documents/part-00000.parquet").write_bytes(b"")
         out.statistics = statistics
         home.store.commit(out)
-    sketched, shingled = [], []
+    sketched, shingled, grouped = [], [], []
     for where, name, seen in ((sketches, "sketches", sketched), (overlaps, "shingle_sets", shingled)):
         make_them = getattr(where, name)
         monkeypatch.setattr(where, name, lambda given, seen=seen, make=make_them: (seen.extend(given), make(given))[1])
+    form = candidates._groups
+    monkeypatch.setattr(candidates, "_groups", lambda rows, *given: (grouped.extend(rows), form(rows, *given))[1])
     grown = texts_in_parts(home.store, changed, *ends)
-    rank = np.array([texts.index(text) if text in texts else 1000 + i for i, text in enumerate(changed)])
-    got = pairs_of(grown, rank, 0.7)
+    got = pairs_of(grown, now, 0.7)
+    by_changes, bands = len(grouped), len(bands_of(0.7))
     if change != "reordered":
-        assert len(set(sketched)) == (6 if len(changed) > len(texts) else 0)
-        assert len(set(shingled)) < 40
-    monkeypatch.undo()
+        assert len(set(sketched)) == (6 if len(changed) > len(texts) or "and appended" in change else 0)
+        assert len(set(shingled)) < (120 if change in ("others excluded", "ranked otherwise") else 60)
+    grouped.clear()
     fresh = ArtifactStore(tmp_path / "fresh")
     monkeypatch.setattr(module, "earlier_comparison", lambda: None)
     monkeypatch.setattr(module, "RECORDED", "fresh")
-    assert got == pairs_of(texts_in_parts(fresh, changed, *ends), rank, 0.7)
+    assert got == pairs_of(texts_in_parts(fresh, changed, *ends), now, 0.7)
     assert len(got) > 100
+    if change in ("reordered", "ranked otherwise"):
+        assert by_changes == len(grouped)
+    else:
+        assert bands < by_changes < len(grouped) / 3
 
 
 def test_templates_cost_a_few_pairs_per_document(tmp_path):
