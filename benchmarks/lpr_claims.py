@@ -71,6 +71,8 @@ UNKEYED = (
     "sweep",
     "best_of",
     "base_seed",
+    "checkpoint_every",
+    "stage1_rate",
 )
 
 
@@ -107,7 +109,7 @@ def run(chosen: argparse.Namespace, deadline: float) -> None:
     board = Board(chosen, size, data, HeldOut(packed, Mixture(**data["mixture"])))
     board.write()
     work(Queue(size, chosen, packed).jobs(), board, deadline)
-    print(markdown(board.about, board.results, board.errors, board.held), flush=True)
+    print(board.text(), flush=True)
 
 
 def changed(size: Size, words: list[str]) -> Size:
@@ -179,7 +181,7 @@ class Board:
             "device": device,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "command": f"lpr_claims.py {' '.join(word for word in sys.argv[1:] if not word.startswith('/'))}",
+            "command": " ".join([Path(sys.argv[0]).name, *(word for word in sys.argv[1:] if not word.startswith("/"))]),
             "size": dataclasses.asdict(size),
             "original": chosen.original,
             "expanded": chosen.expanded,
@@ -195,7 +197,10 @@ class Board:
     def write(self) -> None:
         state = {"about": self.about, "results": self.results, "errors": self.errors}
         self._out.with_suffix(".json").write_text(json.dumps(state, indent=1))
-        self._out.with_suffix(".md").write_text(markdown(self.about, self.results, self.errors, self.held))
+        self._out.with_suffix(".md").write_text(self.text())
+
+    def text(self) -> str:
+        return markdown(self.about, self.results, self.errors, self.held)
 
     def resolve(self, job: dict[str, Any]) -> dict[str, Any]:
         """The job with its learning rate, its key and the paths that it reads and writes filled in."""

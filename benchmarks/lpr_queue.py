@@ -127,9 +127,33 @@ class Queue:
 
     def _single(self, seed: int, method: str) -> None:
         """A method of one stage, at several learning rates; under later seeds of a base at the best of them."""
+        part = FIRST if seed == self._seeds[0] else SEEDS
+        factors = self._rates.get(method, ())
+        # Where steps are few and dear, the middle one has to do.
+        factors = factors if self._tunes else factors[1:2]
+        every_base = method in ON_EVERY_BASE and seed < self._seeds[0] + self._chosen.bases
+        if not factors:
+            start, more = self._training(part, seed, method)
+            self._add(part, seed, "single", method, [start], rate=self._size.stage1_rate, **more)
+        elif seed != self._seeds[0] and not every_base:
+            start, more = self._training(part, seed, method)
+            tried = [f"{self._seeds[0]}/{method} x{factor:g}" for factor in factors]
+            self._add(part, seed, "single", method, [start, *tried], best_of=tried, rate=0.0, **more)
+        else:
+            for factor in factors:
+                middle = factor == factors[min(1, len(factors) - 1)]
+                self._one_rate(part if middle else max(part, OTHER_RATES), seed, method, factor)
+
+    def _one_rate(self, part: int, seed: int, method: str, factor: float) -> None:
+        """A method of one stage at a factor of the size's rate."""
+        start, more = self._training(FIRST if seed == self._seeds[0] else SEEDS, seed, method)
+        rate = self._size.stage1_rate * factor
+        self._add(part, seed, "single", f"{method} x{factor:g}", [start], rate=rate, **more)
+
+    def _training(self, part: int, seed: int, method: str) -> tuple[str, dict[str, Any]]:
+        """(the job that it starts from, its settings but for the rate) of a method of one stage."""
         size = self._size
         replay = method in ("full_replay", "one_stage")
-        part = FIRST if seed == self._seeds[0] else SEEDS
         start = self._moe(part, seed, "copy") if method in ("moe_all", "one_stage") else self._base(seed)
         steps = size.stage1_steps + (round(self._reviews) if replay else 0)
         more = dict(method=method, title=method, steps=steps, batch=size.batch)
@@ -138,20 +162,7 @@ class Queue:
         if method == "one_stage":
             more["gamma"] = size.gamma
         more["replay_share"] = self._reviews / steps if replay else 0.0
-        factors = self._rates.get(method, ())
-        # Where steps are few and dear, the middle one has to do.
-        factors = factors if self._tunes else factors[1:2]
-        every_base = method in ON_EVERY_BASE and seed < self._seeds[0] + self._chosen.bases
-        if not factors:
-            self._add(part, seed, "single", method, [start], rate=size.stage1_rate, **more)
-        elif seed != self._seeds[0] and not every_base:
-            tried = [f"{self._seeds[0]}/{method} x{factor:g}" for factor in factors]
-            self._add(part, seed, "single", method, [start, *tried], best_of=tried, rate=0.0, **more)
-        else:
-            for factor in factors:
-                when = part if factor == factors[min(1, len(factors) - 1)] else max(part, OTHER_RATES)
-                rate = size.stage1_rate * factor
-                self._add(when, seed, "single", f"{method} x{factor:g}", [start], rate=rate, **more)
+        return start, more
 
     def _sweeps(self, seed: int) -> None:
         """Reviews of the first seed's stage 1 with other settings, and other stages 1 with a review each."""

@@ -22,7 +22,7 @@ ORDER = (
 )
 
 
-COSTS = ("parameters, active", "training TFLOPs", "CPU s")
+COSTS = ("parameters, active", "training TFLOPs", "CPU s of training")
 
 
 def markdown(about: dict[str, Any], results: list[dict[str, Any]], errors: list[str], held: HeldOut) -> str:
@@ -117,7 +117,7 @@ class Table:
         cells = [title, *by_language(self._expanded), spread(means)]
         cells.append(f"{spread(over, 1, '+')}%" if over else "-")
         cells += by_language(self._original)
-        rates = sorted({run.get("rate") or 0.0 for run in runs})
+        rates = sorted({run.get("stage1_rate") or run.get("rate") or 0.0 for run in runs})
         return row([*cells, f"{spread(keeps, 2)}%", " ".join(f"{rate:.1g}" for rate in rates), str(len(runs))])
 
     def base_of(self, run: dict[str, Any]) -> dict[str, Any]:
@@ -185,7 +185,9 @@ def frontier(about: dict[str, Any], results: list[dict[str, Any]], bases: dict[i
             gain = -100 * held.ratio([base], [each], about["expanded"]).value
             kept = 100 / (1 + held.ratio([base], [each], about["original"]).value)
             title = "MoE-LPR" if each.get("sweep") else TITLES.get(each["title"], each["title"])
-            what = title, each["rate"], each["title"] if each.get("sweep") else f"{each['rate']:.2g}"
+            # A review is known by the rate of its stage 1, where that differs.
+            rate = each.get("stage1_rate", each["rate"])
+            what = title, rate, each["title"] if each.get("sweep") else f"{rate:.2g}"
             gains[what].append((base["seed"], gain, kept))
     lines = ["### Gain in the new languages and retention, at every rate, by base", ""]
     lines += [row(["method", "rate", "gain, %", "kept, %"]), row(["---"] * 4)]
@@ -208,22 +210,40 @@ def by_method(results: list[dict[str, Any]], expanded: list[str]) -> dict[str, l
 
 
 def task_table(about: dict[str, Any], bases: dict[int, Any], methods: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Accuracy by lm-eval task, where tasks were asked."""
+    """Accuracy by lm-eval task, where tasks were asked, and its difference from the base's on the same questions."""
     rows = {"base": bases[min(bases)]} | {
         TITLES.get(title, title): methods[title][0] for title in ORDER if title in methods
     }
     rows = {title: each["tasks"] for title, each in rows.items() if each.get("tasks")}
-    if not rows:
+    if "base" not in rows:
         return []
-    names = list(next(iter(rows.values())))
-    questions = ", ".join(f"{name} {next(iter(rows.values()))[name]['questions']}" for name in names)
-    lines = [f"lm-eval tasks, 0 shots, accuracy in percent ± standard error; questions: {questions}.", ""]
-    lines += [row(["", *names]), row(["---"] * (len(names) + 1))]
+    names = list(rows["base"])
+    questions = ", ".join(f"{name} {rows['base'][name]['questions']}" for name in names)
+    lines = [
+        "lm-eval tasks, 0 shots: accuracy in percent with its 95% interval; below it the difference from the base on "
+        f"the same questions with its own; questions: {questions}.",
+        "",
+        row(["", *names]),
+        row(["---"] * (len(names) + 1)),
+    ]
     for title, scores in rows.items():
         lines.append(
-            row([title, *(f"{100 * scores[name]['acc']:.1f} ±{100 * scores[name]['error']:.1f}" for name in names)])
+            row([title, *(f"{100 * scores[name]['acc']:.1f} ±{196 * scores[name]['error']:.1f}" for name in names)])
         )
+        if title != "base":
+            lines.append(row(["", *(paired(scores[name], rows["base"][name]) for name in names)]))
     return [*lines, ""]
+
+
+def paired(ours: dict[str, Any], base: dict[str, Any]) -> str:
+    """Difference of two accuracies on the same questions, in percent, with its 95% interval; bold where it is below."""
+    if "correct" not in ours or len(ours["correct"]) != len(base.get("correct", [])):
+        return ""
+    changes = [one - other for one, other in zip(ours["correct"], base["correct"], strict=True)]
+    error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else 0.0
+    middle = statistics.fmean(changes)
+    text = f"{100 * middle:+.1f} ({100 * (middle - 1.96 * error):+.1f} to {100 * (middle + 1.96 * error):+.1f})"
+    return f"**{text}**" if middle + 1.96 * error < 0 else text
 
 
 def proofs(results: list[dict[str, Any]]) -> list[str]:

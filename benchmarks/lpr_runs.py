@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -37,8 +38,9 @@ from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.training import objectives
 from eclectus.models.training.flops import training_costs
 from eclectus.models.training.instances import Batch, Instances
-from eclectus.models.training.loop import Plan, autocast, train
+from eclectus.models.training.loop import Plan, train
 from eclectus.models.training.losses import Loss, Objective, Pass, Term
+from eclectus.models.training.precision import FrozenWeights, autocast, compute_dtype
 from eclectus.models.training.process import Process
 from eclectus.models.training.router_losses import language_prior_loss
 
@@ -48,9 +50,10 @@ logging.disable_progress_bar()
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Runs one job in this process; the result is the job with bits per byte, seconds and the frozen digest."""
     torch.set_num_threads(job["threads"])
-    started = time.monotonic()
+    started, computed = time.monotonic(), time.process_time()
     with contextlib.redirect_stderr(io.StringIO()):
         result = JOBS[job["kind"]](job)
+    result["job_cpu_seconds"] = round(time.process_time() - computed, 1)
     result["seconds"] = round(time.monotonic() - started, 1)
     if torch.cuda.is_available():
         result["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -74,7 +77,7 @@ def train_base(job: dict[str, Any]) -> dict[str, Any]:
             tie_word_embeddings=True,
         )
         model = LlamaForCausalLM(config)
-        fit(model, data, objectives.next_token(), stage_plan(job))
+        fit(model, data, objectives.next_token(), job)
         model.save_pretrained(out)
     return {**scores(model, job), "parameters": count(model)}
 
@@ -110,7 +113,7 @@ def train_stage1(job: dict[str, Any]) -> dict[str, Any]:
     before = frozen_digest(model)
     objective = objectives.post_pretrain(job["alpha"], model.config.num_experts_per_tok, "paper")
     data = Instances(Path(job["packed"]) / "expanded")
-    speed = fit(model, data, objective, stage_plan(job))
+    speed = fit(model, data, objective, job)
     proof = same_digest(frozen_digest(model), before, job)
     export_checkpoint(model, job["out"], side_files=job["start"])
     return {**scores(model, job), **proof, **speed, **routing_share(model, job)}
@@ -127,7 +130,7 @@ def train_review(job: dict[str, Any]) -> dict[str, Any]:
         objective = review_beyond(settings, known_languages(job, data))
     else:
         objective = objectives.review(settings.gamma, settings.form, known_languages(job, data))
-    speed = fit(model, data, objective, stage_plan(job))
+    speed = fit(model, data, objective, job)
     proof = same_digest(frozen_digest(model), before, job)
     proof["all_but_routers_unchanged"] = untrained_digest(model) == still
     return {**scores(model, job), **proof, **speed, **routing_share(model, job)}
@@ -148,7 +151,7 @@ def train_single(job: dict[str, Any]) -> dict[str, Any]:
     else:
         objective = objectives.next_token()
     trained = count(model, trained=True)
-    speed = fit(model, data, objective, stage_plan(job))
+    speed = fit(model, data, objective, job)
     result = {"untrained_unchanged": untrained_digest(model) == still, "trained": trained, **speed}
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
@@ -171,16 +174,27 @@ def known_languages(job: dict[str, Any], data: Instances) -> list[int]:
 def stage_plan(job: dict[str, Any]) -> Plan:
     """The plan of one training, with a tenth of the steps as warm-up."""
     steps, batch, micro = job["steps"], job["batch"], min(job["batch"], job["micro_batch"])
-    return Plan(0, steps, steps, batch, micro, job["rate"], steps // 10 + 1, seed=job["seed"], log_every=100)
+    every, precision = job.get("checkpoint_every", steps + 1), job.get("precision", "auto")
+    more = dict(seed=job["seed"], log_every=100, checkpoint_every=every, precision=precision)
+    return Plan(0, steps, steps, batch, micro, job["rate"], steps // 10 + 1, **more)
 
 
-def fit(model: torch.nn.Module, data: Instances, objective: Objective, plan: Plan) -> dict[str, float]:
-    """Trains with the production loop, without checkpoints; returns what it cost."""
+def fit(model: torch.nn.Module, data: Instances, objective: Objective, job: dict[str, Any]) -> dict[str, float]:
+    """Trains with the production loop, from the job's last checkpoint if it keeps any; returns what it cost.
+
+    Frozen weights are held in bf16 where the job trains in it. What was spent before a kill is not in the cost.
+    """
+    plan, process = stage_plan(job), Process.current()
     costs = training_costs(model, plan, 1, data.length)
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(f"{job['out']}-unfinished" if "checkpoint_every" in job else temporary)
         started, computed = time.monotonic(), time.process_time()
-        plan = dataclasses.replace(plan, checkpoint_every=plan.stop + 1)
-        train(model, data, objective, plan, Process.current(), Path(work), lambda *_, **__: None)
+        half = compute_dtype(plan.precision, process.device) == torch.bfloat16
+        held = FrozenWeights(model, work / "frozen.safetensors") if half else None
+        train(model, data, objective, plan, process, work, lambda *_, **__: None)
+        if held:
+            held.restore()
+        shutil.rmtree(work, ignore_errors=True)
     return {
         "all_parameters": costs["parameters"],
         "active_parameters": costs["active_parameters"],

@@ -122,6 +122,20 @@ SMOLLM_SHORT = dataclasses.replace(
     note="shortened run on a CPU: one new expert, few steps, few questions; no measure of the method",
 )
 
+# Of lpr_real.py: 2 million tokens of stage 1, on two cores.
+REAL = dataclasses.replace(
+    SMOLLM,
+    name="real",
+    experts=3,
+    batch=8,
+    micro_batch=2,
+    stage1_steps=488,
+    review_steps=60,
+    review_batch=8,
+    held_bytes=60_000,
+    task_limit=500,
+)
+
 
 def size_of(name: str, cuda: bool) -> Size:
     """The size of that name; SmolLM2 without a GPU is shortened, and its note says so."""

@@ -1,30 +1,39 @@
 """Time and memory of our training step compared with transformers' own Mixtral, which trains all its experts.
 
     python benchmarks/lpr_speed.py
+    python benchmarks/lpr_speed.py --precision stage-1 stage-2 full      float32 beside bfloat16 on a CPU
 
 A step is forward, loss, backward, clipping and AdamW. bf16 autocast on CUDA, fp32 on the CPU; transformers' experts run
 on `grouped_mm` too. On CUDA each variant has several turns, of which the fastest counts, and its peak of allocated
 memory. On a CPU, which may be shared, the variants take turns by single steps, the fastest counts, in CPU seconds of
 one thread; memory is the growth of a separate process from before the model is made to its end.
+
+--precision: at SmolLM2's shape, 3 experts, 2 instances of 512 tokens, the same model steps in turns in float32, in bf16
+autocast alone (every weight is cast in every step) and as `training_precision: bfloat16` trains, with frozen weights
+held in bf16. CPU seconds of a step, the median and the range of its turns; peak memory of a separate process each.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import multiprocessing
+import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from eclectus.models.mixture.experts import set_trainable, split_experts
 from eclectus.models.training import objectives
 from eclectus.models.training.instances import Batch
-from eclectus.models.training.loop import Plan, autocast
+from eclectus.models.training.loop import Plan
 from eclectus.models.training.optimizer import make_optimizer
+from eclectus.models.training.precision import FrozenWeights, Precision, autocast, keep_routers_fp32
 
 TURNS = 3
 CPU_ROUNDS = 8
@@ -40,6 +49,14 @@ CPU_SHAPE = dict(
     vocab_size=4096
 )  # fmt: skip
 CUDA_BATCH, CPU_BATCH = (16, 512), (2, 256)
+STAGES = {"stage-1": "post_pretrain", "stage-2": "review", "full": "full"}
+PRECISION_BATCH, PRECISION_EXPERTS = (2, 512), 3
+# Precision of the step, and whether frozen weights are held in bf16.
+WAYS: dict[str, tuple[Precision, bool]] = {
+    "float32": ("float32", False),
+    "bf16 autocast alone": ("bfloat16", False),
+    "bfloat16": ("bfloat16", True),
+}
 
 
 def step_times(cuda: bool) -> dict[str, Any]:
@@ -100,6 +117,9 @@ def _peak() -> int:
 
 def contender(kind: str, shape: dict[str, int], experts: int, half: bool = False) -> tuple[torch.nn.Module, Any]:
     """(model, objective): the stock Mixtral with everything trained, or ours in a stage; half: weights in bf16."""
+    if kind == "full":
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)), objectives.next_token()
     config = MixtralConfig(**shape, num_local_experts=experts, num_experts_per_tok=2, tie_word_embeddings=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -118,8 +138,8 @@ def contender(kind: str, shape: dict[str, int], experts: int, half: bool = False
     return model, objectives.post_pretrain(0.01, 2, "paper")
 
 
-def stepper(model: torch.nn.Module, objective: Any, rows: int, length: int) -> tuple[Callable[[], None], int]:
-    """(one training step, parameters that it trains)."""
+def stepper(model: torch.nn.Module, objective: Any, rows: int, length: int) -> tuple[Callable[..., None], int]:
+    """(one training step, parameters that it trains); the step takes its precision."""
     device = next(model.parameters()).device
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(named, Plan(0, 1, 1, rows, rows, 1e-4, 0))
@@ -127,8 +147,10 @@ def stepper(model: torch.nn.Module, objective: Any, rows: int, length: int) -> t
     languages = torch.randint(2, (rows, length), device=device)
     batch = Batch(tokens, tokens, languages, languages, languages)
 
-    def step() -> None:
-        with autocast(device):
+    keep_routers_fp32(model)
+
+    def step(precision: Precision = "auto") -> None:
+        with autocast(device, precision):
             loss, _ = objective(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
@@ -156,7 +178,62 @@ def measure(make: Callable[[], tuple[torch.nn.Module, Any]], rows: int, length: 
     return {"ms": 1000 * best, "gib": torch.cuda.max_memory_allocated() / 2**30, "trained": trained}
 
 
+def precision_times(stage: str, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of steps of a stage at SmolLM2's shape, by way; one model steps in all ways in turns."""
+    torch.set_num_threads(1)
+    model, objective = contender(STAGES[stage], CUDA_SHAPE, PRECISION_EXPERTS)
+    step, _ = stepper(model, objective, *PRECISION_BATCH)
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    step("float32")
+    for _ in range(rounds):
+        for way in WAYS:
+            with tempfile.TemporaryDirectory() as folder:
+                held = FrozenWeights(model, Path(folder) / "frozen") if WAYS[way][1] else None
+                started = time.process_time()
+                step(WAYS[way][0])
+                seconds[way].append(time.process_time() - started)
+                if held:
+                    held.restore()
+    return seconds
+
+
+def precision_memory(stage: str, way: str) -> int:
+    """Bytes by which this process's peak of resident memory grows over two steps."""
+    torch.set_num_threads(1)
+    before = _peak()
+    model, objective = contender(STAGES[stage], CUDA_SHAPE, PRECISION_EXPERTS)
+    with tempfile.TemporaryDirectory() as folder:
+        if WAYS[way][1]:
+            FrozenWeights(model, Path(folder) / "frozen")
+        step, _ = stepper(model, objective, *PRECISION_BATCH)
+        for _ in range(2):
+            step(WAYS[way][0])
+    return _peak() - before
+
+
+def compare_precisions(stages: list[str], rounds: int, memory: bool) -> None:
+    for stage in stages:
+        with multiprocessing.get_context("spawn").Pool(1) as alone:
+            seconds = alone.apply(precision_times, (stage, rounds))
+        first = statistics.median(seconds["float32"])
+        for way, taken in seconds.items():
+            middle, grown = statistics.median(taken), ""
+            if memory:
+                with multiprocessing.get_context("spawn").Pool(1) as alone:
+                    grown = f"   {alone.apply(precision_memory, (stage, way)) / 2**30:5.2f} GiB"
+            spread = f"{min(taken):.2f} to {max(taken):.2f}"
+            print(f"{stage:<8} {way:<20} {middle:6.2f} CPU s ({spread}; {first / middle:.2f}x){grown}", flush=True)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", nargs="+", choices=STAGES, help="compare float32 with bfloat16 on a CPU")
+    parser.add_argument("--rounds", type=int, default=5, help="of --precision: steps in each way")
+    parser.add_argument("--no-memory", action="store_true", help="of --precision: CPU seconds alone")
+    chosen = parser.parse_args()
+    if chosen.precision:
+        compare_precisions(chosen.precision, chosen.rounds, not chosen.no_memory)
+        return
     measured = step_times(torch.cuda.is_available())
     print(measured["shape"])
     peer = measured["rows"][STOCK]

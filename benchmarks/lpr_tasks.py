@@ -16,8 +16,10 @@ from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, language_
 
 def task_scores(
     model: Any, tokenizer: str, folder: str, languages: list[str], limit: int, batch: int = 8
-) -> dict[str, dict[str, float]]:
-    """Accuracy by task over the questions of a folder in these languages: {task: {acc, error, questions}}, 0 shots.
+) -> dict[str, dict[str, Any]]:
+    """Accuracy by task over the questions of a folder in these languages: {task: {acc, error, questions, correct}}.
+
+    0 shots. correct: 1 or 0 of every question, in the tasks' order, by which models are compared in pairs.
 
     acc is the one that is normalised by the answers' length, where the task has it (docs/methods.md 2.5's ARC and
     HellaSwag do).
@@ -37,5 +39,10 @@ def task_scores(
             samples = simple_evaluate(model_under_test, tasks=[task], **asked)["samples"][label]
             values = [float(sample.get("acc_norm", sample["acc"])) for sample in samples]
             error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-            scores[label] = {"acc": statistics.fmean(values), "error": error, "questions": len(values)}
+            scores[label] = {
+                "acc": statistics.fmean(values),
+                "error": error,
+                "questions": len(values),
+                "correct": values,
+            }
     return scores

@@ -8,6 +8,7 @@ steps of a flow.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any, Self
 
 import yaml
@@ -61,6 +62,13 @@ class Settings(BaseModel):
 
         Each class checks its own settings after `super().check_together()`, so a flow's parameters inherit all checks.
         """
+
+    def decided(self, inputs: Mapping[str, Any]) -> Self:
+        """The settings with a value in place of every "auto" that the machine or the inputs decide.
+
+        A step calls it before it makes its key, which then holds what was decided. inputs: the step's, by name.
+        """
+        return self
 
     def key_values(self) -> dict[str, Any]:
         """JSON-ready values of the settings that can change the output."""

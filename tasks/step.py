@@ -73,6 +73,9 @@ class Step:
                     f"step '{self.name}' has no input '{name}'; it takes {', '.join(sorted(self._parameters))}"
                 )
         label = label or self.name
+        for name, value in arguments.items():
+            if isinstance(value, Settings):
+                arguments[name] = value.decided(arguments)
         if run.lookup is not None:
             return run.lookup.call(run, self, label, arguments)
         if run.interrupted:

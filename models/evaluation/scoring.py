@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.pretraining.export_dense import prompt_routing_weights
 from eclectus.models.staged_folder import replacing
-from eclectus.models.training.loop import autocast
+from eclectus.models.training.precision import autocast
 from eclectus.models.training.process import Process
 
 NO_DOCUMENT = -1

@@ -91,7 +91,8 @@ class _Joined(nn.Module):
         self.old = old
 
     def forward(self, old: Tensor, new: Tensor) -> Tensor:
-        return torch.cat([old, new])
+        # In bf16 training the old ones are held in bf16.
+        return torch.cat([old, new.to(old.dtype)])
 
     def right_inverse(self, both: Tensor) -> tuple[Tensor, Tensor]:
         return both[: self.old].clone(), both[self.old :].clone()
@@ -107,6 +108,7 @@ def split_lory(model: LoryForCausalLM, stage: Literal["post_pretrain", "review"]
         raise ValueError("the Lory model has no new experts to train: extend_lory makes a checkpoint that has")
     model.requires_grad_(False)
     for layer in model.model.layers:
+        layer.mlp.frozen_experts = old
         for module, name in ((layer.mlp, "experts"), (layer.mlp.router, "weight")):
             parametrize.register_parametrization(module, name, _Joined(old))
             parts = module.parametrizations[name]
@@ -120,6 +122,7 @@ def save_lory(model: LoryForCausalLM, out: str | Path, side_files: str | Path) -
     for layer in model.model.layers:
         parametrize.remove_parametrizations(layer.mlp, "experts")
         parametrize.remove_parametrizations(layer.mlp.router, "weight")
+        layer.mlp.frozen_experts = 0
     model.config.extension_trained = True
     save_model(model.eval(), Path(out), Path(side_files))
 

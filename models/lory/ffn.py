@@ -35,6 +35,8 @@ class LoryFFN(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.block_bytes = config.merge_block_bytes
+        # Leading experts that are frozen in training (models/extension/lory.py).
+        self.frozen_experts = 0
         self.experts = nn.Parameter(torch.empty(config.num_experts, 3 * config.intermediate_size, config.hidden_size))
         self.router = LoryRouter(config) if config.num_experts > 1 else None
 
@@ -70,7 +72,10 @@ class LoryFFN(nn.Module):
 
     def _fixed(self, x: Tensor, expert_weights: Tensor) -> Tensor:
         weights = expert_weights[self.layer_idx].to(x.device).expand(x.shape[0], -1)
-        return merged_ffn(x, weights, self.experts, self.block_bytes)
+        return self._merged(x, weights)
+
+    def _merged(self, x: Tensor, weights: Tensor) -> Tensor:
+        return merged_ffn(x, weights, self.experts, self.block_bytes, self.frozen_experts)
 
     def _by_segment(self, x: Tensor, plan: RoutingPlan, layer: LoryCacheLayer | None = None) -> Tensor:
         x_BNTD = plan.to_segments(x)
@@ -84,10 +89,10 @@ class LoryFFN(nn.Module):
                 self._remember(layer, plan, weights, sums, sizes)
         if plan.routing == "prefix" and x_BNTD.shape[1] > 2:
             # All segments but the first share one mixture: merge it once per row.
-            first = merged_ffn(x_BNTD[:, :1], weights[:, :1], self.experts, self.block_bytes)
-            rest = merged_ffn(x_BNTD[:, 1:].flatten(1, 2), weights[:, 1], self.experts, self.block_bytes)
+            first = self._merged(x_BNTD[:, :1], weights[:, :1])
+            rest = self._merged(x_BNTD[:, 1:].flatten(1, 2), weights[:, 1])
             return plan.from_segments(torch.cat([first, rest.view_as(x_BNTD[:, 1:])], dim=1))
-        return plan.from_segments(merged_ffn(x_BNTD, weights, self.experts, self.block_bytes))
+        return plan.from_segments(self._merged(x_BNTD, weights))
 
     def _remember(self, layer: LoryCacheLayer, plan: RoutingPlan, weights: Tensor, sums: Tensor, sizes: Tensor) -> None:
         """Stores the state of each row's last segment, which generation continues."""

@@ -67,7 +67,7 @@ def reference_merged_ffn(x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
     return torch.einsum("...tf,...fd->...td", hidden, down)
 
 
-def merged_ffn(x: Tensor, weights: Tensor, experts: Tensor, block_bytes: int | None = None) -> Tensor:
+def merged_ffn(x: Tensor, weights: Tensor, experts: Tensor, block_bytes: int | None = None, frozen: int = 0) -> Tensor:
     """Applies to each segment its own mixture of the experts.
 
     Args:
@@ -75,6 +75,7 @@ def merged_ffn(x: Tensor, weights: Tensor, experts: Tensor, block_bytes: int | N
         weights: `[..., E]` one mixture per segment; the leading dimensions are those of `x`.
         experts: `[E, 3F, D]` gate rows, up rows and transposed down rows of each expert.
         block_bytes: memory for merged weights and their gradients; chosen by device when None.
+        frozen: leading experts whose gradient is not needed: it is 0 and costs nothing (not under torch.compile).
 
     Returns `[..., T, D]`, in autocast's dtype if autocast is on. Raises ValueError for shapes that do not fit.
     """
@@ -94,7 +95,7 @@ def merged_ffn(x: Tensor, weights: Tensor, experts: Tensor, block_bytes: int | N
         if torch.compiler.is_compiling():
             y_STD, _ = _compiled_merged_ffn(x_STD, e_SE, experts, block)
         elif torch.is_grad_enabled():
-            y_STD = _MergedFFN.apply(x_STD, e_SE, experts, block)
+            y_STD = _MergedFFN.apply(x_STD, e_SE, experts, block, frozen)
         else:
             y_STD = _forward(x_STD, e_SE, experts.to(dtype), block, None)
     return y_STD.view(x.shape)
@@ -133,6 +134,7 @@ def _backward(
     gate_up: Tensor,
     block: int,
     needs: tuple[bool, bool, bool] = (True, True, True),
+    frozen: int = 0,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, e and experts, block by block; None for those that `needs` does not ask for."""
     segments, rows, width = x.shape[0], experts.shape[1], experts.shape[1] // 3
@@ -162,8 +164,15 @@ def _backward(
         if de is not None:
             torch.mm(d_merged.flatten(1), flat.t(), out=de[here])
         if needs[2]:
-            d_experts = _accumulate(d_experts, e[here].t(), d_merged.flatten(1), experts.dtype)
-    return dx, de, None if d_experts is None else d_experts.view(experts.shape).to(experts.dtype)
+            d_experts = _accumulate(d_experts, e[here, frozen:].t(), d_merged.flatten(1), experts.dtype)
+    if d_experts is not None:
+        d_experts = d_experts.view(-1, *experts.shape[1:]).to(experts.dtype)
+        if frozen:
+            # Zeros that nobody reads are not even in memory, on a CPU.
+            whole = experts.new_zeros(experts.shape)
+            whole[frozen:] = d_experts
+            d_experts = whole
+    return dx, de, d_experts
 
 
 def _accumulate(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -180,10 +189,10 @@ class _MergedFFN(torch.autograd.Function):
     """`merged_ffn` on x `[S, T, D]` and e `[S, E]` in the compute dtype, experts in the dtype of the parameter."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, e: Tensor, experts: Tensor, block: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, e: Tensor, experts: Tensor, block: int, frozen: int) -> Tensor:
         y, gate_up = _forward_saving(x, e, experts, block)
         ctx.save_for_backward(x, e, experts, gate_up)
-        ctx.block = block
+        ctx.block, ctx.frozen = block, frozen
         return y
 
     @staticmethod
@@ -191,7 +200,8 @@ class _MergedFFN(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, e, experts, gate_up = ctx.saved_tensors
         with torch.autocast(dy.device.type, enabled=False):
-            return *_backward(dy, x, e, experts, gate_up, ctx.block, ctx.needs_input_grad[:3]), None
+            gradients = _backward(dy, x, e, experts, gate_up, ctx.block, ctx.needs_input_grad[:3], ctx.frozen)
+        return *gradients, None, None
 
 
 # Opaque to torch.compile, which would otherwise see that forward and backward merge the same weights, and keep the

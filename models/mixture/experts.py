@@ -11,9 +11,10 @@ no expert weight gradient is computed and the expert inputs are not kept. Tokens
     rows of new experts | rows of frozen experts          forward and input gradient: one grouped GEMM over all
     \\___ weight gradient ___/                             a second one that ends where the frozen rows begin
 
-The new and the frozen parameter are adjacent in one allocation, so that the one GEMM over both reads them in place. If
-they are not (FSDP gathers each separately, autocast casts them) they are concatenated for the call and not kept. On
-CUDA, with sizes that are multiples of 8, there is no loop over experts and no wait for the device.
+The new and the frozen parameter are adjacent in one allocation, so that the one GEMM over both reads them in place. In
+bf16 training the frozen ones are held in bf16, behind room for a cast of the new ones, made once in a forward pass. If
+neither holds (FSDP gathers each separately) they are concatenated for the call and not kept. On CUDA, with sizes that
+are multiples of 8, there is no loop over experts and no wait for the device.
 """
 
 import hashlib
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 
 from eclectus.models.checkpoints.families import MATRICES, Family, dense_ffn, moe_family_of
 from eclectus.models.checkpoints.tensor_files import TensorSource, TensorSpec, tensor_bytes
-from eclectus.models.mixture.grouped_gemm import combine_tokens, dispatch_tokens, expert_linear
+from eclectus.models.mixture.grouped_gemm import combine_tokens, dispatch_tokens, expert_linear, room_for_new
 
 Stage = Literal["post_pretrain", "review", "all", "full"]
 
@@ -89,12 +90,17 @@ class SplitExperts(nn.Module):
     def share_storage(self) -> None:
         """Moves each pair of parameters into one allocation, so that one GEMM reads both in place.
 
-        This is for speed only; nothing happens if the parameters are not plain tensors of one dtype and device (FSDP,
-        meta).
+        Frozen experts that are held in another dtype than the new ones get room in front of them, into which the new
+        ones are cast. This is for speed only; nothing happens if the parameters are not plain tensors of one device
+        (FSDP, meta).
         """
         for new, frozen in ((self.new_gate_up, self.frozen_gate_up), (self.new_down, self.frozen_down)):
             plain = type(new.data) is Tensor and type(frozen.data) is Tensor and not new.is_meta
-            if plain and new.device == frozen.device and new.dtype == frozen.dtype:
+            if not plain or new.device != frozen.device:
+                continue
+            if new.dtype != frozen.dtype:
+                frozen.data = room_for_new(new.data, frozen.data)
+            else:
                 both = torch.cat([new.data, frozen.data])
                 new.data, frozen.data = both[: len(new)], both[len(new) :]
 

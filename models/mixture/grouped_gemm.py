@@ -69,21 +69,48 @@ def _grouped(tensor: Tensor) -> bool:
     return aligned and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _side_by_side(new: Tensor, frozen: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[N + M, F, D]` in `dtype`: a view if the two are adjacent in one allocation, else a copy."""
-    adjoining = (
-        new.dtype == frozen.dtype == dtype
-        and new.is_contiguous()
+def _side_by_side(new: Tensor, frozen: Tensor, dtype: torch.dtype, fill: bool = True) -> Tensor:
+    """`[N + M, F, D]` in `dtype`: a view if the two are adjacent in one allocation, else a copy.
+
+    Where the frozen ones are of `dtype` and the new ones are not, and there is room for these in front of the former
+    (`room_for_new`), the new ones are cast into it. fill: False if that was done in this step's forward pass.
+    """
+    count = len(new) + len(frozen)
+    if new.dtype == frozen.dtype == dtype and _adjacent(new, frozen):
+        return new.as_strided((count, *new.shape[1:]), new.stride(), new.storage_offset())
+    if frozen.dtype == dtype != new.dtype and has_room(frozen, new):
+        # `.data` has a version counter of its own: the frozen part, which backward has saved, does not change.
+        both = frozen.data.as_strided((count, *new.shape[1:]), frozen.stride(), 0)
+        if fill:
+            both[: len(new)] = new
+        return both
+    both = torch.empty((count, *new.shape[1:]), dtype=dtype, device=new.device)
+    both[: len(new)] = new
+    both[len(new) :] = frozen
+    return both
+
+
+def _adjacent(new: Tensor, frozen: Tensor) -> bool:
+    return (
+        new.is_contiguous()
         and frozen.is_contiguous()
         and new.untyped_storage().data_ptr() == frozen.untyped_storage().data_ptr()
         and new.storage_offset() + new.numel() == frozen.storage_offset()
     )
-    if adjoining:
-        return new.as_strided((len(new) + len(frozen), *new.shape[1:]), new.stride(), new.storage_offset())
-    both = torch.empty((len(new) + len(frozen), *new.shape[1:]), dtype=dtype, device=new.device)
-    both[: len(new)] = new
+
+
+def room_for_new(new: Tensor, frozen: Tensor) -> Tensor:
+    """A copy of the frozen matrices at the end of an allocation that begins with room for the new ones."""
+    both = torch.empty((len(new) + len(frozen), *frozen.shape[1:]), dtype=frozen.dtype, device=frozen.device)
     both[len(new) :] = frozen
-    return both
+    return both[len(new) :]
+
+
+def has_room(frozen: Tensor, new: Tensor) -> bool:
+    """Whether `frozen` is as `room_for_new` makes it."""
+    whole = (new.numel() + frozen.numel()) * frozen.itemsize
+    plain = type(frozen) in (Tensor, torch.nn.Parameter) and frozen.is_contiguous()
+    return plain and frozen.storage_offset() == new.numel() and frozen.untyped_storage().nbytes() == whole
 
 
 class _ExpertLinear(torch.autograd.Function):
@@ -101,7 +128,7 @@ class _ExpertLinear(torch.autograd.Function):
         g_SF = g_SF.contiguous()
         grad_x = grad_new = grad_frozen = None
         if ctx.needs_input_grad[0]:
-            grad_x = grouped_rows(g_SF, _side_by_side(new_NFD, frozen_MFD, g_SF.dtype), ends_E)
+            grad_x = grouped_rows(g_SF, _side_by_side(new_NFD, frozen_MFD, g_SF.dtype, fill=False), ends_E)
         if ctx.needs_input_grad[2]:
             grad_EFD = grouped_outer(g_SF, x_SD, ends_E)
             grad_frozen = grad_EFD[len(new_NFD) :].to(frozen_MFD.dtype)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.training.instances import Batch, Instances
-from eclectus.models.training.loop import autocast
+from eclectus.models.training.precision import autocast
 from eclectus.models.training.process import Process
 
 ROUTING_FILE = "routing_weights.json"

@@ -8,9 +8,9 @@
         at intervals: metrics; a checkpoint of weights, AdamW moments and step
 
 The data order is a function of the step and there is no other randomness, so a run that was killed and resumes from its
-last checkpoint ends with bit-identical weights on CPU. fp32 on CPU; bf16 autocast on CUDA. Several processes each hold
-the model (DDP) or share it (FSDP2). Cost: forward + backward, and 8 bytes per trained parameter for AdamW; parameters
-without gradients cost nothing here.
+last checkpoint ends with bit-identical weights on CPU. The plan's precision decides between fp32 and bf16 autocast
+(models/training/precision.py). Several processes each hold the model (DDP) or share it (FSDP2). Cost: forward and
+backward, and 8 bytes per trained parameter for AdamW; parameters without gradients cost nothing here.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from eclectus.models.training.parallel import (
     whole,
 )
 from eclectus.models.training.plan import Plan
+from eclectus.models.training.precision import autocast, keep_routers_fp32
 from eclectus.models.training.process import Process
 from eclectus.models.training.repeatable import switch_off_randomness
 from eclectus.models.training.resume import resume, save_progress
@@ -86,6 +87,7 @@ def train(
         shard(model, process)
     model.to(process.device)
     copy_shared_experts(model)
+    keep_routers_fp32(model)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = make_optimizer(named, plan)
     load_moments(optimizer, named, moments or {})
@@ -95,10 +97,10 @@ def train(
         set_rate(optimizer, plan.rate(step))
         batches = micro_batches(instances, step, plan, process)
         parts = Step(objective, batches, process)
-        with autocast(process.device):
+        with autocast(process.device, plan.precision):
             parts.survey(wrapped)
         for number in range(len(batches)):
-            with synced(wrapped, number + 1 == len(batches)), autocast(process.device):
+            with synced(wrapped, number + 1 == len(batches)), autocast(process.device, plan.precision):
                 loss, terms = parts.measure(wrapped, number)
             loss.backward()
             window.add(terms)
@@ -132,11 +134,6 @@ def make_repeatable(model: nn.Module, process: Process, report: Report) -> None:
         )
         logging.getLogger("eclectus").warning(text)
         report("warning", text=text)
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 on CUDA; fp32 on CPU, where bf16 without matrix units is hundreds of times slower."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def micro_batches(instances: Instances, step: int, plan: Plan, process: Process) -> list[Batch]:

@@ -20,14 +20,16 @@ Logged means are joined in the same way, by their counts, over micro-batches, pr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from eclectus.models.training.instances import Batch
+from eclectus.models.training.instances import IGNORED, Batch
 from eclectus.models.training.parallel import config_of, unwrapped
 from eclectus.models.training.process import Process
 
@@ -53,6 +55,8 @@ class Pass:
     output: Any
     config: Any
     """The model's configuration."""
+    rows: Tensor | None = None
+    """Positions in `[B * L]` that `output.logits` `[1, N, V]` are of, those with a target; None: all, `[B, L, V]`."""
 
 
 class Loss(ABC):
@@ -96,14 +100,42 @@ class Objective:
         loss, terms = Step(self, [batch], Process(device=batch.tokens.device)).measure(model, 0)
         return loss, {name: term.mean.to(loss.dtype) for name, term in terms.items()}
 
-    def run(self, model: nn.Module, batch: Batch, **more: Any) -> Pass:
+    def run(self, model: nn.Module, batch: Batch, rows: Tensor | None = None, **more: Any) -> Pass:
+        """rows: positions of the batch in `[B * L]` over which the model's head runs; None: all."""
         read = {argument: getattr(batch, name) for argument, name in self.reads.items()}
-        output = model(input_ids=batch.tokens, use_cache=False, **read, **self.asks, **more)
-        return Pass(batch, output, config_of(model))
+        with _head_over(model, rows):
+            output = model(input_ids=batch.tokens, use_cache=False, **read, **self.asks, **more)
+        return Pass(batch, output, config_of(model), rows)
 
     def weights(self, model: nn.Module) -> dict[str, float]:
         """Name and weight of each loss."""
         return {loss.name: loss.weight_in(config_of(model)) for loss in self.losses}
+
+
+def rows_with_target(labels: Tensor) -> Tensor:
+    """Positions in `[B * L]`, ascending, of tokens whose next one is a target. labels [B, L]: IGNORED where it is none.
+
+    Rows of logits without a target cost the largest product of the model and have no gradient.
+    """
+    return (F.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED).flatten().nonzero()[:, 0]
+
+
+@contextmanager
+def _head_over(model: nn.Module, rows: Tensor | None) -> Iterator[None]:
+    """Within the block the model's output layer computes these rows `[N]` of its input alone, as `[1, N, V]`."""
+    if rows is None:
+        yield
+        return
+
+    def chosen(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (arguments[0].flatten(0, 1).index_select(0, rows).unsqueeze(0),)
+
+    head: nn.Module = cast(Any, unwrapped(model)).get_output_embeddings()
+    hook = head.register_forward_pre_hook(chosen)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class Step:
@@ -139,7 +171,10 @@ class Step:
         The sum of the parts over micro-batches, averaged over processes, is the objective of the step. The first
         micro-batch comes first.
         """
-        done = self._objective.run(model, self._batches[number].to(self._process.device))
+        batch = self._batches[number]
+        # Found where the labels are, on the CPU: on a GPU the number of rows would have to be waited for.
+        rows = rows_with_target(batch.labels).to(self._process.device, non_blocking=True)
+        done = self._objective.run(model, batch.to(self._process.device), rows)
         if number == 0:
             added = self._added(done)
             self._statistics = [None if each is None else self._process.sum(each) for each in added]

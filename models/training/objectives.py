@@ -32,7 +32,11 @@ ROUTERS = {"output_router_logits": True}
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats, in fp32; 0 without targets. logits [B, L, V]; labels [B, L], IGNORED at padding."""
-    targets = _targets(labels)
+    return _mean_loss(logits, _targets(labels))
+
+
+def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits `[..., V]`, a row per target."""
     total = F.cross_entropy(at_least_fp32(logits).flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
     return total / (targets != IGNORED).sum().clamp(min=1)
 
@@ -42,18 +46,22 @@ def _targets(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
 
 
-def loss_by_domain(logits: Tensor, batch: Batch, domains: Sequence[str]) -> tuple[Tensor, dict[str, Term]]:
+def loss_by_domain(done: Pass, domains: Sequence[str]) -> tuple[Tensor, dict[str, Term]]:
     """`next_token_loss`, and for each domain `loss/NAME`: the sum of its losses and its tokens.
 
     domains: names by their numbers in batch.domains; if empty, only the loss is computed.
     """
+    targets = _targets(done.batch.labels)
+    owners = done.batch.domains.roll(-1, dims=1).flatten()
+    if done.rows is not None:
+        targets, owners = targets[done.rows], owners[done.rows]
+    logits = done.output.logits
     if not domains:
-        return next_token_loss(logits, batch.labels), {}
-    targets = _targets(batch.labels)
+        return _mean_loss(logits, targets), {}
     losses = F.cross_entropy(at_least_fp32(logits).flatten(0, 1), targets, ignore_index=IGNORED, reduction="none")
     real = (targets != IGNORED).to(losses.dtype)
     # The last column collects tokens of no domain, which are padding.
-    column = torch.where(targets != IGNORED, batch.domains.roll(-1, dims=1).flatten(), -1) % (len(domains) + 1)
+    column = torch.where(targets != IGNORED, owners, -1) % (len(domains) + 1)
     sums = losses.new_zeros(2, len(domains) + 1).index_add_(1, column, torch.stack([losses.detach(), real]))
     by_domain = {f"loss/{name}": Term(sums[0, i], sums[1, i]) for i, name in enumerate(domains)}
     return losses.sum() / real.sum().clamp(min=1), by_domain
@@ -71,7 +79,7 @@ class NextToken(Loss):
         return (batch.labels[:, 1:] != IGNORED).sum()
 
     def measure(self, done: Pass, statistic: Tensor | None) -> tuple[Tensor, dict[str, Term]]:
-        return loss_by_domain(done.output.logits, done.batch, self.domains)
+        return loss_by_domain(done, self.domains)
 
 
 class Balance(Loss):

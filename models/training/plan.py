@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Plan:
     sharded: processes share weights, gradients and moments (FSDP2) instead of each holding all of them (DDP).
     compiled: torch.compile of the decoder layers. recomputed: activations of a layer are recomputed in the backward
     pass instead of kept (gradient checkpointing).
+    precision: of matrix products (models/training/precision.py); auto is bfloat16 on CUDA, float32 on a CPU.
     """
 
     start: int
@@ -41,6 +43,7 @@ class Plan:
     sharded: bool = False
     compiled: bool = False
     recomputed: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, cosine to floor * peak, times the second warm-up."""

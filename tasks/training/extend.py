@@ -12,6 +12,7 @@ models/extension/methods.py, which share data, steps and everything else.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,7 @@ from eclectus.tasks.run import notify
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings
+from eclectus.tasks.training.precision import parameters_in
 from eclectus.tasks.training.run_training import TrainingSettings, check_tokens, resume_directory, run_training
 from eclectus.tasks.training.upcycle import UpcycleSettings
 from eclectus.tasks.training.without_torch import without_torch
@@ -152,6 +154,9 @@ class ExtendStageSettings(MethodSettings, PostPretrainSettings, ReviewSettings, 
         unused |= {"llama_pro_blocks"} if self.extension_method != "llama_pro" else set()
         return {name: value for name, value in super().key_values().items() if name not in unused}
 
+    def parameters_of_model(self, inputs: Mapping[str, Any]) -> int:
+        return parameters_in(inputs["checkpoint"].path)
+
     @property
     def budget(self) -> StageBudget:
         if self.extend_stage == "review":
@@ -172,7 +177,7 @@ def recipe_of(method: Method) -> Recipe:
     return found
 
 
-@step(makes="checkpoint", version=3)
+@step(makes="checkpoint", version=4)
 def extend(
     instances: Artifact, checkpoint: Artifact, settings: ExtendStageSettings, out: Draft, review: Artifact | None = None
 ) -> None:
@@ -186,6 +191,7 @@ def extend(
         )
     if settings.extend_stage == "review":
         notify("review", _repeats(settings, instances))
+    settings.note_precision()
     with resume_directory("extend", instances, checkpoint, review, settings.key_values()) as work:
         out.statistics = run_training(
             settings,
@@ -227,12 +233,15 @@ def train_stage(
     review: str | None = None,
 ) -> dict[str, Any]:
     """Runs on every training worker; rank 0 writes the checkpoint into `out`. Returns its statistics."""
+    import torch
+
     from eclectus.models.checkpoints.proof import StepZeroError
     from eclectus.models.extension.methods import prove_method, save_method, untrained_digest
     from eclectus.models.training.clock import TrainingClock
     from eclectus.models.training.flops import training_costs
     from eclectus.models.training.loop import train
     from eclectus.models.training.parallel import gather_model
+    from eclectus.models.training.precision import FrozenWeights, compute_dtype
 
     chosen = ExtendStageSettings(**settings)
     data, steps = _data(chosen, instances, review)
@@ -244,11 +253,6 @@ def train_stage(
         proof = prove_method(model, chosen.extension_method, checkpoint) if process.is_main else None
     except StepZeroError as error:
         raise EclectusError(str(error)) from error
-
-    def check_frozen(step: int) -> None:
-        if untrained_digest(model) != untrained:
-            raise EclectusError(f"a weight that does not train changed before training step {step}; nothing was kept")
-
     plan = chosen.plan(
         start=0,
         stop=steps,
@@ -259,6 +263,16 @@ def train_stage(
     )
     costs = training_costs(model, plan, process.world, data.length)
     objective = _objective(chosen, data, checkpoint)
+    dtype = compute_dtype(chosen.training_precision, process.device)
+    held = None
+    if dtype == torch.bfloat16:
+        held = FrozenWeights(model, Path(work) / "frozen.safetensors", restores=process.is_main)
+    in_training = untrained_digest(model) if held else untrained
+
+    def check_frozen(step: int) -> None:
+        if untrained_digest(model) != in_training:
+            raise EclectusError(f"a weight that does not train changed before training step {step}; nothing was kept")
+
     train(model, data, objective, plan, process, Path(work), clock.report, check=check_frozen)
     check_frozen(plan.stop)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -267,18 +281,23 @@ def train_stage(
         "method": chosen.extension_method,
         **costs,
         "parameters_trained": trained,
+        "precision": str(dtype).removeprefix("torch."),
         **clock.read(),
         "steps": plan.stop,
         "tokens": plan.stop * plan.batch * data.length,
         "epochs": round(plan.stop * plan.batch / len(data), 3),
         "step_zero": asdict(proof) if proof else None,
     }
-    if original is not None:
-        if chosen.extension_method != "moe_all" and _original_digest(model) != original:
-            raise EclectusError(f"an original weight changed before training step {plan.stop}; nothing was kept")
-        statistics["frozen_sha256"] = original
     gather_model(model, process)
     if process.is_main:
+        if held:
+            held.restore()
+        if untrained_digest(model) != untrained:
+            raise EclectusError(f"a weight that does not train changed before training step {steps}; nothing was kept")
+        if original is not None:
+            if chosen.extension_method != "moe_all" and _original_digest(model) != original:
+                raise EclectusError(f"an original weight changed before training step {steps}; nothing was kept")
+            statistics["frozen_sha256"] = original
         save_method(model, Path(out), side_files=Path(checkpoint))
         _note_training(Path(out), chosen, data)
     return statistics

@@ -20,6 +20,7 @@ E squared, and update sizes stay the same.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +32,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
 from eclectus.tasks.training.check_base import check_dense_start, open_checked
+from eclectus.tasks.training.precision import LARGE, dense_parameters, parameters_in, vocabulary_in
 from eclectus.tasks.training.run_training import (
     MOMENTS,
     TrainingSettings,
@@ -232,6 +234,25 @@ class PretrainStageSettings(PretrainSettings):
         False, description="Read the instances in an order of the seed's own in the first epoch, too; not as packed."
     )
 
+    def parameters_of_model(self, inputs: Mapping[str, Any]) -> int:
+        """Those of the dense model, so that all models of a run train in one precision."""
+        if self.dense_start:
+            return parameters_in(inputs["start"].path)
+        if self.model_preset != "custom":
+            # Their table is next to PyTorch; the names say the size.
+            return 0 if self.model_preset == "laptop" else LARGE
+        return dense_parameters(
+            {
+                "hidden_size": self.model_width,
+                "intermediate_size": self.model_feed_forward,
+                "num_hidden_layers": self.model_layers,
+                "num_attention_heads": self.model_heads,
+                "num_key_value_heads": self.model_key_value_heads,
+                "tie_word_embeddings": self.model_tied_embeddings,
+                "vocab_size": vocabulary_in(inputs["instances"].path),
+            }
+        )
+
     @property
     def from_scratch(self) -> bool:
         """Whether the stage starts from random weights, at step 0."""
@@ -262,7 +283,7 @@ class PretrainStageSettings(PretrainSettings):
         return values
 
 
-@step(makes="checkpoint", version=3)
+@step(makes="checkpoint", version=4)
 def pretrain(
     instances: Artifact, tokenizer: Artifact, settings: PretrainStageSettings, out: Draft, start: Artifact | None = None
 ) -> None:
@@ -282,6 +303,7 @@ def pretrain(
         check_segment(settings, length)
     if settings.dense_start and start is not None:
         check_dense_start(start.name, length, start.path)
+    settings.note_precision()
     with resume_directory("pretrain", instances, tokenizer, start, settings.key_values()) as work:
         out.statistics = run_training(
             settings,

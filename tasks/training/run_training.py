@@ -11,10 +11,10 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field
 
@@ -22,6 +22,7 @@ from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.run import current_run, metric, notify, progress, require_run
 from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting, Settings
+from eclectus.tasks.training.precision import LARGE, faster_precision, known_probe, probe
 from eclectus.tasks.training.workers import TrainWorkers
 
 if TYPE_CHECKING:
@@ -73,6 +74,12 @@ class TrainingSettings(WorkerSettings):
         description="Recompute activations in the backward pass instead of keeping them (gradient checkpointing): less "
         "memory, about a third more time, same results.",
     )
+    training_precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Matrix products of training in float32 or in bfloat16 (weights that train, their moments, routers "
+        "and losses stay float32; frozen weights are held in bfloat16 and written as they were). auto: bfloat16 on "
+        "GPUs; on CPUs float32 for models below 30M parameters, above what a measurement of a second says is faster.",
+    )
     micro_batch: int = Field(4, ge=1, description="Instances that a worker computes at once; more need more memory.")
     weight_decay: float = Field(
         0.1, ge=0, description="AdamW's weight decay, on matrices only (not embeddings, not norms)."
@@ -86,6 +93,31 @@ class TrainingSettings(WorkerSettings):
     )
     log_every: int = RuntimeSetting(10, ge=1, description="Training steps between logged metrics.")
     seed: int = SEED
+
+    def key_values(self) -> dict[str, Any]:
+        """Without an undecided training_precision: that is float32 on every CPU, as it always was."""
+        values = super().key_values()
+        if values.get("training_precision") == "auto":
+            values.pop("training_precision")
+        return values
+
+    def decided(self, inputs: Mapping[str, Any]) -> Self:
+        """With the precision that suits the model and, for a large one on CPUs, this machine."""
+        if self.training_precision != "auto" or self.training_gpus:
+            return self
+        if self.parameters_of_model(inputs) < LARGE:
+            return self
+        return self.model_copy(update={"training_precision": faster_precision(probe())})
+
+    def parameters_of_model(self, inputs: Mapping[str, Any]) -> int:
+        """Parameters of the dense model that is trained or extended; 0 if they are not known yet."""
+        return 0
+
+    def note_precision(self) -> None:
+        """Reports the precision of this step where a measurement of the machine decided it."""
+        if (found := known_probe()) and self.training_precision != "auto" and not self.training_gpus:
+            metric("bfloat16_gain", found.gain)
+            notify("precision", f"training in {self.training_precision}: {found.words}")
 
     def check_batch(self, name: str) -> None:
         """Raises EclectusError if the workers cannot share a stage's batches. name: of the setting of its batch."""
@@ -103,6 +135,7 @@ class TrainingSettings(WorkerSettings):
             micro_batch=self.micro_batch,
             sharded=self.training_sharded,
             recomputed=self.training_recompute,
+            precision=self.training_precision,
             weight_decay=self.weight_decay,
             clip=self.gradient_clip,
             floor=self.learning_rate_floor,

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
 from eclectus.models import LoryConfig, LoryForCausalLM
 from eclectus.models.checkpoints.proof import StepZeroError
@@ -12,6 +13,7 @@ from eclectus.models.extension.lory import extend_lory, post_pretrain_lory, revi
 from eclectus.models.extension.methods import open_method, open_review, save_method, untrained_digest
 from eclectus.models.training.instances import Batch
 from eclectus.models.training.objectives import next_token_loss
+from eclectus.models.training.precision import FrozenWeights, autocast
 from tests.support.dense_bases import tokens
 
 SEGMENT = 8
@@ -141,3 +143,38 @@ def test_misuse_is_refused_with_the_remedy(lory, tmp_path):
     with pytest.raises(ValueError, match="one expert and no router"):
         extend_lory(tmp_path / "one expert", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_frozen_experts_get_no_gradient_and_the_new_ones_the_same(lory):
+    """Stage 1 multiplies for half of the experts; the reference computes all and reads the new ones'."""
+    ids, gradients = tokens(40), {}
+    for skipped in (True, False):
+        model = open_method("moe_lpr", lory[1])
+        for layer in model.model.layers:
+            layer.mlp.frozen_experts *= skipped
+        with FlopCounterMode(display=False) as counter:
+            next_token_loss(model(input_ids=ids).logits, ids).backward()
+        trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        gradients[skipped] = trained, counter.get_total_flops()
+        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    assert gradients[True][1] < gradients[False][1]
+    for name, gradient in gradients[False][0].items():
+        torch.testing.assert_close(gradients[True][0][name], gradient)
+
+
+@pytest.mark.parametrize("stage", ["stage 1", "review"])
+def test_bf16_training_leaves_the_old_experts_bit_by_bit(lory, tmp_path, stage):
+    model = open_method("moe_lpr", lory[1]) if stage == "stage 1" else open_review(lory[1])
+    digest = untrained_digest(model)
+    held = FrozenWeights(model, tmp_path / "frozen.safetensors")
+    ids = tokens(40)
+    objective = post_pretrain_lory() if stage == "stage 1" else review_lory(1.0, [0])
+    with autocast(ids.device, "bfloat16"):
+        loss, _ = objective(model, batch(ids, 0))
+    loss.backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(grad.dtype == torch.float32 and grad.any() for grad in trained.values())
+    held.restore()
+    assert untrained_digest(model) == digest
+    save_method(model, tmp_path / "out", lory[1])
+    torch.testing.assert_close(logits(tmp_path / "out", ids), logits(lory[1], ids), rtol=0, atol=0)

@@ -22,6 +22,7 @@ from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import train
 from eclectus.models.training.objectives import lory, next_token, post_pretrain, review
 from eclectus.models.training.parallel import gather_model
+from eclectus.models.training.precision import FrozenWeights
 from eclectus.models.training.process import Process
 from tests.support.tiny_training import LENGTH, plan, tiny_dense, write_instances
 
@@ -53,17 +54,25 @@ def run(folder, process, work, report=lambda kind, **values: None, **changes):
     return model, after
 
 
-def extend(folder, name, process, sharded):
-    """Both stages of an extension and a baseline; the frozen digests are computed while the model is sharded."""
+def extend(folder, name, process, sharded, precision="float32"):
+    """Both stages of an extension and a baseline; the digests of what is frozen are computed while it is sharded."""
 
     def stage(model, objective, out, start):
-        before = untrained_digest(model)
-        data, settings = Instances(folder / "instances"), plan(learning_rate=1e-3, sharded=sharded)
-        train(model, data, objective, settings, process, folder / f"{name} {out} work", lambda kind, **values: None)
-        assert untrained_digest(model) == before
-        original = frozen_digest(model) if hasattr(model.config, "num_experts_per_tok") else None
+        before, work = untrained_digest(model), folder / f"{name} {out} work"
+        half = precision == "bfloat16"
+        held = FrozenWeights(model, work / "frozen.safetensors", restores=process.is_main) if half else None
+        in_training = untrained_digest(model)
+        data = Instances(folder / "instances")
+        settings = plan(learning_rate=1e-3, sharded=sharded, precision=precision)
+        train(model, data, objective, settings, process, work, lambda kind, **values: None)
+        assert untrained_digest(model) == in_training
         gather_model(model, process)
+        original = None
         if process.is_main:
+            if held:
+                held.restore()
+            assert untrained_digest(model) == before
+            original = frozen_digest(model) if hasattr(model.config, "num_experts_per_tok") else None
             save_method(model, folder / f"{name} {out}", folder / start)
         process.barrier()
         return original
@@ -72,7 +81,7 @@ def extend(folder, name, process, sharded):
     second = stage(open_review(folder / f"{name} stage 1"), review(0.5, "paper", [0]), "stage 2", "moe")
     stage(open_method("lora", folder / "dense", lora_rank=2), next_token(), "lora", "dense")
     made = json.loads((folder / "moe" / "upcycle.json").read_text())
-    assert first == second == made["base_digest"]
+    assert not process.is_main or first == second == made["base_digest"]
 
 
 def in_both_processes(folder):
@@ -99,6 +108,8 @@ def in_both_processes(folder):
     finish("sharded again", "c", sharded=True)
     finish("from one process", "one", sharded=True)
     extend(folder, "both", process, sharded=True)
+    for sharded in (True, False):
+        extend(folder, f"bf16 {sharded}", process, sharded, "bfloat16")
     if process.is_main:
         (folder / "metrics.json").write_text(json.dumps(metrics))
         (folder / "profiles.json").write_text(json.dumps(profiles))

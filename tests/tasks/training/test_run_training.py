@@ -281,14 +281,14 @@ def test_a_loss_that_is_not_finite_names_step_and_instances(world, instances):
         )
 
 
-@pytest.fixture(scope="module")
-def extended(world, instances, pretrained):
+@pytest.fixture(scope="module", params=["auto", "bfloat16"])
+def extended(world, instances, pretrained, request):
     base = made(
         world, "checkpoint", upcycle, checkpoint=pretrained["dense"], settings=UpcycleSettings(extension_experts=3)
     )
 
     def trained(name, start, which):
-        settings = ExtendStageSettings(extend_stage=name, **EXTEND)
+        settings = ExtendStageSettings(extend_stage=name, training_precision=request.param, **EXTEND)
         return made(world, "checkpoint", extend, instances=instances[which], checkpoint=start, settings=settings)
 
     learned = trained("post_pretrain", base, "expanded")

@@ -1,0 +1,133 @@
+"""The arithmetic of training: float32, or bfloat16 where the machine multiplies it faster.
+
+    matrix products                         bfloat16 (autocast): half the bytes, on matrix units twice the speed or more
+    frozen matrices                         held in bfloat16, 2 bytes a weight, so that no step casts them
+    trained weights, gradients, moments     float32
+    norms, residual stream, router, losses  float32
+
+A frozen matrix that bfloat16 does not hold exactly is rounded for the training alone: its values are kept in a file and
+put back before the model is written, so what did not train leaves a training with the bits that it had. A base that was
+stored in bfloat16 needs no file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products. "auto" is the device's own: bfloat16 on CUDA, float32 on a CPU.
+
+    Raises ValueError for an unknown precision.
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(f"unknown precision {precision!r}: choose {', '.join(get_args(Precision))}")
+    half = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if half else torch.float32
+
+
+def autocast(device: torch.device, precision: Precision = "auto") -> torch.autocast:
+    """Matrix products in the dtype of `compute_dtype`."""
+    half = compute_dtype(precision, device) == torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
+
+
+def keep_routers_fp32(model: nn.Module) -> None:
+    """From now on the routers of transformers' mixtures compute in float32 under autocast, as our own do; in place."""
+    for module in model.modules():
+        router = getattr(module, "gate", None)
+        if isinstance(router, nn.Module) and hasattr(module, "experts"):
+            # An attribute of the module: class, parameters and hooks stay as they are.
+            router.forward = _InFloat32.of(router.forward)  # type: ignore[method-assign]
+
+
+class _InFloat32:
+    """A router's forward pass without autocast."""
+
+    def __init__(self, forward: Any) -> None:
+        self._forward = forward
+
+    @classmethod
+    def of(cls, forward: Any) -> _InFloat32:
+        return forward if isinstance(forward, cls) else cls(forward)
+
+    def __call__(self, hidden: Tensor, *rest: Any, **named: Any) -> Any:
+        if not torch.is_autocast_enabled(hidden.device.type):
+            return self._forward(hidden, *rest, **named)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._forward(hidden.float(), *rest, **named)
+
+
+class FrozenWeights:
+    """The frozen matrices of a model, held in bfloat16 while it trains. Create it before the model is sharded.
+
+        held = FrozenWeights(model, work / "frozen.safetensors")
+        train(...)
+        held.restore()
+
+    Cost: 2 bytes of memory per frozen weight instead of 4, and 4 bytes on the disk for those that are not exact.
+    """
+
+    def __init__(self, model: nn.Module, originals: Path, restores: bool = True) -> None:
+        """originals: a file for values that bfloat16 does not hold. restores: whether this process will restore."""
+        self._model, self._originals = model, originals
+        parameters = dict(model.named_parameters())
+        self._held = [name for name, parameter in parameters.items() if _can_be_held(name, parameter)]
+        rounded: dict[str, Tensor] = {}
+        for name in self._held if restores else ():
+            value = parameters[name].detach()
+            if not torch.equal(value.to(torch.bfloat16).float(), value):
+                rounded[name] = value.contiguous()
+        self._rounded = set(rounded)
+        if rounded:
+            originals.parent.mkdir(parents=True, exist_ok=True)
+            save_file(rounded, originals)
+        for name in self._held:
+            rounded.pop(name, None)
+            parameters[name].data = parameters[name].detach().to(torch.bfloat16)
+        self._hooks = [
+            module.register_forward_hook(_widened)
+            for module in model.modules()
+            if isinstance(module, nn.Embedding) and module.weight.dtype == torch.bfloat16
+        ]
+        _share_storage(model)
+
+    def restore(self) -> None:
+        """Puts the values from before back, in float32; the model must be whole (`gather_model`)."""
+        parameters = dict(self._model.named_parameters())
+        for hook in self._hooks:
+            hook.remove()
+        for name in self._held:
+            if name not in self._rounded:
+                parameters[name].data = parameters[name].detach().float()
+        if self._rounded:
+            with safe_open(self._originals, framework="pt") as file:
+                for name in sorted(self._rounded):
+                    parameters[name].data = file.get_tensor(name).to(parameters[name].device)
+            self._originals.unlink()
+        _share_storage(self._model)
+
+
+def _can_be_held(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a frozen fp32 matrix and no router's."""
+    router = ".router." in name or name.endswith(".gate.weight")
+    return not parameter.requires_grad and parameter.dtype == torch.float32 and parameter.ndim >= 2 and not router
+
+
+def _widened(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+    """Embeddings in fp32, in which the residual stream adds up, from a table in bfloat16."""
+    return output.float()
+
+
+def _share_storage(model: nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module, "share_storage"):
+            module.share_storage()
