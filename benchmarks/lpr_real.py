@@ -31,6 +31,7 @@ from typing import Any
 # First: it makes the packages importable and quiet.
 from lpr_claims import Board, changed, prepare, work  # isort: skip
 
+import torch
 from lpr_data import Mixture
 from lpr_intervals import HeldOut
 from lpr_queue import FIRST, OTHER_RATES, SEEDS, Queue
@@ -116,7 +117,7 @@ def run(chosen: argparse.Namespace, deadline: float) -> None:
     chosen.bases = 1
     if chosen.precision == "auto":
         gain = bfloat16_gain()
-        chosen.precision = "bfloat16" if gain >= GAIN else "float32"
+        chosen.precision = "bfloat16" if gain >= GAIN or torch.cuda.is_available() else "float32"
         print(f"training in {chosen.precision}: a product in bfloat16 is {gain:.2f} times as fast", flush=True)
     packed, data = prepare(size := size_of(chosen), chosen)
     board = Board(chosen, size, data, HeldOut(packed, Mixture(**data["mixture"])))

@@ -13,7 +13,7 @@ stored in bfloat16 needs no file.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from safetensors import safe_open
@@ -93,11 +93,10 @@ class FrozenWeights:
         for name in self._held:
             rounded.pop(name, None)
             parameters[name].data = parameters[name].detach().to(torch.bfloat16)
-        self._hooks = [
-            module.register_forward_hook(_widened)
-            for module in model.modules()
-            if isinstance(module, nn.Embedding) and module.weight.dtype == torch.bfloat16
-        ]
+        tables: set[nn.Module] = {module for module in model.modules() if isinstance(module, nn.Embedding)}
+        if hasattr(model, "get_input_embeddings"):
+            tables.add(cast(Any, model).get_input_embeddings())
+        self._hooks = [module.register_forward_hook(_widened) for module in tables]
         _share_storage(model)
 
     def restore(self) -> None:
@@ -123,11 +122,11 @@ def _can_be_held(name: str, parameter: nn.Parameter) -> bool:
 
 
 def _widened(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
-    """Embeddings in fp32, in which the residual stream adds up, from a table in bfloat16."""
+    """Embeddings in fp32, in which the residual stream adds up, also from a table in bfloat16."""
     return output.float()
 
 
 def _share_storage(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "share_storage"):
-            module.share_storage()
+            cast(Any, module).share_storage()

@@ -20,7 +20,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,11 +37,14 @@ PROBE_SECONDS = 120
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured. gain: time of a float32 product over that of a bfloat16 one; 0 if it cannot be computed."""
+    """What was measured. gain: time of a float32 product over that of a bfloat16 one; 0 if it cannot be computed.
+
+    words: about the gain, for a report. cuda: whether this machine has a GPU.
+    """
 
     gain: float
     words: str
-    """Why this precision, for a report."""
+    cuda: bool = False
 
 
 def faster_precision(found: Probe) -> Literal["float32", "bfloat16"]:
@@ -67,7 +70,7 @@ def _probe_in(path: Path | None) -> Probe:
     if path:
         # A home that is only read is measured for again.
         with contextlib.suppress(OSError):
-            write_atomically(path, json.dumps({"gain": found.gain, "words": found.words}))
+            write_atomically(path, json.dumps(asdict(found)))
     return found
 
 
@@ -78,12 +81,10 @@ def _measured() -> Probe:
             [sys.executable, "-m", PROBE], capture_output=True, text=True, timeout=PROBE_SECONDS, check=True
         )
         found = json.loads(done.stdout)
-        if found["cuda"]:
-            return Probe(GAIN, "a GPU, which multiplies bfloat16 faster")
-        gain = float(found["gain"])
+        gain, cuda = float(found["gain"]), bool(found["cuda"])
     except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
         return Probe(0.0, f"bfloat16 cannot be measured on this machine ({type(error).__name__})")
-    return Probe(gain, f"a matrix product in bfloat16 is {gain:.2g} times as fast as in float32 on this CPU")
+    return Probe(gain, f"a matrix product in bfloat16 is {gain:.2g} times as fast as in float32 on this CPU", cuda)
 
 
 def _file() -> Path | None:

@@ -107,7 +107,11 @@ class TrainingSettings(WorkerSettings):
             return self
         if self.parameters_of_model(inputs) < LARGE:
             return self
-        return self.model_copy(update={"training_precision": faster_precision(probe())})
+        found = probe()
+        if found.cuda and self.training_workers == 0:
+            # It trains in this process, on the GPU.
+            return self
+        return self.model_copy(update={"training_precision": faster_precision(found)})
 
     def parameters_of_model(self, inputs: Mapping[str, Any]) -> int:
         """Parameters of the dense model that is trained or extended; 0 if they are not known yet."""

@@ -20,11 +20,11 @@ LARGE_SHAPE = dict(model_width=512, model_layers=8, model_feed_forward=1536, mod
 @pytest.fixture
 def measured(monkeypatch):
     """What the probe would find; raises if it is asked and nothing was set."""
-    found = SimpleNamespace(gain=None)
+    found = SimpleNamespace(gain=None, cuda=False)
 
     def probe():
         assert found.gain is not None, "nothing should be measured"
-        return Probe(found.gain, "made up")
+        return Probe(found.gain, "made up", found.cuda)
 
     monkeypatch.setattr(run_training, "probe", probe)
     return found
@@ -67,6 +67,12 @@ def test_a_chosen_precision_and_gpus_need_no_measurement(measured, inputs):
     for name in ("float32", "bfloat16"):
         assert extension(training_precision=name).decided(inputs).key_values()["training_precision"] == name
     assert extension(training_gpus=True).decided(inputs).training_precision == "auto"
+
+
+def test_without_workers_a_gpu_of_this_machine_trains_in_its_own_precision(measured, inputs):
+    measured.gain, measured.cuda = 0.003, True
+    assert extension(training_workers=0).decided(inputs).training_precision == "auto"
+    assert extension(training_workers=2).decided(inputs).training_precision == "float32"
 
 
 def test_all_models_of_a_pre_training_have_one_precision(measured, inputs):
