@@ -37,7 +37,7 @@ from lpr_intervals import HeldOut
 from lpr_queue import FIRST, OTHER_RATES, SEEDS, Queue
 from lpr_sizes import REAL, Review, Size
 
-from eclectus.models.training.bfloat16_probe import bfloat16_gain
+from eclectus.models.training.precision import bfloat16_gain
 from eclectus.tasks.training.precision import GAIN
 
 # Factors on the size's stage-1 rate, the middle one first; full fine-tuning of a pretrained base bears less.

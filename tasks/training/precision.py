@@ -31,7 +31,7 @@ from eclectus.tasks.run import current_run
 LARGE = 30_000_000
 # At this ratio of single products a whole training step gains too: norms, losses and the optimizer stay in float32.
 GAIN = 1.3
-PROBE = "eclectus.models.training.bfloat16_probe"
+PROBE = "eclectus.models.training.precision"
 PROBE_SECONDS = 120
 
 

@@ -14,11 +14,10 @@ from eclectus.models.mixture.experts import frozen_digest, moe_blocks
 from eclectus.models.mixture.grouped_gemm import _side_by_side
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.training import objectives
-from eclectus.models.training.bfloat16_probe import bfloat16_gain
 from eclectus.models.training.instances import IGNORED, Instances
 from eclectus.models.training.loop import train
 from eclectus.models.training.losses import Step, rows_with_target
-from eclectus.models.training.precision import FrozenWeights, autocast, compute_dtype, keep_routers_fp32
+from eclectus.models.training.precision import FrozenWeights, autocast, bfloat16_gain, compute_dtype, keep_routers_fp32
 from eclectus.models.training.process import Process
 from tests.support.tiny_training import batch_of, plan, tiny_dense, write_instances
 
@@ -204,5 +203,5 @@ def test_a_batch_without_a_target_has_no_loss_and_a_gradient_of_zero(folder):
 
 def test_the_probe_is_a_number_of_this_machine():
     assert bfloat16_gain(0.05) > 0
-    command = [sys.executable, "-m", "eclectus.models.training.bfloat16_probe"]
+    command = [sys.executable, "-m", "eclectus.models.training.precision"]
     assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["gain"] != 0
