@@ -12,7 +12,7 @@ paired differences from the base. Rates of the first table are chosen on `valid`
 A job is one training of one method at one rate and seed, and its evaluation; jobs run in order of priority: every
 method at its middle rate, the other rates, the other seeds. Results are kept under --work by their settings, unfinished
 trainings resume from their last checkpoint, and the same command goes on where the last one ended; what was not run is
-said. The process and its workers run at the lowest priority (nice 19). Cost of a job: docs/benchmarks.md.
+said. The process and its workers run at the lowest priority (--nice 19). Cost of a job: docs/benchmarks.md.
 
 `--tokens 20000 --items 20 --methods moe_lpr full --rates 1` shows in minutes that everything works.
 """
@@ -103,10 +103,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600.0, help="when to stop, from the start of the program")
     parser.add_argument("--workers", type=int, default=1, help="jobs at once; each holds up to 8 GB in bfloat16")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints of a training")
+    parser.add_argument("--nice", type=int, default=19, help="priority of this process and its workers")
     parser.add_argument("--work", type=Path, default=Path("home/lpr-real"), help="for text, checkpoints and results")
     parser.add_argument("--out", type=Path, default=Path("home/lpr-real/report"), help="tables, without ending")
     chosen = parser.parse_args()
-    os.nice(19)
+    os.nice(chosen.nice)
     # A plain kill ends the workers too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     run(chosen, time.monotonic() + 60 * chosen.minutes)

@@ -53,6 +53,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     started, computed = time.monotonic(), time.process_time()
     with contextlib.redirect_stderr(io.StringIO()):
         result = JOBS[job["kind"]](job)
+    if work := unfinished(job):
+        shutil.rmtree(work, ignore_errors=True)
     result["job_cpu_seconds"] = round(time.process_time() - computed, 1)
     result["seconds"] = round(time.monotonic() - started, 1)
     if torch.cuda.is_available():
@@ -60,6 +62,11 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.empty_cache()
     return {**job, **result}
+
+
+def unfinished(job: dict[str, Any]) -> Path | None:
+    """Where a job that resumes keeps checkpoints of its training and scores so far, until its result is there."""
+    return Path(f"{job['out']}-unfinished") if "checkpoint_every" in job else None
 
 
 def train_base(job: dict[str, Any]) -> dict[str, Any]:
@@ -187,14 +194,13 @@ def fit(model: torch.nn.Module, data: Instances, objective: Objective, job: dict
     plan, process = stage_plan(job), Process.current()
     costs = training_costs(model, plan, 1, data.length)
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(f"{job['out']}-unfinished" if "checkpoint_every" in job else temporary)
+        work = unfinished(job) or Path(temporary)
         started, computed = time.monotonic(), time.process_time()
         half = compute_dtype(plan.precision, process.device) == torch.bfloat16
         held = FrozenWeights(model, work / "frozen.safetensors") if half else None
         train(model, data, objective, plan, process, work, lambda *_, **__: None)
         if held:
             held.restore()
-        shutil.rmtree(work, ignore_errors=True)
     return {
         "all_parameters": costs["parameters"],
         "active_parameters": costs["active_parameters"],
@@ -221,7 +227,8 @@ def scores(model: torch.nn.Module, job: dict[str, Any]) -> dict[str, Any]:
     if job.get("tasks") and (job["kind"] == "base" or job.get("title")):
         from lpr_tasks import task_scores
 
-        found["tasks"] = task_scores(model, **job["tasks"])
+        work = unfinished(job)
+        found["tasks"] = task_scores(model, **job["tasks"], kept=work and work / "answers")
     return found
 
 
@@ -238,7 +245,9 @@ def bits_per_byte(
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """(by language, bits and bytes by document) on the documents of one part."""
     held, windows = held_out(job, part)
-    sums = score(model, windows, len(held["streams"]), Process.current(), 16, lambda *_: None)
+    work = unfinished(job)
+    kept = work and work / f"scores-{part}"
+    sums = score(model, windows, len(held["streams"]), Process.current(), 16, lambda *_: None, kept)
     scored = sums.tokens * held["bytes_a_token"]
     by_language = {}
     for number, language in enumerate(held["streams"].tolist()):

@@ -93,8 +93,7 @@ def cpu_times() -> dict[str, dict[str, float]]:
             best[name] = min(best[name], time.process_time() - started)
     measured = {}
     for name, kind in KINDS.items():
-        with multiprocessing.get_context("spawn").Pool(1) as alone:
-            memory = alone.apply(grown_memory, (kind,))
+        memory = in_a_process_of_its_own(grown_memory, kind)
         measured[name] = {"ms": 1000 * best[name], "gib": memory / 2**30, "trained": steps[name][1]}
     return measured
 
@@ -213,16 +212,20 @@ def precision_memory(stage: str, way: str) -> int:
 
 def compare_precisions(stages: list[str], rounds: int, memory: bool) -> None:
     for stage in stages:
-        with multiprocessing.get_context("spawn").Pool(1) as alone:
-            seconds = alone.apply(precision_times, (stage, rounds))
+        seconds = in_a_process_of_its_own(precision_times, stage, rounds)
         first = statistics.median(seconds["float32"])
         for way, taken in seconds.items():
-            middle, grown = statistics.median(taken), ""
-            if memory:
-                with multiprocessing.get_context("spawn").Pool(1) as alone:
-                    grown = f"   {alone.apply(precision_memory, (stage, way)) / 2**30:5.2f} GiB"
+            middle = statistics.median(taken)
             spread = f"{min(taken):.2f} to {max(taken):.2f}"
-            print(f"{stage:<8} {way:<20} {middle:6.2f} CPU s ({spread}; {first / middle:.2f}x){grown}", flush=True)
+            print(f"{stage:<8} {way:<20} {middle:6.2f} CPU s ({spread}; {first / middle:.2f}x)", flush=True)
+        for way in WAYS if memory else ():
+            grown = in_a_process_of_its_own(precision_memory, stage, way)
+            print(f"{stage:<8} {way:<20} {grown / 2**30:6.2f} GiB", flush=True)
+
+
+def in_a_process_of_its_own(call: Callable[..., Any], *arguments: Any) -> Any:
+    with multiprocessing.get_context("spawn").Pool(1) as alone:
+        return alone.apply(call, arguments)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from pathlib import Path
 from typing import Any
 
 from lm_eval import simple_evaluate
@@ -15,7 +16,13 @@ from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, language_
 
 
 def task_scores(
-    model: Any, tokenizer: str, folder: str, languages: list[str], limit: int, batch: int = 8
+    model: Any,
+    tokenizer: str,
+    folder: str,
+    languages: list[str],
+    limit: int,
+    batch: int = 8,
+    kept: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Accuracy by task over the questions of a folder in these languages: {task: {acc, error, questions, correct}}.
 
@@ -23,12 +30,12 @@ def task_scores(
 
     acc is the one that is normalised by the answers' length, where the task has it (docs/methods.md 2.5's ARC and
     HellaSwag do).
-    limit: at most that many questions of each task, the first ones; -1 for all.
+    limit: at most that many questions of each task, the first ones; -1 for all. kept: for answers so far, to resume.
     """
     harness = Harness([folder])
     words = AutoTokenizer.from_pretrained(tokenizer)
     length = model.config.max_position_embeddings
-    model_under_test = make_harness_model(model.eval(), words, length, batch, Process.current(), None, lambda *_: None)
+    model_under_test = make_harness_model(model.eval(), words, length, batch, Process.current(), kept, lambda *_: None)
     scores = {}
     for name in sorted(local_questions([folder])):
         if language_of(name) not in languages:
