@@ -211,14 +211,17 @@ class Board:
             job = {**job, "rate": best["rate"]}
         start = by_name[job["needs"][0]] if job["needs"] else None
         about = {name: value for name, value in job.items() if name not in UNKEYED}
-        key = digest([text_of(self.about["data"], job), start and start["key"], about])
+        data = self.about["data_with_new_words" if job.get("new_words") else "data"]
+        key = digest([text_of(data, job), start and start["key"], about])
         place = {"key": key, "out": str(self.jobs / key)}
         return {**job, **place, **({"start": start["out"]} if start else {})}
 
     def known(self, job: dict[str, Any]) -> dict[str, Any] | None:
         """The stored result of a job with the same settings, if its files for later jobs exist."""
         path = self.jobs / f"{job['key']}.json"
-        if not path.exists() or (job["kind"] in ("base", "upcycle", "stage1") and not Path(job["out"]).exists()):
+        if not path.exists() or (
+            job["kind"] in ("base", "words", "upcycle", "stage1") and not Path(job["out"]).exists()
+        ):
             return None
         return {**json.loads(path.read_text()), **job}
 

@@ -49,6 +49,7 @@ class Queue:
         workers = chosen.workers or (min(10, cores) if cuda and size.shape else 1 if size.shape is None else cores)
         self._size, self._chosen, self._jobs = size, chosen, []
         self._seeds = range(chosen.first_seed, chosen.first_seed + (chosen.seeds if size.shape else 1))
+        self._moes: dict[tuple[int, str], str] = {}
         self._common: dict[str, Any] = {
             "packed": str(packed),
             "original": chosen.original,
@@ -108,11 +109,11 @@ class Queue:
 
     def _moe(self, part: int, seed: int, label: str, **more: Any) -> str:
         """The upcycled base; one job for each kind of it."""
-        name = f"{seed}/moe {label}"
-        if not any(job["name"] == name for job in self._jobs):
+        if (seed, label) not in self._moes:
             settings = dict(experts=self._size.experts, top_k=2, init="copy") | more
-            self._add(part, seed, "upcycle", f"moe {label}", [self._base(seed)], upcycle=settings)
-        return name
+            needs = [self._base(seed)]
+            self._moes[seed, label] = self._add(part, seed, "upcycle", f"moe {label}", needs, upcycle=settings)
+        return self._moes[seed, label]
 
     def _stage1(self, part: int, seed: int, label: str, title: str | None, rate: float = 1.0, **more: Any) -> str:
         size = self._size

@@ -9,6 +9,9 @@ replay, LoRA, LLaMA-Pro and a mixture that trains whole; each at three learning 
 against retention of every method and rate, and, of English tasks and translation choice, accuracies with intervals and
 paired differences from the base. Rates of the first table are chosen on `valid`, which is not reported.
 
+--words-base: a checkpoint that `extension_vocabulary` made of the same base, of the artifacts of `eclectus extend`; all
+methods run on it as well, with text in its own tokens, and are compared with the base without new words.
+
 A job is one training of one method at one rate and seed, and its evaluation; jobs run in order of priority: every
 method at its middle rate, the other rates, the other seeds. Results are kept under --work by their settings, unfinished
 trainings resume from their last checkpoint, and the same command goes on where the last one ended; what was not run is
@@ -35,6 +38,7 @@ import torch
 from lpr_data import Mixture
 from lpr_intervals import HeldOut
 from lpr_queue import FIRST, OTHER_RATES, SEEDS, Queue
+from lpr_report import NEW_WORDS
 from lpr_sizes import REAL, Review, Size
 
 from eclectus.models.training.precision import bfloat16_gain
@@ -55,10 +59,29 @@ METHODS = ("moe_lpr", "full", "full_replay", "lora", "llama_pro", "moe_all")
 class RealQueue(Queue):
     """All methods at all rates; MoE-LPR at each with and without review, and with one without LPR."""
 
-    def __init__(self, size: Size, chosen: argparse.Namespace, packed: Path) -> None:
+    def __init__(self, size: Size, chosen: argparse.Namespace, packed: Path, words: bool = False) -> None:
+        """words: whether these are the jobs of a base with new words; `chosen` and `packed` are its own then."""
         super().__init__(size, chosen, packed)
         self._seeds = range(chosen.first_seed, chosen.first_seed + chosen.seeds)
         self._common |= {"precision": chosen.precision, "checkpoint_every": chosen.checkpoint_every}
+        self._words = words
+        if words:
+            self._common["new_words"] = True
+
+    def _add(self, part: int, seed: int, kind: str, name: str, needs: list[str], **more: Any) -> str:
+        if self._words:
+            name += NEW_WORDS
+            if more.get("title"):
+                more["title"] += NEW_WORDS
+        return super()._add(part, seed, kind, name, needs, **more)
+
+    def _base(self, seed: int) -> str:
+        if not self._words:
+            return super()._base(seed)
+        name = f"{seed}/base{NEW_WORDS}"
+        if not any(job["name"] == name for job in self._jobs):
+            self._add(FIRST, seed, "words", "base", [], base_model=self._chosen.base_model, title="base", steps=0)
+        return name
 
     def jobs(self) -> list[dict[str, Any]]:
         for seed in self._seeds:
@@ -88,6 +111,7 @@ class RealQueue(Queue):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-model", required=True, help="a folder, a .gguf file or a hub name")
+    parser.add_argument("--words-base", type=Path, help="the same base with new words: every method on it, too")
     parser.add_argument("--corpus", type=Path, required=True, help="folder of *.jsonl or *.jsonl.gz")
     parser.add_argument("--eval", type=Path, help="folder of lm-eval questions, TASK.jsonl.gz; without: no tasks")
     parser.add_argument("--original", nargs="+", default=["en"], help="languages that the base knows")
@@ -124,7 +148,12 @@ def run(chosen: argparse.Namespace, deadline: float) -> None:
     board = Board(chosen, size, data, HeldOut(packed, Mixture(**data["mixture"])))
     board.about["precision"] = chosen.precision
     board.write()
-    work(RealQueue(size, chosen, packed).jobs(), board, deadline)
+    jobs = RealQueue(size, chosen, packed).jobs()
+    if chosen.words_base:
+        own = argparse.Namespace(**{**vars(chosen), "base_model": str(chosen.words_base)})
+        packed, board.about["data_with_new_words"] = prepare(size, own)
+        jobs += RealQueue(size, own, packed, words=True).jobs()
+    work(jobs, board, deadline)
     print(board.text(), flush=True)
 
 

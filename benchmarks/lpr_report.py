@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from lpr_intervals import SEEN, HeldOut, Ratio
@@ -20,7 +21,8 @@ ORDER = (
     *("full", "lora", "llama_pro", "moe_all", "full_replay", "MoE-LPR"),
     *("random new experts", "no review", "review without LPR", "one_stage"),
 )
-
+# Ends the title of a method on the base with new words.
+NEW_WORDS = ", new words"
 
 COSTS = ("parameters, active", "training TFLOPs", "CPU s of training")
 
@@ -51,9 +53,8 @@ def size_tables(about: dict[str, Any], results: list[dict[str, Any]], held: Held
     lines += data_lines(about)
     lines += ["", "Bits per byte on held-out text, mean over seeds (± standard deviation); lower is better.", ""]
     lines += [*table.head(), table.row("base", list(bases.values()), "held")]
-    for title in ORDER:
-        if title in table.methods:
-            lines.append(table.row(TITLES.get(title, title), table.methods[title], "held"))
+    for title in ordered(table.methods):
+        lines.append(table.row(named(title), table.methods[title], "held"))
     stages = {each["name"]: each for each in results if each["kind"] == "stage1"}
     lines += ["", *claims(about, table, held, stages), *frontier(about, results, bases, held)]
     lines += ["", *proofs(results), "", *task_table(about, bases, table.methods)]
@@ -65,6 +66,18 @@ def size_tables(about: dict[str, Any], results: list[dict[str, Any]], held: Held
         lines += [f"### Sweep: {sweep} (first seed, on `valid`, which is not what the table above reports)", ""]
         lines += [*table.head(), *(table.row(each["title"], [each], "valid") for each in points), ""]
     return lines
+
+
+def ordered(titles: Iterable[str]) -> list[str]:
+    """Titles in the tables' order, those of the base with new words last."""
+    given, known = list(titles), [*ORDER, *(title + NEW_WORDS for title in ("base", *ORDER))]
+    return [title for title in known if title in given]
+
+
+def named(title: str) -> str:
+    """A title as shown."""
+    plain = title.removesuffix(NEW_WORDS)
+    return TITLES.get(plain, plain) + title[len(plain) :]
 
 
 def data_lines(about: dict[str, Any]) -> list[str]:
@@ -147,11 +160,11 @@ def claims(about: dict[str, Any], table: Table, held: HeldOut, stages: dict[str,
         row(["---"] * (5 + len(COSTS))),
     ]
     full = {run["seed"]: run for run in table.methods.get("full", [])}
-    for title in [each for each in ORDER if each in table.methods]:
+    for title in ordered(table.methods):
         runs = table.methods[title]
         own = [table.base_of(run) for run in runs]
         paired = [run for run in runs if run["seed"] in full and title != "full"]
-        cells = [TITLES.get(title, title), str(len(runs)), change(held.ratio(own, runs, about["expanded"]))]
+        cells = [named(title), str(len(runs)), change(held.ratio(own, runs, about["expanded"]))]
         against = held.ratio([full[run["seed"]] for run in paired], paired, about["expanded"]) if paired else None
         cells += [change(against) if against else "", retention(held.ratio(own, runs, about["original"]))]
         lines.append(row([*cells, *cost_cells(runs, stages)]))
@@ -184,7 +197,7 @@ def frontier(about: dict[str, Any], results: list[dict[str, Any]], bases: dict[i
             base = bases[each.get("base_seed", each["seed"])]
             gain = -100 * held.ratio([base], [each], about["expanded"]).value
             kept = 100 / (1 + held.ratio([base], [each], about["original"]).value)
-            title = "MoE-LPR" if each.get("sweep") else TITLES.get(each["title"], each["title"])
+            title = "MoE-LPR" if each.get("sweep") else named(each["title"])
             # A review is known by the rate of its stage 1, where that differs.
             rate = each.get("stage1_rate", each["rate"])
             what = title, rate, each["title"] if each.get("sweep") else f"{rate:.2g}"
@@ -211,9 +224,7 @@ def by_method(results: list[dict[str, Any]], expanded: list[str]) -> dict[str, l
 
 def task_table(about: dict[str, Any], bases: dict[int, Any], methods: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Accuracy by lm-eval task, where tasks were asked, and its difference from the base's on the same questions."""
-    rows = {"base": bases[min(bases)]} | {
-        TITLES.get(title, title): methods[title][0] for title in ORDER if title in methods
-    }
+    rows = {"base": bases[min(bases)]} | {named(title): methods[title][0] for title in ordered(methods)}
     rows = {title: each["tasks"] for title, each in rows.items() if each.get("tasks")}
     if "base" not in rows:
         return []

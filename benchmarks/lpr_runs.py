@@ -1,6 +1,7 @@
 """The trainings behind `lpr_claims.py`: each job is one function call in a worker process, and gives one result.
 
     base      a dense Llama trained here, or a pretrained model unpacked to a folder
+    words     a pretrained base with new words in its vocabulary, whose rows train with every method
     upcycle   the base as a mixture, with the check of equality; copies, or random new experts
     stage1    post-pretraining on the expanded languages; scored as "no review"
     review    the review on a stage-1 checkpoint
@@ -29,6 +30,7 @@ from lpr_sizes import Review
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from eclectus.models.checkpoints.door import open_model
 from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.evaluation.scoring import Windows, plan_windows, score
 from eclectus.models.extension.methods import MixedInstances, open_method, untrained_digest
@@ -89,6 +91,19 @@ def train_base(job: dict[str, Any]) -> dict[str, Any]:
     return {**scores(model, job), "parameters": count(model)}
 
 
+def take_words(job: dict[str, Any]) -> dict[str, Any]:
+    """The base with new words: copied, and scored as it is."""
+    shutil.copytree(job["base_model"], job["out"], dirs_exist_ok=True)
+    model = open_model(job["out"])
+    return {**scores(model, job), "parameters": count(model)}
+
+
+def opened(method: str, job: dict[str, Any]) -> torch.nn.Module:
+    """The model of a method, ready for its stage 1."""
+    words: dict[str, Any] = {"new_words": True} if job.get("new_words") else {}
+    return open_method(method, job["start"], seed=job["seed"], **words)
+
+
 def open_pretrained(source: str, out: Path) -> torch.nn.Module:
     """A pretrained dense model in fp32, also written to `out` with its tokenizer. source: folder, .gguf, hub name."""
     from transformers import AutoTokenizer
@@ -116,7 +131,7 @@ def make_moe(job: dict[str, Any]) -> dict[str, Any]:
 
 def train_stage1(job: dict[str, Any]) -> dict[str, Any]:
     """Post-pretraining: new experts and routers, on the expanded languages alone."""
-    model = open_method("moe_lpr", job["start"])
+    model = opened("moe_lpr", job)
     before = frozen_digest(model)
     objective = objectives.post_pretrain(job["alpha"], model.config.num_experts_per_tok, "paper")
     data = Instances(Path(job["packed"]) / "expanded")
@@ -146,7 +161,7 @@ def train_review(job: dict[str, Any]) -> dict[str, Any]:
 def train_single(job: dict[str, Any]) -> dict[str, Any]:
     """A method of one stage: the baselines, and MoE-LPR in one stage."""
     method = job["method"]
-    model = open_method("full" if method == "full_replay" else method, job["start"], seed=job["seed"])
+    model = opened("full" if method == "full_replay" else method, job)
     still = untrained_digest(model)
     data: Instances = Instances(Path(job["packed"]) / "expanded")
     if job["replay_share"]:
@@ -167,6 +182,7 @@ def train_single(job: dict[str, Any]) -> dict[str, Any]:
 
 JOBS = {
     "base": train_base,
+    "words": take_words,
     "upcycle": make_moe,
     "stage1": train_stage1,
     "review": train_review,
