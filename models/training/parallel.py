@@ -121,7 +121,8 @@ def gather_model(model: nn.Module, process: Process) -> None:
             if isinstance(parameter, DTensor):
                 if id(parameter) not in gathered:
                     full = parameter.full_tensor()
-                    gathered[id(parameter)] = nn.Parameter(full.cpu() if process.is_main else full.new_empty(0))
+                    value = full.cpu() if process.is_main else full.new_empty(0)
+                    gathered[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
                 module._parameters[name] = gathered[id(parameter)]
         if isinstance(module, FSDPModule):
             # fully_shard made the module's class a subclass (FSDPModule, plain class); torch offers no way to undo it,
