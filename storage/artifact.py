@@ -9,7 +9,6 @@ Cost: one read of every file at commit and at `verify`, about 1 to 2 GB/s per co
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -25,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eclectus.storage.atomic_write import write_atomically
+from eclectus.storage.atomic_write import is_held, locked_folder, write_atomically
 from eclectus.storage.commands import command
 from eclectus.storage.errors import DamagedArtifact, EclectusError
 from eclectus.storage.mirror import Mirror, is_below
@@ -115,21 +114,18 @@ class ArtifactStore:
 
     @contextlib.contextmanager
     def draft(self, kind: str) -> Iterator[Draft]:
-        """An empty draft; an uncommitted one is removed at the end of the block."""
+        """An empty draft; an uncommitted one is removed at the end of the block, or after a kill by the next draft."""
         if kind not in KINDS:
             raise EclectusError(f"artifact kind '{kind}' is unknown; the kinds are {', '.join(KINDS)}")
-        path = self.root / ".drafts" / f"{kind}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        opening = path.with_name(f".{path.name}")
-        opening.mkdir(parents=True)
-        handle = os.open(opening, os.O_RDONLY)
+        drafts = self.root / ".drafts"
+        for left in drafts.glob(f"{kind}-{socket.gethostname()}-*"):
+            if draft_is_held(left) is False:
+                shutil.rmtree(left, ignore_errors=True)
+        path = drafts / f"{kind}-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         try:
-            # Locked before it has its name: an unlocked draft is one whose process is gone.
-            with contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.rename(opening, path)
-            yield Draft(kind, path)
+            with locked_folder(path):
+                yield Draft(kind, path)
         finally:
-            os.close(handle)
             shutil.rmtree(path, ignore_errors=True)
 
     def commit(self, draft: Draft) -> Artifact:
@@ -282,16 +278,7 @@ def draft_is_held(path: Path) -> bool | None:
     """Whether the process that writes a draft is alive; None on another machine, or where locks do not work."""
     if f"-{socket.gethostname()}-" not in path.name:
         return None
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return None
-    finally:
-        os.close(handle)
-    return False
+    return is_held(path)
 
 
 def content_digest(kind: str, files: list[dict[str, Any]]) -> str:

@@ -5,6 +5,9 @@ so that it is whole there or absent; the records of keys; journals as they grow.
 to a temporary path and renamed. Credentials and address are the object store's own variables (AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL for MinIO). Cost: one upload of every new byte, one listing per lineage query.
 
+A store that is slow, overloaded (503) or away for a moment is asked again, with waits that double up to a minute in
+all; files go 16 at a time. A download whose size is not the store's is taken for cut short, and asked for again.
+
 Local only: unfinished training in `work/` (a machine that replaces a lost one starts the unfinished stage again) and
 locks: two machines may make the same artifact at once, which is then one artifact, as it is named by its content.
 """
@@ -12,18 +15,31 @@ locks: two machines may make the same artifact at once, which is then one artifa
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import os
-from collections.abc import Iterator
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from eclectus.storage.atomic_write import replacing, temporary_path
+from eclectus.storage.disk_full import no_room
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.secrets import scrub
 
+T = TypeVar("T")
 SCHEME = "://"
+WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Seconds before each new try of a call that failed; the clients' own, which are shorter, come before."""
+AT_A_TIME = 16
+"""Files on their way at once: a call takes 0.1 to 2 s, most of it waiting."""
+# What no second try changes.
+REFUSALS = (FileNotFoundError, PermissionError, ImportError, ValueError, TypeError, LookupError, AttributeError)
+NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
 
 
 def cache_folder(url: str) -> Path:
@@ -52,64 +68,120 @@ class Mirror:
     def push(self, path: Path, last: str | None = None) -> None:
         """Uploads a file or a whole folder. last: the file of the folder that is uploaded after all others."""
         files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if file.is_file()]
-        files.sort(key=lambda file: file.relative_to(path).as_posix() == last)
-        with self._faults():
-            for file in files:
-                self._files.put_file(str(file), self._key(file))
+        final = [file for file in files if file.relative_to(path).as_posix() == last]
+        self._each([file for file in files if file not in final], self._put)
+        self._each(final, self._put)
 
     def pull(self, path: Path, kept: Path | None = None) -> bool:
         """Downloads a file or a folder, unless it is here; False if the store has none. kept: where, if elsewhere."""
         kept = kept or path
-        with self._faults():
-            names = self._files.find(self._key(path))
-            if not names:
-                return False
-            with temporary_path(kept) as temporary:
-                for name in names:
-                    target = temporary / self._below(name, path)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    self._files.get_file(name, str(target))
-                with contextlib.suppress(OSError):  # another process downloaded it meanwhile
-                    os.rename(temporary, kept)
+        found = self._find(path)
+        if not found:
+            return False
+        with temporary_path(kept) as temporary, self._faults():
+            targets = {temporary / self._below(name, path): (name, size) for name, size in found.items()}
+            for folder in {target.parent for target in targets}:
+                folder.mkdir(parents=True, exist_ok=True)
+            self._each(targets, lambda target: self._get(*targets[target], target))
+            with contextlib.suppress(OSError):  # another process downloaded it meanwhile
+                os.rename(temporary, kept)
         return kept.exists()
 
     def read(self, path: Path) -> bytes:
         """The store's content of `path`, without downloading it into the cache."""
-        with self._faults():
-            return self._files.cat_file(self._key(path))
+        content: bytes = self._try(lambda: self._files.cat_file(self._key(path)))
+        return content
 
     def pull_changed(self, folder: Path, suffix: str) -> None:
         """Downloads files below `folder` ending in `suffix` that are missing or smaller here (journals grow)."""
-        for path, size in self.listing(folder, suffix):
-            if not path.exists() or path.stat().st_size < size:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as temporary, self._faults():
-                    self._files.get_file(self._key(path), str(temporary))
+        wanted = {
+            path: size for path, size in self.listing(folder, suffix) if not path.exists() or path.stat().st_size < size
+        }
+
+        def get(path: Path) -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                # One that is being written may have grown since it was listed.
+                self._get(self._key(path), 0, temporary)
+
+        self._each(wanted, get)
 
     def listing(self, folder: Path, suffix: str) -> Iterator[tuple[Path, int]]:
         """(local path, bytes) of the store's files below `folder` with names ending in `suffix`."""
-        with self._faults():
-            found = self._files.find(self._key(folder), detail=True)
-        for name, about in sorted(found.items()):
+        for name, size in sorted(self._find(folder).items()):
             if name.endswith(suffix):
-                yield folder / self._below(name, folder), about["size"]
+                yield folder / self._below(name, folder), size
+
+    def ages(self, folder: Path, name: str) -> Iterator[tuple[Path, float]]:
+        """(local path, seconds since it was written) of the store's files below `folder` of this name, where known."""
+        found = self._try(lambda: self._files.find(self._key(folder), detail=True))
+        for key, about in sorted(found.items()):
+            written = about.get("LastModified") or about.get("updated") or about.get("created")
+            if key.endswith(f"/{name}") and isinstance(written, datetime.datetime):
+                yield folder / self._below(key, folder), time.time() - written.timestamp()
 
     def has(self, path: Path) -> bool:
-        with self._faults():
-            return self._is_there(self._key(path))
+        return self._try(lambda: self._is_there(self._key(path)))
 
     def remove(self, path: Path) -> None:
         """Removes a file or a folder from the store."""
-        with self._faults():
-            if self._is_there(self._key(path)):
-                self._files.rm(self._key(path), recursive=True)
+
+        def remove() -> None:
+            with contextlib.suppress(FileNotFoundError):  # also where an earlier try removed it
+                if self._is_there(self._key(path)):
+                    self._files.rm(self._key(path), recursive=True)
+
+        self._try(remove)
 
     def check(self) -> None:
         """Raises EclectusError when the store cannot be reached or the bucket does not exist."""
+        bucket = self._root.split("/")[0]
+        # A mistyped address is reported at once.
         with self._faults():
-            bucket = self._root.split("/")[0]
             if bucket and not self._is_there(bucket):
                 raise EclectusError(f"home {self.name}: bucket '{bucket}' does not exist; create it")
+
+    def _find(self, path: Path) -> dict[str, int]:
+        """Names and bytes of the store's files below `path`, or of that very file."""
+        found = self._try(lambda: self._files.find(self._key(path), detail=True))
+        return {name: about.get("size") or 0 for name, about in found.items()}
+
+    def _put(self, file: Path) -> None:
+        self._try(lambda: self._files.put_file(str(file), self._key(file)))
+
+    def _get(self, name: str, size: int, target: Path) -> None:
+        """Downloads one file. size: bytes that it must have, at least."""
+
+        def get() -> None:
+            self._files.get_file(name, str(target))
+            if (come := target.stat().st_size) < size:
+                raise ConnectionError(f"of {name} came {come} of {size} bytes")
+
+        self._try(get)
+
+    def _each(self, files: Iterable[Path], act: Callable[[Path], None]) -> None:
+        """Calls `act` for every file, many at a time; raises the first error when all have ended."""
+        files = list(files)
+        if len(files) < 2:
+            for file in files:
+                act(file)
+            return
+        with ThreadPoolExecutor(min(AT_A_TIME, len(files))) as pool:
+            for _ in pool.map(act, files):
+                pass
+
+    def _try(self, call: Callable[[], T]) -> T:
+        """What `call` returns, tried again while the store is overloaded or away."""
+        with self._faults():
+            for wait in WAITS:
+                try:
+                    return call()
+                except Exception as error:
+                    if not _may_pass(error):
+                        raise
+                # Many workers that were refused together do not come back together.
+                time.sleep(wait * random.uniform(0.5, 1.0))
+            return call()
 
     @property
     def _files(self) -> Any:
@@ -154,7 +226,18 @@ class Mirror:
         except EclectusError:
             raise
         except Exception as error:
+            # Of this machine's disk: downloads are written to it.
+            if full := no_room(error, self.local):
+                raise full from error
+            passing = "; what is finished is kept: run again when the store answers" if _may_pass(error) else ""
             raise EclectusError(
                 f"home {self.name} cannot be used ({type(error).__name__}: {error}); "
-                "check the bucket, AWS_ENDPOINT_URL and the credentials"
+                f"check the bucket, AWS_ENDPOINT_URL and the credentials{passing}"
             ) from error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a call that failed so may do when it is tried again: not one that the store or this disk refused."""
+    if isinstance(error, (EclectusError, *REFUSALS)) or type(error).__name__ in NO_CREDENTIALS:
+        return False
+    return no_room(error, Path()) is None

@@ -17,10 +17,8 @@ Cost of a reuse: one lookup and re-hashing the artifact.
 from __future__ import annotations
 
 import contextlib
-import errno
 import inspect
 import os
-import re
 import threading
 import time
 import uuid
@@ -31,6 +29,7 @@ from typing import Any
 import psutil
 
 from eclectus.storage.artifact import Artifact
+from eclectus.storage.disk_full import no_room
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.journal import now
 from eclectus.storage.secrets import scrub
@@ -40,7 +39,6 @@ from eclectus.tasks.settings import Settings
 
 # Stands for the digest of something that changed while it was read, so that no digest is true of what was read.
 CHANGED = "changed"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class Step:
@@ -259,12 +257,12 @@ class Step:
         try:
             yield
         except Exception as error:
-            reason = _disk_full(error)
+            reason = no_room(error, run.home.root)
             if reason is None:
                 raise
             raise EclectusError(
                 f"step '{self.name}' cannot write to {run.home.name}: {reason}; free some space or choose another "
-                "home (--home); finished steps are kept, and the next run reuses them"
+                "home (--home); finished steps and parts are kept, and the next run reuses them"
             ) from error
 
 
@@ -278,16 +276,6 @@ def step(
     which become part of the key like the inputs.
     """
     return lambda function: Step(function, makes, version, fingerprint)
-
-
-def _disk_full(error: Exception) -> str | None:
-    """The reason why no more can be written, if the error says so; libraries in Rust and C++ give it as text only."""
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return os.strerror(error.errno).lower()
-    full = os.strerror(errno.ENOSPC)
-    # NumPy's tofile reports only how much it wrote.
-    cut = isinstance(error, OSError) and error.errno is None and re.search(r"\d+ requested and \d+ written", str(error))
-    return full.lower() if full in str(error) or cut else None
 
 
 @dataclass

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -32,8 +31,8 @@ from eclectus.storage.lineage.compact import finished, journals
 from eclectus.storage.lineage.connection import connect, read_once
 from eclectus.storage.lineage.macros import NODE
 from eclectus.storage.lineage.tables import matching, text
+from eclectus.storage.unused import DAY, PART, PARTS, quiet, unused_parts
 
-DAY = 86_400
 DIGITS = 32
 # Kind -> what is kept of a deleted artifact: the folder of the journal, the columns, and the files that have them.
 KEPT = {
@@ -168,22 +167,22 @@ def _left_behind(home: Home) -> Iterator[Unneeded]:
     root = home.store.root
     for place in sorted(root.glob(".drafts/[!.]*")):
         held = draft_is_held(place)
-        if held is False or (held is None and _quiet(place) > DAY):
+        if held is False or (held is None and quiet(place) > DAY):
             yield Unneeded("draft", place.name, _size(place), "the process that wrote it is gone", place)
-    for pattern in (".drafts/.*", ".freed/*"):
+    for pattern in (".drafts/.*", ".freed/*", "[!.]*/.*"):
         for place in sorted(root.glob(pattern)):
-            if _quiet(place) > DAY:
+            if quiet(place) > DAY:
                 yield Unneeded("draft", place.name, _size(place), "left behind by a process that was killed", place)
     for place in sorted(root.glob(".damaged/*")):
         yield Unneeded("damaged", place.name, _size(place), "damaged, and quarantined", place)
     for place in sorted(home.work.glob("*")):
-        if re.fullmatch("[0-9a-f]{32}", place.name) and _quiet(place) > 7 * DAY:
+        if re.fullmatch("[0-9a-f]{32}", place.name) and quiet(place) > 7 * DAY:
             yield Unneeded("training", place.name, _size(place), "unfinished, and not resumed for a week", place)
-    for place in sorted(home.work.glob("parts/*/*")):
-        if _quiet(place) > (DAY if place.name.startswith(".") else 7 * DAY):
-            yield Unneeded(
-                "part", place.name, _size(place, alone=True), "a part of a step, and not used for a week", place
-            )
+    for place in unused_parts(home):
+        yield Unneeded("part", place.name, _size(place, alone=True), "a part of a step, and not used for a week", place)
+    for path, age in home.mirror.ages(home.work / PARTS, PART) if home.mirror else ():
+        if age > 7 * DAY and not path.parent.exists():
+            yield Unneeded("part", path.parent.name, 0, "on the object store, and not made for a week", path.parent)
 
 
 def _keep_documents(home: Home, place: Path) -> None:
@@ -221,8 +220,3 @@ def _size(place: Path, alone: bool = False) -> int:
     """Bytes of a folder's files. alone: without those that stand elsewhere too, by a hard link."""
     found = [path.stat() for path in place.rglob("*") if path.is_file()]
     return sum(each.st_size for each in found if not alone or each.st_nlink == 1)
-
-
-def _quiet(place: Path) -> float:
-    """Seconds since anything in a folder changed."""
-    return time.time() - max((path.stat().st_mtime for path in [place, *place.rglob("*")]), default=0.0)

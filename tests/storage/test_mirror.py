@@ -1,12 +1,18 @@
 """A home on an object store: a real S3 server; two machines are two cache folders."""
 
+import errno
 import json
+import os
 import shutil
 import uuid
+from time import time as clock
 
 import pytest
+from s3fs import S3FileSystem
 
+from eclectus.storage import mirror
 from eclectus.storage.artifact import MANIFEST
+from eclectus.storage.disk_full import NoRoom
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.journal import Journal
@@ -16,6 +22,7 @@ from eclectus.storage.lineage.compact import compact, faults
 from eclectus.storage.lineage.connection import query
 from eclectus.storage.lineage.garbage import free, keep, plan
 from eclectus.storage.step_keys import KnownKeys, Record
+from tests.support.bad_store import BadStore
 from tests.support.history import RUNS, everything, write_chain, write_history
 
 
@@ -176,3 +183,114 @@ def test_what_one_machine_frees_is_gone_from_the_store_and_what_is_needed_stays(
     assert [query(sql, three)[1] for sql in asked] == before
     ((champion,),) = query("select checkpoint from champions", three)[1]
     assert three.store.faults(three.store.find(f"checkpoint-{champion}")) is None
+
+
+@pytest.fixture
+def bad(object_store, monkeypatch):
+    """The same store behind a proxy that disturbs requests; a client asks once, so that the mirror's own tries show."""
+    import fsspec
+
+    store = BadStore(object_store)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.address)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
+    fsspec.filesystem("s3").clear_instance_cache()
+    waits = []
+    monkeypatch.setattr(mirror.time, "sleep", waits.append)
+    store.waits = waits
+    yield store
+    store.close()
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+def test_a_store_that_is_overloaded_slow_or_cuts_answers_short_is_asked_again(bad, machine):
+    one = machine("one")
+    bad.faults = ["503"] * 5 + ["slow", None, "503", "slow"]
+    made = make(one, "weights " * 5_000)
+    assert bad.faults == [] and len(bad.waits) >= 4 and max(bad.waits) <= 32
+    two = machine("two")
+    bad.only = {"GET"}
+    bad.faults = ["503", "cut", "503", "503", "cut", "cut"]
+    assert two.store.find(made.name).file("deep/model.txt").read_text() == "weights " * 5_000
+    assert bad.faults == [] and two.store.faults(two_reference(two, made)) is None
+    assert not list(two.store.root.rglob(".*.txt*")), "what was begun is left"
+
+
+@pytest.fixture
+def with_get_file(monkeypatch):
+    """Replaces how the client downloads a file."""
+
+    def replace(function):
+        monkeypatch.setattr(S3FileSystem, "_get_file", function)
+        S3FileSystem.clear_instance_cache()
+
+    yield replace
+    S3FileSystem.clear_instance_cache()
+
+
+def test_an_answer_that_ends_too_early_without_an_error_is_not_taken_for_the_file(machine, with_get_file, monkeypatch):
+    made, two = make(machine("one"), "weights " * 5_000), machine("two")
+    whole, cut = S3FileSystem._get_file, []
+
+    async def short(files, name, target, **options):
+        await whole(files, name, target, **options)
+        if name.endswith("model.txt") and len(cut) < 2:
+            cut.append(name)
+            os.truncate(target, 100)
+
+    with_get_file(short)
+    monkeypatch.setattr(mirror.time, "sleep", lambda seconds: None)
+    assert two.store.find(made.name).file("deep/model.txt").read_text() == "weights " * 5_000 and len(cut) == 2
+    cut.clear()
+    monkeypatch.setattr(mirror, "WAITS", ())
+    with pytest.raises(EclectusError, match=r"came 100 of 40000 bytes.*run again when the store answers"):
+        machine("three").store.find(made.name)
+    assert not list(machine("three").store.root.glob("checkpoint/*"))
+
+
+def test_a_store_that_refuses_for_good_is_one_line_and_what_is_there_is_kept(bad, machine):
+    one = machine("one")
+    made = make(one)
+    bad.always = "503"
+    with pytest.raises(EclectusError, match=r"cannot be used .*; what is finished is kept: run again"):
+        make(one, "new weights")
+    assert len(bad.waits) == 2 * len(mirror.WAITS), "two files, which go at once"
+    bad.always, asked = "403", bad.requests
+    with pytest.raises(EclectusError, match=r"PermissionError.*check the bucket, AWS_ENDPOINT_URL") as refused:
+        make(one, "other weights")
+    assert "run again" not in str(refused.value) and bad.requests - asked < 5, "a refusal is no overload"
+    bad.always = None
+    again = make(one, "new weights")
+    two = machine("two")
+    for each in (made, again):
+        assert two.store.faults(two_reference(two, each)) is None
+    assert two.store.find(again.name).file("deep/model.txt").read_text() == "new weights"
+
+
+def test_a_disk_that_is_full_is_not_blamed_on_the_store(machine, with_get_file):
+    made, two = make(machine("one")), machine("two")
+
+    async def full(files, name, target, **_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target)
+
+    with_get_file(full)
+    with pytest.raises(NoRoom, match=f"no space left on device: {two.root} on .*disk /.* GB free"):
+        two.store.find(made.name)
+    assert not list(two.store.root.rglob("*.txt"))
+
+
+def test_parts_on_the_store_that_no_machine_has_are_freed_after_a_week(machine, monkeypatch):
+    one = machine("one")
+    places = [one.work / "parts" / "ab" / name for name in ("old", "here")]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "part.json").write_text("{}")
+        one.mirror.push(place, "part.json")
+    shutil.rmtree(places[0])
+    assert plan(one, 1).unneeded == []
+    monkeypatch.setattr(mirror.time, "time", lambda: 8 * 86_400 + clock())
+    monkeypatch.setattr("eclectus.storage.unused.quiet", lambda place: 0.0)
+    planned = plan(one, 1)
+    assert [each.place for each in planned.unneeded] == places[:1]
+    free(one, planned)
+    assert not one.mirror.has(places[0]) and one.mirror.has(places[1])

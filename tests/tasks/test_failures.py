@@ -314,7 +314,8 @@ def test_a_full_disk_is_named_keeps_what_was_done_and_hurts_nothing_else(tmp_pat
     process = start("unshare", "--map-root-user", "--mount", "sh", "-c", script, str(place), sys.executable, PROGRAM)
     said = process.communicate()[0]
     assert process.returncode == 0, said
-    assert "cannot write to" in said and "no space left on device; free some space" in said
+    assert "cannot write to" in said and f"no space left on device: {place}/home on " in said
+    assert f"(disk {place}, 0.00 of 0.00 GB free); free some space" in said
     assert '{"state": "completed", "n": 2}\n{"state": "failed", "n": 1}' in said
     assert "2 artifacts and the journals are as they were written" in said
 

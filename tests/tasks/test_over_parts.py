@@ -1,21 +1,27 @@
 """Work over parts: in order, found again, damaged results made again, failures named; by Ray's workers the same."""
 
+import errno
 import os
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 import uuid
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from eclectus.storage.disk_full import NoRoom, no_room
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.tasks import over_parts as work
 from eclectus.tasks.disk_matrix import PartMatrix
 from eclectus.tasks.over_parts import DESCRIPTION, Part, forget, key_of, over_parts
-from tests.support.part_functions import read, square, square_or_fail
+from eclectus.tasks.part_store import DamagedInput, PartStore
+from tests.support.part_functions import read, square, square_on_full_disk, square_or_fail
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,6 +31,19 @@ def calls(tmp_path):
     folder = tmp_path / "calls"
     folder.mkdir()
     return folder
+
+
+class Shown:
+    """A display that keeps what it is notified of."""
+
+    def __init__(self):
+        self.notices = []
+
+    def step_progressed(self, *_):
+        pass
+
+    def notified(self, name, text):
+        self.notices.append((name, text))
 
 
 def squares(calls, numbers):
@@ -58,8 +77,13 @@ def test_a_damaged_result_is_made_again(run, calls, damage):
         path.unlink()
     else:
         done.file(DESCRIPTION).write_text("{")
+    shown = Shown()
+    run.displays.append(shown)
     (again,) = over_parts(square, squares(calls, [7]), "squaring")
     assert not again.found and again.file("square").read_text() == "49" and len(os.listdir(calls)) == 2
+    ((name, text),) = shown.notices
+    what = {"flip": "square changed", "cut": "square changed", "lose": "square is gone"}.get(damage, "cannot be read")
+    assert name == "damaged parts" and text.startswith(f"{done.folder} is damaged: ") and what in text
 
 
 def test_a_function_that_raises_leaves_no_result_and_what_was_finished_is_kept(run, calls):
@@ -72,6 +96,102 @@ def test_a_function_that_raises_leaves_no_result_and_what_was_finished_is_kept(r
     done = over_parts(square_or_fail, parts, "squaring")
     assert [each.found for each in done] == [True, False, False]
     assert not list(Path(run.home.work).rglob(".*")), "what was begun is left"
+
+
+def test_a_full_disk_is_one_line_with_folder_and_disk_and_the_work_resumes(run, calls, tmp_path):
+    full = tmp_path / "full"
+    parts = [Part(key_of("full", number), {"number": number, "full": full}) for number in (2, 3)]
+    over_parts(square_on_full_disk, parts[:1], "squaring")
+    full.touch()
+    with pytest.raises(NoRoom) as raised:
+        over_parts(square_on_full_disk, parts, "squaring")
+    folder = run.home.work / "parts"
+    assert str(raised.value).startswith(f"no space left on device: {folder} on {socket.gethostname()} (disk /")
+    assert "GB free)" in str(raised.value) and "\n" not in str(raised.value)
+    assert not list(folder.glob("*/.*")), "what was begun is left"
+    full.unlink()
+    assert [each.found for each in over_parts(square_on_full_disk, parts, "squaring")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (OSError("40 requested and 12 written"), True),
+        (RuntimeError("SafetensorError: Error while serializing: No space left on device (os error 28)"), True),
+        (pa.ArrowInvalid("Error writing bytes to file. Detail: [errno 28] No space left on device"), True),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (ValueError("there is room"), False),
+    ],
+)
+def test_whoever_meets_a_full_disk_it_is_one(error, full, tmp_path):
+    found = no_room(error, tmp_path / "not" / "yet")
+    assert (found is not None) is full
+    assert not full or f"{tmp_path}/not/yet on " in str(found)
+
+
+def test_a_result_that_is_damaged_while_it_is_made_again_is_replaced(run, calls):
+    (done,) = over_parts(square, squares(calls, [7]), "squaring")
+    store, key = PartStore.of_run(), key_of("square 1", 7)
+    done.file("square").write_text("48")
+    store.make(key, square, {"number": 7, "calls": str(calls)})
+    assert done.file("square").read_text() == "49" and store.find(key)
+
+
+def test_what_a_killed_process_began_is_removed_when_the_part_is_made_and_what_lives_stays(run, calls, tmp_path):
+    store, key = PartStore.of_run(), key_of("square 1", 7)
+    place = store.place(key)
+    program = """
+import sys, time
+from pathlib import Path
+from eclectus.storage.atomic_write import temporary_folder
+with temporary_folder(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("4")
+    print("begun", flush=True)
+    time.sleep(60)
+"""
+    place.parent.mkdir(parents=True)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(place)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    try:
+        assert [process.stdout.readline() for process in processes] == ["begun\n"] * 2
+        processes[0].kill()
+        processes[0].wait()
+        assert len(list(place.parent.glob(".*"))) == 2
+        over_parts(square, squares(calls, [7]), "squaring")
+        (left,) = place.parent.glob(".*")
+        assert str(processes[1].pid) in left.name
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_fewer_calls_run_at_a_time_after_workers_that_died_and_more_again_when_none_does(monkeypatch):
+    slots = work._Slots(16)
+    began = time.monotonic()
+    for _ in range(16):
+        # A node that left took 16 of them along.
+        slots.died(began)
+    assert slots.now() == 8
+    slots.died(time.monotonic())
+    assert slots.now() == 4
+    for _ in range(32):
+        slots.went_well()
+    assert slots.now() == 8
+    for _ in range(64):
+        slots.went_well()
+    assert slots.now() == 16
+    # Without a number: the CPUs that the cluster has at the moment.
+    cpus = iter([4, 2, 6])
+    monkeypatch.setattr(work, "_cluster_cpus", lambda: next(cpus))
+    every = work._Slots(0)
+    assert [every.now() for _ in range(3)] == [4, 2, 6]
 
 
 # In processes of their own: Ray is started once in a process.
@@ -130,7 +250,7 @@ def test_machines_that_share_no_disk_exchange_files_through_the_object_store(obj
         return Home.open(url)
 
     driver = machine("driver")
-    mine = work._Store.of_home(driver)
+    mine = PartStore.of_home(driver)
     # A file of an artifact, and one of a part that was made in this process.
     with driver.store.draft("report") as draft:
         draft.file("page").write_text("a page")
@@ -140,7 +260,7 @@ def test_machines_that_share_no_disk_exchange_files_through_the_object_store(obj
     part = mine.place(work.key_of("square", 6))
     for path, text in ((artifact.file("page"), "a page"), (part / "square", "36")):
         key, arguments = work.key_of("read", text), {"path": path}
-        work._share(arguments, mine, set())
+        mine.share(arguments, set())
         there = machine("worker")
         about, seconds = work._remotely(read, key, arguments, mine)
         assert about["text"] == text and about["root"].startswith(str(there.root)) and seconds >= 0
@@ -148,12 +268,66 @@ def test_machines_that_share_no_disk_exchange_files_through_the_object_store(obj
         found = mine.find(key)
         assert found and found.about == about and found.folder == mine.place(key)
         # A machine that replaces the driver finds what the workers finished.
-        found = work._Store.of_home(machine("another")).find(key)
+        found = PartStore.of_home(machine("another")).find(key)
         assert found and found.about == about
     # On the worker's machine the part is whole, and the artifact is not half there.
     there = machine("worker")
-    assert work._Store.of_home(there).find(work.key_of("square", 6))
+    assert PartStore.of_home(there).find(work.key_of("square", 6))
     assert there.store.find(artifact.name).file("other").read_text() == "another"
+
+
+def test_a_file_that_is_damaged_on_its_way_to_a_worker_is_fetched_again_or_named(object_store, tmp_path, monkeypatch):
+    url = f"s3://models/{uuid.uuid4().hex}"
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+
+    def machine(name):
+        monkeypatch.setenv("ECLECTUS_CACHE", str(tmp_path / name))
+        work._home_here.cache_clear()
+        return Home.open(url)
+
+    driver = machine("driver")
+    mine = PartStore.of_home(driver)
+    with driver.store.draft("report") as draft:
+        draft.file("page").write_text("a page")
+        artifact = driver.store.commit(draft)
+    mine.make(key_of("square", 6), square, {"number": 6, "calls": str(tmp_path)})
+    inputs = {"a page": artifact.file("page"), "36": mine.place(key_of("square", 6)) / "square"}
+    for text, path in inputs.items():
+        mine.share(path, set())
+        there = machine("worker")
+        arguments = {"path": path}
+        about, _ = work._remotely(read, key_of("read", text), arguments, mine)
+        # What lies there is damaged later: it is fetched again.
+        Path(about["root"]).write_text("nonsense")
+        again, _ = work._remotely(read, key_of("read again", text), arguments, mine)
+        assert again["text"] == text and Path(about["root"]).read_text() == text
+        # What the store has is damaged: never used, and uploaded again by the driver.
+        there.mirror._files.pipe_file(there.mirror._key(there.root / path.relative_to(driver.root)), b"nonsense")
+        machine("another")
+        with pytest.raises(DamagedInput, match=f"{path.name}.* (changed|is not as it was made)"):
+            work._remotely(read, key_of("read once more", text), arguments, mine)
+        machine("driver")
+        mine.share(path, set(), again=True)
+        machine("another")
+        assert work._remotely(read, key_of("read once more", text), arguments, mine)[0]["text"] == text
+    machine("driver")
+    mine.forget(mine.place(key_of("square", 6)))
+    assert not driver.mirror.has(mine.place(key_of("square", 6)))
+
+
+def test_a_workers_cache_loses_what_nobody_used_for_four_weeks(object_store, tmp_path, monkeypatch):
+    monkeypatch.setenv("ECLECTUS_CACHE", str(tmp_path / "worker"))
+    home = Home.open(f"s3://models/{uuid.uuid4().hex}")
+    places = [home.work / "parts" / "ab" / "old", home.work / "downloaded" / "artifacts" / "documents" / "older"]
+    places.append(places[0].with_name("new"))
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "file").touch()
+    for path in (each for place in places[:2] for each in (place / "file", place)):
+        os.utime(path, (time.time() - 29 * 86_400,) * 2)
+    work._home_here.cache_clear()
+    work._home_here(home.mirror.url)
+    assert [place.exists() for place in places] == [False, False, True]
 
 
 def test_a_matrix_in_parts_reads_as_one(tmp_path, monkeypatch):

@@ -1,13 +1,18 @@
 """Curation gives the same bits in one process, with Ray's workers, and on two machines that share no disk."""
 
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 
 from eclectus.storage.home import Home
@@ -54,18 +59,88 @@ def alone(sources, tmp_path_factory):
     return made
 
 
+def started(sources, home, workers):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.support.curation_digests", str(sources),
+         json.dumps(SETTINGS | {"curation_workers": workers})],
+        env=environment | {"PYTHONPATH": str(ROOT), "ECLECTUS_HOME": str(home)},
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
 @pytest.mark.slow  # 60 s: Ray is started twice
 @pytest.mark.parametrize("workers", [2, 4])
 def test_with_rays_workers(sources, alone, tmp_path, workers):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.curation_digests", str(sources),
-         json.dumps(SETTINGS | {"curation_workers": workers})],
-        env=environment | {"PYTHONPATH": str(ROOT), "ECLECTUS_HOME": str(tmp_path / "home")},
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == alone
+    process = started(sources, tmp_path / "home", workers)
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    assert json.loads(said.splitlines()[-1]) == alone
+
+
+@pytest.mark.slow  # 60 s: one curation, and Ray's workers are started again and again
+def test_with_a_worker_killed_in_every_step_that_spreads_work(sources, alone, tmp_path):
+    process, killed = started(sources, tmp_path / "home", 2), Counter()
+    while process.poll() is None:
+        time.sleep(0.01)
+        with contextlib.suppress(psutil.Error):
+            for worker in psutil.Process(process.pid).children(recursive=True):
+                # Ray shows there which part a worker computes.
+                title = " ".join(worker.cmdline())
+                work = re.sub(r"[\W\d]+", " ", title.removeprefix("ray::"))
+                if title.startswith("ray::") and "IDLE" not in title and "Agent" not in title and not killed[work]:
+                    worker.kill()
+                    killed[work] += 1
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    assert json.loads(said.splitlines()[-1]) == alone
+    assert len(killed) >= 8, killed
+
+
+def damage(path, cut):
+    """Changes a byte in the middle of a file, or loses its second half."""
+    with open(path, "r+b") as handle:
+        handle.seek(path.stat().st_size // 2)
+        byte = handle.read(1)
+        handle.seek(-1, os.SEEK_CUR)
+        if cut:
+            handle.truncate()
+        else:
+            handle.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.slow  # 80 s: curation starts again after every kill
+def test_with_the_driver_killed_again_and_again(sources, alone, tmp_path):
+    home, kills, seen = tmp_path / "home", 0, set()
+    while True:
+        process, known = started(sources, home, 1), len(seen)
+        while process.poll() is None and len(seen) < known + 40:
+            time.sleep(0.01)
+            seen |= {place.name for place in home.glob("work/parts/*/[!.]*")}
+            seen |= {place.name for place in home.glob("artifacts/[!.]*/*")}
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.communicate()
+        kills += 1
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    assert json.loads(said.splitlines()[-1]) == alone and kills >= 4
+    opened = Home.open(home)
+    assert [fault for each in opened.store.all() if (fault := opened.store.faults(each))] == []
+    assert len(list(opened.store.root.glob(".drafts/*"))) < kills, "what killed runs began does not pile up"
+    # And a byte of every artifact, the end of every third part.
+    artifacts = list(opened.store.all())
+    for number, artifact in enumerate(artifacts):
+        damage(max(Path(artifact.path).rglob("*.*"), key=lambda path: path.stat().st_size), cut=number % 2 == 0)
+    for place in sorted(home.glob("work/parts/*/[!.]*"))[::3]:
+        damage(max(place.iterdir(), key=lambda path: path.stat().st_size), cut=True)
+    process = started(sources, home, 1)
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    assert json.loads(said.splitlines()[-1]) == alone
+    assert len(list(opened.store.root.glob(".damaged/*"))) >= len(artifacts) - 1, "each was found"
+    assert [fault for each in opened.store.all() if (fault := opened.store.faults(each))] == []
 
 
 @pytest.mark.slow  # 90 s: four services are started
