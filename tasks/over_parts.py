@@ -49,6 +49,8 @@ SECONDS_FOR_TASKS = 2.0
 LOOKUPS = 32
 """Results looked for at once on an object store, whose every answer may take 2 s."""
 MOST_NAMED = 3
+PATIENCE = 60.0
+"""Seconds without a finished part, after which it is asked whether any node can compute one."""
 NODE = "ray.io/node-id"
 
 
@@ -154,7 +156,11 @@ def _in_ray(function: Function, parts: list[Part], store: PartStore, workers: in
             while waiting and len(running) < slots.now():
                 number = waiting.popleft()
                 running[calls.begin(number)] = number, time.monotonic()
-            reference = ray.wait(list(running))[0][0]
+            ready = ray.wait(list(running), timeout=PATIENCE)[0]
+            if not ready:
+                calls.report_waiting()
+                continue
+            (reference,) = ready
             number, began = running.pop(reference)
             try:
                 about, seconds = ray.get(reference)
@@ -220,6 +226,11 @@ class _Calls:
     shared: set[Any] = field(default_factory=set)
     full: set[str] = field(default_factory=set)
     incomplete: set[int] = field(default_factory=set)
+    waited: bool = False
+
+    @property
+    def _resource(self) -> str:
+        return "GPU" if self.gpus else "CPU"
 
     def begin(self, number: int) -> Any:
         import ray
@@ -261,9 +272,14 @@ class _Calls:
     def _others_have_room(self) -> bool:
         import ray
 
-        wanted = "GPU" if self.gpus else "CPU"
-        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(wanted)}
+        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get(self._resource)}
         return bool(nodes - self.full)
+
+    def report_waiting(self) -> None:
+        """Says once that no call can run."""
+        if not self.waited and not self._others_have_room():
+            self.waited = True
+            notify("waiting", f"no node of the Ray cluster has a {self._resource}; waiting for one to join")
 
     def arrived(self, number: int) -> bool:
         """Whether the result is here, downloaded if need be. Raises EclectusError if it is not after every try."""
@@ -308,5 +324,13 @@ def _home_here(url: str) -> Home:
 
 
 def _failed(part: Part, reason: BaseException) -> str:
+    import ray
+
     first = (str(reason).strip().splitlines() or [type(reason).__name__])[0]
-    return f"{part.name or 'a part'} failed {TRIES} times ({type(reason).__name__}: {first}); run again to resume there"
+    memory = ""
+    if isinstance(reason, ray.exceptions.OutOfMemoryError | ray.exceptions.WorkerCrashedError):
+        memory = "if memory was short, set fewer curation_workers or a smaller part_megabytes; "
+    return (
+        f"{part.name or 'a part'} failed {TRIES} times ({type(reason).__name__}: {first}); {memory}"
+        "run again to resume there"
+    )

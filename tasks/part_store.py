@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from eclectus.storage.artifact import MANIFEST, hash_file, hash_unchanged, write
 from eclectus.storage.atomic_write import temporary_folder
 from eclectus.storage.disk_full import no_room
 from eclectus.storage.home import Home
-from eclectus.storage.mirror import Mirror
+from eclectus.storage.mirror import AT_A_TIME, Mirror
 from eclectus.storage.unused import DOWNLOADED, PART, PARTS
 from eclectus.tasks.run import current_run
 
@@ -138,35 +139,37 @@ class PartStore:
             self.mirror.remove(place)
 
     def local(self, value: Any, theirs: Path) -> Any:
-        """`value` with the paths in it that lie below `theirs`, the driver's root, on this machine, and there."""
-        if isinstance(value, Path):
-            if not value.is_relative_to(theirs):
-                return value
-            return self._here(self.root / value.relative_to(theirs))
-        if isinstance(value, list | tuple):
-            return type(value)(self.local(each, theirs) for each in value)
-        if isinstance(value, dict):
-            return {name: self.local(each, theirs) for name, each in value.items()}
-        return value
+        """`value` with the paths in it that lie below `theirs`, the driver's root, on this machine, and there.
 
-    def _here(self, path: Path) -> Path:
-        """This file or folder of the home on this machine, downloaded if it is not there, every byte as it was made.
-
-        A part comes whole; files of artifacts go to a place of their own, since half an artifact would be none.
+        A part comes whole; files of artifacts go to a place of their own, since half an artifact would be none. Every
+        byte is as it was made: raises DamagedInput otherwise.
         """
-        if self.mirror is None:
-            return path
-        if path.is_relative_to(self.folder):
-            place = self._result_of(path)
-            self._downloaded(path, place, place, lambda: read_whole(place)[1])
-            return path
-        if path.exists():
-            return path
-        kept = self.root / "work" / DOWNLOADED / path.relative_to(self.root)
-        self._downloaded(path, path, kept, lambda: self._fault_of_copy(path, kept))
-        return kept
+        here = {path: self.root / path.relative_to(theirs) for path in paths_in(value) if path.is_relative_to(theirs)}
+        if self.mirror:
+            _each({self._unit(path) for path in here.values()}, self._fetch)
+        return _replaced(value, {path: self._found(mine) for path, mine in here.items()})
 
-    def _downloaded(self, wanted: Path, source: Path, kept: Path, fault: Callable[[], str]) -> None:
+    def _unit(self, path: Path) -> Path:
+        """What is uploaded and downloaded as one: the folder of a result, or the very file or folder."""
+        if path.is_relative_to(self.folder):
+            return self.folder.joinpath(*path.relative_to(self.folder).parts[:2])
+        return path
+
+    def _copy(self, path: Path) -> Path:
+        """Where a downloaded file or folder of an artifact is."""
+        return self.root / "work" / DOWNLOADED / path.relative_to(self.root)
+
+    def _found(self, path: Path) -> Path:
+        return path if self.mirror is None or path.exists() else self._copy(path)
+
+    def _fetch(self, unit: Path) -> None:
+        if unit.is_relative_to(self.folder):
+            self._downloaded(unit, unit, lambda: read_whole(unit)[1])
+        elif not unit.exists():
+            kept = self._copy(unit)
+            self._downloaded(unit, kept, lambda: self._fault_of_copy(unit, kept))
+
+    def _downloaded(self, source: Path, kept: Path, fault: Callable[[], str]) -> None:
         """Downloads `source` to `kept` where it is missing or has a fault. Raises DamagedInput if that stays."""
         assert self.mirror is not None
         if kept.exists() and not fault():
@@ -175,7 +178,7 @@ class PartStore:
         kept.unlink(missing_ok=True)
         self.mirror.pull(source, kept)
         if why := fault():
-            raise DamagedInput(f"{wanted} on {self.mirror.name}: {why}")
+            raise DamagedInput(f"{source} on {self.mirror.name}: {why}")
 
     def _fault_of_copy(self, path: Path, kept: Path) -> str:
         """What is wrong with a copy of files of an artifact, by its manifest; empty if nothing is."""
@@ -193,24 +196,45 @@ class PartStore:
 
         known: those it has. again: also what it has, which may be damaged.
         """
-        if isinstance(value, Path):
-            if not self.mirror or (value in known and not again) or not value.is_relative_to(self.root):
-                return
-            place, last = value, None
-            if value.is_relative_to(self.folder):
-                place, last = self._result_of(value), DESCRIPTION
-            if again or not self.mirror.has(place / DESCRIPTION if last else place):
-                self.mirror.push(place, last)
-            known.add(value)
-        elif isinstance(value, list | tuple):
-            for each in value:
-                self.share(each, known, again)
-        elif isinstance(value, Mapping):
-            self.share(list(value.values()), known, again)
+        if self.mirror is None:
+            return
+        units = {self._unit(path) for path in paths_in(value) if path.is_relative_to(self.root)}
+        _each(units if again else units - known, lambda unit: self._upload(unit, again))
+        known |= units
 
-    def _result_of(self, path: Path) -> Path:
-        """The folder of the result that a file is in."""
-        return self.folder.joinpath(*path.relative_to(self.folder).parts[:2])
+    def _upload(self, unit: Path, again: bool) -> None:
+        assert self.mirror is not None
+        last = DESCRIPTION if unit.is_relative_to(self.folder) else None
+        if again or not self.mirror.has(unit / last if last else unit):
+            self.mirror.push(unit, last)
+
+
+def paths_in(value: Any) -> Iterator[Path]:
+    """Every path in a value of paths, numbers, texts, lists and dicts."""
+    if isinstance(value, Path):
+        yield value
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from paths_in(each)
+    elif isinstance(value, Mapping):
+        yield from paths_in(list(value.values()))
+
+
+def _replaced(value: Any, by: Mapping[Path, Path]) -> Any:
+    if isinstance(value, Path):
+        return by.get(value, value)
+    if isinstance(value, list | tuple):
+        return type(value)(_replaced(each, by) for each in value)
+    if isinstance(value, dict):
+        return {name: _replaced(each, by) for name, each in value.items()}
+    return value
+
+
+def _each(units: set[Path], act: Callable[[Path], None]) -> None:
+    """Calls `act` for each, many at a time: on an object store most of it is waiting."""
+    if units:
+        with ThreadPoolExecutor(min(AT_A_TIME, len(units))) as pool:
+            list(pool.map(act, sorted(units)))
 
 
 def read_whole(place: Path) -> tuple[dict[str, Any] | None, str]:

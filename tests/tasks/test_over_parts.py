@@ -194,6 +194,19 @@ def test_fewer_calls_run_at_a_time_after_workers_that_died_and_more_again_when_n
     assert [every.now() for _ in range(3)] == [4, 2, 6]
 
 
+def test_a_cluster_without_a_node_that_can_compute_is_said_once(run, monkeypatch):
+    shown = Shown()
+    run.displays.append(shown)
+    calls = work._Calls(square, [], PartStore.of_run(), gpus=0)
+    able = iter([True, False, False])
+    monkeypatch.setattr(work._Calls, "_others_have_room", lambda self: next(able))
+    calls.report_waiting()
+    assert shown.notices == []
+    calls.report_waiting()
+    calls.report_waiting()
+    assert shown.notices == [("waiting", "no node of the Ray cluster has a CPU; waiting for one to join")]
+
+
 # In processes of their own: Ray is started once in a process.
 PROGRAM = """
 import sys
@@ -230,7 +243,8 @@ def in_ray(home, calls, fails, workers=2):
 @pytest.mark.slow  # 30 s: Ray is started twice
 def test_rays_workers_give_the_same_and_a_part_that_kills_its_worker_is_tried_again_or_named(tmp_path, calls):
     done = in_ray(tmp_path / "home", calls, {"4": ["die", 3], "1": ["raise", 2]})
-    assert done.returncode and "number 4 failed 3 times" in done.stderr, done.stderr[-3000:]
+    assert done.returncode and "number 4 failed 3 times (WorkerCrashedError" in done.stderr, done.stderr[-3000:]
+    assert "fewer curation_workers" in done.stderr
     made = {name.split("-")[0] for name in os.listdir(calls)}
     assert "4" in made
     before = len(os.listdir(calls))
