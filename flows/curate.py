@@ -22,13 +22,19 @@ from eclectus.tasks.report.data_report import DataReportSettings, data_report
 
 
 @dataclass(frozen=True)
-class Curated:
+class ReadDocuments:
+    """Documents as ingested, and with language and split: all that the evaluation of a model needs."""
+
+    ingested: Artifact
+    documents: Artifact
+
+
+@dataclass(frozen=True)
+class Curated(ReadDocuments):
     """original, expanded, review: instances of the original languages, of the expanded ones and for the review stage;
     the last two are None without expanded languages. documents: with the split that training uses, after budgets.
     """
 
-    ingested: Artifact
-    documents: Artifact
     grouping: Artifact
     tokenizer: Artifact
     original: Artifact

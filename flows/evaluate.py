@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from eclectus.flows.curate import Curated, curate
+from eclectus.flows.curate import Curated, ReadDocuments, read_documents
 from eclectus.flows.extend import extend
 from eclectus.flows.flow import flow, once
+from eclectus.flows.given_models import find_models, segment
 from eclectus.flows.parameters import (
     CurateParameters,
     EvaluateParameters,
@@ -16,7 +17,7 @@ from eclectus.flows.parameters import (
     PretrainParameters,
 )
 from eclectus.flows.pretrain import pretrain
-from eclectus.flows.run import current_home, name_repeats
+from eclectus.flows.run import name_repeats
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.champions import Decision
@@ -26,6 +27,7 @@ from eclectus.tasks.evaluation.evaluate import EvaluateSettings
 from eclectus.tasks.evaluation.evaluate import evaluate as score
 from eclectus.tasks.evaluation.training_names import further_training
 from eclectus.tasks.lookup import check_before_work
+from eclectus.tasks.packing.tokenizer import TRAINED_HERE, TokenizerSettings, tokenizer
 from eclectus.tasks.promotion.gate import Gate, read_gates
 from eclectus.tasks.promotion.promote import Candidate, decide
 from eclectus.tasks.report.report import ReportSettings, report
@@ -41,10 +43,12 @@ from eclectus.tasks.training.check_base import (
 class Measured:
     """Checkpoints and what was measured on them, by model name.
 
+    curated: only the documents where given models are evaluated. tokenizer: of models that bring none, if any does.
     benchmarks, contaminations: of the models that have them. left_out: models that were not evaluated, with the reason.
     """
 
-    curated: Curated
+    curated: ReadDocuments
+    tokenizer: Artifact | None
     checkpoints: dict[str, Artifact]
     evaluations: dict[str, Artifact]
     benchmarks: dict[str, Artifact]
@@ -72,7 +76,7 @@ def evaluate(parameters: EvaluateParameters = EvaluateParameters()) -> Evaluated
     if not parameters.evaluate_checkpoints:
         check_before_work(check_models, parameters)
     if parameters.seeds == 1:
-        return evaluate_models(*_checkpoints(parameters), parameters, gates)
+        return evaluate_models(*_models(parameters), parameters, gates)
     first, *others = parameters.trainings()
     alone = evaluate_alone(first)
     trained = {each.seed_of_training: _trained(each) for each in others}
@@ -98,7 +102,7 @@ def evaluate_alone(training: EvaluateParameters) -> Evaluated:
 
 
 def evaluate_models(
-    curated: Curated,
+    curated: ReadDocuments,
     checkpoints: dict[str, Artifact],
     parameters: EvaluationParameters,
     gates: dict[str, Gate],
@@ -109,12 +113,13 @@ def evaluate_models(
     repeated: further trainings of the models, by name as "stage 2 seed 1".
     """
     left_out: list[str] = []
-    evaluations = _score(curated, checkpoints, parameters, left_out, parameters.seed_label)
+    tokens = curated.tokenizer if isinstance(curated, Curated) else _given_tokenizer(parameters)
+    evaluations = _score(curated, tokens, checkpoints, parameters, left_out, parameters.seed_label)
     if not evaluations:
         raise EclectusError("no model could be evaluated; " + "; ".join(left_out))
-    benchmarks = _benchmark(curated, checkpoints, parameters, left_out)
+    benchmarks = _benchmark(tokens, checkpoints, parameters, left_out)
     seen = _contaminations(curated, checkpoints, evaluations, benchmarks, parameters)
-    measured = Measured(curated, checkpoints, evaluations, benchmarks, seen, left_out)
+    measured = Measured(curated, tokens, checkpoints, evaluations, benchmarks, seen, left_out)
     return _conclude(measured, repeated or {}, parameters, gates)
 
 
@@ -124,7 +129,7 @@ def _conclude(
     """Scores the further trainings, applies the gates to the first one, and writes the report of all."""
     run = require_run("evaluate")
     curated, evaluations, left_out = measured.curated, measured.evaluations, [*measured.left_out]
-    repeats = _score(curated, _distinct(measured, repeated, left_out), parameters, left_out)
+    repeats = _score(curated, measured.tokenizer, _distinct(measured, repeated, left_out), parameters, left_out)
     kinds = {"text": evaluations, "tasks": measured.benchmarks, "contamination": measured.contaminations}
     candidates: dict[str, Candidate] = {}
     for name in evaluations:
@@ -138,8 +143,8 @@ def _conclude(
         repeats=repeats or None,
         checkpoints={name: measured.checkpoints[name] for name in evaluations},
         documents=curated.documents,
-        grouping=curated.grouping,
-        instances={"original": curated.original, "expanded": curated.expanded, "review": curated.review},
+        grouping=curated.grouping if isinstance(curated, Curated) else None,
+        instances=_instances(curated),
         benchmarks=measured.benchmarks,
         contaminations=measured.contaminations,
         gates={line: run.find("evaluation", str(each.gate)) for line, each in decisions.items()},
@@ -169,22 +174,31 @@ def _distinct(measured: Measured, repeated: dict[str, Artifact], left_out: list[
     return distinct
 
 
+def _instances(curated: ReadDocuments) -> dict[str, Artifact | None]:
+    if not isinstance(curated, Curated):
+        return {}
+    return {"original": curated.original, "expanded": curated.expanded, "review": curated.review}
+
+
 def _score(
-    curated: Curated,
+    curated: ReadDocuments,
+    tokens: Artifact | None,
     checkpoints: dict[str, Artifact],
     parameters: EvaluationParameters,
     left_out: list[str],
     seed_label: str = "",
 ) -> dict[str, Artifact]:
     """Evaluations by model; models that failed are added to left_out with the reason."""
-    settings = EvaluateSettings.of(parameters, evaluation_context=parameters.lory_segment)
+    # Those of Lory have no look-ahead, and all read equally much before what is scored.
+    context = max([parameters.context, *map(segment, checkpoints.values())])
+    settings = EvaluateSettings.of(parameters, evaluation_context=context)
     evaluations: dict[str, Artifact] = {}
     for name, checkpoint in checkpoints.items():
         try:
             evaluations[name] = score(
                 label=f"evaluate {name}{seed_label}",
                 documents=curated.documents,
-                tokenizer=curated.tokenizer,
+                tokenizer=tokens,
                 checkpoint=checkpoint,
                 settings=settings,
             )
@@ -194,7 +208,7 @@ def _score(
 
 
 def _benchmark(
-    curated: Curated, checkpoints: dict[str, Artifact], parameters: EvaluationParameters, left_out: list[str]
+    tokens: Artifact | None, checkpoints: dict[str, Artifact], parameters: EvaluationParameters, left_out: list[str]
 ) -> dict[str, Artifact]:
     """Results of the chosen tasks by model; models that failed are added to left_out."""
     settings = BenchmarkSettings.of(parameters)
@@ -209,7 +223,7 @@ def _benchmark(
             answers[name] = benchmark(
                 label=f"benchmark {name}{parameters.seed_label}",
                 checkpoint=checkpoint,
-                tokenizer=curated.tokenizer,
+                tokenizer=tokens,
                 settings=settings,
             )
         except EclectusError as error:
@@ -218,7 +232,7 @@ def _benchmark(
 
 
 def _contaminations(
-    curated: Curated,
+    curated: ReadDocuments,
     checkpoints: dict[str, Artifact],
     evaluations: dict[str, Artifact],
     benchmarks: dict[str, Artifact],
@@ -265,14 +279,22 @@ def _decide(
     return decisions
 
 
-def _checkpoints(parameters: EvaluateParameters) -> tuple[Curated, dict[str, Artifact]]:
+def _models(parameters: EvaluateParameters) -> tuple[ReadDocuments, dict[str, Artifact]]:
     """The models to evaluate: the named checkpoints, or those of pre-training and extension."""
     if parameters.evaluate_checkpoints:
-        store = current_home().store
-        chosen = {name: store.find_whole(name) for name in parameters.evaluate_checkpoints}
-        for name, checkpoint in chosen.items():
-            check_before_work(check_to_evaluate, name, checkpoint.path, parameters.evaluation_tokens)
-        return once(curate, CurateParameters.of(parameters)), chosen
+        given = parameters.tokenizer != TRAINED_HERE
+        chosen = find_models(parameters.evaluate_checkpoints, parameters.evaluation_tokens, given)
+        return ReadDocuments(*read_documents(CurateParameters.of(parameters))), chosen
+    return _trained_models(parameters)
+
+
+def _given_tokenizer(parameters: EvaluationParameters) -> Artifact | None:
+    """The tokenizer that the user names; models that bring their own do not need one."""
+    settings = TokenizerSettings.of(parameters)
+    return None if settings.tokenizer == TRAINED_HERE else tokenizer(documents=None, settings=settings)
+
+
+def _trained_models(parameters: EvaluateParameters) -> tuple[Curated, dict[str, Artifact]]:
     models: dict[str, Artifact] = {}
     if not parameters.base_model:
         pretrained = once(pretrain, PretrainParameters.of(parameters))
@@ -290,5 +312,5 @@ def _checkpoints(parameters: EvaluateParameters) -> tuple[Curated, dict[str, Art
 
 def _trained(training: EvaluateParameters) -> dict[str, Artifact]:
     """The models of a further training; a given base model is not trained again."""
-    _, models = _checkpoints(training)
+    _, models = _trained_models(training)
     return {name: model for name, model in models.items() if not (training.base_model and name == "dense")}

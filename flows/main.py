@@ -20,8 +20,9 @@ from eclectus.tasks.lookup import check_before_work
 @flow
 def main(parameters: MainParameters = MainParameters()) -> Evaluated:
     """Curates the sources, pre-trains Lory and its dense twin, extends it to new languages, evaluates, reports."""
-    if not parameters.evaluate_checkpoints:
-        check_before_work(check_models, parameters)
+    if parameters.evaluate_checkpoints:
+        return once(evaluate, EvaluateParameters.of(parameters))
+    check_before_work(check_models, parameters)
     if not parameters.base_model and not parameters.dense_start:
         once(curate, CurateParameters.of(parameters))
     for number, each in enumerate(parameters.trainings(), 1):

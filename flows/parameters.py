@@ -306,14 +306,19 @@ class EvaluationParameters(  # type: ignore[misc]
 ):
     """Settings of evaluation, gate and report, shared by the flows that evaluate."""
 
+    @property
+    def context(self) -> int:
+        # So that models of Lory have no look-ahead.
+        return max(self.evaluation_context, self.lory_segment)
+
     def check_together(self) -> None:
         super().check_together()
-        # Models are scored with this context, so that those of Lory have no look-ahead.
-        context, tokens = self.lory_segment, self.evaluation_tokens
+        context, tokens = self.context, self.evaluation_tokens
+        by = "lory_segment" if context == self.lory_segment else "evaluation_context"
         if 0 < tokens <= context:
             raise EclectusError(
-                f"evaluation_tokens {tokens} leaves nothing to score after a context of lory_segment {context} tokens; "
-                "raise it, or lower lory_segment"
+                f"evaluation_tokens {tokens} leaves nothing to score after a context of {by} {context} tokens; "
+                f"raise it, or lower {by}"
             )
         if self.pretrains and not self.dense_start:
             if tokens > self.instance_tokens:
@@ -323,8 +328,8 @@ class EvaluationParameters(  # type: ignore[misc]
                 )
             if context >= self.instance_tokens:
                 raise EclectusError(
-                    f"instance_tokens {self.instance_tokens} leaves nothing to score after a context of lory_segment "
-                    f"{context} tokens; raise it, or lower lory_segment"
+                    f"instance_tokens {self.instance_tokens} leaves nothing to score after a context of {by} "
+                    f"{context} tokens; raise it, or lower {by}"
                 )
 
 
@@ -336,7 +341,8 @@ class EvaluateParameters(EvaluationParameters):
 
     evaluate_checkpoints: list[str] = Field(
         [],
-        description="Checkpoints to evaluate, as artifact names or folders. Empty: those of the other settings.",
+        description="Models to evaluate, each with its own tokenizer: artifact names, folders, .gguf files, names on "
+        "the hub. Empty: those of the other settings.",
         json_schema_extra=BASIC,
     )
     gate: str = Field(

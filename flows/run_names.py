@@ -26,7 +26,8 @@ def new_documents_name(news: dict[str, Any]) -> str:
 def _main(given: Any) -> str:
     if given.evaluate_checkpoints:
         return f"main: {_evaluate(given)}"
-    start = f" from {_model(given.base_model or given.dense_start)}" if given.base_model or given.dense_start else ""
+    base = given.base_model or given.dense_start
+    start = f" from {short_name(base)}" if base else ""
     return f"main {_languages(given)}{start}{_sources(given)}{_trainings(given)}"
 
 
@@ -36,22 +37,22 @@ def _curate(given: Any) -> str:
 
 def _pretrain(given: Any) -> str:
     models = ", ".join(("lory", "dense", *given.pretrain_baselines))
-    start = f" from {_model(given.dense_start)}" if given.dense_start else ""
+    start = f" from {short_name(given.dense_start)}" if given.dense_start else ""
     return f"pretrain {models} on {','.join(given.original_languages)}{start}{_trainings(given)}"
 
 
 def _extend(given: Any) -> str:
     method = "" if given.extension_method == "moe_lpr" else f" by {given.extension_method}"
-    base = _model(given.base_model) if given.base_model else f"pre-trained {given.extension_base}"
+    base = short_name(given.base_model) if given.base_model else f"pre-trained {given.extension_base}"
     return f"extend {','.join(given.expanded_languages)} from {base}{method}{_trainings(given)}"
 
 
 def _evaluate(given: Any) -> str:
     if models := given.evaluate_checkpoints:
-        return f"evaluate {_model(models[0])}" if len(models) == 1 else f"evaluate {len(models)} models"
+        return f"evaluate {short_name(models[0])}" if len(models) == 1 else f"evaluate {len(models)} models"
     if given.expanded_languages:
         return f"evaluate: {_extend(given)}"
-    return f"evaluate {_model(given.base_model)}" if given.base_model else f"evaluate: {_pretrain(given)}"
+    return f"evaluate {short_name(given.base_model)}" if given.base_model else f"evaluate: {_pretrain(given)}"
 
 
 def _retrain(given: Any) -> str:
@@ -60,7 +61,7 @@ def _retrain(given: Any) -> str:
 
 def _similarity(given: Any) -> str:
     new, known = ",".join(given.expanded_languages), ",".join(given.original_languages)
-    return f"similarity of {new} to {known} in {_model(given.base_model)}"
+    return f"similarity of {new} to {known} in {short_name(given.base_model)}"
 
 
 _NAMES = {
@@ -90,7 +91,7 @@ def _sources(given: Any) -> str:
     return f", {first} and {len(others)} more" if others else f", {first}"
 
 
-def _model(name: str) -> str:
+def short_name(name: str) -> str:
     """A short name of a model: of a folder or a name on the hub its last part, of an artifact's folder its name."""
     last = _last(name)
     if re.fullmatch("[0-9a-f]{32,64}", last):

@@ -13,7 +13,7 @@ from typing import Any
 
 from eclectus.flows.cli.checkpoints import add_checkpoint_commands
 from eclectus.flows.cli.lineage import add_lineage_commands
-from eclectus.flows.cli.options import HELP_ALL, add_config, add_settings, read_parameters
+from eclectus.flows.cli.options import HELP_ALL, add_config, add_models, add_settings, read_parameters
 from eclectus.flows.cli.plan import add_plan_command
 from eclectus.flows.cli.promotion import add_promotion_commands
 from eclectus.storage.commands import command, quoted
@@ -158,6 +158,7 @@ def make_parser(command: str | None = None, show_all: bool = False) -> argparse.
         part = commands.add_parser(name, help_text, f"Runs the flow '{flow}': {help_text}.")
         part.set_defaults(act=_run_flow, flow=flow)
         add_config(part)
+        add_models(part, flow)
         if name == command:
             add_settings(part, name, flow, show_all)
 

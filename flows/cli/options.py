@@ -40,7 +40,8 @@ def add_settings(parser: argparse.ArgumentParser, command: str, flow: str, show_
                 metavar=_value(field.annotation),
                 help=_describe(field) if shown else argparse.SUPPRESS,
             )
-    parser.usage = f"eclectus {command} [--config FILE] [--SETTING VALUE ...]"
+    words = " [CHECKPOINT ...]" if flow == "evaluate" else ""
+    parser.usage = f"eclectus {command} [--config FILE] [--SETTING VALUE ...]{words}"
     if hidden:
         parser.epilog = f"{hidden} more settings are options too: eclectus {command} {HELP_ALL}"
 
@@ -50,6 +51,12 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file of 'setting: value' lines; options on the command line win over it"
     )
+
+
+def add_models(parser: argparse.ArgumentParser, flow: str) -> None:
+    """Adds the models that `evaluate` takes as words, too."""
+    if flow == "evaluate":
+        parser.add_argument("models", nargs="*", metavar="CHECKPOINT", help="as --evaluate-checkpoints, one by one")
 
 
 def read_parameters(chosen: argparse.Namespace) -> Settings:
@@ -70,6 +77,12 @@ def read_parameters(chosen: argparse.Namespace) -> Settings:
         for name in model.model_fields
         if (value := getattr(chosen, f"setting_{name}")) is not None
     }
+    if models := getattr(chosen, "models", None):
+        if "evaluate_checkpoints" in options:
+            raise EclectusError(
+                f"models are given twice: '{models[0]}' as a word, and by --evaluate-checkpoints; choose one way"
+            )
+        options["evaluate_checkpoints"] = models
     model.read(options, "the command line")
     return model.read({**values, **options}, chosen.config or "the command line")
 

@@ -9,7 +9,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from eclectus.flows.cli.options import add_config, add_settings, read_parameters
+from eclectus.flows.cli.options import add_config, add_models, add_settings, read_parameters
 
 if TYPE_CHECKING:
     from eclectus.storage.lineage.costs import Cost
@@ -33,6 +33,7 @@ def add_plan_command(commands: Any, flows: dict[str, tuple[str, str]], chosen: s
         each.add_argument("--json", action="store_true", help="one JSON object instead of lines")
         each.set_defaults(act=_plan, flow=flow)
         add_config(each)
+        add_models(each, flow)
         if command == chosen:
             add_settings(each, f"plan {command}", flow, show_all)
 

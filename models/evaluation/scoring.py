@@ -1,10 +1,12 @@
 """Scoring a causal language model on held-out text: bits by document and by position, and routing statistics.
 
-    stream     the tokens of documents of one kind, each document followed by the end-of-document token
+    stream     the tokens of documents of one kind, each document followed by the end-of-document token; where it is
+               led, C tokens of a document that is not scored come first
     windows    L tokens each, starting every L - C tokens; a window's first C tokens are context only
     bits       -log2 p(token | the tokens before it in its window), summed by document in float64
 
-Every token but the first C of a stream is scored exactly once, with at least C tokens before it. If C is at least
+Every token but the first C of a stream is scored exactly once, with at least C tokens before it: of a led stream,
+every token of its documents, so that tokenizers which cut C tokens at other bytes score the same text. If C is at least
 Lory's segment length T, no score of a Lory model depends on later tokens: the look-ahead of the paper's first segment
 ends with that segment (docs/methods.md 1.3), and token T is predicted from tokens 0 to T - 1. Scores do not depend on
 how windows are batched or divided between processes: short ones are padded on the right, which a causal model does not
@@ -17,7 +19,7 @@ Shapes: B windows, L tokens, N routed units (segments or tokens), E experts, S s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,8 +55,8 @@ class Windows:
 
     tokens [T], documents [T]: the streams, concatenated; documents holds ordinals, NO_DOCUMENT at end-of-document
     tokens, which are read and never scored. table [W, 4] int64: (start, length, overlap, stream); the first `overlap`
-    tokens of a window are also in the window before. context: C. length: L. bytes_per_token [D] float64. begin: tokens
-    that precede every document; at most C, and a window reads them in place of its first ones.
+    tokens of a window are also in the window before, or lead the stream. context: C. length: L. bytes_per_token [D]
+    float64. begin: tokens that precede every document; at most C, and a window reads them in place of its first ones.
     """
 
     tokens: np.ndarray
@@ -106,11 +108,11 @@ class Sums:
         )
 
 
-def plan_windows(lengths: list[int], length: int, context: int) -> np.ndarray:
+def plan_windows(lengths: list[int], length: int, context: int, led: Sequence[bool] = ()) -> np.ndarray:
     """The windows [W, 4] over streams of these lengths: (start, length, overlap, stream), longest first.
 
     length: L > context: C >= 1, else ValueError. A stream of at most C tokens has no window, as nothing is scored in
-    it.
+    it. led: which streams begin with C tokens of no document of theirs, whose routing does not count; by default none.
     """
     if not 1 <= context < length:
         raise ValueError(
@@ -119,7 +121,8 @@ def plan_windows(lengths: list[int], length: int, context: int) -> np.ndarray:
     rows, begin = [], 0
     for stream, size in enumerate(lengths):
         for start in range(0, max(0, size - context), length - context):
-            rows.append((begin + start, min(length, size - start), context if start else 0, stream))
+            shared = context if start or (led and led[stream]) else 0
+            rows.append((begin + start, min(length, size - start), shared, stream))
         begin += size
     rows.sort(key=lambda row: -row[1])
     return np.array(rows, np.int64).reshape(-1, 4)

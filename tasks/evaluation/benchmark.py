@@ -34,7 +34,7 @@ from eclectus.tasks.evaluation.benchmark_rows import FIELDS, SCORE_FIELDS, group
 from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, files_of, local_questions, version, wanted_tasks
 from eclectus.tasks.evaluation.evaluate import check_vocabulary, read_model_config
 from eclectus.tasks.packing.text_tokens import TextTokens
-from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
+from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer, tokenizer_of
 from eclectus.tasks.run import metric
 from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting
 from eclectus.tasks.step import step
@@ -113,7 +113,7 @@ def _fingerprint(settings: BenchmarkSettings) -> dict[str, str]:
 
 
 @step(makes="evaluation", version=2, fingerprint=_fingerprint)
-def benchmark(checkpoint: Artifact, tokenizer: Artifact, settings: BenchmarkSettings, out: Draft) -> None:
+def benchmark(checkpoint: Artifact, tokenizer: Artifact | None, settings: BenchmarkSettings, out: Draft) -> None:
     """Runs benchmark tasks on a checkpoint, with its own tokenizer if it has one, else with the given one."""
     harness = Harness(settings.benchmark_files)
     wanted = settings.wanted()
@@ -121,7 +121,7 @@ def benchmark(checkpoint: Artifact, tokenizer: Artifact, settings: BenchmarkSett
         raise EclectusError(
             "benchmark_tasks, benchmark_preset and benchmark_files are all empty, so there is no task to run"
         )
-    tokenizer_path = checkpoint.path if checkpoint.file("tokenizer.json").is_file() else tokenizer.path
+    tokenizer_path = tokenizer_of(checkpoint, tokenizer)
     tokens = load_tokenizer(tokenizer_path)
     check_vocabulary(checkpoint, read_model_config(checkpoint), tokens)
     begin = settings.begin(tokens)

@@ -1,10 +1,15 @@
 """Evaluation of one model on held-out documents: bits per byte and perplexity, routing, generated samples.
 
 Documents of one language and domain, in the order of their ids, form a token stream that is read in overlapping windows
-(models/evaluation/scoring.py): every model scores exactly the same tokens, and none of them with look-ahead. The main
-measure is bits per byte, because perplexity per token cannot be compared across languages or tokenizers. A document's
-bytes are counted in proportion to its scored tokens; the tokens that begin and end a document (BeginSettings) are read
-but not scored. Every window begins with the former, in place of its first context, and so does every prompt.
+(models/evaluation/scoring.py): models with one tokenizer score exactly the same tokens, and none of them with
+look-ahead. The main measure is bits per byte, because perplexity per token cannot be compared across languages or
+tokenizers. A model reads with its own tokenizer. The context before the first document of a stream is that of a
+training document (tasks/evaluation/held_out.py), so every chosen document is scored whole, whatever the tokenizer:
+models with several score the same bytes of the same documents. Where a corpus has no such document, the first tokens of
+a stream are context, and a document's bytes count in proportion to its scored tokens. The tokens that begin and end a
+document (BeginSettings) are read but not scored. Every window begins with the former, in place of its first context,
+and so does every prompt. A tokenizer that has no token for a piece of text (`unknown_tokens` in about.json) loses it:
+its bits per byte are too low.
 
 Files:
     documents.parquet   work, bits, bytes and tokens per document, for paired comparisons; for Lory also
@@ -39,7 +44,7 @@ from eclectus.tasks.evaluation.result_files import (
     write_samples,
     write_scores,
 )
-from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
+from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer, tokenizer_of
 from eclectus.tasks.settings import SEED, RuntimeSetting
 from eclectus.tasks.step import step
 from eclectus.tasks.training.check_base import open_checked
@@ -50,6 +55,7 @@ if TYPE_CHECKING:
     from eclectus.models.training.process import Process
 
 LONGEST_WINDOW = 2048
+CONTEXT = 64
 
 
 class EvaluateSettings(WorkerSettings, BeginSettings):
@@ -61,10 +67,10 @@ class EvaluateSettings(WorkerSettings, BeginSettings):
         description=f"Tokens in a window; 0 takes the model's longest context, at most {LONGEST_WINDOW}.",
     )
     evaluation_context: int = Field(
-        64,
-        ge=1,
-        description="Tokens at the start of a window that are read but not scored; at least Lory's segment, so that no "
-        "score has look-ahead.",
+        0,
+        ge=0,
+        description="Tokens at the start of a window that are read but not scored. Flows take the larger of it, "
+        f"lory_segment and the segments of given Lory models, so that no score has look-ahead; 0 alone is {CONTEXT}.",
     )
     evaluation_documents: int = Field(
         100, ge=1, description="At most this many held-out documents of each language and domain, chosen by their ids."
@@ -85,28 +91,35 @@ class EvaluateSettings(WorkerSettings, BeginSettings):
     training_workers: int = RuntimeSetting(2, ge=0, description=WORKERS, basic=True)
     seed: int = SEED
 
+    @property
+    def context(self) -> int:
+        return self.evaluation_context or CONTEXT
 
-@step(makes="evaluation", version=4)
+
+@step(makes="evaluation", version=5)
 def evaluate(
-    documents: Artifact, tokenizer: Artifact, checkpoint: Artifact, settings: EvaluateSettings, out: Draft
+    documents: Artifact, tokenizer: Artifact | None, checkpoint: Artifact, settings: EvaluateSettings, out: Draft
 ) -> None:
-    """Scores a checkpoint on the held-out documents, by language and by domain."""
-    tokens = load_tokenizer(tokenizer.path)
+    """Scores a checkpoint on the held-out documents, by language and by domain, with its own tokenizer.
+
+    tokenizer: of a checkpoint that brings none.
+    """
+    tokens = load_tokenizer(tokenizer_of(checkpoint, tokenizer))
     length = _window(checkpoint, tokens, settings)
     begin = settings.begin(tokens)
-    if len(begin) > settings.evaluation_context:
+    if len(begin) > settings.context:
         raise EclectusError(
-            f"evaluation_context is {settings.evaluation_context}, less than the {len(begin)} tokens that begin a "
+            f"evaluation_context is {settings.context}, less than the {len(begin)} tokens that begin a "
             "document; raise it"
         )
-    held = read_held_out(documents, tokens, settings.evaluation_documents, len(begin) + 1)
+    held = read_held_out(documents, tokens, settings.evaluation_documents, settings.context, len(begin) + 1)
     prompts = choose_prompts(held, settings.evaluation_prompt_tokens, settings.evaluation_samples)
     kept_as = ("evaluate", documents, tokenizer, checkpoint, settings.key_values())
     with (
         tempfile.TemporaryDirectory(dir=out.path.parent, prefix="streams-") as scratch,
         resume_directory(*kept_as) as kept,
     ):
-        _write_streams(held, begin, tokens.eos_token_id, length, settings.evaluation_context, Path(scratch))
+        _write_streams(held, begin, tokens.eos_token_id, length, settings.context, Path(scratch))
         result = run_training(
             settings,
             evaluate_here,
@@ -128,17 +141,18 @@ def evaluate(
     if not sums.tokens.any():
         raise EclectusError(
             f"no stream of held-out documents in {documents.name} is longer than evaluation_context, "
-            f"{settings.evaluation_context} tokens, so nothing can be scored; hold out more documents, or lower "
+            f"{settings.context} tokens, so nothing can be scored; hold out more documents, or lower "
             "evaluation_context"
         )
     table = write_documents(held, sums, result["by_prompt"], out)
     scores = write_scores(table, out)
-    write_positions(held, sums, result["bucket"], settings.evaluation_context, out)
+    write_positions(held, sums, result["bucket"], settings.context, out)
     write_routing(held, sums, out)
     given = settings.evaluation_prompt_tokens
     write_samples(held, tokens, prompts, result["written"], given, given + settings.evaluation_sample_tokens, out)
     out.rows = int((sums.tokens > 0).sum())
     out.statistics = _statistics(held, table, scores, result, length)
+    out.statistics |= {"vocabulary": len(tokens), "unknown_tokens": _unknown(held, tokens)}
     # about.json lists what could not be scored, so evaluations with equal scores of other documents have other digests.
     out.file("about.json").write_text(json.dumps(out.statistics, indent=1, ensure_ascii=False), "utf-8")
 
@@ -161,11 +175,11 @@ def evaluate_here(
     from eclectus.models.evaluation.scoring import NotFinite, Windows, generate, routes_by_prompt, score
 
     chosen, work = EvaluateSettings(**settings), Path(streams)
-    model = load_model(checkpoint, name, chosen.evaluation_context)
+    model = load_model(checkpoint, name, chosen.context)
     tokens, owners, table, ratio, lengths = (
         np.load(work / f"{each}.npy", mmap_mode="r") for each in ("tokens", "owners", "table", "ratio", "lengths")
     )
-    windows = Windows(tokens, owners, table, chosen.evaluation_context, length, ratio, tuple(begin))
+    windows = Windows(tokens, owners, table, chosen.context, length, ratio, tuple(begin))
 
     def report_progress(done: int, total: int) -> None:
         report("progress", done=done, total=total)
@@ -232,21 +246,16 @@ def check_vocabulary(checkpoint: Artifact, config: dict[str, Any], tokenizer: An
 def _window(checkpoint: Artifact, tokenizer: Any, settings: EvaluateSettings) -> int:
     """Tokens in a window. Raises EclectusError when the checkpoint does not fit the tokenizer or the settings."""
     config = read_model_config(checkpoint)
-    own = load_tokenizer(checkpoint.path) if checkpoint.file("tokenizer.json").is_file() else None
-    if own is not None and own.get_vocab() != tokenizer.get_vocab():
-        raise EclectusError(
-            f"the tokenizer of {checkpoint.name} has a vocabulary of {len(own)} tokens, which does not match the given "
-            f"tokenizer of {len(tokenizer)} tokens; evaluate the model with the tokenizer that it was trained with"
-        )
     check_vocabulary(checkpoint, config, tokenizer)
     longest = config.get("max_position_embeddings") or LONGEST_WINDOW
     length = settings.evaluation_tokens or min(longest, LONGEST_WINDOW)
     if length > longest:
         raise EclectusError(f"evaluation_tokens is {length}, but {checkpoint.name} has {longest} positions; lower it")
-    if length <= settings.evaluation_context:
+    if length <= settings.context:
         raise EclectusError(
-            f"evaluation_context (of flows: lory_segment) is {settings.evaluation_context}, which leaves nothing to "
-            f"score in windows of {length} tokens for {checkpoint.name}; lower it, or raise evaluation_tokens"
+            f"evaluation_context (in flows the larger of it and lory_segment) is {settings.context}, which leaves "
+            f"nothing to score in windows of {length} tokens for {checkpoint.name}; lower it, or raise "
+            "evaluation_tokens"
         )
     return length
 
@@ -259,15 +268,28 @@ def _write_streams(held: HeldOut, begin: list[int], end: int, length: int, conte
     tokens, owners = np.empty(total, np.uint32), np.empty(total, np.int32)
     at, before = 0, len(begin)
     owners[:] = NO_DOCUMENT
+    leads = iter(held.leads)
     for number, ids in enumerate(held.tokens):
+        if number == 0 or held.stream_of(number) != held.stream_of(number - 1):
+            lead = next(leads)
+            tokens[at : at + len(lead)] = lead
+            at += len(lead)
         tokens[at : at + before + len(ids) + 1] = [*begin, *ids, end]
         owners[at + before : at + before + len(ids)] = number
         at += before + len(ids) + 1
     np.save(scratch / "tokens.npy", tokens)
     np.save(scratch / "owners.npy", owners)
-    np.save(scratch / "table.npy", plan_windows(held.lengths, length, context))
+    np.save(scratch / "table.npy", plan_windows(held.lengths, length, context, [bool(lead) for lead in held.leads]))
     np.save(scratch / "ratio.npy", np.array(held.bytes) / np.array([len(ids) for ids in held.tokens]))
     np.save(scratch / "lengths.npy", np.array(held.lengths))
+
+
+def _unknown(held: HeldOut, tokenizer: Any) -> int:
+    """Tokens of the scored documents that stand for text of which the tokenizer has none."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown == tokenizer.eos_token_id:
+        return 0
+    return sum(ids.count(unknown) for ids in held.tokens)
 
 
 def _statistics(
@@ -289,6 +311,7 @@ def _statistics(
         "perplexity": round(total["perplexity"], 2),
         "documents": total["documents"],
         "tokens": total["tokens"],
+        "bytes": round(total["bytes"]),
         "window": length,
         "languages_without_held_out_text": sorted(held.known - {language for language, _ in scored}),
         "too_short_to_score": sorted(f"{language}, {domain}" for language, domain in set(held.streams) - scored),

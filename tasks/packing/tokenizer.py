@@ -36,7 +36,7 @@ class TokenizerSettings(Settings):
     tokenizer: str = Field(
         TRAINED_HERE,
         description="'train' trains a byte-level BPE on the corpus; anything else is the name or path of a "
-        "Hugging Face tokenizer.",
+        "Hugging Face tokenizer. Models are evaluated with their own; this one serves those that bring none.",
         json_schema_extra=BASIC,
     )
     tokenizer_vocabulary: int = Field(
@@ -199,6 +199,26 @@ def load_tokenizer(folder: str | Path) -> Any:
             "tokens as eos_token in tokenizer_config.json"
         )
     return tokens
+
+
+def tokenizer_of(checkpoint: Artifact, given: Artifact | None) -> str:
+    """The folder of a model's tokenizer: its own if the checkpoint brings one, else the given one.
+
+    Raises EclectusError if there is neither.
+    """
+    if listing().has_tokenizer(Path(checkpoint.path)):
+        return checkpoint.path
+    if given is None:
+        raise EclectusError(no_tokenizer(checkpoint.name))
+    return given.path
+
+
+def no_tokenizer(name: str) -> str:
+    """The message for a model that brings no tokenizer while none is given."""
+    return (
+        f"{name} brings no tokenizer (tokenizer.json or tokenizer.model); copy that of the model into its folder, or "
+        "name it with --tokenizer FOLDER"
+    )
 
 
 def _train(documents: Artifact, settings: TokenizerSettings) -> Any:

@@ -103,7 +103,7 @@ def collect_contents(
     digests = {name: checkpoint.digest for name, checkpoint in checkpoints.items()}
     subtitle = (
         f"Models: {listed(list(comparer.scores))}. Scored on {count(len(base.document))} held-out documents in "
-        f"{len(base.values('language'))} languages ({count(base.tokens.sum())} tokens, windows of "
+        f"{len(base.values('language'))} languages ({count(base.tokens.sum())} tokens of {base.name}, windows of "
         f"{base.about['window']})."
     )
     forgetting, tasks = forgetting_table(comparer, extras.answers), tasks_table(extras.answers, comparer.seen)
@@ -192,18 +192,20 @@ def _samples(scores: dict[str, Scores], most: int) -> list[Sample]:
             continue
         texts = [Continuation("original document", _shown(sample["original"]))]
         for name, each in scores.items():
-            texts += _continuations(name, each, sample["document"], sample["prompt"])
+            texts += _continuations(name, each, sample)
         title = f"{language_name(sample['language'])}, {shortened(sample['domain'])}"
         samples.append(Sample(title, sample["language"], _shown(sample["prompt"]), texts))
     return samples
 
 
-def _continuations(name: str, scores: Scores, document: str, prompt: str) -> list[Continuation]:
-    return [
-        Continuation(name, _shown(each["written"]), _weights(each["routing"]))
-        for each in scores.samples
-        if (each["document"], each["prompt"]) == (document, prompt)
-    ]
+def _continuations(name: str, scores: Scores, sample: dict[str, Any]) -> list[Continuation]:
+    """What a model wrote for a sample. Where its tokenizer cut another prompt off the document, that is shown too."""
+    texts = []
+    for each in scores.samples:
+        if each["document"] == sample["document"]:
+            given = "" if each["prompt"] == sample["prompt"] else f"[after: {_shown(each['prompt'])}] "
+            texts.append(Continuation(name, given + _shown(each["written"]), _weights(each["routing"])))
+    return texts
 
 
 def _weights(layers: list[list[float]]) -> tuple[str, ...]:

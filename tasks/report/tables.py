@@ -290,13 +290,18 @@ def _cells(values: dict[str, Any], fields: tuple[str, ...]) -> list[Cell]:
 
 def models_table(scores: dict[str, Scores], checkpoints: dict[str, Artifact]) -> Table:
     """Class and size of each model, and its last training stage."""
-    fields = ("parameters", "parameters_trained", "steps", "tokens")
+    fields = ("parameters", "parameters_trained", "steps", "tokens", "vocabulary")
     rows = []
     for name, checkpoint in checkpoints.items():
         about = scores[name].about if name in scores else {}
-        values = checkpoint.statistics | {key: about[key] for key in ("model", "parameters") if key in about}
-        rows.append([Cell(name, checkpoint.name), Cell(str(values.get("model", ""))), *_cells(values, fields)])
-    return Table("Models", ["model", "class", "parameters", "trained in the last stage", "steps", "tokens"], rows)
+        given = ("model", "parameters", "vocabulary")
+        values = checkpoint.statistics | {key: about[key] for key in given if key in about}
+        cells = [Cell(name, checkpoint.name), Cell(str(values.get("model", ""))), *_cells(values, fields)]
+        each = scores.get(name)
+        cells.append(Cell(f"{each.bytes.sum() / each.tokens.sum():.2f}" if each else ""))
+        rows.append(cells)
+    head = ["model", "class", "parameters", "trained in the last stage", "steps", "tokens", "vocabulary"]
+    return Table("Models", [*head, "bytes per token, held out"], rows)
 
 
 def data_facts(documents: Artifact, grouping: Artifact | None, history: History) -> list[Facts]:

@@ -311,7 +311,12 @@ def _add_notes(comparer: Comparer, verdict: Verdict) -> None:
             "The models were not scored on the same tokens; each pair is compared in bits per byte on the documents "
             "that both scored."
         )
-
+    for name, each in comparer.scores.items():
+        if lost := each.about.get("unknown_tokens"):
+            verdict.notes.append(
+                f"The tokenizer of {name} reads {count(lost)} pieces of the scored text as unknown, which loses them: "
+                f"the bits per byte of {name} are too low to be compared with those of other tokenizers."
+            )
     if comparer.uncompared:
         verdict.notes.append(
             f"The training text of {listed(comparer.uncompared)} is not in the lineage: whether it holds scored text "

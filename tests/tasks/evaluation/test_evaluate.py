@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from eclectus.models.pretraining.export_dense import prompt_routing_weights
 from eclectus.storage.artifact import Artifact
@@ -17,6 +17,8 @@ from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.evaluation.evaluate import EvaluateSettings, evaluate
 from eclectus.tasks.packing.tokenizer import TokenizerSettings, load_tokenizer, tokenizer
 from tests.support.small_world import LENGTH, SEGMENT, make_world, texts, write_documents, write_model
+from tests.support.tokenizers import byte_level, llama
+from tests.support.tokenizers import words as words_only
 
 SETTINGS = {
     "evaluation_context": SEGMENT,
@@ -60,6 +62,14 @@ def rows(artifact, name="documents"):
     return pq.read_table(artifact.file(f"{name}.parquet")).to_pylist()
 
 
+def lead(world, words, language, domain):
+    """The end of the training document with the lowest id of those that are long enough, as context of a stream."""
+    train = [("split", "==", "train"), ("language", "==", language), ("domain", "==", domain)]
+    table = read_table(world.documents, ["document", "bytes", "text"], train).to_pylist()
+    first = min(table, key=lambda each: (each["bytes"] < 16 * SEGMENT, each["document"]))
+    return [*words(first["text"], add_special_tokens=False)["input_ids"], words.eos_token_id][-SEGMENT:]
+
+
 def bits_token_by_token(world, checkpoint, language, domain, begin=()) -> tuple[float, float]:
     """(bits, bytes) of the first two documents of a stream, with one forward pass per token over its own window."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path).eval()
@@ -68,7 +78,8 @@ def bits_token_by_token(world, checkpoint, language, domain, begin=()) -> tuple[
     documents = sorted(
         read_table(world.documents, ["document", "text"], held).to_pylist(), key=lambda d: d["document"]
     )[:2]
-    stream, weights = [], []
+    stream = lead(world, words, language, domain)
+    weights = [None] * len(stream)
     for document in documents:
         ids = words(document["text"], add_special_tokens=False)["input_ids"]
         stream += [*begin, *ids, words.eos_token_id]
@@ -118,7 +129,8 @@ def test_prompt_only_scores_are_those_of_the_merged_network_of_each_windows_cont
     documents = sorted(
         read_table(world.documents, ["document", "text"], held).to_pylist(), key=lambda d: d["document"]
     )[:2]
-    stream, owner = [], []
+    stream = lead(world, words, "el", "interface")
+    owner = [None] * len(stream)
     for number, document in enumerate(documents):
         ids = words(document["text"], add_special_tokens=False)["input_ids"]
         stream += [*ids, words.eos_token_id]
@@ -154,19 +166,15 @@ def test_all_models_score_the_same_tokens_of_the_same_documents(evaluations):
     assert scored[0] == scored[1] == scored[2]
 
 
-def test_every_token_but_the_first_of_a_stream_is_scored_once(world, evaluations):
+def test_every_token_is_scored_once(world, evaluations):
     words = load_tokenizer(world.tokenizer.path)
     texts_by_id = {
         row["document"]: row["text"] for row in read_table(world.documents, ["document", "text"]).to_pylist()
     }
-    first_of_stream = {}
     for row in rows(evaluations["dense"]):
         tokens = len(words(texts_by_id[row["document"]], add_special_tokens=False)["input_ids"])
-        stream = (row["language"], row["domain"])
-        expected = tokens if stream in first_of_stream else tokens - SEGMENT
-        first_of_stream.setdefault(stream, row["document"])
-        assert row["tokens"] == expected
-        assert row["bytes"] == pytest.approx(len(texts_by_id[row["document"]].encode()) * expected / tokens)
+        assert row["tokens"] == tokens
+        assert row["bytes"] == len(texts_by_id[row["document"]].encode())
 
 
 def test_levels_add_up(evaluations):
@@ -261,12 +269,55 @@ def test_no_held_out_documents_at_all_is_an_error_that_says_so(world):
         run(world, world.models["dense"], documents=documents)
 
 
-def test_another_tokenizer_is_an_error_that_names_both_sizes(world):
+def test_without_training_text_the_first_tokens_of_a_stream_are_context_and_its_bytes_are_in_proportion(world):
+    rows_held = [row for row in texts() if row["split"] == "heldout"]
+    documents = write_documents(world.store, rows_held)
+    words, seen = load_tokenizer(world.tokenizer.path), set()
+    by_id = {row["document"]: row["text"] for row in read_table(documents, ["document", "text"]).to_pylist()}
+    for row in rows(run(world, world.models["dense"], documents=documents)):
+        tokens = len(words(by_id[row["document"]], add_special_tokens=False)["input_ids"])
+        expected = tokens if row["domain"] in seen else tokens - SEGMENT
+        seen.add(row["domain"])
+        assert row["tokens"] == expected
+        assert row["bytes"] == pytest.approx(len(by_id[row["document"]].encode()) * expected / tokens)
+
+
+def test_models_with_different_tokenizers_score_every_byte_of_the_same_documents(world, evaluations, tmp_path):
+    kinds = {
+        "bytes": byte_level(tmp_path / "b"),
+        "sentences": llama(tmp_path / "l"),
+        "words": words_only(tmp_path / "w"),
+    }
+    scored = {"own": rows(evaluations["dense"])}
+    for name, folder in kinds.items():
+        each = load_tokenizer(folder)
+        shape = LlamaConfig.from_pretrained(world.models["dense"].path)
+        shape.vocab_size = len(each)
+        evaluation = run(world, write_model(world.store, LlamaForCausalLM(shape), each))
+        scored[name] = rows(evaluation)
+        assert evaluation.statistics["vocabulary"] == len(each)
+        assert (evaluation.statistics["unknown_tokens"] > 0) == (name == "words")
+    texts_by_name = [[(row["document"], row["bytes"]) for row in each] for each in scored.values()]
+    assert texts_by_name[0] == texts_by_name[1] == texts_by_name[2] == texts_by_name[3]
+    assert len({sum(row["tokens"] for row in each) for each in scored.values()}) == 4
+
+
+def test_a_checkpoint_is_scored_with_its_own_tokenizer_whatever_is_given(world, evaluations):
     with world.store.draft("tokenizer") as draft:
         tokenizer.function(world.documents, TokenizerSettings(tokenizer_vocabulary=600), draft)
         larger = world.store.commit(draft)
-    with pytest.raises(EclectusError, match=r"vocabulary of 500 tokens.*given tokenizer of 600 tokens"):
-        run(world, world.models["dense"], tokens=larger)
+    assert run(world, world.models["dense"], tokens=larger).digest == evaluations["dense"].digest
+
+
+def test_a_checkpoint_without_tokenizer_takes_the_given_one_or_is_refused_in_one_line(world, evaluations):
+    model = LlamaForCausalLM.from_pretrained(world.models["dense"].path)
+    with world.store.draft("checkpoint") as draft:
+        model.save_pretrained(draft.path)
+        bare = world.store.commit(draft)
+    assert rows(run(world, bare)) == rows(evaluations["dense"])
+    message = rf"{bare.name} brings no tokenizer .*copy that of the model into its folder, or name it with --tokenizer"
+    with world.store.draft("evaluation") as draft, pytest.raises(EclectusError, match=message):
+        evaluate.function(world.documents, None, bare, EvaluateSettings(**SETTINGS), draft)
 
 
 def test_logits_that_are_no_numbers_are_an_error_that_names_model_and_document(world):
