@@ -342,7 +342,7 @@ class EvaluateParameters(EvaluationParameters):
     evaluate_checkpoints: list[str] = Field(
         [],
         description="Models to evaluate, each with its own tokenizer: artifact names, folders, .gguf files, names on "
-        "the hub. Empty: those of the other settings.",
+        "the hub; `eclectus evaluate MODEL MODEL` names them too. Empty: those of the other settings.",
         json_schema_extra=BASIC,
     )
     gate: str = Field(

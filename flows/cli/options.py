@@ -54,9 +54,9 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def add_models(parser: argparse.ArgumentParser, flow: str) -> None:
-    """Adds the models that `evaluate` takes as words, too."""
+    """Adds the models that `evaluate` takes as words, too; the usage shows them, and a setting describes them."""
     if flow == "evaluate":
-        parser.add_argument("models", nargs="*", metavar="CHECKPOINT", help="as --evaluate-checkpoints, one by one")
+        parser.add_argument("models", nargs="*", metavar="CHECKPOINT", help=argparse.SUPPRESS)
 
 
 def read_parameters(chosen: argparse.Namespace) -> Settings:

@@ -65,7 +65,8 @@ def read_held_out(documents: Artifact, tokenizer: Any, most: int, context: int, 
     """
     large = _large_domains(documents)
     chosen, held, encode = _choose(documents, most, large), HeldOut(), TextTokens(tokenizer)
-    leading, read = _leads(documents, context, large), {}
+    leading = _leads(documents, context, large)
+    read: dict[str, list[int]] = {}
     rows: list[tuple[str, str, str, str, str, int, list[int]]] = []
     names = ["document", "work", "language", "domain", "group", "split", "bytes", "text"]
     for batch in read_batches(documents, ["language", "group"], [("group", "!=", "other")]):
