@@ -39,6 +39,8 @@ AT_A_TIME = 16
 """Files on their way at once: a call takes 0.1 to 2 s, most of it waiting."""
 # What no second try changes.
 REFUSALS = (FileNotFoundError, PermissionError, ImportError, ValueError, TypeError, LookupError, AttributeError)
+MISTYPED = ("EndpointConnectionError",)
+"""What an address without a server gives; not waited for when a home is opened."""
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
 
 
@@ -136,10 +138,8 @@ class Mirror:
     def check(self) -> None:
         """Raises EclectusError when the store cannot be reached or the bucket does not exist."""
         bucket = self._root.split("/")[0]
-        # A mistyped address is reported at once.
-        with self._faults():
-            if bucket and not self._is_there(bucket):
-                raise EclectusError(f"home {self.name}: bucket '{bucket}' does not exist; create it")
+        if bucket and not self._try(lambda: self._is_there(bucket), MISTYPED):
+            raise EclectusError(f"home {self.name}: bucket '{bucket}' does not exist; create it")
 
     def _find(self, path: Path) -> dict[str, int]:
         """Names and bytes of the store's files below `path`, or of that very file."""
@@ -170,14 +170,14 @@ class Mirror:
             for _ in pool.map(act, files):
                 pass
 
-    def _try(self, call: Callable[[], T]) -> T:
-        """What `call` returns, tried again while the store is overloaded or away."""
+    def _try(self, call: Callable[[], T], at_once: tuple[str, ...] = ()) -> T:
+        """What `call` returns, tried again while the store is overloaded or away. at_once: errors not to wait for."""
         with self._faults():
             for wait in WAITS:
                 try:
                     return call()
                 except Exception as error:
-                    if not _may_pass(error):
+                    if not _may_pass(error) or type(error).__name__ in at_once:
                         raise
                 # Many workers that were refused together do not come back together.
                 time.sleep(wait * random.uniform(0.5, 1.0))

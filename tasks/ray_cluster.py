@@ -53,7 +53,9 @@ def ensure_ray() -> None:
             run.show(lambda display: display.linked("Ray dashboard", shown, what))
         return
     with _sigterm_restored():
+        # Without "local" Ray joins a cluster that anybody started on this machine, or fails on what one left in /tmp.
         ray.init(
+            address="local",
             num_cpus=local_cpus(),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,

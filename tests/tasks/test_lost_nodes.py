@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import uuid
 from pathlib import Path
@@ -43,13 +44,21 @@ def work(function, parts):
 """
 
 
+END = """
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
 def in_cluster(home, calls, program):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM) + textwrap.dedent(program), str(home), str(calls)],
-        env=environment | {"PYTHONPATH": str(ROOT), "RAY_health_check_period_ms": "1000"},
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    # A short path, since sockets are in it; not where Ray tells the machine of its clusters.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(PROGRAM) + textwrap.dedent(program) + END, str(home), str(calls)],
+            env=environment | {"PYTHONPATH": str(ROOT), "RAY_health_check_period_ms": "1000", "RAY_TMPDIR": folder},
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     # Ray writes between what is printed.
     return [line.removeprefix("= ") for line in done.stdout.splitlines() if line.startswith("= ")]

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import uuid
@@ -231,13 +232,17 @@ print([each.about["square"] for each in done], len({each.about["process"] for ea
 
 def in_ray(home, calls, fails, workers=2):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(home), str(calls), repr(fails), str(workers)],
-        env=environment | {"PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    # Where Ray tells a machine of its clusters: one that is gone.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        Path(folder, "ray").mkdir()
+        Path(folder, "ray", "ray_current_cluster").write_text("127.0.0.1:9")
+        return subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(PROGRAM), str(home), str(calls), repr(fails), str(workers)],
+            env=environment | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": folder},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
 
 
 @pytest.mark.slow  # 30 s: Ray is started twice
