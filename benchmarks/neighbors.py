@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from eclectus.tasks.grouping.cells.corpus import Corpus
 from eclectus.tasks.grouping.cells.lists import write_lists
-from eclectus.tasks.grouping.cells.partition import Corpus, search_partition
+from eclectus.tasks.grouping.cells.partition import search_partition
 from eclectus.tasks.grouping.nearest import Lists, NeighborSettings, Partition, search
 from eclectus.tasks.over_parts import key_of
 
@@ -38,7 +39,8 @@ def main(count: int, dimension: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "embeddings.npy")
         np.save(path, vectors)
-        corpus = Corpus([path], np.array([0, count]), SETTINGS, key_of("benchmark", count, dimension), 1)
+        key = key_of("benchmark", count, dimension)
+        corpus = Corpus([path], [key], np.array([0, count]), SETTINGS, key, 1)
         begun = time.process_time()
         found = search_partition(corpus, "all", np.arange(count), corpus.hashes())
         (part,) = write_lists(corpus, [], [found], count)

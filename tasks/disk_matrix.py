@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,19 @@ class PartMatrix:
         flat = rows.ravel()
         flat = np.where(flat < 0, flat + len(self), flat)
         out = np.empty((len(flat), *self.shape[1:]), self.dtype)
-        part = np.searchsorted(self.begins, flat, side="right") - 1
-        for number in np.unique(part).tolist():
-            here = np.flatnonzero(part == number)
-            out[here] = self._parts[number][flat[here] - self.begins[number]]
-            # A row brings in its page, and the kernel up to 15 around it.
-            self._give_back(min(self._parts[number].nbytes, AROUND * len(here)))
+        # In the order of the file, so that each of its pages is brought in once.
+        order = np.argsort(flat, kind="stable") if (flat[1:] < flat[:-1]).any() else None
+        flat = flat if order is None else flat[order]
+        if len(flat) and not 0 <= flat[0] <= flat[-1] < len(self):
+            raise IndexError(f"row {flat[0] if flat[0] < 0 else flat[-1]} of {len(self)}")
+        bounds = np.searchsorted(flat, self.begins).tolist()
+        for part, begin, (first, last) in zip(self._parts, self.begins.tolist(), pairwise(bounds), strict=False):
+            if last > first:
+                here, lines = flat[first:last] - begin, slice(first, last)
+                out[lines if order is None else order[lines]] = part[here]
+                # A row brings in its page, and the kernel up to 15 around it.
+                around = np.diff(here * (part.nbytes // len(part)) // AROUND) > 0
+                self._give_back(min(part.nbytes, AROUND * (1 + int(around.sum()))))
         return out.reshape(*rows.shape, *self.shape[1:])
 
     def _give_back(self, touched: int) -> None:

@@ -214,11 +214,12 @@ def read_codes(documents: Artifact, column: str, missing: str = "") -> tuple[np.
         codes, names = codes_of(read_part_table(path, [column], [column])[column], missing)
         here = [numbers.setdefault(name, len(numbers)) for name in names]
         parts_of_codes.append(np.array(here, np.int64)[codes])
-    used, codes = np.unique(np.concatenate(parts_of_codes), return_inverse=True)
-    every = list(numbers)
-    names = [every[number] for number in used.tolist()]
-    order = sorted(range(len(names)), key=names.__getitem__)
-    return np.argsort(order)[codes], [names[number] for number in order]
+    codes, every = np.concatenate(parts_of_codes), list(numbers)
+    used = np.flatnonzero(np.bincount(codes, minlength=len(every))).tolist()
+    order = sorted(used, key=every.__getitem__)
+    rank = np.zeros(len(every), np.int64)
+    rank[order] = np.arange(len(order))
+    return rank[codes], [every[number] for number in order]
 
 
 def codes_of(labels: pa.ChunkedArray, missing: str = "") -> tuple[np.ndarray, list[str]]:

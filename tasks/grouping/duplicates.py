@@ -28,11 +28,11 @@ from eclectus.tasks.compiled import compiled
 from eclectus.tasks.documents.near_duplicates import LOWEST, read_pairs, threshold_of, write_near_duplicates
 from eclectus.tasks.documents.near_duplicates.overlaps import TextOverlaps
 from eclectus.tasks.documents.table import NEAR_DUPLICATES, ids_of, parts, read_part_table, read_rows
-from eclectus.tasks.grouping.nearest import Matrix, similarities_of, unit
+from eclectus.tasks.grouping.nearest import Matrix, unit
 
 SURVIVORS = 16
 HOPS = 8
-PAIRS_AT_A_TIME = 8_192
+PAIRS_AT_A_TIME, PAIRS_OF_A_PRODUCT = 32_768, 256
 UNDECIDED, STAYS, DROPPED = range(3)
 
 
@@ -146,13 +146,18 @@ class _Comparison:
         self._texts.forget()
 
     def _cosines(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        found = [np.empty(0, np.float32)]
+        cosines = np.empty(len(one), np.float32)
         with np.errstate(invalid="ignore", divide="ignore"):
             for begin in range(0, len(one), PAIRS_AT_A_TIME):
                 here = slice(begin, begin + PAIRS_AT_A_TIME)
-                queries = unit(self._vectors, one[here])
-                found.append(similarities_of(self._vectors, queries, other[here, None])[:, 0])
-        return np.concatenate(found)
+                rows, place = np.unique(np.concatenate([one[here], other[here]]), return_inverse=True)
+                # Read once, for a document may be in many pairs.
+                vectors, (queries, others) = unit(self._vectors, rows), place.reshape(2, -1)
+                for first in range(0, len(queries), PAIRS_OF_A_PRODUCT):
+                    part = slice(first, first + PAIRS_OF_A_PRODUCT)
+                    products = np.einsum("nd,nmd->nm", vectors[queries[part]], vectors[others[part]][:, None])[:, 0]
+                    cosines[begin + first : begin + first + len(products)] = np.minimum(products, 1)
+        return cosines
 
 
 class _Clusters:

@@ -35,7 +35,14 @@ from eclectus.tasks.grouping.duplicates import Duplicates, near_duplicates
 from eclectus.tasks.grouping.instance_layout import plan
 from eclectus.tasks.grouping.nearest import Matrix, exact_neighbors
 from eclectus.tasks.grouping.neighbors import largest, rows_by_label
-from eclectus.tasks.grouping.quality import draw, instance_quality, mean, order_quality, pair_similarities
+from eclectus.tasks.grouping.quality import (
+    adjacent_similarities,
+    draw,
+    instance_quality,
+    mean,
+    order_quality,
+    pair_similarities,
+)
 from eclectus.tasks.over_parts import key_of
 from eclectus.tasks.run import metric
 from eclectus.tasks.settings import BASIC, SEED, CurationWorkerSettings, RuntimeSetting
@@ -96,10 +103,10 @@ def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settin
         )
     kept[dropped.rows] = False
     partitions = _chain_partitions(corpus, kept, settings)
-    order, restarts = _ordered(corpus, partitions, kept, settings)
-    adjacent = pair_similarities(corpus.vectors, order[:-1], order[1:])
+    order, restarts, known = _ordered(corpus, partitions, kept, settings)
+    adjacent = adjacent_similarities(corpus.vectors, order, known)
     numbers, samples = _quality(corpus, order, restarts, adjacent, partitions, settings)
-    numbers |= _planned_instances(corpus, order, settings)
+    numbers |= _planned_instances(corpus, order, adjacent, settings)
     numbers |= _counts(corpus, order, restarts, dropped)
     _write_order(out, corpus, order, restarts, adjacent)
     dropped.write(documents, out.file("duplicates.parquet"))
@@ -208,19 +215,26 @@ def _chain_partition(corpus: _Corpus, rows: np.ndarray, local: np.ndarray) -> Ch
 
 def _ordered(
     corpus: _Corpus, partitions: list[Chained], kept: np.ndarray, settings: GroupSettings
-) -> tuple[np.ndarray, np.ndarray]:
-    """The order of the kept rows, int64 [M], and where chains begin, bool [M]; a baseline has one chain per block."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The order of the kept rows, int64 [M]; where chains begin, bool [M] (a baseline has one chain per block); what is
+    known of the similarity to the document before, float32 [M - 1], or NaN."""
     if settings.grouping == "similarity":
         joined = _joined(corpus.vectors, [each for each in partitions if len(each.rows)])
-        rows = [each.rows for each in joined] or [np.empty(0, np.int64)]
-        return np.concatenate(rows), np.concatenate([each.restarts for each in joined] or [np.empty(0, bool)])
+        return _concatenated(joined)
     order = np.flatnonzero(kept)[np.random.default_rng(settings.seed).permutation(int(kept.sum()))]
     restarts = np.zeros(len(order), bool)
     if settings.grouping == "domain":
         order = order[np.lexsort((corpus.domains[order], corpus.labels[order]))]
         restarts[1:] = (np.diff(corpus.domains[order]) != 0) | (np.diff(corpus.labels[order]) != 0)
     restarts[:1] = True
-    return order, restarts
+    return order, restarts, np.full(max(0, len(order) - 1), np.nan, np.float32)
+
+
+def _concatenated(chains: list[Chained]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rows = np.concatenate([np.empty(0, np.int64), *(each.rows for each in chains)])
+    restarts = np.concatenate([np.empty(0, bool), *(each.restarts for each in chains)])
+    before = np.concatenate([np.empty(0, np.float32), *(each.before for each in chains)])
+    return rows, restarts, before[1:]
 
 
 def _joined(vectors: Matrix, partitions: list[Chained]) -> list[Chained]:
@@ -240,17 +254,29 @@ def _joined(vectors: Matrix, partitions: list[Chained]) -> list[Chained]:
     return [partitions[number] for number in order]
 
 
-def _planned_instances(corpus: _Corpus, order: np.ndarray, settings: GroupSettings) -> dict[str, float | None]:
+def _planned_instances(
+    corpus: _Corpus, order: np.ndarray, adjacent: np.ndarray, settings: GroupSettings
+) -> dict[str, float | None]:
     """Similarity of the documents within the future instances, and across their borders after the shuffle.
 
     Of a large corpus PLANNED documents are looked at, in RUNS stretches of the order.
     """
+    following = np.append(adjacent, np.float32(np.nan))
     if len(order) > PLANNED:
         starts = np.linspace(0, len(order) - PLANNED // RUNS, RUNS).astype(np.int64)
-        order = order[(starts[:, None] + np.arange(PLANNED // RUNS)).ravel()]
+        looked_at = (starts[:, None] + np.arange(PLANNED // RUNS)).ravel()
+        order, following = order[looked_at], following[looked_at]
+        # The next one in another stretch is not the one that follows in the order.
+        following[PLANNED // RUNS - 1 :: PLANNED // RUNS] = np.nan
     spans = plan(corpus.sizes[order], settings.group_instance_bytes, True, settings.seed)
     return instance_quality(
-        corpus.vectors, order[spans.position], spans.firsts, spans.size, corpus.domains, settings.seed
+        corpus.vectors,
+        order[spans.position],
+        spans.firsts,
+        spans.size,
+        corpus.domains,
+        settings.seed,
+        following[spans.position],
     )
 
 
@@ -267,7 +293,7 @@ def _quality(
         best[each.rows] = each.best
     blocks = corpus.labels[order] if settings.grouping != "random" else np.zeros(len(order), np.int64)
     numbers, samples = order_quality(
-        corpus.vectors, order, blocks, restarts, best[order], corpus.domains[order], settings.seed
+        corpus.vectors, order, blocks, restarts, best[order], corpus.domains[order], adjacent, settings.seed
     )
     if settings.grouping == "similarity":
         labels = corpus.labels[order]
@@ -310,7 +336,7 @@ def _write_order(out: Draft, corpus: _Corpus, order: np.ndarray, restarts: np.nd
         "partition": pa.string(),
         "similarity": pa.float32(),
     }
-    names, chains = np.array(corpus.names, object), 0
+    names, chains = pa.array(corpus.names, pa.string()), 0
     with pq.ParquetWriter(out.file("order.parquet"), pa.schema(list(kinds.items())), compression="zstd") as writer:
         for begin in range(0, max(1, len(order)), ROWS):
             rows = order[begin : begin + ROWS]
@@ -319,9 +345,9 @@ def _write_order(out: Draft, corpus: _Corpus, order: np.ndarray, restarts: np.nd
             before = adjacent[max(0, begin - 1) : begin + len(rows) - 1]
             columns = {
                 "row": rows,
-                "document": corpus.ids[rows].astype(str),
+                "document": pa.array(corpus.ids[rows]).cast(pa.string()),
                 "chain": chain,
-                "partition": names[corpus.labels[rows]] if corpus.names else names[:0],
+                "partition": names.take(pa.array(corpus.labels[rows])),
                 "similarity": before if begin else np.concatenate([[np.nan], before])[: len(rows)],
             }
             arrays = [pa.array(columns[name], kind) for name, kind in kinds.items()]

@@ -63,6 +63,17 @@ class NeighborSettings(CurationWorkerSettings):
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Some rows of a matrix, read by their numbers among them."""
+
+    matrix: PartMatrix
+    rows: np.ndarray
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        return self.matrix[self.rows[numbers]]
+
+
+@dataclass(frozen=True)
 class Partition:
     """Documents that are searched together: `rows` int64, ascending."""
 
@@ -127,7 +138,7 @@ def search(
     return {"method": "exact", "recall": 1.0}
 
 
-def unit(vectors: Matrix, rows: np.ndarray) -> np.ndarray:
+def unit(vectors: Matrix | Rows, rows: np.ndarray) -> np.ndarray:
     """These rows in memory, as unit vectors in float32 (embeddings may be stored in half precision)."""
     block = np.asarray(vectors[rows], np.float32)
     return block / np.sqrt((block * block).sum(axis=1, keepdims=True))
@@ -152,7 +163,7 @@ def _nearest(queries: np.ndarray, vectors: np.ndarray, k: int) -> np.ndarray:
     return faiss.knn(queries, vectors, min(k, len(vectors)), metric=faiss.METRIC_INNER_PRODUCT)[1]
 
 
-def similarities_of(vectors: Matrix, queries: np.ndarray, found: np.ndarray) -> np.ndarray:
+def similarities_of(vectors: Matrix | Rows, queries: np.ndarray, found: np.ndarray) -> np.ndarray:
     """Cosines float32 [n, m] of queries [n, D] with the rows found [n, m], NaN for -1; one dot product at a time."""
     similarities = np.full(found.shape, np.nan, np.float32)
     for begin in range(0, len(found), 256):

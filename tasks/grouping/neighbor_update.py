@@ -21,7 +21,7 @@ import numpy as np
 
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.disk_matrix import matrix_files, open_ids, open_matrix
+from eclectus.tasks.disk_matrix import mapped, matrix_files, open_matrix
 from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.grouping.nearest import (
     SLACK,
@@ -29,6 +29,7 @@ from eclectus.tasks.grouping.nearest import (
     Matrix,
     NeighborSettings,
     Partition,
+    Rows,
     similarities_of,
     unit,
 )
@@ -74,7 +75,7 @@ def find_earlier(
     """
     if settings.neighbors_growth == 0 or not matrix_files(embeddings, "ids"):
         return None
-    ids, key = open_ids(embeddings)[:], embeddings.statistics.get("embedding_key")
+    key = embeddings.statistics.get("embedding_key")
     of_this_model = {each.digest: each for each in earlier("embeddings", embedding_key=key)}
     best: tuple[int, Earlier] | None = None
     for artifact in earlier("neighbors"):
@@ -83,7 +84,7 @@ def find_earlier(
             before = of_this_model.get(made_from["embeddings"])
             if made_from["settings"] != settings.key_values() or before is None:
                 continue
-            found = Earlier(artifact, _rows_now(artifact, before, ids, names, labels))
+            found = Earlier(artifact, _rows_now(artifact, before, embeddings, names, labels))
             shared = int((found.to_new >= 0).sum())
             if (best is None or shared > best[0]) and is_whole(artifact):
                 best = shared, found
@@ -91,17 +92,48 @@ def find_earlier(
 
 
 def _rows_now(
-    artifact: Artifact, before: Artifact, ids: np.ndarray, names: list[str], labels: np.ndarray
+    artifact: Artifact, before: Artifact, embeddings: Artifact, names: list[str], labels: np.ndarray
 ) -> np.ndarray:
-    old = open_ids(before)[:]
-    if len(ids) == 0:
-        return np.full(len(old), -1)
-    rows = positions_of(old, ids)
+    rows = rows_by_id(before, embeddings)
+    if len(labels) == 0:
+        return rows
     number = {name: position for position, name in enumerate(names)}
     then = json.loads(artifact.file("partitions.json").read_text())
     partition_now = np.array([number.get(name, -1) for name in then] or [-1])
     same = partition_now[np.load(artifact.file("partition.npy"))] == labels[rows]
     return np.where((rows >= 0) & same, rows, -1)
+
+
+def rows_by_id(before: Artifact, embeddings: Artifact) -> np.ndarray:
+    """Of each document of the earlier embeddings its row in these, int64 [documents then]; -1 if it is gone.
+
+    Parts that are equal in both are not looked into: an id stands in one part only.
+    """
+    now = {digest: (ids, begin) for digest, ids, begin in _ids_by_part(embeddings)}
+    then, rows, left = _ids_by_part(before), [], []
+    for digest, ids, _ in then:
+        same = now.pop(digest, None)
+        rows.append(np.full(len(ids), -1) if same is None else same[1] + np.arange(len(ids)))
+        if same is None:
+            left.append(len(rows) - 1)
+    others = [np.empty(0, "S1"), *(np.asarray(ids) for ids, _ in now.values())]
+    others_rows = np.concatenate([np.empty(0, np.int64), *(begin + np.arange(len(ids)) for ids, begin in now.values())])
+    if left and len(others_rows):
+        ids = np.concatenate(others)
+        order = np.argsort(ids, kind="stable")
+        for number in left:
+            place = positions_of(np.asarray(then[number][1]), ids[order], ascending=True)
+            rows[number] = np.where(place < 0, -1, others_rows[order[place]])
+    return np.concatenate(rows)
+
+
+def _ids_by_part(embeddings: Artifact) -> list[tuple[str, np.ndarray, int]]:
+    """Digest, ids [n] and first row of each part."""
+    digests, found, begin = embeddings.digests(), [], 0
+    for path in matrix_files(embeddings, "ids"):
+        found.append((digests[path.relative_to(embeddings.path).as_posix()], mapped(path), begin))
+        begin += len(found[-1][1])
+    return found
 
 
 def copy_lists(earlier: Earlier, lists: Lists) -> np.ndarray:
@@ -143,11 +175,11 @@ def update(
         lists.clear(partition.rows)
         return None
     if len(new):
-        _insert_new(vectors, new, partition.rows, kept, lists)
+        insert_new(vectors, new, partition.rows, kept, lists)
     return {"method": method, "recall": 1.0, "updated": len(new)}
 
 
-def _insert_new(vectors: Matrix, new: np.ndarray, rows: np.ndarray, kept: np.ndarray, lists: Lists) -> None:
+def insert_new(vectors: Matrix | Rows, new: np.ndarray, rows: np.ndarray, kept: np.ndarray, lists: Lists) -> None:
     """Fills the lists of the new documents (rows) from `rows`, all of the partition, and inserts them into kept lists.
 
     Every cosine is computed once, blockwise, for both directions; few of them exceed the last entry of a list.

@@ -21,8 +21,9 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.disk_matrix import PartMatrix, open_embeddings, usable_rows
 from eclectus.tasks.documents.table import first_rows, read_codes
+from eclectus.tasks.grouping.cells.corpus import Corpus
 from eclectus.tasks.grouping.cells.lists import search_small, write_lists
-from eclectus.tasks.grouping.cells.partition import Corpus, Searched, search_partition
+from eclectus.tasks.grouping.cells.partition import Searched, search_partition
 from eclectus.tasks.grouping.cells.tree import MOST_OVERLAP, TREE
 from eclectus.tasks.grouping.cells.update import Carried, update_partition
 from eclectus.tasks.grouping.nearest import Lists, NeighborSettings, Partition, search
@@ -37,14 +38,15 @@ EXACT_PER_HOUR = 3e13
 """Products of an exact search per CPU hour, about."""
 
 
-@step(makes="neighbors", version=2)
+@step(makes="neighbors", version=3)
 def neighbors(documents: Artifact, embeddings: Artifact, settings: NeighborSettings, out: Draft) -> None:
     """Writes neighbors int32 or int64 [N, k] (rows, -1 is padding), similarities float32 [N, k] (NaN there),
     partition.npy int32 [N], partitions.json (name by number) and isolated.npy (rows without an embedding).
 
     A corpus of one part has neighbors.npy and similarities.npy, a larger one neighbors/part-*.npy and so on, one per
     part of the documents. Where a partition was searched by cells, so are block int32 [N], of cells, and cells int32
-    [N, overlap]; -1 is none; tree/NUMBER/ has the cells of that partition.
+    [N, overlap]; -1 is none; tree/NUMBER/ has the cells of that partition, sample/NUMBER/ documents (rows.npy) with
+    their exact neighbours (near.npy, cosines.npy), which measure the recall, also of a corpus that has grown.
     """
     vectors, begins = open_embeddings(embeddings), first_rows(documents)
     names, labels = partition_labels(documents, settings.neighbors_partition)
@@ -127,37 +129,34 @@ def _search_in_parts(
     if earlier:
         then = json.loads(earlier.artifact.file("partitions.json").read_text())
         carried = Carried.of(corpus, earlier.artifact, then, earlier.to_new)
-    small, by_cells, searched, samples = [], [], [], {}
+    small, grown, by_cells, searched = [], [], [], []
     as_before = np.zeros(len(labels), bool)
     for name, rows in zip(names, rows_by_label(labels, len(names)), strict=True):
         usable = rows[hashes[rows] != 0]
         described: dict[str, Any] = {"method": "exact", "recall": 1.0}
         if _by_cells(len(usable), settings):
             updated = update_partition(corpus, name, usable, hashes[usable], carried) if carried else None
-            if updated:
-                as_before[usable] = True
-                samples[name] = updated[1]
-            by_cells.append(updated[0] if updated else search_partition(corpus, name, usable, hashes[usable]))
+            as_before[usable] = updated is not None
+            by_cells.append(updated or search_partition(corpus, name, usable, hashes[usable]))
             described = {"method": "cells", **by_cells[-1].statistics}
-        elif carried and len(usable) and carried.kept[usable].all():
-            as_before[usable] = True
-            described["updated"] = 0
+        elif carried and (new := carried.news(name, usable)) is not None:
+            described["updated"] = new
+            as_before[usable] = not new
+            grown += [Partition(name, usable)] if new else []
         else:
             small.append(Partition(name, usable))
         searched.append({"partition": name, "documents": len(rows), **described})
     shared = corpus.publish("lists that stay", "", {"as_before": as_before}) / "as_before.npy" if carried else None
-    folders = carried.folders if carried else None
-    parts = write_lists(corpus, search_small(corpus, small), by_cells, len(labels), folders, shared)
+    exact = search_small(corpus, small) + search_small(corpus, grown, carried)
+    parts = write_lists(corpus, exact, by_cells, len(labels), carried.files if carried else None, shared)
     similarities = PartMatrix([part.file("similarities.npy") for part in parts])
     for each in by_cells:
-        described = next(described for described in searched if described["partition"] == each.name)
-        if each.name in samples:
-            sample = samples[each.name]
-            recall, error = sample.recall(similarities[each.members.rows[sample.positions]])
-            described |= {"recall": round(recall, 4), "recall_error": round(error, 4)}
-        _report_recall(described, each, settings, corpus.dimension)
+        number = names.index(each.name)
+        searched[number] |= each.measured(similarities)
+        _report_recall(searched[number], each, settings, corpus.dimension)
+        each.sample.save(out.file(f"sample/{number}"), each.members)
         for name in TREE:
-            link_or_copy(each.tree / f"{name}.npy", out.file(f"tree/{names.index(each.name)}/{name}.npy"))
+            link_or_copy(each.tree / f"{name}.npy", out.file(f"tree/{number}/{name}.npy"))
     for name in ("neighbors", "similarities", *(("block", "cells") if by_cells else ())):
         for number, part in enumerate(parts):
             file = f"{name}.npy" if len(parts) == 1 else f"{name}/part-{number:05d}.npy"

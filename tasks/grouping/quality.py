@@ -19,7 +19,9 @@ import numpy as np
 from eclectus.tasks.grouping.nearest import Matrix, unit
 
 PAIRS = 200_000
-BLOCK = 16_384
+NUMBERS = 2**24
+"""Of the embeddings that are read at a time."""
+
 BINS = 48
 EDGES = (-0.2, 1.0)
 
@@ -27,10 +29,27 @@ EDGES = (-0.2, 1.0)
 def pair_similarities(vectors: Matrix, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosines float32 [P] of the rows a [P] with the rows b [P]; NaN if one has no embedding."""
     cosines = np.empty(len(a), np.float32)
+    step = _rows_at_a_time(vectors)
     with np.errstate(invalid="ignore", divide="ignore"):
-        for begin in range(0, len(a), BLOCK):
-            part = slice(begin, begin + BLOCK)
-            cosines[part] = np.einsum("nd,nd->n", unit(vectors, a[part]), unit(vectors, b[part]))
+        for begin in range(0, len(a), step):
+            part = slice(begin, begin + step)
+            both = unit(vectors, np.concatenate([a[part], b[part]]))
+            cosines[part] = np.einsum("nd,nd->n", both[: len(both) // 2], both[len(both) // 2 :])
+    return cosines
+
+
+def _rows_at_a_time(vectors: Matrix) -> int:
+    return max(1_024, NUMBERS // max(1, int(vectors.shape[1])))
+
+
+def adjacent_similarities(vectors: Matrix, order: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Cosines float32 [M - 1] of the rows of `order` [M] with those that follow them; NaN if one has no embedding.
+
+    known: float32 [M - 1], those that the search has measured; NaN for the others.
+    """
+    cosines = known.astype(np.float32)
+    wanted = np.flatnonzero(np.isnan(known))
+    cosines[wanted] = pair_similarities(vectors, order[wanted], order[wanted + 1])
     return cosines
 
 
@@ -47,18 +66,19 @@ def order_quality(
     restarts: np.ndarray,
     best: np.ndarray,
     domains: np.ndarray,
+    adjacent: np.ndarray,
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The numbers of an order, and the similarities (adjacent, random, best) that the picture shows.
 
     vectors: [N, D]. order: rows int64 [M]. partitions: int [M], restarts: bool [M], in that order.
     best: float [M], similarity to the nearest document in the order. domains: [M], one label per document.
-    At most PAIRS pairs are evaluated, drawn under the seed.
+    adjacent: float [M - 1], of `adjacent_similarities`. At most PAIRS pairs are evaluated, drawn under the seed.
     """
     random = np.random.default_rng([seed, 1])
     inside = np.flatnonzero(partitions[1:] == partitions[:-1])
     chosen = _sample(inside, random)
-    adjacent = pair_similarities(vectors, order[chosen], order[chosen + 1])
+    adjacent = adjacent[chosen]
     shuffled = _shuffled_within(partitions, random)
     at_random = pair_similarities(vectors, order[shuffled[chosen]], order[shuffled[chosen + 1]])
     restart = restarts[chosen + 1]
@@ -82,12 +102,14 @@ def instance_quality(
     tokens: np.ndarray,
     domains: np.ndarray,
     seed: int = 0,
+    following: np.ndarray | None = None,
 ) -> dict[str, float | None]:
     """The numbers of packed instances.
 
     vectors: [N, D], of all documents. rows: int64 [P], the documents (rows of `vectors`) of the instances, instance
     after instance in training order. offsets: int64 [I + 1], where each instance begins in `rows`. tokens: int [P],
-    tokens of that document in that instance. domains: [N], one label per document.
+    tokens of that document in that instance. domains: [N], one label per document. following: float [P], how similar
+    each document is to the next one of its instance, where that is known.
     """
     random = np.random.default_rng([seed, 2])
     instance = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
@@ -100,10 +122,11 @@ def instance_quality(
     b = (a + random.integers(1, max(2, count), len(a))) % max(1, count)
     ends, heads = rows[offsets[a + 1] - 1], rows[offsets[b]]
     labels = np.unique(domains, return_inverse=True)[1]
+    within = pair_similarities(vectors, rows[inside], rows[inside + 1]) if following is None else following[inside]
     return {
         "instance_domain_purity": _purity(instance, labels[rows], tokens),
         "random_domain_purity": _purity(instance, labels[rows][random.permutation(len(rows))], tokens),
-        "similarity_within_instances": mean(pair_similarities(vectors, rows[inside], rows[inside + 1])),
+        "similarity_within_instances": mean(within),
         "similarity_across_instances": mean(pair_similarities(vectors, rows[across], rows[across + 1])),
         "similarity_across_random_instances": mean(pair_similarities(vectors, ends, heads)),
     }
@@ -148,11 +171,12 @@ def _purity(instance: np.ndarray, labels: np.ndarray, tokens: np.ndarray) -> flo
     """Mean over instances of the share of tokens that have the instance's most frequent label."""
     if len(instance) == 0:
         return None
-    pairs, pair = np.unique(np.stack([instance, labels], axis=1), axis=0, return_inverse=True)
-    counts = np.bincount(pair.ravel(), weights=tokens)
+    kinds = int(labels.max()) + 1
+    pairs, pair = np.unique(instance.astype(np.int64) * kinds + labels, return_inverse=True)
+    counts = np.bincount(pair, weights=tokens)
     largest, total = np.zeros(instance[-1] + 1), np.zeros(instance[-1] + 1)
-    np.maximum.at(largest, pairs[:, 0], counts)
-    np.add.at(total, pairs[:, 0], counts)
+    np.maximum.at(largest, pairs // kinds, counts)
+    np.add.at(total, pairs // kinds, counts)
     return round(float((largest[total > 0] / total[total > 0]).mean()), 4)
 
 

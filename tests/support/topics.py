@@ -94,13 +94,19 @@ def write_documents(store, rows, parts=1):
         return store.commit(out)
 
 
-def write_embeddings(store, vectors, ids=None, key=None):
-    """An embeddings artifact of these vectors [N, D], optionally with the documents' ids and the model's key."""
+def write_embeddings(store, vectors, ids=None, key=None, ends=None):
+    """An embeddings artifact of these vectors [N, D], optionally with the documents' ids and the model's key, and in
+    parts that end at these rows."""
     with store.draft("embeddings") as out:
-        np.save(out.file("embeddings.npy"), np.asarray(vectors, np.float32))
+        matrices = {"embeddings": np.asarray(vectors, np.float32)}
         if ids is not None:
-            np.save(out.file("ids.npy"), np.array(ids, "S32"))
+            matrices["ids"] = np.array(ids, "S32")
             out.statistics = {"embedding_key": key}
+        for name, matrix in matrices.items():
+            if ends is None:
+                np.save(out.file(f"{name}.npy"), matrix)
+            for number, (begin, end) in enumerate(pairwise([0, *ends]) if ends else ()):
+                np.save(out.file(f"{name}/part-{number:05d}.npy"), matrix[begin:end])
         out.rows = len(vectors)
         return store.commit(out)
 

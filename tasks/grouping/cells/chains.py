@@ -12,32 +12,41 @@ nothing of the size of all lists is held.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eclectus.tasks.compiled import compiled
 from eclectus.tasks.disk_matrix import PartMatrix, mapped
 from eclectus.tasks.grouping.chain import chain_with_restarts
 from eclectus.tasks.grouping.nearest import Matrix, similarities_of, unit
 from eclectus.tasks.over_parts import Done, Part, forget, key_of, over_parts
 
 SECONDS = 2e-5
+CHAINED = ("rows", "restarts", "best", "before")
 
 
 @dataclass
 class Chained:
-    """Documents in the order of their chains: rows, where chains begin, and each one's best similarity; [n] each."""
+    """Documents in the order of their chains: rows, where chains begin, each one's best similarity, and its similarity
+    to the one before it, NaN where that is not known; [n] each."""
 
     rows: np.ndarray
     restarts: np.ndarray
     best: np.ndarray
+    before: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+
+    def __post_init__(self) -> None:
+        if len(self.before) != len(self.rows):
+            self.before = np.full(len(self.rows), np.nan, np.float32)
 
     def turned(self) -> Chained:
         """The other way round."""
-        return Chained(self.rows[::-1], np.append(True, self.restarts[:0:-1]), self.best[::-1])
+        before = np.append(np.float32(np.nan), self.before[:0:-1])
+        return Chained(self.rows[::-1], np.append(True, self.restarts[:0:-1]), self.best[::-1], before)
 
 
 def chain_block(
@@ -45,14 +54,13 @@ def chain_block(
 ) -> dict[str, Any]:
     """Chains rows begin to end - 1 of `rows`, ascending. files: of embeddings, neighbors, similarities and cells.
 
-    Writes rows.npy int64, restarts.npy bool and best.npy float32, in the order of the chains. kept: bool [N], the
-    documents that are grouped.
+    Writes rows.npy int64, restarts.npy bool, best.npy and before.npy float32, in the order of the chains. kept: bool
+    [N], the documents that are grouped.
     """
     here, left = np.asarray(mapped(rows)[begin:end]), np.load(kept)
     lists, similarities = PartMatrix(files["neighbors"])[here], PartMatrix(files["similarities"])[here]
     alive = (lists >= 0) & left[np.maximum(lists, 0)]
-    position = np.minimum(np.searchsorted(here, lists), len(here) - 1)
-    near = np.where(alive & (here[position] == lists), position, -1)
+    near = np.where(alive, positions_in(here, lists, len(left)), -1)
     best = np.where(alive, similarities, -np.inf).max(axis=1, initial=-np.inf)
     had, left_over = (lists >= 0).sum(axis=1), alive.sum(axis=1)
     poor = np.flatnonzero((left_over < had / 4) & ((near >= 0).sum(axis=1) < len(here) - 1))
@@ -63,9 +71,49 @@ def chain_block(
     similarities = np.where(near < 0, np.nan, similarities).astype(np.float32)
     order, restarts = chain_with_restarts(near, similarities)
     np.save(out / "rows.npy", here[order].astype(np.int64))
+    np.save(out / "before.npy", _before(near, similarities, order))
     np.save(out / "restarts.npy", restarts)
     np.save(out / "best.npy", np.where(np.isfinite(best), best, np.nan)[order].astype(np.float32))
     return {}
+
+
+def _before(near: np.ndarray, similarities: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Of each document in this order the similarity to the one before it, float32 [n]; NaN if neither lists the other.
+
+    near: int [n, k], positions, -1 is padding. similarities: float32 [n, k], NaN there.
+    """
+    before = np.full(len(order), np.nan, np.float32)
+    for one, other in ((order[:-1], order[1:]), (order[1:], order[:-1])):
+        line, column = np.nonzero(near[one] == other[:, None])
+        before[1 + line] = np.fmax(before[1 + line], similarities[one[line], column])
+    return before
+
+
+@compiled
+def positions_in(here: np.ndarray, lists: np.ndarray, count: int) -> np.ndarray:
+    """The position in `here` [n], ascending, of each of `lists` [m, k], int32; -1 if it is not there, or below 0.
+
+    count: all rows are below it. A table of a byte per row, and the number of those before each 64.
+    """
+    there, before = np.zeros(count, np.uint8), np.zeros(count // 64 + 1, np.int32)
+    for row in here:
+        there[row] = 1
+        before[row // 64] += 1
+    total = 0
+    for group in range(len(before)):
+        number = before[group]
+        before[group] = total
+        total += number
+    found = np.full(lists.shape, -1, np.int32)
+    for i in range(lists.shape[0]):
+        for c in range(lists.shape[1]):
+            row = lists[i, c]
+            if row >= 0 and there[row]:
+                position = before[row // 64]
+                for other in range(row // 64 * 64, row):
+                    position += there[other]
+                found[i, c] = position
+    return found
 
 
 def nearest_in_cells(
@@ -112,7 +160,7 @@ def chain_by_blocks(
     (shared,) = over_parts(_publish, [Part(key_of("chains 1", key), arrays, 0)], "chaining", workers=1)
     arguments = {"files": files, "rows": shared.file("rows.npy"), "kept": shared.file("kept.npy")}
     parts = [
-        Part(key_of("chain 1", key, begin, end), {**arguments, "begin": begin, "end": end}, end - begin, "a block")
+        Part(key_of("chain 2", key, begin, end), {**arguments, "begin": begin, "end": end}, end - begin, "a block")
         for begin, end in pairwise(bounds)
     ]
     done = over_parts(chain_block, parts, "chaining", seconds=SECONDS, workers=workers)
@@ -128,7 +176,7 @@ def _publish(out: Path, rows: np.ndarray, kept: np.ndarray) -> dict[str, Any]:
 
 
 def _read(done: Done) -> Chained:
-    return Chained(*(np.load(done.file(f"{name}.npy")) for name in ("rows", "restarts", "best")))
+    return Chained(*(np.load(done.file(f"{name}.npy")) for name in CHAINED))
 
 
 def join_blocks(vectors: Matrix, blocks: Sequence[Chained]) -> Chained:
@@ -145,4 +193,4 @@ def join_blocks(vectors: Matrix, blocks: Sequence[Chained]) -> Chained:
         if len(numbers):
             near = np.nan_to_num(ends[numbers] @ last, nan=-2.0)
             at, turn = int(np.argmax(near) // 2), bool(np.argmax(near) % 2)
-    return Chained(*(np.concatenate([getattr(each, name) for each in joined]) for name in ("rows", "restarts", "best")))
+    return Chained(*(np.concatenate([getattr(each, name) for each in joined]) for name in CHAINED))

@@ -21,9 +21,9 @@ import numpy as np
 
 from eclectus.tasks.compiled import compiled
 from eclectus.tasks.disk_matrix import mapped
-from eclectus.tasks.grouping.cells.tree import Vectors, set_one_thread
+from eclectus.tasks.grouping.cells.tree import Vectors, order_of, set_one_thread
 
-MOST_MEMBERS = 4_096
+MOST_MEMBERS = 8_192
 MERGED = 65_536
 
 
@@ -43,8 +43,7 @@ def search_block(
     float32 [m, width] (-inf there).
     """
     set_one_thread()
-    cell, document, place = entries(assigned, begin, end)
-    documents, position = np.unique(document, return_inverse=True)
+    cell, documents, position, place = entries(assigned, begin, end)
     vectors = Vectors(embeddings, rows)(documents)
     near = np.full((len(documents), width), -1, np.int32)
     cosines = np.full((len(documents), width), -np.inf, np.float32)
@@ -62,19 +61,33 @@ def search_block(
     return {"largest": largest}
 
 
-def entries(assigned: list[Path], begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cell, document and place of all entries of these cells, by cell, then place, then document."""
-    cells, documents, places = [np.empty(0, np.int32)], [np.empty(0, np.int32)], [np.empty(0, np.int8)]
+def entries(assigned: list[Path], begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The entries of cells begin to end - 1, by cell, then place, then document: cell, document (as a position in the
+    second result), place. Second: the documents, ascending."""
+    cells, positions, places = [np.empty(0, np.int32)], [np.empty(0, np.int64)], [np.empty(0, np.int8)]
+    documents, count = [np.empty(0, np.int64)], 0
     for folder in assigned:
-        cell = mapped(folder / "cell.npy")
-        first, last = np.searchsorted(cell, (begin, end))
-        if last > first:
-            cells.append(cell[first:last])
-            documents.append(mapped(folder / "document.npy")[first:last])
-            places.append(mapped(folder / "place.npy")[first:last])
-    cell, document, place = np.concatenate(cells), np.concatenate(documents), np.concatenate(places)
-    order = np.argsort(cell.astype(np.int64) * 128 + place, kind="stable")
-    return cell[order], document[order], place[order]
+        every = mapped(folder / "cell.npy")
+        first, last = np.searchsorted(every, (begin, end))
+        cell, document, place = (
+            np.asarray(mapped(folder / f"{name}.npy")[first:last]) for name in ("cell", "document", "place")
+        )
+        if len(cell):
+            # Documents of a part are close together, so a table numbers them sooner than a sort.
+            lowest = int(document.min())
+            number = np.zeros(int(document.max()) - lowest + 1, np.int32)
+            number[document - lowest] = 1
+            there = np.flatnonzero(number)
+            number[there] = np.arange(count, count + len(there))
+            cells.append(cell)
+            positions.append(number[document - lowest])
+            places.append(place)
+            documents.append(there + lowest)
+            count += len(there)
+    cell, position, place = np.concatenate(cells), np.concatenate(positions), np.concatenate(places)
+    most = int(place.max(initial=0)) + 1
+    order = order_of((cell.astype(np.int64) - begin) * most + place, (end - begin) * most)
+    return cell[order], np.concatenate(documents), position[order], place[order]
 
 
 def cells_of(cell: np.ndarray, member: np.ndarray, place: np.ndarray) -> Iterator[np.ndarray]:
@@ -154,23 +167,38 @@ def _insert_pairs(near: np.ndarray, cosines: np.ndarray, members: np.ndarray, pr
 @compiled
 def insert_fresh(
     near: np.ndarray,
+    near_cosines: np.ndarray,
+    lists: np.ndarray,
     cosines: np.ndarray,
-    members: np.ndarray,
+    documents: np.ndarray,
     queries: np.ndarray,
     products: np.ndarray,
-    is_fresh: np.ndarray,
     lasts: np.ndarray,
+    numbers: np.ndarray,
+    first: int,
 ) -> None:
-    """Offers members [m] to the queries [q] among them, and queries to members that are not fresh. products: [q, m]."""
+    """Offers documents [d] to the lists of the queries [q], which are fresh, and queries to documents whose list ends
+    with less, `lasts`. products: [d, q]. numbers: of the queries; document 0 has the number `first`."""
     last = near.shape[1] - 1
-    for i in range(len(queries)):
-        for j in range(len(members)):
+    least = np.empty(len(queries), np.float32)
+    for j in range(len(queries)):
+        least[j] = cosines[queries[j], last]
+    for i in range(len(documents)):
+        me = documents[i]
+        mine = max(lasts[me], near_cosines[me, last])
+        for j in range(len(queries)):
             cosine = products[i, j]
-            for side in range(2):
-                me, other = (queries[i], members[j]) if side == 0 else (members[j], queries[i])
-                if me == other or cosine < cosines[me, last] or (side == 1 and (is_fresh[me] or cosine < lasts[me])):
-                    continue
-                offer(near, cosines, me, other, cosine)
+            if cosine < mine and cosine < least[j]:
+                continue
+            query = queries[j]
+            if numbers[query] == first + me:
+                continue
+            if cosine >= mine:
+                offer(near, near_cosines, me, numbers[query], cosine)
+                mine = max(lasts[me], near_cosines[me, last])
+            if cosine >= least[j]:
+                offer(lists, cosines, query, first + me, cosine)
+                least[j] = cosines[query, last]
 
 
 def merge_blocks(out: Path, blocks: list[Path], begin: int, end: int, width: int) -> dict[str, Any]:

@@ -26,9 +26,9 @@ import numpy as np
 from eclectus.tasks.compiled import compiled
 from eclectus.tasks.disk_matrix import PartMatrix
 
-OWN = 160
+OWN = 240
 NEAR = 12
-MOST_OVERLAP = 12
+MOST_OVERLAP = 16
 MOST_CENTRES = 256
 POINTS_PER_CENTRE = 64
 ROUNDS = 4
@@ -189,12 +189,34 @@ def assign_cells(
 
 def write_by_cell(out: Path, cells: np.ndarray, documents: np.ndarray) -> None:
     """Writes cell.npy, document.npy and place.npy. cells: int32 [n, overlap], of these documents [n]."""
-    place, line = np.nonzero(cells.T >= 0)
-    order = np.argsort(cells[line, place], kind="stable")
-    place, line = place[order], line[order]
-    np.save(out / "cell.npy", cells[line, place])
+    overlap = cells.shape[1]
+    keys = np.where(cells < 0, -1, cells.astype(np.int64) * overlap + np.arange(overlap)).ravel()
+    order = order_of(keys, int(keys.max(initial=-1)) + 1)
+    line, place = np.divmod(order, overlap)
+    np.save(out / "cell.npy", (keys[order] // overlap).astype(np.int32))
     np.save(out / "document.npy", documents[line].astype(np.int32))
     np.save(out / "place.npy", place.astype(np.int8))
+
+
+@compiled
+def order_of(keys: np.ndarray, count: int) -> np.ndarray:
+    """The positions of all keys of 0 or more, ascending by key, then by position, int64: a counting sort.
+
+    keys: int64 [n], below `count`.
+    """
+    slot = np.zeros(count + 1, np.int64)
+    for key in keys:
+        if key >= 0:
+            slot[key + 1] += 1
+    for key in range(count):
+        slot[key + 1] += slot[key]
+    order = np.empty(slot[count], np.int64)
+    for position in range(len(keys)):
+        key = keys[position]
+        if key >= 0:
+            order[slot[key]] = position
+            slot[key] += 1
+    return order
 
 
 def shares_a_cell(one: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import pytest
 
 from eclectus.tasks.disk_matrix import open_matrix
 from eclectus.tasks.grouping.cells import tree
-from eclectus.tasks.grouping.cells.chains import Chained, join_blocks, nearest_in_cells
+from eclectus.tasks.grouping.cells.chains import Chained, join_blocks, nearest_in_cells, positions_in
 from eclectus.tasks.grouping.group import GroupSettings, group
 from eclectus.tasks.grouping.neighbors import NeighborSettings, neighbors
 from tests.support.topics import make, topical, unit_vectors, write_documents, write_embeddings
@@ -45,6 +45,8 @@ def test_chains_by_blocks_are_as_alike_as_those_of_the_whole_partition(store):
     assert (np.diff(block) != 0).sum() == len(np.unique(block)) - 1
     cosines = (vectors[order["row"][1:]] * vectors[order["row"][:-1]]).sum(axis=1)
     assert np.allclose(order["similarity"][1:], cosines, atol=1e-5)
+    spans = by_blocks.statistics["similarity_within_instances"], by_blocks.statistics["adjacent_similarity"]
+    assert abs(spans[1] - cosines.mean()) < 0.002 and spans[0] > spans[1] - 0.01
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -100,3 +102,23 @@ def test_the_nearest_within_a_cell_are_those_of_brute_force():
         wanted = inside[np.argsort(-(vectors[rows[inside]] @ vectors[rows[position]]))[:5]]
         assert near[line].tolist() == wanted.tolist()
         assert np.allclose(cosines[line], vectors[rows[wanted]] @ vectors[rows[position]], atol=1e-6)
+
+
+def test_positions_in_a_block_are_those_of_its_rows():
+    random = np.random.default_rng(0)
+    here = np.sort(random.choice(1000, 300, replace=False))
+    lists = random.integers(-1, 1000, (200, 7)).astype(np.int32)
+    position = {row: number for number, row in enumerate(here.tolist())}
+    wanted = [[position.get(row, -1) for row in line] for line in lists.tolist()]
+    assert positions_in(here, lists, 1000).tolist() == wanted
+    assert positions_in(here[here == 999], lists, 1000).tolist() == [
+        [0 if row == 999 and 999 in position else -1 for row in line] for line in lists.tolist()
+    ]
+
+
+def test_similarities_to_the_document_before_follow_a_chain_that_is_turned_round():
+    rows, before = np.arange(4), np.array([np.nan, 0.1, np.nan, 0.3], np.float32)
+    chained = Chained(rows, np.array([True, False, True, False]), np.zeros(4), before)
+    assert np.array_equal(chained.turned().before, np.array([np.nan, 0.3, np.nan, 0.1], np.float32), equal_nan=True)
+    assert np.array_equal(chained.turned().turned().before, before, equal_nan=True)
+    assert np.isnan(Chained(rows, np.ones(4, bool), np.zeros(4)).before).all()

@@ -7,12 +7,13 @@ import pytest
 
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.disk_matrix import open_matrix
-from eclectus.tasks.documents.table import read_table
 from eclectus.tasks.grouping.cells import search as module
-from eclectus.tasks.grouping.cells.partition import consecutive, representatives
-from eclectus.tasks.grouping.cells.search import cells_of, merge_lines, search_block, within_by_torch
-from eclectus.tasks.grouping.cells.tree import MOST_OVERLAP, shares_a_cell
+from eclectus.tasks.grouping.cells.corpus import representatives
+from eclectus.tasks.grouping.cells.partition import consecutive
+from eclectus.tasks.grouping.cells.search import cells_of, entries, merge_lines, search_block, within_by_torch
+from eclectus.tasks.grouping.cells.tree import MOST_OVERLAP, order_of, shares_a_cell, write_by_cell
 from eclectus.tasks.grouping.neighbors import NeighborSettings, neighbors
+from tests.support.neighbor_lists import check, lists, recall
 from tests.support.topics import make, topical, unit_vectors, write_documents, write_embeddings
 
 
@@ -21,29 +22,6 @@ def search(store, vectors, counts=None, parts=2, **settings):
     ask = {"curation_workers": 1, "neighbors_k": 10, "neighbors_exact_below": 100, **settings}
     embeddings = write_embeddings(store, vectors)
     return make(store, neighbors, documents=documents, embeddings=embeddings, settings=NeighborSettings(**ask))
-
-
-def lists(artifact):
-    return open_matrix(artifact, "neighbors")[:], open_matrix(artifact, "similarities")[:]
-
-
-def check(artifact, vectors):
-    """Every list: best first, no document twice nor in its own list, the similarities true."""
-    rows, similarities = lists(artifact)
-    for row, (near, cosines) in enumerate(zip(rows, similarities, strict=True)):
-        there = near[near >= 0]
-        assert (near[: len(there)] >= 0).all() and np.isnan(cosines[len(there) :]).all()
-        assert len(np.unique(there)) == len(there) and row not in there
-        assert (np.diff(cosines[: len(there)]) <= 0).all()
-        assert np.allclose(cosines[: len(there)], vectors[there] @ vectors[row], atol=1e-5)
-
-
-def recall(artifact, vectors):
-    """Share of the exact neighbours that are listed, or as near as the last of them."""
-    products = vectors @ vectors.T
-    np.fill_diagonal(products, -np.inf)
-    last = -np.sort(-products, axis=1)[:, 9:10]
-    return float((lists(artifact)[1] >= last - 1e-5).mean())
 
 
 def test_cells_find_the_neighbours_that_the_target_asks_for_and_report_how_many(store):
@@ -137,7 +115,7 @@ def test_a_recall_below_the_target_is_reported_with_what_to_set(run):
     settings = NeighborSettings(neighbors_exact_below=10, neighbors_recall_target=1.0, curation_workers=1)
     neighbors(documents=documents, embeddings=write_embeddings(run.home.store, vectors), settings=settings)
     assert "neighbors_recall_target is 100.0%" in heard[0] and "neighbors_exact_below above 6,000" in heard[0]
-    assert "at most 12" in heard[0] and "CPU hours" in heard[0]
+    assert f"at most {MOST_OVERLAP}" in heard[0] and "CPU hours" in heard[0]
 
 
 @pytest.mark.slow
@@ -178,8 +156,6 @@ def test_a_block_that_is_searched_by_torch_has_the_same_cosines(store, tmp_path)
 
 
 def write_cells(folder, cells):
-    from eclectus.tasks.grouping.cells.tree import write_by_cell
-
     folder.mkdir()
     write_by_cell(folder, cells, np.arange(len(cells)))
 
@@ -213,82 +189,25 @@ def test_consecutive_items_are_taken_together_up_to_a_limit():
     assert consecutive(np.array([0]), 6) == [(0, 1)]
 
 
-def grown(store, rows, vectors, parts=2, **settings):
-    """Neighbours of these documents with these vectors, in the run under way; `embedding_key` marks one model."""
-    documents = write_documents(store, rows, parts)
-    ids = read_table(documents, ["document"])["document"].to_pylist()
-    ask = {"curation_workers": 1, "neighbors_k": 10, "neighbors_exact_below": 200, **settings}
-    embeddings = write_embeddings(store, vectors, ids, "one model")
-    return neighbors(documents=documents, embeddings=embeddings, settings=NeighborSettings(**ask))
+def test_a_counting_sort_is_the_stable_order_of_keys_that_are_not_negative():
+    keys = np.random.default_rng(0).integers(-2, 40, 3000)
+    order = np.argsort(keys, kind="stable")
+    assert order_of(keys, 50).tolist() == order[keys[order] >= 0].tolist()
+    assert order_of(np.empty(0, np.int64), 0).tolist() == []
 
 
-def described(artifact, name="en"):
-    return next(each for each in artifact.statistics["partitions"] if each["partition"] == name)
-
-
-@pytest.mark.parametrize("how", ["appended", "anywhere", "with copies"])
-def test_lists_of_a_grown_corpus_are_updated_and_as_good(run, how):
-    rows, vectors = topical({"en/sea": 2900, "el/sea": 90}, words=3), unit_vectors(2990, 16, clusters=200)
-    before = np.arange(2950)
-    if how == "anywhere":
-        before = np.sort(np.random.default_rng(0).permutation(2990)[:2950])
-    if how == "with copies":
-        vectors[2960:2980], vectors[100:104] = vectors[7], vectors[9]
-        vectors[2985] = vectors[9]
-    first = grown(run.home.store, [rows[i] for i in before], vectors[before])
-    second = grown(run.home.store, rows, vectors, 3)
-    check(second, vectors)
-    assert second.statistics["updated_from"] == first.name
-    assert 0 < described(second)["updated"] <= 60 and described(second)["recall"] > 0.97
-    fresh = grown(run.home.store, rows, vectors, 3, neighbors_growth=0)
-    english = np.load(second.file("partition.npy")) == 1
-    assert recall_within(second, vectors, english) > 0.97
-    greek = np.flatnonzero(~english)
-    assert np.array_equal(lists(second)[0][greek], lists(fresh)[0][greek])
-    if how == "with copies":
-        assert english[[7, 9, 102, 2960, 2961, 2962, 2985]].all()
-        assert lists(second)[0][2960].tolist()[:3] == [7, 2961, 2962] and 2985 in lists(second)[0][102]
-
-
-def recall_within(artifact, vectors, here):
-    products = vectors[here] @ vectors[here].T
-    np.fill_diagonal(products, -np.inf)
-    last = -np.sort(-products, axis=1)[:, 9:10]
-    return float((lists(artifact)[1][here] >= last - 1e-5).mean())
-
-
-def test_documents_whose_neighbours_were_removed_are_searched_again_in_their_cells(run):
-    rows, vectors = topical({"en/sea": 3000}, words=3), unit_vectors(3000, 16, clusters=200)
-    grown(run.home.store, rows, vectors)
-    left = np.delete(np.arange(3000), [5, 100, 2000])
-    second = grown(run.home.store, [rows[i] for i in left], vectors[left])
-    check(second, vectors[left])
-    assert 0 < described(second)["updated"] < 100
-    assert recall(second, vectors[left]) > 0.97
-    again = grown(run.home.store, rows, vectors, neighbors_growth=0.2)
-    assert "updated" not in described(again)
-
-
-def test_a_partition_that_grew_much_is_searched_again_and_one_without_news_is_kept(run):
-    rows, vectors = topical({"en/sea": 2000}, words=3), unit_vectors(2100, 16, clusters=200)
-    rows += topical({"el/sea": 100}, words=3)
-    some = np.concatenate([np.arange(1000), np.arange(2000, 2100)])
-    grown(run.home.store, [rows[i] for i in some], vectors[some])
-    second = grown(run.home.store, rows, vectors)
-    assert "updated" not in described(second) and described(second, "el")["updated"] == 0
-    fresh = grown(run.home.store, rows, vectors, neighbors_growth=0)
-    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(lists(second), lists(fresh), strict=True))
-    third = grown(run.home.store, rows, vectors, neighbors_growth=0.05)
-    assert third.statistics["updated_from"] is None
-
-
-@pytest.mark.usefixtures("run")
-def test_an_update_of_an_update_keeps_its_recall(run):
-    rows, vectors = topical({"en/sea": 3000}, words=3), unit_vectors(3000, 16, clusters=200)
-    for count in (2850, 2900, 2950, 3000):
-        artifact = grown(run.home.store, rows[:count], vectors[:count])
-    check(artifact, vectors)
-    assert described(artifact)["updated"] >= 50 and recall(artifact, vectors) > 0.96
+def test_entries_of_parts_are_in_order_of_cell_place_and_document(tmp_path):
+    random = np.random.default_rng(0)
+    cells = np.array([random.permutation(30)[:4] for _ in range(500)], np.int32)
+    cells[::7, 3] = -1
+    for number, (begin, end) in enumerate([(0, 200), (200, 201), (201, 500)]):
+        (tmp_path / str(number)).mkdir()
+        write_by_cell(tmp_path / str(number), cells[begin:end], np.arange(begin, end))
+    parts = [tmp_path / str(number) for number in range(3)]
+    cell, documents, position, place = entries(parts, 5, 20)
+    brute = sorted((c, p, d) for d, line in enumerate(cells.tolist()) for p, c in enumerate(line) if 5 <= c < 20)
+    assert list(zip(cell.tolist(), place.tolist(), documents[position].tolist(), strict=True)) == brute
+    assert (np.diff(documents) > 0).all() and len(np.unique(position)) == len(documents)
 
 
 def test_a_gpu_that_is_not_there_is_one_clear_line(store, monkeypatch):
