@@ -9,7 +9,6 @@ Cost: one read of every file at commit and at `verify`, about 1 to 2 GB/s per co
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -45,6 +44,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 # A file that changed this long ago has another time stamp when it changes again; some file systems count in 2 seconds.
 SETTLED_SECONDS = 3
+MOST_HASHED = 100_000
 EMPTY = "none"
 MANIFEST_FIELDS = {"kind", "digest", "schema", "created", "rows", "bytes", "statistics", "files", "seal"}
 
@@ -301,14 +301,42 @@ def hash_unchanged(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read once per process for as long as the file is not written.
 
     Whoever writes into a file, or puts another one in its place, changes its inode or its change time, which no program
-    can set back. A file that changed just now is read again every time: its next change may have the same times.
+    can set back. A file that changed just now is read again every time: its next change may have the same times. One
+    that `link` gave another name has changed too, but is known. Names of one file count as one.
     """
     status = os.stat(path)
-    if not is_settled(status):
-        return hash_file(path)
-    return _hash_settled(
-        str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-    )
+    known = _HASHED.get(_identity(status))
+    if known is None:
+        known = hash_file(path)
+        if is_settled(status):
+            _remember(status, known)
+    return known
+
+
+def link(source: Path, target: Path) -> None:
+    """Gives a file another name, a hard link. What `hash_unchanged` knows of it stays known. Raises OSError."""
+    status = os.stat(source)
+    digest = hash_unchanged(source)
+    unchanged = _identity(os.stat(source)) == _identity(status)
+    os.link(source, target)
+    linked = os.stat(target)
+    if unchanged and _identity(linked)[:-1] == _identity(status)[:-1]:
+        _remember(linked, digest)
+
+
+_HASHED: dict[tuple[int, ...], str] = {}
+"""Digests of files, by `_identity`."""
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """What changes with a file: device, inode, size, times of its last modification and of its last change."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _remember(status: os.stat_result, digest: str) -> None:
+    if len(_HASHED) >= MOST_HASHED:
+        _HASHED.clear()
+    _HASHED[_identity(status)] = digest
 
 
 def hash_all(paths: Iterable[Path]) -> list[str]:
@@ -320,11 +348,6 @@ def hash_all(paths: Iterable[Path]) -> list[str]:
 def is_settled(status: os.stat_result) -> bool:
     """Whether a later change of the file shows in its times: they are not those of this moment."""
     return max(status.st_mtime, status.st_ctime) < time.time() - SETTLED_SECONDS
-
-
-@functools.lru_cache(maxsize=100_000)
-def _hash_settled(path: str, *_: int) -> str:
-    return hash_file(Path(path))
 
 
 def read_manifest(place: Path) -> dict[str, Any]:
@@ -348,7 +371,7 @@ def write_json(path: Path, value: Any) -> None:
 def _hash_files(root: Path) -> list[dict[str, Any]]:
     paths = sorted(path for path in root.rglob("*") if path.is_file() and path != root / MANIFEST)
     return [
-        {"name": path.relative_to(root).as_posix(), "bytes": path.stat().st_size, "sha256": hash_file(path)}
+        {"name": path.relative_to(root).as_posix(), "bytes": path.stat().st_size, "sha256": hash_unchanged(path)}
         for path in paths
     ]
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eclectus.storage.artifact import MANIFEST, hash_file, hash_unchanged, write_json
+from eclectus.storage.artifact import MANIFEST, hash_file, hash_unchanged, link, write_json
 from eclectus.storage.atomic_write import temporary_folder
 from eclectus.storage.disk_full import no_room
 from eclectus.storage.home import Home
@@ -257,7 +257,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     """`target` with the content of `source`, which is never written again: a hard link where the disk can."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, target)
+        link(source, target)
     except OSError:
         shutil.copyfile(source, target)
 

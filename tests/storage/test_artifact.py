@@ -1,8 +1,11 @@
 import json
+import os
 import shutil
+import time
 
 import pytest
 
+from eclectus.storage import artifact as artifact_module
 from eclectus.storage.artifact import MANIFEST
 from eclectus.storage.errors import EclectusError
 
@@ -79,3 +82,22 @@ def test_an_artifact_is_found_by_name_digest_start_and_path(home):
 
 def test_the_manifest_is_plain_json(home):
     assert json.loads(made(home.store).file(MANIFEST).read_text())["kind"] == "documents"
+
+
+def test_a_file_that_gets_another_name_is_not_read_again_and_a_change_through_any_name_is_seen(tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"one" * 1000)
+    os.utime(source, (1, 1))
+    read, real = [], artifact_module.hash_file
+    monkeypatch.setattr(artifact_module, "hash_file", lambda path: read.append(path) or real(path))
+    artifact_module.link(source, target)
+    digest = real(source)
+    assert [artifact_module.hash_unchanged(path) for path in (target, source, target)] == [digest] * 3
+    assert read == [source]
+    time.sleep(0.02)
+    with open(source, "r+b") as handle:
+        handle.write(b"two")
+    os.utime(source, (1, 1))
+    assert artifact_module.hash_unchanged(target) == real(source) != digest
+    with pytest.raises(FileExistsError):
+        artifact_module.link(source, target)

@@ -1,6 +1,8 @@
 """Lists of a corpus that has grown: as good as those of a search, and only what is new is looked at."""
 
+import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,6 +159,19 @@ def test_new_documents_and_those_of_their_cells_find_each_other_as_by_comparing_
         if others:
             wanted[i] = sorted(others, key=lambda j: -(unit[i] @ unit[j]))[:width]
     assert {d: [j for j in line if j >= 0] for d, line in zip(documents.tolist(), near.tolist(), strict=True)} == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_head")
+def test_workers_change_no_bit_of_an_update(run):
+    """Slow: Ray."""
+    rows, vectors = topical({"en/sea": 1500, "el/sea": 120}, words=3), unit_vectors(1620, 16, clusters=100)
+    grown(run.home.store, rows[:1590], vectors[:1590])
+    alone = grown(run.home.store, rows, vectors, 3)
+    for folder in (Path(alone.path), run.home.work / "parts"):
+        shutil.rmtree(folder)
+    spread = grown(run.home.store, rows, vectors, 3, curation_workers=2)
+    assert spread.digest == alone.digest and described(spread)["updated"] > 20
 
 
 def test_of_a_crowded_cell_the_nearest_are_taken_first():
