@@ -129,7 +129,10 @@ def _search_in_parts(
     if earlier:
         then = json.loads(earlier.artifact.file("partitions.json").read_text())
         carried = Carried.of(corpus, earlier.artifact, then, earlier.to_new)
-    small, grown, by_cells, searched = [], [], [], []
+    small: list[Partition] = []
+    grown: list[Partition] = []
+    by_cells: list[Searched] = []
+    searched: list[dict[str, Any]] = []
     as_before = np.zeros(len(labels), bool)
     for name, rows in zip(names, rows_by_label(labels, len(names)), strict=True):
         usable = rows[hashes[rows] != 0]

@@ -57,7 +57,8 @@ class Carried:
         to_old = np.full(int(corpus.begins[-1]), -1, np.int64)
         to_old[to_new[to_new >= 0]] = np.flatnonzero(to_new >= 0)
         shared = corpus.publish("rows then and now", "", {"to_old": to_old, "to_new": to_new})
-        files = {name: matrix_files(artifact, name) for name in ("neighbors", "similarities")} | {"rows": shared}
+        files: dict[str, Any] = {name: matrix_files(artifact, name) for name in ("neighbors", "similarities")}
+        files["rows"] = shared
         calls = [
             ({"files": files, "begin": begin, "end": end}, end - begin)
             for begin, end in pairwise(corpus.begins.tolist())
