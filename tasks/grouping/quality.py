@@ -19,8 +19,7 @@ import numpy as np
 from eclectus.tasks.grouping.nearest import Matrix, unit
 
 PAIRS = 200_000
-NUMBERS = 2**24
-"""Of the embeddings that are read at a time."""
+BLOCK = 32_768
 
 BINS = 48
 EDGES = (-0.2, 1.0)
@@ -29,17 +28,12 @@ EDGES = (-0.2, 1.0)
 def pair_similarities(vectors: Matrix, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosines float32 [P] of the rows a [P] with the rows b [P]; NaN if one has no embedding."""
     cosines = np.empty(len(a), np.float32)
-    step = _rows_at_a_time(vectors)
     with np.errstate(invalid="ignore", divide="ignore"):
-        for begin in range(0, len(a), step):
-            part = slice(begin, begin + step)
+        for begin in range(0, len(a), BLOCK):
+            part = slice(begin, begin + BLOCK)
             both = unit(vectors, np.concatenate([a[part], b[part]]))
             cosines[part] = np.einsum("nd,nd->n", both[: len(both) // 2], both[len(both) // 2 :])
     return cosines
-
-
-def _rows_at_a_time(vectors: Matrix) -> int:
-    return max(1_024, NUMBERS // max(1, int(vectors.shape[1])))
 
 
 def adjacent_similarities(vectors: Matrix, order: np.ndarray, known: np.ndarray) -> np.ndarray:

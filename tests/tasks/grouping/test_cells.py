@@ -8,6 +8,7 @@ import pytest
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.disk_matrix import open_matrix
 from eclectus.tasks.grouping.cells import search as module
+from eclectus.tasks.grouping.cells import tree
 from eclectus.tasks.grouping.cells.corpus import representatives
 from eclectus.tasks.grouping.cells.partition import consecutive
 from eclectus.tasks.grouping.cells.search import cells_of, entries, merge_lines, search_block, within_by_torch
@@ -100,7 +101,8 @@ def test_documents_without_an_embedding_have_no_cell_and_are_no_neighbours(store
     assert (open_matrix(artifact, "cells")[:][gone] == -1).all()
 
 
-def test_a_recall_below_the_target_is_reported_with_what_to_set(run):
+def test_a_recall_below_the_target_is_reported_with_what_to_set(run, monkeypatch):
+    monkeypatch.setattr(tree, "OWN", 40)
     heard = []
     run.displays.append(
         SimpleNamespace(

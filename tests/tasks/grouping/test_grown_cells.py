@@ -92,7 +92,7 @@ def test_the_sample_of_a_grown_corpus_has_exact_neighbours_and_new_documents(run
 def test_small_languages_that_lost_and_won_documents_have_the_lists_of_a_search(run):
     rows = topical({"en/sea": 500, "el/sea": 120, "zh/law": 60}, words=3)
     vectors = unit_vectors(680, 8)
-    vectors[1:40], vectors[9] = vectors[0], 0
+    vectors[1:5], vectors[9] = vectors[0], 0
     order = np.random.default_rng(0).permutation(680)[:670]
     grown(run.home.store, rows[:640], vectors[:640], neighbors_growth=0.9)
     second, fresh = (
