@@ -15,6 +15,7 @@ from eclectus.storage.artifact import Artifact
 
 RESIDENT_BYTES = 256 * 2**20
 AROUND = 16 * 4096
+PIECE = 4_096
 
 
 def create_matrix(path: Path, dtype: Any, shape: tuple[int, int]) -> np.memmap:
@@ -71,8 +72,10 @@ class PartMatrix:
         bounds = np.searchsorted(flat, self.begins).tolist()
         for part, begin, (first, last) in zip(self._parts, self.begins.tolist(), pairwise(bounds), strict=False):
             if last > first:
-                here, lines = flat[first:last] - begin, slice(first, last)
-                out[lines if order is None else order[lines]] = part[here]
+                here = flat[first:last] - begin
+                for start in range(0, len(here), PIECE):
+                    lines = slice(first + start, min(first + start + PIECE, last))
+                    out[lines if order is None else order[lines]] = part[here[start : start + PIECE]]
                 # A row brings in its page, and the kernel up to 15 around it.
                 around = np.diff(here * (part.nbytes // len(part)) // AROUND) > 0
                 self._give_back(min(part.nbytes, AROUND * (1 + int(around.sum()))))

@@ -175,10 +175,10 @@ def insert_fresh(
     products: np.ndarray,
     lasts: np.ndarray,
     numbers: np.ndarray,
-    first: int,
+    own: np.ndarray,
 ) -> None:
     """Offers documents [d] to the lists of the queries [q], which are fresh, and queries to documents whose list ends
-    with less, `lasts`. products: [d, q]. numbers: of the queries; document 0 has the number `first`."""
+    with less, `lasts`. products: [d, q]. numbers: of all queries; own: of all documents."""
     last = near.shape[1] - 1
     least = np.empty(len(queries), np.float32)
     for j in range(len(queries)):
@@ -191,13 +191,13 @@ def insert_fresh(
             if cosine < mine and cosine < least[j]:
                 continue
             query = queries[j]
-            if numbers[query] == first + me:
+            if numbers[query] == own[me]:
                 continue
             if cosine >= mine:
                 offer(near, near_cosines, me, numbers[query], cosine)
                 mine = max(lasts[me], near_cosines[me, last])
             if cosine >= least[j]:
-                offer(lists, cosines, query, first + me, cosine)
+                offer(lists, cosines, query, own[me], cosine)
                 least[j] = cosines[query, last]
 
 
