@@ -20,7 +20,6 @@ from eclectus.tasks.grouping.nearest import Matrix, unit
 
 PAIRS = 200_000
 BLOCK = 32_768
-
 BINS = 48
 EDGES = (-0.2, 1.0)
 

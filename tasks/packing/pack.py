@@ -16,7 +16,6 @@ million documents of 450 characters; the rest takes a tenth of it.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Literal, cast
 
 import numpy as np
@@ -29,6 +28,7 @@ from eclectus.tasks.disk_matrix import PartMatrix, open_embeddings, open_ids
 from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.documents.table import labels_of
 from eclectus.tasks.documents.table import parts as parts_of
+from eclectus.tasks.grouping.nearest import Rows
 from eclectus.tasks.grouping.quality import instance_quality
 from eclectus.tasks.over_parts import DESCRIPTION, Done, Part, forget, key_of, link_or_copy, over_parts
 from eclectus.tasks.packing.document_tokens import tokenize
@@ -206,7 +206,7 @@ def _quality(part: Done, count: int, settings: PackSettings, embeddings: Artifac
     domains = np.zeros(len(rows), np.int64)
     domains[position] = domain
     instance = table["instance"].to_numpy()
-    chosen = _Chosen(open_embeddings(embeddings), rows)
+    chosen = Rows(open_embeddings(embeddings), rows)
     return instance_quality(
         cast(np.ndarray, chosen),
         position,
@@ -226,14 +226,3 @@ def _rows_of(wanted: np.ndarray, ids: PartMatrix) -> np.ndarray:
         found = np.flatnonzero(position >= 0)
         rows[order[position[found]]] = begin + found
     return rows
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """Some rows of a matrix, as a matrix that is read by row numbers."""
-
-    matrix: PartMatrix
-    rows: np.ndarray
-
-    def __getitem__(self, wanted: np.ndarray) -> np.ndarray:
-        return self.matrix[self.rows[wanted]]
