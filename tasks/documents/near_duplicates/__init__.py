@@ -42,6 +42,7 @@ from eclectus.tasks.documents.near_duplicates.overlaps import (
     merge,
     shingle,
 )
+from eclectus.tasks.documents.near_duplicates.sketches import ROWS as SKETCHES
 from eclectus.tasks.documents.near_duplicates.sketches import sketch_key, sketched_parts
 from eclectus.tasks.documents.shingles import MEASURE
 from eclectus.tasks.documents.table import first_rows, parts
@@ -139,7 +140,7 @@ class _Comparison:
                     "share": (number, ranges),
                     "before": banded.folder if banded else None,
                 }
-                band_key = key_of("band 2", self.key, begin, together, number, ranges)
+                band_key = key_of("band 3", self.key, begin, together, number, ranges)
                 size = len(bands[begin : begin + together]) * self.count // ranges
                 work.append(Part(band_key, arguments, size, f"bands from byte {bands[begin]}"))
         return over_parts(band_pairs, work, "looking for candidates", "sketches", seconds=seconds, workers=self.workers)
@@ -191,10 +192,12 @@ class _Comparison:
         known = carried.folder if carried else None
         work = [
             Part(
-                key_of("merge", self.key, number),
+                key_of("merge 2", self.key, number),
                 {
                     "candidates": [each.file(PAIRS) for each in bands],
                     "known": known,
+                    "sketches": [folder / SKETCHES for folder in self.sketched],
+                    "threshold": self.threshold,
                     "begin": begin,
                     "end": end,
                     "count": self.count,

@@ -24,6 +24,7 @@ from eclectus.tasks.disk_matrix import PartMatrix, mapped
 from eclectus.tasks.documents.near_duplicates.changed import (
     MULTIPLIER,
     Changed,
+    ascending,
     read_bytes,
     without,
     write_band_pairs,
@@ -80,9 +81,9 @@ def band_pairs(
         order, starts = _groups(members, columns, band)
         del columns
         pairs = _pairs(order, starts, rows, rank_N, threshold)
-        found.append(np.union1d(pairs, without(kept, members, len(rank_N))) if len(kept) else pairs)
+        found.append(ascending([pairs, without(kept, members, len(rank_N))]) if len(kept) else pairs)
     write_band_pairs(out, found)
-    pairs = np.unique(np.concatenate([np.empty(0, np.int64), *found]))
+    pairs = ascending(found)
     np.save(out / PAIRS, pairs)
     return {"pairs": len(pairs)}
 
@@ -125,25 +126,44 @@ def _not_alone(key: np.ndarray, rank: np.ndarray, share: tuple[int, int]) -> np.
 
 
 def _pairs(order: np.ndarray, starts: np.ndarray, rows: PartMatrix, rank: np.ndarray, threshold: float) -> np.ndarray:
-    """The candidates among groups of rows, as `lower row * N + higher row`, int64 [P], sorted, unique."""
-    shares = np.arange(BINS + 1) / BINS
-    # Two of a large group that surely repeat its first need not be compared with each other.
-    least, sure = (int(np.searchsorted(shares, each)) for each in (threshold - MARGIN, threshold + MARGIN))
-    group = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(order))))
-    first = _firsts(order, starts, rank)
-    large = np.diff(np.append(starts, len(order))) > NEXT_IN_GROUP
-    found = [np.empty(0, np.int64)]
+    """The candidates among groups of rows, as `lower row * N + higher row`, int64 [P], sorted, unique.
+
+    Of small groups all pairs: most are found in many bands, and `far_apart` looks at each of them once.
+    """
+    sizes = np.diff(np.append(starts, len(order)))
+    small = sizes <= NEXT_IN_GROUP
+    found = [_all_pairs(order, starts[small], sizes[small], len(rank))]
+    in_large = np.repeat(~small, sizes)
+    order, sizes = order[in_large], sizes[~small]
+    first = _firsts(order, np.cumsum(sizes) - sizes, rank)
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    least, sure = _equal_bytes(threshold)
     for begin in range(0, len(order), COMPARED_AT_A_TIME):
         end, before = min(begin + COMPARED_AT_A_TIME, len(order)), max(0, begin - NEXT_IN_GROUP + 1)
         here, groups = order[before:end], group[before:end]
         names, number = np.unique(first[groups], return_inverse=True)
         found.append(
-            _near(
-                rows[here], rows[names], number, here, names, groups, large[groups],
-                begin - before, least, sure, len(rank),
-            )
-        )  # fmt: skip
-    return np.unique(np.concatenate(found))
+            _near(rows[here], rows[names], number, here, names, groups, begin - before, least, sure, len(rank))
+        )
+    return ascending(found)
+
+
+def far_apart(pairs: np.ndarray, sketches: PartMatrix, threshold: float) -> np.ndarray:
+    """Which of these pairs, `lower row * N + higher row`, are estimated far below the threshold, bool [P]."""
+    out = np.empty(len(pairs), bool)
+    for begin in range(0, len(pairs), COMPARED_AT_A_TIME):
+        lower, higher = np.divmod(pairs[begin : begin + COMPARED_AT_A_TIME], len(sketches))
+        documents, place = np.unique(np.concatenate([lower, higher]), return_inverse=True)
+        one, other = np.split(place, 2)
+        out[begin : begin + len(lower)] = _equal(sketches[documents], one, other) < _equal_bytes(threshold)[0]
+    return out
+
+
+def _equal_bytes(threshold: float) -> tuple[int, int]:
+    """Equal bytes of a pair that may reach the threshold, at least, and of one that surely does."""
+    shares = np.arange(BINS + 1) / BINS
+    least, sure = (int(np.searchsorted(shares, each)) for each in (threshold - MARGIN, threshold + MARGIN))
+    return least, sure
 
 
 @compiled
@@ -171,6 +191,31 @@ def _firsts(order: np.ndarray, starts: np.ndarray, rank: np.ndarray) -> np.ndarr
 
 
 @compiled
+def _all_pairs(order: np.ndarray, starts: np.ndarray, sizes: np.ndarray, count: int) -> np.ndarray:
+    """All pairs of rows within each of these groups."""
+    out = np.empty((sizes * (sizes - 1)).sum() // 2, np.int64)
+    found = 0
+    for group in range(len(starts)):
+        for at in range(starts[group], starts[group] + sizes[group]):
+            for before in range(starts[group], at):
+                out[found] = min(order[at], order[before]) * count + max(order[at], order[before])
+                found += 1
+    return out
+
+
+@compiled
+def _equal(sketches: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Equal bytes of pairs of these sketches, int32 [P]."""
+    out = np.empty(len(one), np.int32)
+    for pair in range(len(one)):
+        same = np.int32(0)
+        for byte in range(256):
+            same += sketches[one[pair], byte] == sketches[other[pair], byte]
+        out[pair] = same
+    return out
+
+
+@compiled
 def _near(
     sketches: np.ndarray,
     first_sketches: np.ndarray,
@@ -178,15 +223,15 @@ def _near(
     rows: np.ndarray,
     first_rows: np.ndarray,
     group: np.ndarray,
-    large: np.ndarray,
     begin: int,
     least: int,
     sure: int,
     count: int,
 ) -> np.ndarray:
-    """Pairs of documents from `begin` on with their group's first and with those before them.
+    """Pairs of documents of large groups from `begin` on with their group's first and with those before them.
 
-    number: of the group's first among first_sketches and first_rows. least, sure: equal bytes.
+    number: of the group's first among first_sketches and first_rows. least, sure: equal bytes. Two that surely repeat
+    the first need not be compared with each other.
     """
     out = np.empty(len(rows) * 4, np.int64)
     with_first = np.zeros(len(rows), np.int64)
@@ -205,7 +250,7 @@ def _near(
         for before in range(max(0, at - 3), at):
             if group[before] != group[at]:
                 continue
-            if large[at] and with_first[at] >= sure and with_first[before] >= sure:
+            if with_first[at] >= sure and with_first[before] >= sure:
                 continue
             same = np.int32(0)
             for byte in range(256):

@@ -44,6 +44,12 @@ def read_band_pairs(folder: Path) -> list[np.ndarray]:
     return np.split(pairs, ends[:-1])
 
 
+def ascending(pairs: Sequence[np.ndarray]) -> np.ndarray:
+    """All of these pairs, int64, sorted, each once. np.unique hashes them first, which costs 20 times a sort."""
+    every = np.sort(np.concatenate([np.empty(0, np.int64), *pairs]))
+    return every[np.concatenate([[True], every[1:] != every[:-1]])[: len(every)]]
+
+
 def without(pairs: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
     """Those of these pairs, `lower row * count + higher row`, of which the lower row is none of `rows`, ascending."""
     lower = pairs // count
@@ -89,7 +95,7 @@ class Changed:
         columns: of each part, uint8 [BINS, n]. rank: int [N], below 0 are documents that are not compared.
         """
         changed = read_bytes(columns, band, self.fresh), read_bytes([self.gone], band)
-        keys = np.unique(np.concatenate(changed))
+        keys = np.sort(np.concatenate(changed))
         bits = max(10, int(SLOTS_PER_KEY * len(keys)).bit_length())
         table = np.zeros(1 << bits, np.bool_)
         _mark(table, keys, np.uint64(64 - bits))

@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from eclectus.storage.artifact import Artifact
-from eclectus.tasks.disk_matrix import mapped
-from eclectus.tasks.documents.near_duplicates.candidates import PAIRS
+from eclectus.tasks.disk_matrix import PartMatrix, mapped
+from eclectus.tasks.documents.near_duplicates.candidates import PAIRS, far_apart
+from eclectus.tasks.documents.near_duplicates.changed import ascending
 from eclectus.tasks.documents.shingles import overlaps, shingle_sets
 from eclectus.tasks.documents.table import first_rows, parts
 from eclectus.tasks.over_parts import Done, Part, forget, key_of, over_parts
@@ -31,14 +32,24 @@ VALUES, BEGINS, OVERLAPS = "values.npy", "begins.npy", "overlaps.npy"
 SECONDS_SHINGLE = 15e-6
 
 
-def merge(out: Path, candidates: list[Path], known: Path | None, begin: int, end: int, count: int) -> dict[str, Any]:
+def merge(
+    out: Path,
+    candidates: list[Path],
+    known: Path | None,
+    sketches: list[Path],
+    threshold: float,
+    begin: int,
+    end: int,
+    count: int,
+) -> dict[str, Any]:
     """Pairs whose lower row is one of [begin, end): pairs.npy to compare, known.npy with known_overlaps.npy, and
     rows.npy, the documents of the former.
 
-    candidates: files of pairs as `lower * count + higher`, sorted. known: folder of pairs and overlaps.
+    candidates: files of pairs as `lower * count + higher`, sorted; those that their sketches (of each part) show to be
+    far apart are left out. known: folder of pairs and overlaps.
     """
     here = [_between(mapped(path), begin * count, end * count) for path in candidates]
-    found = np.unique(np.concatenate([np.empty(0, np.int64), *here]))
+    found = ascending(here)
     del here
     there = np.zeros(len(found), bool)
     measured = np.empty(0)
@@ -50,7 +61,8 @@ def merge(out: Path, candidates: list[Path], known: Path | None, begin: int, end
         there = pairs[position] == found if len(pairs) else there
         measured = values[position[there]] if len(pairs) else measured
     missing = found[~there]
-    rows = np.unique(np.concatenate([missing // count, missing % count])) if len(missing) else missing
+    missing = missing[~far_apart(missing, PartMatrix(sketches), threshold)]
+    rows = ascending([missing // count, missing % count]) if len(missing) else missing
     for name, each in ((PAIRS, missing), (KNOWN, found[there]), (KNOWN_OVERLAPS, measured), (ROWS, rows)):
         np.save(out / name, each)
     return {"pairs": len(missing), "known": int(there.sum())}
