@@ -15,6 +15,7 @@ from eclectus.tasks.grouping.group import GroupSettings, group
 from eclectus.tasks.grouping.neighbors import NeighborSettings, neighbors
 from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings, train_embedding
 from eclectus.tasks.packing.budget import BudgetSettings, budget
+from eclectus.tasks.packing.new_vocabulary import ExtendTokenizerSettings, extend_tokenizer
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.packing.replay import ReplaySettings, replay
 from eclectus.tasks.packing.tokenizer import TRAINED_HERE, TokenizerSettings, tokenizer
@@ -67,6 +68,8 @@ def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
         documents=documents, neighbors=nearest, embeddings=embeddings, settings=GroupSettings.of(parameters)
     )
     tokens = tokens or tokenizer(documents=documents, settings=chosen)
+    if parameters.extension_vocabulary:
+        tokens = extend_tokenizer(documents=documents, base=tokens, settings=ExtendTokenizerSettings.of(parameters))
     divided = documents
     if parameters.language_budgets or parameters.language_weights:
         documents = budget(documents=documents, tokenizer=tokens, settings=BudgetSettings.of(parameters))

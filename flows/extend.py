@@ -14,11 +14,13 @@ from eclectus.flows.run import name_repeats
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.lookup import check_before_work
+from eclectus.tasks.packing.new_vocabulary import check_extendable
 from eclectus.tasks.plan import NotMadeYet, Planned
 from eclectus.tasks.training.add_experts import AddExpertsSettings, add_experts, kind_of
 from eclectus.tasks.training.check_base import check_base_to_extend
 from eclectus.tasks.training.extend import ExtendStageSettings, recipe_of
 from eclectus.tasks.training.extend import extend as train
+from eclectus.tasks.training.extend_vocabulary import ExtendVocabularySettings, extend_vocabulary
 from eclectus.tasks.training.fetch_model import FetchSettings, fetch
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings, layer_similarity
 from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
@@ -46,9 +48,11 @@ def extend(parameters: ExtendParameters = ExtendParameters()) -> Extended:
         repeated = name_repeats({seed: each.checkpoints for seed, each in trained.items()})
         return replace(trained[parameters.seed_of_training], repeated=repeated)
     base, curated = _base(parameters)
-    start = recipe_of(parameters.extension_method).start
-    upcycled = _with_experts(parameters, base, curated) if start == "upcycled" else None
-    return Extended(curated, base, upcycled, train_on(upcycled or base, curated, parameters))
+    start = _with_new_words(parameters, base, curated)
+    upcycled = None
+    if recipe_of(parameters.extension_method).start == "upcycled":
+        upcycled = _with_experts(parameters, start, curated)
+    return Extended(curated, base, upcycled, train_on(upcycled or start, curated, parameters))
 
 
 def train_on(start: Artifact, curated: Curated, parameters: ExtendParameters) -> dict[str, Artifact]:
@@ -58,12 +62,15 @@ def train_on(start: Artifact, curated: Curated, parameters: ExtendParameters) ->
     own = recipe.mixed or recipe.trained != "post_pretrain" or recipe.start != "upcycled"
     shared: dict[str, Any] = {} if own else {"extension_method": "moe_lpr"}
     shared |= parameters.training
+    # Where there are new words, their share of the probability is measured on original text.
+    words: dict[str, Any] = {"documents": curated.documents} if parameters.extension_vocabulary else {}
     learned = train(
         label=f"train {'stage 1' if recipe.reviewed else recipe.title}{parameters.seed_label}",
         instances=curated.expanded,
         review=curated.review if recipe.mixed else None,
         checkpoint=start,
-        settings=ExtendStageSettings.of(parameters, extend_stage="post_pretrain", **shared),
+        settings=ExtendStageSettings.of(parameters, extend_stage="post_pretrain", new_words=bool(words), **shared),
+        **words,
     )
     if not recipe.reviewed:
         return {recipe.title: learned}
@@ -74,6 +81,7 @@ def train_on(start: Artifact, curated: Curated, parameters: ExtendParameters) ->
         instances=curated.review,
         checkpoint=learned,
         settings=ExtendStageSettings.of(parameters, extend_stage="review", **shared),
+        **words,
     )
     return {"stage 1": learned, "stage 2": reviewed}
 
@@ -89,7 +97,18 @@ def _base(parameters: ExtendParameters) -> tuple[Artifact, Curated]:
     if not Path(parameters.base_model).is_dir():
         # From the hub, or of a .gguf file: its config is known only now.
         check_before_work(check_base_to_extend, *wanted, base.path)
+    if parameters.extension_vocabulary and not isinstance(base, Planned):
+        check_before_work(check_extendable, base.path, parameters.base_model)
     return base, once(curate, CurateParameters.of(parameters, tokenizer=base.path))
+
+
+def _with_new_words(parameters: ExtendParameters, base: Artifact, curated: Curated) -> Artifact:
+    """The base with rows for the new tokens of its tokenizer, or itself if it gets none."""
+    if not parameters.extension_vocabulary:
+        return base
+    return extend_vocabulary(
+        checkpoint=base, tokenizer=curated.tokenizer, settings=ExtendVocabularySettings.of(parameters)
+    )
 
 
 def _fetch_base(settings: FetchSettings) -> Artifact:

@@ -27,9 +27,10 @@ from eclectus.tasks.grouping.group import GroupSettings
 from eclectus.tasks.grouping.nearest import NeighborSettings
 from eclectus.tasks.grouping.static_embedding import EmbeddingText, StaticEmbeddingSettings
 from eclectus.tasks.packing.budget import BudgetSettings, amounts
+from eclectus.tasks.packing.new_vocabulary import NewVocabularySettings
 from eclectus.tasks.packing.pack import PackSettings
 from eclectus.tasks.packing.replay import ReplaySettings
-from eclectus.tasks.packing.tokenizer import BeginSettings, TokenizerSettings
+from eclectus.tasks.packing.tokenizer import TRAINED_HERE, BeginSettings, TokenizerSettings
 from eclectus.tasks.promotion.new_documents import NewDocumentsSettings, RefreshSettings
 from eclectus.tasks.report.data_report import DataReportSettings
 from eclectus.tasks.report.report import ReportSettings
@@ -149,6 +150,7 @@ class CurateParameters(
     NeighborSettings,
     GroupSettings,
     TokenizerSettings,
+    NewVocabularySettings,
     BudgetSettings,
     ReplaySettings,
     PackSettings,
@@ -158,6 +160,9 @@ class CurateParameters(
 
     def check_together(self) -> None:
         super().check_together()
+        # Models that exist already have their new words.
+        if self.extension_vocabulary and not getattr(self, "evaluate_checkpoints", None):
+            self._check_new_words()
         wanted = [*self.original_languages, *self.expanded_languages]
         for name in ("language_budgets", "language_weights"):
             for language in amounts(getattr(self, name)):
@@ -166,6 +171,20 @@ class CurateParameters(
                         f"{name} names language '{language}', which is neither original nor expanded; take it out, or "
                         "add it to one of the two"
                     )
+
+    def _check_new_words(self) -> None:
+        """Raises EclectusError where there is no tokenizer to append tokens to, or no language to do it for."""
+        given = any(getattr(self, name, None) for name in ("base_model", "dense_start"))
+        if self.tokenizer == TRAINED_HERE and not given:
+            raise EclectusError(
+                f"extension_vocabulary is {self.extension_vocabulary}, but the tokenizer is trained here, on all "
+                "languages, and needs no new words; give the model that has one (base_model), or set it to 0"
+            )
+        if not self.expanded_languages:
+            raise EclectusError(
+                f"extension_vocabulary is {self.extension_vocabulary}, but expanded_languages is empty; name the "
+                "languages that get new words, or set it to 0"
+            )
 
 
 class RepeatSettings(Settings):
@@ -422,6 +441,7 @@ GROUPS: dict[str, tuple[type[Settings], ...]] = {
     "pre-training": (PretrainSettings,),
     "extension": (
         MethodSettings,
+        NewVocabularySettings,
         UpcycleSettings,
         AddExpertsSettings,
         LayerSimilaritySettings,

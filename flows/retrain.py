@@ -30,7 +30,7 @@ from eclectus.tasks.promotion.promote import past_decisions
 from eclectus.tasks.run import notify, require_run
 from eclectus.tasks.training.check_base import check_base_to_extend
 
-EXTENDING = ("upcycle", "add_experts", "extend")
+EXTENDING = ("extend_vocabulary", "upcycle", "add_experts", "extend")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def _train_first(parameters: RetrainParameters) -> _Trained:
 def _train_on(current: Artifact, parameters: RetrainParameters) -> _Trained:
     """Like `_train_first`, from the current champion; the models include the champion and its dense base."""
     made = _history([current.digest])
-    curated = once(curate, CurateParameters.of(parameters, tokenizer=current.path))
+    # The champion has its new words already; their rows train on.
+    curated = once(curate, CurateParameters.of(parameters, tokenizer=current.path, extension_vocabulary=0))
     fresh = refresh(documents=curated.documents, seen=_packed(made), settings=RefreshSettings.of(parameters))
     # The last, shorter instance is padded: with few new documents, dropping it could drop all of them.
     expanded = pack(

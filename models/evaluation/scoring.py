@@ -138,13 +138,15 @@ def score(
     report_progress: Callable[[int, int], None],
     kept: Path | None = None,
     by_prompt: bool = False,
+    closed_from: int | None = None,
 ) -> Sums:
     """Scores all windows; the processes divide them, and all get the same sums.
 
     batch: windows per forward pass, fewer if their logits would be more than LOGITS_AT_ONCE numbers.
     report_progress: called with (windows done, windows to do) of this process. kept: a directory where the sums so far
     are written every KEEP_EVERY batches, from which interrupted scoring resumes. by_prompt: route a Lory model once per
-    window, by its context alone (docs/methods.md 1.4), and collect no routing statistics. Raises NotFinite.
+    window, by its context alone (docs/methods.md 1.4), and collect no routing statistics. closed_from: in windows
+    without tokens from this id on, these get no probability. Raises NotFinite.
     """
     model.to(process.device).eval()
     mine = windows.table[process.rank :: process.world]
@@ -160,7 +162,8 @@ def score(
         with autocast(process.device):
             arguments = _fixed_weights(model, tokens[:, : windows.context]) if by_prompt else _routing_arguments(model)
             output = model(input_ids=tokens, use_cache=False, **arguments)
-        _add_bits(sums, windows, rows, owners, next_token_bits(output.logits, tokens))
+        logits = output.logits if closed_from is None else without_new_words(output.logits, tokens, closed_from)
+        _add_bits(sums, windows, rows, owners, next_token_bits(logits, tokens))
         if not by_prompt:
             _add_routing(sums, model, rows, output)
         done = min(first + size, len(mine))
@@ -171,6 +174,16 @@ def score(
     for each in others:
         first = first + each
     return first
+
+
+def without_new_words(logits: torch.Tensor, tokens: torch.Tensor, first: int) -> torch.Tensor:
+    """The logits [B, L, V], in which tokens from `first` on have no probability in rows that hold none of them.
+
+    tokens [B, L]. What was given is changed.
+    """
+    closed = (tokens < first).all(-1)
+    logits[closed, :, first:] = -math.inf
+    return logits
 
 
 def routes_by_prompt(model: Any) -> bool:
@@ -228,11 +241,19 @@ def next_token_bits(logits: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
 
 @torch.no_grad()
 def generate(
-    model: Any, prompts: list[list[int]], tokens: int, temperature: float, end: int, seed: int, process: Process
+    model: Any,
+    prompts: list[list[int]],
+    tokens: int,
+    temperature: float,
+    end: int,
+    seed: int,
+    process: Process,
+    closed_from: int | None = None,
 ) -> list[tuple[list[int], list[list[float]]]]:
     """(new tokens, routing weights by layer [E] on the prompt) for each prompt; greedy at temperature 0, else seeded.
 
     One prompt at a time, so that none is padded; the processes divide the prompts. Dense models have no weights.
+    closed_from: tokens from this id on are not written after prompts without any.
     """
     from transformers import GenerationConfig
 
@@ -245,6 +266,8 @@ def generate(
         torch.manual_seed(seed * 1_000_003 + number)
         with autocast(process.device):
             output = model(input_ids=prompt, use_cache=False, **_routing_arguments(model))
+            closed = closed_from is not None and max(prompts[number]) < closed_from
+            settings.suppress_tokens = list(range(closed_from or 0, model.config.vocab_size)) if closed else None
             written = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
         shares, _, _ = routing(model, output, 1)
         weights = [_rounded(layer[0].mean(0)) for layer in shares]

@@ -43,6 +43,7 @@ from eclectus.models.checkpoints.tensor_files import read_config, tensor_bytes
 from eclectus.models.checkpoints.writing import save_model
 from eclectus.models.extension.lory import save_lory, split_lory
 from eclectus.models.extension.recipes import RECIPES, Recipe, recipe_of
+from eclectus.models.extension.split_vocabulary import join_vocabulary, split_vocabulary
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.mixture.experts import set_trainable, split_experts, whole
 from eclectus.models.mixture.export import export_checkpoint
@@ -53,26 +54,38 @@ MERGED = 1e-2
 
 
 def open_method(
-    method: str, checkpoint: str | Path, *, lora_rank: int = 8, new_blocks: int | None = None, seed: int = 0
+    method: str,
+    checkpoint: str | Path,
+    *,
+    lora_rank: int = 8,
+    new_blocks: int | None = None,
+    new_words: bool = False,
+    seed: int = 0,
 ) -> nn.Module:
     """The model of `checkpoint` in fp32, ready for stage 1 of a method: only trained parameters require gradients.
 
     checkpoint: the upcycled one for recipes that start "upcycled" (or a Lory model with new experts, for MoE-LPR), else
-    the dense base. new_blocks: blocks that llama_pro adds, by default half of the existing number. Raises ValueError
-    for an unknown method or settings that do not fit.
+    the dense base. new_blocks: blocks that llama_pro adds, by default half of the existing number. new_words: whether
+    the rows that the last extension of the vocabulary added train, and of these matrices no others, except where a
+    method trains every weight. Raises ValueError for an unknown method or settings that do not fit.
     """
     recipe = recipe_of(method)
     if read_config(Path(checkpoint)).get("model_type") == "lory":
         return _open_lory(checkpoint, recipe, "post_pretrain")
     model = open_model(checkpoint)
     if recipe.start == "lora":
-        return add_lora(model, lora_rank, seed)
+        adapted: Any = add_lora(model, lora_rank, seed)
+        if new_words:
+            split_vocabulary(adapted.get_base_model())
+        return adapted
     if recipe.start == "blocks":
-        return expand_blocks(model, new_blocks or max(1, model.config.num_hidden_layers // 2))
+        deeper = expand_blocks(model, new_blocks or max(1, model.config.num_hidden_layers // 2))
+        return split_vocabulary(deeper) if new_words else deeper
     if recipe.start == "upcycled":
         split_experts(model, frozen_experts(checkpoint))
     set_trainable(model, recipe.trained)
-    return model
+    everything = recipe.start == "dense" or recipe.trained == "all"
+    return split_vocabulary(model) if new_words and not everything else model
 
 
 def prove_method(model: nn.Module, method: str, checkpoint: str | Path) -> StepZero:
@@ -122,7 +135,7 @@ def save_method(model: nn.Module, out: str | Path, side_files: str | Path) -> No
     if isinstance(model, LoryForCausalLM):
         save_lory(model, out, side_files)
         return
-    plain = _merged(model) if hasattr(model, "merge_and_unload") else cast(PreTrainedModel, model)
+    plain = join_vocabulary(_merged(model) if hasattr(model, "merge_and_unload") else cast(PreTrainedModel, model))
     if hasattr(plain.config, "num_experts_per_tok"):
         export_checkpoint(plain, out, side_files=side_files)
         return

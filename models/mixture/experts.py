@@ -25,8 +25,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from eclectus.models.checkpoints.expected_tensors import EMBEDDINGS, HEAD
 from eclectus.models.checkpoints.families import MATRICES, Family, dense_ffn, moe_family_of
 from eclectus.models.checkpoints.tensor_files import TensorSource, TensorSpec, tensor_bytes
+from eclectus.models.extension.split_vocabulary import original_rows, stored_parameters
 from eclectus.models.mixture.grouped_gemm import combine_tokens, dispatch_tokens, expert_linear, room_for_new
 
 Stage = Literal["post_pretrain", "review", "all", "full"]
@@ -196,14 +198,14 @@ class MoeTensors:
     def __init__(self, model: PreTrainedModel) -> None:
         self.family = moe_family_of(model.config.to_dict(), "this model")
         self._blocks = dict(moe_blocks(model))
-        self._others: dict[str, Tensor] = {}
+        self._others: dict[str, tuple[Tensor, ...]] = {}
         self.specs: dict[str, TensorSpec] = {}
-        for module_name, parameter in model.named_parameters():
+        for module_name, parts in stored_parameters(model):
             if ".mlp.experts." in module_name:
                 continue
-            name = self.family.stored_name(module_name)
-            self._others[name] = parameter
-            self.specs[name] = TensorSpec(name, parameter.dtype, tuple(parameter.shape))
+            name, rows = self.family.stored_name(module_name), sum(len(part) for part in parts)
+            self._others[name] = parts
+            self.specs[name] = TensorSpec(name, parts[0].dtype, (rows, *parts[0].shape[1:]))
         for layer, block in self._blocks.items():
             for expert in range(count_experts(block)):
                 for matrix in MATRICES:
@@ -226,7 +228,8 @@ class MoeTensors:
     def tensor(self, name: str) -> Tensor:
         """The tensor of that checkpoint name, on the CPU."""
         if name in self._others:
-            return whole(self._others[name]).cpu()
+            first, *others = (whole(part).cpu() for part in self._others[name])
+            return torch.cat([first, *(part.to(first.dtype) for part in others)]) if others else first
         parsed = self.family.parse_expert(name)
         if parsed is None or name not in self.specs:
             raise KeyError(f"no tensor {name} in this model")
@@ -251,16 +254,23 @@ def frozen_digest(model: PreTrainedModel) -> str:
     are included.
     """
     frozen = [getattr(block.experts, "num_frozen", 1) for _, block in moe_blocks(model)]
-    tensors = MoeTensors(model)
-    return original_digest(tensors, tensors.family, bool(model.config.tie_word_embeddings), frozen)
+    tensors, tied = MoeTensors(model), bool(model.config.tie_word_embeddings)
+    return original_digest(tensors, tensors.family, tied, frozen, original_rows(model.config))
 
 
-def original_digest(source: TensorSource, family: Family, tied: bool, frozen: int | Sequence[int] = 1) -> str:
-    """frozen_digest of any source of tensors: a dense base, an upcycled checkpoint directory, a loaded model."""
+def original_digest(
+    source: TensorSource, family: Family, tied: bool, frozen: int | Sequence[int] = 1, vocabulary: int | None = None
+) -> str:
+    """frozen_digest of any source of tensors: a dense base, an upcycled checkpoint directory, a loaded model.
+
+    vocabulary: rows of the base's own vocabulary, if it was extended (`original_rows`); others are not hashed.
+    """
     originals = original_tensors(source, family, tied, frozen)
     digest = hashlib.sha256()
     for name in sorted(originals):
         value = source.tensor(originals[name])
+        if name in (EMBEDDINGS, HEAD):
+            value = value[:vocabulary]
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(tensor_bytes(value.float()))
     return digest.hexdigest()

@@ -18,14 +18,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eclectus.models.checkpoints.byte_level import cut_vocabulary
 from eclectus.models.checkpoints.config_file import CheckpointError, read_json_object
 from eclectus.models.checkpoints.dense_base import open_base
 from eclectus.models.checkpoints.door import check_checkpoint
+from eclectus.models.checkpoints.expected_tensors import EMBEDDINGS, HEAD
 from eclectus.models.checkpoints.families import Family, moe_family_of
 from eclectus.models.checkpoints.proof import prove_extracted
-from eclectus.models.checkpoints.side_files import REPORT
+from eclectus.models.checkpoints.side_files import REPORT, VOCABULARIES
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSource, TensorSpec
 from eclectus.models.checkpoints.writing import MAX_SHARD_BYTES, Converted, plain_config, write_checkpoint
+from eclectus.models.extension.split_vocabulary import BEFORE, original_rows
 from eclectus.models.mixture.experts import MoeTensors, original_digest, original_tensors
 from eclectus.models.staged_folder import staged_folder
 
@@ -71,8 +74,7 @@ def export_checkpoint(
         partial = stack.enter_context(staged_folder(out_dir))
         write_checkpoint(partial, config, stored.specs.values(), stored.tensor, side_dir, max_shard_bytes)
         if side_dir is not None and (made := _read_report(side_dir)):
-            tied = bool(config.get("tie_word_embeddings"))
-            made |= _original_weights(made, source, stored, family, tied, dtype)
+            made |= _original_weights(made, source, stored, family, config, dtype)
             (partial / REPORT).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
     return out_dir
 
@@ -93,14 +95,14 @@ def _original_weights(
     source: TensorSource,
     stored: TensorSource,
     family: Family,
-    tied: bool,
+    config: dict[str, Any],
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """What upcycle.json says about the stored original weights. made: the source's upcycle.json."""
-    base = made["base_digest"]
-    if original_digest(stored, family, tied) == base:
+    base, tied, rows = made["base_digest"], bool(config.get("tie_word_embeddings")), original_rows(config)
+    if original_digest(stored, family, tied, vocabulary=rows) == base:
         return {"original_weights": "unchanged", "original_dtype": None}
-    if dtype is not None and original_digest(source, family, tied) == base:
+    if dtype is not None and original_digest(source, family, tied, vocabulary=rows) == base:
         return {"original_weights": "rounded", "original_dtype": _name(dtype)}
     if made.get("original_weights") == "rounded" and not was_trained_over(made):
         return {"original_weights": "rounded"}
@@ -141,22 +143,40 @@ def extract_base(moe_dir: str | Path, out_dir: str | Path) -> Path:
     base_config = config.get("upcycled_from")
     if not base_config:
         raise NotTheBaseError(f"{moe_dir}/config.json has no upcycled_from: it was not written by upcycle or export")
-    tied = bool(base_config.get("tie_word_embeddings"))
+    tied, rows = bool(base_config.get("tie_word_embeddings")), original_rows(config)
+    if rows is not None:
+        base_config = {key: value for key, value in base_config.items() if key != BEFORE} | {"vocab_size": rows}
     with ExitStack() as stack:
         source = stack.enter_context(CheckpointReader(moe_dir))
         made = _read_report(moe_dir)
-        if made and original_digest(source, family, tied) != made["base_digest"]:
+        if made and original_digest(source, family, tied, vocabulary=rows) != made["base_digest"]:
             raise NotTheBaseError(_why_not_the_base(moe_dir, made))
         originals = original_tensors(source, family, tied)
         partial = stack.enter_context(staged_folder(out_dir))
-        usual, odd = base_config.get("dtype"), made.get("base_types", {})
-        types = {name: _narrowed(source.tensor(o), odd.get(name, usual)) for name, o in originals.items()}
-        specs = [TensorSpec(name, types[name], source.specs[o].shape) for name, o in originals.items()]
-        write_checkpoint(
-            partial, base_config, specs, lambda name: source.tensor(originals[name]).to(types[name]), moe_dir
-        )
+        usual, odd, types = base_config.get("dtype"), made.get("base_types", {}), dict[str, torch.dtype]()
+
+        def original(name: str) -> Tensor:
+            value = source.tensor(originals[name])
+            return value[:rows] if name in (EMBEDDINGS, HEAD) else value
+
+        specs = []
+        for name in originals:
+            value = original(name)
+            types[name] = _narrowed(value, odd.get(name, usual))
+            specs.append(TensorSpec(name, types[name], tuple(value.shape)))
+        write_checkpoint(partial, base_config, specs, lambda name: original(name).to(types[name]), moe_dir)
+        if rows is not None:
+            _cut_tokenizer(partial, rows)
         prove_extracted(source, moe_dir, partial)
     return out_dir
+
+
+def _cut_tokenizer(folder: Path, rows: int) -> None:
+    """Takes the tokens out of a tokenizer that were appended to one of so many rows."""
+    path = folder / VOCABULARIES[0]
+    if path.is_file():
+        data = cut_vocabulary(read_json_object(path), rows)
+        path.write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def _why_not_the_base(moe_dir: Path, made: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.checkpoints.streaming import misaligned, streamed_logits
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSpec
 from eclectus.models.checkpoints.writing import write_checkpoint
+from eclectus.models.extension.split_vocabulary import original_rows
 from eclectus.models.mixture.experts import original_digest
 from eclectus.models.staged_folder import require_new_folder, staged_folder
 
@@ -286,7 +287,7 @@ def _prove(
         tolerance=tolerance,
         probe_shape=proof.probe_shape,
         last_position=proof.last_position,
-        base_digest=original_digest(base.tensors, base.family, base.tied),
+        base_digest=original_digest(base.tensors, base.family, base.tied, vocabulary=original_rows(base.config_dict)),
         base_types=_odd_types(base),
         base_parameters=parameters,
         parameters=sum(torch.Size(spec.shape).numel() for spec in plan.specs),

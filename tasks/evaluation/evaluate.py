@@ -85,6 +85,11 @@ class EvaluateSettings(WorkerSettings, BeginSettings):
     evaluation_temperature: float = Field(
         0.0, ge=0, description="Sampling temperature; 0 always takes the most likely token."
     )
+    original_vocabulary_only: bool = Field(
+        False,
+        description="Close the tokens that extension_vocabulary added: text without any of them is scored, and "
+        "continued, with the base's own tokens only.",
+    )
     evaluation_batch: int = RuntimeSetting(
         8, ge=1, description="Windows that a worker scores at once; more cost memory."
     )
@@ -173,12 +178,14 @@ def evaluate_here(
 ) -> dict[str, Any]:
     """Runs on every worker: scores its windows and generates its samples; every worker returns the sums of all."""
     from eclectus.models.evaluation.scoring import NotFinite, Windows, generate, routes_by_prompt, score
+    from eclectus.models.extension.split_vocabulary import original_rows
 
     chosen, work = EvaluateSettings(**settings), Path(streams)
     model = load_model(checkpoint, name, chosen.context)
     tokens, owners, table, ratio, lengths = (
         np.load(work / f"{each}.npy", mmap_mode="r") for each in ("tokens", "owners", "table", "ratio", "lengths")
     )
+    first = original_rows(model.config) if chosen.original_vocabulary_only else None
     windows = Windows(tokens, owners, table, chosen.context, length, ratio, tuple(begin))
 
     def report_progress(done: int, total: int) -> None:
@@ -186,7 +193,7 @@ def evaluate_here(
 
     given = (model, windows, len(lengths), process, chosen.evaluation_batch, report_progress, Path(kept))
     try:
-        sums = score(*given)
+        sums = score(*given, closed_from=first)
         by_prompt = score(*given, by_prompt=True).bits if routes_by_prompt(model) else None
     except NotFinite as error:
         raise EclectusError(
@@ -194,7 +201,7 @@ def evaluate_here(
             "train it again with a lower learning rate, or leave it out"
         ) from error
     written = generate(
-        model, prompts, chosen.evaluation_sample_tokens, chosen.evaluation_temperature, end, chosen.seed, process
+        model, prompts, chosen.evaluation_sample_tokens, chosen.evaluation_temperature, end, chosen.seed, process, first
     )
     return {
         "sums": sums,

@@ -49,6 +49,11 @@ _ORIGINALS = {
     "unchanged": ". Expert 0 and all shared weights are unchanged from the dense model",
     "rounded": ". Expert 0 and all shared weights are the dense model's, rounded to {dtype} by this export",
 }
+_SAVED = {
+    "bytes_per_token": "bytes per token",
+    "tokens_per_kilobyte": "tokens",
+    "cache_bytes_per_kilobyte": "bytes of KV cache (bfloat16)",
+}
 _PRETRAINED = {
     "warmup": ", the dense warm-up of a pre-training, which Lory and its dense twin start from",
     "dense": ", the dense twin of a Lory model: trained on the same instances for the same steps",
@@ -86,7 +91,7 @@ def origin_of(home: Home, digest: str) -> Origin:
             known = {"name": name, "label": label, "run": run, "artifact": artifact, "settings": settings}
             origin.steps.append(known | {"statistics": json.loads(statistics or "{}")})
         origin.scores = _scores(lineage, digest)
-        upcycled = origin.made_by("upcycle") or origin.made_by("add_experts")
+        upcycled = origin.made_by("extend_vocabulary") or origin.made_by("upcycle") or origin.made_by("add_experts")
         if upcycled:
             first = lineage.execute(_BASE, {"made": upcycled[-1]["artifact"]}).fetchone()
             origin.base_scores = _scores(lineage, first[0]) if first else {}
@@ -115,6 +120,7 @@ def model_card(name: str, config: dict[str, Any], made: dict[str, Any], origin: 
         _data(origin),
         _training(origin),
         _scores_table(origin, known, new),
+        _new_words(config, origin),
         _proof(made),
         _lineage(origin),
     ]
@@ -229,6 +235,35 @@ def _scores_table(origin: Origin, known: list[str], new: list[str]) -> str:
         f"## Scores\n\nOn held-out text; kept: bits per byte of the base model over this one's.\n\n{head}"
         + "\n".join(rows)
         + "\n"
+    )
+
+
+def _new_words(config: dict[str, Any], origin: Origin) -> str:
+    """What the appended tokens save by language, and how to do without them."""
+    found = [step for step in origin.made_by("extend_vocabulary") if step["statistics"].get("new_tokens")]
+    if not found:
+        return ""
+    made = found[-1]["statistics"]
+    rows = [
+        f"| {language} | " + " | ".join(f"{each[name][0]:,} to {each[name][1]:,}" for name in _SAVED) + " |"
+        for language, each in made["languages"].items()
+    ]
+    text = (
+        f"## Vocabulary\n\n{made['new_tokens']:,} tokens were appended to the base's {made['vocabulary_before']:,}; "
+        "text of the original languages keeps its tokens. Per kilobyte of held-out text, before and after:\n\n"
+        f"| language | {' | '.join(_SAVED.values())} |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    )
+    masses = [step["statistics"]["new_token_mass"]["after"] for step in origin.made_by("extend")
+              if step["statistics"].get("new_token_mass")]  # fmt: skip
+    if masses:
+        text += (
+            f"\nOn original text new tokens take {masses[-1]['mass']:.2g} of the probability, "
+            f"{masses[-1]['bits_per_token']:.2g} bits per token. "
+        )
+    first = (config.get("vocabulary_before") or [made["vocabulary_before"]])[0]
+    return text + (
+        f"`model.generate(..., suppress_tokens=list(range({first}, {config['vocab_size']})))` writes with the original "
+        "vocabulary only.\n"
     )
 
 

@@ -106,12 +106,12 @@ def tokens_of_part(
     kind: str,
 ) -> dict[str, Any]:
     """Tokenises the documents of a group in a part. labels: of the part, which must be here when it is read."""
-    encode, dtype = _encoder(tokenizer), np.dtype(kind)
+    encode, dtype = encoder_of(tokenizer), np.dtype(kind)
     chosen = _chosen(path, group, only_training)
     sizes, control, done = [np.empty(0, np.uint32)], [np.empty((0, 3), np.int64)], 0
     around = len(begin) + 1
     with open(out / "tokens", "wb") as handle:
-        for texts in _texts(path, chosen):
+        for texts in texts_of(path, chosen):
             ids, lengths, found = encode.flat(texts, dtype)
             ends = np.cumsum(lengths + around)
             tokens = np.full(ends[-1], end, dtype)
@@ -148,7 +148,7 @@ def _chosen(path: Path, group: str | None, only_training: bool) -> np.ndarray:
     return of_group & training if only_training else of_group
 
 
-def _texts(path: Path, chosen: np.ndarray) -> Iterator[list[str]]:
+def texts_of(path: Path, chosen: np.ndarray) -> Iterator[list[str]]:
     """The texts of these rows of a part, a few at once: at most BYTES_AT_ONCE, or one text."""
     for batch in read_part(path, ["text"], rows=TEXTS_AT_ONCE, chosen=chosen):
         texts = batch["text"].fill_null("")
@@ -161,7 +161,7 @@ def _texts(path: Path, chosen: np.ndarray) -> Iterator[list[str]]:
             first = last
 
 
-@functools.lru_cache(maxsize=1)
-def _encoder(folder: Path) -> TextTokens:
+@functools.lru_cache(maxsize=2)
+def encoder_of(folder: Path) -> TextTokens:
     """Of an artifact, whose files never change."""
     return TextTokens(load_tokenizer(folder))

@@ -242,6 +242,17 @@ def _fetch(settings: TokenizerSettings) -> Any:
     return tokens
 
 
+def model_rows(settings: TokenizerSettings) -> int:
+    """Rows of the embeddings of the model that the tokenizer stands beside; 0 if there is none."""
+    name = settings.tokenizer
+    if name == TRAINED_HERE:
+        return 0
+    folder = Path(name).expanduser() if _is_path(name) else _download(name, _commit(name))
+    path = folder / "config.json"
+    rows = json.loads(path.read_text("utf-8")).get("vocab_size") if path.is_file() else None
+    return rows if isinstance(rows, int) else 0
+
+
 def _is_path(name: str) -> bool:
     return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 

@@ -23,10 +23,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from eclectus.storage.artifact import Artifact
-from eclectus.tasks.documents.table import TRAINING, first_rows, parts, read_part
+from eclectus.tasks.documents.table import first_rows, parts, read_part
 from eclectus.tasks.documents.text_reader import TextReader
 
 WORD_BYTES = 512
+OTHER = "other"
 OVER_BYTES = 100_000
 """How far the last text of a language may go over the budget: longer ones are cut, so that the sample is bounded."""
 
@@ -52,7 +53,14 @@ def train_bpe(texts: Iterator[str], vocabulary: int, end_of_document: str) -> An
 
 def sample(documents: Artifact, budget: int) -> Iterator[str]:
     """Texts of the training split, up to an equal number of bytes per language. budget: bytes of all languages."""
-    labels = [_labels(path) for path in parts(documents)]
+    return (text for _, text in labelled_sample(documents, budget))
+
+
+def labelled_sample(
+    documents: Artifact, budget: int, split: str = "train", group: str | None = None
+) -> Iterator[tuple[str | None, str]]:
+    """`sample` as (language, text), of any split. group: whose languages; None: all but `other`."""
+    labels = [_labels(path, split, group) for path in parts(documents)]
     ahead = Counter[str | None]()
     for each in labels:
         ahead.update(each.bytes)
@@ -60,41 +68,46 @@ def sample(documents: Artifact, budget: int) -> Iterator[str]:
     reader, first = TextReader(documents), first_rows(documents)
     for number, each in enumerate(labels):
         allowed = {name: left[name] * size // max(1, ahead[name]) for name, size in each.bytes.items()}
-        rows, sizes, most, names = _chosen(each.path, allowed)
+        rows, sizes, most, names = _chosen(each.path, allowed, split, group)
         for name, size in zip(names, sizes.tolist(), strict=True):
             left[name] = max(0, left[name] - size)
         ahead.subtract(each.bytes)
-        for text, size, limit in zip(reader.read(first[number] + rows), sizes.tolist(), most.tolist(), strict=True):
-            yield text if size <= limit else text.encode()[:limit].decode(errors="ignore")
+        texts = reader.read(first[number] + rows)
+        for name, text, size, limit in zip(names, texts, sizes.tolist(), most.tolist(), strict=True):
+            yield name, text if size <= limit else text.encode()[:limit].decode(errors="ignore")
 
 
 @dataclass(frozen=True)
 class _Labels:
-    """A part's training documents. bytes: language -> of their texts; 1 where they are empty, so that none is lost."""
+    """A part's documents of a split. bytes: by language, of the texts; 1 where they are empty, so that none is lost."""
 
     path: Path
     bytes: dict[str | None, int]
 
 
-def _labels(path: Path) -> _Labels:
+def _labels(path: Path, split: str, group: str | None) -> _Labels:
     sums = Counter[str | None]()
-    for batch in read_part(path, ["language", "bytes"], TRAINING):
+    where = (("split", "==", split), ("group", "==", group) if group else ("group", "!=", OTHER))
+    for batch in read_part(path, ["language", "bytes"], where):
         grouped = pa.table(batch.columns, batch.schema.names).group_by("language").aggregate([("bytes", "sum")])
         for name, size in zip(grouped["language"].to_pylist(), grouped["bytes_sum"].to_pylist(), strict=True):
             sums[name] += max(1, size or 0)
     return _Labels(path, dict(sums))
 
 
-def _chosen(path: Path, allowed: dict[str | None, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str | None]]:
-    """Rows in the part, ascending, of the first training documents of each language until its allowance is used.
+def _chosen(
+    path: Path, allowed: dict[str | None, int], split: str, group: str | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str | None]]:
+    """Rows in the part, ascending, of the first documents of each language until its allowance is used.
 
     Returns (rows [n], bytes of each [n], bytes of each to take at most [n], language of each).
     """
     row, rows, codes, sizes, names = 0, [], [], [], list(allowed)
     number = {name: code for code, name in enumerate(names)}
     for batch in read_part(path, ["language", "bytes", "split", "group"]):
-        training = pc.and_(pc.equal(batch["split"], "train"), pc.not_equal(batch["group"], "other")).fill_null(False)
-        here = np.flatnonzero(training.to_numpy(zero_copy_only=False))
+        of_group = pc.equal(batch["group"], group) if group else pc.not_equal(batch["group"], OTHER)
+        wanted = pc.and_(pc.equal(batch["split"], split), of_group).fill_null(False)
+        here = np.flatnonzero(wanted.to_numpy(zero_copy_only=False))
         language = batch["language"].dictionary_encode()
         found = np.array([number.get(name, -1) for name in [*language.dictionary.to_pylist(), None]], np.int32)
         indices = language.indices.fill_null(len(found) - 1).to_numpy(zero_copy_only=False)

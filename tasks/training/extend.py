@@ -17,10 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.packing.tokenizer import load_tokenizer
+from eclectus.tasks.packing.tokenizer_training import labelled_sample
 from eclectus.tasks.run import notify
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
@@ -41,6 +44,7 @@ Method = Literal[
 ]
 
 
+MASS_ROWS, ROW_TOKENS = 64, 128
 # Methods with a second stage, as in models/extension/recipes.py.
 REVIEWED = ("moe_lpr", "no_lpr", "random_experts")
 
@@ -138,6 +142,7 @@ class ExtendStageSettings(MethodSettings, PostPretrainSettings, ReviewSettings, 
 
     extend_stage: Stage = Field(description="Which stage: post_pretrain or review.")
     original_languages: list[str] = Field(description="Languages of the dense model, as ISO 639-1 codes.")
+    new_words: bool = Field(False, description="Whether the rows that extension_vocabulary added train in stage 1.")
     reordered: bool = Field(
         False, description="Read the instances in an order of the seed's own in the first epoch, too; not as packed."
     )
@@ -149,7 +154,7 @@ class ExtendStageSettings(MethodSettings, PostPretrainSettings, ReviewSettings, 
         )
         if self.extension_method == "one_stage":
             unused = {"review_learning_rate", "review_warmup_steps"}
-        unused |= {"reordered"} if not self.reordered else set()
+        unused |= {name for name in ("reordered", "new_words") if not getattr(self, name)}
         unused |= {"lora_rank"} if self.extension_method != "lora" else set()
         unused |= {"llama_pro_blocks"} if self.extension_method != "llama_pro" else set()
         return {name: value for name, value in super().key_values().items() if name not in unused}
@@ -179,11 +184,17 @@ def recipe_of(method: Method) -> Recipe:
 
 @step(makes="checkpoint", version=4)
 def extend(
-    instances: Artifact, checkpoint: Artifact, settings: ExtendStageSettings, out: Draft, review: Artifact | None = None
+    instances: Artifact,
+    checkpoint: Artifact,
+    settings: ExtendStageSettings,
+    out: Draft,
+    review: Artifact | None = None,
+    documents: Artifact | None = None,
 ) -> None:
     """Trains one stage from the given checkpoint and writes a stock checkpoint.
 
-    review: the instances of the review, for the method that trains on them in its only stage.
+    review: the instances of the review, for the method that trains on them in its only stage. documents: if the
+    vocabulary was extended, those on whose original text it is measured what new words take of the probability.
     """
     if recipe_of(settings.extension_method).mixed and review is None:
         raise EclectusError(
@@ -199,6 +210,7 @@ def extend(
             {
                 "instances": instances.path,
                 "review": review.path if review else None,
+                "original": _original_text(documents, checkpoint, work) if documents else None,
                 "checkpoint": checkpoint.path,
                 "settings": settings.model_dump(),
                 "work": str(work),
@@ -231,6 +243,7 @@ def train_stage(
     work: str,
     out: str,
     review: str | None = None,
+    original: str | None = None,
 ) -> dict[str, Any]:
     """Runs on every training worker; rank 0 writes the checkpoint into `out`. Returns its statistics."""
     import torch
@@ -248,11 +261,12 @@ def train_stage(
     clock = TrainingClock(report, process, Path(work))
     model = _open(chosen, checkpoint)
     check_tokens(data, model, checkpoint)
-    untrained, original = untrained_digest(model), _original_digest(model)
+    untrained, base = untrained_digest(model), _original_digest(model)
     try:
         proof = prove_method(model, chosen.extension_method, checkpoint) if process.is_main else None
     except StepZeroError as error:
         raise EclectusError(str(error)) from error
+    mass = _new_token_mass(model, original, process)
     plan = chosen.plan(
         start=0,
         stop=steps,
@@ -294,13 +308,47 @@ def train_stage(
             held.restore()
         if untrained_digest(model) != untrained:
             raise EclectusError(f"a weight that does not train changed before training step {steps}; nothing was kept")
-        if original is not None:
-            if chosen.extension_method != "moe_all" and _original_digest(model) != original:
+        if base is not None:
+            if chosen.extension_method != "moe_all" and _original_digest(model) != base:
                 raise EclectusError(f"an original weight changed before training step {steps}; nothing was kept")
-            statistics["frozen_sha256"] = original
+            statistics["frozen_sha256"] = base
+        if mass is not None:
+            statistics["new_token_mass"] = {"before": mass, "after": _new_token_mass(model, original, process)}
         save_method(model, Path(out), side_files=Path(checkpoint))
         _note_training(Path(out), chosen, data)
     return statistics
+
+
+def _original_text(documents: Artifact, checkpoint: Artifact, work: Path) -> str:
+    """A file with token ids [rows, ROW_TOKENS] of text of the original languages, held out if some is."""
+    from eclectus.tasks.packing.text_tokens import TextTokens
+
+    encode, rows = TextTokens(load_tokenizer(checkpoint.path)), list[list[int]]()
+    for split in ("heldout", "train"):
+        for _, text in labelled_sample(documents, 4 * MASS_ROWS * ROW_TOKENS, split, "original"):
+            ids = encode([text])[0]
+            rows += [ids[at : at + ROW_TOKENS] for at in range(0, len(ids) - ROW_TOKENS + 1, ROW_TOKENS)]
+        if rows:
+            break
+    path = work / "original_text.npy"
+    np.save(path, np.array(rows[:MASS_ROWS], np.int64).reshape(-1, ROW_TOKENS))
+    return str(path)
+
+
+def _new_token_mass(model: Any, original: str | None, process: Process) -> dict[str, float] | None:
+    """What new words take of the probability on original text; None without new words or without such text.
+
+    original: of `_original_text`.
+    """
+    import torch
+
+    from eclectus.models.extension.new_rows import new_token_mass
+    from eclectus.models.extension.split_vocabulary import new_rows_of
+
+    if original is None or not process.is_main or not (count := new_rows_of(model.config)):
+        return None
+    rows = np.load(original)
+    return new_token_mass(model, torch.from_numpy(rows), model.config.vocab_size - count) if len(rows) else None
 
 
 def _data(settings: ExtendStageSettings, instances: str, review: str | None) -> tuple[Any, int]:
@@ -327,6 +375,7 @@ def _open(settings: ExtendStageSettings, checkpoint: str) -> Any:
             settings.extension_method,
             checkpoint,
             lora_rank=settings.lora_rank,
+            new_words=settings.new_words,
             new_blocks=settings.llama_pro_blocks or None,
             seed=settings.seed,
         )
