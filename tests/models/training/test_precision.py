@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from eclectus.models.extension.methods import open_method, open_review, save_method, untrained_digest
-from eclectus.models.mixture.experts import frozen_digest, moe_blocks
+from eclectus.models.mixture.experts import frozen_digest, moe_blocks, set_trainable
 from eclectus.models.mixture.grouped_gemm import _side_by_side
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.training import objectives
@@ -205,3 +205,36 @@ def test_the_probe_is_a_number_of_this_machine():
     assert bfloat16_gain(0.05) > 0
     command = [sys.executable, "-m", "eclectus.models.training.precision"]
     assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["gain"] != 0
+
+
+@pytest.mark.parametrize("trained", ["post_pretrain", "review", "all"])
+def test_no_activation_is_kept_that_only_frozen_weights_need(folder, trained):
+    """A projection's weight gradient needs its input, so that is kept where the weight trains and nowhere else."""
+    model, kept, inputs = opened(folder, "moe_lpr"), [], {}
+    set_trainable(model, trained)
+
+    def remember(name):
+        # The tensors, not their addresses, which others would get.
+        return lambda _, arguments: inputs.update({name: arguments[0]})
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(remember(f"{name}.weight"))
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = objective_of(model)(model, batch_of(torch.arange(1, 25).view(1, -1)))
+    loss.backward()
+    of_weights = dict(model.named_parameters())
+    assert {name for name in inputs if of_weights[name].requires_grad} == (set(inputs) if trained == "all" else set())
+    # The experts' own products, and the norms, keep what they need of the stream that the projections read.
+    projections = [name for name in inputs if ".self_attn." in name and "o_proj" not in name]
+    assert projections
+    addresses = {tensor.data_ptr() for tensor in kept}
+    for name in projections:
+        assert (inputs[name].data_ptr() in addresses) == (trained == "all"), name
+    for name, parameter in of_weights.items():
+        assert (parameter.grad is None) == (not parameter.requires_grad), name
