@@ -15,7 +15,11 @@ methods run on it as well, with text in its own tokens, and are compared with th
 A job is one training of one method at one rate and seed, and its evaluation; jobs run in order of priority: every
 method at its middle rate, the other rates, the other seeds. Results are kept under --work by their settings, unfinished
 trainings resume from their last checkpoint, and the same command goes on where the last one ended; what was not run is
-said. The process and its workers run at the lowest priority (--nice 19). Cost of a job: docs/benchmarks.md.
+said. The process and its workers run at the lowest priority (--nice 19).
+
+Cost of SmolLM2-135M at 2 million tokens, on one core with AVX512-BF16: 9.5 CPU seconds per 1,024 tokens of stage 1 and
+7.8 of full fine-tuning (benchmarks/lpr_speed.py), so 4 to 7 CPU hours a training and, by the size of the questions and
+held-out text, 1 to 1.5 for each evaluation; about 40 for all methods at one rate.
 
 `--tokens 20000 --items 20 --methods moe_lpr full --rates 1` shows in minutes that everything works.
 """
@@ -64,6 +68,7 @@ class RealQueue(Queue):
         super().__init__(size, chosen, packed)
         self._seeds = range(chosen.first_seed, chosen.first_seed + chosen.seeds)
         self._common |= {"precision": chosen.precision, "checkpoint_every": chosen.checkpoint_every}
+        self._common["led"] = True
         self._words = words
         if words:
             self._common["new_words"] = True
@@ -162,6 +167,11 @@ def size_of(chosen: argparse.Namespace) -> Size:
     steps = max(2, round(chosen.tokens / (REAL.batch * REAL.length)))
     reviewed = round(REAL.review_steps * steps / REAL.stage1_steps)
     size = dataclasses.replace(REAL, stage1_steps=steps, review_steps=max(2, reviewed), task_limit=chosen.items)
+    read = len(chosen.original) + size.review_ratio * len(chosen.expanded)
+    least = size.review_batch * size.length / read / (steps * size.batch * size.length)
+    if least > size.review_share:
+        note = f"shortened run: a replay of {least:.1%} is the least that fills a batch; no measure of the methods"
+        size = dataclasses.replace(size, review_share=least, note=note)
     return changed(size, chosen.set)
 
 

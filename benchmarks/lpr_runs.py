@@ -248,12 +248,30 @@ def scores(model: torch.nn.Module, job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def held_out(job: dict[str, Any], part: str) -> tuple[Any, Windows]:
+def held_out(job: dict[str, Any], part: str) -> tuple[dict[str, Any], Windows]:
     """The held-out file and its windows: an eighth of each is context."""
-    held = np.load(Path(job["packed"]) / f"{part}.npz")
+    held = dict(np.load(Path(job["packed"]) / f"{part}.npz"))
     context = job["length"] // 8
-    table = plan_windows(held["lengths"].tolist(), job["length"], context)
+    if job.get("led"):
+        held |= _led(held, context)
+    table = plan_windows(
+        held["lengths"].tolist(), job["length"], context, [bool(job.get("led"))] * len(held["lengths"])
+    )
     return held, Windows(held["tokens"], held["owners"], table, context, job["length"], held["bytes_a_token"])
+
+
+def _led(held: dict[str, Any], context: int) -> dict[str, Any]:
+    """Streams that begin with their own last tokens, unscored, as context: every token of a document is scored then.
+
+    Models with different tokenizers are compared on the same bytes only so.
+    """
+    tokens, owners, begin = [], [], 0
+    for length in held["lengths"].tolist():
+        stream = slice(begin, begin + length)
+        tokens += [np.resize(held["tokens"][stream][-context:], context), held["tokens"][stream]]
+        owners += [np.full(context, -1), held["owners"][stream]]
+        begin += length
+    return {"tokens": np.concatenate(tokens), "owners": np.concatenate(owners), "lengths": held["lengths"] + context}
 
 
 def bits_per_byte(
