@@ -1,4 +1,4 @@
-"""Commands on single checkpoints, without a run: `upcycle` and `export`."""
+"""Commands on single checkpoints: `upcycle` and `export`, without a run, and `certify`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from eclectus.flows.cli.certify import add_certify_command
 from eclectus.storage.errors import EclectusError
 
 # Options of `export` by kind of model.
 OPTIONS = {
-    "lory": ("domain", "language", "prompt"),
+    "lory": ("domain", "language", "prompt", "dtype"),
     "mixture": ("dtype", "extract_base"),
     "dense": ("dtype",),
 }
 
 
 def add_checkpoint_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """Adds `upcycle` and `export`. add: the function in `eclectus.flows.cli.main`."""
+    """Adds `upcycle`, `export` and `certify`. add: the function in `eclectus.flows.cli.main`."""
     made = add(
         "upcycle",
         _upcycle,
@@ -61,9 +62,15 @@ def add_checkpoint_commands(add: Callable[..., argparse.ArgumentParser]) -> None
     export = add(
         "export",
         _export,
-        "export a mixture or dense model as stock files with a model card, or a Lory checkpoint as a dense LLaMA",
+        "export a mixture, dense or Lory model (as a dense LLaMA) as stock files or GGUF, with a model card",
         checkpoint="checkpoint, as in `artifacts`, or its folder",
         out="folder to write; must be new or empty",
+    )
+    export.add_argument(
+        "--format",
+        choices=("safetensors", "gguf"),
+        default="safetensors",
+        help="safetensors for transformers and vLLM (default), or one GGUF file for llama.cpp",
     )
     export.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the stored weights (default: unchanged)"
@@ -77,10 +84,12 @@ def add_checkpoint_commands(add: Callable[..., argparse.ArgumentParser]) -> None
     merged_by.add_argument("--domain", help="Lory: merge by the mean routing of this domain's training text")
     merged_by.add_argument("--language", help="Lory: merge by the mean routing of this language's training text")
     merged_by.add_argument("--prompt", help="Lory: merge by the routing of this text")
+    add_certify_command(add)
 
 
 def _upcycle(chosen: argparse.Namespace) -> None:
     from eclectus.storage.home import Home
+    from eclectus.tasks.export.mixture import seal
     from eclectus.tasks.training.fetch_model import find_checkpoint
     from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle_folder
 
@@ -109,6 +118,7 @@ def _upcycle(chosen: argparse.Namespace) -> None:
     )
     for note in made.notes:
         print(f"  note         {note}")
+    seal(out, None)
     _name_left_behind(out)
 
 
@@ -121,6 +131,7 @@ def _counts(text: str) -> list[int]:
 
 def _export(chosen: argparse.Namespace) -> None:
     from eclectus.storage.home import Home
+    from eclectus.tasks.export.gguf import export_gguf
     from eclectus.tasks.export.lory import export
     from eclectus.tasks.export.mixture import checkpoint_folder, export_dense, export_mixture, kind_of
 
@@ -133,8 +144,13 @@ def _export(chosen: argparse.Namespace) -> None:
             f"--{wrong[0].replace('_', '-')} does not apply to {chosen.checkpoint}, which is {what}; its options: "
             f"{', '.join('--' + name.replace('_', '-') for name in allowed)}"
         )
-    if kind == "lory":
-        print(export(home.store, chosen.checkpoint, out, chosen.domain, chosen.language, chosen.prompt))
+    merged_by = {name: getattr(chosen, name) for name in ("domain", "language", "prompt")}
+    if chosen.format == "gguf":
+        if chosen.extract_base:
+            raise EclectusError("--extract-base writes safetensors; export that folder with --format gguf afterwards")
+        print(export_gguf(home, chosen.checkpoint, out, chosen.dtype, **merged_by))
+    elif kind == "lory":
+        print(export(home.store, chosen.checkpoint, out, **merged_by, dtype=chosen.dtype))
     elif kind == "mixture":
         print(export_mixture(home, chosen.checkpoint, out, chosen.dtype, chosen.extract_base))
     else:

@@ -34,7 +34,7 @@ FLOWS = {
 # The commands as `eclectus --help` lists them.
 GROUPS = {
     "run": [*FLOWS, "plan"],
-    "models": ["upcycle", "export", "promote", "rollback", "champions"],
+    "models": ["upcycle", "export", "certify", "promote", "rollback", "champions"],
     "lineage": [
         "sql", "runs", "lineage", "trace", "diff", "compare", "why", "verify", "bundle", "openlineage",
     ],

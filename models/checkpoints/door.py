@@ -34,6 +34,7 @@ from eclectus.models.checkpoints.config_file import CONFIG, CheckpointError, che
 from eclectus.models.checkpoints.expected_tensors import EMBEDDINGS, HEAD, Expected, expected_tensors
 from eclectus.models.checkpoints.families import (
     FAMILIES,
+    LAYERED,
     MOE_FAMILIES,
     UnsupportedModelError,
     family_of,
@@ -46,7 +47,7 @@ from eclectus.models.checkpoints.tokenizer_files import check_tokenizer
 
 Kind = Literal["dense", "mixture", "lory", "other"]
 # Their config.json names code beside it, for users without this package; it is not run.
-OUR_OWN = ("lory", "expert_choice", "document_pool")
+OUR_OWN = ("lory", "expert_choice", "document_pool", *(name for name in MOE_FAMILIES if name.startswith(LAYERED)))
 # How a program was run or where a file lay, not what the model is.
 NOT_OF_THE_MODEL = ("auto_map", "attn_implementation", "_attn_implementation", "_name_or_path", "name_or_path")
 

@@ -52,6 +52,10 @@ class Probes:
         """The largest position."""
         return int(self.positions.max())
 
+    def first(self, limit: int) -> "Probes":
+        """The first `limit` tokens of each row, at positions below `limit`."""
+        return Probes(self.tokens[:, :limit], self.positions[:, :limit].clamp_max(limit - 1))
+
     @classmethod
     def of(cls, tokens: Tensor) -> "Probes":
         """The given tokens at the positions 0, 1, 2, ..."""

@@ -2,7 +2,8 @@
 
 A proof made by the reader that may be wrong proves nothing, so this shares no code with transformers and reads the
 config or a GGUF file's metadata by itself: RMSNorm, grouped-query attention with rotary positions (docs/methods.md
-2.7), SwiGLU. Weights are read one matrix at a time. Cost: memory for one matrix in float64 and one head group's scores.
+2.7), SwiGLU, and in mixtures the softmax of the router, whose top-k weights are made to sum to 1. Weights are read one
+matrix at a time. Cost: memory for one matrix in float64 and one head group's scores.
 
 Names are llama.cpp's: `blk.3.attn_q.weight`. `halves` rotates dimension i with i + d/2 (transformers, Qwen in
 llama.cpp), `neighbours` 2i with 2i + 1 (Llama in llama.cpp, whose q and k rows are stored in that order).
@@ -16,11 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from eclectus.models.checkpoints.families import UnsupportedModelError
+from eclectus.models.checkpoints.families import Family, UnsupportedModelError
 from eclectus.models.checkpoints.tensor_files import CheckpointError, TensorSource
 
 # Rows of the output matrix that are widened to float64 at once.
 HEAD_ROWS = 8192
+ROUTER = "ffn_gate_inp.weight"
 # Names in a transformers checkpoint.
 MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
@@ -111,7 +113,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """A dense model as its files describe it."""
+    """A dense model or a mixture of experts as its files describe it."""
 
     layers: int
     heads: int
@@ -126,6 +128,9 @@ class ReferenceModel:
     """Of the FFN's gate, by transformers' name."""
     weight: Callable[[str], Tensor | None]
     """The tensor of one of llama.cpp's names, None if the model has none."""
+    experts_per_token: int = 0
+    expert: Callable[[int, int, str], Tensor] | None = None
+    """Of a mixture, the matrix (`ffn_gate`, `ffn_up`, `ffn_down`) of an expert, by layer and expert."""
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, positions: Tensor, frequencies: Tensor | None = None) -> Tensor:
@@ -141,12 +146,26 @@ class ReferenceModel:
         x = self._needed("token_embd.weight")[tokens].double()
         for layer in range(self.layers):
             x = x + self._attention(layer, self._norm(x, f"blk.{layer}.attn_norm"), rotation)
-            y = self._norm(x, f"blk.{layer}.ffn_norm")
-            gate = _ACTIVATIONS[self.activation](self._linear(y, f"blk.{layer}.ffn_gate"))
-            x = x + self._linear(gate * self._linear(y, f"blk.{layer}.ffn_up"), f"blk.{layer}.ffn_down")
+            x = x + self._feed_forward(layer, self._norm(x, f"blk.{layer}.ffn_norm"))
         x, head = self._norm(x, "output_norm"), self.weight("output.weight")
         rows = self._needed("token_embd.weight") if head is None else head
         return torch.cat([x @ part.double().T for part in rows.split(HEAD_ROWS)], -1)
+
+    def _feed_forward(self, layer: int, y: Tensor) -> Tensor:
+        router = self.weight(f"blk.{layer}.{ROUTER}")
+        if router is None:
+            gate = _ACTIVATIONS[self.activation](self._linear(y, f"blk.{layer}.ffn_gate"))
+            return self._linear(gate * self._linear(y, f"blk.{layer}.ffn_up"), f"blk.{layer}.ffn_down")
+        assert self.expert is not None
+        chosen = (y @ router.double().T).softmax(-1).topk(self.experts_per_token)
+        shares, mixed = chosen.values / chosen.values.sum(-1, keepdim=True), torch.zeros_like(y)
+        for number in range(len(router)):
+            share = (shares * (chosen.indices == number)).sum(-1)
+            if (rows := share > 0).any():
+                gate, up, down = (self.expert(layer, number, f"ffn_{part}").double() for part in ("gate", "up", "down"))
+                inner = _ACTIVATIONS[self.activation](y[rows] @ gate.T) * (y[rows] @ up.T)
+                mixed[rows] += share[rows].unsqueeze(-1) * (inner @ down.T)
+        return mixed
 
     def _needed(self, name: str) -> Tensor:
         value = self.weight(name)
@@ -191,19 +210,28 @@ class ReferenceModel:
         return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
 
-def reference_of(raw: dict[str, Any], resolved: dict[str, Any], tensors: TensorSource, where: object) -> ReferenceModel:
+def reference_of(
+    raw: dict[str, Any], resolved: dict[str, Any], tensors: TensorSource, where: object, moe: Family | None = None
+) -> ReferenceModel:
     """The model of a transformers checkpoint.
 
     raw: config.json as it stands. resolved: the config with the defaults of its class, for keys that `raw` lacks.
-    Raises UnsupportedModelError for positions that are not known here.
+    moe: the family of a mixture; Qwen2Moe's shared expert, which is 0, is left out. Raises UnsupportedModelError for
+    positions that are not known here.
     """
     config = resolved | {key: value for key, value in raw.items() if value is not None}
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     width = config.get("head_dim") or config["hidden_size"] // heads
 
     def weight(name: str) -> Tensor | None:
+        if name.endswith(ROUTER):
+            return tensors.tensor(moe.router_name(int(name.split(".")[1]))) if moe else None
         stored = stored_name(name)
         return tensors.tensor(stored) if stored in tensors.specs else None
+
+    def expert(layer: int, number: int, matrix: str) -> Tensor:
+        assert moe is not None
+        return tensors.tensor(moe.expert_name(layer, number, f"{matrix.removeprefix('ffn_')}_proj"))
 
     return ReferenceModel(
         layers,
@@ -216,6 +244,8 @@ def reference_of(raw: dict[str, Any], resolved: dict[str, Any], tensors: TensorS
         _windows(raw, config, layers),
         _activation(config, where),
         weight,
+        config["num_experts_per_tok"] if moe else 0,
+        expert if moe else None,
     )
 
 

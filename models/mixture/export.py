@@ -10,6 +10,7 @@ else "changed": they were trained, or the model was loaded in a narrower dtype. 
 """
 
 import json
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSou
 from eclectus.models.checkpoints.writing import MAX_SHARD_BYTES, Converted, plain_config, write_checkpoint
 from eclectus.models.extension.split_vocabulary import BEFORE, original_rows
 from eclectus.models.mixture.experts import MoeTensors, original_digest, original_tensors
+from eclectus.models.mixture.layered import __file__ as layered_code
 from eclectus.models.staged_folder import staged_folder
 
 
@@ -68,15 +70,27 @@ def export_checkpoint(
         side_dir = Path(side_files) if side_files is not None else from_dir
         family = moe_family_of(config, from_dir or "this model")
         config |= {"architectures": [family.architecture], "router_aux_loss_coef": 0.0, "output_router_logits": False}
+        layered = family.moe != family.stock_moe
+        if layered:
+            config["auto_map"] = _code_of(family)
         if dtype is not None:
             config["dtype"] = _name(dtype)
         stored = Converted(source, dtype)
         partial = stack.enter_context(staged_folder(out_dir))
         write_checkpoint(partial, config, stored.specs.values(), stored.tensor, side_dir, max_shard_bytes)
+        if layered:
+            shutil.copyfile(layered_code, partial / Path(layered_code).name)
         if side_dir is not None and (made := _read_report(side_dir)):
             made |= _original_weights(made, source, stored, family, config, dtype)
             (partial / REPORT).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
     return out_dir
+
+
+def _code_of(family: Family) -> dict[str, str]:
+    """auto_map of config.json: the classes in the copy of models/mixture/layered.py that the export carries."""
+    name = family.architecture.removesuffix("ForCausalLM")
+    classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    return {auto: f"layered.{name}{ending}" for auto, ending in classes.items()}
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
@@ -201,3 +215,20 @@ def _narrowed(value: Tensor, base_type: str | None) -> torch.dtype:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def changed_originals(moe_dir: str | Path) -> str | None:
+    """What is wrong with the original weights of a mixture that should still hold them, by upcycle.json; else None.
+
+    Weights that were trained, or rounded by an export, are said to be so there. Raises as `extract_base`.
+    """
+    moe_dir = Path(moe_dir)
+    made = _read_report(moe_dir)
+    if not made or made.get("original_weights", "unchanged") != "unchanged" or was_trained_over(made):
+        return None
+    config = check_checkpoint(moe_dir, trust_remote_code=True).config
+    with CheckpointReader(moe_dir) as source:
+        found = original_digest(source, moe_family_of(config, moe_dir), bool(config.get("tie_word_embeddings")))
+    if found == made["base_digest"]:
+        return None
+    return f"expert 0 or a shared weight is not the base's any more (SHA-256 {made['base_digest'][:12]} in {REPORT})"

@@ -36,7 +36,7 @@ def checkpoint_folder(home: Home, checkpoint: str) -> tuple[Path, Artifact | Non
 
 def kind_of(folder: Path) -> Literal["lory", "mixture", "dense"]:
     """What kind of model a folder holds. Raises EclectusError if its config.json cannot be read."""
-    config = _read(folder / "config.json")
+    config = read_object(folder / "config.json")
     if config.get("model_type") == "lory":
         return "lory"
     return "mixture" if "num_experts_per_tok" in config else "dense"
@@ -57,7 +57,7 @@ def export_dense(home: Home, checkpoint: str, out: Path, dtype: Dtype | None = N
         export_dense_checkpoint(folder, out, getattr(torch, dtype) if dtype else None)
     except (ValueError, OSError) as error:
         raise EclectusError(f"{checkpoint} was not exported: {error}") from error
-    stored = _read(folder / "config.json")
+    stored = read_object(folder / "config.json")
     before = stored.get("dtype") or stored.get("torch_dtype")
     made = {"stored_dtype": dtype, "trained_dtype": before} if dtype and before and dtype != before else {}
     return _with_card(home, out, artifact, made)
@@ -86,9 +86,10 @@ def export_mixture(
     except (ValueError, OSError, StepZeroError) as error:
         raise EclectusError(f"{checkpoint} was not exported: {error}") from error
     if extract_base:
-        architecture = _read(out / "config.json")["architectures"][0]
+        seal(out, None)
+        architecture = read_object(out / "config.json")["architectures"][0]
         return f"{out}: the dense {architecture} that it was upcycled from, with unchanged tensors"
-    made = _read(out / "upcycle.json") if (out / "upcycle.json").is_file() else {}
+    made = read_object(out / "upcycle.json") if (out / "upcycle.json").is_file() else {}
     told = _with_card(home, out, artifact, made)
     if made.get("original_weights") == "rounded":
         told += (
@@ -100,14 +101,23 @@ def export_mixture(
 
 def _with_card(home: Home, out: Path, artifact: Artifact | None, made: dict[str, Any]) -> str:
     """Writes the model card of the export in `out` and returns a description of it. made: its upcycle.json."""
-    config = _read(out / "config.json")
+    seal(out, artifact)
+    config = read_object(out / "config.json")
     origin = origin_of(home, artifact.digest) if artifact else Origin()
     (out / CARD).write_text(model_card(out.name, config, made, origin), encoding="utf-8")
     size = sum(path.stat().st_size for path in out.iterdir())
     return f"{out}: a {config['architectures'][0]}, {size / 1e6:,.1f} MB, with its model card in {CARD}"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def seal(out: Path, artifact: Artifact | None) -> None:
+    """Writes down what the export holds, so that whoever serves it can tell whether it was changed."""
+    from eclectus.models.checkpoints.seal import write_seal
+
+    write_seal(out, artifact.name if artifact else None)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises EclectusError if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -30,6 +30,11 @@ _SCORES = """
     from step_inputs i join steps s using (step) join step_outputs o using (step)
     join artifacts a on a.artifact = o.artifact
     where s.name = 'evaluate' and i.name = 'checkpoint' and i.artifact = $artifact"""
+_CERTIFIED = """
+    select arg_max(a.statistics, s.started)
+    from step_inputs i join steps s using (step) join step_outputs o using (step)
+    join artifacts a on a.artifact = o.artifact
+    where s.name = 'certify' and i.name = 'checkpoint' and i.artifact = $artifact"""
 _BASE = """
     select i.artifact from step_inputs i join step_outputs o using (step)
     where i.name = 'checkpoint' and o.artifact = $made"""
@@ -76,6 +81,7 @@ class Origin:
     scores: dict[str, float] = field(default_factory=dict)
     base_scores: dict[str, float] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
+    certified: dict[str, Any] = field(default_factory=dict)
 
     def made_by(self, name: str) -> list[dict[str, Any]]:
         return [each for each in self.steps if each["name"] == name]
@@ -92,6 +98,8 @@ def origin_of(home: Home, digest: str) -> Origin:
             origin.steps.append(known | {"statistics": json.loads(statistics or "{}")})
         origin.scores = _scores(lineage, digest)
         upcycled = origin.made_by("extend_vocabulary") or origin.made_by("upcycle") or origin.made_by("add_experts")
+        certified = lineage.execute(_CERTIFIED, {"artifact": digest}).fetchone()
+        origin.certified = json.loads(certified[0]) if certified and certified[0] else {}
         if upcycled:
             first = lineage.execute(_BASE, {"made": upcycled[-1]["artifact"]}).fetchone()
             origin.base_scores = _scores(lineage, first[0]) if first else {}
@@ -123,6 +131,7 @@ def model_card(name: str, config: dict[str, Any], made: dict[str, Any], origin: 
         _new_words(config, origin),
         _proof(made),
         _lineage(origin),
+        served_section(origin.certified) if origin.certified else "",
     ]
     return "\n".join(part for part in parts if part)
 
@@ -160,9 +169,13 @@ def _what(config: dict[str, Any], made: dict[str, Any], origin: Origin, known: l
     notes = "".join(f"\n\n> {note}" for note in made.get("notes", []))
     if made.get("stored_dtype"):
         notes += f"\n\n> Trained in {made['trained_dtype']}, stored in {made['stored_dtype']} by this export."
-    opens = "import eclectus.models  # Eclectus: registers the class\n" if config.get("experts_per_layer") else ""
-    code = f"```python\n{opens}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-    code += 'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n```'
+    if made.get("gguf"):
+        return f"{text}.{notes}\n\n```bash\nllama-server -m {made['gguf']}\n```\n"
+    # Layers with different numbers of experts need the code that the export carries.
+    own = ", trust_remote_code=True" if config.get("experts_per_layer") else ""
+    code = "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    code += f'model = AutoModelForCausalLM.from_pretrained("."{own})\n'
+    code += 'tokenizer = AutoTokenizer.from_pretrained(".")\n```'
     return f"{text}.{notes}\n\n{code}\n"
 
 
@@ -292,3 +305,26 @@ def _proof(made: dict[str, Any]) -> str:
 def _lineage(origin: Origin) -> str:
     rows = [f"- run `{each['run']}` of {each['started']:%Y-%m-%d}, code {each['code']}" for each in origin.runs]
     return "## Lineage\n\n" + "\n".join(rows) + "\n" if rows else ""
+
+
+def served_section(found: dict[str, Any]) -> str:
+    """What servers answered with this model, by statistics of a certification (tasks/certify/certify.py)."""
+    lines = [
+        f"Compared with {found['reference'] or 'nothing'}, in float32, on prompts in several languages: differences of "
+        "log-probabilities, and greedy text that is equal or parts where the training model is undecided.",
+        "",
+        "| server | version | numbers | largest difference | mean | equal texts | tokens | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for each in found["servers"]:
+        tokens = {True: "equal", False: "differ", None: "not compared"}[each["tokens_equal"]]
+        verdict = "certified" if each["certified"] else "; ".join(each["faults"])
+        lines.append(
+            f"| {each['server']} | {each['version']} | {each['dtype']} | {each['max_difference']:.2g} | "
+            f"{each['mean_difference']:.2g} | {each['equal_texts']} of {each['texts']} | {tokens} | {verdict} |"
+        )
+    lines += [f"| {server} | | | | | | | not certified: {why} |" for server, why in found["unavailable"].items()]
+    if found["damage"]:
+        lines = [f"**Not certified**: {'; '.join(found['damage'])}."]
+    notes = "".join(f"\n\n> {note}" for note in found["notes"])
+    return "## Served by\n\n" + "\n".join(lines) + notes + "\n"

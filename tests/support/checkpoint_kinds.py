@@ -128,6 +128,11 @@ def _layered(root: Path) -> tuple[Path, Tensor]:
     return root / "moe", logits(base, tokens())
 
 
+def _layered_export(root: Path) -> tuple[Path, Tensor]:
+    moe, expected = _layered(root)
+    return export_checkpoint(moe, root / "export"), expected
+
+
 def _method(method: str, name: str) -> Callable[[Path], tuple[Path, Tensor]]:
     def make(root: Path) -> tuple[Path, Tensor]:
         base = write_base(root / "base", name)
@@ -156,7 +161,7 @@ def small_llama(rope: dict[str, Any], tied: bool = False) -> LlamaForCausalLM:
     return model
 
 
-def _pretrained(stage: str, rope: str = "theta", tied: bool = False) -> Callable[[Path], tuple[Path, Tensor]]:
+def pretrained(stage: str, rope: str = "theta", tied: bool = False) -> Callable[[Path], tuple[Path, Tensor]]:
     """A stage of pre-training that starts from a checkpoint, whose side files it keeps."""
 
     def make(root: Path) -> tuple[Path, Tensor]:
@@ -185,7 +190,7 @@ def _pretrained(stage: str, rope: str = "theta", tied: bool = False) -> Callable
 
 
 def _lory_export(root: Path) -> tuple[Path, Tensor]:
-    folder, _ = _pretrained("lory", "llama3")(root)
+    folder, _ = pretrained("lory", "llama3")(root)
     model = AutoModelForCausalLM.from_pretrained(folder)
     weights = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
     export_dense(model, root / "dense", weights=weights)
@@ -193,7 +198,7 @@ def _lory_export(root: Path) -> tuple[Path, Tensor]:
 
 
 def _extended_lory(root: Path) -> tuple[Path, Tensor]:
-    folder, expected = _pretrained("lory")(root)
+    folder, expected = pretrained("lory")(root)
     extend_lory(folder, root / "wider")
     return root / "wider", expected
 
@@ -208,13 +213,13 @@ def _fetched_gguf(root: Path) -> tuple[Path, Tensor]:
 
 
 KINDS: dict[str, Kind] = {
-    **{f"dense twin, {rope}": Kind(_pretrained("dense", rope)) for rope in ROPES},
-    "dense twin, tied": Kind(_pretrained("dense", tied=True)),
-    "dense_equal_flops": Kind(_pretrained("dense_equal_flops")),
-    "top_k": Kind(_pretrained("top_k")),
-    "expert_choice": Kind(_pretrained("expert_choice"), "eclectus"),
-    "document_pools": Kind(_pretrained("document_pools"), "eclectus"),
-    "lory": Kind(_pretrained("lory"), "5"),
+    **{f"dense twin, {rope}": Kind(pretrained("dense", rope)) for rope in ROPES},
+    "dense twin, tied": Kind(pretrained("dense", tied=True)),
+    "dense_equal_flops": Kind(pretrained("dense_equal_flops")),
+    "top_k": Kind(pretrained("top_k")),
+    "expert_choice": Kind(pretrained("expert_choice"), "eclectus"),
+    "document_pools": Kind(pretrained("document_pools"), "eclectus"),
+    "lory": Kind(pretrained("lory"), "5"),
     "extended lory": Kind(_extended_lory, "5"),
     "dense export of lory": Kind(_lory_export),
     "fetched gguf": Kind(_fetched_gguf),
@@ -223,6 +228,7 @@ KINDS: dict[str, Kind] = {
     **{f"extracted {name}": Kind(_extracted(name)) for name in BASES},
     "extended again": Kind(_extended_again),
     "layered": Kind(_layered, "eclectus"),
+    "export of layered": Kind(_layered_export, "5"),
     "full": Kind(_method("full", "mistral")),
     "lora": Kind(_method("lora", "qwen2")),
     "llama_pro": Kind(_method("llama_pro", "qwen3")),

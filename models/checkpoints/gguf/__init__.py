@@ -1,1 +1,1 @@
-"""Reading dense models in GGUF files."""
+"""GGUF files: reading dense models, writing dense models and mixtures."""

@@ -135,7 +135,7 @@ assert not any(importlib.util.find_spec(name) for name in ours)
 ids, results = torch.load("ids.pt", weights_only=True), {}
 
 def read(name):
-    own = "lory" in name and "export" not in name
+    own = name == "export of layered" or ("lory" in name and "export" not in name)
     model, info = AutoModelForCausalLM.from_pretrained(
         name, dtype=torch.float32, output_loading_info=True, trust_remote_code=own)
     assert not any(info.values()), info

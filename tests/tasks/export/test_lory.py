@@ -85,3 +85,16 @@ def test_a_tampered_checkpoint_is_not_exported(checkpoint, tmp_path):
     weights.write_bytes(content)
     with pytest.raises(EclectusError, match=r"is damaged: model\.safetensors changed"):
         export(store, made.name, tmp_path / "dense", None, None, "x")
+
+
+def test_a_dense_export_can_be_narrower_and_can_be_one_gguf_file(home, checkpoint, tmp_path, capsys):
+    words = ["--home", str(home.root), "export", checkpoint.name]
+    main([*words, str(tmp_path / "wide"), "--domain", "code"])
+    main([*words, str(tmp_path / "narrow"), "--domain", "code", "--dtype", "bfloat16"])
+    main([*words, str(tmp_path / "file"), "--domain", "code", "--format", "gguf"])
+    wide, narrow = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("wide", "narrow"))
+    assert narrow.dtype is torch.bfloat16 and wide.dtype is torch.float32
+    for ours, theirs in zip(narrow.parameters(), wide.parameters(), strict=True):
+        assert torch.equal(ours, theirs.bfloat16())
+    assert [path.name for path in tmp_path.glob("file/*.gguf")] == ["file-F32.gguf"]
+    assert "llama-server" in (tmp_path / "file" / "README.md").read_text()

@@ -186,3 +186,21 @@ def test_a_folder_without_a_model_is_named(home, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(EclectusError, match="has no config"):
         export_mixture(home, str(tmp_path / "empty"), tmp_path / "out")
+
+
+def test_a_mixture_leaves_as_gguf_with_a_card_and_qwen2_is_refused_in_one_line(capsys, tmp_path):
+    home = ("--home", tmp_path / "home")
+    for name in ("llama", "qwen2"):
+        base = write_base(tmp_path / name, name)
+        for path in base.glob("tokenizer*"):
+            path.unlink()
+        upcycle(base, tmp_path / f"{name}-moe", experts=2)
+    out = tmp_path / "served"
+    code, said, _ = eclectus(capsys, *home, "export", tmp_path / "llama-moe", out, "--format", "gguf")
+    assert code == 0 and f"{out}/served-F32.gguf: llama of" in said and "no logit differs by more than" in said
+    assert "llama-server -m served-F32.gguf" in (out / "README.md").read_text()
+    code, _, said = eclectus(capsys, *home, "export", tmp_path / "qwen2-moe", tmp_path / "no", "--format", "gguf")
+    assert code == 2 and len(said.splitlines()) == 1 and "transformers or vLLM" in said
+    assert not (tmp_path / "no").exists()
+    code, _, said = eclectus(capsys, *home, "export", out, tmp_path / "no", "--format", "gguf", "--extract-base")
+    assert code == 2 and len(said.splitlines()) == 1
