@@ -202,7 +202,7 @@ def _ask_all(
                 found.comparisons.append(
                     _ask_one(server, model, dtype, question, expected, tokens, asked, environments, report)
                 )
-            except (UnavailableError, ValueError, OSError) as error:
+            except UnavailableError as error:
                 found.unavailable[server.name] = " ".join(str(error).split())
                 break
         files.forget()
@@ -224,8 +224,8 @@ class _Files:
         path = self.work / f"{dtype}.gguf"
         try:
             export_gguf(self.served, path, getattr(torch, dtype))
-        except StepZeroError as error:
-            raise UnavailableError(f"its GGUF file was not written: {error}") from error
+        except (ValueError, OSError, StepZeroError) as error:
+            raise UnavailableError(f"no GGUF file was written: {error}") from error
         return path
 
     def forget(self) -> None:

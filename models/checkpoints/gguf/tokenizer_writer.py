@@ -37,7 +37,7 @@ def tokenizer_metadata(directory: Path, rows: int) -> dict[str, Value]:
     if kind != "BPE":
         raise _refused(directory, f"it is of kind {kind}")
     if described["model"].get("byte_fallback"):
-        values = _sentence_piece(directory, described, rows)
+        values = _sentence_piece(directory, described, rows, tokenizer.unk_token)
     else:
         values = _byte_level(directory, described, rows)
     return values | _special(directory, tokenizer) | _templates(tokenizer)
@@ -104,9 +104,8 @@ def _cut(step: dict[str, Any]) -> tuple[str | bool, ...]:
     return ("digits",) if regex == r"\p{N}" else (regex,)
 
 
-def _sentence_piece(directory: Path, described: dict[str, Any], rows: int) -> dict[str, Value]:
+def _sentence_piece(directory: Path, described: dict[str, Any], rows: int, unknown: str | None) -> dict[str, Value]:
     tokens, types = _tokens(described, rows)
-    unknown = described["model"].get("unk_token")
     # SentencePiece joins the pair whose piece has the largest score, BPE the pair that comes first among the merges.
     order: dict[str, int] = {}
     for number, merge in enumerate(described["model"]["merges"]):

@@ -99,7 +99,7 @@ def scale(name, factor):
 DAMAGES = {
     "an expert, by 1%": lambda out: rewrite(out / "model.safetensors", scale(EXPERT, 1.01)),
     "a norm, by 1%": lambda out: rewrite(out / "model.safetensors", scale("model.norm.weight", 1.01)),
-    "epsilon": lambda out: change(out / "config.json", lambda it: it.update(rms_norm_eps=2e-6)),
+    "epsilon": lambda out: change(out / "config.json", lambda it: it.update(rms_norm_eps=1e-2)),
     "experts per token": lambda out: change(out / "config.json", lambda it: it.update(num_experts_per_tok=1)),
     "a merge": lambda out: change(out / "tokenizer.json", lambda it: it["model"]["merges"].reverse()),
     "a missing template": lambda out: (out / "generation_config.json").unlink(),

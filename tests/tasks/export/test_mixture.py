@@ -202,5 +202,7 @@ def test_a_mixture_leaves_as_gguf_with_a_card_and_qwen2_is_refused_in_one_line(c
     code, _, said = eclectus(capsys, *home, "export", tmp_path / "qwen2-moe", tmp_path / "no", "--format", "gguf")
     assert code == 2 and len(said.splitlines()) == 1 and "transformers or vLLM" in said
     assert not (tmp_path / "no").exists()
-    code, _, said = eclectus(capsys, *home, "export", out, tmp_path / "no", "--format", "gguf", "--extract-base")
+    code, _, said = eclectus(
+        capsys, *home, "export", tmp_path / "llama-moe", tmp_path / "no", "--format", "gguf", "--extract-base"
+    )
     assert code == 2 and len(said.splitlines()) == 1
