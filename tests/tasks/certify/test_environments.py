@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +98,8 @@ def test_servers_are_chosen_by_name_once_and_unknown_ones_are_refused():
 def test_every_package_of_a_server_is_pinned():
     packages = [package for server in SERVERS.values() for package in server.packages]
     assert all(package.count("==") == 1 and "*" not in package for package in packages)
+
+
+def test_servers_that_are_our_own_libraries_have_our_versions():
+    pinned = (Path(__file__).parents[3] / "constraints" / "constraints.txt").read_text().lower().split()
+    assert set(SERVERS["transformers-5"].packages) <= set(pinned)
