@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.export.lory import export as export_lory
-from eclectus.tasks.export.mixture import Dtype, checkpoint_folder, kind_of, read_object
+from eclectus.tasks.export.mixture import Dtype, check_seal, checkpoint_folder, kind_of, read_object
 from eclectus.tasks.export.model_card import CARD, Origin, model_card, origin_of
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def export_gguf(home: Home, checkpoint: str, out: Path, dtype: Dtype | None, **m
     from eclectus.models.staged_folder import require_new_folder, staged_folder
 
     folder, artifact = checkpoint_folder(home, checkpoint)
+    check_seal(folder, checkpoint)
     with tempfile.TemporaryDirectory(prefix="eclectus-") as temporary:
         try:
             require_new_folder(out)

@@ -53,6 +53,7 @@ def export_dense(home: Home, checkpoint: str, out: Path, dtype: Dtype | None = N
     from eclectus.models.mixture.export import export_dense_checkpoint
 
     folder, artifact = checkpoint_folder(home, checkpoint)
+    check_seal(folder, checkpoint)
     try:
         export_dense_checkpoint(folder, out, getattr(torch, dtype) if dtype else None)
     except (ValueError, OSError) as error:
@@ -78,6 +79,9 @@ def export_mixture(
     from eclectus.models.mixture.export import extract_base as write_base
 
     folder, artifact = checkpoint_folder(home, checkpoint)
+    if not extract_base:
+        # A base is verified by its own digest.
+        check_seal(folder, checkpoint)
     try:
         if extract_base:
             write_base(folder, out)
@@ -107,6 +111,20 @@ def _with_card(home: Home, out: Path, artifact: Artifact | None, made: dict[str,
     (out / CARD).write_text(model_card(out.name, config, made, origin), encoding="utf-8")
     size = sum(path.stat().st_size for path in out.iterdir())
     return f"{out}: a {config['architectures'][0]}, {size / 1e6:,.1f} MB, with its model card in {CARD}"
+
+
+def check_seal(folder: Path, checkpoint: str) -> None:
+    """Raises EclectusError for an export, or a mixture of `upcycle`, whose files were changed since it was written."""
+    from eclectus.models.checkpoints.seal import SEAL, broken_seal
+
+    try:
+        lines = broken_seal(folder)
+    except (ValueError, OSError) as error:
+        raise EclectusError(f"{checkpoint} was not exported: {error}") from error
+    if lines:
+        raise EclectusError(
+            f"{checkpoint} was not exported: {lines[0]}; make it again, or remove {SEAL} from it to take it as it is"
+        )
 
 
 def seal(out: Path, artifact: Artifact | None) -> None:

@@ -114,6 +114,9 @@ def test_a_damaged_export_fails_and_names_the_file(servers_here, exported, tmp_p
     code, said = eclectus(capsys, "--home", tmp_path / "none", "certify", out)
     assert code == 1 and "NOT CERTIFIED: " in said and "export" in said
     assert "**Not certified**" in (out / "README.md").read_text()
+    for words in ((), ("--format", "gguf")):
+        code, said = eclectus(capsys, "--home", tmp_path / "none", "export", out, tmp_path / "again", *words)
+        assert code == 2 and len(said.splitlines()) == 1 and not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize("damage", ["an expert, by 1%", "a norm, by 1%", "epsilon", "experts per token"])
