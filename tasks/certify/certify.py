@@ -13,6 +13,7 @@ the model once in each type; minutes for the first installation of all servers.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 GREEDY = 16
 # Of the type that weights are stored in, which some CPUs compute slowly.
 NARROW_PROMPTS, NARROW_GREEDY = 3, 8
+# Bytes of weights from which a server gets all cores.
+MANY_THREADS = 100_000_000
 # It is the library that the model was trained with: what it refuses is damaged.
 MUST_OPEN = "transformers-5"
 
@@ -183,13 +186,15 @@ def _ask_all(
     with CheckpointReader(served) as reader:
         types = {spec.dtype for spec in reader.specs.values() if spec.dtype.is_floating_point}
         # Weights of several types are compared as they are.
+        large = sum(spec.nbytes for spec in reader.specs.values()) > MANY_THREADS
+        threads = len(os.sched_getaffinity(0)) if large else 1
         found.stored = str(types.pop()).removeprefix("torch.") if len(types) == 1 else "float32"
     limit = min(config["max_position_embeddings"], config.get("sliding_window") or config["max_position_embeddings"])
     greedy = max(1, min(GREEDY, limit // 4))
     tokenizer = open_tokenizer(served) if has_tokenizer(served) else None
     prompts = make_prompts(tokenizer, config["vocab_size"], limit - greedy - 1, texts)
     context = min(limit, max(len(prompt.ids) for prompt in prompts) + greedy + 1)
-    question = Question(prompts, greedy, bool(config.get("auto_map")), context)
+    question = Question(prompts, greedy, bool(config.get("auto_map")), context, threads)
     report(f"the training model answers to {len(prompts)} prompts")
     expected = expected_answers(training, found.stored, prompts, greedy)
     tokens = [list(tokenizer(prompt.text)["input_ids"]) for prompt in prompts] if tokenizer else None

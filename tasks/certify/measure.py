@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import tempfile
 import time
@@ -28,6 +27,8 @@ ANSWER_SECONDS = 3600
 TOP = 20
 # No server may look for anything outside, or report its use.
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+# Threads that spin while they wait take a busy machine's time from each other.
+QUIET |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 QUIET |= {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
@@ -38,12 +39,16 @@ QUIET |= {
 
 @dataclass(frozen=True)
 class Question:
-    """What all servers are asked. own_code: whether the export brings code. context: tokens to make room for."""
+    """What all servers are asked. own_code: whether the export brings code. context: tokens to make room for.
+
+    threads: of each server; matrices of small models are too small for several, which then wait for each other.
+    """
 
     prompts: list[Prompt]
     greedy: int
     own_code: bool
     context: int
+    threads: int = 1
 
     def request(self, model: Path, dtype: str) -> dict[str, Any]:
         texts = [prompt.text for prompt in self.prompts]
@@ -55,9 +60,7 @@ class Question:
             "greedy": self.greedy,
             "top": TOP,
             "context": self.context,
-            "threads": max(
-                1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            ),
+            "threads": self.threads,
             "own_code": self.own_code,
         }
 
