@@ -35,9 +35,8 @@ def export_gguf(home: Home, checkpoint: str, out: Path, dtype: Dtype | None, **m
             require_new_folder(out)
             if kind_of(folder) == "lory":
                 folder = Path(temporary) / out.name
-                export_lory(
-                    home.store, checkpoint, folder, **{"domain": None, "language": None, "prompt": None} | merged_by
-                )
+                by = [merged_by.get(name) for name in ("domain", "language", "prompt")]
+                export_lory(home.store, checkpoint, folder, by[0], by[1], by[2])
             with staged_folder(out) as partial:
                 path = partial / f"{out.resolve().name}.gguf"
                 made = write(folder, path, _torch_type(dtype))
