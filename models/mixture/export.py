@@ -228,7 +228,8 @@ def changed_originals(moe_dir: str | Path) -> str | None:
         return None
     config = check_checkpoint(moe_dir, trust_remote_code=True).config
     with CheckpointReader(moe_dir) as source:
-        found = original_digest(source, moe_family_of(config, moe_dir), bool(config.get("tie_word_embeddings")))
+        family, tied = moe_family_of(config, moe_dir), bool(config.get("tie_word_embeddings"))
+        found = original_digest(source, family, tied, vocabulary=original_rows(config))
     if found == made["base_digest"]:
         return None
     return f"expert 0 or a shared weight is not the base's any more (SHA-256 {made['base_digest'][:12]} in {REPORT})"
