@@ -24,7 +24,15 @@ from eclectus.tasks.grouping.cells import search
 from eclectus.tasks.grouping.cells.corpus import Corpus, Members
 from eclectus.tasks.grouping.cells.partition import Searched, consecutive
 from eclectus.tasks.grouping.cells.sample import Sample
-from eclectus.tasks.grouping.cells.tree import BATCH, Tree, Vectors, block_documents, order_of, set_one_thread
+from eclectus.tasks.grouping.cells.tree import (
+    BATCH,
+    MOST_OVERLAP,
+    Tree,
+    Vectors,
+    block_documents,
+    order_of,
+    set_one_thread,
+)
 
 RECALL_SAMPLE = 128
 
@@ -36,8 +44,8 @@ class Carried:
     files: of the earlier `neighbors` and `similarities`, and `rows`, with to_old.npy (the rows then, -1 for new
     documents) and to_new.npy. cells: of the earlier cells. lasts: similarity at the end of each present document's
     list. kept: bool [N], which have one. growth: of the settings. exact: partitions that were searched exactly.
-    overlaps: of those searched by cells; trees, samples: folders of their trees, and of their samples (which earlier
-    versions lack).
+    overlaps: of those searched by cells whose lists are worth an update; trees, samples: folders of their trees, and of
+    their samples (which earlier versions lack).
     """
 
     files: dict[str, Any]
@@ -69,7 +77,9 @@ class Carried:
         partitions = artifact.statistics["partitions"]
         exact = {each["partition"] for each in partitions if each["method"] == "exact"}
         trees, samples = (_folders(artifact, kind, names) for kind in ("tree", "sample"))
-        overlaps = {each["partition"]: each["overlap"] for each in partitions if each["partition"] in trees}
+        target = corpus.settings.neighbors_recall_target
+        good = [each for each in partitions if each["partition"] in trees and not _searched_better_again(each, target)]
+        overlaps = {each["partition"]: each["overlap"] for each in good}
         growth, cells = corpus.settings.neighbors_growth, matrix_files(artifact, "cells")
         return cls(files, cells, lasts, kept, growth, exact, overlaps, trees, samples, to_new)
 
@@ -78,6 +88,13 @@ class Carried:
         new = int((~self.kept[rows]).sum())
         updated = name in self.exact and new <= self.growth * len(rows)
         return new if len(rows) and (updated or not new) else None
+
+
+def _searched_better_again(described: dict[str, Any], target: float) -> bool:
+    """Whether the lists of a partition clearly miss the target, and more cells of each document would help."""
+    return bool(
+        described["overlap"] < MOST_OVERLAP and described["recall"] + 2 * described.get("recall_error", 0.0) < target
+    )
 
 
 def _folders(artifact: Artifact, kind: str, names: list[str]) -> dict[str, Path]:

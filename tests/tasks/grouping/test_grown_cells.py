@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eclectus.tasks.grouping.cells import corpus, update
+from eclectus.tasks.grouping.cells import corpus, tree, update
 from eclectus.tasks.grouping.neighbor_update import rows_by_id
 from tests.support.neighbor_lists import check, described, grown, lists, recall, recall_within
 from tests.support.topics import topical, unit_vectors, write_embeddings
@@ -159,6 +159,21 @@ def test_new_documents_and_those_of_their_cells_find_each_other_as_by_comparing_
         if others:
             wanted[i] = sorted(others, key=lambda j: -(unit[i] @ unit[j]))[:width]
     assert {d: [j for j in line if j >= 0] for d, line in zip(documents.tolist(), near.tolist(), strict=True)} == wanted
+
+
+def test_lists_that_miss_the_target_are_searched_again_where_more_cells_would_help(run, monkeypatch):
+    rows, vectors = topical({"en/sea": 1500}, words=3), unit_vectors(1500, 32, clusters=200)
+    monkeypatch.setattr(tree, "OWN", 20)
+    for most, again in ((update.MOST_OVERLAP, True), (2, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(tree, "MOST_OVERLAP", 2)
+            patch.setattr(update, "MOST_OVERLAP", 2)
+            first = grown(run.home.store, rows[:1490], vectors[:1490], neighbors_recall_target=0.99)
+        assert described(first)["overlap"] == 2 and described(first)["recall"] < 0.97
+        monkeypatch.setattr(update, "MOST_OVERLAP", most)
+        second = grown(run.home.store, rows, vectors, neighbors_recall_target=0.99)
+        assert ("updated" not in described(second)) == again
+        shutil.rmtree(second.path)
 
 
 @pytest.mark.slow
