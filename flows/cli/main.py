@@ -38,7 +38,7 @@ GROUPS = {
     "lineage": [
         "sql", "runs", "lineage", "trace", "diff", "compare", "why", "verify", "bundle", "openlineage",
     ],
-    "operate": ["up", "down", "deploy", "chaos", "corpus", "keep", "gc", "compact"],
+    "operate": ["up", "down", "deploy", "chaos", "corpus", "parallel", "keep", "gc", "compact"],
 }  # fmt: skip
 
 
@@ -174,6 +174,18 @@ def make_parser(command: str | None = None, show_all: bool = False) -> argparse.
     add_checkpoint_commands(add)
     add_promotion_commands(add)
     add("corpus", _corpus, "write the default corpus from installed packages, as JSONL", out="folder to write")
+    parallel = add(
+        "parallel",
+        _parallel,
+        "write the same pages in several languages as questions, from unpacked packages of documentation",
+        folder="folder with installed or unpacked packages, such as libreoffice-help-*",
+        out="folder to write, for --benchmark-files",
+    )
+    parallel.add_argument("--languages", help="languages beside English, as A,B (default: all in the folder)")
+    parallel.add_argument("--pages", type=int, help="at most this many pages (default: 300)")
+    parallel.add_argument(
+        "--share", type=float, help="without --languages, drop those with fewer translated pages (default: 0.2)"
+    )
     add("up", _up, "start a local Prefect server with UI, Ray, a worker and all deployments, in the background")
     add("down", _down, "stop what `up` started, and all of its child processes")
     add("deploy", _deploy, "register all deployments and automations with the server at PREFECT_API_URL")
@@ -218,6 +230,16 @@ def _corpus(chosen: argparse.Namespace) -> None:
     summary = write_corpus(Path(chosen.out), CorpusSettings())
     megabytes, files = summary.bytes / 1e6, len(summary.files)
     print(f"{summary.documents} documents, {megabytes:.1f} MB of text in {files} files in {quoted(chosen.out)}")
+
+
+def _parallel(chosen: argparse.Namespace) -> None:
+    from eclectus.tasks.corpus.parallel_text import ParallelSettings, describe, write_parallel_text
+
+    languages = [each for each in (chosen.languages or "").split(",") if each]
+    given = {"parallel_languages": languages, "parallel_pages": chosen.pages, "parallel_share": chosen.share}
+    settings = ParallelSettings.read({name: each for name, each in given.items() if each is not None}, "the options")
+    print(describe(write_parallel_text(Path(chosen.folder), Path(chosen.out), settings)))
+    print(f"evaluate with them: {command('evaluate', 'CHECKPOINT', '--benchmark-files', chosen.out)}")
 
 
 def _up(_: argparse.Namespace) -> None:

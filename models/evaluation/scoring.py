@@ -245,21 +245,24 @@ def generate(
     prompts: list[list[int]],
     tokens: int,
     temperature: float,
-    end: int,
+    ends: list[int],
     seed: int,
     process: Process,
     closed_from: int | None = None,
 ) -> list[tuple[list[int], list[list[float]]]]:
     """(new tokens, routing weights by layer [E] on the prompt) for each prompt; greedy at temperature 0, else seeded.
 
+    ends: tokens after which a text ends; the first also pads.
     One prompt at a time, so that none is padded; the processes divide the prompts. Dense models have no weights.
     closed_from: tokens from this id on are not written after prompts without any.
     """
+    if not prompts:
+        return []
     from transformers import GenerationConfig
 
     model.to(process.device).eval()
     chosen = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-    settings = GenerationConfig(max_new_tokens=tokens, eos_token_id=end, pad_token_id=end, **chosen)
+    settings = GenerationConfig(max_new_tokens=tokens, eos_token_id=ends, pad_token_id=ends[0], **chosen)
     mine: dict[int, tuple[list[int], list[list[float]]]] = {}
     for number in range(process.rank, len(prompts), process.world):
         prompt = torch.tensor([prompts[number]], device=process.device)

@@ -16,6 +16,7 @@ import gzip
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import socket
@@ -46,7 +47,9 @@ OLMO_FOLDERS = {
 }  # fmt: skip
 MMLU = "hails/mmlu_no_train"
 SUFFIXES = (".jsonl", ".jsonl.gz")
-TRANSLATION = "translation_choice"
+PARALLEL = "parallel_text"
+# Our own tasks, by the begin of their names; the language follows.
+OWN = ("translation_choice", "page_choice", PARALLEL)
 HERE = Path(__file__).parent / "questions"
 HUB_SECONDS = 3.0
 
@@ -167,8 +170,9 @@ class Harness:
         """(tasks by name, task names by group), ready to run. Raises EclectusError for a task that cannot be loaded."""
         from lm_eval.tasks import TaskManager
 
-        if wanted.name.startswith(TRANSLATION):
-            return {wanted.name: self._translation(wanted)}, {}
+        own = next((name for name in OWN if wanted.name.startswith(name)), None)
+        if own:
+            return {wanted.name: self._own(own, wanted)}, {}
         folders = [wanted.path.parent] if wanted.path else sorted(folders_by_name().get(wanted.name, ()))
         if not folders:
             raise EclectusError(f"lm-evaluation-harness {version()} has no task, group or tag '{wanted.name}'")
@@ -221,16 +225,30 @@ class Harness:
         found = {each.name: each for each in sorted(folder.iterdir()) if each.is_dir()}
         return _splits(found, lambda: {split: _read_arrow(each) for split, each in found.items()})
 
-    def _translation(self, wanted: Wanted) -> Task:
+    def _own(self, name: str, wanted: Wanted) -> Task:
         from lm_eval.api.task import ConfigurableTask
 
         if wanted.name not in self._files:
             raise EclectusError(
                 f"task '{wanted.name}' has no questions: give a folder with {wanted.name}.jsonl.gz in benchmark_files"
             )
-        config = yaml.safe_load((HERE / f"{TRANSLATION}.yaml").read_text("utf-8"))
+        config = yaml.safe_load((HERE / f"{name}.yaml").read_text("utf-8"))
+        if name == PARALLEL:
+            config["process_results"] = bits_of_page
         shots = {} if wanted.shots is None else {"num_fewshot": wanted.shots}
         return ConfigurableTask(config=config | {"task": wanted.name} | shots | self._local(wanted.name))
+
+
+def bits_of_page(page: dict[str, Any], results: list[Any]) -> dict[str, float]:
+    """The metrics of one page of `parallel_text`. results: its log-likelihood."""
+    try:
+        characters, size = int(page["english_characters"]), len(page["text"].encode())
+        bits = -float(results[0][0] if isinstance(results[0], list | tuple) else results[0]) / math.log(2)
+        return {"bits_per_english_character": bits / characters, "bits_per_byte": bits / size}
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise EclectusError(
+            f"a page of {PARALLEL} lacks text or english_characters ({error}); write the file anew: eclectus parallel"
+        ) from error
 
 
 @cache

@@ -37,8 +37,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.history import Made
 from eclectus.tasks.documents.digest_set import positions_of
 from eclectus.tasks.documents.table import ids_of, read_batches
-from eclectus.tasks.evaluation.ngrams import hash_grams, hash_words
-from eclectus.tasks.evaluation.passages import seen_share
+from eclectus.tasks.evaluation.passages import hash_grams, hash_words, seen_share
 from eclectus.tasks.packing.instance_file import document_tables
 from eclectus.tasks.run import current_run, metric, progress
 from eclectus.tasks.settings import Settings

@@ -18,6 +18,7 @@ Files:
     positions.parquet   by position in the window; `scored` is false for context
     routing.parquet     share of each expert in each layer, by language and domain
     samples.json, about.json (model, window, what could not be scored)
+    chat.json           answers to ten instructions, of models with a chat template (tasks/evaluation/chat.py)
 Cost: a forward pass over the held-out tokens, on the run's training workers.
 """
 
@@ -35,6 +36,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.evaluation.chat import read_chat, write_chat
 from eclectus.tasks.evaluation.held_out import HeldOut, choose_prompts, read_held_out
 from eclectus.tasks.evaluation.result_files import (
     scores_by,
@@ -90,6 +92,12 @@ class EvaluateSettings(WorkerSettings, BeginSettings):
         description="Close the tokens that extension_vocabulary added: text without any of them is scored, and "
         "continued, with the base's own tokens only.",
     )
+    evaluation_chat_tokens: int = Field(
+        64,
+        ge=0,
+        description="Tokens that a model with a chat template generates for each of ten fixed instructions, which the "
+        "report shows side by side; 0: none.",
+    )
     evaluation_batch: int = RuntimeSetting(
         8, ge=1, description="Windows that a worker scores at once; more cost memory."
     )
@@ -117,8 +125,9 @@ def evaluate(
             f"evaluation_context is {settings.context}, less than the {len(begin)} tokens that begin a "
             "document; raise it"
         )
-    held = read_held_out(documents, tokens, settings.evaluation_documents, settings.context, len(begin) + 1)
+    held = read_held_out(documents, tokens, settings.evaluation_documents, len(begin) + 1, settings.context)
     prompts = choose_prompts(held, settings.evaluation_prompt_tokens, settings.evaluation_samples)
+    chat = read_chat(checkpoint, tokens, settings.evaluation_chat_tokens, _positions(checkpoint))
     kept_as = ("evaluate", documents, tokenizer, checkpoint, settings.key_values())
     with (
         tempfile.TemporaryDirectory(dir=out.path.parent, prefix="streams-") as scratch,
@@ -138,6 +147,8 @@ def evaluate(
                 "prompts": [begin + held.tokens[number][: settings.evaluation_prompt_tokens] for number in prompts],
                 "begin": begin,
                 "end": tokens.eos_token_id,
+                "chat": chat.prompts,
+                "ends": chat.ends,
                 "settings": settings.model_dump(),
             },
             what="evaluating",
@@ -158,6 +169,8 @@ def evaluate(
     out.rows = int((sums.tokens > 0).sum())
     out.statistics = _statistics(held, table, scores, result, length)
     out.statistics |= {"vocabulary": len(tokens), "unknown_tokens": _unknown(held, tokens)}
+    write_chat(chat, result["answers"], tokens, out.file("chat.json"))
+    out.statistics |= {"chat": bool(chat.prompts)} | ({"chat_problem": chat.problem} if chat.problem else {})
     # about.json lists what could not be scored, so evaluations with equal scores of other documents have other digests.
     out.file("about.json").write_text(json.dumps(out.statistics, indent=1, ensure_ascii=False), "utf-8")
 
@@ -174,6 +187,8 @@ def evaluate_here(
     prompts: list[list[int]],
     begin: list[int],
     end: int,
+    chat: list[list[int]],
+    ends: list[int],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Runs on every worker: scores its windows and generates its samples; every worker returns the sums of all."""
@@ -201,12 +216,21 @@ def evaluate_here(
             "train it again with a lower learning rate, or leave it out"
         ) from error
     written = generate(
-        model, prompts, chosen.evaluation_sample_tokens, chosen.evaluation_temperature, end, chosen.seed, process, first
+        model,
+        prompts,
+        chosen.evaluation_sample_tokens,
+        chosen.evaluation_temperature,
+        [end],
+        chosen.seed,
+        process,
+        first,
     )
+    answers = generate(model, chat, chosen.evaluation_chat_tokens, 0.0, ends, chosen.seed, process, first)
     return {
         "sums": sums,
         "by_prompt": by_prompt,
         "written": written,
+        "answers": [ids for ids, _ in answers],
         "bucket": windows.bucket,
         "windows": len(table),
         "model": type(model).__name__,
@@ -254,7 +278,7 @@ def _window(checkpoint: Artifact, tokenizer: Any, settings: EvaluateSettings) ->
     """Tokens in a window. Raises EclectusError when the checkpoint does not fit the tokenizer or the settings."""
     config = read_model_config(checkpoint)
     check_vocabulary(checkpoint, config, tokenizer)
-    longest = config.get("max_position_embeddings") or LONGEST_WINDOW
+    longest = _positions(checkpoint)
     length = settings.evaluation_tokens or min(longest, LONGEST_WINDOW)
     if length > longest:
         raise EclectusError(f"evaluation_tokens is {length}, but {checkpoint.name} has {longest} positions; lower it")
@@ -265,6 +289,10 @@ def _window(checkpoint: Artifact, tokenizer: Any, settings: EvaluateSettings) ->
             "evaluation_tokens"
         )
     return length
+
+
+def _positions(checkpoint: Artifact) -> int:
+    return read_model_config(checkpoint).get("max_position_embeddings") or LONGEST_WINDOW
 
 
 def _write_streams(held: HeldOut, begin: list[int], end: int, length: int, context: int, scratch: Path) -> None:

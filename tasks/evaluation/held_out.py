@@ -54,18 +54,18 @@ class HeldOut:
         return self.languages[number], self.domains[number]
 
 
-def read_held_out(documents: Artifact, tokenizer: Any, most: int, context: int, around: int = 1) -> HeldOut:
+def read_held_out(documents: Artifact, tokenizer: Any, most: int, around: int = 1, context: int = 0) -> HeldOut:
     """Reads and tokenises at most `most` held-out documents per language and domain.
 
     Of very many domains the MOST_DOMAINS largest of a language are kept apart, and the others are one.
-    context: tokens that lead a stream. around: tokens that begin and end a document in its stream; they are not among
-    its own.
+    context: tokens that lead a stream; 0 for none. around: tokens that begin and end a document in its stream; they are
+    not among its own.
 
     Raises EclectusError if there are none.
     """
     large = _large_domains(documents)
     chosen, held, encode = _choose(documents, most, large), HeldOut(), TextTokens(tokenizer)
-    leading = _leads(documents, context, large)
+    leading = _leads(documents, context, large) if context else {}
     read: dict[str, list[int]] = {}
     rows: list[tuple[str, str, str, str, str, int, list[int]]] = []
     names = ["document", "work", "language", "domain", "group", "split", "bytes", "text"]

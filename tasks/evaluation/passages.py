@@ -12,10 +12,14 @@ Only the scored windows are kept: a sorted array of their hashes behind a table 
 answers for nearly all trained windows. Price: one pass over the training text, in blocks, 13 (half of it not ASCII) to
 30 MB (ASCII) per CPU second, at least half of it normalisation; 30 bytes of memory per byte of scored text. Two windows
 share a hash by chance once in 10^19 pairs.
+
+Word n-grams are hashed here, too (hash_words, hash_grams): words are runs of letters or digits of the normalised text,
+and a Chinese, Japanese or Thai character is a word of its own.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -32,6 +36,9 @@ BASE = 0x9E3779B97F4A7C15
 # In no UTF-8 text, so that no scored window crosses a border.
 BORDER = b"\xff"
 VALUES = np.random.default_rng(20240501).integers(0, 2**64, 256, np.uint64)
+_WORD = re.compile(r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_]+")
+# Odd multipliers keep a rolling polynomial hash of 64 bits invertible in each word.
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def seen_share(scored: Sequence[str | bytes], trained: Iterable[str | bytes], window: int = WINDOW) -> np.ndarray:
@@ -120,3 +127,25 @@ def _bytes(text: str | bytes) -> bytes:
     plain = text if isinstance(text, str) else text.decode("utf-8", "replace")
     # A lone surrogate has no bytes.
     return normalised(plain).encode("utf-8", "replace")
+
+
+def hash_words(text: str) -> np.ndarray:
+    """A 64-bit hash of each word [W]."""
+    from pandas.util import hash_array
+
+    words = _WORD.findall(normalised(text))
+    if not words:
+        return np.zeros(0, np.uint64)
+    return hash_array(np.array(words, object), categorize=False)
+
+
+def hash_grams(words: np.ndarray, length: int) -> np.ndarray:
+    """A 64-bit hash of every n-gram of `length` words [W - length + 1]."""
+    if len(words) < length or not length:
+        return np.zeros(0, np.uint64)
+    total = np.zeros(len(words) - length + 1, np.uint64)
+    with np.errstate(over="ignore"):
+        for at in range(length):
+            total = total * MULTIPLIER + words[at : len(words) - length + 1 + at]
+            total ^= total >> np.uint64(29)
+    return total

@@ -142,6 +142,12 @@ class Scores:
         return json.loads(self.artifact.file("samples.json").read_text("utf-8"))
 
     @cached_property
+    def chat(self) -> list[dict[str, Any]]:
+        """Answers to fixed instructions; none of a model without a chat template, or of an earlier evaluation."""
+        path = self.artifact.file("chat.json")
+        return json.loads(path.read_text("utf-8")) if path.is_file() else []
+
+    @cached_property
     def routing(self) -> list[dict[str, Any]]:
         return pq.read_table(self.artifact.file("routing.parquet")).to_pylist()
 

@@ -62,6 +62,8 @@ class Contents:
     versions: list[tuple[str, str]]
     gates: list[Table] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    chat: list[Sample] = field(default_factory=list)
+    chat_text: str = ""
     score_charts: list[Chart] = field(default_factory=list)
     loss_charts: list[Chart] = field(default_factory=list)
     routing: list[RoutingPart] = field(default_factory=list)
@@ -125,6 +127,8 @@ def collect_contents(
         settings=tables.settings_facts(history),
         versions=tables.version_pairs(history),
         samples=_samples(comparer.scores, samples),
+        chat=chat_samples(comparer.scores),
+        chat_text=chat_summary(comparer.scores),
         score_charts=figures.score_charts(comparer),
         loss_charts=figures.loss_curves(history, digests),
         routing=_routing(comparer.scores, figures.router_curves(history, digests)),
@@ -221,3 +225,53 @@ def _shown(text: str) -> str:
     """A text as it is, but with long runs of line breaks counted instead of shown."""
     shown = re.sub(r"\s*\n(?:\s*\n){2,}", lambda run: f" [{run[0].count(chr(10))} line breaks] ", text)
     return shown.strip() or "(nothing)"
+
+
+def chat_samples(scores: dict[str, Scores]) -> list[Sample]:
+    """The answers of all models with a chat template, by instruction."""
+    chatting = {name: each.chat for name, each in scores.items() if each.chat}
+    instructions = [row["instruction"] for row in next(iter(chatting.values()), [])]
+    samples = []
+    for number, instruction in enumerate(instructions):
+        texts = []
+        for name, answers in chatting.items():
+            row = next((row for row in answers if row["instruction"] == instruction), None)
+            if row is not None:
+                texts.append(Continuation(name, f"{row['answer'] or '(nothing)'}{'' if row['ended'] else ' […]'}"))
+        samples.append(Sample(f"Instruction {number + 1}", "en", instruction, texts))
+    return samples
+
+
+def chat_summary(scores: dict[str, Scores]) -> str:
+    """What the answers have in common with those of the first model, and which models have no template."""
+    chatting = {name: each.chat for name, each in scores.items() if each.chat}
+    if not chatting:
+        return ""
+    first, *others = chatting
+    text = (
+        "Ten fixed instructions, put by each model's own chat template and answered greedily; […] marks an answer that "
+        f"the model did not end. {_ended(first, scores)}."
+    )
+    for name in others:
+        same = sum(one["answer"] == two["answer"] for one, two in zip(chatting[first], chatting[name], strict=False))
+        shared = sum(
+            _overlap(one["answer"], two["answer"]) for one, two in zip(chatting[first], chatting[name], strict=False)
+        ) / len(chatting[first])
+        text += (
+            f" {_ended(name, scores)}; {same} are word for word those of {first}, with which its answers share "
+            f"{shared:.0%} of their words."
+        )
+    if without := [name for name in scores if name not in chatting]:
+        text += f" No chat template that could be used: {listed(without)}."
+    return text
+
+
+def _ended(name: str, scores: dict[str, Scores]) -> str:
+    answers = scores[name].chat
+    return f"{name} ends {sum(row['ended'] for row in answers)} of {len(answers)} answers"
+
+
+def _overlap(one: str, two: str) -> float:
+    """Words that both texts have, over the words of either: 1 for the same words, 0 for none in common."""
+    ones, twos = set(one.lower().split()), set(two.lower().split())
+    return len(ones & twos) / len(ones | twos) if ones or twos else 1.0

@@ -120,10 +120,20 @@ def _language_cell(group: str, change: Change | None, clear: bool) -> Cell:
     return Cell(f"{abs(100 * change.bits):.1f}% {word}", around, number(change.after), tint)
 
 
+def _bits_cell(found: Difference, tint: str) -> Cell:
+    """The change of what should be small, relative to the base, as that of bits per byte."""
+    if found.before <= 0:
+        return Cell("not known")
+    ends = [percent(end / found.before) for end in found.interval or ()]
+    return Cell(percent(found.change / found.before), " to ".join(ends), number(found.after), tint)
+
+
 def _task_cell(found: Difference | None, clear: bool, higher_is_better: bool) -> Cell:
     if found is None:
         return Cell("not known")
     better = (found.change > 0) == higher_is_better
+    if not higher_is_better:
+        return _bits_cell(found, "even" if not clear else "good" if better else "bad")
     tint = "even" if not clear else "good" if better else "bad"
     kept = f"{found.kept:.1f}% kept" if found.kept is not None else ""
     points = percent(found.change).removesuffix("%")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from eclectus.tasks.report.drawing import draw_svg
 
 if TYPE_CHECKING:
-    from eclectus.tasks.report.contents import Contents
+    from eclectus.tasks.report.contents import Contents, Sample
     from eclectus.tasks.report.tables import Cell, Facts, Table
 
 HERE = Path(__file__).parent
@@ -49,16 +49,20 @@ def write_markdown(contents: Contents) -> str:
         parts += [table_markdown(part.table) for part in contents.routing if part.table]
         parts += ["![Routing](pictures/routing.png)"]
     if contents.samples:
-        parts += ["## Samples"]
-        for sample in contents.samples:
-            lines = [f"**{safe(sample.title)}**", "", f"> {safe(sample.prompt)}", ""]
-            parts.append("\n".join([*lines, *(f"- {safe(each.name)}: {safe(each.text)}" for each in sample.texts)]))
+        parts += ["## Samples", *map(_sample_markdown, contents.samples)]
+    if contents.chat:
+        parts += ["## Chat", safe(contents.chat_text), *map(_sample_markdown, contents.chat)]
     parts += ["## Data and models", table_markdown(contents.documents), *map(facts_markdown, contents.data)]
     parts += [table_markdown(table) for table in (contents.instances, contents.models) if table is not None]
     parts += ["## Settings and versions", *map(facts_markdown, contents.settings)]
     if contents.versions:
         parts.append("Versions: " + ", ".join(f"{safe(name)} {safe(value)}" for name, value in contents.versions))
     return "\n\n".join(parts).replace(")\n\n- **", ")\n- **") + "\n"
+
+
+def _sample_markdown(sample: Sample) -> str:
+    lines = [f"**{safe(sample.title)}**", "", f"> {safe(sample.prompt)}", ""]
+    return "\n".join([*lines, *(f"- {safe(each.name)}: {safe(each.text)}" for each in sample.texts)])
 
 
 def table_markdown(table: Table) -> str:

@@ -141,6 +141,7 @@ def _page(contents: Contents, checkpoints: dict[str, Artifact], history: History
         "training": "Training" if contents.loss_charts else "",
         "routing": "Routing" if contents.routing else "",
         "samples": "Samples" if contents.samples else "",
+        "chat": "Chat" if contents.chat else "",
         "data": "Data and models",
         "lineage": "Lineage" if lineage else "",
         "settings": "Settings",

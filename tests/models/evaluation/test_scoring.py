@@ -115,7 +115,7 @@ def score_in_a_group(out):
     process, model = Process.current(), make_model("moe")
     # The second stream is one window, so that the second process has nothing to do and must still end with the sums.
     sums = [add_up(model, make_windows(lengths), process, 2) for lengths in ((70, 3), (30,))]
-    written = generate(model, PROMPTS, 4, 0.0, 0, 0, process)
+    written = generate(model, PROMPTS, 4, 0.0, [0], 0, process)
     if process.rank == 1:
         for number, each in enumerate(sums):
             np.savez(f"{out}/{number}.npz", bits=each.bits, tokens=each.tokens, shares=each.shares)
@@ -129,7 +129,7 @@ def test_two_processes_both_get_the_sums_of_one(tmp_path):
         one, two = add_up(model, make_windows(lengths)), np.load(tmp_path / f"{number}.npz")
         for name in ("bits", "tokens", "shares"):
             np.testing.assert_allclose(two[name], getattr(one, name), rtol=1e-6)
-    alone = generate(model, PROMPTS, 4, 0.0, 0, 0, Process())
+    alone = generate(model, PROMPTS, 4, 0.0, [0], 0, Process())
     assert np.load(tmp_path / "written.npy").tolist() == [len(ids) for ids, _ in alone]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from eclectus.tasks.documents.normalise import composed, id_of, label_of, normalised
-from eclectus.tasks.evaluation.ngrams import hash_words
+from eclectus.tasks.evaluation.passages import hash_words
 
 FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 TEXTS = {

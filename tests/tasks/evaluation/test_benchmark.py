@@ -9,7 +9,7 @@ import operator
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.pretraining.export_dense import export_dense
@@ -104,6 +104,39 @@ def test_scores_are_those_of_plain_lm_eval_on_the_same_checkpoint(world, questio
     assert functools.reduce(operator.iadd, items, []) == pytest.approx(
         functools.reduce(operator.iadd, logs, []), abs=2e-4
     )
+
+
+@pytest.mark.parametrize("model", ["dense", "stage 2"])
+def test_parallel_text_is_scored_in_bits_for_each_character_of_the_english_page(world, model, tmp_path):
+    pages = ["Open the file and read it twice, then close the window.", "Άνοιξε το αρχείο και διάβασέ το ξανά."]
+    lines = [json.dumps({"page": str(n), "text": text, "english_characters": 40}) for n, text in enumerate(pages)]
+    (tmp_path / "parallel_text_el.jsonl").write_text("\n".join(lines))
+    items = [{"page": "a", "context": "One.", "choices": ["Two.", "Three.", "Four.", "Five."], "label": 2}]
+    (tmp_path / "page_choice_el.jsonl").write_text(json.dumps(items[0]))
+    asked = ask(world, world.models[model], benchmark_files=[str(tmp_path)])
+    words = load_tokenizer(world.tokenizer.path)
+    network = AutoModelForCausalLM.from_pretrained(world.models[model].path).eval()
+    found = {(row["item"], row["metric"]): row["value"] for row in rows(asked, "items") if "parallel" in row["task"]}
+    for number, text in enumerate(pages):
+        ids = torch.tensor([[words.eos_token_id, *words(text, add_special_tokens=False)["input_ids"]]])
+        with torch.no_grad():
+            logs = network(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+        bits = -float(logs.gather(1, ids[0, 1:, None]).sum()) / math.log(2)
+        assert found[number, "bits_per_english_character"] == pytest.approx(bits / 40, rel=1e-4)
+        assert found[number, "bits_per_byte"] == pytest.approx(bits / len(text.encode()), rel=1e-4)
+    scores = {(row["task"], row["metric"]): row for row in rows(asked, "scores")}
+    mean = scores["parallel_text_el", "bits_per_english_character"]
+    assert mean["score"] == pytest.approx((found[0, mean["metric"]] + found[1, mean["metric"]]) / 2, abs=1e-4)
+    assert mean["language"] == "el" and not mean["higher_is_better"]
+    assert scores["page_choice_el", "acc"]["items"] == 1
+    (choice,) = [row for row in rows(asked, "items") if row["task"] == "page_choice_el" and row["metric"] == "acc"]
+    assert (choice["question"], choice["target"], choice["answers"]) == ("One.", "Four.", items[0]["choices"])
+
+
+def test_a_page_without_its_english_length_is_named(world, tmp_path):
+    (tmp_path / "parallel_text_el.jsonl").write_text(json.dumps({"page": "1", "text": "Άνοιξε το αρχείο."}))
+    with pytest.raises(EclectusError, match=r"lacks text or english_characters .*eclectus parallel"):
+        ask(world, world.models["dense"], benchmark_files=[str(tmp_path)])
 
 
 def test_lory_scores_a_question_as_plain_lm_eval_scores_its_export_for_that_prompt(world, questions, tmp_path):

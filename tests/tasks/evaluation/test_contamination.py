@@ -15,7 +15,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.evaluation.benchmark import BenchmarkSettings, benchmark
 from eclectus.tasks.evaluation.contamination import ContaminationSettings, contamination
 from eclectus.tasks.evaluation.evaluate import EvaluateSettings, evaluate
-from eclectus.tasks.evaluation.ngrams import hash_grams, hash_words
+from eclectus.tasks.evaluation.passages import hash_grams, hash_words
 from tests.support.small_world import SEGMENT, make_world, texts, write_documents
 
 QUESTIONS = [
