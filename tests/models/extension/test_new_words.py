@@ -106,7 +106,7 @@ def test_closed_tokens_are_neither_scored_nor_written(worlds):
     np.testing.assert_array_equal(opened[2], closed[2])
     model.lm_head.weight.data[first:] *= 100
     prompts = [tokens[0].tolist(), tokens[2].tolist()]
-    arguments = (model, prompts, 6, 0.0, 0, 0, Process.current())
+    arguments = (model, prompts, 6, 0.0, [0], 0, Process.current())
     assert all(max(written) >= first for written, _ in generate(*arguments))
     (old, _), (new, _) = generate(*arguments, closed_from=first)
     assert max(old) < first <= max(new)
