@@ -43,7 +43,7 @@ TOKENIZER_JSON = "tokenizer.json"
 OUTDATED = ("vocab.json", "merges.txt")
 LEAST_GAIN = 0.05
 """Bytes per token, relative: under this no language gains enough to be worth new rows in the model."""
-MEASURED_BYTES = 4_000_000
+MEASURED_BYTES = 1_000_000
 
 
 class NewVocabularySettings(Settings):
