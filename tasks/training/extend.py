@@ -30,6 +30,7 @@ from eclectus.tasks.step import step
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings
 from eclectus.tasks.training.precision import parameters_in
 from eclectus.tasks.training.run_training import TrainingSettings, check_tokens, resume_directory, run_training
+from eclectus.tasks.training.unchanged_weights import UnchangedWeights
 from eclectus.tasks.training.upcycle import UpcycleSettings
 from eclectus.tasks.training.without_torch import without_torch
 
@@ -249,19 +250,19 @@ def train_stage(
     import torch
 
     from eclectus.models.checkpoints.proof import StepZeroError
-    from eclectus.models.extension.methods import prove_method, save_method, untrained_digest
+    from eclectus.models.extension.methods import prove_method, save_method
     from eclectus.models.training.clock import TrainingClock
     from eclectus.models.training.flops import training_costs
     from eclectus.models.training.loop import train
     from eclectus.models.training.parallel import gather_model
-    from eclectus.models.training.precision import FrozenWeights, compute_dtype
+    from eclectus.models.training.precision import compute_dtype
 
     chosen = ExtendStageSettings(**settings)
     data, steps = _data(chosen, instances, review)
     clock = TrainingClock(report, process, Path(work))
     model = _open(chosen, checkpoint)
     check_tokens(data, model, checkpoint)
-    untrained, base = untrained_digest(model), _original_digest(model)
+    unchanged = UnchangedWeights(model, chosen.extension_method)
     try:
         proof = prove_method(model, chosen.extension_method, checkpoint) if process.is_main else None
     except StepZeroError as error:
@@ -278,17 +279,10 @@ def train_stage(
     costs = training_costs(model, plan, process.world, data.length)
     objective = _objective(chosen, data, checkpoint)
     dtype = compute_dtype(chosen.training_precision, process.device)
-    held = None
     if dtype == torch.bfloat16:
-        held = FrozenWeights(model, Path(work) / "frozen.safetensors", restores=process.is_main)
-    in_training = untrained_digest(model) if held else untrained
-
-    def check_frozen(step: int) -> None:
-        if untrained_digest(model) != in_training:
-            raise EclectusError(f"a weight that does not train changed before training step {step}; nothing was kept")
-
-    train(model, data, objective, plan, process, Path(work), clock.report, check=check_frozen)
-    check_frozen(plan.stop)
+        unchanged.hold_in_bfloat16(Path(work) / "frozen.safetensors", restores=process.is_main)
+    train(model, data, objective, plan, process, Path(work), clock.report, check=unchanged.check)
+    unchanged.check(plan.stop)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     statistics = {
         "model": type(model).__name__,
@@ -304,14 +298,8 @@ def train_stage(
     }
     gather_model(model, process)
     if process.is_main:
-        if held:
-            held.restore()
-        if untrained_digest(model) != untrained:
-            raise EclectusError(f"a weight that does not train changed before training step {steps}; nothing was kept")
-        if base is not None:
-            if chosen.extension_method != "moe_all" and _original_digest(model) != base:
-                raise EclectusError(f"an original weight changed before training step {steps}; nothing was kept")
-            statistics["frozen_sha256"] = base
+        if (digest := unchanged.restore(steps)) is not None:
+            statistics["frozen_sha256"] = digest
         if mass is not None:
             statistics["new_token_mass"] = {"before": mass, "after": _new_token_mass(model, original, process)}
         save_method(model, Path(out), side_files=Path(checkpoint))
@@ -381,13 +369,6 @@ def _open(settings: ExtendStageSettings, checkpoint: str) -> Any:
         )
     except ValueError as error:
         raise EclectusError(str(error)) from error
-
-
-def _original_digest(model: Any) -> str | None:
-    """`frozen_digest` of a mixture, equal to its base's; None for models without a frozen copy of the base."""
-    from eclectus.models.mixture.experts import frozen_digest
-
-    return frozen_digest(model) if hasattr(model.config, "num_experts_per_tok") else None
 
 
 def _note_training(out: Path, settings: ExtendStageSettings, data: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from eclectus.models.training.instances import Instances
 from eclectus.storage.artifact import ArtifactStore
-from eclectus.tasks import over_parts
+from eclectus.tasks import part_store
 from eclectus.tasks.documents import table as documents_table
 from eclectus.tasks.documents.table import read_table, relabel
 from eclectus.tasks.packing import document_tokens, instance_plan
@@ -37,7 +37,7 @@ def some_rows():
 def results(tmp_path, monkeypatch):
     """Where the results of parts are kept in this test."""
     folder = tmp_path / "parts"
-    monkeypatch.setattr(over_parts, "_temporary_folder", lambda: folder)
+    monkeypatch.setattr(part_store, "_temporary_folder", lambda: folder)
     return folder
 
 
@@ -223,7 +223,7 @@ def test_a_damaged_part_of_the_tokens_is_made_again_and_nothing_else(world, in_p
 def test_nothing_is_left_but_tokens_and_names(world, in_parts, results):
     packed(world, in_parts)
     left = {path.name for path in results.glob("*/*/*")}
-    assert left == {"tokens", "sizes.npy", "rows.npy", "control.npy", "names.arrow", over_parts.DESCRIPTION}
+    assert left == {"tokens", "sizes.npy", "rows.npy", "control.npy", "names.arrow", part_store.DESCRIPTION}
 
 
 def test_one_document_of_megabytes_among_tweets(world, tmp_path):

@@ -147,7 +147,7 @@ def test_the_same_bytes_twice_and_other_instances_under_another_seed(world, tmp_
 def test_small_blocks_change_no_bit(world, monkeypatch, tmp_path):
     whole = world.pack()
     # What was tokenised already would be found again.
-    monkeypatch.setattr("eclectus.tasks.over_parts._temporary_folder", lambda: tmp_path)
+    monkeypatch.setattr("eclectus.tasks.part_store._temporary_folder", lambda: tmp_path)
     monkeypatch.setattr("eclectus.tasks.packing.instance_part.TOKENS_AT_ONCE", 3 * LENGTH)
     monkeypatch.setattr("eclectus.tasks.packing.document_tokens.TEXTS_AT_ONCE", 7)
     assert world.pack().digest == whole.digest
