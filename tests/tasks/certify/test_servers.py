@@ -82,10 +82,10 @@ def export(root, name, dtype=None, experts=3):
 def lory_export(root):
     lory, _ = pretrained("lory")(root)
     model = AutoModelForCausalLM.from_pretrained(lory)
-    export_dense(model, root / "out", weights=torch.tensor([[0.7, 0.3], [0.2, 0.8]]))
-    for path in (root / "out").glob("*token*"):
+    export_dense(model, root / "dense", weights=torch.tensor([[0.7, 0.3], [0.2, 0.8]]))
+    for path in (root / "dense").glob("*token*"):
         path.unlink()
-    return root / "out"
+    return root / "dense"
 
 
 def certify(capsys, folder, servers, *words):
