@@ -200,10 +200,10 @@ def test_python_is_valid_and_imports_what_exists(text):
 @pytest.mark.slow
 def test_the_usage_page_works_on_real_checkpoints_and_instances(workspace, tmp_path):
     from eclectus.tasks.packing.pack import PackSettings, pack
-    from tests.support.dense_bases import write_base
+    from tests.support.dense_bases import dense
     from tests.support.small_world import make_world
 
-    write_base(workspace / "path/to/model", "llama")
+    dense(workspace / "path/to/model")
     for parameter in eclectus_commands(lambda words: words[0] in ("upcycle", "export") and "--domain" not in words):
         main(["my-mixture" if word.startswith("checkpoint-") else word for word in parameter.values[0]])
     assert all((workspace / name / "config.json").exists() for name in ("my-mixture", "my-export", "my-base"))

@@ -15,6 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.support import tokenizers
 from tests.support.gguf_files import spread, write_model
 
 # Tiny matrices: threads only wait for each other.
@@ -69,6 +70,15 @@ def write_base(directory: Path, name: str, dtype: torch.dtype = torch.float32, *
         tokenizer_object=tokenizer, unk_token="w0", eos_token="w1", extra_special_tokens=["w2"]
     ).save_pretrained(directory)
     return directory
+
+
+def dense(folder, kind=LlamaConfig, tokenizer=tokenizers.byte_level, **changed):
+    """A dense checkpoint with a tokenizer that llama.cpp can read."""
+    config = kind(**{**SHAPE, "vocab_size": 304, "num_key_value_heads": 2, **changed})
+    spread(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).save_pretrained(folder)
+    if tokenizer:
+        tokenizer(folder)
+    return folder
 
 
 def tokens(length: int = 40, rows: int = 3, seed: int = 1) -> torch.Tensor:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import Qwen3Config
 
 from eclectus.models.checkpoints.dense_base import DenseBase
 from eclectus.models.checkpoints.families import UnsupportedModelError
@@ -18,19 +18,7 @@ from eclectus.models.mixture.export import export_checkpoint
 from eclectus.models.mixture.upcycle import upcycle
 from tests.support import tokenizers
 from tests.support.checkpoint_kinds import ROPES, live_logits, trained_mixture
-from tests.support.dense_bases import SHAPE, logits, tokens, write_base
-from tests.support.gguf_files import spread
-
-ROWS = 304
-
-
-def dense(folder, kind=LlamaConfig, tokenizer=tokenizers.byte_level, **changed):
-    """A dense checkpoint with a tokenizer that llama.cpp can read."""
-    config = kind(**{**SHAPE, "vocab_size": ROWS, "num_key_value_heads": 2, **changed})
-    spread(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).save_pretrained(folder)
-    if tokenizer:
-        tokenizer(folder)
-    return folder
+from tests.support.dense_bases import dense, logits, tokens, write_base
 
 
 def without_tokenizer(folder):
