@@ -177,6 +177,7 @@ def _ask_all(
     report: Callable[[str], None],
 ) -> None:
     from eclectus.models.checkpoints.door import check_checkpoint
+    from eclectus.models.checkpoints.own_code import brings_our_code
     from eclectus.models.checkpoints.side_files import has_tokenizer
     from eclectus.models.checkpoints.tensor_files import CheckpointReader
     from eclectus.models.checkpoints.tokenizer_files import open_tokenizer
@@ -194,7 +195,7 @@ def _ask_all(
     tokenizer = open_tokenizer(served) if has_tokenizer(served) else None
     prompts = make_prompts(tokenizer, config["vocab_size"], limit - greedy - 1, texts)
     context = min(limit, max(len(prompt.ids) for prompt in prompts) + greedy + 1)
-    question = Question(prompts, greedy, bool(config.get("auto_map")), context, threads)
+    question = Question(prompts, greedy, brings_our_code(served, config), context, threads)
     report(f"the training model answers to {len(prompts)} prompts")
     expected = expected_answers(training, found.stored, prompts, greedy)
     tokens = [list(tokenizer(prompt.text)["input_ids"]) for prompt in prompts] if tokenizer else None

@@ -5,9 +5,8 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
+from transformers import AutoTokenizer, Qwen2Config
 
 from eclectus.flows.cli.main import main
 from eclectus.models.mixture.upcycle import upcycle
@@ -16,10 +15,9 @@ from eclectus.tasks.certify.prompts import held_out_texts, make_prompts
 from eclectus.tasks.export import model_card as card
 from eclectus.tasks.export.model_card import Origin
 from tests.support.checkpoint_kinds import KINDS
-from tests.support.dense_bases import SHAPE
-from tests.support.gguf_files import spread
+from tests.support.dense_bases import dense
 from tests.support.small_world import make_world
-from tests.support.tokenizers import byte_level, change
+from tests.support.tokenizers import change
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.1.w2.weight"
 
@@ -34,17 +32,11 @@ def eclectus(capsys, *words):
     return code, said.out + said.err
 
 
-def write_base(folder, kind=LlamaConfig):
-    config = kind(**{**SHAPE, "vocab_size": 304, "num_key_value_heads": 2})
-    spread(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).save_pretrained(folder)
-    return byte_level(folder)
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A function that copies an export of a mixture whose experts differ, and the mixture itself."""
     root = tmp_path_factory.mktemp("exported")
-    write_base(root / "base")
+    dense(root / "base")
     upcycle(root / "base", root / "moe", experts=3, init="drop")
     main(["--home", str(root / "none"), "export", str(root / "moe"), str(root / "out")])
 
@@ -167,7 +159,7 @@ def test_an_artifact_and_its_rounded_export_are_compared_with_the_artifact(serve
 
 
 def test_a_qwen2_mixture_is_not_certified_for_llama_cpp_with_the_reason(servers_here, tmp_path, capsys):
-    upcycle(write_base(tmp_path / "base", Qwen2Config), tmp_path / "moe", experts=2)
+    upcycle(dense(tmp_path / "base", Qwen2Config), tmp_path / "moe", experts=2)
     code, said = eclectus(
         capsys, "--home", tmp_path / "none", "certify", tmp_path / "moe", "--servers", "transformers-5,llama.cpp"
     )
@@ -194,3 +186,18 @@ def test_held_out_text_of_the_run_is_among_the_prompts(tmp_path, monkeypatch):
     assert all(0 < len(prompt.ids) <= 30 and prompt.text for prompt in prompts)
     monkeypatch.setattr(card, "origin_of", lambda home, digest: Origin())
     assert held_out_texts(SimpleNamespace(store=world.store), "0" * 64) == {}
+
+
+@pytest.mark.parametrize("how", ["another file", "a changed file", "code of a hub", "a tokenizer's code"])
+def test_code_that_is_not_ours_is_named_and_not_run(servers_here, exported, tmp_path, capsys, how):
+    out, moe = exported(tmp_path / "out")
+    (out / "export.json").unlink()
+    named = {"another file": "evil.Model", "code of a hub": "a/b--layered.Model"}.get(how, "layered.Model")
+    change(out / "config.json", lambda config: config.update(auto_map={"AutoModelForCausalLM": named}))
+    if how in ("another file", "a changed file"):
+        (out / f"{named.partition('.')[0]}.py").write_text("raise SystemExit")
+    if how == "a tokenizer's code":
+        change(out / "tokenizer_config.json", lambda it: it.update(auto_map={"AutoTokenizer": [None, "a/b--c.Words"]}))
+    for against in ((), ("--against", moe)):
+        code, said = eclectus(capsys, "certify", out, *against)
+        assert code == 2 and "it is not run" in said
