@@ -23,9 +23,8 @@ class UnchangedWeights:
 
         self._model, self._method = model, method
         self._untrained, self._original = untrained_digest(model), _original_digest(model)
-        self._in_training, self._held = self._untrained, None
-
-    _held: FrozenWeights | None
+        self._in_training = self._untrained
+        self._held: FrozenWeights | None = None
 
     def hold_in_bfloat16(self, originals: Path, restores: bool) -> None:
         """Rounds them for the training (`FrozenWeights`, which says what the arguments are)."""

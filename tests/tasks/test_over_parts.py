@@ -259,15 +259,21 @@ def test_rays_workers_give_the_same_and_a_part_that_kills_its_worker_is_tried_ag
     assert len(os.listdir(calls)) - before < 6
 
 
-def test_machines_that_share_no_disk_exchange_files_through_the_object_store(object_store, tmp_path, monkeypatch):
+@pytest.fixture
+def machine(object_store, tmp_path, monkeypatch):
+    """A function that makes this process one of several machines of a cluster, by name; it returns the home there."""
     url = f"s3://models/{uuid.uuid4().hex}"
     monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
 
-    def machine(name):
+    def be(name):
         monkeypatch.setenv("ECLECTUS_CACHE", str(tmp_path / name))
         work._home_here.cache_clear()
         return Home.open(url)
 
+    return be
+
+
+def test_machines_that_share_no_disk_exchange_files_through_the_object_store(machine, tmp_path):
     driver = machine("driver")
     mine = PartStore.of_home(driver)
     # A file of an artifact, and one of a part that was made in this process.
@@ -295,15 +301,7 @@ def test_machines_that_share_no_disk_exchange_files_through_the_object_store(obj
     assert there.store.find(artifact.name).file("other").read_text() == "another"
 
 
-def test_a_file_that_is_damaged_on_its_way_to_a_worker_is_fetched_again_or_named(object_store, tmp_path, monkeypatch):
-    url = f"s3://models/{uuid.uuid4().hex}"
-    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
-
-    def machine(name):
-        monkeypatch.setenv("ECLECTUS_CACHE", str(tmp_path / name))
-        work._home_here.cache_clear()
-        return Home.open(url)
-
+def test_a_file_that_is_damaged_on_its_way_to_a_worker_is_fetched_again_or_named(machine, tmp_path):
     driver = machine("driver")
     mine = PartStore.of_home(driver)
     with driver.store.draft("report") as draft:
