@@ -203,7 +203,7 @@ def _held_out_arrays(documents: Any, tokenizer: Any) -> dict[str, np.ndarray]:
     from eclectus.tasks.packing.tokenizer import load_tokenizer
 
     words = load_tokenizer(tokenizer.path)
-    held = read_held_out(documents, words, 10_000, context=1)
+    held = read_held_out(documents, words, 10_000)
     work_of, text_of = {}, {}
     for batch in read_batches(documents, ["document", "work", "text"], [("split", "==", "heldout")], 512):
         for document, work, text in zip(*(batch[name].to_pylist() for name in batch.schema.names), strict=True):

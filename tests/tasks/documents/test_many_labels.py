@@ -110,7 +110,7 @@ def test_very_many_domains_flood_neither_manifests_nor_tables(store, monkeypatch
     assert len(tokens) == 6 and sum(tokens.values()) == sum(packed.statistics["tokens_by_language"].values())
     table = tables.documents_table(documents)
     assert len(table.rows) == 6 and table.rows[0][0].text == "English, (other domains)"
-    held = held_out.read_held_out(documents, load_tokenizer(words.path), 1000, context=1)
+    held = held_out.read_held_out(documents, load_tokenizer(words.path), 1000)
     assert len(held.streams) == 6 and len(held.documents) == documents.statistics["heldout"]
 
 

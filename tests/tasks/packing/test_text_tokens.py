@@ -201,7 +201,7 @@ def test_packing_and_evaluation_see_the_same_tokens_and_an_end_per_document(kind
     tokens = Instances(packed.path).tokens
     ends = int((tokens == words.eos_token_id).sum()) - packed.statistics["tokens_padded"]
     assert ends == len(rows)
-    held = read_held_out(halves["heldout"][1], words, 100, context=1)
+    held = read_held_out(halves["heldout"][1], words, 100)
     assert sum(map(len, held.tokens)) + ends == packed.statistics["tokens"] - packed.statistics["tokens_padded"]
     assert words.eos_token_id not in {each for ids in held.tokens for each in ids}
     assert packed.statistics["control_tokens_in_texts"] == (0 if kind is special_bpe else 72)
