@@ -24,8 +24,8 @@ from transformers.utils import logging
 from eclectus.models import LoryConfig
 from eclectus.models.evaluation.scoring import Windows, score
 from eclectus.models.pretraining import stages
-from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM
-from eclectus.models.pretraining.checkpoint import duplicated_moments
+from eclectus.models.sharding.blueprint import Blueprint
+from eclectus.models.sharding.slices import InMemory
 from eclectus.models.training import objectives
 from eclectus.models.training.flops import step_flops, training_costs
 from eclectus.models.training.instances import Instances
@@ -185,30 +185,25 @@ def build(job: Job, size: Size, dense: LlamaForCausalLM, moments: dict[str, torc
     experts, seed, segment = job.experts or size.experts, job.seed, job.segment or size.segment
     if job.model in ("dense", "warmup", "dense_wide"):
         return dense, moments, objectives.next_token()
+    given = Blueprint.of(dense), {name: InMemory(value) for name, value in moments.items()}, (), experts
     if job.model == "top_k":
-        model, carried, objective = stages.top_k_of_dense(dense, moments, (), experts, job.active, seed, job.cuts)
+        stage = stages.top_k_of_dense(*given, job.active, seed, job.cuts)
     elif job.model == "emo":
-        given = (dense, moments, (), experts, job.active, seed)
-        model, carried, objective = stages.document_pools_of_dense(*given, pool_size=job.pool)
+        stage = stages.document_pools_of_dense(*given, job.active, seed, pool_size=job.pool)
     elif job.model == "expert_choice":
-        given = (dense, moments, (), experts, seed)
-        model, carried, objective = stages.expert_choice_from_dense(*given, capacity=job.capacity)
+        stage = stages.expert_choice_from_dense(*given, seed, capacity=job.capacity)
     elif job.model == "segment_choice":
-        model = ExpertChoiceForCausalLM.from_dense(dense, experts, segment, seed=seed)
-        carried, objective = duplicated_moments(moments, experts), objectives.next_token()
+        stage = stages.expert_choice_from_dense(*given, seed, segment_length=segment)
     else:
-        model, carried, objective = stages.lory_from_dense(
-            dense,
-            moments,
-            (),
-            experts,
+        stage = stages.lory_from_dense(
+            *given,
             segment_length=segment,
             router_initializer_range=job.router_init / size.shape["hidden_size"] ** 0.5,
             seed=seed,
             routing="prefix" if job.model == "prefix" else "causal_segment",
             first_segment=job.first_segment,
         )
-    return model, carried if job.moments == "carry" else {}, objective
+    return stage.blueprint.make(), stage.moments if job.moments == "carry" else {}, stage.objective
 
 
 def run_job(job: Job, size: Size, data: Path, work: Path) -> dict[str, Any]:

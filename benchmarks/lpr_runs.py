@@ -37,6 +37,7 @@ from eclectus.models.extension.methods import MixedInstances, open_method, untra
 from eclectus.models.mixture.experts import frozen_digest, set_trainable, split_experts
 from eclectus.models.mixture.export import export_checkpoint
 from eclectus.models.mixture.upcycle import upcycle
+from eclectus.models.sharding.slices import in_memory
 from eclectus.models.training import objectives
 from eclectus.models.training.flops import training_costs
 from eclectus.models.training.instances import Batch, Instances
@@ -213,7 +214,7 @@ def fit(model: torch.nn.Module, data: Instances, objective: Objective, job: dict
         work = unfinished(job) or Path(temporary)
         started, computed = time.monotonic(), time.process_time()
         half = compute_dtype(plan.precision, process.device) == torch.bfloat16
-        held = FrozenWeights(model, work / "frozen.safetensors") if half else None
+        held = FrozenWeights(model, in_memory(model)) if half else None
         train(model, data, objective, plan, process, work, lambda *_, **__: None)
         if held:
             held.restore()

@@ -19,7 +19,6 @@ import argparse
 import gc
 import multiprocessing
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from eclectus.models.mixture.experts import set_trainable, split_experts
+from eclectus.models.sharding.slices import in_memory
 from eclectus.models.training import objectives
 from eclectus.models.training.instances import Batch
 from eclectus.models.training.loop import Plan
@@ -186,13 +186,12 @@ def precision_times(stage: str, rounds: int) -> dict[str, list[float]]:
     step("float32")
     for _ in range(rounds):
         for way in WAYS:
-            with tempfile.TemporaryDirectory() as folder:
-                held = FrozenWeights(model, Path(folder) / "frozen") if WAYS[way][1] else None
-                started = time.process_time()
-                step(WAYS[way][0])
-                seconds[way].append(time.process_time() - started)
-                if held:
-                    held.restore()
+            held = FrozenWeights(model, in_memory(model)) if WAYS[way][1] else None
+            started = time.process_time()
+            step(WAYS[way][0])
+            seconds[way].append(time.process_time() - started)
+            if held:
+                held.restore()
     return seconds
 
 
@@ -201,12 +200,12 @@ def precision_memory(stage: str, way: str) -> int:
     torch.set_num_threads(1)
     before = _peak()
     model, objective = contender(STAGES[stage], CUDA_SHAPE, PRECISION_EXPERTS)
-    with tempfile.TemporaryDirectory() as folder:
-        if WAYS[way][1]:
-            FrozenWeights(model, Path(folder) / "frozen")
-        step, _ = stepper(model, objective, *PRECISION_BATCH)
-        for _ in range(2):
-            step(WAYS[way][0])
+    if WAYS[way][1]:
+        # Never restored, so that no values are needed.
+        FrozenWeights(model, {})
+    step, _ = stepper(model, objective, *PRECISION_BATCH)
+    for _ in range(2):
+        step(WAYS[way][0])
     return _peak() - before
 
 

@@ -18,8 +18,8 @@ from eclectus.tasks.packing.new_vocabulary import check_extendable
 from eclectus.tasks.plan import NotMadeYet, Planned
 from eclectus.tasks.training.add_experts import AddExpertsSettings, add_experts, kind_of
 from eclectus.tasks.training.check_base import check_base_to_extend
-from eclectus.tasks.training.extend import ExtendStageSettings, recipe_of
 from eclectus.tasks.training.extend import extend as train
+from eclectus.tasks.training.extend_settings import ExtendStageSettings, recipe_of
 from eclectus.tasks.training.extend_vocabulary import ExtendVocabularySettings, extend_vocabulary
 from eclectus.tasks.training.fetch_model import FetchSettings, fetch
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings, layer_similarity

@@ -36,7 +36,7 @@ from eclectus.tasks.report.data_report import DataReportSettings
 from eclectus.tasks.report.report import ReportSettings
 from eclectus.tasks.settings import BASIC, CurationWorkerSettings, Settings, parse_settings
 from eclectus.tasks.training.add_experts import AddExpertsSettings
-from eclectus.tasks.training.extend import ExtendSettings, MethodSettings, PostPretrainSettings, ReviewSettings
+from eclectus.tasks.training.extend_settings import ExtendSettings, MethodSettings, PostPretrainSettings, ReviewSettings
 from eclectus.tasks.training.fetch_model import FetchSettings
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings
 from eclectus.tasks.training.pretrain import ArchitectureSettings, LorySettings, PretrainSettings, check_segment
@@ -470,7 +470,7 @@ PARAMETERS: dict[str, type[FlowParameters]] = {
 def gate_of(parameters: RetrainParameters) -> Gate:
     """The rules of the line that is retrained. Raises EclectusError when retraining makes no model for it."""
     from eclectus.tasks.promotion.gate import read_gates
-    from eclectus.tasks.training.extend import recipe_of
+    from eclectus.tasks.training.extend_settings import recipe_of
 
     lines, line = read_gates(parameters.gate), parameters.retrain_line
     if line not in lines:

@@ -322,10 +322,11 @@ def check_contents(checked: Checked) -> None:
         check_finite(((name, reader.tensor(name)) for name in reader.specs), checked.path)
 
 
-def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str | Path) -> None:
+def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str | Path, first: int = 0) -> None:
     """Raises CheckpointError naming the first tensor, and the row of it, that holds NaN or an infinity.
 
-    tensors: pairs of name and tensor, which may be read one at a time.
+    tensors: pairs of name and tensor, which may be read one at a time. first: the row of the whole tensor at which they
+    begin.
     """
     for name, value in tensors:
         # The sum of finite numbers is finite unless it overflows, and costs a tenth of looking at each.
@@ -336,8 +337,8 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str | Path) -> No
             what = "NaN" if value.isnan().any() else "an infinity"
             more = f" and {len(rows) - 1} others" if len(rows) > 1 else ""
             raise CheckpointError(
-                f"{where}: {name} holds {what} in row {rows[0]}{more}; fetch the weights again, train them again with "
-                "a lower learning rate, or set rows that no token uses to 0"
+                f"{where}: {name} holds {what} in row {first + rows[0]}{more}; fetch the weights again, train them "
+                "again with a lower learning rate, or set rows that no token uses to 0"
             )
 
 

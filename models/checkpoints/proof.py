@@ -10,6 +10,7 @@ The angle per position is compared first, within `FREQUENCY`, and the reference 
 100,000 the last bit of an fp32 frequency moves a logit by more than any tolerance worth having.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from eclectus.models.checkpoints.reference import ReferenceModel, reference_of
 from eclectus.models.checkpoints.streaming import logits_at, streamed_logits
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSource
 from eclectus.models.checkpoints.writing import plain_config
+from eclectus.models.training.parallel import reshard
+from eclectus.models.training.process import Process
 
 TOLERANCE = 1e-4
 # Relative difference of two computations of an fp32 frequency, with room for the power function's own error.
@@ -130,31 +133,70 @@ def reference_logits_with(reference: ReferenceModel, rotary: Any, probes: Probes
     return reference.logits(probes.tokens, probes.positions, found)
 
 
-def prove_start(model: nn.Module, checkpoint: Path, what: str, tolerance: float = TOLERANCE) -> StepZero:
+def prove_start(
+    model: nn.Module, checkpoint: Path, what: str, tolerance: float = TOLERANCE, process: Process | None = None
+) -> StepZero | None:
     """Compares a model in memory with a plain reading of the dense checkpoint that it was made of.
 
-    what: the model, named in errors. Raises StepZeroError above the tolerance.
+    what: the model, named in errors. process: of a sharded model, whose processes must all call this; as `compared`.
     """
     with CheckpointReader(checkpoint) as reader:
         config = read_transformers_config(checkpoint)
         reference = reference_of(read_config(checkpoint), plain_config(config), reader, checkpoint)
         probes = probes_for(config, parameters_of(reader))
         rotary = next(module for module in model.modules() if hasattr(module, "attention_scaling"))
-        expected = reference_logits_with(reference, rotary, probes, what)
-    return checked(f"{what} differs from {checkpoint}", logits_of(model, probes), expected, tolerance, probes)
+        return compared(
+            lambda: reference_logits_with(reference, rotary, probes, what),
+            logits_of(model, probes),
+            probes,
+            f"{what} differs from {checkpoint}",
+            tolerance,
+            process,
+        )
 
 
-def prove_as_stored(model: nn.Module, checkpoint: Path, what: str, tolerance: float = TOLERANCE) -> StepZero:
+def prove_as_stored(
+    model: nn.Module, checkpoint: Path, what: str, tolerance: float = TOLERANCE, process: Process | None = None
+) -> StepZero | None:
     """Compares a mixture of experts in memory, in its form for training, with the stock class on the stored tensors.
 
-    what: the model, named in errors. Raises StepZeroError above the tolerance.
+    As `prove_start`; also for a Lory model.
     """
     with CheckpointReader(checkpoint) as reader:
-        config = read_transformers_config(checkpoint)
-        family = moe_family_of(read_config(checkpoint), checkpoint)
+        config, raw = read_transformers_config(checkpoint), read_config(checkpoint)
+        family = None if raw.get("model_type") == "lory" else moe_family_of(raw, checkpoint)
         probes = probes_for(config, parameters_of(reader))
-        expected = streamed_logits(reader, config, family, probes.tokens, positions=probes.positions)
-    return checked(f"{what} differs from {checkpoint}", logits_of(model, probes), expected, tolerance, probes)
+        return compared(
+            lambda: streamed_logits(reader, config, family, probes.tokens, positions=probes.positions),
+            logits_of(model, probes),
+            probes,
+            f"{what} differs from {checkpoint}",
+            tolerance,
+            process,
+        )
+
+
+def compared(
+    expected: Callable[[], Tensor],
+    ours: Tensor,
+    probes: Probes,
+    what: str,
+    tolerance: float,
+    process: Process | None = None,
+) -> StepZero | None:
+    """`checked`, by rank 0 alone; None on the other ranks.
+
+    process: of a sharded model; all processes must call this, and all of them raise StepZeroError above the tolerance.
+    """
+    process, proof, fault = process or Process(), None, None
+    if process.is_main:
+        try:
+            proof = checked(what, ours, expected(), tolerance, probes)
+        except StepZeroError as error:
+            fault = str(error)
+    if fault := process.gather(fault)[0]:
+        raise StepZeroError(fault)
+    return proof
 
 
 def prove_files(directory: Path, reference: ReferenceModel, what: str, tolerance: float = TOLERANCE) -> StepZero:
@@ -193,6 +235,7 @@ def logits_of(model: nn.Module, probes: Probes) -> Tensor:
     training, device = model.training, next(model.parameters()).device
     logits = logits_at(model.eval(), probes.tokens.to(device), probes.positions.to(device)).cpu()
     model.train(training)
+    reshard(model)
     return logits
 
 

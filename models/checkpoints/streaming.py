@@ -18,15 +18,15 @@ from eclectus.models.checkpoints.tensor_files import TensorSource
 def streamed_logits(
     source: TensorSource,
     config: PretrainedConfig,
-    family: Family,
+    family: Family | None,
     tokens: Tensor,
     only_expert: int | None = None,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """Logits `[n, length, vocabulary]` in fp32 of a dense or an upcycled checkpoint on tokens `[n, length]`.
+    """Logits `[n, length, vocabulary]` in fp32 of a dense, an upcycled or a Lory checkpoint on tokens `[n, length]`.
 
-    only_expert: send every token to that expert with weight 1 instead of routing. positions: of the tokens, by default
-    0, 1, 2, ...
+    family: None for Lory. only_expert: send every token to that expert with weight 1 instead of routing. positions: of
+    the tokens, by default 0, 1, 2, ...
     """
     with torch.device("meta"):
         how = {"experts_implementation": "eager"} if misaligned(config) else {}
@@ -62,7 +62,7 @@ def misaligned(config: PretrainedConfig) -> bool:
     return any(width % 8 for width in (config.hidden_size, config.intermediate_size))
 
 
-def _loader(source: TensorSource, family: Family, prefix: str) -> Callable[..., None]:
+def _loader(source: TensorSource, family: Family | None, prefix: str) -> Callable[..., None]:
     def load(module: nn.Module, inputs: tuple) -> None:
         for name in dict(module.named_parameters()):
             owner, _, leaf = name.rpartition(".")
@@ -76,11 +76,11 @@ def _drop_weights(module: nn.Module, _: tuple, __: object) -> None:
     module.to("meta")
 
 
-def read_parameter(source: TensorSource, family: Family, name: str, rows: int) -> Tensor:
+def read_parameter(source: TensorSource, family: Family | None, name: str, rows: int) -> Tensor:
     """A module's parameter in fp32, read from checkpoint files; experts are stacked as `[experts, ...]`."""
     owner, _, leaf = name.rpartition(".")
-    if not owner.endswith(".mlp.experts"):
-        stored = name if name in source.specs else family.stored_name(name)
+    if family is None or not owner.endswith(".mlp.experts"):
+        stored = name if family is None or name in source.specs else family.stored_name(name)
         return source.tensor(stored).float()
     layer = int(name.split(".")[2])
     matrices = ("down_proj",) if leaf == "down_proj" else ("gate_proj", "up_proj")

@@ -6,6 +6,7 @@ header length, a JSON header, the tensors one after the other; several files hav
 
 import json
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedReader
@@ -21,8 +22,12 @@ from eclectus.models.checkpoints.config_file import read_config as read_config
 from eclectus.models.checkpoints.config_file import read_json_object
 from eclectus.models.checkpoints.side_files import INDEX, is_file_name
 
+# A block of a tensor: (begin, end) of each dimension.
+Bounds = Sequence[tuple[int, int]]
 # As in the safetensors library.
 LARGEST_HEADER = 100_000_000
+# Files of a model's weights are MODEL.safetensors, or MODEL-00001-of-00002.safetensors and so on.
+MODEL = "model"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -76,7 +81,8 @@ class CheckpointReader:
     Raises CheckpointError naming the shard that is missing or damaged, or the directory without safetensors.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: dict[Path, set[str] | None] | None = None) -> None:
+        """files: as of `weight_files`, which says those of the model."""
         self.directory = directory
         self._stack = ExitStack()
         self._offsets: dict[str, tuple[BufferedReader, int]] = {}
@@ -84,7 +90,7 @@ class CheckpointReader:
         self.specs: dict[str, TensorSpec] = {}
         with ExitStack() as on_error:
             on_error.callback(self._stack.close)
-            for path, expected in weight_files(directory).items():
+            for path, expected in (files or weight_files(directory)).items():
                 self._open(path, expected)
             on_error.pop_all()
 
@@ -116,16 +122,26 @@ class CheckpointReader:
         """The file that holds the tensor of that name."""
         return self._paths[name]
 
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and dtype of a tensor. Raises CheckpointError if there is none."""
+        if name not in self.specs:
+            raise CheckpointError(f"{self.directory} has no tensor {name}")
+        return self.specs[name]
+
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name, on the CPU. Raises CheckpointError if there is none."""
-        if name not in self._offsets:
-            raise CheckpointError(f"{self.directory} has no tensor {name}")
+        return self.block(name, [(0, size) for size in self.spec(name).shape])
+
+    def block(self, name: str, bounds: Bounds) -> Tensor:
+        """The block of a tensor between `bounds`, on the CPU; no other rows are read. Raises as `tensor`."""
+        spec = self.spec(name)
+        first, last = bounds[0] if bounds else (0, 1)
+        rows = torch.empty((max(last - first, 0), *spec.shape[1:]) if bounds else (), dtype=spec.dtype)
         file, offset = self._offsets[name]
-        tensor = torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
-        file.seek(offset)
-        if file.readinto(tensor_bytes(tensor)) != self.specs[name].nbytes:
+        file.seek(offset + first * (spec.nbytes // spec.shape[0] if bounds and spec.shape[0] else 0))
+        if rows.numel() and file.readinto(tensor_bytes(rows)) != rows.nbytes:
             raise CheckpointError(f"{self.directory}: the file of {name} ends within it; fetch it again and retry")
-        return tensor
+        return rows[(slice(None), *(slice(*each) for each in bounds[1:]))] if bounds else rows
 
     def close(self) -> None:
         """Closes the files."""
@@ -188,13 +204,18 @@ def _check_entries(header: dict[str, Any], size: int) -> None:
         raise ValueError(f"{size} of {end} bytes")
 
 
-def weight_files(directory: Path) -> dict[Path, set[str] | None]:
-    """By safetensors file of a checkpoint directory, the tensors that it must hold (None: any).
+def index_of(stem: str) -> str:
+    """Name of the index of several files of that stem."""
+    return f"{stem}.safetensors.index.json"
+
+
+def weight_files(directory: Path, stem: str = MODEL) -> dict[Path, set[str] | None]:
+    """By safetensors file of a checkpoint directory, the tensors that it must hold (None: any). stem: of their names.
 
     Raises CheckpointError for a directory without safetensors, and for an index that is damaged or names a file that is
     missing or outside the directory.
     """
-    alone, index = directory / "model.safetensors", directory / INDEX
+    alone, index = directory / f"{stem}.safetensors", directory / index_of(stem)
     if not index.exists():
         if alone.is_file():
             return {alone: None}
@@ -215,12 +236,12 @@ def weight_files(directory: Path) -> dict[Path, set[str] | None]:
     for file_name, names in named.items():
         if not (directory / file_name).is_file():
             raise CheckpointError(
-                f"{directory}: shard {file_name} is missing, which {INDEX} names; fetch it again and retry"
+                f"{directory}: shard {file_name} is missing, which {index.name} names; fetch it again and retry"
             )
         files[directory / file_name] = names
     if alone.is_file() and alone not in files:
         raise CheckpointError(
-            f"{directory} holds two sets of weights, model.safetensors and the shards that {INDEX} names, and programs "
+            f"{directory} holds two sets of weights, {alone.name} and the shards that {index.name} names, and programs "
             "differ in which they read; move the one away that is not meant"
         )
     return files

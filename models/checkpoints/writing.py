@@ -10,14 +10,16 @@ transformers' own save_pretrained is not used: at the end of a training it refus
 a generation config with a temperature but without sampling, both of which it loads.
 
 The header of each file is computed from names, dtypes and shapes, and the bytes are streamed after it. Files are split
-at `max_shard_bytes` and indexed as transformers does.
+at `max_shard_bytes` and indexed as transformers does. The processes of a sharded model write one checkpoint together.
 """
 
 import json
 import struct
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,12 +31,15 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from eclectus.models.checkpoints.side_files import GENERATION_CONFIG, copy_side_files
 from eclectus.models.checkpoints.tensor_files import (
     DTYPES,
-    INDEX,
+    MODEL,
     CheckpointError,
     TensorSource,
     TensorSpec,
+    index_of,
     tensor_bytes,
 )
+from eclectus.models.sharding.live import LiveTensors, as_transformers_writes, stock_shell
+from eclectus.models.training.process import Process
 
 MAX_SHARD_BYTES = 5_000_000_000
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -114,37 +119,61 @@ def write_checkpoint(
     read: Callable[[str], Tensor],
     side_files: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    process: Process | None = None,
 ) -> None:
     """Writes config.json for both generations, the tensors in the given order, and the side files of a folder.
 
-    read: as in write_tensors. side_files: a checkpoint or tokenizer folder.
+    read, process: as in write_tensors. side_files: a checkpoint or tokenizer folder.
     """
-    write_config(directory, with_both_generations(config))
-    write_tensors(directory, specs, read, max_shard_bytes)
-    if side_files is not None:
-        copy_side_files(side_files, directory)
+    if process is None or process.is_main:
+        write_config(directory, with_both_generations(config))
+        if side_files is not None:
+            copy_side_files(side_files, directory)
+    write_tensors(directory, specs, read, max_shard_bytes, process)
 
 
 def save_model(
-    model: PreTrainedModel, directory: Path, side_files: Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    model: PreTrainedModel,
+    directory: Path,
+    side_files: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    process: Process | None = None,
 ) -> None:
     """Writes a live model, with the code of a class that carries its own; `directory` is created.
 
-    side_files: a checkpoint or tokenizer folder; its generation config replaces the model's.
+    side_files: a checkpoint or tokenizer folder; its generation config replaces the model's. process: of a sharded
+    model, in whatever form it was trained; all processes must call this, and each writes a part (`write_tensors`).
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = model.dtype
-    for part in (model, model.config):
-        if part._auto_class is not None:
-            custom_object_save(part, directory, config=model.config)  # type: ignore[arg-type]  # as transformers does
-    tensors = revert_weight_conversion(model, remove_tied_weights_from_state_dict(model.state_dict(), model))
-    specs = [TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
-    if model.generation_config is not None:
-        (directory / GENERATION_CONFIG).write_text(model.generation_config.to_json_string(), encoding="utf-8")
-    write_checkpoint(
-        directory, plain_config(model.config), specs, tensors.__getitem__, side_files, max_shard_bytes=max_shard_bytes
-    )
+    source: TensorSource
+    if process is not None:
+        shell = stock_shell(model)
+        source = as_transformers_writes(shell, LiveTensors(model))
+        shell.config.dtype = next(iter(source.specs.values())).dtype
+    else:
+        shell, model.config.dtype = model, model.dtype
+        tensors = revert_weight_conversion(model, remove_tied_weights_from_state_dict(model.state_dict(), model))
+        source = InMemoryTensors(tensors)
+    shell.config.architectures = [type(shell).__name__]
+    if process is None or process.is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+        for part in (shell, shell.config):
+            if part._auto_class is not None:
+                custom_object_save(part, directory, config=shell.config)  # type: ignore[arg-type]  # as transformers does
+        if shell.generation_config is not None:
+            (directory / GENERATION_CONFIG).write_text(shell.generation_config.to_json_string(), encoding="utf-8")
+    config = plain_config(shell.config)
+    write_checkpoint(directory, config, source.specs.values(), source.tensor, side_files, max_shard_bytes, process)
+
+
+class InMemoryTensors:
+    """Tensors by name (a TensorSource)."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.specs = {name: TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
 
 
 def write_tensors(
@@ -152,32 +181,97 @@ def write_tensors(
     specs: Iterable[TensorSpec],
     read: Callable[[str], Tensor],
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> list[str]:
-    """Streams tensors into `directory` in the given order, one in memory at a time; returns the file names.
+    process: Process | None = None,
+    stem: str = MODEL,
+) -> None:
+    """Streams tensors into `directory` in the given order, one in memory at a time.
 
-    read: returns the tensor of a name, with exactly the dtype and shape of its spec, else CheckpointError.
+    read: returns the tensor of a name, with exactly the dtype and shape of its spec, else CheckpointError. stem: of the
+    files' names. process: of several that write one checkpoint. All must call this, and all read all tensors, in the
+    same order; each writes those that it owns, about as many bytes as the others, into files of its own. The index is
+    written last. What one of them cannot write is raised by all, as CheckpointError.
     """
-    shards: list[list[TensorSpec]] = [[]]
-    for spec in specs:
-        if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(spec)
-    if len(shards) == 1:
-        files = ["model.safetensors"]
-    else:
-        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file_name, shard in zip(files, shards, strict=True):
-        _write_file(directory / file_name, shard, read)
-    if len(shards) > 1:
+    process, specs = process or Process(), list(specs)
+    files = _divided(specs, process.world, max_shard_bytes)
+    names = [f"{stem}-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    names = names if len(files) > 1 else [f"{stem}.safetensors"]
+    own = [(directory / name, held) for name, (rank, held) in zip(names, files, strict=True) if rank == process.rank]
+    fault: str | None = None
+    with ExitStack() as stack:
+        writer = stack.enter_context(_FileSequence(own))
+        for spec in specs:
+            tensor = read(spec.name)
+            if fault is not None or spec.name not in writer.names:
+                continue
+            try:
+                writer.write(spec, tensor)
+            except OSError as error:
+                if process.world == 1:
+                    raise
+                fault = f"{writer.path} cannot be written by process {process.rank}: {error.strerror or error}"
+            del tensor
+    if faults := [each for each in process.gather(fault) if each]:
+        raise CheckpointError(f"{faults[0]}; nothing was kept")
+    if len(files) > 1 and process.is_main:
         index = {
-            "metadata": {"total_size": sum(spec.nbytes for shard in shards for spec in shard)},
-            "weight_map": {spec.name: file for file, shard in zip(files, shards, strict=True) for spec in shard},
+            "metadata": {"total_size": sum(spec.nbytes for spec in specs)},
+            "weight_map": {spec.name: file for file, (_, held) in zip(names, files, strict=True) for spec in held},
         }
-        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return files
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (directory / index_of(stem)).write_text(text, encoding="utf-8")
+    process.barrier()
 
 
-def _write_file(path: Path, specs: list[TensorSpec], read: Callable[[str], Tensor]) -> None:
+def _divided(specs: list[TensorSpec], world: int, max_bytes: int) -> list[tuple[int, list[TensorSpec]]]:
+    """(process, tensors) of each file. A tensor goes to the process with the fewest bytes so far."""
+    files: list[list[list[TensorSpec]]] = [[] for _ in range(world)]
+    loads = [0] * world
+    for spec in specs:
+        rank = loads.index(min(loads))
+        loads[rank] += spec.nbytes
+        if not files[rank] or sum(each.nbytes for each in files[rank][-1]) + spec.nbytes > max_bytes:
+            files[rank].append([])
+        files[rank][-1].append(spec)
+    divided = [(rank, held) for rank, own in enumerate(files) for held in own]
+    return divided or [(0, [])]
+
+
+class _FileSequence:
+    """Safetensors files, written one after the other, each tensor in its turn."""
+
+    def __init__(self, files: list[tuple[Path, list[TensorSpec]]]) -> None:
+        self._files, self._open = iter(files), ExitStack()
+        self._left: list[str] = []
+        self._file: Any = None
+        self.path = files[0][0] if files else Path()
+        self.names = {spec.name for _, held in files for spec in held}
+        if files and not self.names:
+            self._start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._open.close()
+
+    def write(self, spec: TensorSpec, tensor: Tensor) -> None:
+        if not self._left:
+            self._start()
+        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+            raise CheckpointError(f"{spec.name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {spec}")
+        self._left.remove(spec.name)
+        self._file.write(tensor_bytes(tensor))
+        if not self._left:
+            self._open.close()
+
+    def _start(self) -> None:
+        self.path, specs = next(self._files)
+        self._left = [spec.name for spec in specs]
+        self._file = self._open.enter_context(self.path.open("wb"))
+        self._file.write(_header(specs))
+
+
+def _header(specs: list[TensorSpec]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for spec in specs:
@@ -189,10 +283,4 @@ def _write_file(path: Path, specs: list[TensorSpec], read: Callable[[str], Tenso
         offset += spec.nbytes
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for spec in specs:
-            tensor = read(spec.name)
-            if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-                raise CheckpointError(f"{spec.name} is {tensor.dtype} {tuple(tensor.shape)}, announced as {spec}")
-            file.write(tensor_bytes(tensor))
+    return struct.pack("<Q", len(encoded)) + encoded

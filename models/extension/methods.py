@@ -24,33 +24,39 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eclectus.models.checkpoints.door import open_model
+from eclectus.models.checkpoints.door import read_transformers_config
 from eclectus.models.checkpoints.families import family_of
 from eclectus.models.checkpoints.proof import (
-    TOLERANCE,
     StepZero,
     checked,
+    compared,
     logits_of,
     probes_for,
     prove_as_stored,
     prove_start,
 )
 from eclectus.models.checkpoints.side_files import REPORT
-from eclectus.models.checkpoints.tensor_files import read_config, tensor_bytes
+from eclectus.models.checkpoints.streaming import streamed_logits
+from eclectus.models.checkpoints.tensor_files import CheckpointReader, read_config, tensor_bytes
 from eclectus.models.checkpoints.writing import save_model
 from eclectus.models.extension.lory import save_lory, split_lory
 from eclectus.models.extension.recipes import RECIPES, Recipe, recipe_of
 from eclectus.models.extension.split_vocabulary import join_vocabulary, split_vocabulary
 from eclectus.models.lory.model import LoryForCausalLM
-from eclectus.models.mixture.experts import set_trainable, split_experts, whole
+from eclectus.models.mixture.experts import set_trainable, split_experts
 from eclectus.models.mixture.export import export_checkpoint
+from eclectus.models.sharding.blueprint import Blueprint, stock_blueprint
+from eclectus.models.sharding.training_form import deeper_values, hold_no_memory
 from eclectus.models.training.instances import Batch, Instances, rows_at
+from eclectus.models.training.parallel import reshard, whole
+from eclectus.models.training.process import Process
 
 # Largest difference of a logit by merging adapters, as a share of the largest: matrix products on GPUs may be TF32.
 MERGED = 1e-2
+MERGING = "the model with merged adapters differs from itself"
 
 
 def open_method(
@@ -62,6 +68,29 @@ def open_method(
     new_words: bool = False,
     seed: int = 0,
 ) -> nn.Module:
+    """The model of `method_blueprint`, whole and in memory."""
+    blueprint = method_blueprint(
+        method, checkpoint, lora_rank=lora_rank, new_blocks=new_blocks, new_words=new_words, seed=seed
+    )
+    with blueprint:
+        return blueprint.make()
+
+
+def open_review(checkpoint: str | Path) -> nn.Module:
+    """The model of `review_blueprint`, whole and in memory."""
+    with review_blueprint(checkpoint) as blueprint:
+        return blueprint.make()
+
+
+def method_blueprint(
+    method: str,
+    checkpoint: str | Path,
+    *,
+    lora_rank: int = 8,
+    new_blocks: int | None = None,
+    new_words: bool = False,
+    seed: int = 0,
+) -> Blueprint:
     """The model of `checkpoint` in fp32, ready for stage 1 of a method: only trained parameters require gradients.
 
     checkpoint: the upcycled one for recipes that start "upcycled" (or a Lory model with new experts, for MoE-LPR), else
@@ -71,55 +100,59 @@ def open_method(
     """
     recipe = recipe_of(method)
     if read_config(Path(checkpoint)).get("model_type") == "lory":
-        return _open_lory(checkpoint, recipe, "post_pretrain")
-    model = open_model(checkpoint)
+        return _lory_blueprint(checkpoint, recipe, "post_pretrain")
+    stock = stock_blueprint(checkpoint)
+    model = cast(PreTrainedModel, stock.model)
     if recipe.start == "lora":
+        hold_no_memory(model)
         adapted: Any = add_lora(model, lora_rank, seed)
         if new_words:
             split_vocabulary(adapted.get_base_model())
-        return adapted
+        return stock.formed(adapted)
     if recipe.start == "blocks":
-        deeper = expand_blocks(model, new_blocks or max(1, model.config.num_hidden_layers // 2))
-        return split_vocabulary(deeper) if new_words else deeper
+        layers, count = model.config.num_hidden_layers, new_blocks or max(1, model.config.num_hidden_layers // 2)
+        deeper = expand_blocks(model, count)
+        stock.values = deeper_values(stock.values, _block_origins(layers, count))
+        return stock.formed(split_vocabulary(deeper) if new_words else deeper)
     if recipe.start == "upcycled":
         split_experts(model, frozen_experts(checkpoint))
     set_trainable(model, recipe.trained)
     everything = recipe.start == "dense" or recipe.trained == "all"
-    return split_vocabulary(model) if new_words and not everything else model
+    return stock.formed(split_vocabulary(model) if new_words and not everything else model)
 
 
-def prove_method(model: nn.Module, method: str, checkpoint: str | Path) -> StepZero:
+def review_blueprint(checkpoint: str | Path) -> Blueprint:
+    """The result of stage 1 in fp32, ready for the review, which trains only routers."""
+    if read_config(Path(checkpoint)).get("model_type") == "lory":
+        return _lory_blueprint(checkpoint, RECIPES["moe_lpr"], "review")
+    stock = stock_blueprint(checkpoint)
+    model = cast(PreTrainedModel, stock.model)
+    split_experts(model, frozen_experts(checkpoint))
+    set_trainable(model, "review")
+    return stock.formed(model)
+
+
+def prove_method(
+    model: nn.Module, method: str, checkpoint: str | Path, process: Process | None = None
+) -> StepZero | None:
     """The proof that a model of `open_method` or `open_review` computes, before training, what its checkpoint does.
 
     A dense model with new blocks or adapters is compared with a plain reading of the checkpoint; a mixture or a Lory
-    model, split for training, with the stored one. Raises StepZeroError if they differ.
+    model, split for training, with the stored one. process: of a sharded model; all must call this, rank 0 has the
+    proof. Raises StepZeroError if they differ.
     """
     path, what = Path(checkpoint), f"the start of {recipe_of(method).title}"
-    if isinstance(model, LoryForCausalLM):
-        stored = open_model(path)
-        probes = probes_for(stored.config, sum(each.numel() for each in stored.parameters()))
-        ours, expected = logits_of(model, probes), logits_of(stored, probes)
-        return checked(f"{what} differs from {path}", ours, expected, TOLERANCE, probes)
     prove = prove_as_stored if recipe_of(method).start == "upcycled" else prove_start
-    return prove(model, path, what)
+    return prove(model, path, what, process=process)
 
 
-def open_review(checkpoint: str | Path) -> nn.Module:
-    """The result of stage 1 in fp32, ready for the review, which trains only routers."""
-    if read_config(Path(checkpoint)).get("model_type") == "lory":
-        return _open_lory(checkpoint, RECIPES["moe_lpr"], "review")
-    model = open_model(checkpoint)
-    split_experts(model, frozen_experts(checkpoint))
-    set_trainable(model, "review")
-    return model
-
-
-def _open_lory(checkpoint: str | Path, recipe: Recipe, stage: Literal["post_pretrain", "review"]) -> nn.Module:
+def _lory_blueprint(checkpoint: str | Path, recipe: Recipe, stage: Literal["post_pretrain", "review"]) -> Blueprint:
     if recipe.start != "upcycled" or recipe.trained != "post_pretrain" or recipe.mixed or recipe.random_experts:
         raise ValueError(
             f"{recipe.title} extends dense models, {checkpoint} is a Lory model: choose moe_lpr or no_review"
         )
-    return split_lory(cast(LoryForCausalLM, open_model(checkpoint)), stage)
+    stock = stock_blueprint(checkpoint)
+    return stock.formed(split_lory(cast(LoryForCausalLM, stock.model), stage))
 
 
 def frozen_experts(checkpoint: str | Path) -> int | list[int]:
@@ -129,9 +162,15 @@ def frozen_experts(checkpoint: str | Path) -> int | list[int]:
     return list(extended[-1]["experts_before"]) if extended else 1
 
 
-def save_method(model: nn.Module, out: str | Path, side_files: str | Path) -> None:
-    """Writes a trained model as a stock checkpoint; adapters are first merged into the weights."""
-    out = Path(out)
+def save_method(model: nn.Module, out: str | Path, side_files: str | Path, process: Process | None = None) -> None:
+    """Writes a trained model as a stock checkpoint; adapters are first merged into the weights.
+
+    process: of a sharded model; all processes must call this, and each writes a part of the checkpoint.
+    """
+    out, side_files = Path(out), Path(side_files)
+    if process is not None:
+        _save_sharded(model, out, side_files, process)
+        return
     if isinstance(model, LoryForCausalLM):
         save_lory(model, out, side_files)
         return
@@ -139,7 +178,29 @@ def save_method(model: nn.Module, out: str | Path, side_files: str | Path) -> No
     if hasattr(plain.config, "num_experts_per_tok"):
         export_checkpoint(plain, out, side_files=side_files)
         return
-    save_model(plain, out, Path(side_files))
+    save_model(plain, out, side_files)
+
+
+def _save_sharded(model: Any, out: Path, side_files: Path, process: Process) -> None:
+    if hasattr(model.config, "num_experts_per_tok"):
+        export_checkpoint(model, out, side_files=side_files, process=process)
+        return
+    if isinstance(model, LoryForCausalLM):
+        model.config.extension_trained = True
+    if not hasattr(model, "merge_and_unload"):
+        save_model(model, out, side_files, process=process)
+        return
+    probes = probes_for(model.config, sum(each.numel() for each in model.parameters()))
+    expected = logits_of(model, probes)
+    save_model(model, out, side_files, process=process)
+
+    def written() -> Tensor:
+        config = read_transformers_config(out)
+        with CheckpointReader(out) as reader:
+            family = family_of(config.to_dict(), out)
+            return streamed_logits(reader, config, family, probes.tokens, positions=probes.positions)
+
+    compared(written, expected, probes, MERGING, MERGED, process)
 
 
 def _merged(model: Any) -> PreTrainedModel:
@@ -147,7 +208,7 @@ def _merged(model: Any) -> PreTrainedModel:
     probes = probes_for(model.config, sum(each.numel() for each in model.parameters()))
     expected = logits_of(model, probes)
     merged = cast(PreTrainedModel, model.merge_and_unload())
-    checked("the model with merged adapters differs from itself", logits_of(merged, probes), expected, MERGED, probes)
+    checked(MERGING, logits_of(merged, probes), expected, MERGED, probes)
     return merged
 
 
@@ -185,7 +246,7 @@ def expand_blocks(model: PreTrainedModel, new_blocks: int) -> PreTrainedModel:
         config.layer_types = [config.layer_types[origin] for origin, _ in origins]
     with torch.device("meta"):
         deeper = type(model)(config)
-    deeper.to_empty(device="cpu").to(model.dtype)  # type: ignore[arg-type]  # transformers' decorator hides `self`
+    deeper.to_empty(device=model.device).to(model.dtype)  # type: ignore[arg-type]  # a decorator hides `self`
     own = model.state_dict()
     prefix = "model.layers."
     state = {name: value for name, value in own.items() if not name.startswith(prefix)}
@@ -220,10 +281,11 @@ def _block_origins(layers: int, new_blocks: int) -> list[tuple[int, bool]]:
 def untrained_digest(model: nn.Module) -> str:
     """SHA-256 over names and values of all parameters that do not train; training must not change it."""
     digest = hashlib.sha256()
+    reshard(model)
     for name, parameter in sorted(model.named_parameters()):
         if not parameter.requires_grad:
             digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-            digest.update(tensor_bytes(whole(parameter)))
+            digest.update(tensor_bytes(whole(parameter.detach())))
     return digest.hexdigest()
 
 

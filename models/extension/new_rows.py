@@ -32,6 +32,7 @@ from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSpe
 from eclectus.models.checkpoints.writing import write_checkpoint
 from eclectus.models.extension.split_vocabulary import BEFORE
 from eclectus.models.staged_folder import require_new_folder, staged_folder
+from eclectus.models.training.parallel import reshard
 
 NEW_TOKENS = "new_tokens.json"
 # Largest difference of a new logit from the mean of its pieces', where rows are stored in 16 bits.
@@ -176,5 +177,6 @@ def new_token_mass(model: Any, tokens: Tensor, first: int) -> dict[str, float]:
         everything = logits.logsumexp(-1)
         masses.append((logits[:, first:].logsumexp(-1) - everything).double().exp().cpu())
     model.train(training)
+    reshard(model)
     mass = torch.cat(masses)
     return {"mass": mass.mean().item(), "bits_per_token": (-torch.log2((1 - mass).clamp_min(1e-12))).mean().item()}

@@ -30,6 +30,7 @@ from eclectus.models.checkpoints.families import MATRICES, Family, dense_ffn, mo
 from eclectus.models.checkpoints.tensor_files import TensorSource, TensorSpec, tensor_bytes
 from eclectus.models.extension.split_vocabulary import original_rows, stored_parameters
 from eclectus.models.mixture.grouped_gemm import combine_tokens, dispatch_tokens, expert_linear, room_for_new
+from eclectus.models.training.parallel import item, reshard, whole
 
 Stage = Literal["post_pretrain", "review", "all", "full"]
 
@@ -114,8 +115,8 @@ class SplitExperts(nn.Module):
     def fused(self, matrix: Literal["gate_up", "down"]) -> Tensor:
         """Frozen and new experts in the router's order, as transformers stacks them; a copy."""
         if matrix == "gate_up":
-            return torch.cat([whole(self.frozen_gate_up), whole(self.new_gate_up)])
-        return torch.cat([whole(self.frozen_down), whole(self.new_down)])
+            return torch.cat([self.frozen_gate_up.detach(), self.new_gate_up.detach()])
+        return torch.cat([self.frozen_down.detach(), self.new_down.detach()])
 
 
 def split_experts(model: PreTrainedModel, frozen: int | Sequence[int] = 1) -> PreTrainedModel:
@@ -197,6 +198,7 @@ class MoeTensors:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.family = moe_family_of(model.config.to_dict(), "this model")
+        reshard(model)
         self._blocks = dict(moe_blocks(model))
         self._others: dict[str, tuple[Tensor, ...]] = {}
         self.specs: dict[str, TensorSpec] = {}
@@ -226,24 +228,18 @@ class MoeTensors:
         return experts.new_down if down else experts.new_gate_up, expert - experts.num_frozen
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of that checkpoint name, on the CPU."""
+        """The tensor of that checkpoint name, on the CPU; of a sharded model all processes must read it."""
         if name in self._others:
-            first, *others = (whole(part).cpu() for part in self._others[name])
+            first, *others = (whole(part.detach()).cpu() for part in self._others[name])
             return torch.cat([first, *(part.to(first.dtype) for part in others)]) if others else first
         parsed = self.family.parse_expert(name)
         if parsed is None or name not in self.specs:
             raise KeyError(f"no tensor {name} in this model")
         stacked, index = self._stacked(*parsed)
-        rows = whole(stacked)[index]
+        rows = item(stacked, index)
         if parsed[2] != "down_proj":
             rows = rows.chunk(2)[MATRICES.index(parsed[2])]
         return rows.cpu()
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """The full value of a parameter, detached; for a sharded one all processes must call it."""
-    value = parameter.detach()
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def frozen_digest(model: PreTrainedModel) -> str:

@@ -32,7 +32,9 @@ from eclectus.models.checkpoints.writing import MAX_SHARD_BYTES, Converted, plai
 from eclectus.models.extension.split_vocabulary import BEFORE, original_rows
 from eclectus.models.mixture.experts import MoeTensors, original_digest, original_tensors
 from eclectus.models.mixture.layered import __file__ as layered_code
+from eclectus.models.sharding.together import staged_together
 from eclectus.models.staged_folder import staged_folder
+from eclectus.models.training.process import Process
 
 
 class NotTheBaseError(ValueError):
@@ -46,6 +48,7 @@ def export_checkpoint(
     side_files: str | Path | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    process: Process | None = None,
 ) -> Path:
     """Writes an upcycled model, loaded (split or stock) or in a directory, as a stock checkpoint; returns `out_dir`.
 
@@ -53,6 +56,7 @@ def export_checkpoint(
         itself, or the one that the model was loaded from.
     dtype: dtype of the stored floats; by default unchanged. Converting an fp32 copy of a bf16 base back to bf16 gives
         the base's own bits.
+    process: of a sharded model; all processes must call this, and each writes a part.
     Raises UnsupportedModelError for a model that is not an upcycled one, ValueError if `out_dir` is not empty or a
     weight is beyond the range of `dtype`.
     """
@@ -70,20 +74,34 @@ def export_checkpoint(
         side_dir = Path(side_files) if side_files is not None else from_dir
         family = moe_family_of(config, from_dir or "this model")
         config |= {"architectures": [family.architecture], "router_aux_loss_coef": 0.0, "output_router_logits": False}
-        layered = family.moe != family.stock_moe
-        if layered:
+        if family.moe != family.stock_moe:
             config["auto_map"] = _code_of(family)
         if dtype is not None:
             config["dtype"] = _name(dtype)
         stored = Converted(source, dtype)
-        partial = stack.enter_context(staged_folder(out_dir))
-        write_checkpoint(partial, config, stored.specs.values(), stored.tensor, side_dir, max_shard_bytes)
-        if layered:
-            shutil.copyfile(layered_code, partial / Path(layered_code).name)
-        if side_dir is not None and (made := _read_report(side_dir)):
-            made |= _original_weights(made, source, stored, family, config, dtype)
-            (partial / REPORT).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        partial = stack.enter_context(staged_together(out_dir, process or Process()))
+        write_checkpoint(partial, config, stored.specs.values(), stored.tensor, side_dir, max_shard_bytes, process)
+        if process is None or process.is_main:
+            _add_records(partial, side_dir, source, family, config, dtype)
     return out_dir
+
+
+def _add_records(
+    partial: Path,
+    side_dir: Path | None,
+    source: TensorSource,
+    family: Family,
+    config: dict[str, Any],
+    dtype: torch.dtype | None,
+) -> None:
+    """Adds the code of a layered model and upcycle.json to an export of `source`."""
+    if family.moe != family.stock_moe:
+        shutil.copyfile(layered_code, partial / Path(layered_code).name)
+    if side_dir is not None and (made := _read_report(side_dir)):
+        # What counts is what was written.
+        with CheckpointReader(partial) as stored:
+            made |= _original_weights(made, source, stored, family, config, dtype)
+        (partial / REPORT).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
 
 
 def _code_of(family: Family) -> dict[str, str]:

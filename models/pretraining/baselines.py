@@ -181,13 +181,17 @@ class ExpertChoiceForCausalLM(LlamaForCausalLM):
         cls, llama: LlamaForCausalLM, num_experts: int = 8, segment_length: int = 1, seed: int = 0, **config: Any
     ) -> ExpertChoiceForCausalLM:
         """A model whose experts are copies of the dense FFN. config: other fields of ExpertChoiceConfig."""
-        fields = {name: value for name, value in llama.config.to_dict().items() if name != "model_type"}
-        fields |= {"num_experts": num_experts, "segment_length": segment_length, **config}
-        model = cls(ExpertChoiceConfig(**fields))
+        model = cls(expert_choice_config(llama.config, num_experts, segment_length=segment_length, **config))
         state = expand_dense_tensors(llama.state_dict(), num_experts, shared_memory=True)
-        state |= _routers(model, num_experts, model.config.router_initializer_range, seed)
+        state |= drawn_routers(model, num_experts, model.config.router_initializer_range, seed)
         _load(model, state)
         return model.train(llama.training)
+
+
+def expert_choice_config(dense: LlamaConfig, num_experts: int, **config: Any) -> ExpertChoiceConfig:
+    """The configuration of `ExpertChoiceForCausalLM.from_dense`."""
+    fields = {name: value for name, value in dense.to_dict().items() if name != "model_type"}
+    return ExpertChoiceConfig(**{**fields, "num_experts": num_experts, **config})
 
 
 @torch.no_grad()
@@ -244,7 +248,7 @@ def top_k_fields(dense: LlamaConfig, copies: int, top_k: int, cuts: int, balance
     )
     return dict(
         {name: getattr(dense, name) for name in same.split()},
-        intermediate_size=_aligned(dense.intermediate_size // cuts),
+        intermediate_size=aligned(dense.intermediate_size // cuts),
         num_local_experts=copies * cuts,
         num_experts_per_tok=top_k,
         router_aux_loss_coef=balance,
@@ -257,25 +261,9 @@ def fill_top_k(
 ) -> None:
     """Gives a model of `top_k_fields` the weights of `top_k_from_dense`, and the dense model's mode."""
     state = _cut_experts(llama.state_dict(), copies, cuts, gate_up_scale=1.0, down_scale=cuts)
-    drawn = _routers(model, copies, deviation, seed)
+    drawn = drawn_routers(model, copies, deviation, seed)
     _load(model, state | {name: router.repeat(cuts, 1) for name, router in drawn.items()})
     model.train(llama.training)
-
-
-def top_k_moments(moments: Mapping[str, Tensor], copies: int, cuts: int) -> dict[str, Tensor]:
-    """AdamW's moments of a dense model, converted for the result of `top_k_from_dense`.
-
-    An expert sees 1/copies of the dense gradient; its down projection is `cuts` times as large, its gradient `cuts`
-    times smaller.
-    """
-    cut: dict[str, Tensor] = {}
-    for what, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
-        dense = {n.removesuffix(f".{what}"): value for n, value in moments.items() if n.endswith(f".{what}")}
-        scales = copies**-power, (copies * cuts) ** -power
-        cut |= {f"{name}.{what}": value for name, value in _cut_experts(dense, copies, cuts, *scales).items()}
-    steps = [value for name, value in moments.items() if name.endswith(".step")]
-    names = {name.removesuffix(".exp_avg") for name in cut if name.endswith(".exp_avg")}
-    return cut | {f"{name}.step": steps[0] for name in names if steps}
 
 
 def _cut_experts(
@@ -285,7 +273,7 @@ def _cut_experts(
     state = {name: value.clone() for name, value in dense.items() if ".mlp." not in name}
     for layer in range(sum(name.endswith(".mlp.gate_proj.weight") for name in dense)):
         gate, up, down = (dense[name] for name in dense_ffn_names(layer))
-        fill = _aligned(len(gate) // cuts) - len(gate) // cuts
+        fill = aligned(len(gate) // cuts) - len(gate) // cuts
         gates = [F.pad(cut, (0, 0, 0, fill)) for cut in gate.chunk(cuts)]
         ups = [F.pad(cut, (0, 0, 0, fill)) for cut in up.chunk(cuts)]
         downs = [F.pad(cut, (0, fill)) for cut in down.chunk(cuts, dim=1)]
@@ -296,7 +284,7 @@ def _cut_experts(
     return state
 
 
-def _aligned(width: int) -> int:
+def aligned(width: int) -> int:
     """The next width whose rows start at multiples of 16 bytes in bf16, which transformers' grouped kernel requires.
 
     The padding has zero weights and zero gradients, so it stays zero.
@@ -304,7 +292,7 @@ def _aligned(width: int) -> int:
     return -(-width // 8) * 8
 
 
-def _routers(model: nn.Module, rows: int, deviation: float, seed: int) -> dict[str, Tensor]:
+def drawn_routers(model: nn.Module, rows: int, deviation: float, seed: int) -> dict[str, Tensor]:
     """Random routers `[rows, D]` for each layer, by parameter name."""
     generator = torch.Generator().manual_seed(seed)
     return {

@@ -233,6 +233,12 @@ def pooled(domains: Sequence[str] = ()) -> Objective:
     return Objective([NextToken(domains), PoolBalance()], ROUTERS, reads={"documents": "documents"})
 
 
+def check_pool(pool_size: int, top_k: int) -> None:
+    """Raises ValueError for pools that could hold some parts of one FFN and not the others."""
+    if pool_size % top_k:
+        raise ValueError(f"pool_size is {pool_size}: with FFNs cut into {top_k} it must be a multiple of that.")
+
+
 def document_pools_from_dense(
     llama: LlamaForCausalLM,
     copies: int = 8,
@@ -247,8 +253,7 @@ def document_pools_from_dense(
     Raises ValueError as that does, and for a pool_size that is no multiple of top_k: the parts of one FFN start with
     equal routers, and a pool that held some of them could not start as the dense model.
     """
-    if pool_size % top_k:
-        raise ValueError(f"pool_size is {pool_size}: with FFNs cut into {top_k} it must be a multiple of that.")
+    check_pool(pool_size, top_k)
     fields = top_k_fields(llama.config, copies, top_k, top_k, balance)
     model = DocumentPoolForCausalLM(DocumentPoolConfig(**fields, pool_size=pool_size))
     fill_top_k(model, llama, copies, top_k, router_initializer_range, seed)

@@ -14,17 +14,26 @@ expert that sees 1/E of the dense gradient gets 1/E of the first moment and 1/E^
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from eclectus.models.lory.config import LoryConfig
 from eclectus.models.lory.model import LoryForCausalLM
-from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM, calibrate, top_k_from_dense, top_k_moments
-from eclectus.models.pretraining.checkpoint import duplicated_moments
-from eclectus.models.pretraining.document_pools import DocumentPoolForCausalLM, document_pools_from_dense, pooled
+from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM, calibrate
+from eclectus.models.pretraining.blueprints import (
+    document_pool_blueprint,
+    duplicated_moments,
+    expert_choice_blueprint,
+    lory_blueprint,
+    top_k_blueprint,
+    top_k_moments,
+)
+from eclectus.models.pretraining.document_pools import pooled
+from eclectus.models.sharding.blueprint import Blueprint
+from eclectus.models.sharding.slices import Slices
 from eclectus.models.training import objectives
 from eclectus.models.training.flops import count_flops, equal_flops_width
 from eclectus.models.training.instances import Instances
@@ -34,18 +43,25 @@ from eclectus.models.training.process import Process
 CALIBRATION_STEPS = 20
 
 
+class Stage(NamedTuple):
+    """What a stage of pre-training starts from."""
+
+    blueprint: Blueprint
+    moments: Mapping[str, Slices]
+    objective: Objective
+
+
 def lory_from_dense(
-    dense: LlamaForCausalLM, moments: dict[str, torch.Tensor], domains: Sequence[str], experts: int, **config: Any
-) -> tuple[LoryForCausalLM, dict[str, torch.Tensor], Objective]:
-    """(model, moments, objective). config: other arguments of `LoryForCausalLM.from_dense`."""
-    model = LoryForCausalLM.from_dense(dense, num_experts=experts, shared_memory=True, **config)
-    share = None
-    if model.config.routing == "dense":
+    dense: Blueprint, moments: Mapping[str, Slices], domains: Sequence[str], experts: int, seed: int = 0, **config: Any
+) -> Stage:
+    """config: other arguments of `LoryForCausalLM.from_dense`."""
+    blueprint, share = lory_blueprint(dense, experts, seed, **config), None
+    if blueprint.model.config.routing == "dense":
         # Expert 0 gets the whole gradient. The routers are not used, and DDP would wait for their gradients.
         share = 1.0
-        for name, parameter in model.named_parameters():
+        for name, parameter in blueprint.model.named_parameters():
             parameter.requires_grad = ".router." not in name
-    return model, duplicated_moments(moments, experts, share), objectives.lory(domains)
+    return Stage(blueprint, duplicated_moments(moments, experts, share), objectives.lory(domains))
 
 
 def equal_flops_config(dense: LlamaConfig, experts: int, length: int, **config: Any) -> LlamaConfig:
@@ -61,52 +77,47 @@ def equal_flops_config(dense: LlamaConfig, experts: int, length: int, **config: 
 
 
 def expert_choice_from_dense(
-    dense: LlamaForCausalLM,
-    moments: dict[str, torch.Tensor],
-    domains: Sequence[str],
-    experts: int,
-    seed: int,
-    **config: Any,
-) -> tuple[ExpertChoiceForCausalLM, dict[str, torch.Tensor], Objective]:
-    """(model, moments, objective). After training, `make_causal` replaces the choice within a batch by thresholds.
+    dense: Blueprint, moments: Mapping[str, Slices], domains: Sequence[str], experts: int, seed: int, **config: Any
+) -> Stage:
+    """After training, `make_causal` replaces the choice within a batch by thresholds.
 
     config: other arguments of `ExpertChoiceForCausalLM.from_dense`.
     """
-    model = ExpertChoiceForCausalLM.from_dense(dense, experts, seed=seed, **config)
-    return model, duplicated_moments(moments, experts), objectives.next_token(domains)
+    blueprint = expert_choice_blueprint(dense, experts, seed, **config)
+    return Stage(blueprint, duplicated_moments(moments, experts), objectives.next_token(domains))
 
 
 def top_k_of_dense(
-    dense: LlamaForCausalLM,
-    moments: dict[str, torch.Tensor],
+    dense: Blueprint,
+    moments: Mapping[str, Slices],
     domains: Sequence[str],
     experts: int,
     top_k: int,
     seed: int,
     cuts: int | None = None,
-) -> tuple[Any, dict[str, torch.Tensor], Objective]:
-    """(model, moments, objective). top_k, cuts: as in `top_k_from_dense`, which raises ValueError for others."""
-    model = top_k_from_dense(dense, copies=experts, top_k=top_k, seed=seed, cuts=cuts)
-    _choose_experts_implementation(model)
-    return model, top_k_moments(moments, experts, cuts or top_k), objectives.balanced(domains)
+) -> Stage:
+    """top_k, cuts: as in `top_k_from_dense`, which raises ValueError for others."""
+    blueprint = top_k_blueprint(dense, experts, top_k, cuts or top_k, seed)
+    _choose_experts_implementation(blueprint.model)
+    return Stage(blueprint, top_k_moments(moments, experts, cuts or top_k), objectives.balanced(domains))
 
 
 def document_pools_of_dense(
-    dense: LlamaForCausalLM,
-    moments: dict[str, torch.Tensor],
+    dense: Blueprint,
+    moments: Mapping[str, Slices],
     domains: Sequence[str],
     experts: int,
     top_k: int,
     seed: int,
     pool_size: int = 0,
-) -> tuple[DocumentPoolForCausalLM, dict[str, torch.Tensor], Objective]:
-    """(model, moments, objective). After training, `config.selection = "causal"` makes scoring causal.
+) -> Stage:
+    """After training, `config.selection = "causal"` makes scoring causal.
 
     Raises ValueError for a top_k or pool_size that does not fit (`document_pools_from_dense`).
     """
-    model = document_pools_from_dense(dense, experts, top_k, pool_size, seed=seed)
-    _choose_experts_implementation(model)
-    return model, top_k_moments(moments, experts, top_k), pooled(domains)
+    blueprint = document_pool_blueprint(dense, experts, top_k, pool_size, seed)
+    _choose_experts_implementation(blueprint.model)
+    return Stage(blueprint, top_k_moments(moments, experts, top_k), pooled(domains))
 
 
 def _choose_experts_implementation(model: Any) -> None:

@@ -16,12 +16,13 @@ backward, and 8 bytes per trained parameter for AdamW; parameters without gradie
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from eclectus.models.sharding.slices import Slices
 from eclectus.models.training.instances import Batch, Instances
 from eclectus.models.training.losses import Objective, Step
 from eclectus.models.training.metrics import Window
@@ -39,13 +40,9 @@ from eclectus.models.training.plan import Plan
 from eclectus.models.training.precision import autocast, keep_routers_fp32
 from eclectus.models.training.process import Process
 from eclectus.models.training.repeatable import switch_off_randomness
-from eclectus.models.training.resume import resume, save_progress
+from eclectus.models.training.resume import TrainingFailed, resume, save_progress
 
 Report = Callable[..., None]
-
-
-class TrainingFailed(Exception):
-    """Training cannot continue; the message names the step and the batch, and the last good checkpoint is kept."""
 
 
 def train(
@@ -56,17 +53,17 @@ def train(
     process: Process,
     work: Path,
     report: Report,
-    moments: dict[str, torch.Tensor] | None = None,
+    moments: Mapping[str, torch.Tensor | Slices] | None = None,
     check: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Trains `model` in place from plan.start (or its last checkpoint under `work`) to plan.stop; returns AdamW's
     state.
 
-    A sharded plan leaves model and state sharded (`eclectus.models.training.parallel.gather_model`). Dropout and other
-    randomness of the model's configuration is switched off, with a warning.
-    moments: AdamW's state to start from, as this function returns it ({parameter name}.exp_avg and so on); None for
-    zeros. report: called as report("metrics", ...), report("progress", ...), report("damaged", ...) and
-    report("warning", ...).
+    A sharded plan leaves model and state sharded. Dropout and other randomness of the model's configuration is switched
+    off, with a warning.
+    moments: AdamW's state to start from, as this function returns it ({parameter name}.exp_avg and so on), or to be
+    read in blocks; None for zeros. report: called as report("metrics", ...), report("progress", ...),
+    report("damaged", ...) and report("warning", ...).
     check: called with the step before every checkpoint is written; an exception from it ends the training.
     Raises TrainingFailed if the loss or a gradient is not finite, ValueError if the batch cannot be divided evenly or
     the checkpoint under `work` is of another training.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
-from eclectus.models.training.parallel import like, local
+from eclectus.models.sharding.slices import Slices
+from eclectus.models.training.parallel import like, local, local_bounds
 from eclectus.models.training.plan import Plan
 
 STATE = ("exp_avg", "exp_avg_sq", "step")
@@ -45,15 +48,24 @@ def read_moments(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter
 
 
 def load_moments(
-    optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], moments: dict[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], moments: Mapping[str, torch.Tensor | Slices]
 ) -> None:
-    """Restores the result of `read_moments`, whole or sharded; parameters without an entry start from zero."""
+    """Restores the result of `read_moments`, whole, sharded, or read in blocks; parameters without an entry start from
+    zero."""
     for name, parameter in named.items():
         state = {what: moments[f"{name}.{what}"] for what in STATE if f"{name}.{what}" in moments}
         if len(state) == len(STATE):
-            # Fused AdamW keeps its step counter on the parameter's device.
-            device = local(parameter).device
-            optimizer.state[parameter] = {
-                what: value.to(device, copy=True) if what == "step" else like(parameter, value)
-                for what, value in state.items()
-            }
+            optimizer.state[parameter] = {what: _moment(parameter, what, value) for what, value in state.items()}
+
+
+@torch.no_grad()
+def _moment(parameter: nn.Parameter, what: str, value: torch.Tensor | Slices) -> torch.Tensor:
+    if what == "step":
+        # Fused AdamW keeps its step counter on the parameter's device.
+        step = value if isinstance(value, torch.Tensor) else value.read([])
+        return step.to(local(parameter).device, copy=True)
+    if isinstance(value, torch.Tensor):
+        return like(parameter, value)
+    moment = torch.empty_like(parameter.detach())
+    local(moment).copy_(value.read(local_bounds(parameter)))
+    return moment

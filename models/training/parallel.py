@@ -2,7 +2,8 @@
 
 DDP keeps weights, gradients and AdamW's moments in every process: 16 bytes per trained parameter in fp32. FSDP2 keeps
 1/world of that and gathers one layer's weights when needed: twice per step, 4 bytes per parameter each time. A sharded
-parameter is a DTensor, sharded along its first dimension; the functions below take whole and sharded tensors alike.
+parameter is a DTensor, sharded along its first dimension, or along the rows of its matrices where it stacks more or
+fewer of them than the processes can share evenly; the functions below take whole and sharded tensors alike.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -25,25 +27,40 @@ from eclectus.models.training.process import Process
 def shard(model: nn.Module, process: Process) -> None:
     """Shards `model` in place over all processes, layer by layer; in one process it stays whole.
 
-    Every process must hold the same weights. Experts that are still views of one FFN get memory of their own one layer
-    at a time, so that no process holds E copies of more than one FFN. Raises ValueError for a model without
-    `_no_split_modules`.
+    Every process must hold the same weights, or none (a model on the meta device, which models/sharding/blueprint.py
+    fills afterwards). A model that is sharded stays as it is. Experts that are still views of one FFN get memory of
+    their own one layer at a time, so that no process holds E copies of more than one FFN. Raises ValueError for a model
+    without `_no_split_modules`.
     """
-    if process.world == 1:
+    if process.world == 1 or is_sharded(model):
         return
     layers = list(blocks(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no _no_split_modules, so it cannot be sharded; train it with DDP")
     mesh = init_device_mesh(process.device.type, (process.world,))
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        """Experts [E, rows, columns] by rows where E processes would not have one each, or some have one more."""
+        uneven = parameter.ndim == 3 and parameter.shape[0] % process.world
+        return Shard(1) if uneven and parameter.shape[1] % process.world == 0 else None
+
     for layer in layers:
         copy_shared_experts(layer)
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, shard_placement_fn=placement)
+        if process.device.type == "cpu":
+            # Gathering the next layer ahead overlaps with nothing there, and takes memory for a second layer.
+            cast(FSDPModule, layer).set_modules_to_backward_prefetch([cast(FSDPModule, layer)])
+    fully_shard(model, mesh=mesh, shard_placement_fn=placement)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the processes share the model, so that all of them must call it."""
+    return isinstance(model, FSDPModule)
 
 
 def replicate(model: nn.Module, process: Process) -> nn.Module:
     """The model in DistributedDataParallel; the model itself in a single process or if it is sharded already."""
-    if process.world == 1 or isinstance(model, FSDPModule):
+    if process.world == 1 or is_sharded(model):
         return model
     devices = [process.device] if process.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -88,13 +105,49 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def first_row(tensor: torch.Tensor) -> int:
-    """The row of the whole tensor at which `local(tensor)` begins."""
-    if not isinstance(tensor, DTensor):
-        return 0
-    mesh, rank = tensor.device_mesh, tensor.device_mesh.get_local_rank()
+def local_bounds(tensor: torch.Tensor) -> list[tuple[int, int]]:
+    """For each dimension of the whole tensor, the (begin, end) of `local(tensor)`."""
+    bounds = [(0, size) for size in tensor.shape]
+    if isinstance(tensor, DTensor):
+        dim = shard_dim(tensor)
+        bounds[dim] = _bounds_of(tensor, dim, tensor.device_mesh.get_local_rank())
+    return bounds
+
+
+def shard_dim(tensor: DTensor) -> int:
+    """The dimension along which a tensor is sharded."""
+    return cast(Shard, tensor.placements[0]).dim
+
+
+def _bounds_of(tensor: DTensor, dim: int, rank: int) -> tuple[int, int]:
     # As torch.chunk: parts of equal size, the last ones shorter or empty.
-    return min(rank * -(-tensor.shape[0] // mesh.size()), tensor.shape[0])
+    size = tensor.shape[dim]
+    each = -(-size // tensor.device_mesh.size())
+    return min(rank * each, size), min((rank + 1) * each, size)
+
+
+def item(tensor: torch.Tensor, number: int) -> torch.Tensor:
+    """`tensor[number]`, whole, on every process; for a sharded one all processes must call it."""
+    value = tensor.detach()
+    if not isinstance(value, DTensor):
+        return value[number]
+    own, dim, group = value.to_local(), shard_dim(value), value.device_mesh.get_group()
+    if dim == 0:
+        each = -(-len(value) // value.device_mesh.size())
+        owner, at = divmod(number, each)
+        found = own[at].contiguous() if value.device_mesh.get_local_rank() == owner else own.new_empty(value.shape[1:])
+        dist.broadcast(found, group=group, group_src=owner)
+        return found
+    parts = [torch.empty_like(own[number]) for _ in range(value.device_mesh.size())]
+    dist.all_gather(parts, own[number].contiguous(), group=group)
+    return torch.cat(parts, dim - 1)
+
+
+def reshard(model: nn.Module) -> None:
+    """Drops gathered weights: after a forward pass without a backward, FSDP keeps the outermost ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -105,34 +158,9 @@ def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-@torch.no_grad()
-def gather_model(model: nn.Module, process: Process) -> None:
-    """Collects a sharded model on the CPU of rank 0, ready to compute and be saved; the other ranks lose its weights.
-
-    All processes must call it. A model that is not sharded stays as it is.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # After a forward pass without a backward the outermost weights are still gathered, in buffers of FSDP.
-            module.reshard()
-    gathered: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if isinstance(parameter, DTensor):
-                if id(parameter) not in gathered:
-                    full = parameter.full_tensor()
-                    value = full.cpu() if process.is_main else full.new_empty(0)
-                    gathered[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-                module._parameters[name] = gathered[id(parameter)]
-        if isinstance(module, FSDPModule):
-            # fully_shard made the module's class a subclass (FSDPModule, plain class); torch offers no way to undo it,
-            # and save_pretrained writes the class's name into config.json.
-            # Nor does it for the hooks, in which a forward pass of rank 0 would wait for the other ranks.
-            state = module._get_fsdp_state()
-            for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
-                handle.remove()
-            _, plain_class = type(module).__bases__
-            module.__class__ = plain_class
+def plain_class(model: nn.Module) -> Any:
+    """The class of a model as it was before it was sharded: fully_shard makes it (FSDPModule, plain class)."""
+    return type(model).__bases__[1] if is_sharded(model) else type(model)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -5,9 +5,8 @@
     trained weights, gradients, moments     float32
     norms, residual stream, router, losses  float32
 
-A frozen matrix that bfloat16 does not hold exactly is rounded for the training alone: its values are kept in a file and
-put back before the model is written, so what did not train leaves a training with the bits that it had. A base that was
-stored in bfloat16 needs no file.
+A frozen matrix that bfloat16 does not hold exactly is rounded for the training alone: its values are read again from
+the checkpoint before the model is written, so what did not train leaves a training with the bits that it had.
 
     python -m eclectus.models.training.precision          prints {"gain": 2.1, ...}: what bfloat16 brings on this CPU
 
@@ -20,13 +19,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from eclectus.models.sharding.slices import Slices, whole_of
 
 Precision = Literal["auto", "float32", "bfloat16"]
 PROBE_SECONDS = 1.0
@@ -79,29 +78,19 @@ class _InFloat32:
 class FrozenWeights:
     """The frozen matrices of a model, held in bfloat16 while it trains. Create it before the model is sharded.
 
-        held = FrozenWeights(model, work / "frozen.safetensors")
+        held = FrozenWeights(model, blueprint.values)
         train(...)
         held.restore()
 
-    Cost: 2 bytes of memory per frozen weight instead of 4, and 4 bytes on the disk for those that are not exact.
+    Cost: 2 bytes of memory per frozen weight instead of 4; what was rounded is read again at the end.
     """
 
-    def __init__(self, model: nn.Module, originals: Path, restores: bool = True) -> None:
-        """originals: a file for values that bfloat16 does not hold. restores: whether this process will restore."""
-        self._model, self._originals = model, originals
+    def __init__(self, model: nn.Module, values: Mapping[str, Slices]) -> None:
+        """model: with its weights, or on the meta device, and then given them. values: what its parameters held."""
+        self._model, self._values = model, values
         parameters = dict(model.named_parameters())
-        self._held = [name for name, parameter in parameters.items() if _can_be_held(name, parameter)]
-        rounded: dict[str, Tensor] = {}
-        for name in self._held if restores else ():
-            value = parameters[name].detach()
-            if not torch.equal(value.to(torch.bfloat16).float(), value):
-                rounded[name] = value.contiguous()
-        self._rounded = set(rounded)
-        if rounded:
-            originals.parent.mkdir(parents=True, exist_ok=True)
-            save_file(rounded, originals)
-        for name in self._held:
-            rounded.pop(name, None)
+        self.names = [name for name, parameter in parameters.items() if _can_be_held(name, parameter)]
+        for name in self.names:
             parameters[name].data = parameters[name].detach().to(torch.bfloat16)
         tables: set[nn.Module] = {module for module in model.modules() if isinstance(module, nn.Embedding)}
         if hasattr(model, "get_input_embeddings"):
@@ -110,18 +99,13 @@ class FrozenWeights:
         _share_storage(model)
 
     def restore(self) -> None:
-        """Puts the values from before back, in float32; the model must be whole (`gather_model`)."""
+        """Puts the values from before back, in float32; the model must be whole."""
         parameters = dict(self._model.named_parameters())
         for hook in self._hooks:
             hook.remove()
-        for name in self._held:
-            if name not in self._rounded:
-                parameters[name].data = parameters[name].detach().float()
-        if self._rounded:
-            with safe_open(self._originals, framework="pt") as file:
-                for name in sorted(self._rounded):
-                    parameters[name].data = file.get_tensor(name).to(parameters[name].device)
-            self._originals.unlink()
+        for name in self.names:
+            value = whole_of(self._values[name])
+            parameters[name].data = torch.empty(value.shape, device=parameters[name].device).copy_(value)
         _share_storage(self._model)
 
 

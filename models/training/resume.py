@@ -1,13 +1,14 @@
 """Training checkpoints: a killed training resumes from the last one and ends with the same bits.
 
-    work/step-400/trained-00001-of-00002.safetensors     rows of every trained parameter that process 1 holds
+    work/step-400/trained-00001-of-00002.safetensors     blocks of trained parameters that process 1 holds
                   moments-00001-of-00002.safetensors     their AdamW state
                   progress.json                          step, and the SHA-256 of every file
     work/latest -> step-400                              set when all files are on the disk
 
-The metadata of a file says which rows of the whole tensors it holds, so any number of processes can read what any other
-number has written, sharded or not. A damaged checkpoint is never used: training restarts at its first step and reports
-it. Cost: a copy of parameters and moments, 12 bytes per trained parameter, hashed once when written and once when read.
+The metadata of a file says which block of each whole tensor it holds, so any number of processes can read what any
+other number has written, sharded or not. A damaged checkpoint is never used: training restarts at its first step and
+reports it. Cost: a copy of parameters and moments, 12 bytes per trained parameter, hashed once when written and once
+when read.
 """
 
 from __future__ import annotations
@@ -22,13 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from eclectus.models.training.optimizer import STATE, load_moments, read_moments
-from eclectus.models.training.parallel import first_row, local, whole
+from eclectus.models.training.parallel import local, local_bounds
 from eclectus.models.training.process import Process
+
+# Of the files of a checkpoint.
+FORMAT = 2
+
+
+class TrainingFailed(Exception):
+    """Training cannot continue; the message names the step and the reason, and the last good checkpoint is kept."""
 
 
 def save_progress(
@@ -39,7 +47,10 @@ def save_progress(
     process: Process,
     work: Path,
 ) -> None:
-    """Writes a checkpoint and, when it is complete, removes the previous one. All processes must call it."""
+    """Writes a checkpoint and, when it is complete, removes the previous one. All processes must call it.
+
+    Raises TrainingFailed in all of them if one cannot write its part.
+    """
     folder = work / f"step-{step}"
     if process.is_main:
         shutil.rmtree(folder, ignore_errors=True)
@@ -47,15 +58,23 @@ def save_progress(
     process.barrier()
     sharded = any(local(parameter) is not parameter for parameter in named.values())
     digests: dict[str, str] = {}
+    fault: str | None = None
     if sharded or process.is_main:
         part = f"{process.rank + 1:05d}-of-{process.world if sharded else 1:05d}"
         stored: dict[str, Mapping[str, torch.Tensor]] = {"trained": named, "moments": read_moments(optimizer, named)}
-        for kind, tensors in stored.items():
-            digests[f"{kind}-{part}.safetensors"] = _write(folder / f"{kind}-{part}.safetensors", tensors)
-    by_rank = process.gather(digests)
+        try:
+            for kind, tensors in stored.items():
+                digests[f"{kind}-{part}.safetensors"] = _write(folder / f"{kind}-{part}.safetensors", tensors)
+        except (OSError, SafetensorError) as error:
+            fault = f"the checkpoint {folder} cannot be written by process {process.rank}: {error}"
+    by_rank = process.gather((digests, fault))
+    if faults := [each for _, each in by_rank if each]:
+        if process.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise TrainingFailed(f"{faults[0]}; the one before is kept, and the next run goes on from it: free some space")
     if process.is_main:
-        files = {name: digest for each in by_rank for name, digest in each.items()}
-        _write_json(folder / "progress.json", {"step": step, "start": start, "files": files})
+        files = {name: digest for each, _ in by_rank for name, digest in each.items()}
+        _write_json(folder / "progress.json", {"format": FORMAT, "step": step, "start": start, "files": files})
         pointer = work / ".latest"
         pointer.unlink(missing_ok=True)
         pointer.symlink_to(folder.name)
@@ -97,17 +116,22 @@ def resume(
         with torch.no_grad():
             for name, parameter in named.items():
                 local(parameter).copy_(pieces.read(name, parameter, latest))
-        state = {f"{name}.{what}" for name in named for what in STATE} & pieces.names
-        moments = {key: pieces.moment(key, named[key.rpartition(".")[0]], latest) for key in sorted(state)}
-    load_moments(optimizer, named, moments)
+        for name, parameter in named.items():
+            keys = [key for what in STATE if (key := f"{name}.{what}") in pieces.names]
+            # One parameter at a time: they are copied.
+            load_moments(optimizer, {name: parameter}, {key: pieces.moment(key, parameter, latest) for key in keys})
     return about["step"]
 
 
 def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     """Writes this process's shards of the tensors; returns the file's SHA-256."""
     parts = {name: local(tensor.detach()).contiguous() for name, tensor in tensors.items()}
-    rows = {name: [first_row(tensor), *tensor.shape] for name, tensor in tensors.items() if tensor.ndim}
-    save_file({name: part for name, part in parts.items() if part.numel()}, path, metadata={"rows": json.dumps(rows)})
+    # Where a block begins, and the shape of the whole.
+    blocks = {
+        name: [[begin for begin, _ in local_bounds(tensor)], list(tensor.shape)] for name, tensor in tensors.items()
+    }
+    kept = {name: part for name, part in parts.items() if part.numel()}
+    save_file(kept, path, metadata={"blocks": json.dumps(blocks)})
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
     return _digest(path)
@@ -129,6 +153,8 @@ def _faults(latest: Path, process: Process) -> tuple[str | None, dict[str, Any] 
     """(what is damaged in the checkpoint, content of progress.json); the processes divide the files between them."""
     try:
         about = json.loads((latest / "progress.json").read_text())
+        if about.get("format") != FORMAT:
+            return f"the checkpoint {latest} was written by another version", None
         names = sorted(about["files"])
         for name in names[process.rank :: process.world]:
             if _digest(latest / name) != about["files"][name]:
@@ -139,33 +165,37 @@ def _faults(latest: Path, process: Process) -> tuple[str | None, dict[str, Any] 
 
 
 class _Pieces:
-    """Tensors whose rows are spread over several files."""
+    """Tensors whose blocks are spread over several files."""
 
     def __init__(self, files: list[Any]) -> None:
-        self._where: dict[str, list[tuple[Any, int]]] = {}
+        self._where: dict[str, list[tuple[Any, list[int]]]] = {}
         self._shapes: dict[str, list[int]] = {}
         for file in files:
-            rows = json.loads(file.metadata()["rows"])
+            blocks = json.loads(file.metadata()["blocks"])
             for name in file.keys():  # noqa: SIM118 (a safe_open is no mapping)
-                first, *shape = rows.get(name, [0])
-                self._where.setdefault(name, []).append((file, first))
-                self._shapes[name] = shape
+                begins, self._shapes[name] = blocks[name]
+                self._where.setdefault(name, []).append((file, begins))
         self.names = set(self._where)
 
     def read(self, name: str, parameter: torch.Tensor, latest: Path) -> torch.Tensor:
-        """The rows of the stored tensor that this process holds of `parameter`."""
+        """The block of the stored tensor that this process holds of `parameter`."""
         if self._shapes.get(name) != list(parameter.shape):
             raise ValueError(
                 f"the checkpoint {latest} is of another model: it has {name} as {self._shapes.get(name)}, expected "
                 f"{list(parameter.shape)}; remove it, or train with the settings that made it"
             )
-        part = local(parameter)
-        begin, found = first_row(parameter), torch.empty(part.shape, dtype=parameter.dtype)
-        for file, first in self._where[name]:
+        bounds = local_bounds(parameter)
+        found, missing = torch.empty(local(parameter).shape, dtype=parameter.dtype), local(parameter).numel()
+        for file, begins in self._where[name]:
             stored = file.get_slice(name)
-            low, high = max(begin, first), min(begin + len(part), first + stored.get_shape()[0])
-            if low < high:
-                found[low - begin : high - begin] = stored[low - first : high - first]
+            ends = [begin + size for begin, size in zip(begins, stored.get_shape(), strict=True)]
+            both = [(max(ours[0], b), min(ours[1], e)) for ours, b, e in zip(bounds, begins, ends, strict=True)]
+            if all(begin < end for begin, end in both):
+                block = stored[tuple(slice(low - b, high - b) for (low, high), b in zip(both, begins, strict=True))]
+                found[tuple(slice(lo - o, hi - o) for (lo, hi), (o, _) in zip(both, bounds, strict=True))] = block
+                missing -= block.numel()
+        if missing:
+            raise ValueError(f"the checkpoint {latest} lacks a part of {name}; remove it to train from the start")
         return found
 
     def moment(self, key: str, parameter: torch.Tensor, latest: Path) -> torch.Tensor:
@@ -175,13 +205,3 @@ class _Pieces:
         moment = torch.empty_like(parameter)
         local(moment).copy_(self.read(key, parameter, latest))
         return moment
-
-
-def whole_tensors(tensors: dict[str, torch.Tensor], process: Process) -> dict[str, torch.Tensor]:
-    """The tensors, whole, on the CPU of rank 0; an empty dict on other ranks. All processes must call it."""
-    full = {}
-    for name, tensor in tensors.items():
-        value = whole(tensor)
-        if process.is_main:
-            full[name] = value.detach().cpu().contiguous()
-    return full

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,10 +32,9 @@ from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.settings import BASIC, Settings
 from eclectus.tasks.step import step
-from eclectus.tasks.training.check_base import check_dense_start, open_checked
+from eclectus.tasks.training.check_base import check_dense_start
 from eclectus.tasks.training.precision import LARGE, dense_parameters, parameters_in, vocabulary_in
 from eclectus.tasks.training.run_training import (
-    MOMENTS,
     TrainingSettings,
     check_tokens,
     initial_moments,
@@ -44,6 +44,9 @@ from eclectus.tasks.training.run_training import (
 
 if TYPE_CHECKING:
     from eclectus.models.checkpoints.proof import StepZero
+    from eclectus.models.pretraining.stages import Stage
+    from eclectus.models.sharding.blueprint import Blueprint
+    from eclectus.models.sharding.slices import Slices
     from eclectus.models.training.loop import Report
     from eclectus.models.training.process import Process
 
@@ -346,7 +349,8 @@ def train_stage(
     training_flops is over all steps from 0, the dense warm-up's too; the seconds are of this stage alone.
     """
     from eclectus.models.checkpoints.side_files import has_tokenizer
-    from eclectus.models.pretraining.checkpoint import load_moments_file, save_trained
+    from eclectus.models.checkpoints.tensor_files import CheckpointError
+    from eclectus.models.pretraining.checkpoint import save_trained, stored_moments
     from eclectus.models.pretraining.routing_profiles import routing_profiles, write_profiles
     from eclectus.models.pretraining.stages import make_causal
     from eclectus.models.training.clock import TrainingClock
@@ -359,8 +363,6 @@ def train_stage(
     data, tokens = Instances(instances, chosen.reordered), load_tokenizer(tokenizer)
     stage, switch = chosen.pretrain_stage, chosen.switch_step
     clock = TrainingClock(report, process, Path(work))
-    dense, dense_moments = _dense(start, chosen, data, tokens), load_moments_file(moments)
-    check_tokens(data, dense, start or "warm-up")
     rewarmed = stage not in DENSE and switch and chosen.lory_rewarm_steps
     plan = chosen.plan(
         start=0 if chosen.from_scratch else switch,
@@ -372,12 +374,17 @@ def train_stage(
         rewarm=(switch, chosen.lory_rewarm_steps) if rewarmed else None,
         compiled=chosen.training_compiled,
     )
-    before = step_flops(dense, plan, process.world, data.length).times(plan.start)
-    model, state, objective = _model_of_stage(chosen, dense, dense_moments, data)
-    proof = _proof(chosen, model, start) if process.is_main else None
-    del dense, dense_moments
-    costs = training_costs(model, plan, process.world, data.length, before)
-    after = train(model, data, objective, plan, process, Path(work), clock.report, state)
+    with ExitStack() as files:
+        dense = files.enter_context(_dense(start, chosen, data, tokens))
+        check_tokens(data, dense.model, start or "warm-up")
+        before = step_flops(dense.model, plan, process.world, data.length).times(plan.start)
+        made = _stage(chosen, dense, stored_moments(moments, files), data)
+        costs = training_costs(made.blueprint.model, plan, process.world, data.length, before)
+        model = _made(made.blueprint, process, plan.sharded)
+        proof = _proof(chosen, model, start, process)
+        # A model from scratch is held by its blueprint.
+        dense.values = made.blueprint.values = {}
+        after = train(model, data, made.objective, plan, process, Path(work), clock.report, made.moments)
     seconds = clock.read()
     profiles = None
     if stage == "expert_choice":
@@ -388,7 +395,10 @@ def train_stage(
         profiles = routing_profiles(model, data, chosen.micro_batch, process)
     # A checkpoint to start from has more than a tokenizer: sampling settings, chat templates.
     beside = Path(start) if start and has_tokenizer(Path(start)) else Path(tokenizer)
-    save_trained(model, beside, Path(out), after if stage == "warmup" else None, MOMENTS, process)
+    try:
+        save_trained(model, beside, Path(out), after if stage == "warmup" else None, process)
+    except CheckpointError as error:
+        raise EclectusError(str(error)) from error
     if profiles and process.is_main:
         write_profiles(Path(out), profiles)
     return {
@@ -402,29 +412,45 @@ def train_stage(
     }
 
 
-def _proof(settings: PretrainStageSettings, model: Any, start: str | None) -> StepZero | None:
-    """The proof that the stage starts as the checkpoint in `start`; None from scratch, and where experts choose."""
+def _made(blueprint: Blueprint, process: Process, sharded: bool) -> Any:
+    try:
+        return blueprint.make(process, sharded)
+    except ValueError as error:
+        raise EclectusError(f"the dense checkpoint to start from cannot be opened: {error}") from error
+
+
+def _proof(settings: PretrainStageSettings, model: Any, start: str | None, process: Process) -> StepZero | None:
+    """The proof that the stage starts as the checkpoint in `start`, on rank 0; None from scratch, and where experts
+    choose."""
     from eclectus.models.checkpoints.proof import StepZeroError, prove_start
+    from eclectus.models.training.parallel import is_sharded
 
     # An expert may be chosen by no one or by several, so expert_choice does not start as the dense model.
     if start is None or settings.pretrain_stage == "expert_choice":
         return None
+    if not is_sharded(model) and not process.is_main:
+        return None
     try:
-        return prove_start(model, Path(start), f"the start of stage {settings.pretrain_stage}")
+        what = f"the start of stage {settings.pretrain_stage}"
+        return prove_start(model, Path(start), what, process=process if is_sharded(model) else None)
     except StepZeroError as error:
         raise EclectusError(str(error)) from error
 
 
-def _dense(start: str | None, settings: PretrainStageSettings, data: Any, tokenizer: Any) -> Any:
+def _dense(start: str | None, settings: PretrainStageSettings, data: Any, tokenizer: Any) -> Blueprint:
     """The dense model that the stage starts from."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from eclectus.models.checkpoints.tokenizer_files import vocabulary_size
     from eclectus.models.lory.config import PRESETS
+    from eclectus.models.sharding.blueprint import Blueprint, stock_blueprint
 
     if start is not None:
-        return open_checked(start, "the dense checkpoint to start from")
+        try:
+            return stock_blueprint(start)
+        except ValueError as error:
+            raise EclectusError(f"the dense checkpoint to start from cannot be opened: {error}") from error
     shape: dict[str, Any] = {
         "hidden_size": settings.model_width,
         "intermediate_size": settings.model_feed_forward,
@@ -437,39 +463,38 @@ def _dense(start: str | None, settings: PretrainStageSettings, data: Any, tokeni
         preset = PRESETS[settings.model_preset]
         shape = {name: preset[name] for name in shape if name in preset}
     torch.manual_seed(settings.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary_size(tokenizer),
-            max_position_embeddings=data.length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **shape,
-        )
+    config = LlamaConfig(
+        vocab_size=vocabulary_size(tokenizer),
+        max_position_embeddings=data.length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **shape,
     )
+    return Blueprint.of(LlamaForCausalLM(config))
 
 
-def _model_of_stage(
-    settings: PretrainStageSettings, dense: Any, moments: dict[str, Any], data: Any
-) -> tuple[Any, dict[str, Any], Any]:
-    """(model, its AdamW moments, objective) of the stage, made from the dense model and its moments."""
+def _stage(settings: PretrainStageSettings, dense: Blueprint, moments: Mapping[str, Slices], data: Any) -> Stage:
+    """What the stage trains, made from the dense model and its moments."""
     import torch
+    from transformers import LlamaForCausalLM
 
     from eclectus.models.pretraining import stages
+    from eclectus.models.sharding.blueprint import Blueprint
     from eclectus.models.training import objectives
 
     stage, domains = settings.pretrain_stage, data.domains
     if stage == "dense_equal_flops":
         config = stages.equal_flops_config(
-            dense.config,
+            dense.model.config,
             settings.lory_experts,
             data.length,
             segment_length=settings.lory_segment,
             routing=settings.lory_routing,
         )
         torch.manual_seed(settings.seed)
-        return type(dense)(config), {}, objectives.next_token(domains)
+        return stages.Stage(Blueprint.of(LlamaForCausalLM(config)), {}, objectives.next_token(domains))
     if stage in ("warmup", "dense"):
-        return dense, moments, objectives.next_token(domains)
+        return stages.Stage(dense, moments, objectives.next_token(domains))
     moments = moments if settings.lory_moments == "carry" else {}
     experts = settings.lory_experts
     if stage == "expert_choice":

@@ -28,7 +28,7 @@ from eclectus.tasks.training.workers import TrainWorkers
 if TYPE_CHECKING:
     from eclectus.models.training.loop import Plan
 
-MOMENTS = "moments.safetensors"
+MOMENTS = ("moments.safetensors", "moments.safetensors.index.json")
 WORKERS = "Ray Train workers that share each batch; 0 trains in the calling process, without Ray."
 
 
@@ -234,5 +234,7 @@ def check_tokens(data: Any, model: Any, checkpoint: str) -> None:
 
 
 def initial_moments(start: Artifact | None) -> str | None:
-    """The path of a checkpoint's AdamW moments, if it kept them."""
-    return str(start.file(MOMENTS)) if start is not None and start.file(MOMENTS).is_file() else None
+    """The folder of a checkpoint that kept its AdamW moments, in one file or several."""
+    if start is None or not any(start.file(name).is_file() for name in MOMENTS):
+        return None
+    return str(start.path)

@@ -23,6 +23,7 @@ from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.pretraining import stages
 from eclectus.models.pretraining.checkpoint import save_trained
 from eclectus.models.pretraining.export_dense import export_dense
+from eclectus.models.sharding.blueprint import Blueprint
 from eclectus.models.training.parallel import copy_shared_experts
 from eclectus.models.training.process import Process
 from tests.support.dense_bases import BASES, LLAMA3_ROPE, SHAPE, logits, tokens, write_base, write_gguf
@@ -171,19 +172,19 @@ def pretrained(stage: str, rope: str = "theta", tied: bool = False) -> Callable[
         if stage == "dense_equal_flops":
             model = type(dense)(stages.equal_flops_config(dense.config, 2, 40, segment_length=8))
         elif stage == "lory":
-            model = stages.lory_from_dense(dense, {}, domains, 2, segment_length=8)[0]
+            model = stages.lory_from_dense(Blueprint.of(dense), {}, domains, 2, segment_length=8).blueprint.make()
         elif stage == "expert_choice":
-            model = stages.expert_choice_from_dense(dense, {}, domains, 2, 0)[0]
+            model = stages.expert_choice_from_dense(Blueprint.of(dense), {}, domains, 2, 0).blueprint.make()
         elif stage == "top_k":
-            model = stages.top_k_of_dense(dense, {}, domains, 2, 2, 0)[0]
+            model = stages.top_k_of_dense(Blueprint.of(dense), {}, domains, 2, 2, 0).blueprint.make()
         elif stage == "document_pools":
-            model = stages.document_pools_of_dense(dense, {}, domains, 2, 2, 0)[0]
+            model = stages.document_pools_of_dense(Blueprint.of(dense), {}, domains, 2, 2, 0).blueprint.make()
             model.config.selection = "causal"
         copy_shared_experts(model)
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.data.normal_(0, 0.2)
-        save_trained(model, start, root / "out", None, "moments.safetensors", Process())
+        save_trained(model, start, root / "out", None, Process())
         return root / "out", live_logits(model)
 
     return make

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import train
 from eclectus.models.training.objectives import next_token
-from eclectus.models.training.parallel import gather_model
+from eclectus.models.training.parallel import whole
 from eclectus.models.training.process import Process
 from eclectus.storage.errors import EclectusError
 from tests.support.tiny_training import plan, tiny_dense
@@ -49,9 +49,9 @@ def train_killed_once(process, report, folder, sharded, kill):
 
     model, chosen = tiny_dense(), plan(sharded=sharded)
     train(model, Instances(folder.parent / "instances"), next_token(), chosen, process, folder / "work", reported)
-    gather_model(model, process)
+    end = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
     if process.is_main:
-        save_file(model.state_dict(), folder / "end.safetensors")
+        save_file(end, folder / "end.safetensors")
     process.barrier()
     return steps
 

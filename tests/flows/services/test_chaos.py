@@ -113,7 +113,7 @@ def pretrain_in_a_group(home, out):
             folder.mkdir(parents=True)
             work.mkdir(parents=True)
         process.barrier()
-        moments = start and str(start / "moments.safetensors")
+        moments = start and str(start)
         train_stage(
             process, lambda kind, **values: None, instances, tokenizer, chosen.model_dump(), start and str(start),
             moments, str(work), str(folder),

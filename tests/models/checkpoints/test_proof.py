@@ -11,6 +11,7 @@ from eclectus.models.checkpoints.proof import StepZeroError, probes_for, prove_s
 from eclectus.models.extension.methods import open_method, prove_method
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.pretraining import stages
+from eclectus.models.sharding.blueprint import Blueprint, stock_blueprint
 from tests.support.dense_bases import BASES, LLAMA3_ROPE, SHAPE, write_base
 from tests.support.gguf_files import spread
 
@@ -160,7 +161,7 @@ STAGES = {
 @pytest.mark.parametrize("name", ["llama", "llama tied"])
 def test_the_stages_of_pre_training_start_as_the_dense_model(tmp_path, stage, name):
     base = write_base(tmp_path, name)
-    model = STAGES[stage](open_model(base))[0]
+    model = STAGES[stage](stock_blueprint(base)).blueprint.make()
     assert prove_start(model, base, stage).max_abs_delta <= 5e-5
 
 
@@ -169,4 +170,4 @@ def test_a_stage_of_pre_training_that_starts_otherwise_is_noticed(tmp_path):
     dense = open_model(base)
     dense.lm_head.weight.data[7] += 0.1
     with pytest.raises(StepZeroError, match="lory differs from"):
-        prove_start(STAGES["lory"](dense)[0], base, "lory")
+        prove_start(STAGES["lory"](Blueprint.of(dense)).blueprint.make(), base, "lory")

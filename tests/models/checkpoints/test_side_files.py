@@ -17,6 +17,7 @@ from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.pretraining import stages
 from eclectus.models.pretraining.checkpoint import save_trained
 from eclectus.models.pretraining.export_dense import export_dense
+from eclectus.models.sharding.blueprint import Blueprint
 from eclectus.models.training.process import Process
 from eclectus.tasks.training.fetch_model import FetchSettings, fetch
 from tests.support.dense_bases import logits, tokens, write_base
@@ -127,8 +128,8 @@ def test_of_dense_methods(home, base, tmp_path, method):
 def test_of_lory_from_a_dense_start_its_extension_and_its_dense_export(home, base, tmp_path):
     start = fetched(home, base)
     dense = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
-    model = stages.lory_from_dense(dense, {}, ["a"], 2, segment_length=8)[0]
-    save_trained(model, start, tmp_path / "lory", None, "moments.safetensors", Process())
+    model = stages.lory_from_dense(Blueprint.of(dense), {}, ["a"], 2, segment_length=8).blueprint.make()
+    save_trained(model, start, tmp_path / "lory", None, Process())
     extend_lory(tmp_path / "lory", tmp_path / "wider")
     wider = open_method("moe_lpr", tmp_path / "wider")
     save_method(wider, tmp_path / "trained", tmp_path / "wider")

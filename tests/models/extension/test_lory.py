@@ -11,6 +11,7 @@ from eclectus.models import LoryConfig, LoryForCausalLM
 from eclectus.models.checkpoints.proof import StepZeroError
 from eclectus.models.extension.lory import extend_lory, post_pretrain_lory, review_lory, segment_prior_loss, split_lory
 from eclectus.models.extension.methods import open_method, open_review, save_method, untrained_digest
+from eclectus.models.sharding.slices import in_memory
 from eclectus.models.training.instances import Batch
 from eclectus.models.training.objectives import next_token_loss
 from eclectus.models.training.precision import FrozenWeights, autocast
@@ -166,7 +167,7 @@ def test_frozen_experts_get_no_gradient_and_the_new_ones_the_same(lory):
 def test_bf16_training_leaves_the_old_experts_bit_by_bit(lory, tmp_path, stage):
     model = open_method("moe_lpr", lory[1]) if stage == "stage 1" else open_review(lory[1])
     digest = untrained_digest(model)
-    held = FrozenWeights(model, tmp_path / "frozen.safetensors")
+    held = FrozenWeights(model, in_memory(model))
     ids = tokens(40)
     objective = post_pretrain_lory() if stage == "stage 1" else review_lory(1.0, [0])
     with autocast(ids.device, "bfloat16"):

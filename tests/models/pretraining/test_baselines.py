@@ -10,9 +10,9 @@ from eclectus.models.pretraining.baselines import (
     ExpertChoiceForCausalLM,
     calibrate,
     top_k_from_dense,
-    top_k_moments,
 )
-from eclectus.models.pretraining.checkpoint import duplicated_moments
+from eclectus.models.pretraining.blueprints import duplicated_moments, top_k_moments
+from eclectus.models.sharding.slices import InMemory
 from eclectus.models.training.objectives import balanced, next_token
 from tests.support.tiny_training import SHAPE, batch_of
 
@@ -142,8 +142,9 @@ def test_moments_and_objectives_fit_the_models(dense):
         f"{n}.{what}": torch.rand_like(p) for n, p in dense.named_parameters() for what in ("exp_avg", "exp_avg_sq")
     }
     moments |= {f"{n}.step": torch.tensor(3.0) for n, _ in dense.named_parameters()}
+    held = {name: InMemory(value) for name, value in moments.items()}
     mixtral, choice = top_k_from_dense(dense, 4, 2), ExpertChoiceForCausalLM.from_dense(dense, 4)
-    for model, carried in ((mixtral, top_k_moments(moments, 4, 2)), (choice, duplicated_moments(moments, 4))):
+    for model, carried in ((mixtral, top_k_moments(held, 4, 2)), (choice, duplicated_moments(held, 4))):
         for name, parameter in model.named_parameters():
             if not name.endswith(("router.weight", "gate.weight")):
                 assert carried[f"{name}.exp_avg"].shape == parameter.shape, name

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM
-from eclectus.models.pretraining.checkpoint import duplicated_moments
+from eclectus.models.pretraining.blueprints import duplicated_moments
+from eclectus.models.sharding.slices import InMemory
+from eclectus.models.training import resume
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import TrainingFailed, train
 from eclectus.models.training.losses import Objective, Step
@@ -29,6 +31,10 @@ def data(tmp_path):
 
 def silent(kind, **values):
     pass
+
+
+def held(moments):
+    return {name: InMemory(value) for name, value in moments.items()}
 
 
 def trained(data, work, chosen=None, model=None, objective=None, report=silent, moments=None):
@@ -95,7 +101,7 @@ def test_an_incomplete_checkpoint_is_never_used(data, tmp_path):
     assert same(weights, again)
 
 
-@pytest.mark.parametrize("damage", ["cut", "turned", "gone", "not json"])
+@pytest.mark.parametrize("damage", ["cut", "turned", "gone", "not json", "earlier version"])
 def test_a_damaged_checkpoint_is_not_used_and_training_restarts(data, tmp_path, damage):
     weights, _ = trained(data, tmp_path / "undisturbed")
     with pytest.raises(Killed):
@@ -108,13 +114,17 @@ def test_a_damaged_checkpoint_is_not_used_and_training_restarts(data, tmp_path, 
         file.write_bytes(content[:-10] + bytes([content[-10] ^ 1]) + content[-9:])
     elif damage == "gone":
         file.unlink()
-    else:
+    elif damage == "not json":
         (tmp_path / "work/latest/progress.json").write_text("{")
+    else:
+        about = json.loads((tmp_path / "work/latest/progress.json").read_text())
+        about.pop("format")
+        (tmp_path / "work/latest/progress.json").write_text(json.dumps(about))
     reports = []
     again, _ = trained(data, tmp_path / "work", report=lambda kind, **values: reports.append((kind, values)))
     assert same(weights, again)
     ((step, text),) = [(values["step"], values["text"]) for kind, values in reports if kind == "damaged"]
-    assert step == 0 and re.search("is damaged.*begins again at step 0", text)
+    assert step == 0 and re.search("(is damaged|by another version).*begins again at step 0", text)
 
 
 def test_a_checkpoint_of_another_model_or_stage_is_refused(data, tmp_path):
@@ -222,7 +232,7 @@ def test_the_first_step_after_duplication_is_the_dense_models(data, tmp_path):
     _, moments = trained(data, tmp_path / "warm", plan(stop=4, checkpoint_every=99), dense)
     model = LoryForCausalLM.from_dense(dense, 4, LENGTH // 3, router_initializer_range=1e-6)
     chosen = plan(start=4, stop=5, checkpoint_every=99)
-    trained(data, tmp_path / "lory", chosen, model, lory(), moments=duplicated_moments(moments, 4))
+    trained(data, tmp_path / "lory", chosen, model, lory(), moments=duplicated_moments(held(moments), 4))
     trained(data, tmp_path / "dense", chosen, dense, moments=moments)
     gate = dense.model.layers[0].mlp.gate_proj.weight
     for expert in model.model.layers[0].mlp.experts:
@@ -303,3 +313,36 @@ def test_recomputed_activations_give_the_same_weights_to_the_bit(data, tmp_path,
     kept, _ = trained(data, tmp_path / "kept", plan(stop=3), made())
     again, _ = trained(data, tmp_path / "again", plan(stop=3, recomputed=True), made())
     assert same(kept, again)
+
+
+def fill_the_disk(folder):
+    """The second checkpoint does not fit on the disk of process 1; a later run goes on from the first."""
+    process, data = Process.current(), Instances(folder / "instances")
+    write, calls = resume._write, []
+
+    def full(path, tensors):
+        calls.append(path)
+        if process.rank == 1 and len(calls) > 2:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return write(path, tensors)
+
+    def run(work, report=silent):
+        model = tiny_dense()
+        train(model, data, next_token(), plan(sharded=True), process, folder / work, report)
+        return {name: parameter.to_local() for name, parameter in model.named_parameters()}
+
+    undisturbed = run("undisturbed")
+    resume._write = full
+    with pytest.raises(TrainingFailed, match=r"step-10 cannot be written by process 1.*No space left.*free some space"):
+        run("full")
+    resume._write = write
+    process.barrier()
+    assert os.readlink(folder / "full/latest") == "step-5" and not (folder / "full/step-10").exists()
+    again = run("full")
+    assert all(torch.equal(value, undisturbed[name]) for name, value in again.items())
+
+
+def test_a_disk_that_fills_in_one_process_is_named_by_all_and_the_checkpoint_before_is_kept(tmp_path):
+    write_instances(tmp_path / "instances")
+    run_group(2, fill_the_disk, tmp_path)

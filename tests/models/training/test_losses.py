@@ -23,7 +23,8 @@ from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import micro_batches, train
 from eclectus.models.training.losses import Step
 from eclectus.models.training.objectives import balanced, lory, next_token, one_stage, post_pretrain, review
-from eclectus.models.training.parallel import gather_model
+from eclectus.models.training.parallel import reshard
+from eclectus.models.training.parallel import whole as gathered
 from eclectus.models.training.process import Process
 from tests.support.processes import run_group
 from tests.support.tiny_training import LENGTH, SHAPE, plan, tiny_dense, write_uneven_instances
@@ -205,8 +206,8 @@ def trained(folder, kind, process, work, **changes):
             metrics.append(values["values"])
 
     train(model, Instances(folder / "instances"), objective, settings, process, work, report)
-    gather_model(model, process)
-    return {name: p.detach() for name, p in model.named_parameters() if name in before}, before, metrics
+    reshard(model)
+    return {name: gathered(p.detach()) for name, p in model.named_parameters() if name in before}, before, metrics
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from eclectus.models.extension.methods import open_method, open_review, save_met
 from eclectus.models.mixture.experts import frozen_digest, moe_blocks, set_trainable
 from eclectus.models.mixture.grouped_gemm import _side_by_side
 from eclectus.models.mixture.upcycle import upcycle
+from eclectus.models.sharding.slices import in_memory
 from eclectus.models.training import objectives
 from eclectus.models.training.instances import IGNORED, Instances
 from eclectus.models.training.loop import train
@@ -44,7 +45,7 @@ def objective_of(model):
 
 
 def trained(folder, model, work, precision=HALF, report=lambda kind, **values: None, **changes):
-    held = FrozenWeights(model, work / "frozen.safetensors") if precision == HALF else None
+    held = FrozenWeights(model, in_memory(model)) if precision == HALF else None
     settings = plan(precision=precision, learning_rate=1e-3, **changes)
     train(model, Instances(folder / "instances"), objective_of(model), settings, Process(), work, report)
     if held:
@@ -64,7 +65,7 @@ def test_what_does_not_train_is_held_in_bf16_and_leaves_the_training_bit_by_bit(
     model = opened(folder, method)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     digest, frozen = untrained_digest(model), {n for n, p in model.named_parameters() if not p.requires_grad}
-    held = FrozenWeights(model, tmp_path / "frozen.safetensors")
+    held = FrozenWeights(model, in_memory(model))
     for name, parameter in model.named_parameters():
         matrix = name in frozen and parameter.ndim > 1 and "gate.weight" not in name
         assert parameter.dtype == (torch.bfloat16 if matrix else torch.float32), name
@@ -84,32 +85,31 @@ def test_what_does_not_train_is_held_in_bf16_and_leaves_the_training_bit_by_bit(
     assert untrained_digest(model) == digest
     changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
     assert changed and not changed & frozen
-    assert not (tmp_path / "frozen.safetensors").exists()
 
 
 def test_a_written_checkpoint_holds_the_base_of_fp32_as_it_was(folder, tmp_path):
     model = opened(folder, "moe_lpr")
     base = json.loads((folder / "moe" / "upcycle.json").read_text())["base_digest"]
-    held = FrozenWeights(model, tmp_path / "frozen.safetensors")
+    held = FrozenWeights(model, in_memory(model))
     # The values of this base are no bf16 values, so that rounding would be seen.
     assert frozen_digest(model) != base
     held.restore()
     save_method(model, tmp_path / "out", folder / "moe")
     assert frozen_digest(open_method("moe_lpr", tmp_path / "out")) == base
     reviewed = open_review(tmp_path / "out")
-    held = FrozenWeights(reviewed, tmp_path / "frozen.safetensors")
+    held = FrozenWeights(reviewed, in_memory(reviewed))
     held.restore()
     assert frozen_digest(reviewed) == base
 
 
-def test_a_base_of_bf16_values_needs_no_file(folder, tmp_path):
+def test_a_base_of_bf16_values_is_restored(folder):
     model = opened(folder, "moe_lpr")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16().float())
     digest = untrained_digest(model)
-    held = FrozenWeights(model, tmp_path / "frozen.safetensors")
-    assert not (tmp_path / "frozen.safetensors").exists()
+    held = FrozenWeights(model, in_memory(model))
+    assert untrained_digest(model) != digest
     held.restore()
     assert untrained_digest(model) == digest
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -144,7 +144,7 @@ def test_bf16_training_ends_near_fp32s(folder, tmp_path):
 
 def test_routers_losses_and_the_residual_stream_are_fp32(folder, tmp_path):
     model, seen = opened(folder, "moe_lpr").train(), {}
-    FrozenWeights(model, tmp_path / "frozen.safetensors")
+    FrozenWeights(model, in_memory(model))
     keep_routers_fp32(model)
     block = next(moe_blocks(model))[1]
     model.model.layers[1].register_forward_pre_hook(lambda _, arguments: seen.update(residual=arguments[0].dtype))
@@ -164,7 +164,7 @@ def test_routers_losses_and_the_residual_stream_are_fp32(folder, tmp_path):
 
 def test_new_experts_are_cast_once_in_front_of_the_frozen_ones(folder, tmp_path):
     model = opened(folder, "moe_lpr")
-    FrozenWeights(model, tmp_path / "frozen.safetensors")
+    FrozenWeights(model, in_memory(model))
     experts = next(moe_blocks(model.to(CPU)))[1].experts
     both = _side_by_side(experts.new_down, experts.frozen_down, torch.bfloat16)
     assert both.data_ptr() == experts.frozen_down.untyped_storage().data_ptr()

@@ -12,18 +12,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from eclectus.models.extension.methods import open_method, open_review, save_method, untrained_digest
+from eclectus.models.checkpoints.tensor_files import CheckpointReader, weight_files
+from eclectus.models.extension.methods import method_blueprint, review_blueprint, save_method
 from eclectus.models.lory.model import LoryForCausalLM
-from eclectus.models.mixture.experts import frozen_digest
 from eclectus.models.mixture.export import extract_base
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.pretraining.routing_profiles import routing_profiles
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import train
 from eclectus.models.training.objectives import lory, next_token, post_pretrain, review
-from eclectus.models.training.parallel import gather_model
-from eclectus.models.training.precision import FrozenWeights
 from eclectus.models.training.process import Process
+from eclectus.tasks.training.unchanged_weights import UnchangedWeights
 from tests.support.tiny_training import LENGTH, plan, tiny_dense, write_instances
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -57,31 +56,27 @@ def run(folder, process, work, report=lambda kind, **values: None, **changes):
 def extend(folder, name, process, sharded, precision="float32"):
     """Both stages of an extension and a baseline; the digests of what is frozen are computed while it is sharded."""
 
-    def stage(model, objective, out, start):
-        before, work = untrained_digest(model), folder / f"{name} {out} work"
-        half = precision == "bfloat16"
-        held = FrozenWeights(model, work / "frozen.safetensors", restores=process.is_main) if half else None
-        in_training = untrained_digest(model)
-        data = Instances(folder / "instances")
-        settings = plan(learning_rate=1e-3, sharded=sharded, precision=precision)
-        train(model, data, objective, settings, process, work, lambda kind, **values: None)
-        assert untrained_digest(model) == in_training
-        gather_model(model, process)
-        original = None
-        if process.is_main:
-            if held:
-                held.restore()
-            assert untrained_digest(model) == before
-            original = frozen_digest(model) if hasattr(model.config, "num_experts_per_tok") else None
-            save_method(model, folder / f"{name} {out}", folder / start)
+    def stage(blueprint, method, objective, out, start):
+        work = folder / f"{name} {out} work"
+        with blueprint:
+            unchanged = UnchangedWeights(blueprint, method, process, sharded)
+            if precision == "bfloat16":
+                unchanged.hold_in_bfloat16()
+            data = Instances(folder / "instances")
+            settings = plan(learning_rate=1e-3, sharded=sharded, precision=precision)
+            train(unchanged.model, data, objective, settings, process, work, lambda kind, **values: None)
+            unchanged.check(settings.stop)
+            if sharded or process.is_main:
+                assert unchanged.restore(settings.stop) in (None, made["base_digest"])
+                together = process if sharded else None
+                save_method(unchanged.model, folder / f"{name} {out}", folder / start, together)
         process.barrier()
-        return original
 
-    first = stage(open_method("moe_lpr", folder / "moe"), post_pretrain(0.01, 2, "paper"), "stage 1", "moe")
-    second = stage(open_review(folder / f"{name} stage 1"), review(0.5, "paper", [0]), "stage 2", "moe")
-    stage(open_method("lora", folder / "dense", lora_rank=2), next_token(), "lora", "dense")
     made = json.loads((folder / "moe" / "upcycle.json").read_text())
-    assert not process.is_main or first == second == made["base_digest"]
+    objectives = post_pretrain(0.01, 2, "paper"), review(0.5, "paper", [0])
+    stage(method_blueprint("moe_lpr", folder / "moe"), "moe_lpr", objectives[0], "stage 1", "moe")
+    stage(review_blueprint(folder / f"{name} stage 1"), "moe_lpr", objectives[1], "stage 2", "moe")
+    stage(method_blueprint("lora", folder / "dense", lora_rank=2), "lora", next_token(), "lora", "dense")
 
 
 def in_both_processes(folder):
@@ -97,7 +92,7 @@ def in_both_processes(folder):
 
         model, after = run(folder, process, work, report, **changes)
         profiles[name] = routing_profiles(model, Instances(folder / "instances"), 2, process)
-        save_trained(model, folder, folder / name, after, "moments.safetensors", process)
+        save_trained(model, folder, folder / name, after, process)
 
     finish("sharded", "a", sharded=True)
     finish("copied", "b", sharded=False)
@@ -138,8 +133,13 @@ def alone(folder):
     return {**model.state_dict(), **after}
 
 
+def weights(folder, stem="model"):
+    with CheckpointReader(folder, weight_files(folder, stem)) as reader:
+        return {name: reader.tensor(name) for name in reader.specs}
+
+
 def ended(folder, name):
-    return {**load_file(folder / name / "model.safetensors"), **load_file(folder / name / "moments.safetensors")}
+    return {**weights(folder / name), **weights(folder / name, "moments")}
 
 
 @pytest.mark.parametrize("name", ["sharded", "copied", "sharded again", "from one process"])
@@ -195,7 +195,7 @@ def test_sharded_metrics_are_those_of_one_process(folder):
 def test_a_sharded_extension_is_that_of_one_process_and_leaves_the_base_as_it_was(folder):
     extend(folder, "alone", Process(), sharded=False)
     for name in ("stage 1", "stage 2", "lora"):
-        both, alone = (load_file(folder / f"{who} {name}" / "model.safetensors") for who in ("both", "alone"))
+        both, alone = (weights(folder / f"{who} {name}") for who in ("both", "alone"))
         assert both.keys() == alone.keys()
         for key, value in both.items():
             torch.testing.assert_close(value, alone[key], rtol=1e-3, atol=1e-5, msg=f"{name}: {key}")

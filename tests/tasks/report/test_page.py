@@ -25,7 +25,8 @@ from eclectus.tasks.packing.tokenizer import TokenizerSettings, tokenizer
 from eclectus.tasks.report.figures import loss_curves
 from eclectus.tasks.report.report import ReportSettings, report
 from eclectus.tasks.run import Run, activate
-from eclectus.tasks.training.extend import ExtendStageSettings, extend
+from eclectus.tasks.training.extend import extend
+from eclectus.tasks.training.extend_settings import ExtendStageSettings
 from eclectus.tasks.training.pretrain import PretrainStageSettings, pretrain
 from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
 from tests.support.browser import BROWSER, FilePage, open_browser

@@ -15,7 +15,9 @@ from eclectus.models.training.objectives import LanguagePrior
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.training.add_experts import AddExpertsSettings, add_experts, kind_of
-from eclectus.tasks.training.extend import ExtendStageSettings, Method, _objective, extend
+from eclectus.tasks.training.extend import extend
+from eclectus.tasks.training.extend_settings import ExtendStageSettings, Method
+from eclectus.tasks.training.extend_stage import _objective
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings, layer_similarity
 from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
 from tests.support.small_world import make_world

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.settings import Settings
 from eclectus.tasks.training import precision, run_training
-from eclectus.tasks.training.extend import ExtendStageSettings
+from eclectus.tasks.training.extend_settings import ExtendStageSettings
 from eclectus.tasks.training.precision import LARGE, Probe, dense_parameters, faster_precision
 from eclectus.tasks.training.pretrain import PretrainStageSettings
 

@@ -12,7 +12,8 @@ from eclectus.models.lory.config import PRESETS
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.connection import query
 from eclectus.tasks.packing.pack import PackSettings, pack
-from eclectus.tasks.training.extend import ExtendStageSettings, extend
+from eclectus.tasks.training.extend import extend
+from eclectus.tasks.training.extend_settings import ExtendStageSettings
 from eclectus.tasks.training.pretrain import PretrainSettings, PretrainStageSettings, pretrain
 from eclectus.tasks.training.run_training import WorkerSettings, run_training
 from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
