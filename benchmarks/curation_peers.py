@@ -77,14 +77,17 @@ def rensa_characters(every: list[dict[str, Any]]) -> set[str]:
     return {each["id"] for each, keep in zip(every, kept, strict=True) if not keep}
 
 
-def semhash_cosine(every: list[dict[str, Any]], vectors: np.ndarray) -> set[str]:
+def semhash_cosine(every: list[dict[str, Any]], vectors: np.ndarray, vectors_file: str) -> set[str]:
+    """Beside the file of the vectors are the ids of the documents that have one: all but exact copies."""
     from semhash import SemHash
+
+    names = set(json.loads(Path(vectors_file).with_suffix(".json").read_text()))
 
     class Given:
         def encode(self, texts: list[str], **_: Any) -> np.ndarray:
             raise RuntimeError("the embeddings are given")
 
-    rows = [{"text": each["text"], "id": each["id"]} for each in every]
+    rows = [{"text": each["text"], "id": each["id"]} for each in every if each["id"] in names]
     hashed = SemHash.from_embeddings(vectors, rows, Given(), columns=["text"])
     return {each.record["id"] for each in hashed.self_deduplicate(threshold=0.9).filtered}
 
@@ -176,7 +179,9 @@ def peer(name: str, sources: Path, vectors_file: str) -> dict[str, Any]:
     if every:
         dropped = {
             "rensa": lambda: rensa_characters(every),
-            "semhash": lambda: semhash_cosine(every, vectors),
+            "semhash": lambda: semhash_cosine(
+                every, vectors, set(json.loads(Path(vectors_file).with_suffix(".json").read_text()))
+            ),
             "datatrove": lambda: datatrove_minhash(sources, *((14, 8) if "defaults" in kind else (20, 5))),
         }[tool]()
         about["cpu"] = sum(os.times()[:4]) - began
@@ -260,6 +265,7 @@ def ours(sources: Path, home: Path) -> tuple[list[dict[str, Any]], Path]:
         from eclectus.tasks.disk_matrix import open_embeddings
 
         np.save(stacked, open_embeddings(vectors)[:].astype(np.float32))
+        stacked.with_suffix(".json").write_text(json.dumps(names))
     return rows, stacked
 
 

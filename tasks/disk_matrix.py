@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import io
+import math
 import mmap
 import os
 from collections.abc import Sequence
@@ -16,6 +19,7 @@ from eclectus.storage.artifact import Artifact
 RESIDENT_BYTES = 256 * 2**20
 AROUND = 16 * 4096
 PIECE = 4_096
+MAGIC, LONGEST_HEADER = b"\x93NUMPY", 10_000
 
 
 def create_matrix(path: Path, dtype: Any, shape: tuple[int, int]) -> np.memmap:
@@ -87,18 +91,43 @@ class PartMatrix:
             return
         self._touched = 0
         for part in self._parts:
-            mapped = getattr(part, "_mmap", None)
-            if mapped is not None:
-                mapped.madvise(mmap.MADV_DONTNEED)
+            if isinstance(part.base, mmap.mmap):
+                part.base.madvise(mmap.MADV_DONTNEED)
 
 
 def mapped(path: Path) -> np.ndarray:
-    """The array of a `.npy` file, mapped for reading."""
-    try:
-        return np.load(path, mmap_mode="r")
-    except ValueError:
-        # A matrix without rows cannot be mapped.
-        return np.load(path)
+    """The array of a `.npy` file, mapped for reading. Raises OSError, or ValueError for a file that is none or is cut.
+
+    As `numpy.load` does, in a fifth of its time: an update of neighbours opens ten thousand.
+    """
+    with open(path, "rb") as file:
+        start = file.read(12)
+        if start[:6] != MAGIC:
+            raise ValueError(f"{path} is no .npy file")
+        begins = 10 if start[6] == 1 else 12
+        length = int.from_bytes(start[8:begins], "little")
+        header = (start + file.read(min(length, LONGEST_HEADER)))[: begins + length]
+        shape, fortran, dtype, offset = _described(header)
+        if dtype.hasobject:
+            raise ValueError(f"{path} holds Python objects")
+        size = math.prod(shape) * dtype.itemsize
+        missing = offset + size - os.fstat(file.fileno()).st_size
+        if missing > 0:
+            raise ValueError(f"{path} is cut: {missing:,} bytes are missing")
+        if not size:
+            return np.empty(shape, dtype)
+        content = mmap.mmap(file.fileno(), offset + size, access=mmap.ACCESS_READ)
+    return np.ndarray(shape, dtype, content, offset, order="F" if fortran else "C")
+
+
+@functools.lru_cache(1024)
+def _described(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, whether in Fortran's order, type and offset of the data of a `.npy` file that begins with these bytes."""
+    file = io.BytesIO(header)
+    read = np.lib.format.read_array_header_1_0
+    if np.lib.format.read_magic(file) != (1, 0):
+        read = np.lib.format.read_array_header_2_0
+    return *read(file), file.tell()
 
 
 def matrix_files(artifact: Artifact, name: str) -> list[Path]:

@@ -36,6 +36,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.disk_matrix import mapped
 from eclectus.tasks.evaluation.chat import read_chat, write_chat
 from eclectus.tasks.evaluation.held_out import HeldOut, choose_prompts, read_held_out
 from eclectus.tasks.evaluation.result_files import (
@@ -198,7 +199,7 @@ def evaluate_here(
     chosen, work = EvaluateSettings(**settings), Path(streams)
     model = load_model(checkpoint, name, chosen.context)
     tokens, owners, table, ratio, lengths = (
-        np.load(work / f"{each}.npy", mmap_mode="r") for each in ("tokens", "owners", "table", "ratio", "lengths")
+        mapped(work / f"{each}.npy") for each in ("tokens", "owners", "table", "ratio", "lengths")
     )
     first = original_rows(model.config) if chosen.original_vocabulary_only else None
     windows = Windows(tokens, owners, table, chosen.context, length, ratio, tuple(begin))

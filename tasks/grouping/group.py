@@ -83,7 +83,7 @@ class GroupSettings(DuplicateSettings, CurationWorkerSettings):
     seed: int = SEED
 
 
-@step(makes="grouping", version=3)
+@step(makes="grouping", version=4)
 def group(documents: Artifact, embeddings: Artifact, neighbors: Artifact, settings: GroupSettings, out: Draft) -> None:
     """Writes order.parquet (row, document, chain, partition, similarity to the previous document), duplicates.parquet
     and quality.png. Rows of the artifact: documents in the order.

@@ -18,7 +18,7 @@ import numpy as np
 
 from eclectus.tasks.grouping.nearest import Matrix, unit
 
-PAIRS = 200_000
+PAIRS = 50_000
 BLOCK = 32_768
 BINS = 48
 EDGES = (-0.2, 1.0)

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eclectus.storage.artifact import Artifact
+from eclectus.tasks.disk_matrix import mapped
 from eclectus.tasks.documents.table import parts, read_part
 from eclectus.tasks.grouping.instance_layout import Spans, spans_of
 from eclectus.tasks.over_parts import Done, Part, key_of, over_parts
@@ -69,12 +70,12 @@ def write_part(
     """
     first, last = instances
     source, begins, starts, rows, labels = (
-        np.load(plan / f"{name}.npy", mmap_mode="r") for name in ("source", "begins", "starts", "rows", "labels")
+        mapped(plan / f"{name}.npy") for name in ("source", "begins", "starts", "rows", "labels")
     )
     spans = spans_of(begins, np.asarray(source[first:last]), first, length)
     token_starts = starts[spans.position] + spans.offset
     if (plan / "offsets.npy").exists():
-        spans, token_starts = _without_gaps(spans, token_starts, starts, np.load(plan / "offsets.npy", mmap_mode="r"))
+        spans, token_starts = _without_gaps(spans, token_starts, starts, mapped(plan / "offsets.npy"))
     columns = {TOKENS: np.full((last - first, length), padding, np.dtype(kind))}
     if with_positions:
         columns[POSITIONS] = np.zeros((last - first, length), np.uint16 if length <= 2**16 else np.uint32)

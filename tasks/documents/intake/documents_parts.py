@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from eclectus.tasks.disk_matrix import mapped
 from eclectus.tasks.documents.intake.read_slices import FLUSH_BYTES
 from eclectus.tasks.documents.table import ROWS_PER_GROUP, ROWS_PER_PART, SCHEMA
 from eclectus.tasks.over_parts import link_or_copy
@@ -68,7 +69,7 @@ def packed(rows: np.ndarray) -> bytes:
 
 def _kept(places: Path, dropped: bytes) -> np.ndarray:
     """Which rows of a piece are documents: bool [n]."""
-    kept = np.ones(len(np.load(places, mmap_mode="r", allow_pickle=False)), bool)
+    kept = np.ones(len(mapped(places)), bool)
     kept[np.frombuffer(dropped, np.uint32)] = False
     return kept
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from eclectus.tasks.disk_matrix import mapped
+
 KEYS_PER_BLOCK = 4_000_000
 
 
@@ -28,7 +30,7 @@ def exact_duplicates(keys: Sequence[Path], rows: Sequence[int]) -> tuple[np.ndar
         found, places = [np.empty((0, 2), np.uint64)], [np.empty(0, np.int64)]
         inner = [np.empty((0, 2), np.int64)]
         for path, begin in zip(keys, begins.tolist(), strict=False):
-            piece = np.load(path, mmap_mode="r", allow_pickle=False)
+            piece = mapped(path)
             start = int(np.searchsorted(piece[:, 0], low))
             end = len(piece) if block == blocks - 1 else int(np.searchsorted(piece[:, 0], high))
             here = np.asarray(piece[start:end])

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from eclectus.storage.artifact import Draft
+from eclectus.tasks.disk_matrix import mapped
 from eclectus.tasks.documents.intake.documents_parts import assembled, packed, write_part
 from eclectus.tasks.documents.intake.exact_duplicates import exact_duplicates
 from eclectus.tasks.documents.intake.reading import Read
@@ -112,7 +113,7 @@ def _ids(pieces: list[_Piece], begins: np.ndarray, candidates: np.ndarray) -> pa
     owners = np.searchsorted(begins, candidates, side="right") - 1
     ids = np.empty(len(candidates), "V16")
     for owner in np.unique(owners).tolist():
-        of_piece = np.load(pieces[owner].file("ids", "npy"), mmap_mode="r", allow_pickle=False)
+        of_piece = mapped(pieces[owner].file("ids", "npy"))
         ids[owners == owner] = of_piece[candidates[owners == owner] - pieces[owner].begin]
     return pa.array([each.tobytes().hex() for each in ids], pa.string())
 

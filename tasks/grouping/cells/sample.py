@@ -15,6 +15,7 @@ from eclectus.tasks.grouping.cells.corpus import Corpus, Members
 from eclectus.tasks.grouping.nearest import Lists, exact_neighbors
 
 SAMPLE = 512
+MOST_PROBES = 256
 ROUNDING = 1e-5
 
 
@@ -91,12 +92,20 @@ class Sample:
         least = tree.shares_a_cell(cells_of[: len(mine)], cells_of[len(mine) :].reshape(*theirs.shape, -1))
         least[theirs == mine[:, None]] = 1
         there, target = exact >= 0, corpus.settings.neighbors_recall_target
-        shares = [
-            ((least <= overlap) & there).sum(axis=1) / np.maximum(there.sum(axis=1), 1)
-            for overlap in range(1, tree.MOST_OVERLAP + 1)
-        ]
-        enough = np.flatnonzero([each.mean() >= min(1.0, target + standard_error(each)) for each in shares])
-        return int(enough[0]) + 1 if len(enough) else tree.MOST_OVERLAP
+        return _smallest(least, there, target, tree.MOST_OVERLAP)
+
+    def probes(self, corpus: Corpus, built: Path, members: Members, cells: PartMatrix) -> int:
+        """In how many of its nearest cells a document must look for those whose own nearest cell is among them, to find
+        enough of its neighbours; or the most. cells: int32 [R, overlap], of the representatives, nearest first."""
+        mine, theirs = members.own[self.positions], members.own[np.maximum(self.exact, 0)]
+        documents, place = np.unique(theirs, return_inverse=True)
+        nearest_cell = cells[documents][place.reshape(theirs.shape), 0]
+        vectors = tree.Vectors(corpus.embeddings, members.folder / "kept.npy")
+        probed = tree.Tree.load(built).nearest(vectors(mine), MOST_PROBES)
+        there = probed[:, None, :] == nearest_cell[:, :, None]
+        least = np.where(there.any(axis=2), there.argmax(axis=2), MOST_PROBES) + 1
+        least[theirs == mine[:, None]] = 1
+        return _smallest(least, self.exact >= 0, corpus.settings.neighbors_recall_target, MOST_PROBES)
 
     def recall(self, similarities: np.ndarray) -> tuple[float, float]:
         """The recall and its standard error: share of the neighbours listed that are as near as the exact ones: of
@@ -143,6 +152,18 @@ def exact_lists(corpus: Corpus, name: str, members: Members, queries: np.ndarray
 def _renumbered(rows: np.ndarray, to_new: np.ndarray) -> np.ndarray:
     """These rows, or -1, as the rows that they are now; -1 if they are gone."""
     return np.where(rows < 0, -1, to_new[np.maximum(rows, 0)])
+
+
+def _smallest(least: np.ndarray, there: np.ndarray, target: float, most: int) -> int:
+    """The smallest number, of 1 to `most`, with which enough neighbours are found, or `most`.
+
+    least: int [Q, k], the smallest with which each is found. there: bool [Q, k], False for padding.
+    """
+    for number in range(1, most):
+        shares = ((least <= number) & there).sum(axis=1) / np.maximum(there.sum(axis=1), 1)
+        if shares.mean() >= min(1.0, target + standard_error(shares)):
+            return number
+    return most
 
 
 def standard_error(shares: np.ndarray) -> float:

@@ -64,7 +64,7 @@ def search_block(
 def entries(assigned: list[Path], begin: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The entries of cells begin to end - 1, by cell, then place, then document: cell, document (as a position in the
     second result), place. Second: the documents, ascending."""
-    cells, positions, places = [np.empty(0, np.int32)], [np.empty(0, np.int64)], [np.empty(0, np.int8)]
+    cells, positions, places = [np.empty(0, np.int32)], [np.empty(0, np.int64)], [np.empty(0, np.uint8)]
     documents, count = [np.empty(0, np.int64)], 0
     for folder in assigned:
         every = mapped(folder / "cell.npy")

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from eclectus.tasks.compiled import compiled
-from eclectus.tasks.disk_matrix import PartMatrix
+from eclectus.tasks.disk_matrix import PartMatrix, mapped
 
 OWN = 240
 NEAR = 12
@@ -40,7 +40,7 @@ class Vectors:
     """Unit vectors of documents that are numbered from 0. rows: `.npy`, their rows in the embeddings, ascending."""
 
     def __init__(self, embeddings: list[Path], rows: Path) -> None:
-        self._matrix, self.rows = PartMatrix(embeddings), np.load(rows, mmap_mode="r")
+        self._matrix, self.rows = PartMatrix(embeddings), mapped(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,13 +76,15 @@ class Tree:
 
     @classmethod
     def load(cls, folder: Path) -> Tree:
-        return cls(**{name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in TREE})
+        return cls(**{name: mapped(folder / f"{name}.npy") for name in TREE})
 
     def nearest(self, vectors: np.ndarray, overlap: int) -> np.ndarray:
         """The cells of these unit vectors [n, D], nearest first: int32 [n, overlap], -1 where there are fewer."""
         found = np.full((len(vectors), overlap), -1, np.int32)
         cosines = np.full((len(vectors), overlap), -np.inf, np.float32)
-        nodes = nearest(vectors, self.nodes, NEAR)
+        # Nodes that hold three times as many cells as are wanted, where NEAR of them do not.
+        enough = -(-3 * overlap * len(self.nodes) // max(1, len(self.centres)))
+        nodes = nearest(vectors, self.nodes, max(NEAR, enough))
         line = np.argsort(nodes.ravel(), kind="stable")
         bounds = np.searchsorted(nodes.ravel()[line], np.arange(len(self.nodes) + 1)).tolist()
         line //= nodes.shape[1]
@@ -175,7 +177,7 @@ def assign_cells(
     out: Path, embeddings: list[Path], rows: Path, tree: Path, begin: int, end: int, overlap: int
 ) -> dict[str, int]:
     """Writes cells.npy int32 [end - begin, overlap], nearest first, of these documents; and the same pairs by cell,
-    then by how near it is: cell.npy, document.npy (int32), place.npy (int8; 0 for a document's nearest cell)."""
+    then by how near it is: cell.npy, document.npy (int32), place.npy (uint8; 0 for a document's nearest cell)."""
     set_one_thread()
     vectors, cells_of = Vectors(embeddings, rows), Tree.load(tree)
     cells = np.empty((end - begin, overlap), np.int32)
@@ -195,7 +197,7 @@ def write_by_cell(out: Path, cells: np.ndarray, documents: np.ndarray) -> None:
     line, place = np.divmod(order, overlap)
     np.save(out / "cell.npy", (keys[order] // overlap).astype(np.int32))
     np.save(out / "document.npy", documents[line].astype(np.int32))
-    np.save(out / "place.npy", place.astype(np.int8))
+    np.save(out / "place.npy", place.astype(np.uint8))
 
 
 @compiled

@@ -2,11 +2,14 @@
 
     carried      lists of documents that were there, renumbered; one that names a removed document is searched again
     tree         of the earlier lists; documents that were there keep their cells, the others are assigned
-    fresh        documents that are new or whose list is searched again (with all their copies): compared with all
-                 members of their cells, which gives them lists, and the others candidates for theirs; part by part, so
-                 that vectors are read in the order of the file
+    fresh        documents that are new or whose list is searched again (with all their copies): each is compared with
+                 the documents whose nearest cell is one of its `probes` nearest cells, which gives it a list, and the
+                 others candidates for theirs. How many probes it takes is known from the sample
+    blocks       of cells, each with its documents and the fresh ones that probe them: a document is read once
 
-Price for n documents of which m are fresh: reading n lists and vectors, and m x (members of their cells) products.
+Price for n documents of which m are fresh: reading n lists and vectors, and m x probes x OWN products. In a search of
+all documents every one stands in `overlap` cells, of which most pairs share several; for a few it is cheaper to compare
+them with many cells, in which every other document stands once.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ from eclectus.tasks.grouping.cells.tree import (
     Tree,
     Vectors,
     block_documents,
-    order_of,
     set_one_thread,
+    write_by_cell,
 )
 
 RECALL_SAMPLE = 128
@@ -143,47 +146,57 @@ def update_partition(
         for begin, end in members.ranges(corpus.begins)
     ]
     assigned = [each.folder for each in corpus.over(keep_cells, "cells kept", name, calls)]
-    merged, shared = _compare(corpus, name, members, assigned, fresh, carried)
-    block = np.load(built / "block.npy")
-    blocks = len(np.unique(block))
-    statistics = {
-        "cells": len(block),
-        "overlap": overlap,
-        "blocks": blocks,
-        "copies": len(rows) - len(members.kept),
-        "updated": int(fresh.sum()),
-    }
     if name in carried.samples:
         new = rows[mapped(carried.files["rows"] / "to_old.npy")[rows] < 0]
         sample = Sample.grown(corpus, name, members, carried.samples[name], carried.to_new, new)
     else:
         sample = Sample.draw(corpus, name, members, RECALL_SAMPLE)
+    probes = sample.probes(corpus, built, members, PartMatrix([folder / "cells.npy" for folder in assigned]))
+    block = np.load(built / "block.npy")
+    merged, shared = _compare(corpus, name, members, built, assigned, fresh, carried, probes)
+    blocks = len(np.unique(block))
+    statistics = {
+        "cells": len(block),
+        "overlap": overlap,
+        "probes": probes,
+        "blocks": blocks,
+        "copies": len(rows) - len(members.kept),
+        "updated": int(fresh.sum()),
+    }
     return Searched(name, members, built, assigned, merged, overlap, blocks, sample, statistics, shared)
 
 
 def _compare(
-    corpus: Corpus, name: str, members: Members, assigned: list[Path], fresh: np.ndarray, carried: Carried
+    corpus: Corpus,
+    name: str,
+    members: Members,
+    built: Path,
+    assigned: list[Path],
+    fresh: np.ndarray,
+    carried: Carried,
+    probes: int,
 ) -> tuple[list[Path], Path]:
     """Folders of `merge_fresh` by part, and one that says who is fresh."""
     numbers, width = np.flatnonzero(fresh), corpus.settings.neighbors_k
-    arrays = {
-        "fresh": fresh,
-        "last": carried.lasts[members.kept],
-        "numbers": numbers,
-        "cells": PartMatrix([folder / "cells.npy" for folder in assigned])[numbers],
-    }
+    arrays = {"fresh": fresh, "last": carried.lasts[members.kept], "numbers": numbers}
     shared, ranges = corpus.publish("fresh", name, arrays), members.ranges(corpus.begins)
     source = {"embeddings": corpus.embeddings, "rows": members.folder / "kept.npy", "shared": shared}
     most = block_documents(corpus.dimension)
-    groups = [(begin, min(begin + most, len(numbers))) for begin in range(0, len(numbers), most)]
-    calls = [({**source, "begin": begin, "end": end}, end - begin) for begin, end in groups]
-    vectors = [each.folder for each in corpus.over(fresh_vectors, "vectors of new documents", name, calls)]
-    sizes = np.array([end - begin for begin, end in ranges])
-    together = [(ranges[a][0], ranges[b - 1][1], assigned[a:b]) for a, b in consecutive(sizes, 2 * most)]
-    calls = []
-    for folder, group in zip(vectors, groups, strict=True):
-        arguments = {**source, "fresh": folder, "group": group, "width": width}
-        calls += [({**arguments, "assigned": cells, "begin": a, "end": b}, b - a) for a, b, cells in together]
+    calls = [
+        ({**source, "tree": built, "begin": begin, "end": min(begin + most, len(numbers)), "probes": probes}, most)
+        for begin in range(0, len(numbers), most)
+    ]
+    probed = [each.folder for each in corpus.over(probe_cells, "cells of new documents", name, calls)]
+    sizes = np.zeros(len(np.load(built / "block.npy")), np.int64)
+    for folder in (*assigned, *probed):
+        sizes += np.bincount(mapped(folder / "cell.npy"), minlength=len(sizes))
+    calls = [
+        (
+            {**source, "assigned": assigned, "probed": probed, "begin": begin, "end": end, "width": width},
+            int(sizes[begin:end].sum()),
+        )
+        for begin, end in consecutive(sizes, 2 * most)
+    ]
     found = [each.folder for each in corpus.over(compare_fresh, "new documents", name, calls)]
     calls = [({"found": found, "begin": begin, "end": end, "width": width}, end - begin) for begin, end in ranges]
     return [each.folder for each in corpus.over(merge_fresh, "merge", name, calls)], shared
@@ -200,7 +213,8 @@ def keep_cells(
     cells_then: list[Path],
     to_old: Path,
 ) -> dict[str, Any]:
-    """Writes cells.npy as `assign_cells`, but documents that were there keep their cells."""
+    """Writes cells.npy as `assign_cells`, but documents that were there keep their cells; and by cell, as there, the
+    documents whose nearest one it is."""
     set_one_thread()
     vectors, cells_of, then = Vectors(embeddings, rows), Tree.load(tree), PartMatrix(cells_then)
     old = mapped(to_old)
@@ -214,12 +228,23 @@ def keep_cells(
         if len(new):
             cells[new - begin] = cells_of.nearest(vectors(new), overlap)
     np.save(out / "cells.npy", cells)
+    write_by_cell(out, cells[:, :1], np.arange(begin, end))
     return {}
 
 
-def fresh_vectors(out: Path, embeddings: list[Path], rows: Path, shared: Path, begin: int, end: int) -> dict[str, Any]:
-    """Writes vectors.npy float32 [end - begin, D], of these of the fresh documents."""
-    np.save(out / "vectors.npy", Vectors(embeddings, rows)(mapped(shared / "numbers.npy")[begin:end]))
+def probe_cells(
+    out: Path, embeddings: list[Path], rows: Path, shared: Path, tree: Path, begin: int, end: int, probes: int
+) -> dict[str, Any]:
+    """Writes by cell, as `assign_cells`, those of fresh documents begin to end - 1 of which it is one of the `probes`
+    nearest."""
+    set_one_thread()
+    vectors, cells_of = Vectors(embeddings, rows), Tree.load(tree)
+    numbers = mapped(shared / "numbers.npy")
+    cells = [
+        cells_of.nearest(vectors(numbers[first : min(first + BATCH, end)]), probes)
+        for first in range(begin, end, BATCH)
+    ]
+    write_by_cell(out, np.concatenate(cells), np.arange(begin, end))
     return {}
 
 
@@ -228,71 +253,48 @@ def compare_fresh(
     embeddings: list[Path],
     rows: Path,
     shared: Path,
-    fresh: Path,
-    group: tuple[int, int],
     assigned: list[Path],
+    probed: list[Path],
     begin: int,
     end: int,
     width: int,
 ) -> dict[str, Any]:
-    """Compares documents begin to end - 1 with a group of the fresh documents in the same cells. assigned: folders of
-    the cells of these documents. fresh: folder of `fresh_vectors`.
+    """Compares the documents whose nearest cell is one of begin to end - 1 with the fresh documents that probe it.
+    assigned: folders of `keep_cells`; probed: of `probe_cells`.
 
-    Writes document.npy, near.npy and cosine.npy as `search_block`: of the fresh documents their lists, of the others
-    those fresh ones that are as near as the last of their list. Only documents that have any.
+    Writes document.npy, near.npy and cosine.npy as `search_block`, but a document may have two lines: of the fresh
+    documents their lists, of the others those fresh ones that are as near as the last of their list. Only documents
+    that have any.
     """
-    first, last = group
-    numbers, queries = np.asarray(mapped(shared / "numbers.npy")[first:last]), np.load(fresh / "vectors.npy")
-    cells, asked = PartMatrix([folder / "cells.npy" for folder in assigned]), mapped(shared / "cells.npy")[first:last]
-    vectors, is_fresh = Vectors(embeddings, rows), np.asarray(mapped(shared / "fresh.npy")[begin:end])
-    lasts = np.where(is_fresh, np.inf, mapped(shared / "last.npy")[begin:end]).astype(np.float32)
-    used = np.unique(asked[asked >= 0])
-    theirs, bounds = _by_cell(asked, used)
+    set_one_thread()
+    vectors, is_fresh = Vectors(embeddings, rows), mapped(shared / "fresh.npy")
+    cell, documents, position, _ = search.entries(assigned, begin, end)
+    asked, queries, asking, _ = search.entries(probed, begin, end)
+    own, numbers = documents[position], np.asarray(mapped(shared / "numbers.npy")[queries])
+    lasts = np.where(is_fresh[own], -np.inf, mapped(shared / "last.npy")[own]).astype(np.float32)
+    near, near_cosines = _empty(len(own), width)
     lists, cosines = _empty(len(numbers), width)
-    found, step = [], 2 * block_documents(vectors.dimension)
-    for start in range(0, end - begin, step):
-        here = np.arange(start, min(start + step, end - begin))
-        # Documents of a cell beside each other, in the processor's cache.
-        here = here[np.argsort(cells[here][:, 0], kind="stable")]
-        block, least, (mine, starts) = vectors(begin + here), lasts[here], _by_cell(cells[here], used)
-        near, near_cosines = _empty(len(here), width)
-        for number in range(len(used)):
-            some = mine[starts[number] : starts[number + 1]][: search.MOST_MEMBERS]
-            if len(some):
-                others = theirs[bounds[number] : bounds[number + 1]][: search.MOST_MEMBERS]
-                products = block[some] @ queries[others].T
-                search.insert_fresh(
-                    near, near_cosines, lists, cosines, some, others, products, least, numbers, begin + here
-                )
-        lines = np.flatnonzero(near[:, 0] >= 0)
-        found.append((begin + here[lines], near[lines], near_cosines[lines]))
-    lines = np.flatnonzero(lists[:, 0] >= 0)
-    found.append((numbers[lines], lists[lines], cosines[lines]))
-    document, near, cosine = (np.concatenate(each) for each in zip(*found, strict=True))
+    block, probing = vectors(own), vectors(numbers)
+    every = np.arange(begin, end + 1)
+    theirs, bounds = np.searchsorted(cell, every).tolist(), np.searchsorted(asked, every).tolist()
+    for number in range(end - begin):
+        others = asking[bounds[number] : bounds[number + 1]]
+        for first in range(theirs[number], theirs[number + 1] if len(others) else 0, search.MOST_MEMBERS):
+            some = np.arange(first, min(first + search.MOST_MEMBERS, theirs[number + 1]))
+            for queried in np.array_split(others, -(-len(others) // search.MOST_MEMBERS)):
+                products = block[some[0] : some[-1] + 1] @ probing[queried].T
+                search.insert_fresh(near, near_cosines, lists, cosines, some, queried, products, lasts, numbers, own)
+    lines, found = np.flatnonzero(near[:, 0] >= 0), np.flatnonzero(lists[:, 0] >= 0)
+    document = np.concatenate([own[lines], numbers[found]])
     order = np.argsort(document, kind="stable")
     np.save(out / "document.npy", document[order].astype(np.int32))
-    np.save(out / "near.npy", near[order])
-    np.save(out / "cosine.npy", cosine[order])
+    np.save(out / "near.npy", np.concatenate([near[lines], lists[found]])[order])
+    np.save(out / "cosine.npy", np.concatenate([near_cosines[lines], cosines[found]])[order])
     return {}
 
 
 def _empty(count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return np.full((count, width), -1, np.int32), np.full((count, width), -np.inf, np.float32)
-
-
-def _by_cell(cells: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The documents of each of the `used` cells, one cell after the other, and where each begins, int64 [used + 1];
-    first those to which few other cells are nearer.
-
-    cells: int32 [n, overlap], of each document, nearest first, -1 is none. used: ascending.
-    """
-    number = np.full(int(used.max(initial=-1)) + 2, -1)
-    number[used] = np.arange(len(used))
-    overlap, place = cells.shape[1], np.arange(cells.shape[1])
-    # Of a cell that is not used the key is negative: -overlap + place.
-    keys = (number[np.minimum(cells, len(number) - 1)] * overlap + place).ravel()
-    order = order_of(keys, len(used) * overlap)
-    return order // overlap, np.searchsorted(keys[order], np.arange(len(used) + 1) * overlap)
 
 
 def merge_fresh(out: Path, found: list[Path], begin: int, end: int, width: int) -> dict[str, Any]:

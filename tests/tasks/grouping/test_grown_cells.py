@@ -1,13 +1,12 @@
 """Lists of a corpus that has grown: as good as those of a search, and only what is new is looked at."""
 
 import shutil
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from eclectus.tasks.grouping.cells import corpus, tree, update
+from eclectus.tasks.grouping.cells import corpus, search, tree, update
 from eclectus.tasks.grouping.neighbor_update import rows_by_id
 from tests.support.neighbor_lists import check, described, grown, lists, recall, recall_within
 from tests.support.topics import topical, unit_vectors, write_embeddings
@@ -122,39 +121,43 @@ def test_only_files_of_embeddings_with_news_are_hashed_again(run, monkeypatch):
     check(second, vectors)
 
 
-def test_new_documents_and_those_of_their_cells_find_each_other_as_by_comparing_all(tmp_path):
-    random, n, width = np.random.default_rng(0), 400, 5
-    vectors = random.standard_normal((n, 6)).astype(np.float32)
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    cells = np.array([random.permutation(6)[:3] for _ in range(n)], np.int32)
-    cells[::9, 2] = -1
+def test_new_documents_and_those_of_the_cells_they_probe_find_each_other_as_by_comparing_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "MOST_MEMBERS", 16)
+    random, n, width, probes = np.random.default_rng(0), 400, 5, 3
+    vectors, centres = (random.standard_normal((count, 6)).astype(np.float32) for count in (n, 9))
+    unit, centres = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (vectors, centres))
+    cells = np.argsort(-unit @ centres.T, axis=1)[:, :probes].astype(np.int32)
+    own = np.where(random.random(n) < 0.3, random.integers(9, size=n), cells[:, 0]).astype(np.int32)
     fresh, last = random.random(n) < 0.05, np.full(n, 0.6, np.float32)
-    numbers = np.flatnonzero(fresh)
     files = {
         "vectors": vectors, "rows": np.arange(n), "shared/fresh": fresh, "shared/last": last,
-        "shared/numbers": numbers, "shared/cells": cells[numbers], "0/cells": cells[:250], "1/cells": cells[250:],
+        "shared/numbers": np.flatnonzero(fresh), "tree/nodes": centres[:1], "tree/centres": centres,
+        "tree/first": np.array([0, 9]), "tree/block": np.zeros(9, np.int32),
     }  # fmt: skip
-    for folder in ("shared", "0", "1", "2", "3", "merged"):
+    for folder in ("shared", "tree", "0", "1", "2", "3", "merged"):
         (tmp_path / folder).mkdir()
     for name, array in files.items():
         np.save(tmp_path / f"{name}.npy", array)
     source = {"embeddings": [tmp_path / "vectors.npy"], "rows": tmp_path / "rows.npy", "shared": tmp_path / "shared"}
-    found, half = [], len(numbers) // 2
-    for which, (begin, end) in enumerate([(0, half), (half, len(numbers))]):
-        update.fresh_vectors(queries := tmp_path / str(2 + which), **source, begin=begin, end=end)
-        for part, (first, after) in enumerate([(0, 250), (250, n)]):
-            here = {"fresh": queries, "group": (begin, end), "assigned": [tmp_path / str(part)], "width": width}
-            found.append(out := tmp_path / f"{which}-{part}")
-            out.mkdir()
-            update.compare_fresh(out, **source, **here, begin=first, end=after)
+    for part, (begin, end) in enumerate([(0, 250), (250, n)]):
+        tree.write_by_cell(tmp_path / str(part), own[begin:end, None], np.arange(begin, end))
+    for part, (begin, end) in enumerate([(0, 7), (7, int(fresh.sum()))]):
+        out = tmp_path / str(2 + part)
+        update.probe_cells(out, **source, tree=tmp_path / "tree", begin=begin, end=end, probes=probes)
+    folders = {"assigned": [tmp_path / "0", tmp_path / "1"], "probed": [tmp_path / "2", tmp_path / "3"]}
+    found = []
+    for begin, end in ((0, 4), (4, 9)):
+        found.append(out := tmp_path / f"found-{begin}")
+        out.mkdir()
+        update.compare_fresh(out, **source, **folders, begin=begin, end=end, width=width)
     update.merge_fresh(tmp_path / "merged", found, 0, n, width)
     documents, near = (np.load(tmp_path / "merged" / f"{name}.npy") for name in ("document", "near"))
     wanted = {}
     for i in range(n):
         others = [
             j for j in range(n)
-            if j != i and {*cells[i].tolist()} & {*cells[j].tolist()} - {-1}
-            and (fresh[i] or (fresh[j] and unit[i] @ unit[j] >= last[i]))
+            if j != i and ((fresh[i] and own[j] in cells[i])
+            or (fresh[j] and own[i] in cells[j] and (fresh[i] or unit[i] @ unit[j] >= last[i])))
         ]  # fmt: skip
         if others:
             wanted[i] = sorted(others, key=lambda j: -(unit[i] @ unit[j]))[:width]
@@ -187,12 +190,6 @@ def test_workers_change_no_bit_of_an_update(run):
         shutil.rmtree(folder)
     spread = grown(run.home.store, rows, vectors, 3, curation_workers=2)
     assert spread.digest == alone.digest and described(spread)["updated"] > 20
-
-
-def test_of_a_crowded_cell_the_nearest_are_taken_first():
-    cells = np.array([[5, 2, -1], [2, 5, 7], [7, 2, 5], [2, 9, -1]], np.int32)
-    documents, begins = update._by_cell(cells, np.array([2, 5]))
-    assert [documents[a:b].tolist() for a, b in pairwise(begins)] == [[1, 3, 0, 2], [0, 1, 2]]
 
 
 @pytest.mark.parametrize("ends", [[3, 6, 9], [4, 9], [9], [2, 2, 9]])
