@@ -35,7 +35,7 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.lineage.history import Made
-from eclectus.tasks.documents.digest_set import positions_of
+from eclectus.tasks.documents.digest_set import distinct, positions_of
 from eclectus.tasks.documents.table import ids_of, read_batches
 from eclectus.tasks.evaluation.passages import hash_grams, hash_words, seen_share
 from eclectus.tasks.packing.instance_file import document_tables
@@ -146,8 +146,8 @@ def _trained(instances: list[Artifact]) -> np.ndarray:
         for path in document_tables(each):
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(IDS_AT_ONCE, columns=["document"]):
-                    ids.append(np.unique(ids_of(pa.chunked_array([batch["document"].cast(pa.string())]))))
-    return np.unique(np.concatenate(ids))
+                    ids.append(distinct(ids_of(pa.chunked_array([batch["document"].cast(pa.string())]))))
+    return distinct(np.concatenate(ids))
 
 
 def _questions(benchmark: Artifact | None) -> Iterator[dict[str, Any]]:
@@ -173,7 +173,7 @@ class _Items:
         words = hash_words(text)
         length = min(self.settings.contamination_words, len(words))
         known = length >= self.settings.contamination_shortest
-        grams = np.unique(hash_grams(words, length)) if known else np.zeros(0, np.uint64)
+        grams = distinct(hash_grams(words, length)) if known else np.zeros(0, np.uint64)
         self.lengths |= {length} if known else set()
         self._grams.append(grams)
         self.texts.append(text)

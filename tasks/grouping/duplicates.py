@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.compiled import compiled
+from eclectus.tasks.documents.digest_set import distinct, positions_of
 from eclectus.tasks.documents.near_duplicates import LOWEST, read_pairs, threshold_of, write_near_duplicates
 from eclectus.tasks.documents.near_duplicates.overlaps import TextOverlaps
 from eclectus.tasks.documents.table import NEAR_DUPLICATES, ids_of, parts, read_part_table, read_rows
@@ -169,7 +170,7 @@ class _Clusters:
 
     def __init__(self, comparison: _Comparison, heldout: np.ndarray, sizes: np.ndarray) -> None:
         one, other, cosines, overlaps = (np.concatenate(each) for each in zip(*comparison.found, strict=True))
-        rows = np.unique(np.concatenate([one, other]))
+        rows = distinct(np.concatenate([one, other]))
         order = np.lexsort((rows, -sizes[rows].astype(np.int64), ~heldout[rows]))
         self.rows, self.comparison = rows[order], comparison
         self.count, self.held = len(rows), heldout[self.rows]
@@ -252,11 +253,11 @@ class _Clusters:
 
     def _learn(self, one: np.ndarray, other: np.ndarray) -> int:
         """Compares the pairs that are not known; returns their number."""
-        codes = np.unique(one * self.count + other)
-        codes = codes[~np.isin(codes, self.known, assume_unique=True)]
+        codes = distinct(one * self.count + other)
+        codes = codes[positions_of(codes, self.known, ascending=True) < 0]
         one, other = np.divmod(codes, self.count)
         near, cosines, overlaps = self.comparison.compare(self.rows[one], self.rows[other])
-        self.known = np.union1d(self.known, codes)
+        self.known = np.sort(np.concatenate([self.known, codes]), kind="stable")
         self.one, self.other = np.append(self.one, one[near]), np.append(self.other, other[near])
         self.cosines, self.overlaps = np.append(self.cosines, cosines[near]), np.append(self.overlaps, overlaps[near])
         return len(codes)

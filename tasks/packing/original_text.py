@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from eclectus.storage.artifact import Artifact
+from eclectus.tasks.documents.digest_set import distinct, positions_of
 from eclectus.tasks.documents.table import labels_of, parts
 from eclectus.tasks.over_parts import Done, Part, key_of, over_parts
 from eclectus.tasks.packing.document_tokens import SECONDS_PER_BYTE, encoder_of, groups_and_training, texts_of
@@ -169,7 +170,7 @@ def read_originals(
     there, letters, count = np.zeros(len(codes), bool), np.zeros(0x110000, np.int64), 0
     digests, arguments = [tokenizer.digest], {"tokenizer": Path(tokenizer.path)}
     for part in _over_originals(original_pairs, "pairs of originals 1", documents, digests, workers, arguments):
-        there |= np.isin(codes, np.load(part.file("pairs.npy")))
+        there |= positions_of(codes, np.load(part.file("pairs.npy")), ascending=True) >= 0
         points, counts = np.load(part.file("letters.npy"))
         letters[points] += counts
         count += part.about["documents"]
@@ -228,14 +229,14 @@ def original_pairs(out: Path, path: Path, labels: Path | None, tokenizer: Path) 
         ids, sizes, _ = encode.flat(texts, np.dtype(np.uint32))
         owner = np.repeat(np.arange(len(sizes)), sizes)
         codes = ids[:-1].astype(np.int64) << 32 | ids[1:]
-        pairs.append(np.unique(codes[owner[1:] == owner[:-1]]))
+        pairs.append(distinct(codes[owner[1:] == owner[:-1]]))
         held += len(pairs[-1])
         if held > PAIRS_AT_ONCE:
-            pairs = [np.unique(np.concatenate(pairs))]
+            pairs = [distinct(np.concatenate(pairs))]
             held = len(pairs[0]) // 2
         points = np.frombuffer("".join(texts).encode("utf-32-le", "replace"), np.uint32)
         letters += np.bincount(points, minlength=len(letters))
-    np.save(out / "pairs.npy", np.unique(np.concatenate(pairs)))
+    np.save(out / "pairs.npy", distinct(np.concatenate(pairs)))
     seen = np.flatnonzero(letters)
     np.save(out / "letters.npy", np.stack([seen, letters[seen]]))
     return {"documents": int(chosen.sum())}

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft, write_json
-from eclectus.tasks.documents.digest_set import positions_of
+from eclectus.tasks.documents.digest_set import distinct, positions_of
 from eclectus.tasks.documents.split import draws
 from eclectus.tasks.documents.table import TRAINING, ids_of, read_batches, read_part_table, relabel
 from eclectus.tasks.packing.text_tokens import TextTokens
@@ -153,7 +153,7 @@ def known_ids(seen: list[Artifact]) -> np.ndarray:
     for artifact in seen:
         for batch in read_batches(artifact, ["document"], [("group", "!=", "other")], IDS_AT_ONCE):
             known.append(ids_of(pa.chunked_array([batch["document"]])))
-    return np.unique(np.concatenate(known))
+    return distinct(np.concatenate(known))
 
 
 def _are_known(documents: pa.Array, known: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ import numpy as np
 
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.disk_matrix import PartMatrix, mapped, matrix_files
+from eclectus.tasks.documents.digest_set import distinct
 from eclectus.tasks.grouping.cells import search
 from eclectus.tasks.grouping.cells.corpus import Corpus, Members
 from eclectus.tasks.grouping.cells.partition import Searched, consecutive
@@ -303,7 +304,7 @@ def merge_fresh(out: Path, found: list[Path], begin: int, end: int, width: int) 
     every = [mapped(folder / "document.npy") for folder in found]
     ranges = [slice(*np.searchsorted(each, (begin, end))) for each in every]
     here = [each[part] for each, part in zip(every, ranges, strict=True)]
-    documents = np.unique(np.concatenate([np.empty(0, np.int32), *here]))
+    documents = distinct(np.concatenate([np.empty(0, np.int32), *here]))
     near, cosines = _empty(len(documents), width)
     for folder, some, part in zip(found, here, ranges, strict=True):
         theirs = [np.asarray(mapped(folder / name)[part]) for name in ("near.npy", "cosine.npy")]
