@@ -66,5 +66,6 @@ def digest_of(path: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    code = {path.relative_to(folder) for path in folder.glob("*.py")}
-    return sorted({*checkpoint_files(folder), *code})
+    # A file for llama.cpp beside a checkpoint is the user's; without one it is the export.
+    own = "*.py" if (folder / "config.json").is_file() else "*.gguf"
+    return sorted({*checkpoint_files(folder), *(path.relative_to(folder) for path in folder.glob(own))})

@@ -80,6 +80,15 @@ def forget_environment(server: Server, folder: Path) -> None:
     (environment_path(server, folder) / COMPLETE).unlink(missing_ok=True)
 
 
+def is_importable(server: Server, python: Path) -> bool:
+    """Whether the server's environment has all that its import asks for."""
+    try:
+        _run([str(python), "-I", "-c", f"import {server.module}"], CHECK_SECONDS)
+    except UnavailableError:
+        return False
+    return True
+
+
 def install_packages(server: Server, place: Path) -> None:
     """Makes a virtual environment and installs the server. Raises UnavailableError with pip's reason."""
     venv.create(place, with_pip=True, clear=True)

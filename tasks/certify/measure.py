@@ -17,6 +17,7 @@ from eclectus.tasks.certify.environments import (
     clean_variables,
     ensure_environment,
     forget_environment,
+    is_importable,
     last_error,
 )
 from eclectus.tasks.certify.prompts import Prompt
@@ -111,7 +112,8 @@ def _run(server: Server, python: Path, request: dict[str, Any]) -> dict[str, Any
             return json.loads(answered.read_text(encoding="utf-8"))
     printed = f"{done.stdout}\n{done.stderr}"
     lines = done.stderr.strip().splitlines()
-    if lines and lines[-1].startswith(("ModuleNotFoundError", "ImportError")):
+    # Code that an export brings may ask for what this server does not have: then the environment is whole.
+    if lines and lines[-1].startswith(("ModuleNotFoundError", "ImportError")) and not is_importable(server, python):
         raise _NotImportableError(lines[-1][:300])
     if done.returncode < 0:
         raise UnavailableError(f"was ended by signal {-done.returncode} (out of memory?)")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.export.lory import export as export_lory
-from eclectus.tasks.export.mixture import Dtype, check_seal, checkpoint_folder, kind_of, read_object
+from eclectus.tasks.export.mixture import Dtype, check_seal, checkpoint_folder, kind_of, read_object, seal
 from eclectus.tasks.export.model_card import CARD, Origin, model_card, origin_of
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def export_gguf(home: Home, checkpoint: str, out: Path, dtype: Dtype | None, **m
                 for terms in ("LICENSE*", "NOTICE*", "USE_POLICY*"):
                     for found in folder.glob(terms):
                         shutil.copyfile(found, partial / found.name)
+                seal(partial, artifact)
                 config = read_object(folder / "config.json")
                 origin = origin_of(home, artifact.digest) if artifact else Origin()
                 record = folder / "upcycle.json"

@@ -1,11 +1,12 @@
-"""Servers without environments: the transformers of this environment, asked in this process."""
+"""Servers without environments, asked in this process, and environments without packages."""
 
 import importlib
 import json
+import sys
 
 import pytest
 
-from eclectus.tasks.certify import certify, measure
+from eclectus.tasks.certify import examination, measure
 from eclectus.tasks.certify.environments import UnavailableError
 
 
@@ -27,4 +28,22 @@ def servers_here(monkeypatch, tmp_path):
         return json.loads(answered.read_text()), 0.5
 
     monkeypatch.setattr(measure, "ask", answer)
-    monkeypatch.setattr(certify, "ask", answer)
+    monkeypatch.setattr(examination, "ask", answer)
+
+
+class Installer:
+    """Makes what pip would make, and counts."""
+
+    def __init__(self):
+        self.made = 0
+
+    def __call__(self, server, place):
+        self.made += 1
+        (place / "bin").mkdir(parents=True)
+        (place / "lib" / "python3" / "site-packages").mkdir(parents=True)
+        (place / "bin" / "python").symlink_to(sys.executable)
+
+
+@pytest.fixture
+def installer():
+    return Installer()

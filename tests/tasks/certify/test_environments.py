@@ -1,6 +1,5 @@
 """Environments are made once, made again when half made or broken, and named after all that decides them."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,24 +17,6 @@ from eclectus.tasks.certify.environments import (
 from eclectus.tasks.certify.servers import SERVERS, Server, chosen_servers
 
 SERVER = Server("little", ("little==1",), "json", "transformers_client", link_torch=False)
-
-
-class Installer:
-    """Makes what pip would make, and counts."""
-
-    def __init__(self):
-        self.made = 0
-
-    def __call__(self, server, place):
-        self.made += 1
-        (place / "bin").mkdir(parents=True)
-        (place / "lib" / "python3" / "site-packages").mkdir(parents=True)
-        (place / "bin" / "python").symlink_to(sys.executable)
-
-
-@pytest.fixture
-def installer():
-    return Installer()
 
 
 def test_an_environment_is_made_once(tmp_path, installer):
