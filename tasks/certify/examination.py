@@ -51,7 +51,8 @@ class Examination:
         from eclectus.models.checkpoints.side_files import has_tokenizer
         from eclectus.models.checkpoints.tokenizer_files import open_tokenizer
 
-        self.served, self.is_gguf, self._training = served, served.is_file(), training
+        # Absolute: servers run elsewhere.
+        self.served, self.is_gguf, self._training = served.absolute(), served.is_file(), training
         # A GGUF file is the checkpoint that it was made of, in another format.
         described = training if self.is_gguf else served
         self._config: dict[str, Any] = check_checkpoint(described, trust_remote_code=True).config

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ def servers_here(monkeypatch, tmp_path):
     monkeypatch.setenv("ECLECTUS_SERVERS", str(tmp_path / "servers"))
 
     def answer(server, folder, request, report):
+        assert Path(request["model"]).is_absolute()  # servers run in another folder
         if server.name == "vllm":
             raise UnavailableError("cannot be installed: no network")
         if server.gguf:

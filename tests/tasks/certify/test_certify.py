@@ -68,13 +68,14 @@ def test_an_export_is_certified_in_card_lineage_and_exit_code(servers_here, expo
     assert [json.loads(line)["it"] for line in eclectus(capsys, *home, "sql", asked, "--json")[1].splitlines()]
 
 
-def test_a_server_that_is_named_must_answer(servers_here, exported, tmp_path, capsys):
-    out, _ = exported(tmp_path / "out")
+def test_a_server_that_is_named_must_answer(servers_here, exported, tmp_path, capsys, monkeypatch):
+    exported(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
     for servers, expected in (("transformers-5", 0), ("transformers-5,vllm", 1), ("llama.cpp", 1)):
-        code, said = eclectus(capsys, "--home", tmp_path / "none", "certify", out, "--servers", servers)
+        code, said = eclectus(capsys, "--home", tmp_path / "none", "certify", "out", "--servers", servers)
         assert code == expected and ("NOT CERTIFIED" in said) is bool(expected)
     assert not (tmp_path / "none").exists()
-    code, said = eclectus(capsys, "certify", out, "--servers", "tgi")
+    code, said = eclectus(capsys, "certify", "out", "--servers", "tgi")
     assert code == 2 and len(said.splitlines()) == 1 and "'tgi'" in said
 
 
