@@ -187,8 +187,8 @@ def _ask_all(
             try:
                 model = exam.file_for(server, dtype, work)
                 report(f"{server.name} answers in {dtype}")
-                tolerance = asked.tolerance if dtype == "float32" else max(asked.tolerance, asked.narrow_tolerance)
-                found.comparisons.append(exam.compared(server, model, dtype, tolerance, environments, report))
+                tolerances = (asked.tolerance, asked.narrow_tolerance)
+                found.comparisons.append(exam.compared(server, model, dtype, tolerances, environments, report))
             except UnavailableError as error:
                 found.unavailable[server.name] = " ".join(str(error).split())
                 break

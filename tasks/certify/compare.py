@@ -13,19 +13,22 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 TOLERANCE = 1e-3
-# Mean difference of log-probabilities in 16 bits. Measured on tiny models with wide weights: 0.02 to 0.06.
+# Mean difference of log-probabilities in 16 bits. Measured on tiny models with wide weights: 0.01 to 0.06.
 NARROW_TOLERANCE = 0.1
+# What rounding alone does to a number, as a share of it. Servers round the logits too.
+ROUNDING = {"bfloat16": 2**-8, "float16": 2**-11}
 
 
 @dataclass(frozen=True)
 class Expected:
     """The training model on one prompt. rows: log-probabilities `[length + greedy, vocabulary]`, the last ones of the
-    greedy text's positions. greedy: that text. undecided: nothing.
+    greedy text's positions. greedy: that text. largest: logit, in size.
     """
 
     rows: Any
     length: int
     greedy: list[int]
+    largest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,13 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"certified": self.certified, "faults": list(self.faults)}
+
+
+def tolerance_in(dtype: str, tolerance: float, narrow: float, expected: list[Expected]) -> float:
+    """The allowed difference in a type of numbers; in 16 bits at least what rounding does to the largest logit."""
+    if dtype == "float32":
+        return tolerance
+    return max(tolerance, narrow, ROUNDING[dtype] * max(each.largest for each in expected))
 
 
 def compare(

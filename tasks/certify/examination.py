@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eclectus.storage.artifact import MANIFEST, read_manifest
-from eclectus.tasks.certify.compare import Comparison, Expected, compare
+from eclectus.tasks.certify.compare import Comparison, Expected, compare, tolerance_in
 from eclectus.tasks.certify.environments import UnavailableError
 from eclectus.tasks.certify.measure import Question, ask
 from eclectus.tasks.certify.prompts import held_out_texts, make_prompts
@@ -103,11 +103,14 @@ class Examination:
         server: Server,
         model: Path,
         dtype: str,
-        tolerance: float,
+        tolerances: tuple[float, float],
         environments: Path,
         report: Callable[[str], None],
     ) -> Comparison:
-        """A server's answer, compared with the training model's. Raises UnavailableError."""
+        """A server's answer, compared with the training model's. tolerances: in float32, and in 16 bits.
+
+        Raises UnavailableError.
+        """
         asked = self._asked(server)
         question = asked.question
         if dtype != "float32":
@@ -117,7 +120,9 @@ class Examination:
         answer, seconds = ask(server, environments, question.request(model, dtype), report)
         names = [prompt.name for prompt in question.prompts]
         tokens = asked.tokens[: len(names)] if asked.tokens else None
-        return compare(answer, asked.expected[: len(names)], tokens, names, (server.name, dtype, tolerance, seconds))
+        expected = asked.expected[: len(names)]
+        tolerance = tolerance_in(dtype, *tolerances, expected)
+        return compare(answer, expected, tokens, names, (server.name, dtype, tolerance, seconds))
 
     def _asked(self, server: Server) -> _Asked:
         """The same for all servers, but that llama.cpp has no sliding window: its context ends with the window."""

@@ -37,5 +37,5 @@ def _answer(model: Any, ids: list[int], greedy: int) -> Expected:
         past, token = out.past_key_values, int(out.logits[0, -1].argmax())
         text.append(token)
         step = torch.tensor([[token]])
-    rows = model(input_ids=torch.tensor([ids + text]), use_cache=False).logits[0].float().log_softmax(-1)
-    return Expected(rows, len(ids), text)
+    logits = model(input_ids=torch.tensor([ids + text]), use_cache=False).logits[0].float()
+    return Expected(logits.log_softmax(-1), len(ids), text, float(logits.abs().max()))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from eclectus.tasks.certify.compare import Expected, compare
+from eclectus.tasks.certify.compare import Expected, compare, tolerance_in
 
 GREEDY = [3, 4, 5, 6]
 
@@ -73,3 +73,11 @@ def test_text_that_ends_early_counts_as_far_as_it_goes():
 def test_other_tokens_are_named_by_prompt():
     found = compared(tokens=[[1, 3]])
     assert found.faults == ("its tokenizer reads other tokens in en",) and found.tokens_equal is False
+
+
+def test_in_16_bits_at_least_the_rounding_of_the_largest_logit_is_allowed():
+    small, large = Expected(None, 5, GREEDY, 8.0), Expected(None, 5, GREEDY, 64.0)
+    assert tolerance_in("bfloat16", 1e-3, 0.1, [small]) == 0.1
+    assert tolerance_in("bfloat16", 1e-3, 0.1, [small, large]) == 0.25
+    assert tolerance_in("float16", 1e-3, 0.1, [large]) == 0.1
+    assert tolerance_in("float32", 1e-3, 0.1, [large]) == 1e-3
