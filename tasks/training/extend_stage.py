@@ -5,6 +5,7 @@ A model that is trained sharded is never whole in a process: each reads its own 
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -68,6 +69,8 @@ def train_stage(
             unchanged.hold_in_bfloat16()
         objective, model = _objective(chosen, data, checkpoint), unchanged.model
         train(model, data, objective, plan, process, Path(work), clock.report, check=unchanged.check)
+        # The optimizer is in a circle of references, and would hold its moments while the checkpoint is written.
+        gc.collect()
         unchanged.check(plan.stop)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         statistics = {

@@ -19,6 +19,7 @@ E squared, and update sizes stay the same.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -386,6 +387,10 @@ def train_stage(
         dense.values = made.blueprint.values = {}
         after = train(model, data, made.objective, plan, process, Path(work), clock.report, made.moments)
     seconds = clock.read()
+    moments_after = after if stage == "warmup" else None
+    # The optimizer is in a circle of references, and would hold its moments while the checkpoint is written.
+    del after
+    gc.collect()
     profiles = None
     if stage == "expert_choice":
         make_causal(model, data, plan, process)
@@ -396,7 +401,7 @@ def train_stage(
     # A checkpoint to start from has more than a tokenizer: sampling settings, chat templates.
     beside = Path(start) if start and has_tokenizer(Path(start)) else Path(tokenizer)
     try:
-        save_trained(model, beside, Path(out), after if stage == "warmup" else None, process)
+        save_trained(model, beside, Path(out), moments_after, process)
     except CheckpointError as error:
         raise EclectusError(str(error)) from error
     if profiles and process.is_main:
