@@ -90,7 +90,7 @@ def work(folder: Path, job: str, out: Path) -> None:
     loop.train = watched
     ended("imports")
     data = str(folder / "instances")
-    common = dict(training_sharded=True, micro_batch=1, checkpoint_every=99, log_every=1)
+    common = dict(training_sharded=True, micro_batch=4, checkpoint_every=99, log_every=1)
     if job in ("lory", "expert_choice"):
         chosen = pretrain.PretrainStageSettings(
             pretrain_stage=job, dense_start=str(folder / "dense"), pretrain_steps=STEPS, pretrain_batch=4,
