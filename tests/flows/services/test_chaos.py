@@ -72,7 +72,10 @@ def test_a_sharded_job_killed_four_ways_ends_with_the_bits_of_an_undisturbed_one
 
     run_group(2, pretrain_in_a_group, str(undisturbed.root), str(tmp_path / "group"))
     for label, (_, _, checkpoint) in training_steps(undisturbed).items():
-        for name in ("model.safetensors", "config.json"):
+        # A sharded checkpoint is a file of each process and their index.
+        weights = [path.name for path in (tmp_path / "group" / label).glob("*.safetensors*")]
+        assert len([name for name in weights if name.startswith("model")]) == 3
+        for name in [*weights, "config.json"]:
             expected = (tmp_path / "group" / label / name).read_bytes()
             assert (Path(checkpoint) / name).read_bytes() == expected, f"{name} of '{label}' differs under torchrun"
 
