@@ -179,9 +179,7 @@ def peer(name: str, sources: Path, vectors_file: str) -> dict[str, Any]:
     if every:
         dropped = {
             "rensa": lambda: rensa_characters(every),
-            "semhash": lambda: semhash_cosine(
-                every, vectors, set(json.loads(Path(vectors_file).with_suffix(".json").read_text()))
-            ),
+            "semhash": lambda: semhash_cosine(every, vectors, vectors_file),
             "datatrove": lambda: datatrove_minhash(sources, *((14, 8) if "defaults" in kind else (20, 5))),
         }[tool]()
         about["cpu"] = sum(os.times()[:4]) - began
