@@ -39,7 +39,12 @@ from eclectus.tasks.training.add_experts import AddExpertsSettings
 from eclectus.tasks.training.extend_settings import ExtendSettings, MethodSettings, PostPretrainSettings, ReviewSettings
 from eclectus.tasks.training.fetch_model import FetchSettings
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings
-from eclectus.tasks.training.pretrain import ArchitectureSettings, LorySettings, PretrainSettings, check_segment
+from eclectus.tasks.training.pretrain_settings import (
+    ArchitectureSettings,
+    LorySettings,
+    PretrainSettings,
+    check_segment,
+)
 from eclectus.tasks.training.run_training import TrainingSettings, WorkerSettings
 from eclectus.tasks.training.upcycle import UpcycleSettings
 

@@ -13,8 +13,8 @@ from eclectus.storage.artifact import Artifact
 from eclectus.tasks.lookup import check_before_work
 from eclectus.tasks.training.check_base import check_dense_start
 from eclectus.tasks.training.fetch_model import FetchSettings, fetch
-from eclectus.tasks.training.pretrain import FROM_SCRATCH, PretrainStageSettings
 from eclectus.tasks.training.pretrain import pretrain as train
+from eclectus.tasks.training.pretrain_settings import FROM_SCRATCH, PretrainStageSettings
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import query
 from eclectus.tasks.report.compare_runs import compare_runs
-from eclectus.tasks.training.pretrain import PretrainStageSettings
+from eclectus.tasks.training.pretrain_settings import PretrainStageSettings
 from tests.support.tiny_training import write_instances
 
 WORDS = {

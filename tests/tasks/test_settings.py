@@ -8,7 +8,7 @@ from eclectus.tasks.documents.ingest import IngestSettings
 from eclectus.tasks.evaluation.benchmark import BenchmarkSettings
 from eclectus.tasks.grouping.encoder import EmbedSettings
 from eclectus.tasks.training.extend_settings import REVIEWED, ExtendSettings
-from eclectus.tasks.training.pretrain import PretrainSettings
+from eclectus.tasks.training.pretrain_settings import PretrainSettings
 from eclectus.tasks.training.upcycle import UpcycleSettings
 
 EXTENDING = ("main", "extend", "evaluate", "retrain")

@@ -14,7 +14,8 @@ from eclectus.flows.services.chaos import VICTIMS, draw_plan
 from eclectus.models.training.process import Process
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import query
-from eclectus.tasks.training.pretrain import PretrainStageSettings, train_stage
+from eclectus.tasks.training.pretrain import train_stage
+from eclectus.tasks.training.pretrain_settings import PretrainStageSettings
 from tests.support.processes import run_group
 
 # A worker is killed in the middle of the dense stage; then, in the middle of Lory's, the server and the driver, and the

@@ -27,7 +27,8 @@ from eclectus.tasks.report.report import ReportSettings, report
 from eclectus.tasks.run import Run, activate
 from eclectus.tasks.training.extend import extend
 from eclectus.tasks.training.extend_settings import ExtendStageSettings
-from eclectus.tasks.training.pretrain import PretrainStageSettings, pretrain
+from eclectus.tasks.training.pretrain import pretrain
+from eclectus.tasks.training.pretrain_settings import PretrainStageSettings
 from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
 from tests.support.browser import BROWSER, FilePage, open_browser
 from tests.support.small_world import LENGTH, SEGMENT, texts

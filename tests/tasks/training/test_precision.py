@@ -12,7 +12,7 @@ from eclectus.tasks.settings import Settings
 from eclectus.tasks.training import precision, run_training
 from eclectus.tasks.training.extend_settings import ExtendStageSettings
 from eclectus.tasks.training.precision import LARGE, Probe, dense_parameters, faster_precision
-from eclectus.tasks.training.pretrain import PretrainStageSettings
+from eclectus.tasks.training.pretrain_settings import PretrainStageSettings
 
 LARGE_SHAPE = dict(model_width=512, model_layers=8, model_feed_forward=1536, model_heads=8, model_key_value_heads=8)
 

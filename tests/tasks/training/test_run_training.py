@@ -14,7 +14,8 @@ from eclectus.storage.lineage.connection import query
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.training.extend import extend
 from eclectus.tasks.training.extend_settings import ExtendStageSettings
-from eclectus.tasks.training.pretrain import PretrainSettings, PretrainStageSettings, pretrain
+from eclectus.tasks.training.pretrain import pretrain
+from eclectus.tasks.training.pretrain_settings import PretrainSettings, PretrainStageSettings
 from eclectus.tasks.training.run_training import WorkerSettings, run_training
 from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
 from tests.support.displays import NullDisplay
