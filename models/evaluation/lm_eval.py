@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class HarnessModel(HFLM):
             special token that one spells is encoded as text, unlike in HFLM.
         begin: token ids that precede every text; by default those that the tokenizer itself puts there. What it puts
             after a text is left out: an answer continues its question.
+        closed_from: tokens from this id on get no probability in requests without any of them.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class HarnessModel(HFLM):
         report_progress: Callable[[int, int], None],
         encode: Callable[[list[str]], list[list[int]]] | None = None,
         begin: list[int] | None = None,
+        closed_from: int | None = None,
     ) -> None:
         mixed = "bfloat16" if process.device.type == "cuda" else None
         super().__init__(
@@ -72,6 +75,7 @@ class HarnessModel(HFLM):
         self._known: dict[str, Any] | None = None
         self._encode = encode or self._encode_as_text
         self._begin = text_frame(tokenizer)[0] if begin is None else begin
+        self._closed_from = closed_from
         # (context, continuation) of requests that were truncated on the left.
         self.cut: set[tuple[str, str]] = set()
 
@@ -120,7 +124,11 @@ class HarnessModel(HFLM):
             for text, context, continuation in requests
             if len(continuation) <= self.max_length
         }
-        answers = self._answer(fitting, lambda some: self._score(some, override_bs))
+
+        def score(some: list[Request]) -> list[tuple[float, bool]]:
+            return self._closing(some, lambda each: each[1] + each[2], lambda part: self._score(part, override_bs))
+
+        answers = self._answer(fitting, score)
         missing = (math.nan, False)
         return [
             tuple(answers.get(_name(self._routing(), context, continuation), missing))
@@ -131,8 +139,39 @@ class HarnessModel(HFLM):
         """The text that the model generates for each request."""
         named = {_name("generate", *each.args): each for each in requests}
         generate = super().generate_until
-        answers = self._answer(named, lambda some: generate(some, disable_tqdm=True))
+        answers = self._answer(
+            named,
+            lambda some: self._closing(
+                some, lambda each: self.tok_encode(each.args[0]), lambda part: generate(part, disable_tqdm=True)
+            ),
+        )
         return [answers[_name("generate", *each.args)] for each in requests]
+
+    def _closing(
+        self, requests: list[Any], tokens_of: Callable[[Any], list[int]], work: Callable[[list[Any]], list[Any]]
+    ) -> list[Any]:
+        """The answers of `work`, which does those requests with new tokens apart from those without any."""
+        first = self._closed_from
+        if first is None:
+            return work(requests)
+        is_old = [max(tokens_of(each), default=0) < first for each in requests]
+        answers: dict[int, Any] = {}
+        for old in (True, False):
+            numbers = [number for number, each in enumerate(is_old) if each == old]
+            with self._without_new_tokens(first) if old else nullcontext():
+                answers |= zip(numbers, work([requests[number] for number in numbers]) if numbers else [], strict=True)
+        return [answers[number] for number in range(len(requests))]
+
+    @contextmanager
+    def _without_new_tokens(self, first: int) -> Iterator[None]:
+        def close(_: Any, __: Any, output: Any) -> None:
+            output.logits[..., first:] = -math.inf
+
+        hook = self.model.register_forward_hook(close)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _routing(self) -> str:
         return "dense"

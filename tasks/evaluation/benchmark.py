@@ -32,7 +32,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.allowed_paths import hash_allowed
 from eclectus.tasks.evaluation.benchmark_rows import FIELDS, SCORE_FIELDS, group_rows, item_rows, score_rows
 from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, files_of, local_questions, version, wanted_tasks
-from eclectus.tasks.evaluation.evaluate import check_vocabulary, read_model_config
+from eclectus.tasks.evaluation.evaluate import VocabularySettings, check_vocabulary, read_model_config
 from eclectus.tasks.packing.text_tokens import TextTokens
 from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer, tokenizer_of
 from eclectus.tasks.run import metric
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from eclectus.models.training.process import Process
 
 
-class BenchmarkSettings(WorkerSettings, BeginSettings):
+class BenchmarkSettings(WorkerSettings, BeginSettings, VocabularySettings):
     """The benchmark tasks; the same settings make models comparable."""
 
     benchmark_tasks: list[str] = Field(
@@ -82,6 +82,13 @@ class BenchmarkSettings(WorkerSettings, BeginSettings):
         if self.asks:
             self.wanted()
             Harness.check_installed()
+
+    def key_values(self) -> dict[str, Any]:
+        values = super().key_values()
+        # Results that were made before there was this setting stay valid.
+        if not self.original_vocabulary_only:
+            values.pop("original_vocabulary_only")
+        return values
 
     @property
     def asks(self) -> bool:
@@ -195,6 +202,7 @@ class _Asker:
                         "requests": str(path),
                         "batch": self.settings.benchmark_batch,
                         "seed": self.settings.seed,
+                        "original_only": self.settings.original_vocabulary_only,
                     },
                     what=what,
                 )
@@ -217,12 +225,14 @@ def answer_here(
     requests: str,
     batch: int,
     seed: int,
+    original_only: bool = False,
 ) -> dict[str, Any]:
     """Runs on every worker: answers its share of the requests; every worker returns all answers."""
     import torch
     from lm_eval.api.instance import Instance
 
     from eclectus.models.evaluation.lm_eval import make_harness_model
+    from eclectus.models.extension.split_vocabulary import original_rows
 
     model, tokenizer, length = _load(checkpoint, name, tokenizer_path, process.device)
     torch.manual_seed(seed)
@@ -231,7 +241,9 @@ def answer_here(
         report("progress", done=done, total=total)
 
     encode = TextTokens(tokenizer)
-    answering = make_harness_model(model, tokenizer, length, batch, process, Path(kept), report_progress, encode, begin)
+    first = original_rows(model.config) if original_only else None
+    given = (model, tokenizer, length, batch, process, Path(kept), report_progress, encode, begin, first)
+    answering = make_harness_model(*given)
     asked = [
         Instance(kind, {}, tuple(arguments), number)
         for number, arguments in enumerate(json.loads(Path(requests).read_text("utf-8")))

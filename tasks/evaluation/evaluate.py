@@ -48,7 +48,7 @@ from eclectus.tasks.evaluation.result_files import (
     write_scores,
 )
 from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer, tokenizer_of
-from eclectus.tasks.settings import SEED, RuntimeSetting
+from eclectus.tasks.settings import SEED, RuntimeSetting, Settings
 from eclectus.tasks.step import step
 from eclectus.tasks.training.check_base import open_checked
 from eclectus.tasks.training.run_training import WORKERS, WorkerSettings, resume_directory, run_training
@@ -61,7 +61,17 @@ LONGEST_WINDOW = 2048
 CONTEXT = 64
 
 
-class EvaluateSettings(WorkerSettings, BeginSettings):
+class VocabularySettings(Settings):
+    """Which tokens a model may use that has more than its base."""
+
+    original_vocabulary_only: bool = Field(
+        False,
+        description="Close the tokens that extension_vocabulary added: text and questions without any of them are "
+        "scored, and continued, with the base's own tokens only.",
+    )
+
+
+class EvaluateSettings(WorkerSettings, BeginSettings, VocabularySettings):
     """How held-out text is scored; the same settings make models comparable."""
 
     evaluation_tokens: int = Field(
@@ -87,11 +97,6 @@ class EvaluateSettings(WorkerSettings, BeginSettings):
     evaluation_sample_tokens: int = Field(48, ge=1, description="Tokens that a model generates per sample.")
     evaluation_temperature: float = Field(
         0.0, ge=0, description="Sampling temperature; 0 always takes the most likely token."
-    )
-    original_vocabulary_only: bool = Field(
-        False,
-        description="Close the tokens that extension_vocabulary added: text without any of them is scored, and "
-        "continued, with the base's own tokens only.",
     )
     evaluation_chat_tokens: int = Field(
         64,

@@ -43,6 +43,7 @@ LEFT_OUT_BY_VALUE = {
     "BeginSettings": "the tokenizer decides, and its digest is in the key",
     "PretrainStageSettings": "settings of other stages",
     "ExtendStageSettings": "settings of other stages and methods",
+    "BenchmarkSettings": "new tokens that are not closed, as before they could be",
     "TrainingSettings": "a precision that nobody chose is float32 on a CPU, as before there was a choice",
 }
 # Settings that name a file, folder or model outside the artifacts, and so need a fingerprint.

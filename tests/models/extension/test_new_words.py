@@ -112,6 +112,38 @@ def test_closed_tokens_are_neither_scored_nor_written(worlds):
     assert max(old) < first <= max(new)
 
 
+def test_questions_without_new_tokens_are_answered_with_the_bases_own_only(worlds):
+    from lm_eval.api.instance import Instance
+
+    from eclectus.models.evaluation.lm_eval import make_harness_model
+
+    world = worlds("mistral")
+    model, first, words = open_model(world.wider.path), rows_before(world), load_tokenizer(world.wider.path)
+    model.lm_head.weight.data[first:] *= 100
+    given = (model.eval(), words, 64, 2, Process.current(), None, lambda *_: None, None, [])
+    opened, closed = make_harness_model(*given), make_harness_model(*given, first)
+    asked = [("What is", " the best"), ("Ποια είναι", " η καλύτερη"), ("It is", " the")]
+    assert [max(words(one + other)["input_ids"]) >= first for one, other in asked] == [False, True, False]
+    questions = [Instance("loglikelihood", {}, each, number) for number, each in enumerate(asked)]
+    before, after = (each.loglikelihood(questions, disable_tqdm=True) for each in (opened, closed))
+    for (question, answer), (value, _), (was, _) in zip(asked, after, before, strict=True):
+        ids, count = words(question + answer)["input_ids"], len(words(question)["input_ids"])
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].double()
+        # What has new words is scored with them.
+        logs = logits[:, : first if max(ids) < first else None].log_softmax(-1)
+        expected = sum(float(logs[at - 1, ids[at]]) for at in range(count, len(ids)))
+        assert value == pytest.approx(expected, abs=1e-3) and (value > was + 1) is bool(max(ids) < first)
+    writing = [Instance("generate_until", {}, ("What is", {"until": ["\n\n"], "max_gen_toks": 4}), 0)]
+    (wild,), (tame,) = (each.generate_until(writing, disable_tqdm=True) for each in (opened, closed))
+    assert any("Α" <= letter <= "ώ" for letter in wild) and wild != tame
+    ids = words("What is")["input_ids"]
+    for _ in range(4):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1, :first].argmax()))
+    assert words.decode(ids[-4:]) == tame
+
+
 def trained(model, steps=3):
     """Some steps of AdamW with weight decay on random tokens, new ones among them."""
     parameters = [each for each in model.parameters() if each.requires_grad]
