@@ -20,7 +20,7 @@ from eclectus.tasks.documents.languages import LanguageSettings
 from eclectus.tasks.documents.split import DuplicateSettings, SplitSettings
 from eclectus.tasks.evaluation.benchmark import BenchmarkSettings
 from eclectus.tasks.evaluation.contamination import ContaminationSettings
-from eclectus.tasks.evaluation.evaluate import EvaluateSettings
+from eclectus.tasks.evaluation.evaluate import EvaluateSettings, VocabularySettings
 from eclectus.tasks.evaluation.scores import IntervalSettings
 from eclectus.tasks.grouping.embed import EmbedSettings
 from eclectus.tasks.grouping.group import GroupSettings
@@ -455,7 +455,7 @@ GROUPS: dict[str, tuple[type[Settings], ...]] = {
         ExtendParameters,
     ),
     "all training": (RepeatSettings, TrainingSettings),
-    "evaluation": (EvaluateSettings, BenchmarkSettings, ContaminationSettings, EvaluateParameters),
+    "evaluation": (EvaluateSettings, VocabularySettings, BenchmarkSettings, ContaminationSettings, EvaluateParameters),
     "retraining": (NewDocumentsSettings, RefreshSettings, RetrainParameters),
     "reports": (DataReportSettings, IntervalSettings, ReportSettings),
     "where it runs": (CurationWorkerSettings, WorkerSettings),
