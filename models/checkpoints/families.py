@@ -58,6 +58,15 @@ class Family:
         stored = self.matrices[MATRICES.index(matrix)]
         return f"model.layers.{layer}.{self.block}.experts.{expert}.{stored}.weight"
 
+    def stacked_names(self, module_name: str, experts: int) -> list[list[str]] | None:
+        """For each expert, the checkpoint names of what a transformers 5 stack of experts holds of it, one behind the
+        other (gate and up, or down); None for any other parameter."""
+        owner, _, leaf = module_name.rpartition(".")
+        if not owner.endswith(".mlp.experts"):
+            return None
+        layer, matrices = int(module_name.split(".")[2]), MATRICES[2:] if leaf == "down_proj" else MATRICES[:2]
+        return [[self.expert_name(layer, expert, matrix) for matrix in matrices] for expert in range(experts)]
+
     def router_name(self, layer: int) -> str:
         """Checkpoint name of a layer's router, `[experts, hidden]`."""
         return f"model.layers.{layer}.{self.block}.gate.weight"

@@ -78,17 +78,11 @@ def _drop_weights(module: nn.Module, _: tuple, __: object) -> None:
 
 def read_parameter(source: TensorSource, family: Family | None, name: str, rows: int) -> Tensor:
     """A module's parameter in fp32, read from checkpoint files; experts are stacked as `[experts, ...]`."""
-    owner, _, leaf = name.rpartition(".")
-    if family is None or not owner.endswith(".mlp.experts"):
+    stacked = family.stacked_names(name, rows) if family else None
+    if stacked is None:
         stored = name if family is None or name in source.specs else family.stored_name(name)
         return source.tensor(stored).float()
-    layer = int(name.split(".")[2])
-    matrices = ("down_proj",) if leaf == "down_proj" else ("gate_proj", "up_proj")
-    stacked = []
-    for expert in range(rows):
-        parts = [source.tensor(family.expert_name(layer, expert, matrix)) for matrix in matrices]
-        stacked.append(torch.cat(parts).float())
-    return torch.stack(stacked)
+    return torch.stack([torch.cat([source.tensor(each) for each in names]).float() for names in stacked])
 
 
 def _forced(expert: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

@@ -16,11 +16,12 @@ compute, `lora` nothing after merging.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, ParamSpec, cast
 
 import numpy as np
 import torch
@@ -58,28 +59,7 @@ from eclectus.models.training.process import Process
 MERGED = 1e-2
 MERGING = "the model with merged adapters differs from itself"
 
-
-def open_method(
-    method: str,
-    checkpoint: str | Path,
-    *,
-    lora_rank: int = 8,
-    new_blocks: int | None = None,
-    new_words: bool = False,
-    seed: int = 0,
-) -> nn.Module:
-    """The model of `method_blueprint`, whole and in memory."""
-    blueprint = method_blueprint(
-        method, checkpoint, lora_rank=lora_rank, new_blocks=new_blocks, new_words=new_words, seed=seed
-    )
-    with blueprint:
-        return blueprint.make()
-
-
-def open_review(checkpoint: str | Path) -> nn.Module:
-    """The model of `review_blueprint`, whole and in memory."""
-    with review_blueprint(checkpoint) as blueprint:
-        return blueprint.make()
+P = ParamSpec("P")
 
 
 def method_blueprint(
@@ -130,6 +110,21 @@ def review_blueprint(checkpoint: str | Path) -> Blueprint:
     split_experts(model, frozen_experts(checkpoint))
     set_trainable(model, "review")
     return stock.formed(model)
+
+
+def _in_memory(blueprint_of: Callable[P, Blueprint]) -> Callable[P, nn.Module]:
+    """The same function, but for the model itself, whole and in memory."""
+
+    @functools.wraps(blueprint_of)
+    def opened(*args: P.args, **options: P.kwargs) -> nn.Module:
+        with blueprint_of(*args, **options) as blueprint:
+            made: nn.Module = blueprint.make()
+            return made
+
+    return opened
+
+
+open_method, open_review = _in_memory(method_blueprint), _in_memory(review_blueprint)
 
 
 def prove_method(

@@ -150,15 +150,9 @@ def stored_values(model: nn.Module, reader: CheckpointReader, family: Family | N
     """The values of a stock model's parameters in checkpoint files. family: of a mixture."""
     values: dict[str, Slices] = {}
     for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if family is None or not owner.endswith(".mlp.experts"):
+        stacked = family.stacked_names(name, parameter.shape[0]) if family else None
+        if stacked is None:
             values[name] = Stored(reader, name if name in reader.specs or not family else family.stored_name(name))
-            continue
-        layer = int(name.split(".")[2])
-        matrices = ("down_proj",) if leaf == "down_proj" else ("gate_proj", "up_proj")
-        each = [
-            [Stored(reader, family.expert_name(layer, expert, matrix)) for matrix in matrices]
-            for expert in range(parameter.shape[0])
-        ]
-        values[name] = Stacked([Joined(parts) if len(parts) > 1 else parts[0] for parts in each])
+        else:
+            values[name] = Stacked([Joined([Stored(reader, each) for each in names]) for names in stacked])
     return values

@@ -188,7 +188,7 @@ def _compare(
         for begin in range(0, len(numbers), most)
     ]
     probed = [each.folder for each in corpus.over(probe_cells, "cells of new documents", name, calls)]
-    sizes = np.zeros(len(np.load(built / "block.npy")), np.int64)
+    sizes = np.zeros(len(mapped(built / "block.npy")), np.int64)
     for folder in (*assigned, *probed):
         sizes += np.bincount(mapped(folder / "cell.npy"), minlength=len(sizes))
     calls = [
