@@ -45,7 +45,7 @@ from eclectus.tasks.training.pretrain_settings import (
     PretrainSettings,
     check_segment,
 )
-from eclectus.tasks.training.run_training import TrainingSettings, WorkerSettings
+from eclectus.tasks.training.run_training import DocumentMaskSettings, TrainingSettings, WorkerSettings
 from eclectus.tasks.training.upcycle import UpcycleSettings
 
 if TYPE_CHECKING:
@@ -441,7 +441,14 @@ GROUPS: dict[str, tuple[type[Settings], ...]] = {
         GroupSettings,
         DuplicateSettings,
     ),
-    "packing": (TokenizerSettings, BeginSettings, PackSettings, BudgetSettings, ReplaySettings),
+    "packing": (
+        TokenizerSettings,
+        BeginSettings,
+        PackSettings,
+        DocumentMaskSettings,
+        BudgetSettings,
+        ReplaySettings,
+    ),
     "model": (ArchitectureSettings, LorySettings),
     "pre-training": (PretrainSettings,),
     "extension": (

@@ -12,6 +12,10 @@ ends with that segment (docs/methods.md 1.3), and token T is predicted from toke
 how windows are batched or divided between processes: short ones are padded on the right, which a causal model does not
 see.
 
+Where documents stand apart (`Windows.numbers`), a token sees its own document only, and the first of a document in its
+window is read and never scored. Then every document has a first segment of Lory's, which is routed with equal weights,
+so that there is no look-ahead in it either.
+
 Cost: one forward pass over L / (L - C) times the tokens; memory for `batch` windows of logits.
 Shapes: B windows, L tokens, N routed units (segments or tokens), E experts, S streams, D documents, P position buckets.
 """
@@ -28,6 +32,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from eclectus.models.attention.document_mask import within_documents
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.pretraining.export_dense import prompt_routing_weights
 from eclectus.models.staged_folder import replacing
@@ -57,6 +62,7 @@ class Windows:
     tokens, which are read and never scored. table [W, 4] int64: (start, length, overlap, stream); the first `overlap`
     tokens of a window are also in the window before, or lead the stream. context: C. length: L. bytes_per_token [D]
     float64. begin: tokens that precede every document; at most C, and a window reads them in place of its first ones.
+    numbers [T]: the document of every token, those that begin and end one too, where documents stand apart; else None.
     """
 
     tokens: np.ndarray
@@ -66,6 +72,7 @@ class Windows:
     length: int
     bytes_per_token: np.ndarray
     begin: tuple[int, ...] = ()
+    numbers: np.ndarray | None = None
 
     @property
     def bucket(self) -> int:
@@ -158,9 +165,11 @@ def score(
     for number, first in enumerate(range(begin, len(mine), size), 1):
         rows = mine[first : first + size]
         tokens, owners = read_windows(windows, rows)
+        apart = _documents_apart(windows, rows, owners)
         tokens = tokens.to(process.device)
-        with autocast(process.device):
-            arguments = _fixed_weights(model, tokens[:, : windows.context]) if by_prompt else _routing_arguments(model)
+        asks = _routing_arguments(model, apart is not None)
+        with autocast(process.device), within_documents(model, apart, process.device):
+            arguments = _fixed_weights(model, tokens[:, : windows.context]) if by_prompt else asks
             output = model(input_ids=tokens, use_cache=False, **arguments)
         logits = output.logits if closed_from is None else without_new_words(output.logits, tokens, closed_from)
         _add_bits(sums, windows, rows, owners, next_token_bits(logits, tokens))
@@ -229,6 +238,20 @@ def read_windows(windows: Windows, rows: np.ndarray) -> tuple[torch.Tensor, np.n
         tokens[i, : len(windows.begin)] = windows.begin
         owners[i, : len(windows.begin)] = NO_DOCUMENT
     return torch.from_numpy(tokens), owners
+
+
+def _documents_apart(windows: Windows, rows: np.ndarray, owners: np.ndarray) -> torch.Tensor | None:
+    """The documents [B, L] of `read_windows`, NO_DOCUMENT at padding; None where they do not stand apart.
+
+    In `owners` the first token of each then has none, as it is predicted from nothing.
+    """
+    if windows.numbers is None:
+        return None
+    numbers = np.full(owners.shape, NO_DOCUMENT, np.int64)
+    for i, (start, length, _, _) in enumerate(rows):
+        numbers[i, :length] = windows.numbers[start : start + length]
+    owners[:, 1:][numbers[:, 1:] != numbers[:, :-1]] = NO_DOCUMENT
+    return torch.from_numpy(numbers)
 
 
 def next_token_bits(logits: torch.Tensor, tokens: torch.Tensor) -> np.ndarray:
@@ -303,9 +326,9 @@ def _rounded(values: torch.Tensor) -> list[float]:
     return [round(value, 3) for value in values.tolist()]
 
 
-def _routing_arguments(model: Any) -> dict[str, bool]:
+def _routing_arguments(model: Any, apart: bool = False) -> dict[str, Any]:
     if isinstance(model, LoryForCausalLM):
-        return {"output_router_weights": True}
+        return {"output_router_weights": True, **({"first_segment": "uniform"} if apart else {})}
     return {"output_router_logits": True} if hasattr(model.config, "output_router_logits") else {}
 
 
@@ -331,8 +354,11 @@ def _add_routing(sums: Sums, model: Any, rows: np.ndarray, output: Any) -> None:
     shares, chosen, unit = routing(model, output, len(rows))
     if not shares:
         return
-    begin = np.arange(shares[0].shape[1]) * unit
-    counted = (begin >= rows[:, 2:3]) & (begin + unit <= rows[:, 1:2])
+    if (segments := getattr(output, "segments", None)) is None:
+        begin = np.arange(shares[0].shape[1]) * unit
+        counted = (begin >= rows[:, 2:3]) & (begin + unit <= rows[:, 1:2])
+    else:
+        shares, counted = _by_window(shares, segments.cpu().numpy(), rows)
     np.add.at(sums.routed, rows[:, 3], counted.sum(1))
     for into, layers in ((sums.shares, shares), (sums.chosen, chosen)):
         if layers and not into:
@@ -340,6 +366,17 @@ def _add_routing(sums: Sums, model: Any, rows: np.ndarray, output: Any) -> None:
         for total, layer in zip(into, layers, strict=True):
             mask = torch.from_numpy(counted).to(layer.device).unsqueeze(-1)
             np.add.at(total, rows[:, 3], (layer.double() * mask).sum(1).cpu().numpy())
+
+
+def _by_window(
+    shares: list[torch.Tensor], segments: np.ndarray, rows: np.ndarray
+) -> tuple[list[torch.Tensor], np.ndarray]:
+    """Weights [1, P, E] of packed documents' segments as [B, P, E], and which of them count for a window, [B, P]."""
+    sizes = np.bincount(segments.ravel())
+    row, begin = np.divmod(np.cumsum(sizes) - sizes, segments.shape[1])
+    counted = (begin >= rows[row, 2]) & (begin + sizes <= rows[row, 1])
+    own = row == np.arange(len(rows))[:, None]
+    return [layer.expand(len(rows), -1, -1) for layer in shares], own & counted
 
 
 def _add_layers(left: list[np.ndarray], right: list[np.ndarray]) -> list[np.ndarray]:

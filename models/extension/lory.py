@@ -22,12 +22,12 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from eclectus.models.checkpoints.door import open_model
 from eclectus.models.checkpoints.proof import Probes, checked, logits_of
 from eclectus.models.checkpoints.writing import save_model
+from eclectus.models.lory.documents import sums_by_segment
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.staged_folder import staged_folder
 from eclectus.models.training.instances import Batch
@@ -127,15 +127,22 @@ def save_lory(model: LoryForCausalLM, out: str | Path, side_files: str | Path) -
     save_model(model.eval(), Path(out), Path(side_files))
 
 
-def segment_prior_loss(router_weights: Sequence[Tensor], original_mask: Tensor, segment: int, old: int) -> Tensor:
+def segment_prior_loss(
+    router_weights: Sequence[Tensor],
+    original_mask: Tensor,
+    segment: int,
+    old: int,
+    segments: Tensor | None = None,
+) -> Tensor:
     """Mean over layers and segments of -log of the old experts' weight, each segment weighted by its original tokens.
 
     router_weights: by layer, `[B, N, E]`. original_mask: `[B, L]`, true on tokens of original languages. segment: T.
-    old: number of leading experts that are old. Returns 0, with zero gradient, if there are no original tokens.
+    old: number of leading experts that are old. segments: of packed documents, as in LoryModelOutput. Returns 0, with
+    zero gradient, if there are no original tokens.
     """
     dtype = torch.promote_types(router_weights[0].dtype, torch.float32)
-    mask_BNT = F.pad(original_mask.to(dtype), (0, -original_mask.shape[1] % segment)).unflatten(1, (-1, segment))
-    share_BN = mask_BNT.sum(-1)
+    mask_BL1 = original_mask.to(dtype).unsqueeze(-1)
+    share_BN = sums_by_segment(mask_BL1, segment, segments, router_weights[0].shape[1]).squeeze(-1)
     losses = []
     for weights_BNE in router_weights:
         prior_BN = -weights_BNE[..., :old].to(dtype).sum(-1).clamp_min(1e-9).log()
@@ -160,7 +167,8 @@ class SegmentPrior(Loss):
     def measure(self, done: Pass, statistic: Tensor | None) -> tuple[Tensor, dict[str, Term]]:
         original, config = in_languages(done.batch, self.languages), done.config
         segment = min(config.segment_length, original.shape[1])
-        return segment_prior_loss(done.output.router_weights, original, segment, config.original_experts), {}
+        weights, segments = done.output.router_weights, done.output.segments
+        return segment_prior_loss(weights, original, segment, config.original_experts, segments), {}
 
 
 def post_pretrain_lory() -> Objective:

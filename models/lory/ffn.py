@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import LoryConfig
+from .documents import DocumentPlan
 from .merge import apply_merged, merge_experts, merged_ffn
 from .routing import LoryCache, LoryCacheLayer, RoutingPlan
 
@@ -87,7 +88,7 @@ class LoryFFN(nn.Module):
             weights = plan.shift(self._route(sums / sizes.clamp(min=1)))
             if layer is not None:
                 self._remember(layer, plan, weights, sums, sizes)
-        if plan.routing == "prefix" and x_BNTD.shape[1] > 2:
+        if plan.routing == "prefix" and x_BNTD.shape[1] > 2 and not isinstance(plan, DocumentPlan):
             # All segments but the first share one mixture: merge it once per row.
             first = self._merged(x_BNTD[:, :1], weights[:, :1])
             rest = self._merged(x_BNTD[:, 1:].flatten(1, 2), weights[:, 1])

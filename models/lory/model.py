@@ -51,22 +51,28 @@ except ImportError:  # transformers before 5.18
 
 from .config import FIRST_SEGMENTS, ROUTINGS, LoryConfig, check_choice
 from .dense import dense_ffn_names, expand_dense_tensors
+from .documents import DocumentPlan, document_mask
 from .ffn import LoryFFN, LoryRouter
 from .routing import LoryCache, RoutingPlan, check_expert_weights
 
 
 @dataclass
 class LoryModelOutput(BaseModelOutputWithPast):
-    """The base model's output. router_weights: by layer `[B, N, E]`, the weights from each segment's own tokens."""
+    """The base model's output. router_weights: by layer `[B, N, E]`, the weights from each segment's own tokens.
+
+    Of packed documents: `[1, P, E]`, and segments `[B, L]`, the number of each token's segment.
+    """
 
     router_weights: tuple[Tensor, ...] | None = None
+    segments: Tensor | None = None
 
 
 @dataclass
 class LoryCausalLMOutput(CausalLMOutputWithPast):
-    """The language model's output; `router_weights` as in LoryModelOutput."""
+    """The language model's output; `router_weights` and `segments` as in LoryModelOutput."""
 
     router_weights: tuple[Tensor, ...] | None = None
+    segments: Tensor | None = None
 
 
 class LoryDecoderLayer(GradientCheckpointingLayer):
@@ -150,6 +156,8 @@ class LoryModel(LoryPreTrainedModel):
         use_cache: bool | None = None,
         first_segment: str | None = None,
         expert_weights: Tensor | None = None,
+        documents: Tensor | None = None,
+        document_segments: int | None = None,
         **kwargs: Any,
     ) -> LoryModelOutput:
         """As LlamaModel; the further arguments are those of LoryForCausalLM."""
@@ -160,19 +168,22 @@ class LoryModel(LoryPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if not hidden.shape[1]:
             raise ValueError("The input has no token; Lory needs at least one to route by.")
+        if documents is not None:
+            if attention_mask is not None or past_key_values is not None:
+                raise ValueError("documents are of whole rows: leave out attention_mask and past_key_values.")
+            use_cache = False
         past_key_values = self._check_cache(past_key_values, use_cache)
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + past_length).unsqueeze(0)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        if documents is None:
+            plan = RoutingPlan.make(self.config, first_segment, hidden, attention_mask, past_length)
+            causal_mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values, position_ids)
+        else:
+            plan = DocumentPlan.of_documents(self.config, first_segment, documents, document_segments)
+            causal_mask = document_mask(self.config, hidden, documents)
         shared = dict(
-            plan=RoutingPlan.make(self.config, first_segment, hidden, attention_mask, past_length),
+            plan=plan,
             expert_weights=check_expert_weights(self.config, expert_weights),
             attention_mask=causal_mask,
             position_embeddings=self.rotary_emb(hidden, position_ids=position_ids),
@@ -183,7 +194,7 @@ class LoryModel(LoryPreTrainedModel):
         )
         for layer in self.layers:
             hidden = layer(hidden, **shared)
-        return LoryModelOutput(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+        return LoryModelOutput(self.norm(hidden), past_key_values, segments=plan.numbers)
 
     def _check_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to use; a new one routes by segment, as a pass without a cache does."""
@@ -223,6 +234,8 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         first_segment: str | None = None,
         expert_weights: Tensor | None = None,
+        documents: Tensor | None = None,
+        document_segments: int | None = None,
         **kwargs: Any,
     ) -> LoryCausalLMOutput:
         """As LlamaForCausalLM (`labels` are shifted inside), with routing.
@@ -232,6 +245,9 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
                 segments start at a row's first real token. Leave it out if there is no padding.
             first_segment: overrides the configuration's for this call; "uniform" gives losses without look-ahead.
             expert_weights: `[layers, E]` or `[layers, B, E]`, used for every token instead of the routers'.
+            documents: `[B, L]`, equal numbers within each document of a packed row: a document is then computed as if
+                it stood alone, attention and routing (models/lory/documents.py). No cache, no attention_mask.
+            document_segments: P, the segments of these documents, if it is known; else a GPU is waited for.
             output_router_weights: (keyword) return `router_weights`, a tuple over layers of `[B, N, E]`: the weights
                 from each segment's own tokens, before the shift to the segment that uses them.
         """
@@ -246,6 +262,8 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             first_segment=first_segment,
             expert_weights=expert_weights,
+            documents=documents,
+            document_segments=document_segments,
             **kwargs,
         )
         assert outputs.last_hidden_state is not None  # optional only in the type of transformers' output
@@ -260,6 +278,7 @@ class LoryForCausalLM(LoryPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_weights=outputs.router_weights,
+            segments=outputs.segments,
         )
 
     def prepare_inputs_for_generation(

@@ -36,6 +36,8 @@ class RoutingPlan:
     inverse: Tensor | None = None
     real: Tensor | None = None
     """True at real tokens after rolling and cutting, bool `[B or 1, N, T]`; None if every segment is full."""
+    numbers: Tensor | None = None
+    """The segment of each token, `[B, L]`, where documents stand apart (models/lory/documents.py); else None."""
     starts: list[int] = field(default_factory=list)
     """By row, the position of this pass's first column counted from the row's first real token; negative if the row is
     padded on the left."""

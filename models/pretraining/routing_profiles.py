@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eclectus.models.attention.document_mask import within_documents
+from eclectus.models.lory.documents import sums_by_segment
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.training.instances import Batch, Instances
 from eclectus.models.training.precision import autocast
@@ -31,8 +33,13 @@ Profiles = dict[str, dict[str, list[list[float]]]]
 
 
 @torch.no_grad()
-def routing_profiles(model: LoryForCausalLM, instances: Instances, micro_batch: int, process: Process) -> Profiles:
-    """Mean routing weights by domain and by language. All processes must call it, and get the same result."""
+def routing_profiles(
+    model: LoryForCausalLM, instances: Instances, micro_batch: int, process: Process, document_mask: bool = False
+) -> Profiles:
+    """Mean routing weights by domain and by language. All processes must call it, and get the same result.
+
+    document_mask: as in the training, whether documents of an instance do not see each other.
+    """
     model.eval()
     kept = {kind: _largest(instances, column) for kind, column in COLUMNS.items()}
     every = {"domain": instances.domains, "language": instances.languages}
@@ -47,13 +54,17 @@ def routing_profiles(model: LoryForCausalLM, instances: Instances, micro_batch: 
     tokens = {kind: torch.zeros(len(each), dtype=torch.float64) for kind, each in names.items()}
     for first in range(0, len(rows), micro_batch):
         batch = instances.batch(rows[first : first + micro_batch])
-        with autocast(process.device):
+        inside = within_documents(model, batch.documents if document_mask else None, process.device)
+        with autocast(process.device), inside:
             output = model(
                 input_ids=batch.tokens.to(process.device), use_cache=False, output_router_weights=True, logits_to_keep=1
             )
         weights = torch.stack(output.router_weights).double().cpu()
-        for kind, counts in _counts(batch, kept, min(model.config.segment_length, instances.length)).items():
-            counts = counts * counted[first : first + micro_batch].view(-1, 1, 1)
+        unit, segments = min(model.config.segment_length, instances.length), weights.shape[2]
+        for kind, each in _classes(batch, kept).items():
+            each = each * counted[first : first + micro_batch].view(-1, 1, 1)
+            numbers = None if output.segments is None else output.segments.cpu()
+            counts = sums_by_segment(each, unit, numbers, segments)
             sums[kind] += torch.einsum("lbne,bnc->lce", weights, counts)
             tokens[kind] += counts.sum((0, 1))
     profiles: Profiles = {}
@@ -85,18 +96,16 @@ def read_profile(folder: Path, kind: str, name: str) -> Tensor:
     return torch.tensor(profiles[name])
 
 
-def _counts(batch: Batch, kept: dict[str, np.ndarray], unit: int) -> dict[str, Tensor]:
-    """Tokens of each domain and language in each segment, `[B, N, C]`. kept: their numbers, ascending [C]."""
-    counts = {}
+def _classes(batch: Batch, kept: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """The domain and language of each token, one-hot float64 `[B, L, C]`. kept: their numbers, ascending [C]."""
+    classes = {}
     for kind, labels in (("domain", batch.domains), ("language", batch.languages)):
         numbers = torch.from_numpy(kept[kind])
         place = torch.searchsorted(numbers, labels).clamp(max=max(len(numbers) - 1, 0))
         # Padding, label -1, and what is not kept become class 0, which is dropped.
         place = torch.where(numbers[place] == labels, place + 1, 0) if len(numbers) else torch.zeros_like(labels)
-        each = F.one_hot(place, len(numbers) + 1)[..., 1:].double()
-        each = F.pad(each, (0, 0, 0, -each.shape[1] % unit))
-        counts[kind] = each.view(len(each), -1, unit, each.shape[-1]).sum(2)
-    return counts
+        classes[kind] = F.one_hot(place, len(numbers) + 1)[..., 1:].double()
+    return classes
 
 
 def _largest(instances: Instances, column: int) -> np.ndarray:

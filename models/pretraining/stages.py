@@ -14,12 +14,13 @@ expert that sees 1/E of the dense gradient gets 1/E of the first moment and 1/E^
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaConfig
 
+from eclectus.models.attention.document_mask import within_documents
 from eclectus.models.lory.config import LoryConfig
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM, calibrate
@@ -134,4 +135,11 @@ def make_causal(model: ExpertChoiceForCausalLM, instances: Instances, plan: Plan
     steps = range(max(0, plan.stop - CALIBRATION_STEPS), plan.stop)
     rows = [instances.rows_of_step(step, plan.batch, plan.seed)[:size] for step in steps]
     model.eval()
-    calibrate(model, (instances.batch(each).tokens.to(process.device) for each in rows))
+
+    def read() -> Iterator[torch.Tensor]:
+        for each in rows:
+            batch = instances.batch(each)
+            with within_documents(model, batch.documents if plan.document_mask else None, process.device):
+                yield batch.tokens.to(process.device)
+
+    calibrate(model, read())

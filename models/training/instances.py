@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+
+    def without_borders(self) -> Batch:
+        """The batch in which no token is predicted from another document: labels where one begins are IGNORED."""
+        begins = self.documents != self.documents.roll(1, dims=1)
+        return replace(self, labels=self.labels.masked_fill(begins, IGNORED))
 
 
 class PartedRows:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -90,6 +91,7 @@ def train(
     load_moments(optimizer, named, moments or {})
     begin = resume(optimizer, named, plan.start, process, work, report) or plan.start
     wrapped, guard = replicate(model, process), GradientGuard(instances, plan, process, work)
+    objective = replace(objective, document_mask=plan.document_mask)
     for step in range(begin, plan.stop):
         set_rate(optimizer, plan.rate(step))
         batches = micro_batches(instances, step, plan, process)
@@ -137,7 +139,8 @@ def micro_batches(instances: Instances, step: int, plan: Plan, process: Process)
     """The micro-batches of this process's share of a step, on the CPU; every process has the same number of them."""
     share = plan.batch // process.world
     rows = instances.rows_of_step(step, plan.batch, plan.seed)[process.rank * share : (process.rank + 1) * share]
-    return [instances.batch(rows[first : first + plan.micro_batch]) for first in range(0, share, plan.micro_batch)]
+    batches = [instances.batch(rows[first : first + plan.micro_batch]) for first in range(0, share, plan.micro_batch)]
+    return [batch.without_borders() for batch in batches] if plan.document_mask else batches
 
 
 class GradientGuard:

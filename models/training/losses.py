@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eclectus.models.attention.document_mask import within_documents
 from eclectus.models.training.instances import IGNORED, Batch
 from eclectus.models.training.parallel import config_of, unwrapped
 from eclectus.models.training.process import Process
@@ -87,23 +88,30 @@ class Objective:
     """What a stage minimises: a weighted sum of losses.
 
     asks: further arguments of the model's forward pass. metrics: what else is logged. reads: fields of the batch that
-    the model takes besides its tokens, by the name of the argument.
+    the model takes besides its tokens, by the name of the argument. document_mask: documents of an instance do not see
+    each other.
     """
 
     losses: Sequence[Loss]
     asks: Mapping[str, Any] = field(default_factory=dict)
     metrics: Callable[[Pass], dict[str, Term]] | None = None
     reads: Mapping[str, str] = field(default_factory=dict)
+    document_mask: bool = False
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(objective, means of its losses and metrics) of a batch that is a whole step of one process."""
         loss, terms = Step(self, [batch], Process(device=batch.tokens.device)).measure(model, 0)
         return loss, {name: term.mean.to(loss.dtype) for name, term in terms.items()}
 
-    def run(self, model: nn.Module, batch: Batch, rows: Tensor | None = None, **more: Any) -> Pass:
-        """rows: positions of the batch in `[B * L]` over which the model's head runs; None: all."""
+    def run(
+        self, model: nn.Module, batch: Batch, device: torch.device, rows: Tensor | None = None, **more: Any
+    ) -> Pass:
+        """The pass of a batch, moved to the device. rows: positions in `[B * L]` over which the model's head runs;
+        None: all."""
+        inside = within_documents(unwrapped(model), batch.documents if self.document_mask else None, device)
+        batch = batch.to(device)
         read = {argument: getattr(batch, name) for argument, name in self.reads.items()}
-        with _head_over(model, rows):
+        with _head_over(model, rows), inside:
             output = model(input_ids=batch.tokens, use_cache=False, **read, **self.asks, **more)
         return Pass(batch, output, config_of(model), rows)
 
@@ -162,7 +170,7 @@ class Step:
             return
         for batch in self._batches[1:]:
             # Gradients are not exchanged here, so DDP need not know of this pass.
-            done = self._objective.run(unwrapped(model), batch.to(self._process.device), logits_to_keep=1)
+            done = self._objective.run(unwrapped(model), batch, self._process.device, logits_to_keep=1)
             self._statistics = self._added(done)
 
     def measure(self, model: nn.Module, number: int) -> tuple[Tensor, dict[str, Term]]:
@@ -174,7 +182,7 @@ class Step:
         batch = self._batches[number]
         # Found where the labels are, on the CPU: on a GPU the number of rows would have to be waited for.
         rows = rows_with_target(batch.labels).to(self._process.device, non_blocking=True)
-        done = self._objective.run(model, batch.to(self._process.device), rows)
+        done = self._objective.run(model, batch, self._process.device, rows)
         if number == 0:
             added = self._added(done)
             self._statistics = [None if each is None else self._process.sum(each) for each in added]

@@ -91,7 +91,7 @@ class Balance(Loss):
         self.weight, self.top_k, self.scaling = weight, top_k, scaling
 
     def count(self, batch: Batch) -> Tensor:
-        return (batch.labels != IGNORED).sum()
+        return (batch.documents >= 0).sum()
 
     def statistic(self, done: Pass) -> Tensor:
         """The choices of all layers, one after the other."""
@@ -108,7 +108,7 @@ class Balance(Loss):
 
     def _routed(self, done: Pass) -> tuple[Sequence[Tensor], Tensor]:
         """Router logits by layer, and which of the tokens count."""
-        return done.output.router_logits, done.batch.labels != IGNORED
+        return done.output.router_logits, done.batch.documents >= 0
 
 
 class TransformersBalance(Balance):

@@ -20,6 +20,8 @@ class Plan:
     sharded: processes share weights, gradients and moments (FSDP2) instead of each holding all of them (DDP).
     compiled: torch.compile of the decoder layers. recomputed: activations of a layer are recomputed in the backward
     pass instead of kept (gradient checkpointing).
+    document_mask: a token sees its own document only (models/attention/document_mask.py), and the first token of a
+    document is no target.
     precision: of matrix products (models/training/precision.py); auto is bfloat16 on CUDA, float32 on a CPU.
     """
 
@@ -44,6 +46,7 @@ class Plan:
     compiled: bool = False
     recomputed: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    document_mask: bool = False
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, cosine to floor * peak, times the second warm-up."""

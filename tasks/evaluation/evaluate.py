@@ -51,7 +51,13 @@ from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer, toke
 from eclectus.tasks.settings import SEED, RuntimeSetting, Settings
 from eclectus.tasks.step import step
 from eclectus.tasks.training.check_base import open_checked
-from eclectus.tasks.training.run_training import WORKERS, WorkerSettings, resume_directory, run_training
+from eclectus.tasks.training.run_training import (
+    WORKERS,
+    DocumentMaskSettings,
+    WorkerSettings,
+    resume_directory,
+    run_training,
+)
 
 if TYPE_CHECKING:
     from eclectus.models.training.loop import Report
@@ -71,7 +77,7 @@ class VocabularySettings(Settings):
     )
 
 
-class EvaluateSettings(WorkerSettings, BeginSettings, VocabularySettings):
+class EvaluateSettings(DocumentMaskSettings, WorkerSettings, BeginSettings, VocabularySettings):
     """How held-out text is scored; the same settings make models comparable."""
 
     evaluation_tokens: int = Field(
@@ -207,7 +213,8 @@ def evaluate_here(
         mapped(work / f"{each}.npy") for each in ("tokens", "owners", "table", "ratio", "lengths")
     )
     first = original_rows(model.config) if chosen.original_vocabulary_only else None
-    windows = Windows(tokens, owners, table, chosen.context, length, ratio, tuple(begin))
+    apart = mapped(work / "numbers.npy") if chosen.pack_document_mask else None
+    windows = Windows(tokens, owners, table, chosen.context, length, ratio, tuple(begin), apart)
 
     def report_progress(done: int, total: int) -> None:
         report("progress", done=done, total=total)
@@ -215,7 +222,9 @@ def evaluate_here(
     given = (model, windows, len(lengths), process, chosen.evaluation_batch, report_progress, Path(kept))
     try:
         sums = score(*given, closed_from=first)
-        by_prompt = score(*given, by_prompt=True).bits if routes_by_prompt(model) else None
+        # The context of a window, which is the prompt, is of other documents.
+        prompted = routes_by_prompt(model) and apart is None
+        by_prompt = score(*given, by_prompt=True).bits if prompted else None
     except NotFinite as error:
         raise EclectusError(
             f"{name} gives logits that are not finite on document {documents[error.document]}; it cannot be evaluated: "
@@ -306,20 +315,22 @@ def _write_streams(held: HeldOut, begin: list[int], end: int, length: int, conte
     from eclectus.models.evaluation.scoring import NO_DOCUMENT, plan_windows
 
     total = sum(held.lengths)
-    tokens, owners = np.empty(total, np.uint32), np.empty(total, np.int32)
+    tokens, owners, numbers = np.empty(total, np.uint32), np.empty(total, np.int32), np.empty(total, np.int32)
     at, before = 0, len(begin)
     owners[:] = NO_DOCUMENT
     leads = iter(held.leads)
     for number, ids in enumerate(held.tokens):
         if number == 0 or held.stream_of(number) != held.stream_of(number - 1):
             lead = next(leads)
-            tokens[at : at + len(lead)] = lead
+            tokens[at : at + len(lead)], numbers[at : at + len(lead)] = lead, NO_DOCUMENT
             at += len(lead)
         tokens[at : at + before + len(ids) + 1] = [*begin, *ids, end]
         owners[at + before : at + before + len(ids)] = number
+        numbers[at : at + before + len(ids) + 1] = number
         at += before + len(ids) + 1
     np.save(scratch / "tokens.npy", tokens)
     np.save(scratch / "owners.npy", owners)
+    np.save(scratch / "numbers.npy", numbers)
     np.save(scratch / "table.npy", plan_windows(held.lengths, length, context, [bool(lead) for lead in held.leads]))
     np.save(scratch / "ratio.npy", np.array(held.bytes) / np.array([len(ids) for ids in held.tokens]))
     np.save(scratch / "lengths.npy", np.array(held.lengths))

@@ -144,7 +144,7 @@ def train_stage(
     elif stage == "document_pools":
         model.config.selection = "causal"
     elif chosen.routed:
-        profiles = routing_profiles(model, data, chosen.micro_batch, process)
+        profiles = routing_profiles(model, data, chosen.micro_batch, process, plan.document_mask)
     # A checkpoint to start from has more than a tokenizer: sampling settings, chat templates.
     beside = Path(start) if start and has_tokenizer(Path(start)) else Path(tokenizer)
     try:

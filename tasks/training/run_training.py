@@ -61,7 +61,25 @@ class WorkerSettings(Settings):
     )
 
 
-class TrainingSettings(WorkerSettings):
+class DocumentMaskSettings(Settings):
+    """Whether documents of a packed instance see each other."""
+
+    pack_document_mask: bool = Field(
+        False,
+        description="Let a token of a packed instance or of held-out text attend to its own document only, in training "
+        "and evaluation; Lory's segments then begin anew with every document. No token is predicted from another "
+        "document. False: documents follow each other as one text, as in the papers.",
+    )
+
+    def key_values(self) -> dict[str, Any]:
+        """Without the mask where it is off: as before there was a choice."""
+        values = super().key_values()
+        if not self.pack_document_mask:
+            values.pop("pack_document_mask")
+        return values
+
+
+class TrainingSettings(DocumentMaskSettings, WorkerSettings):
     """Settings that every training stage of a run shares."""
 
     training_sharded: bool = Field(
@@ -140,6 +158,7 @@ class TrainingSettings(WorkerSettings):
             sharded=self.training_sharded,
             recomputed=self.training_recompute,
             precision=self.training_precision,
+            document_mask=self.pack_document_mask,
             weight_decay=self.weight_decay,
             clip=self.gradient_clip,
             floor=self.learning_rate_floor,

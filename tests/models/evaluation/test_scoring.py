@@ -1,5 +1,7 @@
 """Scoring: every token once, no look-ahead in scores, the same sums in one process and in two."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -164,3 +166,44 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_document():
     with pytest.raises(NotFinite) as error:
         add_up(model, make_windows())
     assert error.value.document == 0
+
+
+def apart(documents, tokens, context=CONTEXT):
+    """Windows over one stream of documents of these lengths that stand apart; each ends with a token of its own."""
+    numbers = np.repeat(np.arange(len(documents)), documents)
+    owners = np.where(np.append(np.diff(numbers), 1) > 0, NO_DOCUMENT, numbers)
+    table = plan_windows([len(tokens)], LENGTH, context)
+    return Windows(tokens, owners, table, context, LENGTH, np.ones(len(documents)), (), numbers)
+
+
+@pytest.mark.parametrize("kind", ["dense", "lory", "moe"])
+def test_a_document_that_stands_apart_has_the_score_that_it_has_behind_any_other(kind):
+    model, lengths = make_model(kind), [11, 13, 30, 3, 12]
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, sum(lengths)).astype(np.uint32)
+    changed = np.where(np.arange(len(tokens)) < 11, (tokens + 5) % VOCABULARY, tokens)
+    one, other = (add_up(model, apart(lengths, each), batch=2) for each in (tokens, changed))
+    np.testing.assert_allclose(other.bits[1:], one.bits[1:], rtol=1e-5)
+    assert one.tokens.tolist() == [2, 11, 28, 1, 10]
+    assert one.routed.sum() > 0 or kind == "dense"
+    together = dataclasses.replace(apart(lengths, tokens), numbers=None)
+    assert add_up(model, together).tokens.tolist() == [2, 12, 29, 2, 11]
+
+
+def test_no_document_that_stands_apart_looks_ahead_in_its_first_segment():
+    model, tokens = make_model("lory"), np.arange(24) % VOCABULARY
+    windows = apart([9, 15], tokens, context=1)
+    # Within the first segment, 9 to 16, of the second document.
+    changed = dataclasses.replace(windows, tokens=np.where(np.arange(24) == 15, 60, tokens))
+    hidden = [np.where(np.arange(24) < 15, each.documents, NO_DOCUMENT) for each in (windows, changed)]
+    bits = [
+        add_up(model, dataclasses.replace(each, documents=owners)).bits
+        for each, owners in zip((windows, changed), hidden, strict=True)
+    ]
+    np.testing.assert_allclose(bits[1], bits[0], rtol=1e-6)
+
+
+def test_segments_of_documents_that_stand_apart_are_counted_once_in_their_own_window():
+    model, lengths = make_model("lory"), [10, 6, 17]
+    windows = apart(lengths, np.arange(33) % VOCABULARY)
+    # A window of 32 tokens: segments of 8, 2; 6; 8, 8. The next has 8 tokens of context and one more.
+    assert add_up(model, windows).routed.tolist() == [5 + 1, 0, 0]

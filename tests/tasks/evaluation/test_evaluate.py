@@ -363,3 +363,35 @@ def test_bits_are_finite_and_near_uniform_for_untrained_models(evaluations):
         bits = np.array([row["bits"] / row["tokens"] for row in rows(each)])
         assert np.isfinite(bits).all()
         assert bits.min() > 5
+
+
+@pytest.fixture(scope="module")
+def short(world):
+    """Documents that are shorter than a window."""
+    return write_documents(world.store, [row | {"text": row["text"][:90]} for row in texts()])
+
+
+@pytest.mark.parametrize("name", ["dense", "lory", "stage 2"])
+def test_with_the_document_mask_a_document_is_scored_as_if_it_stood_alone(world, short, name):
+    assert "pack_document_mask" not in EvaluateSettings().key_values()
+    assert EvaluateSettings(pack_document_mask=True).key_values()["pack_document_mask"] is True
+    settings = {"documents": short, "evaluation_context": 16 if name == "lory" else 1}
+    apart, together = (
+        {row["document"]: row for row in rows(run(world, world.models[name], pack_document_mask=mask, **settings))}
+        for mask in (True, False)
+    )
+    model = AutoModelForCausalLM.from_pretrained(world.models[name].path).eval()
+    words = load_tokenizer(world.tokenizer.path)
+    given = {"first_segment": "uniform"} if name == "lory" else {}
+    found = {"alone": 0, "together": 0}
+    for row in read_table(short, ["document", "text"], [("split", "==", "heldout")]).to_pylist():
+        ids = words(row["text"], add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            alone = model(torch.tensor([ids]), **given).logits[0, :-1].log_softmax(-1)
+        bits = -alone.gather(1, torch.tensor(ids[1:])[:, None]).sum().item() / math.log(2)
+        for kind, scored in (("alone", apart), ("together", together)):
+            mine = scored.get(row["document"], {"bits": 0})
+            found[kind] += mine["bits"] == pytest.approx(bits, rel=1e-4) and mine["tokens"] == len(ids) - 1
+    # A document that goes on in the next window is not whole in either.
+    assert found["alone"] >= 6 and found["together"] == 0, found
+    assert all(row["bits_by_prompt"] is None for row in apart.values())

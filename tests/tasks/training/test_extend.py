@@ -99,6 +99,23 @@ def test_every_method_trains_and_gives_a_stock_checkpoint(world, instances, upcy
         )
 
 
+@pytest.mark.parametrize("method", ["moe_lpr", "full", "lora", "llama_pro", "one_stage"])
+def test_methods_extend_within_documents_when_asked_and_their_keys_say_so(world, instances, upcycled, method):
+    off, on = (
+        ExtendStageSettings(extend_stage="review", **STAGE, pack_document_mask=on).key_values() for on in (False, True)
+    )
+    assert on == off | {"pack_document_mask": True} and "pack_document_mask" not in off
+    start = upcycled if RECIPES[method].start == "upcycled" else world.models["dense"]
+    mixed = {"review": instances["original"]} if RECIPES[method].mixed else {}
+    for name in ("post_pretrain", "review") if RECIPES[method].reviewed else ("post_pretrain",):
+        first, second = (
+            stage(world, start, instances["all"], name, extension_method=method, pack_document_mask=mask, **mixed)
+            for mask in (False, True)
+        )
+        assert first.digest != second.digest
+        start = second
+
+
 def test_the_method_without_stages_asks_for_the_reviews_data(world, instances, upcycled):
     with pytest.raises(EclectusError, match="one_stage needs the review's instances"):
         stage(world, upcycled, instances["expanded"], extension_method="one_stage")
@@ -144,7 +161,8 @@ def test_an_extended_model_is_extended_again_with_all_earlier_experts_frozen(wor
     assert [each["stage"] for each in stages] == ["post_pretrain", "review"]
 
 
-def test_a_lory_model_goes_through_both_stages_and_its_old_weights_stay(world, instances):
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_lory_model_goes_through_both_stages_and_its_old_weights_stay(world, instances, mask):
     lory = world.models["lory"]
     wider = made(
         world,
@@ -155,8 +173,8 @@ def test_a_lory_model_goes_through_both_stages_and_its_old_weights_stay(world, i
         settings=AddExpertsSettings(),
     )
     assert wider.statistics["max_abs_delta"] < 1e-5 and kind_of(wider) == "lory upcycled"
-    learned = stage(world, wider, instances["expanded"])
-    reviewed = stage(world, learned, instances["all"], "review", review_learning_rate=0.05)
+    learned = stage(world, wider, instances["expanded"], pack_document_mask=mask)
+    reviewed = stage(world, learned, instances["all"], "review", review_learning_rate=0.05, pack_document_mask=mask)
     assert kind_of(reviewed) == "lory"
     start, one, two = weights(lory), weights(learned), weights(reviewed)
     for name, tensor in start.items():

@@ -113,6 +113,18 @@ def test_a_setting_of_lory_does_not_touch_the_dense_stages_key():
     assert key("dense", checkpoint_every=5) == key("dense")
 
 
+@pytest.mark.parametrize("name", ["dense", "lory", "expert_choice", "top_k", "document_pools"])
+def test_every_stage_trains_within_documents_when_asked_and_its_key_says_so(world, instances, pretrained, name):
+    def settings(**changes):
+        return PretrainStageSettings(pretrain_stage=name, **{**SMALL, **changes})
+
+    assert settings(pack_document_mask=False).key_values() == settings().key_values()
+    assert settings(pack_document_mask=True).key_values() == settings().key_values() | {"pack_document_mask": True}
+    apart = stage(world, instances, name, pretrained["warmup"], pack_document_mask=True)
+    assert apart.digest != stage(world, instances, name, pretrained["warmup"]).digest
+    assert AutoModelForCausalLM.from_pretrained(apart.path)(torch.ones(1, 8, dtype=torch.int64)).logits.isfinite().all()
+
+
 def test_which_baselines_there_are_touches_no_stages_key():
     def key(name, **changes):
         return PretrainStageSettings(pretrain_stage=name, **{**SMALL, **changes}).key_values()

@@ -1,0 +1,1 @@
+"""How a model attends: masks, and which implementation computes it."""
