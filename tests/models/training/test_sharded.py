@@ -96,6 +96,8 @@ def in_both_processes(folder):
 
     finish("sharded", "a", sharded=True)
     finish("copied", "b", sharded=False)
+    finish("sharded within documents", "e", sharded=True, document_mask=True)
+    finish("copied within documents", "f", sharded=False, document_mask=True)
     for work in ("c", "d"):
         # The report goes to every process here, so all of them stop.
         with contextlib.suppress(Killed):
@@ -140,6 +142,16 @@ def weights(folder, stem="model"):
 
 def ended(folder, name):
     return {**weights(folder / name), **weights(folder / name, "moments")}
+
+
+@pytest.mark.parametrize("name", ["sharded", "copied"])
+def test_two_processes_end_as_one_does_within_documents(folder, alone, name):
+    model, _ = run(folder, Process(), "alone within documents", document_mask=True)
+    both, changed = weights(folder / f"{name} within documents"), 0.0
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(both[key], value, rtol=1e-3, atol=1e-5, msg=key)
+        changed = max(changed, (value - alone[key]).abs().max().item())
+    assert changed > 1e-3, "the mask matters"
 
 
 @pytest.mark.parametrize("name", ["sharded", "copied", "sharded again", "from one process"])
