@@ -15,6 +15,7 @@ Shapes: B rows, L tokens, P segments of at most T tokens, D width, E experts.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def count_segments(documents: Tensor, segment_length: int) -> int:
     return int(numbers[-1, -1]) + 1
 
 
-def document_mask(config: LoryConfig, hidden: Tensor, documents: Tensor) -> Tensor | None:
+def document_mask(config: LoryConfig, hidden: Tensor, documents: Tensor) -> Any:
     """The mask by which a token attends to its document alone, in the form that config's attention takes."""
     apart = packed_sequence_mask_function(document_begins(documents).cumsum(1))
     return create_causal_mask(config, hidden, None, None, and_mask_function=apart)

@@ -61,10 +61,10 @@ def routing_profiles(
             )
         weights = torch.stack(output.router_weights).double().cpu()
         unit, segments = min(model.config.segment_length, instances.length), weights.shape[2]
-        for kind, each in _classes(batch, kept).items():
-            each = each * counted[first : first + micro_batch].view(-1, 1, 1)
-            numbers = None if output.segments is None else output.segments.cpu()
-            counts = sums_by_segment(each, unit, numbers, segments)
+        numbers = None if output.segments is None else output.segments.cpu()
+        for kind, classes in _classes(batch, kept).items():
+            classes = classes * counted[first : first + micro_batch].view(-1, 1, 1)
+            counts = sums_by_segment(classes, unit, numbers, segments)
             sums[kind] += torch.einsum("lbne,bnc->lce", weights, counts)
             tokens[kind] += counts.sum((0, 1))
     profiles: Profiles = {}
