@@ -172,7 +172,7 @@ def test_padding_does_not_count_in_the_balance(bases):
     ids = tokens(16, 2)
     labels = ids.clone()
     labels[1, 4:] = -100
-    padded = Batch(ids, labels, *(torch.zeros_like(ids) for _ in range(3)))
+    padded = Batch(ids, labels, *(torch.zeros_like(ids).masked_fill(labels == -100, -1) for _ in range(3)))
     _, logged = post_pretrain(0.5, 2, "paper")(model, padded)
     output = model(input_ids=ids, output_router_logits=True)
     real = [logits[(labels != -100).flatten()] for logits in output.router_logits]
