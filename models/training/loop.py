@@ -23,12 +23,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from eclectus.models.attention.choice import choose_attention
 from eclectus.models.sharding.slices import Slices
 from eclectus.models.training.instances import Batch, Instances
 from eclectus.models.training.losses import Objective, Step
 from eclectus.models.training.metrics import Window
 from eclectus.models.training.optimizer import load_moments, make_optimizer, read_moments, set_rate
 from eclectus.models.training.parallel import (
+    arrange_gathering,
     compile_blocks,
     copy_shared_experts,
     recompute_blocks,
@@ -76,13 +78,15 @@ def train(
     make_repeatable(model, process, report)
     model.train()
     window = Window(model, objective.weights(model), plan.batch * instances.length, instances.length, process)
+    choose_attention(model, plan.attention, process.device)
     if plan.recomputed:
-        recompute_blocks(model)
+        recompute_blocks(model, plan.recomputed)
     if plan.compiled:
         compile_blocks(model)
     if plan.sharded:
         # Moves and shards layer by layer: no device ever holds the whole model.
         shard(model, process)
+        arrange_gathering(model, plan.kept, plan.ahead)
     model.to(process.device)
     copy_shared_experts(model)
     keep_routers_fp32(model)
@@ -99,7 +103,8 @@ def train(
         with autocast(process.device, plan.precision):
             parts.survey(wrapped)
         for number in range(len(batches)):
-            with synced(wrapped, number + 1 == len(batches)), autocast(process.device, plan.precision):
+            last = number + 1 == len(batches)
+            with synced(wrapped, last, plan.reduced_once), autocast(process.device, plan.precision):
                 loss, terms = parts.measure(wrapped, number)
             loss.backward()
             window.add(terms)

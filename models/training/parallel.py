@@ -53,6 +53,21 @@ def shard(model: nn.Module, process: Process) -> None:
     fully_shard(model, mesh=mesh, shard_placement_fn=placement)
 
 
+def arrange_gathering(model: nn.Module, kept: bool, ahead: int) -> None:
+    """How the layers of a sharded model are gathered, in place; a model that is not sharded stays as it is.
+
+    kept: a layer's weights stay whole from its forward pass to its backward pass, instead of being gathered again: one
+    gather less, and memory for the whole model. ahead: layers that are gathered before they compute, in both passes, of
+    which each takes its memory; 0: what FSDP2 does itself, on a CPU nothing (`shard`).
+    """
+    layers = [cast(FSDPModule, layer) for layer in blocks(model) if isinstance(layer, FSDPModule)]
+    for number, layer in enumerate(layers):
+        layer.set_reshard_after_forward(not kept, recurse=False)
+        if ahead:
+            layer.set_modules_to_forward_prefetch(layers[number + 1 : number + 1 + ahead])
+            layer.set_modules_to_backward_prefetch(layers[max(0, number - ahead) : number][::-1])
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether the processes share the model, so that all of them must call it."""
     return isinstance(model, FSDPModule)
@@ -72,12 +87,15 @@ def compile_blocks(model: nn.Module) -> None:
         layer.compile()
 
 
-def recompute_blocks(model: nn.Module) -> None:
-    """Gradient checkpointing of every decoder layer. Raises ValueError for a model that has none."""
+def recompute_blocks(model: nn.Module, every: int = 1) -> None:
+    """Gradient checkpointing of every n-th decoder layer, the first included. Raises ValueError for a model that has
+    none."""
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(f"{type(model).__name__} has no gradient checkpointing; train it without recomputation")
     # Reentrant checkpointing needs an input with gradients, which a model with frozen embeddings does not have.
     cast(PreTrainedModel, model).activation_checkpointing_enable({"use_reentrant": False})
+    for number, layer in enumerate(blocks(model)):
+        cast(Any, layer).gradient_checkpointing = number % every == 0
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -86,10 +104,14 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if type(module).__name__ in names)
 
 
-def synced(model: nn.Module, last: bool) -> AbstractContextManager:
-    """Exchanges gradients between processes only with the last micro-batch of a step."""
+def synced(model: nn.Module, last: bool, once: bool) -> AbstractContextManager:
+    """Exchanges gradients between processes only with the last micro-batch of a step.
+
+    A sharded model reduces those of every micro-batch, so that no process holds more than its share; with `once` at the
+    last, too, for which each holds the whole gradient.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or not once)
     elif isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return torch.enable_grad()

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from eclectus.models.attention.choice import Attention
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -18,8 +20,11 @@ class Plan:
     router_rate, expert_rate: factors on the learning rate of routers and of experts.
     checkpoint_every, log_every: steps between checkpoints, and between rows of metrics.
     sharded: processes share weights, gradients and moments (FSDP2) instead of each holding all of them (DDP).
-    compiled: torch.compile of the decoder layers. recomputed: activations of a layer are recomputed in the backward
-    pass instead of kept (gradient checkpointing).
+    Then, kept: gathered weights stay from the forward pass to the backward pass. ahead: layers whose weights are
+    gathered before they compute; 0 leaves that to FSDP2. reduced_once: whole gradients are added up over the
+    micro-batches of a step and reduced at its end.
+    compiled: torch.compile of the decoder layers. recomputed: activations of every n-th layer are recomputed in the
+    backward pass instead of kept (gradient checkpointing); 0: of none. attention: models/attention/choice.py.
     document_mask: a token sees its own document only (models/attention/document_mask.py), and the first token of a
     document is no target.
     precision: of matrix products (models/training/precision.py); auto is bfloat16 on CUDA, float32 on a CPU.
@@ -43,8 +48,12 @@ class Plan:
     checkpoint_every: int = 200
     log_every: int = 10
     sharded: bool = False
+    kept: bool = False
+    ahead: int = 0
+    reduced_once: bool = False
     compiled: bool = False
-    recomputed: bool = False
+    recomputed: int = 0
+    attention: Attention = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     document_mask: bool = False
 

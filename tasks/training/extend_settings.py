@@ -134,7 +134,7 @@ class ExtendStageSettings(MethodSettings, PostPretrainSettings, ReviewSettings, 
         )
         if self.extension_method == "one_stage":
             unused = {"review_learning_rate", "review_warmup_steps"}
-        unused |= {name for name in ("reordered", "new_words") if not getattr(self, name)}
+        unused |= {name for name in ("reordered", "new_words", "training_compiled") if not getattr(self, name)}
         unused |= {"lora_rank"} if self.extension_method != "lora" else set()
         unused |= {"llama_pro_blocks"} if self.extension_method != "llama_pro" else set()
         return {name: value for name, value in super().key_values().items() if name not in unused}

@@ -120,7 +120,6 @@ def train_stage(
         learning_rate=chosen.pretrain_learning_rate,
         warmup=chosen.pretrain_warmup_steps,
         rewarm=(switch, chosen.lory_rewarm_steps) if rewarmed else None,
-        compiled=chosen.training_compiled,
     )
     with ExitStack() as files:
         dense = files.enter_context(_dense(start, chosen, data, tokens))

@@ -101,11 +101,6 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
         description="Experts in a document's pool in the baseline document_pools, a multiple of baseline_top_k; 0 "
         "draws a number for each document and scores with all experts, as the paper does.",
     )
-    training_compiled: bool = Field(
-        False,
-        description="Compile the layers with torch.compile: takes minutes at the start, same results; for long "
-        "trainings on GPUs.",
-    )
     pretrain_steps: int = Field(
         700,
         ge=2,

@@ -87,10 +87,40 @@ class TrainingSettings(DocumentMaskSettings, WorkerSettings):
         description="Shard weights and optimizer state over the training workers (FSDP2) instead of copying them to "
         "each (DDP).",
     )
+    training_shard_keep: bool = RuntimeSetting(
+        False,
+        description="Sharded: keep the gathered weights of a layer from the forward to the backward pass: one gather "
+        "less, memory for the whole model (FSDP2's reshard_after_forward).",
+    )
+    training_shard_ahead: int = RuntimeSetting(
+        0,
+        ge=0,
+        description="Sharded: gather the weights of so many layers before they compute, each of which takes memory; 0 "
+        "leaves it to FSDP2, which on GPUs gathers the next layer.",
+    )
+    training_shard_reduce: Literal["micro_batch", "step"] = RuntimeSetting(
+        "micro_batch",
+        description="Sharded: share out gradients after every micro-batch, so that no worker holds more than its part, "
+        "or once a step, for which every worker holds the whole gradient.",
+    )
     training_recompute: bool = RuntimeSetting(
         False,
         description="Recompute activations in the backward pass instead of keeping them (gradient checkpointing): less "
         "memory, about a third more time, same results.",
+    )
+    training_recompute_every: int = RuntimeSetting(
+        1, ge=1, description="With training_recompute: of every n-th layer alone; more keep more and repeat less."
+    )
+    training_compiled: bool = Field(
+        False,
+        description="Compile the layers with torch.compile: takes minutes at the start, same results; for long "
+        "trainings on GPUs.",
+    )
+    training_attention: Literal["auto", "sdpa", "eager", "flex", "flash"] = RuntimeSetting(
+        "auto",
+        description="Implementation of attention: auto and sdpa (torch's own), eager (as the formula), flex (GPUs; "
+        "masks in blocks) or flash (GPUs; FlashAttention 2 if it is installed, without pack_document_mask). Same "
+        "results but for rounding.",
     )
     training_precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -118,6 +148,17 @@ class TrainingSettings(DocumentMaskSettings, WorkerSettings):
         if values.get("training_precision") == "auto":
             values.pop("training_precision")
         return values
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.training_attention == "flash" and self.pack_document_mask:
+            raise EclectusError(
+                "training_attention flash takes no mask, which pack_document_mask needs; choose flex or sdpa"
+            )
+        if self.training_attention in ("flex", "flash") and self.training_workers and not self.training_gpus:
+            raise EclectusError(
+                f"training_attention {self.training_attention} computes on GPUs only; set training_gpus, or choose sdpa"
+            )
 
     def decided(self, inputs: Mapping[str, Any]) -> Self:
         """With the precision that suits the model and, for a large one on CPUs, this machine."""
@@ -156,7 +197,12 @@ class TrainingSettings(DocumentMaskSettings, WorkerSettings):
         return Plan(
             micro_batch=self.micro_batch,
             sharded=self.training_sharded,
-            recomputed=self.training_recompute,
+            kept=self.training_shard_keep,
+            ahead=self.training_shard_ahead,
+            reduced_once=self.training_shard_reduce == "step",
+            recomputed=self.training_recompute_every if self.training_recompute else 0,
+            compiled=self.training_compiled,
+            attention=self.training_attention,
             precision=self.training_precision,
             document_mask=self.pack_document_mask,
             weight_decay=self.weight_decay,

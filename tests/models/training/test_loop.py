@@ -19,6 +19,7 @@ from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import TrainingFailed, train
 from eclectus.models.training.losses import Objective, Step
 from eclectus.models.training.objectives import NextToken, lory, next_token
+from eclectus.models.training.parallel import recompute_blocks
 from eclectus.models.training.process import Process
 from tests.support.processes import run_group, run_process
 from tests.support.tiny_training import LENGTH, plan, tiny_dense, write_instances
@@ -311,8 +312,15 @@ def test_recomputed_activations_give_the_same_weights_to_the_bit(data, tmp_path,
         return LoryForCausalLM.from_dense(dense, 3, segment_length=8) if kind == "lory" else dense
 
     kept, _ = trained(data, tmp_path / "kept", plan(stop=3), made())
-    again, _ = trained(data, tmp_path / "again", plan(stop=3, recomputed=True), made())
-    assert same(kept, again)
+    for every in (1, 2):
+        again, _ = trained(data, tmp_path / f"again {every}", plan(stop=3, recomputed=every), made())
+        assert same(kept, again)
+
+
+def test_every_second_layer_is_recomputed_when_asked():
+    model = tiny_dense()
+    recompute_blocks(model, 2)
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False]
 
 
 def fill_the_disk(folder):

@@ -95,6 +95,9 @@ def in_both_processes(folder):
         save_trained(model, folder, folder / name, after, process)
 
     finish("sharded", "a", sharded=True)
+    finish("kept", "g", sharded=True, kept=True)
+    finish("ahead", "h", sharded=True, ahead=2)
+    finish("reduced once", "i", sharded=True, reduced_once=True, recomputed=2)
     finish("copied", "b", sharded=False)
     finish("sharded within documents", "e", sharded=True, document_mask=True)
     finish("copied within documents", "f", sharded=False, document_mask=True)
@@ -154,12 +157,18 @@ def test_two_processes_end_as_one_does_within_documents(folder, alone, name):
     assert changed > 1e-3, "the mask matters"
 
 
-@pytest.mark.parametrize("name", ["sharded", "copied", "sharded again", "from one process"])
+@pytest.mark.parametrize("name", ["sharded", "copied", "sharded again", "from one process", "reduced once"])
 def test_two_processes_end_as_one_does(folder, alone, name):
     both = ended(folder, name)
     assert both.keys() == alone.keys()
     for key, value in both.items():
         torch.testing.assert_close(value, alone[key], rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", ["kept", "ahead"])
+def test_when_weights_are_gathered_does_not_change_a_bit(folder, name):
+    expected, found = ended(folder, "sharded"), ended(folder, name)
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())
 
 
 def test_a_sharded_training_that_was_killed_ends_bit_identically(folder):

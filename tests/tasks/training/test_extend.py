@@ -116,6 +116,38 @@ def test_methods_extend_within_documents_when_asked_and_their_keys_say_so(world,
         start = second
 
 
+def test_a_stage_is_compiled_when_asked_and_its_key_says_so(world, instances, upcycled, monkeypatch):
+    off, on = (
+        ExtendStageSettings(extend_stage="review", **STAGE, training_compiled=on).key_values() for on in (False, True)
+    )
+    assert on == off | {"training_compiled": True}
+    compiled = []
+
+    def compile_eagerly(layer):
+        compiled.append(layer)
+        layer._compiled_call_impl = torch.compile(layer._call_impl, backend="eager")
+
+    plain = stage(world, upcycled, instances["expanded"])
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    made = stage(world, upcycled, instances["expanded"], training_compiled=True)
+    assert len(compiled) == 2
+    before, after = weights(plain), weights(made)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training_attention": "flash", "pack_document_mask": True}, "flash takes no mask, which pack_document_mask"),
+        ({"training_attention": "flex", "training_workers": 2}, "flex computes on GPUs only; set training_gpus"),
+    ],
+)
+def test_attention_that_cannot_be_had_is_refused_before_anything_runs(changes, message):
+    with pytest.raises(EclectusError, match=message):
+        ExtendStageSettings(extend_stage="review", **{**STAGE, **changes}).check_together()
+
+
 def test_the_method_without_stages_asks_for_the_reviews_data(world, instances, upcycled):
     with pytest.raises(EclectusError, match="one_stage needs the review's instances"):
         stage(world, upcycled, instances["expanded"], extension_method="one_stage")
