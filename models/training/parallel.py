@@ -101,7 +101,7 @@ def recompute_blocks(model: nn.Module, every: int = 1) -> None:
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The model's decoder layers, by its own `_no_split_modules`."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    return (module for module in model.modules() if type(module).__name__ in names)
+    return (module for module in model.modules() if plain_class(module).__name__ in names)
 
 
 def synced(model: nn.Module, last: bool, once: bool) -> AbstractContextManager:
