@@ -53,12 +53,17 @@ class Blueprint:
         return cls(copy.deepcopy(model, memo), values, ExitStack())
 
     def make(
-        self, process: Process | None = None, sharded: bool = False, prepare: Callable[[nn.Module], None] | None = None
+        self,
+        process: Process | None = None,
+        sharded: bool = False,
+        prepare: Callable[[nn.Module], None] | None = None,
+        half: bool = False,
     ) -> Any:
         """The model with its weights, on the CPU or, sharded, on the process's device. All processes must call it.
 
-        prepare: called with the model while it is on the meta device; it may change dtypes of parameters. Raises
-        CheckpointError, on every process, if one of them cannot read its part.
+        prepare: called with the model while it is on the meta device; it may change dtypes of parameters. half: of a
+        sharded model, as in `shard`; it then computes under autocast to bfloat16 only. Raises CheckpointError, on every
+        process, if one of them cannot read its part.
         """
         process = process or Process()
         model = copy.deepcopy(self.model)
@@ -66,7 +71,7 @@ class Blueprint:
             prepare(model)
         if sharded:
             give_freed_memory_back()
-            shard(model, process)
+            shard(model, process, half)
         device = process.device if sharded and process.world > 1 else torch.device("cpu")
         _fill(model, self.values, device, process)
         return model

@@ -1,9 +1,12 @@
-"""One model over several processes: copied to each (DDP) or sharded over them (FSDP2).
+"""One model over several processes: copied to each (DDP) or sharded over them (FSDP2), or over groups of them (HSDP).
 
 DDP keeps weights, gradients and AdamW's moments in every process: 16 bytes per trained parameter in fp32. FSDP2 keeps
 1/world of that and gathers one layer's weights when needed: twice per step, 4 bytes per parameter each time. A sharded
 parameter is a DTensor, sharded along its first dimension, or along the rows of its matrices where it stacks more or
 fewer of them than the processes can share evenly; the functions below take whole and sharded tensors alike.
+
+With replicas (`Process.replicas`) each group of processes holds the model: weights are gathered within a group, as are
+sums of gradients, which are then added up over the groups, once a step.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -24,33 +27,64 @@ from transformers import PreTrainedModel
 from eclectus.models.training.process import Process
 
 
-def shard(model: nn.Module, process: Process) -> None:
+def shard(model: nn.Module, process: Process, half: bool = False) -> None:
     """Shards `model` in place over all processes, layer by layer; in one process it stays whole.
 
     Every process must hold the same weights, or none (a model on the meta device, which models/sharding/blueprint.py
     fills afterwards). A model that is sharded stays as it is. Experts that are still views of one FFN get memory of
-    their own one layer at a time, so that no process holds E copies of more than one FFN. Raises ValueError for a model
-    without `_no_split_modules`.
+    their own one layer at a time, so that no process holds E copies of more than one FFN. half: for training in
+    bfloat16; the matrices of layers are gathered in it, half the bytes, and autocast need not cast them; gradients are
+    summed in float32. Norms, routers and what is outside of layers stay float32. Raises ValueError for a model without
+    `_no_split_modules`.
     """
     if process.world == 1 or is_sharded(model):
         return
     layers = list(blocks(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no _no_split_modules, so it cannot be sharded; train it with DDP")
-    mesh = init_device_mesh(process.device.type, (process.world,))
+    shares = process.world // process.replicas
+    sizes = (shares,) if process.replicas == 1 else (process.replicas, shares)
+    mesh = init_device_mesh(process.device.type, sizes, mesh_dim_names=("replicate", "shard")[-len(sizes) :])
 
     def placement(parameter: nn.Parameter) -> Shard | None:
         """Experts [E, rows, columns] by rows where E processes would not have one each, or some have one more."""
-        uneven = parameter.ndim == 3 and parameter.shape[0] % process.world
-        return Shard(1) if uneven and parameter.shape[1] % process.world == 0 else None
+        uneven = parameter.ndim == 3 and parameter.shape[0] % shares
+        return Shard(1) if uneven and parameter.shape[1] % shares == 0 else None
 
+    # Inputs are not cast: autocast decides for each operator, and the residual stream stays float32.
+    halved = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for layer in layers:
         copy_shared_experts(layer)
-        fully_shard(layer, mesh=mesh, shard_placement_fn=placement)
+        if half and (others := without_matrices(layer)):
+            # They are small: gathered once for both passes.
+            fully_shard(others, mesh=mesh, shard_placement_fn=placement, reshard_after_forward=False)
+        policy = halved if half else MixedPrecisionPolicy()
+        fully_shard(layer, mesh=mesh, shard_placement_fn=placement, mp_policy=policy)
         if process.device.type == "cpu":
             # Gathering the next layer ahead overlaps with nothing there, and takes memory for a second layer.
             cast(FSDPModule, layer).set_modules_to_backward_prefetch([cast(FSDPModule, layer)])
     fully_shard(model, mesh=mesh, shard_placement_fn=placement)
+
+
+def is_router(name: str) -> bool:
+    """Whether a parameter of this name is a router's, which computes in float32."""
+    return ".router." in name or name.endswith(".gate.weight")
+
+
+def without_matrices(layer: nn.Module) -> list[nn.Module]:
+    """The largest modules within a layer whose parameters are vectors or routers: its norms and its router."""
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        named = list(module.named_parameters(prefix))
+        if named and all(parameter.ndim < 2 or is_router(name) for name, parameter in named):
+            found.append(module)
+            return
+        for name, child in module.named_children():
+            visit(child, f"{prefix}.{name}")
+
+    visit(layer, "layer")
+    return found
 
 
 def arrange_gathering(model: nn.Module, kept: bool, ahead: int) -> None:
@@ -112,6 +146,7 @@ def synced(model: nn.Module, last: bool, once: bool) -> AbstractContextManager:
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or not once)
+        model.set_requires_all_reduce(last)
     elif isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return torch.enable_grad()
@@ -132,19 +167,25 @@ def local_bounds(tensor: torch.Tensor) -> list[tuple[int, int]]:
     bounds = [(0, size) for size in tensor.shape]
     if isinstance(tensor, DTensor):
         dim = shard_dim(tensor)
-        bounds[dim] = _bounds_of(tensor, dim, tensor.device_mesh.get_local_rank())
+        bounds[dim] = _bounds_of(tensor, dim)
     return bounds
 
 
 def shard_dim(tensor: DTensor) -> int:
     """The dimension along which a tensor is sharded."""
-    return cast(Shard, tensor.placements[0]).dim
+    return cast(Shard, tensor.placements[-1]).dim
 
 
-def _bounds_of(tensor: DTensor, dim: int, rank: int) -> tuple[int, int]:
+def _sharing(tensor: DTensor) -> tuple[int, int, dist.ProcessGroup]:
+    """(rank, size, group) of the processes that share the tensor: those of this one's replica."""
+    mesh, last = tensor.device_mesh, tensor.device_mesh.ndim - 1
+    return mesh.get_local_rank(last), mesh.size(last), mesh.get_group(last)
+
+
+def _bounds_of(tensor: DTensor, dim: int) -> tuple[int, int]:
     # As torch.chunk: parts of equal size, the last ones shorter or empty.
-    size = tensor.shape[dim]
-    each = -(-size // tensor.device_mesh.size())
+    size, (rank, shares, _) = tensor.shape[dim], _sharing(tensor)
+    each = -(-size // shares)
     return min(rank * each, size), min((rank + 1) * each, size)
 
 
@@ -153,14 +194,14 @@ def item(tensor: torch.Tensor, number: int) -> torch.Tensor:
     value = tensor.detach()
     if not isinstance(value, DTensor):
         return value[number]
-    own, dim, group = value.to_local(), shard_dim(value), value.device_mesh.get_group()
+    own, dim, (rank, shares, group) = value.to_local(), shard_dim(value), _sharing(value)
     if dim == 0:
-        each = -(-len(value) // value.device_mesh.size())
+        each = -(-len(value) // shares)
         owner, at = divmod(number, each)
-        found = own[at].contiguous() if value.device_mesh.get_local_rank() == owner else own.new_empty(value.shape[1:])
+        found = own[at].contiguous() if rank == owner else own.new_empty(value.shape[1:])
         dist.broadcast(found, group=group, group_src=owner)
         return found
-    parts = [torch.empty_like(own[number]) for _ in range(value.device_mesh.size())]
+    parts = [torch.empty_like(own[number]) for _ in range(shares)]
     dist.all_gather(parts, own[number].contiguous(), group=group)
     return torch.cat(parts, dim - 1)
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from eclectus.models.sharding.slices import Slices, whole_of
+from eclectus.models.training.parallel import is_router
 
 Precision = Literal["auto", "float32", "bfloat16"]
 PROBE_SECONDS = 1.0
@@ -111,8 +112,8 @@ class FrozenWeights:
 
 def _can_be_held(name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter is a frozen fp32 matrix and no router's."""
-    router = ".router." in name or name.endswith(".gate.weight")
-    return not parameter.requires_grad and parameter.dtype == torch.float32 and parameter.ndim >= 2 and not router
+    matrix = parameter.ndim >= 2 and not is_router(name)
+    return matrix and not parameter.requires_grad and parameter.dtype == torch.float32
 
 
 def _widened(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:

@@ -31,11 +31,15 @@ def give_freed_memory_back() -> None:
 
 @dataclass(frozen=True)
 class Process:
-    """rank: from 0 to world - 1. world: number of processes. device: the one that this process computes on."""
+    """rank: from 0 to world - 1. world: number of processes. device: the one that this process computes on.
+
+    replicas: equal groups of neighbouring ranks, each of which holds a sharded model between its processes (HSDP).
+    """
 
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    replicas: int = 1
 
     @classmethod
     def current(cls) -> Process:

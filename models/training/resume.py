@@ -59,8 +59,9 @@ def save_progress(
     sharded = any(local(parameter) is not parameter for parameter in named.values())
     digests: dict[str, str] = {}
     fault: str | None = None
-    if sharded or process.is_main:
-        part = f"{process.rank + 1:05d}-of-{process.world if sharded else 1:05d}"
+    holders = process.world // process.replicas if sharded else 1
+    if process.rank < holders:
+        part = f"{process.rank + 1:05d}-of-{holders:05d}"
         stored: dict[str, Mapping[str, torch.Tensor]] = {"trained": named, "moments": read_moments(optimizer, named)}
         try:
             for kind, tensors in stored.items():

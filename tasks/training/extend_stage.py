@@ -48,6 +48,7 @@ def train_stage(
     from eclectus.models.training.precision import compute_dtype
 
     chosen = ExtendStageSettings(**settings)
+    process = chosen.topology(process)
     data, steps = _data(chosen, instances, review)
     clock = TrainingClock(report, process, Path(work))
     plan = chosen.plan(

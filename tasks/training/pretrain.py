@@ -108,6 +108,7 @@ def train_stage(
     from eclectus.tasks.packing.tokenizer import load_tokenizer
 
     chosen = PretrainStageSettings(**settings)
+    process = chosen.topology(process)
     data, tokens = Instances(instances, chosen.reordered), load_tokenizer(tokenizer)
     stage, switch = chosen.pretrain_stage, chosen.switch_step
     clock = TrainingClock(report, process, Path(work))

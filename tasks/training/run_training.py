@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -27,6 +28,7 @@ from eclectus.tasks.training.workers import TrainWorkers
 
 if TYPE_CHECKING:
     from eclectus.models.training.loop import Plan
+    from eclectus.models.training.process import Process
 
 MOMENTS = ("moments.safetensors", "moments.safetensors.index.json")
 WORKERS = "Ray Train workers that share each batch; 0 trains in the calling process, without Ray."
@@ -103,6 +105,13 @@ class TrainingSettings(DocumentMaskSettings, WorkerSettings):
         description="Sharded: share out gradients after every micro-batch, so that no worker holds more than its part, "
         "or once a step, for which every worker holds the whole gradient.",
     )
+    training_shard_replicas: int = RuntimeSetting(
+        1,
+        ge=1,
+        description="Sharded: groups of neighbouring workers that each hold the model between them (HSDP), such as one "
+        "per node: weights are gathered within a group, gradients cross groups once a step; memory as of a group's "
+        "workers alone. 1: all workers share one model.",
+    )
     training_recompute: bool = RuntimeSetting(
         False,
         description="Recompute activations in the backward pass instead of keeping them (gradient checkpointing): less "
@@ -151,6 +160,12 @@ class TrainingSettings(DocumentMaskSettings, WorkerSettings):
 
     def check_together(self) -> None:
         super().check_together()
+        replicas, workers = self.training_shard_replicas, self.training_workers
+        if replicas > 1 and (not self.training_sharded or workers % replicas or workers <= replicas):
+            raise EclectusError(
+                f"training_shard_replicas {replicas} needs training_sharded, and training_workers that are a multiple "
+                f"of it and more, not {workers}"
+            )
         if self.training_attention == "flash" and self.pack_document_mask:
             raise EclectusError(
                 "training_attention flash takes no mask, which pack_document_mask needs; choose flex or sdpa"
@@ -189,6 +204,10 @@ class TrainingSettings(DocumentMaskSettings, WorkerSettings):
             raise EclectusError(
                 f"{name} {batch} cannot be shared by training_workers {self.training_workers}; make it a multiple"
             )
+
+    def topology(self, process: Process) -> Process:
+        """The process in its group of training_shard_replicas."""
+        return replace(process, replicas=self.training_shard_replicas)
 
     def plan(self, **stage: Any) -> Plan:
         """The plan of one stage. stage: its own fields (start, stop, total, batch, learning_rate, warmup)."""

@@ -39,7 +39,7 @@ class UnchangedWeights:
             self.model = None
             # Sharded modules are in circles of references.
             gc.collect()
-            self.model = self._blueprint.make(self._process, self._sharded, prepare=self._hold)
+            self.model = self._blueprint.make(self._process, self._sharded, self._hold, half=True)
         else:
             self._hold(self.model)
         self._in_training = untrained_digest(self.model)

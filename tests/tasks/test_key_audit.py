@@ -30,6 +30,7 @@ NOT_IN_THE_KEY = {
     "training_worker_cpus": WHERE_IT_TRAINS,
     "training_placement": WHERE_IT_TRAINS,
     "training_restarts": WHERE_IT_TRAINS,
+    "training_shard_replicas": "last bits of sums over workers",
     "training_shard_keep": "the same weights are gathered once or twice",
     "training_shard_ahead": "the same weights are gathered earlier",
     "training_shard_reduce": "last bits of sums over micro-batches",

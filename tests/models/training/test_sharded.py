@@ -1,6 +1,7 @@
 """Training over several processes: sharded (FSDP2) or copied (DDP), equal to one process, and any number resumes it."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -23,11 +24,14 @@ from eclectus.models.training.loop import train
 from eclectus.models.training.objectives import lory, next_token, post_pretrain, review
 from eclectus.models.training.process import Process
 from eclectus.tasks.training.unchanged_weights import UnchangedWeights
+from tests.support.processes import run_group
 from tests.support.tiny_training import LENGTH, plan, tiny_dense, write_instances
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.slow
 KILLED_AT = 7
+# Two micro-batches in a step of each of four processes.
+FOUR = {"sharded": True, "batch": 8, "micro_batch": 1}
 
 
 class Killed(Exception):
@@ -62,6 +66,7 @@ def extend(folder, name, process, sharded, precision="float32"):
             unchanged = UnchangedWeights(blueprint, method, process, sharded)
             if precision == "bfloat16":
                 unchanged.hold_in_bfloat16()
+                watch_gathered(unchanged.model, seen)
             data = Instances(folder / "instances")
             settings = plan(learning_rate=1e-3, sharded=sharded, precision=precision)
             train(unchanged.model, data, objective, settings, process, work, lambda kind, **values: None)
@@ -72,11 +77,26 @@ def extend(folder, name, process, sharded, precision="float32"):
                 save_method(unchanged.model, folder / f"{name} {out}", folder / start, together)
         process.barrier()
 
-    made = json.loads((folder / "moe" / "upcycle.json").read_text())
+    made, seen = json.loads((folder / "moe" / "upcycle.json").read_text()), {}
     objectives = post_pretrain(0.01, 2, "paper"), review(0.5, "paper", [0])
     stage(method_blueprint("moe_lpr", folder / "moe"), "moe_lpr", objectives[0], "stage 1", "moe")
     stage(review_blueprint(folder / f"{name} stage 1"), "moe_lpr", objectives[1], "stage 2", "moe")
     stage(method_blueprint("lora", folder / "dense", lora_rank=2), "lora", next_token(), "lora", "dense")
+    return seen
+
+
+def watch_gathered(model, seen):
+    """Notes the dtypes that a norm, a router, a projection and the residual stream have while the model computes."""
+    layer = next(module for module in model.modules() if hasattr(module, "input_layernorm"))
+    parts = {
+        "norm": layer.input_layernorm,
+        "projection": layer.self_attn.o_proj,
+        "router": getattr(layer.mlp, "gate", None),
+    }
+    for name, part in parts.items():
+        if part is not None and hasattr(part, "weight"):
+            part.register_forward_hook(lambda module, *_, name=name: seen.setdefault(name, str(module.weight.dtype)))
+    layer.register_forward_hook(lambda module, given, output: seen.setdefault("residual", str(output.dtype)))
 
 
 def in_both_processes(folder):
@@ -108,11 +128,25 @@ def in_both_processes(folder):
     finish("sharded again", "c", sharded=True)
     finish("from one process", "one", sharded=True)
     extend(folder, "both", process, sharded=True)
-    for sharded in (True, False):
-        extend(folder, f"bf16 {sharded}", process, sharded, "bfloat16")
+    seen = {str(sharded): extend(folder, f"bf16 {sharded}", process, sharded, "bfloat16") for sharded in (True, False)}
     if process.is_main:
+        (folder / "seen.json").write_text(json.dumps(seen))
         (folder / "metrics.json").write_text(json.dumps(metrics))
         (folder / "profiles.json").write_text(json.dumps(profiles))
+
+
+def in_four_processes(folder):
+    """The part of each of four processes, of which each two hold the model between them."""
+    from eclectus.models.pretraining.checkpoint import save_trained
+
+    process = dataclasses.replace(Process.current(), replicas=2)
+    for name, work in (("four", "four work"), ("four again", "four killed")):
+        if name == "four again":
+            with contextlib.suppress(Killed):
+                run(folder, process, work, kill, **FOUR)
+        model, after = run(folder, process, work, **FOUR)
+        save_trained(model, folder, folder / name, after, process)
+    extend(folder, "four", process, sharded=True)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +170,11 @@ def folder(tmp_path_factory):
 def alone(folder):
     model, after = run(folder, Process(), "alone")
     return {**model.state_dict(), **after}
+
+
+@pytest.fixture(scope="module")
+def four(folder):
+    run_group(4, in_four_processes, folder)
 
 
 def weights(folder, stem="model"):
@@ -186,6 +225,24 @@ def test_every_process_writes_its_own_part_and_one_process_resumes_from_both(fol
         torch.testing.assert_close(value, alone[key], rtol=1e-3, atol=1e-5, msg=key)
 
 
+def test_two_replicas_of_two_processes_end_as_one_process_does_and_resume_to_the_bit(folder, four):
+    model, after = run(folder, Process(), "alone of eight", batch=8, micro_batch=4)
+    found, again = ended(folder, "four"), ended(folder, "four again")
+    for key, value in {**model.state_dict(), **after}.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5, msg=key)
+    assert all(torch.equal(value, again[key]) for key, value in found.items())
+
+
+def test_two_replicas_write_their_progress_once_and_extend_as_two_processes_do(folder, four):
+    files = sorted(path.name for path in (folder / "four killed/latest/").glob("trained-*"))
+    assert files == ["trained-00001-of-00002.safetensors", "trained-00002-of-00002.safetensors"]
+    for name in ("stage 1", "stage 2", "lora"):
+        ours, theirs = (weights(folder / f"{who} {name}") for who in ("four", "both"))
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            torch.testing.assert_close(value, theirs[key], rtol=1e-3, atol=1e-5, msg=f"{name}: {key}")
+
+
 def test_what_was_sharded_is_saved_as_the_plain_class(folder):
     loaded = AutoModelForCausalLM.from_pretrained(folder / "sharded")
     assert type(loaded) is LoryForCausalLM
@@ -213,6 +270,12 @@ def test_sharded_metrics_are_those_of_one_process(folder):
             assert ours[name] == pytest.approx(theirs["values"][name], abs=1e-4), name
 
 
+def test_matrices_are_gathered_in_bfloat16_and_nothing_else(folder):
+    seen = json.loads((folder / "seen.json").read_text())["True"]
+    expected = {"norm": "float32", "router": "float32", "projection": "bfloat16", "residual": "float32"}
+    assert seen == {name: f"torch.{dtype}" for name, dtype in expected.items()}
+
+
 def test_a_sharded_extension_is_that_of_one_process_and_leaves_the_base_as_it_was(folder):
     extend(folder, "alone", Process(), sharded=False)
     for name in ("stage 1", "stage 2", "lora"):
@@ -220,6 +283,9 @@ def test_a_sharded_extension_is_that_of_one_process_and_leaves_the_base_as_it_wa
         assert both.keys() == alone.keys()
         for key, value in both.items():
             torch.testing.assert_close(value, alone[key], rtol=1e-3, atol=1e-5, msg=f"{name}: {key}")
+        halved, copied = (weights(folder / f"bf16 {sharded} {name}") for sharded in (True, False))
+        for key, value in halved.items():
+            torch.testing.assert_close(value, copied[key], rtol=1e-2, atol=2e-3, msg=f"{name}: {key}")
     extract_base(folder / "both stage 2", folder / "back")
     before, after = (load_file(folder / name / "model.safetensors") for name in ("dense", "back"))
     assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())

@@ -141,9 +141,12 @@ def test_a_stage_is_compiled_when_asked_and_its_key_says_so(world, instances, up
     [
         ({"training_attention": "flash", "pack_document_mask": True}, "flash takes no mask, which pack_document_mask"),
         ({"training_attention": "flex", "training_workers": 2}, "flex computes on GPUs only; set training_gpus"),
+        ({"training_shard_replicas": 2, "training_workers": 4}, "replicas 2 needs training_sharded, and training_work"),
+        ({"training_shard_replicas": 2, "training_sharded": True, "training_workers": 2}, "multiple of it and more"),
+        ({"training_shard_replicas": 2, "training_sharded": True, "training_workers": 5}, "multiple of it and more"),
     ],
 )
-def test_attention_that_cannot_be_had_is_refused_before_anything_runs(changes, message):
+def test_settings_that_cannot_be_had_are_refused_before_anything_runs(changes, message):
     with pytest.raises(EclectusError, match=message):
         ExtendStageSettings(extend_stage="review", **{**STAGE, **changes}).check_together()
 
