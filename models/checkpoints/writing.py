@@ -161,6 +161,9 @@ def save_model(
                 custom_object_save(part, directory, config=shell.config)  # type: ignore[arg-type]  # as transformers does
         if shell.generation_config is not None:
             (directory / GENERATION_CONFIG).write_text(shell.generation_config.to_json_string(), encoding="utf-8")
+    if process is not None:
+        # Before any of them writes into the folder; a process of another replica gathers without rank 0.
+        process.barrier()
     config = plain_config(shell.config)
     write_checkpoint(directory, config, source.specs.values(), source.tensor, side_files, max_shard_bytes, process)
 

@@ -95,8 +95,8 @@ def watch_gathered(model, seen):
     }
     for name, part in parts.items():
         if part is not None and hasattr(part, "weight"):
-            part.register_forward_hook(lambda module, *_, name=name: seen.setdefault(name, str(module.weight.dtype)))
-    layer.register_forward_hook(lambda module, given, output: seen.setdefault("residual", str(output.dtype)))
+            part.register_forward_hook(lambda it, *_, name=name: seen.update({name: str(it.weight.dtype)}))
+    layer.register_forward_hook(lambda _, given, output: seen.update(residual=str(output.dtype)))
 
 
 def in_both_processes(folder):
