@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from eclectus.flows.cli.checkpoints import add_checkpoint_commands
+from eclectus.flows.cli.estimate import add_estimate_command
 from eclectus.flows.cli.lineage import add_lineage_commands
 from eclectus.flows.cli.options import HELP_ALL, add_config, add_models, add_settings, read_parameters
 from eclectus.flows.cli.plan import add_plan_command
@@ -33,7 +34,7 @@ FLOWS = {
 }
 # The commands as `eclectus --help` lists them.
 GROUPS = {
-    "run": [*FLOWS, "plan"],
+    "run": [*FLOWS, "plan", "estimate"],
     "models": ["upcycle", "export", "certify", "promote", "rollback", "champions"],
     "lineage": [
         "sql", "runs", "lineage", "trace", "diff", "compare", "why", "verify", "bundle", "openlineage",
@@ -45,7 +46,7 @@ GROUPS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command. An EclectusError is one line on stderr and exit code 2, any other exception exit code 1."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # `plan` takes flows by their names too, of which that of `run` is another.
+    # `plan` and `estimate` take flows by their names too, of which that of `run` is another.
     named = {flow: command for command, (flow, _) in FLOWS.items()} | {command: command for command in FLOWS}
     parser = make_parser(next((named[word] for word in words if word in named), None), show_all=HELP_ALL in words)
     chosen, unknown = parser.parse_known_args(words)
@@ -163,6 +164,7 @@ def make_parser(command: str | None = None, show_all: bool = False) -> argparse.
             add_settings(part, name, flow, show_all)
 
     add_plan_command(commands, FLOWS, command, show_all)
+    add_estimate_command(commands, FLOWS, command, show_all)
 
     def add(name: str, act: Callable[[Any], None], help_text: str, **positional: str) -> argparse.ArgumentParser:
         part = commands.add_parser(name, help_text)

@@ -64,24 +64,26 @@ P = ParamSpec("P")
 
 def method_blueprint(
     method: str,
-    checkpoint: str | Path,
+    checkpoint: str | Path | Blueprint,
     *,
     lora_rank: int = 8,
     new_blocks: int | None = None,
     new_words: bool = False,
     seed: int = 0,
+    frozen: int | Sequence[int] | None = None,
 ) -> Blueprint:
     """The model of `checkpoint` in fp32, ready for stage 1 of a method: only trained parameters require gradients.
 
     checkpoint: the upcycled one for recipes that start "upcycled" (or a Lory model with new experts, for MoE-LPR), else
-    the dense base. new_blocks: blocks that llama_pro adds, by default half of the existing number. new_words: whether
-    the rows that the last extension of the vocabulary added train, and of these matrices no others, except where a
-    method trains every weight. Raises ValueError for an unknown method or settings that do not fit.
+    the dense base; or the stock model's blueprint, with `frozen`, its leading experts that stay frozen. new_blocks:
+    blocks that llama_pro adds, by default half of the existing number. new_words: whether the rows that the last
+    extension of the vocabulary added train, and of these matrices no others, except where a method trains every weight.
+    Raises ValueError for an unknown method or settings that do not fit.
     """
     recipe = recipe_of(method)
-    if read_config(Path(checkpoint)).get("model_type") == "lory":
+    if _model_type(checkpoint) == "lory":
         return _lory_blueprint(checkpoint, recipe, "post_pretrain")
-    stock = stock_blueprint(checkpoint)
+    stock = _stock(checkpoint)
     model = cast(PreTrainedModel, stock.model)
     if recipe.start == "lora":
         hold_no_memory(model)
@@ -95,21 +97,37 @@ def method_blueprint(
         stock.values = deeper_values(stock.values, _block_origins(layers, count))
         return stock.formed(split_vocabulary(deeper) if new_words else deeper)
     if recipe.start == "upcycled":
-        split_experts(model, frozen_experts(checkpoint))
+        split_experts(model, _frozen(checkpoint, frozen))
     set_trainable(model, recipe.trained)
     everything = recipe.start == "dense" or recipe.trained == "all"
     return stock.formed(split_vocabulary(model) if new_words and not everything else model)
 
 
-def review_blueprint(checkpoint: str | Path) -> Blueprint:
-    """The result of stage 1 in fp32, ready for the review, which trains only routers."""
-    if read_config(Path(checkpoint)).get("model_type") == "lory":
+def review_blueprint(checkpoint: str | Path | Blueprint, frozen: int | Sequence[int] | None = None) -> Blueprint:
+    """The result of stage 1 in fp32, ready for the review, which trains only routers. Both: as `method_blueprint`."""
+    if _model_type(checkpoint) == "lory":
         return _lory_blueprint(checkpoint, RECIPES["moe_lpr"], "review")
-    stock = stock_blueprint(checkpoint)
+    stock = _stock(checkpoint)
     model = cast(PreTrainedModel, stock.model)
-    split_experts(model, frozen_experts(checkpoint))
+    split_experts(model, _frozen(checkpoint, frozen))
     set_trainable(model, "review")
     return stock.formed(model)
+
+
+def _stock(checkpoint: str | Path | Blueprint) -> Blueprint:
+    return checkpoint if isinstance(checkpoint, Blueprint) else stock_blueprint(checkpoint)
+
+
+def _model_type(checkpoint: str | Path | Blueprint) -> str | None:
+    if isinstance(checkpoint, Blueprint):
+        return str(checkpoint.model.config.model_type)
+    return read_config(Path(checkpoint)).get("model_type")
+
+
+def _frozen(checkpoint: str | Path | Blueprint, given: int | Sequence[int] | None) -> int | Sequence[int]:
+    if given is not None or isinstance(checkpoint, Blueprint):
+        return given or 1
+    return frozen_experts(checkpoint)
 
 
 def _in_memory(blueprint_of: Callable[P, Blueprint]) -> Callable[P, nn.Module]:
@@ -141,12 +159,14 @@ def prove_method(
     return prove(model, path, what, process=process)
 
 
-def _lory_blueprint(checkpoint: str | Path, recipe: Recipe, stage: Literal["post_pretrain", "review"]) -> Blueprint:
+def _lory_blueprint(
+    checkpoint: str | Path | Blueprint, recipe: Recipe, stage: Literal["post_pretrain", "review"]
+) -> Blueprint:
     if recipe.start != "upcycled" or recipe.trained != "post_pretrain" or recipe.mixed or recipe.random_experts:
         raise ValueError(
             f"{recipe.title} extends dense models, {checkpoint} is a Lory model: choose moe_lpr or no_review"
         )
-    stock = stock_blueprint(checkpoint)
+    stock = _stock(checkpoint)
     return stock.formed(split_lory(cast(LoryForCausalLM, stock.model), stage))
 
 

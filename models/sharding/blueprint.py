@@ -26,7 +26,7 @@ from eclectus.models.checkpoints.config_file import CheckpointError
 from eclectus.models.checkpoints.door import check_checkpoint, open_model, read_transformers_config
 from eclectus.models.checkpoints.families import Family, moe_family_of
 from eclectus.models.checkpoints.tensor_files import CheckpointReader
-from eclectus.models.sharding.slices import InMemory, Joined, Slices, Stacked, Stored
+from eclectus.models.sharding.slices import InMemory, Joined, Slices, Stacked, Stored, Zeros
 from eclectus.models.sharding.training_form import hold_nothing, values_in_form
 from eclectus.models.training.parallel import local, local_bounds, shard
 from eclectus.models.training.process import Process, give_freed_memory_back
@@ -51,6 +51,13 @@ class Blueprint:
             memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         values = {name: InMemory(parameter.detach()) for name, parameter in model.named_parameters()}
         return cls(copy.deepcopy(model, memo), values, ExitStack())
+
+    @classmethod
+    def of_config(cls, config: PretrainedConfig) -> Blueprint:
+        """The blueprint of a model of this configuration, all of whose weights are zero: it stands for its shape."""
+        model = model_on_meta(config)
+        values = {name: Zeros(tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+        return cls(model, values, ExitStack())
 
     def make(
         self,

@@ -96,8 +96,8 @@ def count_flops(model: nn.Module, batch: int, length: int) -> Flops:
     gradients have weight gradients. Expert Choice rounds its capacity over the micro-batch: give that as `batch`.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    twin: Any = _without_data(model, mode)
-    with mode, FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+    twin: Any = without_data(model, mode)
+    with mode, FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         loss = twin(input_ids=torch.zeros(batch, length, dtype=torch.long), use_cache=False).logits.sum()
         if loss.requires_grad:
             loss.backward()
@@ -147,7 +147,7 @@ def _dense(config: LlamaConfig, width: int) -> LlamaForCausalLM:
         return LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "intermediate_size": width}))
 
 
-def _without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of the model's structure, in training mode, with fake tensors on the CPU as parameters and buffers."""
     memo: dict[int, Any] = {}
     with mode:
@@ -199,10 +199,10 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **
 
 
 # What torch's counter leaves out: it has no formula for accumulating products, nor for attention on CPU.
-_FORMULAS = {
+FORMULAS = {
     aten.addmm_: _addmm_in_place,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-_ATTENTION = set(_FORMULAS) - {aten.addmm_}
+_ATTENTION = set(FORMULAS) - {aten.addmm_}
 ALL_EXPERTS_FUNCTIONS.register("counted", _counted_experts)

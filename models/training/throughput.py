@@ -5,7 +5,8 @@
 
 Experts count as often as a token passes through one, so a Lory model has the FLOPs of its dense twin: merging experts,
 recomputing merged weights and gradient checkpointing are overhead, which MFU is meant to show. Embedding lookups do not
-count. The peak is the vendor's figure for dense bf16 on a known GPU; on others it is measured with a matrix product.
+count. The peak is the vendor's figure for dense bf16 on a known GPU (models/forecast/gpus.py); on others it is measured
+with a matrix product.
 """
 
 from __future__ import annotations
@@ -15,23 +16,9 @@ import time
 import torch
 from torch import nn
 
+from eclectus.models.forecast.gpus import gpu_of_device
 from eclectus.models.training.flops import count_parameters
 from eclectus.models.training.parallel import config_of
-
-# Dense bf16 FLOP/s by a part of the device's name; longer names first.
-PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "GH200": 989e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-}
 
 
 def flops_per_token(model: nn.Module, length: int) -> float:
@@ -56,10 +43,9 @@ def active_parameters(model: nn.Module) -> int:
 def peak_flops(device: torch.device) -> float:
     """Peak FLOP/s of one device: the vendor's figure, else measured."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, peak in PEAKS.items():
-            if part in name:
-                return peak
+        found = gpu_of_device(torch.cuda.get_device_name(device))
+        if found is not None:
+            return found.dense * 1e12
     return _measured_peak(device)
 
 

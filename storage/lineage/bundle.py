@@ -34,6 +34,7 @@ TABLES = {
     "step_outputs": "from step_outputs where step in (select step from chosen)",
     "settings": "from settings where step in (select step from chosen)",
     "metrics": "from metrics where step in (select step from chosen) order by logged",
+    "forecasts": "from forecasts where step in (select step from chosen) order by made",
     "artifacts": "from artifacts where artifact in (select artifact from upstream_nodes)",
     "documents": "from documents where instances in (select artifact from upstream_nodes)",
     "held_documents": "from held_documents where artifact in (select artifact from upstream_nodes)",

@@ -5,6 +5,7 @@
     artifacts     one row per artifact               settings      one row per setting of a step
     metrics       one row per number                 documents     which document is in which instance, at which offset
     decisions     one row per promotion or refusal   champions     the last one promoted of each line
+    forecasts     one row per training that was forecast, and what came true
     routing       one row per layer, expert, language and domain of an evaluated model
 
 Columns are documented in docs/lineage.md and frozen by a test. Files are read through globs that always match at least
@@ -71,6 +72,7 @@ COLUMNS = {
         "settings": "MAP(VARCHAR, JSON)",
         "inputs": "MAP(VARCHAR, VARCHAR)",
         "output": OUTPUT,
+        "forecast": "JSON",
     },
     METRICS: {
         "logged": "TIMESTAMP",
@@ -190,6 +192,25 @@ VIEWS = {
         select step, run, entry.key as name, entry.value as value
         from (select step, run, unnest(map_entries(settings)) as entry from {events})""",
         ends=True,
+    ),
+    "forecasts": View(
+        "event logged run step label forecast",
+        """
+        with by_step as (
+                 select step, any_value(run) as run, any_value(label) as label,
+                        min(logged) filter (event = 'forecast') as made,
+                        arg_max(forecast, logged) filter (event = 'forecast') as forecast,
+                        arg_max(forecast, logged) filter (event = 'came_true') as actual
+                 from {events} where event in ('forecast', 'came_true') group by step),
+             numbers as (
+                 select *, (forecast->>'seconds')::double as seconds, (actual->>'seconds')::double as actual_seconds,
+                        (forecast->>'memory')::bigint as memory, (actual->>'memory')::bigint as actual_memory,
+                        (forecast->>'steps')::bigint as steps, (actual->>'steps')::bigint as actual_steps
+                 from by_step where forecast is not null)
+        select step, run, label, made, steps, actual_steps, seconds, actual_seconds,
+               round((seconds / steps) / nullif(actual_seconds / nullif(actual_steps, 0), 0) - 1, 4) as seconds_error,
+               memory, actual_memory, round(memory / nullif(actual_memory, 0) - 1, 4) as memory_error, forecast, actual
+        from numbers""",
     ),
 }
 _CHAMPIONS = """

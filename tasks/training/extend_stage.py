@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from eclectus.models.checkpoints.proof import StepZero
     from eclectus.models.sharding.blueprint import Blueprint
     from eclectus.models.training.loop import Report
+    from eclectus.models.training.plan import Plan
     from eclectus.models.training.process import Process
 
 
@@ -39,8 +41,10 @@ def train_stage(
     """Runs on every training worker; rank 0 writes the checkpoint into `out`. Returns its statistics."""
     import torch
 
-    from eclectus.models.checkpoints.tensor_files import CheckpointError
-    from eclectus.models.extension.methods import save_method
+    from eclectus.models.checkpoints.tensor_files import CheckpointError, read_config
+    from eclectus.models.extension.methods import frozen_experts, save_method
+    from eclectus.models.forecast.ahead import look_ahead
+    from eclectus.models.forecast.job import Job
     from eclectus.models.training.clock import TrainingClock
     from eclectus.models.training.flops import training_costs
     from eclectus.models.training.loop import train
@@ -51,25 +55,24 @@ def train_stage(
     process = chosen.topology(process)
     data, steps = _data(chosen, instances, review)
     clock = TrainingClock(report, process, Path(work))
-    plan = chosen.plan(
-        start=0,
-        stop=steps,
-        total=steps,
-        batch=chosen.budget.batch,
-        learning_rate=chosen.budget.learning_rate,
-        warmup=chosen.budget.warmup_steps,
-    )
-    with _blueprint(chosen, checkpoint) as blueprint:
+    plan = plan_of(chosen, steps)
+    with blueprint_of(chosen, checkpoint) as blueprint:
         check_tokens(data, blueprint.model, checkpoint)
         costs = training_costs(blueprint.model, plan, process.world, data.length)
+        objective = objective_of(chosen, data.languages, read_config(Path(checkpoint)), frozen_experts(checkpoint))
+        job = Job.on(data, blueprint.model, objective, plan, process, holds_frozen=True, checks_frozen=True)
+        ahead = look_ahead(
+            job, process, clock.report, Path(work), costs["flops_per_step"], blueprint.values, chosen.training_forecast
+        )
         unchanged = _made(chosen, blueprint, process, plan.sharded)
         proof = _proof(chosen, unchanged.model, checkpoint, process)
         mass = _new_token_mass(unchanged.model, original, process)
         dtype = compute_dtype(chosen.training_precision, process.device)
         if dtype == torch.bfloat16:
             unchanged.hold_in_bfloat16()
-        objective, model = _objective(chosen, data, checkpoint), unchanged.model
-        train(model, data, objective, plan, process, Path(work), clock.report, check=unchanged.check)
+        model = unchanged.model
+        with ahead:
+            train(model, data, objective, plan, process, Path(work), ahead.report, check=unchanged.check)
         # The optimizer is in a circle of references, and would hold its moments while the checkpoint is written.
         gc.collect()
         unchanged.check(plan.stop)
@@ -101,6 +104,19 @@ def train_stage(
         if process.is_main:
             _note_training(Path(out), chosen, data)
     return statistics
+
+
+def plan_of(settings: ExtendStageSettings, steps: int) -> Plan:
+    """The plan of a stage of so many steps."""
+    budget = settings.budget
+    return settings.plan(
+        start=0,
+        stop=steps,
+        total=steps,
+        batch=budget.batch,
+        learning_rate=budget.learning_rate,
+        warmup=budget.warmup_steps,
+    )
 
 
 def _made(settings: ExtendStageSettings, blueprint: Blueprint, process: Process, sharded: bool) -> UnchangedWeights:
@@ -152,17 +168,25 @@ def _data(settings: ExtendStageSettings, instances: str, review: str | None) -> 
     if review is None:
         return data, steps
     replayed = settings.review_steps * settings.review_batch
-    steps += replayed // settings.post_pretrain_batch
+    steps = mixed_steps(settings)
     share = replayed / (replayed + settings.post_pretrain_steps * settings.post_pretrain_batch)
     return MixedInstances(data, Instances(review), share), steps
 
 
-def _blueprint(settings: ExtendStageSettings, checkpoint: str) -> Blueprint:
+def mixed_steps(settings: ExtendStageSettings) -> int:
+    """Training steps of one stage that reads both stages' tokens."""
+    return settings.budget.steps + settings.review_steps * settings.review_batch // settings.post_pretrain_batch
+
+
+def blueprint_of(
+    settings: ExtendStageSettings, checkpoint: str | Blueprint, frozen: int | Sequence[int] | None = None
+) -> Blueprint:
+    """What a stage trains. checkpoint, frozen: as `method_blueprint`."""
     from eclectus.models.extension.methods import method_blueprint, review_blueprint
 
     try:
         if settings.extend_stage == "review":
-            return review_blueprint(checkpoint)
+            return review_blueprint(checkpoint, frozen)
         return method_blueprint(
             settings.extension_method,
             checkpoint,
@@ -170,6 +194,7 @@ def _blueprint(settings: ExtendStageSettings, checkpoint: str) -> Blueprint:
             new_words=settings.new_words,
             new_blocks=settings.llama_pro_blocks or None,
             seed=settings.seed,
+            frozen=frozen,
         )
     except ValueError as error:
         raise EclectusError(str(error)) from error
@@ -185,18 +210,21 @@ def _note_training(out: Path, settings: ExtendStageSettings, data: Any) -> None:
         path.write_text(json.dumps(made, indent=2) + "\n")
 
 
-def _objective(settings: ExtendStageSettings, data: Any, checkpoint: str) -> Any:
-    from eclectus.models.checkpoints.tensor_files import read_config
+def objective_of(
+    settings: ExtendStageSettings, languages: Sequence[str], config: Mapping[str, Any], frozen: int | Sequence[int]
+) -> Any:
+    """The objective of a stage. languages: of the instances. config: config.json of the checkpoint it starts from.
+
+    frozen: its leading experts that stay frozen.
+    """
     from eclectus.models.extension import lory as lory_extension
-    from eclectus.models.extension.methods import frozen_experts
     from eclectus.models.training import objectives
 
-    config = read_config(Path(checkpoint))
     lory, top_k = config.get("model_type") == "lory", config.get("num_experts_per_tok")
-    known = [number for number, language in enumerate(data.languages) if language in settings.original_languages]
+    known = [number for number, language in enumerate(languages) if language in settings.original_languages]
     recipe, alpha, scaling = recipe_of(settings.extension_method), settings.balance_weight, settings.balance_scaling
     gamma = settings.lpr_weight if recipe.prior else 0.0
-    prior = gamma, settings.lpr_loss, known, frozen_experts(checkpoint)
+    prior = gamma, settings.lpr_loss, known, frozen
     if settings.extend_stage == "review":
         return lory_extension.review_lory(gamma, known) if lory else objectives.review(*prior)
     if lory:

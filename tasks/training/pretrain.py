@@ -35,11 +35,14 @@ from eclectus.tasks.training.pretrain_settings import DENSE, PretrainStageSettin
 from eclectus.tasks.training.run_training import check_tokens, initial_moments, resume_directory, run_training
 
 if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
     from eclectus.models.checkpoints.proof import StepZero
     from eclectus.models.pretraining.stages import Stage
     from eclectus.models.sharding.blueprint import Blueprint
     from eclectus.models.sharding.slices import Slices
     from eclectus.models.training.loop import Report
+    from eclectus.models.training.plan import Plan
     from eclectus.models.training.process import Process
 
 
@@ -98,6 +101,8 @@ def train_stage(
     """
     from eclectus.models.checkpoints.side_files import has_tokenizer
     from eclectus.models.checkpoints.tensor_files import CheckpointError
+    from eclectus.models.forecast.ahead import look_ahead
+    from eclectus.models.forecast.job import Job
     from eclectus.models.pretraining.checkpoint import save_trained, stored_moments
     from eclectus.models.pretraining.routing_profiles import routing_profiles, write_profiles
     from eclectus.models.pretraining.stages import make_causal
@@ -110,29 +115,31 @@ def train_stage(
     chosen = PretrainStageSettings(**settings)
     process = chosen.topology(process)
     data, tokens = Instances(instances, chosen.reordered), load_tokenizer(tokenizer)
-    stage, switch = chosen.pretrain_stage, chosen.switch_step
+    stage = chosen.pretrain_stage
     clock = TrainingClock(report, process, Path(work))
-    rewarmed = stage not in DENSE and switch and chosen.lory_rewarm_steps
-    plan = chosen.plan(
-        start=0 if chosen.from_scratch else switch,
-        stop=switch if stage == "warmup" else chosen.pretrain_steps,
-        total=chosen.pretrain_steps,
-        batch=chosen.pretrain_batch,
-        learning_rate=chosen.pretrain_learning_rate,
-        warmup=chosen.pretrain_warmup_steps,
-        rewarm=(switch, chosen.lory_rewarm_steps) if rewarmed else None,
-    )
+    plan = plan_of(chosen)
     with ExitStack() as files:
         dense = files.enter_context(_dense(start, chosen, data, tokens))
         check_tokens(data, dense.model, start or "warm-up")
         before = step_flops(dense.model, plan, process.world, data.length).times(plan.start)
-        made = _stage(chosen, dense, stored_moments(moments, files), data)
+        made = stage_of(chosen, dense, stored_moments(moments, files), data)
         costs = training_costs(made.blueprint.model, plan, process.world, data.length, before)
+        job = Job.on(data, made.blueprint.model, made.objective, plan, process, keeps_moments=stage == "warmup")
+        ahead = look_ahead(
+            job,
+            process,
+            clock.report,
+            Path(work),
+            costs["flops_per_step"],
+            made.blueprint.values,
+            chosen.training_forecast,
+        )
         model = _made(made.blueprint, process, plan.sharded)
         proof = _proof(chosen, model, start, process)
         # A model from scratch is held by its blueprint.
         dense.values = made.blueprint.values = {}
-        after = train(model, data, made.objective, plan, process, Path(work), clock.report, made.moments)
+        with ahead:
+            after = train(model, data, made.objective, plan, process, Path(work), ahead.report, made.moments)
     seconds = clock.read()
     moments_after = after if stage == "warmup" else None
     # The optimizer is in a circle of references, and would hold its moments while the checkpoint is written.
@@ -164,6 +171,21 @@ def train_stage(
     }
 
 
+def plan_of(settings: PretrainStageSettings) -> Plan:
+    """The plan of a stage."""
+    stage, switch = settings.pretrain_stage, settings.switch_step
+    rewarmed = stage not in DENSE and switch and settings.lory_rewarm_steps
+    return settings.plan(
+        start=0 if settings.from_scratch else switch,
+        stop=switch if stage == "warmup" else settings.pretrain_steps,
+        total=settings.pretrain_steps,
+        batch=settings.pretrain_batch,
+        learning_rate=settings.pretrain_learning_rate,
+        warmup=settings.pretrain_warmup_steps,
+        rewarm=(switch, settings.lory_rewarm_steps) if rewarmed else None,
+    )
+
+
 def _made(blueprint: Blueprint, process: Process, sharded: bool) -> Any:
     try:
         return blueprint.make(process, sharded)
@@ -192,10 +214,9 @@ def _proof(settings: PretrainStageSettings, model: Any, start: str | None, proce
 def _dense(start: str | None, settings: PretrainStageSettings, data: Any, tokenizer: Any) -> Blueprint:
     """The dense model that the stage starts from."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from eclectus.models.checkpoints.tokenizer_files import vocabulary_size
-    from eclectus.models.lory.config import PRESETS
     from eclectus.models.sharding.blueprint import Blueprint, stock_blueprint
 
     if start is not None:
@@ -203,6 +224,17 @@ def _dense(start: str | None, settings: PretrainStageSettings, data: Any, tokeni
             return stock_blueprint(start)
         except ValueError as error:
             raise EclectusError(f"the dense checkpoint to start from cannot be opened: {error}") from error
+    torch.manual_seed(settings.seed)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return Blueprint.of(LlamaForCausalLM(dense_config(settings, vocabulary_size(tokenizer), data.length, **special)))
+
+
+def dense_config(settings: PretrainStageSettings, vocabulary: int, length: int, **fields: Any) -> LlamaConfig:
+    """The configuration of a dense model that is trained from scratch. fields: others of LlamaConfig."""
+    from transformers import LlamaConfig
+
+    from eclectus.models.lory.config import PRESETS
+
     shape: dict[str, Any] = {
         "hidden_size": settings.model_width,
         "intermediate_size": settings.model_feed_forward,
@@ -214,18 +246,10 @@ def _dense(start: str | None, settings: PretrainStageSettings, data: Any, tokeni
     if settings.model_preset != "custom":
         preset = PRESETS[settings.model_preset]
         shape = {name: preset[name] for name in shape if name in preset}
-    torch.manual_seed(settings.seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary_size(tokenizer),
-        max_position_embeddings=data.length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **shape,
-    )
-    return Blueprint.of(LlamaForCausalLM(config))
+    return LlamaConfig(vocab_size=vocabulary, max_position_embeddings=length, **fields, **shape)
 
 
-def _stage(settings: PretrainStageSettings, dense: Blueprint, moments: Mapping[str, Slices], data: Any) -> Stage:
+def stage_of(settings: PretrainStageSettings, dense: Blueprint, moments: Mapping[str, Slices], data: Any) -> Stage:
     """What the stage trains, made from the dense model and its moments."""
     import torch
     from transformers import LlamaForCausalLM

@@ -145,6 +145,11 @@ class TrainingSettings(DocumentMaskSettings, WorkerSettings):
     learning_rate_floor: float = Field(
         0.1, ge=0, le=1, description="Final learning rate as a fraction of the peak learning rate."
     )
+    training_forecast: Literal["auto", "always", "never"] = RuntimeSetting(
+        "auto",
+        description="Forecast of seconds and memory before the first training step, from a probe of some seconds; a "
+        "training that does not fit in memory then ends at once. auto: not for trainings of less than about a minute.",
+    )
     checkpoint_every: int = RuntimeSetting(
         100, ge=1, description="Training steps between checkpoints for resuming after a crash."
     )
@@ -256,6 +261,8 @@ def run_training(settings: WorkerSettings, call: Callable[..., Any], arguments: 
             notify("warning", values["text"])
         elif kind == "warning":
             notify("warning", values["text"])
+        elif kind in ("forecast", "came_true"):
+            note_forecast(kind, values)
 
     if settings.training_workers == 0:
         from eclectus.models.training.loop import TrainingFailed
@@ -266,6 +273,15 @@ def run_training(settings: WorkerSettings, call: Callable[..., Any], arguments: 
         except TrainingFailed as error:
             raise EclectusError(str(error)) from error
     return _workers(settings).do(call, arguments, on_report)
+
+
+def note_forecast(kind: str, values: dict[str, Any]) -> None:
+    """Journals the forecast of the running step, or what came true of it."""
+    if words := values.pop("words", None):
+        notify("forecast", f"the training will take about {words}")
+    run = current_run()
+    if run is not None and run.step is not None:
+        run.journal.event(kind, step=run.step, label=run.label, forecast=values.get("values", values))
 
 
 def _workers(settings: WorkerSettings) -> TrainWorkers:

@@ -48,6 +48,10 @@ def write_history(home, promote=None, document="d1"):
                     made = home.store.commit(draft)
                 about = {"step": f"{run}-{kind}", "name": kind, "label": f"make {kind}", "flow": "main", "key": "k"}
                 journal.event("step_started", **about)
+                if kind == "checkpoint":
+                    said, true = {"seconds": 2.0, "steps": 4, "memory": 90}, {"seconds": 1.0, "steps": 2, "memory": 100}
+                    journal.event("forecast", step=about["step"], label=about["label"], forecast=said)
+                    journal.event("came_true", step=about["step"], label=about["label"], forecast=true)
                 journal.metric(about["step"], "loss", 2.5 / k, 10, {"language": "en"})
                 journal.event(
                     "step_ended", **about, version=1, state="completed", reason="first time",

@@ -23,6 +23,11 @@ def total(process, report, value):
     return process.sum(torch.tensor(float(value + process.rank))).item(), os.getpid()
 
 
+def foretell(process, report):
+    report("forecast", values={"seconds": 2.0, "steps": 4, "memory": 9}, words="2 s")
+    report("came_true", seconds=4.0, steps=4, memory=10, host=0)
+
+
 def complain(process, report):
     if process.rank == 1:
         raise EclectusError("instances 3 and 4 are damaged; pack them again")

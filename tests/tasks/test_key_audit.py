@@ -37,6 +37,7 @@ NOT_IN_THE_KEY = {
     "training_recompute": "the same numbers are computed again",
     "training_recompute_every": "the same numbers are computed again",
     "training_attention": "last bits",
+    "training_forecast": "a probe has weights and random numbers of its own",
     "checkpoint_every": "resuming is exact",
     "log_every": "what is logged, not what is trained",
     "evaluation_batch": "sums are rounded",

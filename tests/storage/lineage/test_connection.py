@@ -22,6 +22,8 @@ FROZEN = {
     "step_outputs": "step run name artifact kind reused",
     "settings": "step run name value",
     "metrics": "logged run step name value at_step tags",
+    "forecasts": "step run label made steps actual_steps seconds actual_seconds seconds_error memory actual_memory "
+    "memory_error forecast actual",
     "decisions": "logged run line verdict checkpoint reason evaluations gate rules by",
     "champions": "line checkpoint since reason by run",
     "routing": "layer expert language domain share top_k_share routed evaluation",
@@ -63,6 +65,18 @@ def test_a_step_is_readable_while_its_run_goes_on(home):
         assert query("select value, at_step, tags['language'] from metrics", home)[1] == [(2.5, 10, "el")]
         journal.event("run_ended", state="completed", seconds=1.0)
         assert query("select state, seconds from runs", home)[1] == [("completed", 1.0)]
+
+
+def test_a_forecast_is_read_before_and_beside_what_came_true(home):
+    with Journal(home.journal, "r1") as journal:
+        journal.event("forecast", step="s1", label="train", forecast={"seconds": 12.0, "steps": 6, "memory": 900})
+        sql = "select label, seconds, actual_seconds, seconds_error, memory, memory_error from forecasts"
+        assert query(sql, home)[1] == [("train", 12.0, None, None, 900, None)]
+        # Resumed in the middle: seconds are compared by step.
+        journal.event("came_true", step="s1", label="train", forecast={"seconds": 4.0, "steps": 4, "memory": 1000})
+        assert query(sql, home)[1] == [("train", 12.0, 4.0, 1.0, 900, -0.1)]
+    compact(home)
+    assert query(sql, home)[1] == [("train", 12.0, 4.0, 1.0, 900, -0.1)]
 
 
 def test_a_number_that_is_not_finite_becomes_null_with_its_name(home):

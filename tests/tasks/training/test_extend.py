@@ -1,6 +1,7 @@
 """Every way to extend a model, as steps in this process, on real documents and tiny models."""
 
 import json
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from eclectus.models.extension.methods import RECIPES
+from eclectus.models.checkpoints.tensor_files import read_config
+from eclectus.models.extension.methods import RECIPES, frozen_experts
 from eclectus.models.mixture.export import extract_base
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.objectives import LanguagePrior
@@ -17,7 +19,7 @@ from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.training.add_experts import AddExpertsSettings, add_experts, kind_of
 from eclectus.tasks.training.extend import extend
 from eclectus.tasks.training.extend_settings import ExtendStageSettings, Method
-from eclectus.tasks.training.extend_stage import _objective
+from eclectus.tasks.training.extend_stage import objective_of
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings, layer_similarity
 from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
 from tests.support.small_world import make_world
@@ -179,7 +181,8 @@ def test_an_extended_model_is_extended_again_with_all_earlier_experts_frozen(wor
     mixed = ExtendStageSettings(**{**STAGE, "extend_stage": "post_pretrain", "extension_method": "one_stage"})
     review = mixed.model_copy(update={"extend_stage": "review", "extension_method": "moe_lpr"})
     for settings in (mixed, review):
-        prior = _objective(settings, Instances(instances["all"].path), wider.path).losses[-1]
+        languages, config = Instances(instances["all"].path).languages, read_config(Path(wider.path))
+        prior = objective_of(settings, languages, config, frozen_experts(wider.path)).losses[-1]
         assert isinstance(prior, LanguagePrior) and prior.experts == [3, 3]
     learned = stage(world, wider, instances["expanded"])
     second = stage(world, learned, instances["all"], "review")

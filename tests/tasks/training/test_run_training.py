@@ -20,7 +20,7 @@ from eclectus.tasks.training.run_training import WorkerSettings, run_training
 from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
 from tests.support.displays import NullDisplay
 from tests.support.small_world import make_world
-from tests.support.worker_jobs import find_damage, total
+from tests.support.worker_jobs import find_damage, foretell, total
 
 SMALL = {
     "model_width": 32,
@@ -100,8 +100,9 @@ def test_the_experts_of_a_trained_lory_model_have_parted(pretrained):
     assert (experts[0] - experts[1]).abs().max() > 1e-4
 
 
-def test_training_again_gives_the_same_bytes(world, instances, pretrained):
-    assert stage(world, instances, "lory", pretrained["warmup"]).digest == pretrained["lory"].digest
+def test_training_again_with_a_forecast_gives_the_same_bytes(world, instances, pretrained):
+    again = stage(world, instances, "lory", pretrained["warmup"], training_forecast="always")
+    assert again.digest == pretrained["lory"].digest
 
 
 def test_a_setting_of_lory_does_not_touch_the_dense_stages_key():
@@ -365,6 +366,16 @@ def test_a_damaged_checkpoint_is_recorded_and_shown(run):
     assert query("select step, name, value, at_step from metrics", run.home)[1] == [
         ("s1", "damaged_checkpoints", 1.0, 0)
     ]
+
+
+def test_a_forecast_is_shown_and_journaled_beside_what_came_true(run):
+    display = NullDisplay()
+    run.displays.append(display)
+    run.step, run.label = "s1", "train lory"
+    run_training(WorkerSettings(training_workers=0), foretell, {}, "training")
+    assert display.texts == ["the training will take about 2 s"]
+    sql = "select step, label, seconds, actual_seconds, memory, memory_error from forecasts"
+    assert query(sql, run.home)[1] == [("s1", "train lory", 2.0, 4.0, 9, -0.1)]
 
 
 def test_workers_outside_a_run_are_refused_and_this_process_needs_none():

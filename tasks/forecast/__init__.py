@@ -1,0 +1,1 @@
+"""Forecasts of the trainings of a flow, before any of its steps runs."""
