@@ -157,9 +157,7 @@ def main() -> None:
     print(json.dumps(kept))
     for language, each in grown.statistics["languages"].items():
         (before, after), cache = each["bytes_per_token"], [size / 1e6 for size in each["cache_bytes_per_kilobyte"]]
-        print(
-            f"{language}: bytes per token {before:.2f} to {after:.2f}, cache {cache[0]:.1f} to {cache[1]:.1f} MB/kB"
-        )
+        print(f"{language}: bytes per token {before:.2f} to {after:.2f}, cache {cache[0]:.1f} to {cache[1]:.1f} MB/kB")
     tokenizers = [load_tokenizer(each.path) for each in (old, new)]
     encoders = [TextTokens(each) for each in tokenizers]
     print_changed(tokenizers, other, new.statistics["first_new_id"], list(parameters.original_languages))

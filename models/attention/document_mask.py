@@ -17,10 +17,23 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 from transformers.masking_utils import create_masks_for_generate, packed_sequence_mask_function
 
 from eclectus.models.lory.documents import count_segments, document_begins
 from eclectus.models.lory.model import LoryModel
+
+
+@contextmanager
+def positions_not_searched() -> Iterator[None]:
+    """Within the block transformers does not search the positions of a pass for packed documents: training counts them
+    through, and on a GPU every pass would wait for the answer."""
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
 
 
 @contextmanager

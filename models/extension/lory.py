@@ -177,7 +177,7 @@ def post_pretrain_lory() -> Objective:
     def new_expert_weight(done: Pass) -> dict[str, Term]:
         weights = torch.stack([layer.detach() for layer in done.output.router_weights])
         new = weights[..., done.config.original_experts :].sum(-1)
-        return {"new_expert_weight": Term(new.sum(), new.new_tensor(new.numel()))}
+        return {"new_expert_weight": Term(new.sum(), new.new_full((), new.numel()))}
 
     return Objective([NextToken()], {"output_router_weights": True}, new_expert_weight)
 

@@ -72,8 +72,6 @@ class SplitExperts(nn.Module):
         self.share_storage()
         self.register_load_state_dict_post_hook(lambda module, _: module.share_storage())
 
-    # Dynamo cannot trace grouped products over weights that are cast side by side; the rest of a layer is compiled.
-    @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states `[T, H]`, top_k_index and top_k_weights `[T, K]`; returns `[T, H]`."""
         x_TH, top_k = hidden_states, top_k_index.shape[-1]

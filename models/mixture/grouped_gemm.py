@@ -9,6 +9,7 @@ On CPU in fp32 grouped_mm is as fast as a loop of matrix products (0.13 ms again
 sizes whose rows do not start at multiples of 16 bytes, and fp64.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ def expert_linear(x_SD: Tensor, new_NFD: Tensor, frozen_MFD: Tensor, ends_E: Ten
 
     ends_E: int32 `[N + M]`, the end of each group's rows. Weights are cast to the dtype of x.
     """
+    if torch.compiler.is_compiling():
+        return _compiled_expert_linear(x_SD, new_NFD, frozen_MFD, ends_E)
     return _ExpertLinear.apply(x_SD, new_NFD, frozen_MFD, ends_E)
 
 
@@ -113,29 +116,91 @@ def has_room(frozen: Tensor, new: Tensor) -> bool:
     return plain and frozen.storage_offset() == new.numel() and frozen.untyped_storage().nbytes() == whole
 
 
+def _forward(x_SD: Tensor, new_NFD: Tensor, frozen_MFD: Tensor, ends_E: Tensor) -> Tensor:
+    return grouped_rows(x_SD, _side_by_side(new_NFD, frozen_MFD, x_SD.dtype).transpose(-2, -1), ends_E)
+
+
+def _backward(
+    g_SF: Tensor, x_SD: Tensor | None, new_NFD: Tensor, frozen_MFD: Tensor, ends_E: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, new and frozen experts; None for those that `needs` does not ask for. x: None if it is neither of
+    the last two."""
+    g_SF = g_SF.contiguous()
+    grad_x = grad_new = grad_frozen = None
+    if needs[0]:
+        grad_x = grouped_rows(g_SF, _side_by_side(new_NFD, frozen_MFD, g_SF.dtype, fill=False), ends_E)
+    if needs[2]:
+        assert x_SD is not None
+        grad_EFD = grouped_outer(g_SF, x_SD, ends_E)
+        grad_frozen = grad_EFD[len(new_NFD) :].to(frozen_MFD.dtype)
+        grad_new = grad_EFD[: len(new_NFD)].to(new_NFD.dtype) if needs[1] else None
+    elif needs[1]:
+        assert x_SD is not None
+        grad_new = grouped_outer(g_SF, x_SD, ends_E[: len(new_NFD)]).to(new_NFD.dtype)
+    return grad_x, grad_new, grad_frozen
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    x_SD, *weights_and_ends = inputs
+    trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    # The concatenation, if there was one, is repeated in backward instead of being kept for every layer.
+    ctx.save_for_backward(x_SD if trains else None, *weights_and_ends)
+
+
 class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_SD: Tensor, new_NFD: Tensor, frozen_MFD: Tensor, ends_E: Tensor) -> Tensor:
-        weights_EFD = _side_by_side(new_NFD, frozen_MFD, x_SD.dtype)
-        trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        # The concatenation, if there was one, is repeated in backward instead of being kept for every layer.
-        ctx.save_for_backward(x_SD if trains else None, new_NFD, frozen_MFD, ends_E)
-        return grouped_rows(x_SD, weights_EFD.transpose(-2, -1), ends_E)
+        _save(ctx, (x_SD, new_NFD, frozen_MFD, ends_E), x_SD)
+        return _forward(x_SD, new_NFD, frozen_MFD, ends_E)
 
     @staticmethod
     def backward(ctx: Any, g_SF: Tensor) -> tuple[Tensor | None, ...]:
         x_SD, new_NFD, frozen_MFD, ends_E = ctx.saved_tensors
-        g_SF = g_SF.contiguous()
-        grad_x = grad_new = grad_frozen = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grouped_rows(g_SF, _side_by_side(new_NFD, frozen_MFD, g_SF.dtype, fill=False), ends_E)
-        if ctx.needs_input_grad[2]:
-            grad_EFD = grouped_outer(g_SF, x_SD, ends_E)
-            grad_frozen = grad_EFD[len(new_NFD) :].to(frozen_MFD.dtype)
-            grad_new = grad_EFD[: len(new_NFD)].to(new_NFD.dtype) if ctx.needs_input_grad[1] else None
-        elif ctx.needs_input_grad[1]:
-            grad_new = grouped_outer(g_SF, x_SD, ends_E[: len(new_NFD)]).to(new_NFD.dtype)
-        return grad_x, grad_new, grad_frozen, None
+        return *_backward(g_SF, x_SD, new_NFD, frozen_MFD, ends_E, ctx.needs_input_grad), None
+
+
+# Opaque to torch.compile, which cannot trace where a tensor lies in memory, and would keep a concatenation.
+@torch.library.custom_op("eclectus::expert_linear", mutates_args=())
+def _compiled_expert_linear(x: Tensor, new: Tensor, frozen: Tensor, ends: Tensor) -> Tensor:
+    return _forward(x, new, frozen, ends)
+
+
+@torch.library.custom_op("eclectus::expert_linear_backward", mutates_args=())
+def _compiled_backward(
+    g: Tensor, x: Tensor | None, new: Tensor, frozen: Tensor, ends: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_backward`, but empty where it returns None, and in memory of their own: an operator returns tensors that
+    share none."""
+    found = _backward(g, x, new, frozen, ends, needs)
+    dx, d_new, d_frozen = (g.new_empty(0) if each is None else each for each in found)
+    return dx, d_new.clone() if needs[2] else d_new, d_frozen
+
+
+@_compiled_expert_linear.register_fake
+def _(x: Tensor, new: Tensor, frozen: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], new.shape[1])
+
+
+@_compiled_backward.register_fake
+def _(
+    g: Tensor, x: Tensor | None, new: Tensor, frozen: Tensor, ends: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((g.shape[0], new.shape[2]), new.shape, frozen.shape)
+    dtypes = (g.dtype, new.dtype, frozen.dtype)
+    dx, d_new, d_frozen = (
+        g.new_empty(shape if need else (0,), dtype=dtype if need else g.dtype)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+    )
+    return dx, d_new, d_frozen
+
+
+def _run_compiled_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    found = _compiled_backward(g, *ctx.saved_tensors, needs)
+    return *(each if need else None for each, need in zip(found, needs, strict=True)), None
+
+
+_compiled_expert_linear.register_autograd(_run_compiled_backward, setup_context=_save)
 
 
 class _Dispatch(torch.autograd.Function):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eclectus.models.attention.document_mask import within_documents
+from eclectus.models.attention.document_mask import positions_not_searched, within_documents
 from eclectus.models.training.instances import IGNORED, Batch
 from eclectus.models.training.parallel import config_of, unwrapped
 from eclectus.models.training.process import Process
@@ -111,7 +111,7 @@ class Objective:
         inside = within_documents(unwrapped(model), batch.documents if self.document_mask else None, device)
         batch = batch.to(device)
         read = {argument: getattr(batch, name) for argument, name in self.reads.items()}
-        with _head_over(model, rows), inside:
+        with _head_over(model, rows), inside, positions_not_searched():
             output = model(input_ids=batch.tokens, use_cache=False, **read, **self.asks, **more)
         return Pass(batch, output, config_of(model), rows)
 
@@ -154,7 +154,7 @@ class Step:
         self._objective, self._batches, self._process = objective, batches, process
         counts = [torch.stack([loss.count(batch) for loss in objective.losses]) for batch in batches]
         # [micro-batches, losses]
-        self._counts = torch.stack(counts).to(process.device).double()
+        self._counts = torch.stack(counts).double().to(process.device, non_blocking=True)
         # Gradients are averaged over processes, hence the mean. A loss without items in the whole step is 0.
         mean = process.sum(self._counts.sum(0)).clamp(min=1) / process.world
         self._shares = self._counts / mean

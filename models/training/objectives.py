@@ -156,7 +156,11 @@ class LanguagePrior(Loss):
 
 def in_languages(batch: Batch, languages: Sequence[int]) -> Tensor:
     """`[B, L]`, true on tokens of these languages."""
-    return torch.isin(batch.languages, torch.tensor(languages, dtype=torch.int64, device=batch.languages.device))
+    found = torch.zeros_like(batch.languages, dtype=torch.bool)
+    # One by one: a list that is sent to a GPU is waited for.
+    for language in languages:
+        found |= batch.languages == language
+    return found
 
 
 def next_token(domains: Sequence[str] = ()) -> Objective:
@@ -189,7 +193,7 @@ def routing_metrics(router_weights: Sequence[Tensor]) -> dict[str, Term]:
     weights = torch.stack([layer.detach() for layer in router_weights]).float()
     entropy = -(weights * weights.clamp_min(1e-9).log()).sum(-1)
     used = (weights > 2 / weights.shape[-1]).float().mean(-1)
-    segments = entropy.new_tensor(entropy.numel())
+    segments = entropy.new_full((), entropy.numel())
     return {"router_entropy": Term(entropy.sum(), segments), "expert_utilisation": Term(used.sum(), segments)}
 
 

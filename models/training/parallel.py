@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
+from transformers.utils import output_capturing
 
 from eclectus.models.training.process import Process
 
@@ -115,10 +116,33 @@ def replicate(model: nn.Module, process: Process) -> nn.Module:
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile of every decoder layer, in place: parameters keep their names, layers share one compilation."""
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """torch.compile of every decoder layer, in place: parameters keep their names, layers share one compilation.
+
+    options: of torch.compile. A layer is one graph, also where transformers' hooks collect router logits in it.
+    """
+    if not isinstance(output_capturing._active_collector, _Collector):
+        output_capturing._active_collector = _Collector()  # type: ignore[assignment]
     for layer in blocks(model):
-        layer.compile()
+        layer.compile(**options)
+
+
+class _Collector:
+    """What transformers' hooks collect now, in a plain attribute: its own ContextVar cannot be traced."""
+
+    def __init__(self) -> None:
+        self._collected: Any = None
+
+    def get(self) -> Any:
+        return self._collected
+
+    def set(self, collected: Any) -> Any:
+        """Returns what was collected before, for `reset`."""
+        before, self._collected = self._collected, collected
+        return before
+
+    def reset(self, before: Any) -> None:
+        self._collected = before
 
 
 def recompute_blocks(model: nn.Module, every: int = 1) -> None:
