@@ -167,9 +167,9 @@ def _config_of(name: str) -> Any:
 def _changed(config: Any, **fields: Any) -> Any:
     from transformers import AutoConfig
 
-    from eclectus.models.checkpoints.writing import plain_config
+    from eclectus.models.checkpoints.writing import plain_config, with_both_generations
 
-    return AutoConfig.for_model(**{**plain_config(config), **fields})
+    return AutoConfig.for_model(**with_both_generations({**plain_config(config), **fields}))
 
 
 def _upcycled(start: Shape, settings: Any, budget: int) -> Shape:

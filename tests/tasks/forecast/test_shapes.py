@@ -7,10 +7,12 @@ import pytest
 
 from eclectus.flows.flow import flow_named
 from eclectus.flows.parameters import PARAMETERS
+from eclectus.models.checkpoints.door import read_transformers_config
 from eclectus.models.extension.lory import extend_lory
 from eclectus.models.extension.methods import method_blueprint, review_blueprint
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.mixture.upcycle import upcycle
+from eclectus.models.sharding.blueprint import Blueprint
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.forecast.shapes import Shape, Shapes, _with_more_experts
 from eclectus.tasks.forecast.trainings import calls_of
@@ -101,6 +103,14 @@ def test_a_lory_model_is_extended_to_twice_its_experts(home, base, tmp_path):
     found = _with_more_experts(Shape(lory.config), 3).config
     written = json.loads((tmp_path / "wider" / "config.json").read_text())
     assert (found.num_experts, found.original_experts) == (written["num_experts"], written["original_experts"])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_an_extended_mixture_gets_more_experts(home, tmp_path, family):
+    upcycle(write_base(tmp_path / family, family), tmp_path / "moe", experts=3, top_k=2)
+    found = _with_more_experts(Shape(read_transformers_config(tmp_path / "moe")), 2)
+    model = Blueprint.of_config(found.config).model
+    assert [layer.mlp.experts.num_experts for layer in model.model.layers] == [5, 5] and found.frozen == [3, 3]
 
 
 def test_an_unknown_base_is_named(home):
