@@ -267,16 +267,18 @@ def _run_task(
     name: str, task: Task, ask: _Asker, settings: BenchmarkSettings
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(rows of items, rows of scores) of one task. Raises EclectusError when the task itself fails."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
+    # It asks git for the commit of the current folder, which is not the model's and may be no repository.
+    evaluator.get_git_commit_hash = lambda: None
     # Without a manager, the harness parses all of its YAML files in each call.
     manager = TaskManager(include_defaults=False)
     seeds = dict.fromkeys(
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), settings.seed
     )
     try:
-        given = simple_evaluate(
+        given = evaluator.simple_evaluate(
             _sender(ask, name),
             tasks=[task],
             limit=settings.benchmark_limit or None,

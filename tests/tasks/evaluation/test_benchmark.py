@@ -133,6 +133,15 @@ def test_parallel_text_is_scored_in_bits_for_each_character_of_the_english_page(
     assert (choice["question"], choice["target"], choice["answers"]) == ("One.", "Four.", items[0]["choices"])
 
 
+def test_the_folder_of_a_benchmark_need_not_be_a_repository(world, tmp_path, monkeypatch, capfd):
+    (tmp_path / "page_choice_el.jsonl").write_text(
+        json.dumps({"page": "a", "context": "One.", "choices": ["Two.", "Three.", "Four.", "Five."], "label": 3})
+    )
+    monkeypatch.chdir(tmp_path)
+    ask(world, world.models["dense"], benchmark_files=[str(tmp_path)])
+    assert "git" not in capfd.readouterr().err
+
+
 def test_a_page_without_its_english_length_is_named(world, tmp_path):
     (tmp_path / "parallel_text_el.jsonl").write_text(json.dumps({"page": "1", "text": "Άνοιξε το αρχείο."}))
     with pytest.raises(EclectusError, match=r"lacks text or english_characters .*eclectus parallel"):
