@@ -23,9 +23,10 @@ DOES_NOT_FIT = 3
 UNREAD = ["dataset:not/read"]
 LATEST = 20
 _HISTORY = """
-    select run, label, made, seconds, actual_seconds, seconds_error, memory, actual_memory, memory_error,
-           steps, actual_steps
-    from forecasts order by made desc limit ?"""
+    select run, label, strftime(made, '%Y-%m-%d %H:%M') as made, round(seconds, 1) as seconds,
+           round(actual_seconds, 1) as actual_seconds, seconds_error, round(memory / 1e6) as memory_mb,
+           round(actual_memory / 1e6) as actual_memory_mb, memory_error, steps, actual_steps
+    from forecasts order by forecasts.made desc limit ?"""
 
 
 def add_estimate_command(commands: Any, flows: dict[str, tuple[str, str]], chosen: str | None, show_all: bool) -> None:
