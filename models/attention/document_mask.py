@@ -27,7 +27,8 @@ from eclectus.models.lory.model import LoryModel
 @contextmanager
 def positions_not_searched() -> Iterator[None]:
     """Within the block transformers does not search the positions of a pass for packed documents: training counts them
-    through, and on a GPU every pass would wait for the answer."""
+    through. On a GPU every pass would wait for the answer, and of fake tensors it would make masks that real ones need
+    not."""
     before = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:

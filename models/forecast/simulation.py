@@ -15,8 +15,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -29,7 +28,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import masking_utils
 
 from eclectus.models.forecast.cut import Cuts, cut, layers_of
 from eclectus.models.forecast.job import Job
@@ -134,7 +132,7 @@ def _simulated(job: Job) -> Simulated:
     trained = [each for each in twin.parameters() if each.requires_grad]
     for parameter in trained:
         parameter.register_post_accumulate_grad_hook(tracker.accumulated)
-    with mode, tracker, _one_sequence():
+    with mode, tracker:
         with autocast(torch.device("cpu"), job.precision):
             loss, terms = parts.measure(twin, 0)
         loss.backward()
@@ -156,17 +154,6 @@ def _simulated(job: Job) -> Simulated:
         root=sum(map(_bytes, twin.parameters())) - sum(layers),
         operators=tracker.operators,
     )
-
-
-@contextmanager
-def _one_sequence() -> Iterator[None]:
-    """Within the block transformers makes no mask of what might be several sequences in a row, as it does for fakes."""
-    found = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = found
 
 
 def _bytes(tensor: Tensor) -> int:
