@@ -67,8 +67,8 @@ CONFIGURATIONS = {
 
 def prepare(folder: Path, configuration: Configuration) -> None:
     """Writes base, mixture, tokenizer and instances of a configuration, unless they are there."""
-    import numpy as np
     import torch
+    from random_instances import write_random_instances
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -91,13 +91,7 @@ def prepare(folder: Path, configuration: Configuration) -> None:
     if place.exists():
         return
     place.mkdir()
-    rows = 64
-    np.random.default_rng(0).integers(1, vocabulary, (rows, length)).astype(np.uint16).tofile(place / "tokens.bin")
-    np.save(place / "spans.npy", np.array([(row * length, length, row, row % 2, 0) for row in range(rows)], np.int64))
-    matrix = {"file": "tokens.bin", "dtype": "uint16", "offset": 0, "rows": rows, "columns": length}
-    about = {"length": length, "vocabulary": vocabulary, "end_of_document": 0, "languages": ["en", "el"]}
-    text = json.dumps({**about, "domains": ["a"], "matrices": {"input_ids": matrix}})
-    (place / "instances.json").write_text(text)
+    write_random_instances(place, 64, length, vocabulary, ["en", "el"])
 
 
 def work(folder: Path, configuration: Configuration, out: Path) -> None:

@@ -21,7 +21,6 @@ what it had; a row that does not fit in memory says so.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -29,9 +28,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
+from random_instances import write_random_instances
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -106,19 +105,6 @@ ROWS: dict[str, Callable[[dict[str, int]], Made]] = {
 }  # fmt: skip
 
 
-def write_instances(place: Path, size: dict[str, int], count: int) -> Instances:
-    """Random tokens, two documents an instance."""
-    length = size["max_position_embeddings"]
-    np.random.default_rng(0).integers(0, size["vocab_size"], (count, length)).astype(np.uint16).tofile(place / "tokens")
-    half = length // 2
-    spans = [(row * length + part * half, half, 2 * row + part, part, 0) for row in range(count) for part in (0, 1)]
-    np.save(place / "spans.npy", np.array(spans, np.int64))
-    matrix = {"file": "tokens", "dtype": "uint16", "offset": 0, "rows": count, "columns": length}
-    about = dict(length=length, vocabulary=size["vocab_size"], end_of_document=0, languages=["en", "el"], domains=["a"])
-    (place / "instances.json").write_text(json.dumps({**about, "matrices": {"input_ids": matrix}}))
-    return Instances(place)
-
-
 def our_steps(model: Any, objective: Objective, size: dict[str, int], process: Process, place: Path) -> float:
     """Tokens per second of the training loop."""
     found: dict[str, float] = {}
@@ -128,7 +114,9 @@ def our_steps(model: Any, objective: Objective, size: dict[str, int], process: P
             found.update(values["values"])
 
     plan = Plan(0, 2 * WINDOW, 2 * WINDOW, size["batch"], size["micro_batch"], 1e-4, 2, log_every=WINDOW)
-    train(model, write_instances(place, size, 4 * size["batch"]), objective, plan, process, place, report)
+    length, vocabulary = size["max_position_embeddings"], size["vocab_size"]
+    write_random_instances(place, 4 * size["batch"], length, vocabulary, ["en", "el"])
+    train(model, Instances(place), objective, plan, process, place, report)
     return found["tokens_per_second"]
 
 

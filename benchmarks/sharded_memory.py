@@ -14,7 +14,6 @@ transformers takes most ("imports"). Memory is what counts here; seconds are not
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -32,8 +31,8 @@ ALLOWANCE = 400 * MEGABYTE
 
 def prepare(folder: Path) -> None:
     """Writes base, mixture, tokenizer and instances, unless they are there."""
-    import numpy as np
     import torch
+    from random_instances import write_random_instances
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -49,12 +48,7 @@ def prepare(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", unk_token="w1").save_pretrained(folder / "dense")
     place = folder / "instances"
     place.mkdir()
-    tokens = np.random.default_rng(0).integers(1, VOCABULARY, (ROWS, LENGTH)).astype(np.uint16)
-    tokens.tofile(place / "tokens.bin")
-    np.save(place / "spans.npy", np.array([(row * LENGTH, LENGTH, row, 0, 0) for row in range(ROWS)], np.int64))
-    matrix = {"file": "tokens.bin", "dtype": "uint16", "offset": 0, "rows": ROWS, "columns": LENGTH}
-    about = {"length": LENGTH, "vocabulary": VOCABULARY, "end_of_document": 0, "languages": ["en"], "domains": ["a"]}
-    (place / "instances.json").write_text(json.dumps({**about, "matrices": {"input_ids": matrix}}))
+    write_random_instances(place, ROWS, LENGTH, VOCABULARY, ["en"])
     upcycle(folder / "dense", folder / "moe", experts=EXPERTS)
 
 
