@@ -29,9 +29,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from eclectus.models.attention.document_mask import within_documents
 from eclectus.models.lory.documents import count_segments
 from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.losses.objectives import lory, next_token
 from eclectus.models.training.instances import IGNORED, Instances
 from eclectus.models.training.loop import Plan, train
-from eclectus.models.training.objectives import lory, next_token
 from eclectus.models.training.process import Process
 
 LENGTH, VOCABULARY, END, BATCH = 512, 2048, 0, 4

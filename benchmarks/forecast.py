@@ -182,8 +182,8 @@ def published() -> None:
     from eclectus.models.forecast.job import Job
     from eclectus.models.forecast.roofline import step_on
     from eclectus.models.forecast.simulation import simulate
+    from eclectus.models.losses import objectives
     from eclectus.models.sharding.blueprint import Blueprint
-    from eclectus.models.training import objectives
     from eclectus.models.training.plan import Plan
 
     print("| model | GPUs | tokens/s per GPU, forecast | published |\n|---|---|---|---|")

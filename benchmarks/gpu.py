@@ -37,11 +37,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from eclectus.models.lory.config import LoryConfig
 from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.losses import objectives
+from eclectus.models.losses.step import Objective, Step
 from eclectus.models.mixture.experts import set_trainable, split_experts
-from eclectus.models.training import objectives
 from eclectus.models.training.instances import Batch, Instances
 from eclectus.models.training.loop import train
-from eclectus.models.training.losses import Objective, Step
 from eclectus.models.training.plan import Plan
 from eclectus.models.training.precision import autocast, keep_routers_fp32
 from eclectus.models.training.process import Process

@@ -23,10 +23,10 @@ from transformers.utils import logging
 
 from eclectus.models import LoryConfig
 from eclectus.models.evaluation.scoring import Windows, score
+from eclectus.models.losses import objectives
 from eclectus.models.pretraining import stages
 from eclectus.models.sharding.blueprint import Blueprint
 from eclectus.models.sharding.slices import InMemory
-from eclectus.models.training import objectives
 from eclectus.models.training.flops import step_flops, training_costs
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import Plan, train

@@ -7,7 +7,7 @@
     review    the review on a stage-1 checkpoint
     single    the baselines and ablations of one stage
 
-All train with `eclectus.models.training.loop.train` and the objectives of `eclectus.models.training.objectives`: the
+All train with `eclectus.models.training.loop.train` and the objectives of `eclectus.models.losses.objectives`: the
 benchmark runs the production code. Jobs hand checkpoints to each other in a folder. Each is scored on both held-out
 parts, `valid` and `held` (lpr_data).
 """
@@ -34,18 +34,18 @@ from eclectus.models.checkpoints.door import open_model
 from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.evaluation.scoring import Windows, plan_windows, score
 from eclectus.models.extension.methods import MixedInstances, open_method, untrained_digest
+from eclectus.models.losses import objectives
+from eclectus.models.losses.router_losses import language_prior_loss
+from eclectus.models.losses.step import Loss, Objective, Pass, Term
 from eclectus.models.mixture.experts import frozen_digest, set_trainable, split_experts
 from eclectus.models.mixture.export import export_checkpoint
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.sharding.slices import in_memory
-from eclectus.models.training import objectives
 from eclectus.models.training.flops import training_costs
 from eclectus.models.training.instances import Batch, Instances
 from eclectus.models.training.loop import Plan, train
-from eclectus.models.training.losses import Loss, Objective, Pass, Term
 from eclectus.models.training.precision import FrozenWeights, autocast, compute_dtype
 from eclectus.models.training.process import Process
-from eclectus.models.training.router_losses import language_prior_loss
 
 logging.disable_progress_bar()
 

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
+from eclectus.models.losses import objectives
 from eclectus.models.mixture.experts import set_trainable, split_experts
 from eclectus.models.sharding.slices import in_memory
-from eclectus.models.training import objectives
 from eclectus.models.training.instances import Batch
 from eclectus.models.training.loop import Plan
 from eclectus.models.training.optimizer import make_optimizer

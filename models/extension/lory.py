@@ -29,10 +29,10 @@ from eclectus.models.checkpoints.proof import Probes, checked, logits_of
 from eclectus.models.checkpoints.writing import save_model
 from eclectus.models.lory.documents import sums_by_segment
 from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.losses.objectives import NextToken, in_languages
+from eclectus.models.losses.step import Loss, Objective, Pass, Term
 from eclectus.models.staged_folder import staged_folder
 from eclectus.models.training.instances import Batch
-from eclectus.models.training.losses import Loss, Objective, Pass, Term
-from eclectus.models.training.objectives import NextToken, in_languages
 
 
 @dataclass(frozen=True)

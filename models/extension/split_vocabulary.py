@@ -48,7 +48,11 @@ class SplitHead(_Split):
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[..., H]`; returns logits `[..., V + N]`."""
-        return torch.cat([F.linear(x, self.frozen_weight), F.linear(x, self.new_weight)], -1)
+        return torch.cat([F.linear(x, each) for each in self.blocks()], -1)
+
+    def blocks(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """The matrices of the logits, for the training loss (models/losses/token_losses.py)."""
+        return self.frozen_weight, self.new_weight
 
 
 def new_rows_of(config: Any) -> int:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from eclectus.models.losses.step import Objective
 from eclectus.models.training.instances import Batch, Instances
-from eclectus.models.training.losses import Objective
 from eclectus.models.training.plan import Plan
 from eclectus.models.training.precision import Precision, compute_dtype
 from eclectus.models.training.process import Process

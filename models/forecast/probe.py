@@ -30,7 +30,7 @@ from torch import nn
 
 from eclectus.models.forecast.cut import Cuts, cut, drawn, layers_of
 from eclectus.models.forecast.job import Job
-from eclectus.models.training.losses import Step
+from eclectus.models.losses.step import Step
 from eclectus.models.training.optimizer import make_optimizer, set_rate
 from eclectus.models.training.parallel import compile_blocks, recompute_blocks
 from eclectus.models.training.precision import FrozenWeights, autocast, keep_routers_fp32

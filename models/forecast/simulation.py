@@ -31,9 +31,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from eclectus.models.forecast.cut import Cuts, cut, layers_of
 from eclectus.models.forecast.job import Job
+from eclectus.models.losses.step import Step, targets_of
 from eclectus.models.mixture.experts import SplitExperts
 from eclectus.models.training.flops import FORMULAS, without_data
-from eclectus.models.training.losses import Step, rows_with_target
 from eclectus.models.training.parallel import recompute_blocks
 from eclectus.models.training.precision import FrozenWeights, autocast, keep_routers_fp32
 from eclectus.models.training.process import Process
@@ -127,7 +127,7 @@ def _simulated(job: Job) -> Simulated:
     if job.plan.recomputed:
         recompute_blocks(twin, job.plan.recomputed)
     batch = job.batch()
-    parts, tracker = Step(job.asked, [batch], Process()), _Tracker(len(rows_with_target(batch.labels)))
+    parts, tracker = Step(job.asked, [batch], Process()), _Tracker(len(targets_of(batch.labels)[0]))
     tracker.keep(each for each in [*twin.parameters(), *twin.buffers()])
     trained = [each for each in twin.parameters() if each.requires_grad]
     for parameter in trained:

@@ -37,9 +37,9 @@ from eclectus.models.checkpoints.proof import StepZeroError
 from eclectus.models.checkpoints.side_files import REPORT
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, TensorSpec, read_config
 from eclectus.models.checkpoints.writing import write_checkpoint
+from eclectus.models.losses.objectives import next_token_loss
 from eclectus.models.mixture.experts import moe_blocks
 from eclectus.models.staged_folder import require_new_folder, staged_folder
-from eclectus.models.training.objectives import next_token_loss
 
 # One in this many rows of the calibration text is held out.
 HELD_OUT = 4

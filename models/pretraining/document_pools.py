@@ -35,10 +35,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from eclectus.models.lory.config import check_choice
+from eclectus.models.losses.objectives import ROUTERS, NextToken, TransformersBalance
+from eclectus.models.losses.router_losses import count_choices
+from eclectus.models.losses.step import Objective, Pass
 from eclectus.models.pretraining.baselines import fill_top_k, top_k_fields
-from eclectus.models.training.losses import Objective, Pass
-from eclectus.models.training.objectives import ROUTERS, NextToken, TransformersBalance
-from eclectus.models.training.router_losses import count_choices
 
 SELECTIONS = ("document", "causal")
 

@@ -23,6 +23,7 @@ from transformers import LlamaConfig
 from eclectus.models.attention.document_mask import within_documents
 from eclectus.models.lory.config import LoryConfig
 from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.losses import objectives
 from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM, calibrate
 from eclectus.models.pretraining.blueprints import (
     document_pool_blueprint,
@@ -35,7 +36,6 @@ from eclectus.models.pretraining.blueprints import (
 from eclectus.models.pretraining.document_pools import pooled
 from eclectus.models.sharding.blueprint import Blueprint
 from eclectus.models.sharding.slices import Slices
-from eclectus.models.training import objectives
 from eclectus.models.training.flops import count_flops, equal_flops_width
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import Objective, Plan

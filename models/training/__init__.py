@@ -1,1 +1,1 @@
-"""The training loop and its parts: plan, process, parallelism, optimizer, objectives, resume."""
+"""The training loop and its parts: plan, process, parallelism, optimizer, metrics, resume."""

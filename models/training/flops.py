@@ -9,7 +9,7 @@ The two are kept apart because attention is the same in models of one width and 
 stricter one (torch counts no attention on CPU). A mixture's experts count for the tokens that choose them, however they
 are computed (`masked` experts on a GPU compute more); where some experts are frozen, as if the choices were spread
 evenly over all. Not counted: gradient checkpointing, losses, norms, the optimizer, and the pass without gradients over
-further micro-batches by which a balance loss counts the choices of a whole step (models/training/losses.py).
+further micro-batches by which a balance loss counts the choices of a whole step (models/losses/step.py).
 
 Lory pays for merging: per layer and segment of T tokens one product [1, E] x [E, P] in the forward pass and three in
 the backward pass (merged again, gradients of weights and of experts), P = 3 D F. So its FFNs cost 1 + 4 E / (3 T) times

@@ -24,9 +24,9 @@ import torch
 from torch import nn
 
 from eclectus.models.attention.choice import choose_attention
+from eclectus.models.losses.step import Objective, Step
 from eclectus.models.sharding.slices import Slices
 from eclectus.models.training.instances import Batch, Instances
-from eclectus.models.training.losses import Objective, Step
 from eclectus.models.training.metrics import Window
 from eclectus.models.training.optimizer import load_moments, make_optimizer, read_moments, set_rate
 from eclectus.models.training.parallel import (

@@ -11,7 +11,7 @@ import time
 import torch
 from torch import nn
 
-from eclectus.models.training.losses import Term
+from eclectus.models.losses.step import Term
 from eclectus.models.training.process import Process
 from eclectus.models.training.throughput import flops_per_token, peak_flops
 

@@ -91,9 +91,9 @@ class Shapes:
         return Blueprint.of_config(config)
 
     def _stage(self, call: Call) -> Any:
+        from eclectus.models.losses import objectives
         from eclectus.models.pretraining import stages
         from eclectus.models.sharding.blueprint import Blueprint
-        from eclectus.models.training import objectives
         from eclectus.tasks.training.pretrain import stage_of
 
         settings, dense = call.arguments["settings"], self._dense(call)

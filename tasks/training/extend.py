@@ -28,7 +28,7 @@ from eclectus.tasks.training.run_training import resume_directory, run_training
 MASS_ROWS, ROW_TOKENS = 64, 128
 
 
-@step(makes="checkpoint", version=4)
+@step(makes="checkpoint", version=5)
 def extend(
     instances: Artifact,
     checkpoint: Artifact,

@@ -218,7 +218,7 @@ def objective_of(
     frozen: its leading experts that stay frozen.
     """
     from eclectus.models.extension import lory as lory_extension
-    from eclectus.models.training import objectives
+    from eclectus.models.losses import objectives
 
     lory, top_k = config.get("model_type") == "lory", config.get("num_experts_per_tok")
     known = [number for number, language in enumerate(languages) if language in settings.original_languages]

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from eclectus.models.training.process import Process
 
 
-@step(makes="checkpoint", version=4)
+@step(makes="checkpoint", version=5)
 def pretrain(
     instances: Artifact, tokenizer: Artifact, settings: PretrainStageSettings, out: Draft, start: Artifact | None = None
 ) -> None:
@@ -254,9 +254,9 @@ def stage_of(settings: PretrainStageSettings, dense: Blueprint, moments: Mapping
     import torch
     from transformers import LlamaForCausalLM
 
+    from eclectus.models.losses import objectives
     from eclectus.models.pretraining import stages
     from eclectus.models.sharding.blueprint import Blueprint
-    from eclectus.models.training import objectives
 
     stage, domains = settings.pretrain_stage, data.domains
     if stage == "dense_equal_flops":

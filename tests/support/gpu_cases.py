@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from eclectus.models.extension.lory import extend_lory, post_pretrain_lory, review_lory
 from eclectus.models.extension.methods import open_method, open_review
 from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.losses import objectives
+from eclectus.models.losses.step import Objective, Pass
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM, top_k_from_dense
 from eclectus.models.pretraining.document_pools import document_pools_from_dense, pooled
-from eclectus.models.training import objectives
-from eclectus.models.training.losses import Objective, Pass
 from tests.support.tiny_training import SHAPE, tiny_dense
 
 DOMAINS = ["a", "b"]

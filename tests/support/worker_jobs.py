@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from eclectus.models.losses.objectives import next_token
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import train
-from eclectus.models.training.objectives import next_token
 from eclectus.models.training.parallel import whole
 from eclectus.models.training.process import Process
 from eclectus.storage.errors import EclectusError

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from eclectus.models.attention.choice import choose_attention
+from eclectus.models.losses.objectives import next_token
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import train
-from eclectus.models.training.objectives import next_token
 from eclectus.models.training.process import Process
 from tests.support.tiny_training import plan, tiny_dense, write_instances
 

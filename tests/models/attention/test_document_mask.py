@@ -13,11 +13,11 @@ from eclectus.models.attention.document_mask import within_documents
 from eclectus.models.extension.lory import segment_prior_loss
 from eclectus.models.extension.methods import open_method, open_review
 from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.losses.objectives import lory, next_token, post_pretrain, review
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.pretraining.routing_profiles import routing_profiles
 from eclectus.models.training.instances import IGNORED, Batch, Instances
 from eclectus.models.training.loop import train
-from eclectus.models.training.objectives import lory, next_token, post_pretrain, review
 from eclectus.models.training.process import Process
 from tests.support.dense_bases import BASES, SHAPE, VOCABULARY, tokens, write_base
 from tests.support.tiny_training import plan, tiny_dense, write_instances

@@ -11,9 +11,9 @@ from eclectus.models import LoryConfig, LoryForCausalLM
 from eclectus.models.checkpoints.proof import StepZeroError
 from eclectus.models.extension.lory import extend_lory, post_pretrain_lory, review_lory, segment_prior_loss, split_lory
 from eclectus.models.extension.methods import open_method, open_review, save_method, untrained_digest
+from eclectus.models.losses.objectives import next_token, next_token_loss
 from eclectus.models.sharding.slices import in_memory
 from eclectus.models.training.instances import Batch
-from eclectus.models.training.objectives import next_token_loss
 from eclectus.models.training.precision import FrozenWeights, autocast
 from tests.support.dense_bases import tokens
 
@@ -78,7 +78,7 @@ def test_a_batch_without_original_tokens_has_a_prior_of_zero_and_no_gradient(lor
     loss.backward()
     with_prior = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
-    next_token_loss(model(input_ids=tokens(40)).logits, tokens(40)).backward()
+    next_token()(model, batch(tokens(40), 1))[0].backward()
     assert all(
         torch.equal(a, p.grad)
         for a, p in zip(with_prior, (p for p in model.parameters() if p.grad is not None), strict=True)

@@ -16,13 +16,13 @@ from eclectus.models.extension.methods import (
     save_method,
     untrained_digest,
 )
+from eclectus.models.losses.objectives import next_token, next_token_loss, one_stage, post_pretrain
+from eclectus.models.losses.router_losses import balance_loss, language_prior_loss
 from eclectus.models.mixture.experts import frozen_digest
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.training.instances import Batch, Instances
 from eclectus.models.training.loop import Plan, train
-from eclectus.models.training.objectives import next_token, next_token_loss, one_stage, post_pretrain
 from eclectus.models.training.process import Process
-from eclectus.models.training.router_losses import balance_loss, language_prior_loss
 from tests.support.dense_bases import logits, tokens, write_base
 
 FOUR = ("llama tied", "mistral", "qwen2", "qwen3 tied")

@@ -9,8 +9,8 @@ from eclectus.models.forecast import ahead as module
 from eclectus.models.forecast.ahead import look_ahead
 from eclectus.models.forecast.fit import Room, check_fit
 from eclectus.models.forecast.job import Job
+from eclectus.models.losses import objectives
 from eclectus.models.sharding.blueprint import Blueprint
-from eclectus.models.training import objectives
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import train
 from eclectus.models.training.process import Process

@@ -7,8 +7,8 @@ from eclectus.models.forecast.gpus import GPUS, gpu_named, gpu_of_device
 from eclectus.models.forecast.job import Job
 from eclectus.models.forecast.roofline import COMPUTE, step_on
 from eclectus.models.forecast.simulation import simulate
+from eclectus.models.losses import objectives
 from eclectus.models.sharding.blueprint import Blueprint
-from eclectus.models.training import objectives
 from tests.support.tiny_training import plan
 
 

@@ -11,11 +11,11 @@ from eclectus.models.forecast import simulation
 from eclectus.models.forecast.cut import drawn, kinds_of
 from eclectus.models.forecast.job import Job
 from eclectus.models.forecast.simulation import simulate
+from eclectus.models.losses import objectives
+from eclectus.models.losses.step import Step
 from eclectus.models.pretraining import stages
 from eclectus.models.sharding.blueprint import Blueprint
-from eclectus.models.training import objectives
 from eclectus.models.training.flops import count_flops
-from eclectus.models.training.losses import Step
 from eclectus.models.training.parallel import recompute_blocks
 from eclectus.models.training.process import Process
 from tests.support.tiny_training import plan

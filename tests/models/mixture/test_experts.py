@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from eclectus.models.checkpoints.families import FAMILIES
 from eclectus.models.checkpoints.tensor_files import CheckpointReader
+from eclectus.models.losses.router_losses import balance_loss, language_prior_loss
 from eclectus.models.mixture.experts import (
     MoeTensors,
     SplitExperts,
@@ -21,7 +22,6 @@ from eclectus.models.mixture.experts import (
 )
 from eclectus.models.mixture.grouped_gemm import _side_by_side
 from eclectus.models.mixture.upcycle import upcycle
-from eclectus.models.training.router_losses import balance_loss, language_prior_loss
 from tests.support.dense_bases import BASES, tokens, write_base
 
 FOUR = ("llama", "mistral", "qwen2", "qwen3 tied")

@@ -8,11 +8,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from eclectus.models.checkpoints.proof import StepZeroError
+from eclectus.models.losses.router_losses import balance_loss
 from eclectus.models.mixture.experts import frozen_digest, set_trainable, split_experts
 from eclectus.models.mixture.export import export_checkpoint, extract_base
 from eclectus.models.mixture.extend_again import extend_again, shortest_row_below
 from eclectus.models.mixture.upcycle import upcycle
-from eclectus.models.training.router_losses import balance_loss
 from tests.support.dense_bases import logits, tokens, write_base
 
 NAMES = ("llama tied", "qwen2", "qwen3 tied")

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from eclectus.models.lory.merge import apply_merged
+from eclectus.models.losses.objectives import balanced, next_token
 from eclectus.models.pretraining.baselines import (
     ExpertChoiceConfig,
     ExpertChoiceForCausalLM,
@@ -13,7 +14,6 @@ from eclectus.models.pretraining.baselines import (
 )
 from eclectus.models.pretraining.blueprints import duplicated_moments, top_k_moments
 from eclectus.models.sharding.slices import InMemory
-from eclectus.models.training.objectives import balanced, next_token
 from tests.support.tiny_training import SHAPE, batch_of
 
 

@@ -5,6 +5,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from eclectus.models.losses.objectives import balanced
+from eclectus.models.losses.step import Pass, Step
 from eclectus.models.pretraining.baselines import top_k_from_dense
 from eclectus.models.pretraining.document_pools import (
     DocumentPoolConfig,
@@ -15,8 +17,6 @@ from eclectus.models.pretraining.document_pools import (
 )
 from eclectus.models.training.flops import count_flops
 from eclectus.models.training.instances import IGNORED, Batch
-from eclectus.models.training.losses import Pass, Step
-from eclectus.models.training.objectives import balanced
 from eclectus.models.training.process import Process
 from tests.support.tiny_training import SHAPE
 

@@ -17,10 +17,10 @@ from eclectus.models.extension.methods import (
     untrained_digest,
 )
 from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.losses.objectives import next_token, post_pretrain
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import train
-from eclectus.models.training.objectives import next_token, post_pretrain
 from eclectus.models.training.parallel import item, local, local_bounds, shard, whole
 from eclectus.models.training.process import Process
 from tests.support.processes import run_group

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eclectus.models.training.losses import Step
+from eclectus.models.losses.step import Step
 from eclectus.models.training.parallel import compile_blocks
 from eclectus.models.training.process import Process
 from tests.support.gpu_cases import CASES, FAULTS

@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.losses.objectives import NextToken, lory, next_token
+from eclectus.models.losses.step import Objective, Step
 from eclectus.models.pretraining.baselines import ExpertChoiceForCausalLM
 from eclectus.models.pretraining.blueprints import duplicated_moments
 from eclectus.models.sharding.slices import InMemory
 from eclectus.models.training import resume
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import TrainingFailed, train
-from eclectus.models.training.losses import Objective, Step
-from eclectus.models.training.objectives import NextToken, lory, next_token
 from eclectus.models.training.parallel import recompute_blocks
 from eclectus.models.training.process import Process
 from tests.support.processes import run_group, run_process

@@ -10,14 +10,14 @@ import torch
 from torch.nn import functional as F
 
 from eclectus.models.extension.methods import open_method, open_review, save_method, untrained_digest
+from eclectus.models.losses import objectives
+from eclectus.models.losses.step import Step, targets_of
 from eclectus.models.mixture.experts import frozen_digest, moe_blocks, set_trainable
 from eclectus.models.mixture.grouped_gemm import _side_by_side
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.sharding.slices import in_memory
-from eclectus.models.training import objectives
 from eclectus.models.training.instances import IGNORED, Instances
 from eclectus.models.training.loop import train
-from eclectus.models.training.losses import Step, rows_with_target
 from eclectus.models.training.precision import FrozenWeights, autocast, bfloat16_gain, compute_dtype, keep_routers_fp32
 from eclectus.models.training.process import Process
 from tests.support.tiny_training import batch_of, plan, tiny_dense, write_instances
@@ -148,12 +148,11 @@ def test_routers_losses_and_the_residual_stream_are_fp32(folder, tmp_path):
     keep_routers_fp32(model)
     block = next(moe_blocks(model))[1]
     model.model.layers[1].register_forward_pre_hook(lambda _, arguments: seen.update(residual=arguments[0].dtype))
-    model.lm_head.register_forward_hook(lambda _, __, output: seen.update(logits=output.dtype))
     tokens = torch.arange(1, 25).view(1, -1)
     with autocast(CPU, HALF):
         output = model(input_ids=tokens, output_router_logits=True)
         loss, _ = objective_of(model)(model, batch_of(tokens))
-    assert seen == {"residual": torch.float32, "logits": torch.bfloat16}
+    assert (seen["residual"], output.logits.dtype) == (torch.float32, torch.bfloat16)
     assert loss.dtype == output.router_logits[0].dtype == torch.float32
     with torch.no_grad():
         hidden = torch.randn(5, block.gate.weight.shape[1])
@@ -190,7 +189,7 @@ def test_the_head_computes_the_tokens_that_have_a_target_and_no_other(folder):
         expected = objectives.next_token_loss(model(input_ids=tokens).logits, labels)
         torch.testing.assert_close(loss, expected)
     assert rows == [23 - 4 + 11, 48] * 2
-    assert rows_with_target(torch.full((2, 4), IGNORED)).tolist() == []
+    assert [each.tolist() for each in targets_of(torch.full((2, 4), IGNORED))] == [[], []]
 
 
 def test_a_batch_without_a_target_has_no_loss_and_a_gradient_of_zero(folder):

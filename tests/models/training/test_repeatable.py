@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MixtralConfig, 
 
 from eclectus.models.extension.methods import open_method, save_method
 from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.losses.objectives import lory, next_token, post_pretrain
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import train
-from eclectus.models.training.objectives import lory, next_token, post_pretrain
 from eclectus.models.training.process import Process
 from eclectus.models.training.repeatable import switch_off_randomness
 from tests.support.dense_bases import write_base

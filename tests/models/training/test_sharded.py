@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, weight_files
 from eclectus.models.extension.methods import method_blueprint, review_blueprint, save_method
 from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.losses.objectives import lory, next_token, post_pretrain, review
 from eclectus.models.mixture.export import extract_base
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.models.pretraining.routing_profiles import routing_profiles
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import train
-from eclectus.models.training.objectives import lory, next_token, post_pretrain, review
 from eclectus.models.training.process import Process
 from eclectus.tasks.training.unchanged_weights import UnchangedWeights
 from tests.support.processes import run_group

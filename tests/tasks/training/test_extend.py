@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from eclectus.models.checkpoints.tensor_files import read_config
 from eclectus.models.extension.methods import RECIPES, frozen_experts
+from eclectus.models.losses.objectives import LanguagePrior
 from eclectus.models.mixture.export import extract_base
 from eclectus.models.training.instances import Instances
-from eclectus.models.training.objectives import LanguagePrior
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.training.add_experts import AddExpertsSettings, add_experts, kind_of

@@ -1,4 +1,4 @@
-"""The objective of each training stage, as a weighted sum of losses (models/training/losses.py).
+"""The objective of each training stage, as a weighted sum of losses (models/losses/step.py).
 
 next-token       mean cross-entropy of the next token                            dense, Lory: docs/methods.md 1.1
 balanced         next-token + transformers' own load-balancing loss              top-k: models/pretraining/baselines.py
@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eclectus.models.training.instances import IGNORED, Batch
-from eclectus.models.training.losses import Loss, Objective, Pass, Term
-from eclectus.models.training.router_losses import (
+from eclectus.models.losses.router_losses import (
     BalanceScaling,
     PriorForm,
     at_least_fp32,
@@ -26,45 +24,33 @@ from eclectus.models.training.router_losses import (
     count_choices,
     language_prior_loss,
 )
+from eclectus.models.losses.step import Loss, Objective, Pass, Term, next_tokens
+from eclectus.models.training.instances import IGNORED, Batch
 
 ROUTERS = {"output_router_logits": True}
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in nats, in fp32; 0 without targets. logits [B, L, V]; labels [B, L], IGNORED at padding."""
-    return _mean_loss(logits, _targets(labels))
-
-
-def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits `[..., V]`, a row per target."""
+    targets = next_tokens(labels)
     total = F.cross_entropy(at_least_fp32(logits).flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
     return total / (targets != IGNORED).sum().clamp(min=1)
 
 
-def _targets(labels: Tensor) -> Tensor:
-    """The next token of every position, `[B * L]`, IGNORED after the last; so the logits need not be cut and copied."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-
-
 def loss_by_domain(done: Pass, domains: Sequence[str]) -> tuple[Tensor, dict[str, Term]]:
-    """`next_token_loss`, and for each domain `loss/NAME`: the sum of its losses and its tokens.
+    """Mean loss of the targets in nats, 0 if there are none; and for each domain `loss/NAME`: the sum of its losses and
+    its targets.
 
     domains: names by their numbers in batch.domains; if empty, only the loss is computed.
     """
-    targets = _targets(done.batch.labels)
-    owners = done.batch.domains.roll(-1, dims=1).flatten()
-    if done.rows is not None:
-        targets, owners = targets[done.rows], owners[done.rows]
-    logits = done.output.logits
+    assert done.losses is not None and done.rows is not None, "the pass was made without losses"
+    losses = done.losses.each
+    mean = done.losses.total / max(1, len(losses))
     if not domains:
-        return _mean_loss(logits, targets), {}
-    losses = F.cross_entropy(at_least_fp32(logits).flatten(0, 1), targets, ignore_index=IGNORED, reduction="none")
-    real = (targets != IGNORED).to(losses.dtype)
-    # The last column collects tokens of no domain, which are padding.
-    column = torch.where(targets != IGNORED, owners, -1) % (len(domains) + 1)
-    sums = losses.new_zeros(2, len(domains) + 1).index_add_(1, column, torch.stack([losses.detach(), real]))
-    by_domain = {f"loss/{name}": Term(sums[0, i], sums[1, i]) for i, name in enumerate(domains)}
-    return losses.sum() / real.sum().clamp(min=1), by_domain
+        return mean, {}
+    owners = done.batch.domains.roll(-1, dims=1).flatten()[done.rows]
+    sums = losses.new_zeros(2, len(domains)).index_add_(1, owners, torch.stack([losses, torch.ones_like(losses)]))
+    return mean, {f"loss/{name}": Term(sums[0, i], sums[1, i]) for i, name in enumerate(domains)}
 
 
 class NextToken(Loss):

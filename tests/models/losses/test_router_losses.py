@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from eclectus.models.training.router_losses import balance_loss, language_prior_loss
+from eclectus.models.losses.router_losses import balance_loss, language_prior_loss
 
 LAYERS, TOKENS, EXPERTS = 3, 40, 6
 

@@ -20,16 +20,16 @@ Logged means are joined in the same way, by their counts, over micro-batches, pr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eclectus.models.attention.document_mask import positions_not_searched, within_documents
+from eclectus.models.losses.token_losses import TokenLosses, losses_in_place_of_logits
 from eclectus.models.training.instances import IGNORED, Batch
 from eclectus.models.training.parallel import config_of, unwrapped
 from eclectus.models.training.process import Process
@@ -57,7 +57,9 @@ class Pass:
     config: Any
     """The model's configuration."""
     rows: Tensor | None = None
-    """Positions in `[B * L]` that `output.logits` `[1, N, V]` are of, those with a target; None: all, `[B, L, V]`."""
+    """Positions in `[B * L]` with a target, `[N]`."""
+    losses: TokenLosses | None = None
+    """Of these; `output.logits` then have no columns."""
 
 
 class Loss(ABC):
@@ -103,47 +105,41 @@ class Objective:
         loss, terms = Step(self, [batch], Process(device=batch.tokens.device)).measure(model, 0)
         return loss, {name: term.mean.to(loss.dtype) for name, term in terms.items()}
 
-    def run(
-        self, model: nn.Module, batch: Batch, device: torch.device, rows: Tensor | None = None, **more: Any
-    ) -> Pass:
-        """The pass of a batch, moved to the device. rows: positions in `[B * L]` over which the model's head runs;
-        None: all."""
+    def run(self, model: nn.Module, batch: Batch, device: torch.device) -> Pass:
+        """The pass of a batch, moved to the device, with the loss of every target."""
+        rows, targets = (each.to(device, non_blocking=True) for each in targets_of(batch.labels))
+        with losses_in_place_of_logits(unwrapped(model), rows, targets) as losses:
+            done = self.output(model, batch, device)
+        return replace(done, rows=rows, losses=losses[0])
+
+    def output(self, model: nn.Module, batch: Batch, device: torch.device, **more: Any) -> Pass:
+        """The pass of a batch, moved to the device, without losses. more: arguments of the model's forward pass."""
         inside = within_documents(unwrapped(model), batch.documents if self.document_mask else None, device)
         batch = batch.to(device)
         read = {argument: getattr(batch, name) for argument, name in self.reads.items()}
-        with _head_over(model, rows), inside, positions_not_searched():
+        with inside, positions_not_searched():
             output = model(input_ids=batch.tokens, use_cache=False, **read, **self.asks, **more)
-        return Pass(batch, output, config_of(model), rows)
+        return Pass(batch, output, config_of(model))
 
     def weights(self, model: nn.Module) -> dict[str, float]:
         """Name and weight of each loss."""
         return {loss.name: loss.weight_in(config_of(model)) for loss in self.losses}
 
 
-def rows_with_target(labels: Tensor) -> Tensor:
-    """Positions in `[B * L]`, ascending, of tokens whose next one is a target. labels [B, L]: IGNORED where it is none.
+def next_tokens(labels: Tensor) -> Tensor:
+    """The next token of every position, `[B * L]`, IGNORED where it is no target. labels [B, L]."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
 
-    Rows of logits without a target cost the largest product of the model and have no gradient.
+
+def targets_of(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(positions in `[B * L]` of tokens whose next one is a target, ascending `[N]`; these next tokens).
+
+    labels [B, L], IGNORED where they are no target; on a GPU the number of rows would have to be waited for. Rows of
+    logits without a target cost the largest product of the model and have no gradient.
     """
-    return (F.pad(labels[:, 1:], (0, 1), value=IGNORED) != IGNORED).flatten().nonzero()[:, 0]
-
-
-@contextmanager
-def _head_over(model: nn.Module, rows: Tensor | None) -> Iterator[None]:
-    """Within the block the model's output layer computes these rows `[N]` of its input alone, as `[1, N, V]`."""
-    if rows is None:
-        yield
-        return
-
-    def chosen(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (arguments[0].flatten(0, 1).index_select(0, rows).unsqueeze(0),)
-
-    head: nn.Module = cast(Any, unwrapped(model)).get_output_embeddings()
-    hook = head.register_forward_pre_hook(chosen)
-    try:
-        yield
-    finally:
-        hook.remove()
+    targets = next_tokens(labels)
+    rows = (targets != IGNORED).nonzero()[:, 0]
+    return rows, targets[rows]
 
 
 class Step:
@@ -170,7 +166,7 @@ class Step:
             return
         for batch in self._batches[1:]:
             # Gradients are not exchanged here, so DDP need not know of this pass.
-            done = self._objective.run(unwrapped(model), batch, self._process.device, logits_to_keep=1)
+            done = self._objective.output(unwrapped(model), batch, self._process.device, logits_to_keep=1)
             self._statistics = self._added(done)
 
     def measure(self, model: nn.Module, number: int) -> tuple[Tensor, dict[str, Term]]:
@@ -179,10 +175,7 @@ class Step:
         The sum of the parts over micro-batches, averaged over processes, is the objective of the step. The first
         micro-batch comes first.
         """
-        batch = self._batches[number]
-        # Found where the labels are, on the CPU: on a GPU the number of rows would have to be waited for.
-        rows = rows_with_target(batch.labels).to(self._process.device, non_blocking=True)
-        done = self._objective.run(model, batch, self._process.device, rows)
+        done = self._objective.run(model, self._batches[number], self._process.device)
         if number == 0:
             added = self._added(done)
             self._statistics = [None if each is None else self._process.sum(each) for each in added]

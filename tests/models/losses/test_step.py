@@ -16,13 +16,13 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from eclectus.models.extension.lory import post_pretrain_lory, review_lory, split_lory
 from eclectus.models.lory.model import LoryForCausalLM
+from eclectus.models.losses.objectives import balanced, lory, next_token, one_stage, post_pretrain, review
+from eclectus.models.losses.step import Step
 from eclectus.models.mixture.experts import set_trainable, split_experts
 from eclectus.models.pretraining.baselines import top_k_from_dense
 from eclectus.models.pretraining.document_pools import document_pools_from_dense, pooled
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import micro_batches, train
-from eclectus.models.training.losses import Step
-from eclectus.models.training.objectives import balanced, lory, next_token, one_stage, post_pretrain, review
 from eclectus.models.training.parallel import reshard
 from eclectus.models.training.parallel import whole as gathered
 from eclectus.models.training.process import Process

@@ -5,7 +5,7 @@
 
 Both read `router_logits` as transformers 5 returns it: a tuple over layers of `[tokens, experts]`, before any softmax.
 Both cost one softmax over `[tokens, experts]` per layer, never wait for the device, and compute in at least fp32. f and
-P are over all tokens of a training step (`models/training/losses.py`): given the step's f (`choices`), the balance is
+P are over all tokens of a training step (`models/losses/step.py`): given the step's f (`choices`), the balance is
 linear in P, so that of the step is the mean of its micro-batches', weighted by their tokens.
 
 The paper's *released* code differs from the paper in both losses, and its coefficients were tuned with that code: the
