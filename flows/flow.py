@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from eclectus.flows.run import open_run, serve
+from eclectus.storage.artifact import ArtifactStore, is_checkpoint_name
 from eclectus.tasks.lookup import reuse_all
 from eclectus.tasks.plan import Plan
 from eclectus.tasks.run import Outcome, Run, current_run, require_run, undisturbed
@@ -110,11 +111,22 @@ def _run(body: Callable[..., Any], parameters: Any) -> Any:
         # A plan has checked its flow's; those of a flow within it may name what is not made yet.
         parameters.check_together()
     with open_run(body.__name__, parameters) as run:
+        parameters = with_places(parameters, run.home.store)
         if opens:
             finished, result = reuse_all(run, lambda: body(parameters))
             if finished:
                 return result
         return body(parameters)
+
+
+def with_places(parameters: Settings, store: ArtifactStore) -> Settings:
+    """Parameters with folders in place of artifacts' names and tags, where a model is given to start from."""
+    changes = {
+        name: store.find_whole(value).path
+        for name in ("base_model", "dense_start")
+        if is_checkpoint_name(value := getattr(parameters, name, ""))
+    }
+    return parameters.model_copy(update=changes) if changes else parameters
 
 
 def _prefect_flow(whole: Callable[..., Any]) -> Any:

@@ -1,8 +1,8 @@
 """Models that exist already, as `evaluate_checkpoints` names them: found or fetched, checked, and named for the report.
 
-A model is an artifact's name, an artifact's folder in this home or another one, any checkpoint folder, a .gguf file or
-a name on the hub; the last three are fetched (tasks/training/fetch_model.py). In tables and pictures it has the name of
-the step that made it and of the languages that it was trained on, as far as the lineage of its home knows them.
+A model is an artifact's name or tag, an artifact's folder in this home or another one, any checkpoint folder, a .gguf
+file or a name on the hub; the last three are fetched (tasks/training/fetch_model.py). In tables and pictures it has the
+name of the step that made it and of the languages that it was trained on, as far as the lineage of its home knows them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from eclectus.storage.artifact import KINDS, MANIFEST, Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.history import Made, made_upstream, read_makers
+from eclectus.storage.tags import is_tag
 from eclectus.tasks.lookup import check_before_work
 from eclectus.tasks.packing.tokenizer import no_tokenizer
 from eclectus.tasks.plan import Planned
@@ -67,7 +68,7 @@ def segment(model: Artifact) -> int:
 
 def _find(name: str, tokens: int, with_tokenizer: bool) -> Artifact:
     store, path = current_home().store, Path(name)
-    is_artifact = (path / MANIFEST).is_file() if path.exists() else _ARTIFACT.fullmatch(name) is not None
+    is_artifact = (path / MANIFEST).is_file() if path.exists() else _is_named(name)
     if not is_artifact:
         check_before_work(check_to_evaluate, name, name, tokens)
         if path.is_dir():
@@ -82,6 +83,10 @@ def _find(name: str, tokens: int, with_tokenizer: bool) -> Artifact:
     check_before_work(check_to_evaluate, name, model.path, tokens)
     check_before_work(_check_tokenizer, name, Path(model.path), with_tokenizer)
     return model
+
+
+def _is_named(name: str) -> bool:
+    return is_tag(name) or _ARTIFACT.fullmatch(name) is not None
 
 
 def _check_tokenizer(name: str, folder: Path, with_tokenizer: bool) -> None:

@@ -252,8 +252,8 @@ class ExtendParameters(ExtendSettings, AddExpertsSettings, PretrainParameters): 
 
     base_model: str = Field(
         "",
-        description="Model to extend: a folder, a .gguf file or a name on the hub. A dense model (Llama, Mistral, "
-        "Qwen2, Qwen3), an extended one, or a Lory model. Empty: pre-train one.",
+        description="Model to extend: a folder, a .gguf file, an artifact's name or tag, or a name on the hub. A dense "
+        "model (Llama, Mistral, Qwen2, Qwen3), an extended one, or a Lory model. Empty: pre-train one.",
         json_schema_extra=BASIC,
     )
     extension_base: Literal["dense", "lory"] = Field(

@@ -28,6 +28,7 @@ from eclectus.storage.commands import command
 from eclectus.storage.errors import DamagedArtifact, EclectusError
 from eclectus.storage.mirror import Mirror, is_below
 from eclectus.storage.secrets import scrubbed
+from eclectus.storage.tags import Tags, is_tag
 
 KINDS = (
     "documents",
@@ -165,8 +166,13 @@ class ArtifactStore:
             self.mirror.push(place, last=MANIFEST)
         return artifact
 
+    @property
+    def tags(self) -> Tags:
+        """The names that users gave to artifacts."""
+        return Tags(self.root / ".tags", self.mirror)
+
     def find(self, name: str) -> Artifact:
-        """The artifact with this name (`kind-digits`), digest or start of a digest, or path.
+        """The artifact with this name (`kind-digits`), digest or start of a digest, tag (`greek@2`), or path.
 
         Raises EclectusError when none or several match.
         """
@@ -174,11 +180,13 @@ class ArtifactStore:
         if (path / MANIFEST).is_file():
             manifest = read_manifest(path)
             return Artifact(manifest["kind"], manifest["digest"], str(path.absolute()))
+        name = self.tags.find(name) or name
         kind, _, digits = name.rpartition("-")
         digits = digits.lower()
         if (kind and kind not in KINDS) or not re.fullmatch("[0-9a-f]{1,64}", digits):
             raise EclectusError(
-                f"'{name}' names no artifact; expected KIND-DIGITS, a digest or an artifact's directory"
+                f"'{name}' names no artifact; expected KIND-DIGITS, a digest, a tag such as greek@2, or an artifact's "
+                "directory"
             )
         pattern = f"{kind or '[!.]*'}/{digits[:32]}*"
         self._pull_all(pattern)
@@ -272,6 +280,12 @@ class ArtifactStore:
         target = self.root / ".damaged" / f"{place.parent.name}-{place.name}-{uuid.uuid4().hex[:6]}"
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(place, target)
+
+
+def is_checkpoint_name(text: str) -> bool:
+    """Whether a text names a checkpoint of a home, `checkpoint-1a2b3c4d` or a tag, and no folder that is there."""
+    named = is_tag(text) or re.fullmatch("checkpoint-[0-9a-f]{4,64}", text) is not None
+    return named and not Path(text).exists()
 
 
 def draft_is_held(path: Path) -> bool | None:

@@ -2,7 +2,8 @@
 
 A key is a SHA-256 over (step, version, settings, digests of the inputs). Its record is one small JSON file, so that a
 lookup is one read, without a database, by any number of processes. A second file per label keeps the last key, with
-which a new key is compared to report what changed.
+which a new key is compared to report what changed. A third kind says that somebody adopted an artifact for a key: it is
+then reused as if the step had made it, with who did so and why as the reason.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from eclectus.storage.artifact import Artifact, ArtifactStore, write_json
+from eclectus.storage.errors import EclectusError
 from eclectus.storage.secrets import scrubbed
 
 SHOWN = 6
+RECORDS, ADOPTED = "records", "adopted"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,26 @@ class Record:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Adoption:
+    """An artifact that somebody accepted as a step's result, which was made otherwise.
+
+    key: of the step. artifact: `KIND-DIGEST`. label: of the step in its flow. by: the name of who accepted it. since:
+    UTC, as in the journal.
+    """
+
+    key: str
+    artifact: str
+    label: str
+    by: str
+    reason: str
+    since: str
+
+    @property
+    def words(self) -> str:
+        return f"adopted by {self.by} on {self.since[:10]}: {self.reason}"
+
+
 class KnownKeys:
     """The records under one directory."""
 
@@ -52,15 +75,53 @@ class KnownKeys:
 
     def find(self, wanted: Record, label: str) -> tuple[dict[str, Artifact] | None, str]:
         """(outputs, why they are reused) if the key is known and its artifacts whole, else (None, why it must run)."""
-        record = self._read(self._record_path(wanted.key))
-        if record is None:
-            return None, self._reason(wanted, label)
-        outputs = {name: self._artifact(value) for name, value in record.outputs.items()}
-        for artifact in outputs.values():
-            fault = self.store.faults(artifact)
-            if fault:
-                return None, fault
-        return outputs, "same settings and inputs; every file is as it was written"
+        outputs, fault = self.expected(wanted), None
+        for artifact in (outputs or {}).values():
+            fault = fault or self.store.faults(artifact)
+        if outputs and not fault:
+            return outputs, "same settings and inputs; every file is as it was written"
+        if adopted := self.adopted(wanted.key):
+            return self._adopted(adopted)
+        return None, fault or self._reason(wanted, label)
+
+    def adopted(self, key: str) -> Adoption | None:
+        """What was adopted for a key, if anything."""
+        path = self._adoption_path(key)
+        if self.store.mirror and not self.store.mirror.has(path):
+            return None
+        value = self._read(path)
+        return Adoption(**value) if value else None
+
+    def adopt(self, adoption: Adoption) -> None:
+        """Accepts an artifact for a key that has none. Raises EclectusError if the key's own artifact is there."""
+        record = self._read(self._record_path(adoption.key))
+        if record and not any(self.store.faults(self._artifact(value)) for value in record.outputs.values()):
+            raise EclectusError(
+                f"step '{adoption.label}' has {_brief_digest(next(iter(record.outputs.values())))} already, made with "
+                "exactly these settings and inputs; there is nothing to adopt"
+            )
+        self._write(self._adoption_path(adoption.key), asdict(adoption))
+
+    def unadopt(self, key: str) -> None:
+        """Takes an adoption back; the step runs again when it is next asked for."""
+        path = self._adoption_path(key)
+        if self.store.mirror:
+            self.store.mirror.remove(path)
+        path.unlink(missing_ok=True)
+
+    def adoptions(self) -> list[Adoption]:
+        """All adoptions, first to last."""
+        folder = self.root / ADOPTED
+        if self.store.mirror:
+            self.store.mirror.pull_changed(folder, ".json")
+        found = [self.adopted(path.stem) for path in folder.glob("*.json")]
+        return sorted((each for each in found if each), key=lambda each: each.since)
+
+    def _adopted(self, adoption: Adoption) -> tuple[dict[str, Artifact] | None, str]:
+        artifact = self._artifact(adoption.artifact)
+        if fault := self.store.faults(artifact):
+            return None, f"{fault}, which was adopted by {adoption.by}"
+        return {"out": artifact}, adoption.words
 
     def expected(self, wanted: Record) -> dict[str, Artifact] | None:
         """The outputs that a known key had, whether or not they are there and whole."""
@@ -121,17 +182,20 @@ class KnownKeys:
             self.store.mirror.push(path)
 
     def _read(self, path: Path) -> Any:
-        # A label's last key may be newer on the object store; a record never changes.
-        if self.store.mirror and (path.parent.name == "labels" or not path.exists()):
+        # A label's last key or an adoption may be newer on the object store; a record never changes.
+        if self.store.mirror and (path.parent.name != RECORDS or not path.exists()):
             self.store.mirror.pull(path)
         try:
             value = json.loads(path.read_text())
         except (FileNotFoundError, ValueError):
             return None
-        return value if path.parent.name == "labels" else Record(**value)
+        return Record(**value) if path.parent.name == RECORDS else value
 
     def _record_path(self, key: str) -> Path:
-        return self.root / "records" / f"{key}.json"
+        return self.root / RECORDS / f"{key}.json"
+
+    def _adoption_path(self, key: str) -> Path:
+        return self.root / ADOPTED / f"{key}.json"
 
     def _label_path(self, label: str) -> Path:
         return self.root / "labels" / f"{hashlib.sha256(label.encode()).hexdigest()[:32]}.json"

@@ -54,7 +54,11 @@ class Planned(Artifact):
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One step. why: as the reason in a run. after: labels of steps that make its inputs."""
+    """One step. why: as the reason in a run. after: labels of steps that make its inputs.
+
+    record: of its key. makes: the kind of artifact. known: False if an input is not made yet, so that the key will be
+    another one.
+    """
 
     name: str
     label: str
@@ -62,7 +66,13 @@ class PlannedStep:
     action: Literal["reuse", "run"]
     why: str
     after: list[str]
-    settings: dict[str, Any]
+    record: Record
+    makes: str
+    known: bool
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.record.settings
 
 
 @dataclass
@@ -101,7 +111,9 @@ class Plan(Lookup):
             if found and waits_for:
                 why = f"{why}, if step '{waits_for[0]}' makes the same again"
         self._made[record.key] = output
-        self.steps.append(PlannedStep(step.name, label, run.flow, action, why, waits_for, record.settings))
+        self.steps.append(
+            PlannedStep(step.name, label, run.flow, action, why, waits_for, record, step.makes, not unknown)
+        )
         run.note_maker(record, label, output, made=False)
         return output
 

@@ -120,7 +120,7 @@ class Step:
         )  # fmt: skip
         run.known.note(record, label)
         columns = self._columns(step_id, run, label, record, "reused", reason, seconds)
-        run.journal.event("step_ended", sync=False, logged=ended, **columns, output=_describe(output))
+        run.journal.event("step_ended", sync=False, logged=ended, **columns, output=describe(output))
         run.note_maker(record, label, output, made=False)
         run.states[label] = "reused"
         previous, run.step, run.label = (run.step, run.label), step_id, label
@@ -204,7 +204,7 @@ class Step:
                 peak_memory=memory.peak,
                 cpu_seconds=round(_cpu_seconds(run) - cpu, 3),
                 prefect_task_run=_prefect_task_run(run),
-                output=_describe(output),
+                output=describe(output),
             )
             run.states[label] = state
             run.show(lambda display: display.step_ended(label, state, reason, seconds, output))
@@ -343,7 +343,8 @@ def _artifacts(step_name: str, name: str, value: Any) -> Iterator[tuple[str, Art
         )
 
 
-def _describe(output: Artifact | None) -> dict[str, Any] | None:
+def describe(output: Artifact | None) -> dict[str, Any] | None:
+    """An artifact as the journal has it."""
     if output is None:
         return None
     manifest = output.manifest()

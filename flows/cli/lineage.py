@@ -34,7 +34,7 @@ def add_lineage_commands(commands: Any) -> None:
         part.set_defaults(act=act)
         return part
 
-    artifact = "artifact: KIND-DIGITS as in `artifacts`, a digest or the start of one; or file-DIGITS of a source"
+    artifact = "artifact: KIND-DIGITS as in `artifacts`, a digest or its start, a tag; or file-DIGITS of a source"
     add("sql", _sql, "query the lineage with DuckDB SQL", query='as "from runs order by started desc limit 5"')
     runs = add("runs", _runs, "the latest runs")
     runs.add_argument("--limit", type=int, default=20, help="how many (default: 20)")
@@ -86,7 +86,9 @@ def _runs(chosen: argparse.Namespace) -> None:
 def _lineage(chosen: argparse.Namespace) -> None:
     from eclectus.storage.lineage.connection import walk
 
-    rows = walk(chosen.artifact, _home())
+    home = _home()
+    tagged = home.store.tags.find(chosen.artifact)
+    rows = walk(tagged or chosen.artifact, home)
     if not rows:
         raise EclectusError(
             f"nothing in the lineage is called '{chosen.artifact}'; see: {command('sql', 'from artifacts')}"

@@ -14,6 +14,7 @@ from typing import Any
 from eclectus.flows.cli.checkpoints import add_checkpoint_commands
 from eclectus.flows.cli.estimate import add_estimate_command
 from eclectus.flows.cli.lineage import add_lineage_commands
+from eclectus.flows.cli.names import add_adopt_command, add_name_commands
 from eclectus.flows.cli.options import HELP_ALL, add_config, add_models, add_settings, read_parameters
 from eclectus.flows.cli.plan import add_plan_command
 from eclectus.flows.cli.promotion import add_promotion_commands
@@ -35,9 +36,10 @@ FLOWS = {
 # The commands as `eclectus --help` lists them.
 GROUPS = {
     "run": [*FLOWS, "plan", "estimate"],
-    "models": ["upcycle", "export", "certify", "promote", "rollback", "champions"],
+    "models": ["upcycle", "export", "certify", "promote", "rollback", "champions", "tag", "untag"],
     "lineage": [
-        "sql", "runs", "lineage", "trace", "diff", "compare", "why", "verify", "bundle", "openlineage",
+        "sql", "runs", "lineage", "trace", "diff", "compare", "why", "adopt", "unadopt", "verify", "bundle",
+        "openlineage",
     ],
     "operate": ["up", "down", "deploy", "chaos", "corpus", "parallel", "keep", "gc", "compact"],
 }  # fmt: skip
@@ -165,6 +167,7 @@ def make_parser(command: str | None = None, show_all: bool = False) -> argparse.
 
     add_plan_command(commands, FLOWS, command, show_all)
     add_estimate_command(commands, FLOWS, command, show_all)
+    add_adopt_command(commands, FLOWS, command, show_all)
 
     def add(name: str, act: Callable[[Any], None], help_text: str, **positional: str) -> argparse.ArgumentParser:
         part = commands.add_parser(name, help_text)
@@ -175,6 +178,7 @@ def make_parser(command: str | None = None, show_all: bool = False) -> argparse.
 
     add_checkpoint_commands(add)
     add_promotion_commands(add)
+    add_name_commands(add)
     add("corpus", _corpus, "write the default corpus from installed packages, as JSONL", out="folder to write")
     parallel = add(
         "parallel",

@@ -92,8 +92,9 @@ def read_once(connection: duckdb.DuckDBPyConnection) -> None:
 def walk(name: str, home: Home | None = None) -> list[dict[str, Any]]:
     """What an artifact was made from (direction `up`), `this`, and what was made from it (`down`), nearest first.
 
-    name: as in the macro `upstream`. A row: direction, steps_away, and the other columns of `upstream`. Empty when the
-    lineage does not know the name. Raises EclectusError when it is the start of several. Cost: docs/benchmarks.md.
+    name: as in the macro `upstream`. A row: direction, steps_away, the other columns of `upstream`, and note: the
+    artifact's tags, and who adopted it as what. Empty when the lineage does not know the name. Raises EclectusError
+    when it is the start of several. Cost: docs/benchmarks.md.
     """
     with connect(home) as connection:
         read_once(connection)
@@ -102,6 +103,7 @@ def walk(name: str, home: Home | None = None) -> list[dict[str, Any]]:
         )
         columns = [column[0] for column in answer.description]
         rows = [dict(zip(columns, row, strict=True)) for row in answer.fetchall()]
+        notes = _notes(connection)
     named = {row["artifact"]: row for row in rows if row["steps_away"] == 0}
     if len(named) > 1:
         names = ", ".join(f"{row['kind']}-{row['artifact'][:20]}" for row in list(named.values())[:3])
@@ -110,8 +112,23 @@ def walk(name: str, home: Home | None = None) -> list[dict[str, Any]]:
     for row in rows:
         direction, steps = row.pop("direction"), row.pop("steps_away")
         if steps or direction == "up":
-            found.append({"direction": direction if steps else "this", "steps_away": steps, **row})
+            note = notes.get(row["artifact"])
+            found.append({"direction": direction if steps else "this", "steps_away": steps, **row, "note": note})
     return sorted(found, key=lambda row: (row["direction"] == "down", row["steps_away"]))
+
+
+def _notes(connection: duckdb.DuckDBPyConnection) -> dict[str, str]:
+    """What users decided about artifacts, by digest: "greek@2; adopted as 'train dense' by ana on 2026-11-30: ..."."""
+    rows = connection.execute(
+        """
+        select artifact, string_agg(note, '; ' order by since) from (
+            select artifact, since, tag as note from tags
+            union all
+            select artifact, since, concat('adopted as "', label, '" by ', "by",
+                   strftime(since, ' on %Y-%m-%d: '), reason) from adoptions)
+        group by artifact"""
+    ).fetchall()
+    return dict(rows)
 
 
 def write_database(home: Home) -> Path:

@@ -1,8 +1,9 @@
 """Garbage collection: what no kept run and no champion needs, listed first, and deleted on request.
 
 Needed is everything that was read or made by the latest runs with an output, by runs that users keep and by active
-runs; every checkpoint that was ever promoted, with its evaluations and its gate; what all of these were made from; and,
-of refused models, their documents (`retrain` counts new documents against them) and each line's last one. Artifacts
+runs; what has a tag or was adopted; every checkpoint that was ever promoted, with its evaluations and its gate; what
+all of these were made from; and, of refused models, their documents (`retrain` counts new documents against them) and
+each line's last one. Artifacts
 that the lineage does not know are left alone. Deleted too: drafts of processes that died, quarantined artifacts,
 unfinished training that was not resumed for a week, and parts of steps that no run used for a week. The lineage keeps
 its rows, and which documents were in deleted instances, so that `trace` answers as before; a run that needs a deleted
@@ -43,6 +44,8 @@ KEPT = {
 _OF_RUNS = """
     select artifact from step_outputs where run in (select unnest($1::varchar[]))
     union select artifact from step_inputs where run in (select unnest($1::varchar[]))"""
+# What users named, or accepted as a step's result.
+_NAMED = "select artifact from tags union select artifact from adoptions"
 _UPSTREAM = f"""
     select distinct kind, artifact from nodes where node in (
         select node from reached((select list({NODE}) from (select unnest($1::varchar[]) as artifact)), true))"""
@@ -148,6 +151,7 @@ def _needed(connection: duckdb.DuckDBPyConnection, runs: Iterable[str]) -> set[s
             continue
         start |= {checkpoint, *json.loads(evaluations or "{}").values(), *([gate] if gate else [])}
     start |= set(last.values())
+    start |= {artifact for (artifact,) in connection.execute(_NAMED).fetchall()}
     kept = {artifact for _, artifact in connection.execute(_UPSTREAM, [sorted(start)]).fetchall()} | start
     seen = connection.execute(_UPSTREAM, [sorted(refused)]).fetchall()
     kept |= {artifact for kind, artifact in seen if kind == "documents"}

@@ -6,6 +6,8 @@
     metrics       one row per number                 documents     which document is in which instance, at which offset
     decisions     one row per promotion or refusal   champions     the last one promoted of each line
     forecasts     one row per training that was forecast, and what came true
+    tags          one row per name that a user gave to an artifact
+    adoptions     one row per artifact that a user accepted as a step's result
     routing       one row per layer, expert, language and domain of an evaluated model
 
 Columns are documented in docs/lineage.md and frozen by a test. Files are read through globs that always match at least
@@ -73,6 +75,7 @@ COLUMNS = {
         "inputs": "MAP(VARCHAR, VARCHAR)",
         "output": OUTPUT,
         "forecast": "JSON",
+        "by": "VARCHAR",
     },
     METRICS: {
         "logged": "TIMESTAMP",
@@ -139,6 +142,10 @@ class View:
 
 # What most questions read of the steps that ended: a view of its own, so that a command can read it once (`read_once`).
 ENDED = "run step name label state logged inputs output"
+# Of the last event about something: which artifact, who, why and when.
+_NOTED = """arg_max(output, logged) as output, arg_max("by", logged) as "by", arg_max(reason, logged) as reason,
+                             max(logged) as logged"""
+_NAMED = "output.kind || '-' || output.artifact[1:12] as name, output.kind as kind, output.artifact as artifact"
 VIEWS = {
     "runs": View(
         "run flow state event logged started seconds parameters code_version host python packages prefect_flow_run "
@@ -211,6 +218,21 @@ VIEWS = {
                round((seconds / steps) / nullif(actual_seconds / nullif(actual_steps, 0), 0) - 1, 4) as seconds_error,
                memory, actual_memory, round(memory / nullif(actual_memory, 0) - 1, 4) as memory_error, forecast, actual
         from numbers""",
+    ),
+    "tags": View(
+        "event logged run name reason output by",
+        f"""
+        with last as (select name, arg_max(event, logged) as event, {_NOTED}
+                      from {{events}} where event in ('tagged', 'untagged') group by name)
+        select name as tag, {_NAMED}, logged as since, "by", reason from last where event = 'tagged'""",
+    ),
+    "adoptions": View(
+        "event logged run name label key reason output by",
+        f"""
+        with last as (select key, arg_max(event, logged) as event, arg_max(name, logged) as step_name,
+                             arg_max(label, logged) as label, {_NOTED}
+                      from {{events}} where event in ('adopted', 'unadopted') group by key)
+        select label, step_name, key, {_NAMED}, logged as since, "by", reason from last where event = 'adopted'""",
     ),
 }
 _CHAMPIONS = """

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import Field
 
-from eclectus.storage.artifact import ArtifactStore, Draft, hash_file
+from eclectus.storage.artifact import ArtifactStore, Draft, hash_file, is_checkpoint_name
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.allowed_paths import copy_allowed, hash_all_allowed
 from eclectus.tasks.settings import BASIC, Settings
@@ -24,7 +24,9 @@ from eclectus.tasks.training.without_torch import without_torch
 
 class FetchSettings(Settings):
     base_model: str = Field(
-        "", description="Checkpoint: a folder, a .gguf file, or a model's name on the hub.", json_schema_extra=BASIC
+        "",
+        description="Checkpoint: a folder, a .gguf file, an artifact's name or tag, or a model's name on the hub.",
+        json_schema_extra=BASIC,
     )
 
 
@@ -105,7 +107,7 @@ def find_checkpoint(store: ArtifactStore, name: str) -> Path:
     """
     if Path(name).exists():
         return Path(name)
-    if name.startswith("checkpoint-"):
+    if is_checkpoint_name(name):
         return Path(store.find(name).path)
     _check_hub_name(name, name)
     return _download(name)
@@ -115,7 +117,8 @@ def _check_hub_name(name: str, shown: str) -> None:
     """Raises EclectusError for what can only be a path. shown: the name in the message."""
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         raise EclectusError(
-            f"{shown} does not exist; give a checkpoint's folder, a .gguf file, or a model's name on the hub"
+            f"{shown} does not exist; give a checkpoint's folder, a .gguf file, an artifact's name or tag, or a "
+            "model's name on the hub"
         )
 
 

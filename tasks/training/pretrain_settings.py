@@ -76,8 +76,9 @@ class PretrainSettings(ArchitectureSettings, LorySettings, TrainingSettings):
 
     dense_start: str = Field(
         "",
-        description="Dense LLaMA checkpoint to start from instead of a warm-up from scratch: a folder, a .gguf file or "
-        "a name on the hub. Its tokenizer is used; model settings have no effect. Empty: train one.",
+        description="Dense LLaMA checkpoint to start from instead of a warm-up from scratch: a folder, a .gguf file, "
+        "an artifact's name or tag, or a name on the hub. Its tokenizer is used; model settings have no effect. Empty: "
+        "train one.",
     )
     pretrain_baselines: list[
         Literal["prefix", "expert_choice", "top_k", "document_pools", "dense_equal_flops", "random"]

@@ -72,6 +72,18 @@ def write_history(home, promote=None, document="d1"):
             journal.event("run_ended", state="completed", seconds=1.0)
 
 
+def write_names(home):
+    """A tag and an adoption of the last run's checkpoint."""
+    with connect(home) as connection:
+        ((made,),) = connection.execute(
+            "select artifact from step_outputs where kind = 'checkpoint' order by run desc limit 1"
+        ).fetchall()
+    about = {"output": {"kind": "checkpoint", "artifact": made}, "by": "ana", "reason": "as good"}
+    with Journal(home.journal, "names", home.mirror) as journal:
+        journal.event("tagged", name="greek@1", **about)
+        journal.event("adopted", name="checkpoint", label="make checkpoint", key="k", **about)
+
+
 def digest(number):
     return f"{number:064x}"
 

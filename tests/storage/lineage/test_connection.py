@@ -26,6 +26,8 @@ FROZEN = {
     "memory_error forecast actual",
     "decisions": "logged run line verdict checkpoint reason evaluations gate rules by",
     "champions": "line checkpoint since reason by run",
+    "tags": "tag name kind artifact since by reason",
+    "adoptions": "label step_name key name kind artifact since by reason",
     "routing": "layer expert language domain share top_k_share routed evaluation",
     "documents": "document name language domain source instance instance_offset tokens document_offset instances",
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from eclectus.storage.lineage.connection import connect
-from tests.support.history import RUNS, write_history
+from tests.support.history import RUNS, write_history, write_names
 
 PAGE = (Path(__file__).parents[3] / "docs" / "lineage.md").read_text()
 SECTIONS = {
@@ -22,13 +22,15 @@ def lineage(tmp_path_factory):
 
     home = Home.open(tmp_path_factory.mktemp("lineage") / "home")
     write_history(home)
+    write_names(home)
     with connect(home) as connection:
         yield connection
 
 
 def test_the_page_names_every_table_and_macro():
     names = (
-        "runs steps artifacts step_inputs step_outputs settings metrics forecasts documents decisions champions routing"
+        "runs steps artifacts step_inputs step_outputs settings metrics forecasts documents decisions champions tags "
+        "adoptions routing"
     ).split()
     assert list(SECTIONS) == [*names, "upstream(x)", "downstream(x)", "trace(x)", "difference(a, b)"]
 
