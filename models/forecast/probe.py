@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from eclectus.models.attention.choice import choose_attention
 from eclectus.models.forecast.cut import Cuts, cut, drawn, layers_of
 from eclectus.models.forecast.job import Job
 from eclectus.models.losses.step import Step
@@ -129,6 +130,7 @@ def _timed(job: Job, process: Process, turns: int) -> tuple[Turn, Turn]:
     model = drawn(job.model).make()
     switch_off_randomness(model)
     model.train()
+    choose_attention(model, job.plan.attention, process.device)
     if job.held:
         FrozenWeights(model, {})
     if job.plan.recomputed:

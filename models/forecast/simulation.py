@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 from torch.utils.weak import WeakIdKeyDictionary
 
+from eclectus.models.attention.choice import choose_attention
 from eclectus.models.forecast.cut import Cuts, cut, layers_of
 from eclectus.models.forecast.job import Job
 from eclectus.models.losses.step import Step, targets_of
@@ -120,6 +121,8 @@ def _simulated(job: Job) -> Simulated:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     twin: Any = without_data(job.model, mode)
     switch_off_randomness(twin)
+    if job.device.type == "cpu":
+        choose_attention(twin, job.plan.attention, job.device)
     if job.held:
         with mode:
             FrozenWeights(twin, {})

@@ -127,9 +127,9 @@ class TrainingSettings(DocumentMaskSettings, WorkerSettings):
     )
     training_attention: Literal["auto", "sdpa", "eager", "flex", "flash"] = RuntimeSetting(
         "auto",
-        description="Implementation of attention: auto and sdpa (torch's own), eager (as the formula), flex (GPUs; "
-        "masks in blocks) or flash (GPUs; FlashAttention 2 if it is installed, without pack_document_mask). Same "
-        "results but for rounding.",
+        description="Implementation of attention: auto (on CPUs causal attention in blocks, else sdpa), sdpa (torch's "
+        "own), eager (as the formula), flex (GPUs; masks in blocks) or flash (GPUs; FlashAttention 2 if it is "
+        "installed, without pack_document_mask). Same results but for rounding.",
     )
     training_precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",

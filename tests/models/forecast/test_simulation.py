@@ -7,6 +7,7 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from eclectus.models.attention.choice import choose_attention
 from eclectus.models.forecast import simulation
 from eclectus.models.forecast.cut import drawn, kinds_of
 from eclectus.models.forecast.job import Job
@@ -46,6 +47,7 @@ def job(kind="dense", layers=3, **changed):
 def held_by_a_real_step(of):
     """(bytes held besides parameters at the fullest moment, bytes of gradients)."""
     model = drawn(of.model).make().train()
+    choose_attention(model, of.plan.attention, of.device)
     if of.plan.recomputed:
         recompute_blocks(model)
     parts = Step(of.asked, [of.batch()], Process())
@@ -82,7 +84,7 @@ def test_recomputed_layers_keep_less():
 
 
 def test_a_micro_batch_costs_the_flops_that_are_counted_without_a_loss():
-    of = job()
+    of = job(attention="sdpa")
     # The last position of each instance has no target, and no logits.
     head = 2 * 6 * 32 * 512
     assert simulate(of).flops == count_flops(of.model, 2, LENGTH).total - head
