@@ -61,16 +61,10 @@ def add_models(parser: argparse.ArgumentParser, flow: str) -> None:
 
 def read_parameters(chosen: argparse.Namespace) -> Settings:
     """The flow's parameters from `--config` and the options. Raises EclectusError naming the culprit."""
-    from eclectus.flows.parameters import PARAMETERS, FileParameters
-    from eclectus.tasks.settings import parse_settings
+    from eclectus.flows.parameters import PARAMETERS
 
     model = PARAMETERS[chosen.flow]
-    values: dict[str, Any] = {}
-    if chosen.config:
-        # One file serves all flows: settings of other flows are checked as well, and not used.
-        written = parse_settings(_read(Path(chosen.config)), f"config file {chosen.config}")
-        values = FileParameters.read(written, chosen.config).model_dump(exclude_unset=True)
-        values = {name: value for name, value in values.items() if name in model.model_fields}
+    values = read_config(chosen.config, model)
     options = {
         # The sources themselves know which commas are in names of files.
         name: value if name == "sources" else _parse(value, model.model_fields[name].annotation)
@@ -85,6 +79,18 @@ def read_parameters(chosen: argparse.Namespace) -> Settings:
         options["evaluate_checkpoints"] = models
     model.read(options, "the command line")
     return model.read({**values, **options}, chosen.config or "the command line")
+
+
+def read_config(path: str | Path | None, model: type[Settings]) -> dict[str, Any]:
+    """The settings in a YAML file that are the model's; one file serves all flows, and others are checked too."""
+    if not path:
+        return {}
+    from eclectus.flows.parameters import FileParameters
+    from eclectus.tasks.settings import parse_settings
+
+    written = parse_settings(_read(Path(path)), f"config file {path}")
+    values = FileParameters.read(written, str(path)).model_dump(exclude_unset=True)
+    return {name: value for name, value in values.items() if name in model.model_fields}
 
 
 def _read(path: Path) -> str:
