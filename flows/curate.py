@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from eclectus.flows.flow import flow
 from eclectus.flows.parameters import CurateParameters
+from eclectus.flows.run import current_home
 from eclectus.storage.artifact import Artifact
 from eclectus.tasks.documents.ingest import IngestSettings, ingest
 from eclectus.tasks.documents.languages import LanguageSettings, languages
@@ -19,7 +21,9 @@ from eclectus.tasks.packing.new_vocabulary import ExtendTokenizerSettings, exten
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.packing.replay import ReplaySettings, replay
 from eclectus.tasks.packing.tokenizer import TRAINED_HERE, TokenizerSettings, tokenizer
+from eclectus.tasks.plan import Planned
 from eclectus.tasks.report.data_report import DataReportSettings, data_report
+from eclectus.tasks.rights.forgotten import forgotten, left_out
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,13 @@ def read_documents(parameters: CurateParameters) -> tuple[Artifact, Artifact]:
     ingested = ingest(settings=IngestSettings.of(parameters))
     documents = languages(documents=ingested, settings=LanguageSettings.of(parameters))
     return ingested, split(documents=documents, settings=SplitSettings.of(parameters))
+
+
+def pack_settings(parameters: CurateParameters, documents: Artifact, group: str, **changes: Any) -> PackSettings:
+    """Settings of a packing, which leaves out what the home forgot. group: as in `pack_group`."""
+    wanted = {*parameters.pack_left_out, *forgotten(current_home())}
+    known = [] if isinstance(documents, Planned) else left_out(wanted, documents, group)
+    return PackSettings.of(parameters, pack_group=group, pack_left_out=known, **changes)
 
 
 @flow
@@ -81,7 +92,7 @@ def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
             tokenizer=tokens,
             grouping=order,
             embeddings=embeddings,
-            settings=PackSettings.of(parameters, pack_group=which),
+            settings=pack_settings(parameters, of, which),
         )
 
     original = packed("original", documents, grouping, "original")

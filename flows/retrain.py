@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from eclectus.flows.curate import Curated, curate, read_documents
+from eclectus.flows.curate import Curated, curate, pack_settings, read_documents
 from eclectus.flows.evaluate import Evaluated, check_models, evaluate_models
 from eclectus.flows.extend import extend, train_on
 from eclectus.flows.flow import flow, once
@@ -23,7 +23,7 @@ from eclectus.storage.lineage.champions import PROMOTED
 from eclectus.storage.lineage.history import Made
 from eclectus.tasks.evaluation.contamination import packed_documents
 from eclectus.tasks.lookup import check_before_work
-from eclectus.tasks.packing.pack import PackSettings, pack
+from eclectus.tasks.packing.pack import pack
 from eclectus.tasks.plan import Planned
 from eclectus.tasks.promotion.new_documents import NewDocumentsSettings, RefreshSettings, news, refresh
 from eclectus.tasks.promotion.promote import past_decisions
@@ -107,7 +107,7 @@ def _train_on(current: Artifact, parameters: RetrainParameters) -> _Trained:
         documents=fresh,
         tokenizer=curated.tokenizer,
         grouping=curated.grouping,
-        settings=PackSettings.of(parameters, pack_group="expanded", pack_remainder="pad"),
+        settings=pack_settings(parameters, fresh, "expanded", pack_remainder="pad"),
     )
     curated = replace(curated, expanded=expanded)
     base = next((each.inputs["checkpoint"] for each in made.values() if each.step in EXTENDING), None)

@@ -18,6 +18,7 @@ from eclectus.flows.cli.names import add_adopt_command, add_name_commands
 from eclectus.flows.cli.options import HELP_ALL, add_config, add_models, add_settings, read_parameters
 from eclectus.flows.cli.plan import add_plan_command
 from eclectus.flows.cli.promotion import add_promotion_commands
+from eclectus.flows.cli.rights import add_rights_commands
 from eclectus.storage.commands import command, quoted
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.secrets import scrub
@@ -38,8 +39,8 @@ GROUPS = {
     "run": [*FLOWS, "plan", "estimate"],
     "models": ["upcycle", "export", "certify", "promote", "rollback", "champions", "tag", "untag"],
     "lineage": [
-        "sql", "runs", "lineage", "trace", "diff", "compare", "why", "adopt", "unadopt", "verify", "bundle",
-        "openlineage",
+        "sql", "runs", "lineage", "trace", "diff", "compare", "why", "adopt", "unadopt", "forget",
+        "prove", "verify", "bundle", "openlineage",
     ],
     "operate": ["up", "down", "deploy", "chaos", "corpus", "parallel", "keep", "gc", "compact"],
 }  # fmt: skip
@@ -179,6 +180,7 @@ def make_parser(command: str | None = None, show_all: bool = False) -> argparse.
     add_checkpoint_commands(add)
     add_promotion_commands(add)
     add_name_commands(add)
+    add_rights_commands(add)
     add("corpus", _corpus, "write the default corpus from installed packages, as JSONL", out="folder to write")
     parallel = add(
         "parallel",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from eclectus.storage.lineage.connection import connect
+from eclectus.tasks.rights.proofs import root_of_training, training_documents
 
 if TYPE_CHECKING:
     from eclectus.storage.home import Home
@@ -75,13 +76,18 @@ _EXTENDED = {
 
 @dataclass
 class Origin:
-    """Lineage of a checkpoint: the steps that led to it, oldest first, and the scores of it and its base."""
+    """Lineage of a checkpoint: the steps that led to it, oldest first, and the scores of it and its base.
+
+    documents, root: number of its training documents and the root of their tree (tasks/rights/proofs.py).
+    """
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)
     base_scores: dict[str, float] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
     certified: dict[str, Any] = field(default_factory=dict)
+    documents: int = 0
+    root: str | None = None
 
     def made_by(self, name: str) -> list[dict[str, Any]]:
         return [each for each in self.steps if each["name"] == name]
@@ -110,6 +116,8 @@ def origin_of(home: Home, digest: str) -> Origin:
             if row:
                 sources = json.loads(row[2]) if row[2] else []
                 origin.runs.append({"run": run, "started": row[0], "code": row[1], "sources": sources})
+    documents = training_documents(home, digest)
+    origin.documents, origin.root = len(documents), root_of_training(documents)
     return origin
 
 
@@ -208,7 +216,12 @@ def _data(origin: Origin) -> str:
         return "## Data\n\nUnknown: this checkpoint was not made in the home that it was exported from.\n"
     named = "".join(f"- `{source}`\n" for source in sources)
     table = "| instances | language | tokens |\n|---|---|---|\n" + "\n".join(rows)
-    return f"## Data\n\n{named}\n{table}\n"
+    tree = (
+        f"\nDocuments: {origin.documents:,}. The root of their Merkle tree (RFC 9162, over sorted ids: the first 32 "
+        f"hex digits of a text's SHA-256), with which `eclectus prove` proves what is among them, and what is not: "
+        f"`{origin.root}`\n"
+    )
+    return f"## Data\n\n{named}\n{table}\n{tree if origin.root else ''}"
 
 
 def _last_part(source: str) -> str:

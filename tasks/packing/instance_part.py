@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,12 @@ def write_part(
     kind: str,
     padding: int,
     with_positions: bool,
+    left_out: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes part `number` of `count`: instances first to last of the shuffled stream.
 
-    plan, tokens, names: folders. kind: of the tokens. padding: the token after the end of the stream.
+    plan, tokens, names: folders. kind: of the tokens. padding: the token after the end of the stream. left_out: ids of
+    documents whose tokens are padding, and which no span names.
     """
     first, last = instances
     source, begins, starts, rows, labels = (
@@ -76,6 +78,12 @@ def write_part(
     token_starts = starts[spans.position] + spans.offset
     if (plan / "offsets.npy").exists():
         spans, token_starts = _without_gaps(spans, token_starts, starts, mapped(plan / "offsets.npy"))
+    holes = 0
+    if left_out:
+        ids = _located(names, rows[spans.position])["document"]
+        kept = ~pc.is_in(ids, pa.array(left_out)).to_numpy(zero_copy_only=False)
+        holes = int((~kept).sum())
+        spans, token_starts = _where(spans, kept), token_starts[kept]
     columns = {TOKENS: np.full((last - first, length), padding, np.dtype(kind))}
     if with_positions:
         columns[POSITIONS] = np.zeros((last - first, length), np.uint16 if length <= 2**16 else np.uint32)
@@ -101,6 +109,7 @@ def write_part(
         "matrices": {name: asdict(matrix) for name, matrix in matrices.items()},
         "digest": digest,
         "spans": len(spans.to),
+        "left_out": holes,
     }
 
 
@@ -147,10 +156,15 @@ def _without_gaps(
 ) -> tuple[Spans, np.ndarray]:
     """The spans that are no gaps, with their start in the document, where the plan is over pieces of documents."""
     there = starts[spans.position] >= 0
-    position = spans.position[there]
-    offset = spans.offset[there] + offsets[position]
-    kept = replace(spans, to=spans.to[there], size=spans.size[there], position=position, offset=offset)
-    return kept, token_starts[there]
+    kept = _where(spans, there)
+    return replace(kept, offset=kept.offset + offsets[kept.position]), token_starts[there]
+
+
+def _where(spans: Spans, kept: np.ndarray) -> Spans:
+    """Some of the spans. kept: bool [S]."""
+    columns = (spans.to, spans.size, spans.position, spans.offset)
+    to, size, position, offset = (each[kept] for each in columns)
+    return replace(spans, to=to, size=size, position=position, offset=offset)
 
 
 def _located(files: list[Path], rows: np.ndarray) -> dict[str, pa.Array]:

@@ -16,7 +16,7 @@ million documents of 450 characters; the rest takes a tenth of it.
 from __future__ import annotations
 
 import json
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -68,7 +68,19 @@ class PackSettings(BeginSettings, CurationWorkerSettings):
         description="Also store position_ids, which restart at 0 with every document, for trainers whose attention "
         "must not cross documents.",
     )
+    pack_left_out: list[str] = Field(
+        [],
+        description="Ids of documents that are not trained on: padding takes the place of their tokens, and every "
+        "other token stays where it is. Those that the home forgot (eclectus forget) are added.",
+    )
     seed: int = SEED
+
+    def key_values(self) -> dict[str, Any]:
+        """Without pack_left_out where nothing is: as before documents could be left out."""
+        values = super().key_values()
+        if not self.pack_left_out:
+            values.pop("pack_left_out")
+        return values
 
 
 @step(makes="instances", version=4)
@@ -172,8 +184,10 @@ def _write(
             "kind": kind.name,
             "padding": end,
             "with_positions": settings.pack_position_ids,
+            "left_out": settings.pack_left_out,
         }
-        key = key_of("instances 1", plan.folder.name, number, parts, kind.name, end, settings.pack_position_ids)
+        holes = [settings.pack_left_out] if settings.pack_left_out else []
+        key = key_of("instances 1", plan.folder.name, number, parts, kind.name, end, settings.pack_position_ids, *holes)
         size = min(each, count - number * each)
         wanted.append(Part(key, arguments, size, f"part {number} of the instances"))
     seconds = SECONDS_PER_TOKEN * length
@@ -185,6 +199,7 @@ def _describe(plan: Done, parts: list[Done], out: Draft) -> None:
     out.rows = count
     out.statistics = plan.about["statistics"] | {
         "documents_an_instance": round(sum(part.about["spans"] for part in parts) / count, 2),
+        **({"left_out": left_out} if (left_out := sum(part.about.get("left_out", 0) for part in parts)) else {}),
         "control_tokens_in_texts": plan.about["control"][0],
         "control_tokens_not_spelled": plan.about["control"][1],
     }

@@ -102,6 +102,31 @@ def test_documents_follow_each_other_as_the_grouping_says(world):
     assert set(table["document"].to_pylist()) <= set(position)
 
 
+def test_what_is_left_out_is_padding_and_every_other_token_stays(world):
+    whole = world.pack()
+    table = pq.read_table(whole.file("documents.parquet")).to_pandas()
+    chosen = [table.document.iloc[0], table[table.tokens == LENGTH].document.iloc[0]]
+    holed = world.pack(PackSettings(instance_tokens=LENGTH, pack_left_out=[*chosen, "f" * 32]))
+    left = pq.read_table(holed.file("documents.parquet")).to_pandas()
+    kept = table[~table.document.isin(chosen)]
+    assert left.values.tolist() == kept.values.tolist()
+    before, after = Instances(whole.path), Instances(holed.path)
+    hidden = np.zeros(before.tokens.shape, bool)
+    for row in table[table.document.isin(chosen)].itertuples():
+        hidden[row.instance, row.instance_offset : row.instance_offset + row.tokens] = True
+    assert hidden.any() and np.array_equal(before.tokens[~hidden], after.tokens[~hidden])
+    assert (after.tokens[hidden] == world.words.eos_token_id).all()
+    labels = after.batch(np.arange(len(after))).labels.numpy()
+    assert (labels[hidden] < 0).all() and (labels[~hidden] >= 0).sum() == kept.tokens.sum()
+    assert holed.statistics["left_out"] == hidden_spans(table, chosen)
+    same = world.pack(PackSettings(instance_tokens=LENGTH, pack_left_out=["f" * 32]))
+    assert same.digest == whole.digest, "it names no document that is packed"
+
+
+def hidden_spans(table, chosen):
+    return int(table.document.isin(chosen).sum())
+
+
 def test_opens_as_a_dataset_as_arrow_and_as_numpy_with_equal_numbers(world):
     from datasets import load_from_disk
 

@@ -1,0 +1,1 @@
+"""Rights of documents: what saw one, training again without it, and proofs of what was trained on."""
