@@ -8,7 +8,7 @@ from typing import Any
 __path__ = [*__path__, *(str(root) for root in [Path(__file__).parent.parent] if (root / "prefect.yaml").exists())]
 
 
-# Functions of eclectus/flows/api.py, imported when asked for.
+# Functions of eclectus/api.py, imported when asked for.
 _API = ("run", "curate", "pretrain", "extend", "similarity", "evaluate", "retrain", "sql", "tag")
 
 
@@ -19,7 +19,7 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     """The functions of the Python API; `__version__`, of the installed package or in a checkout's pyproject.toml."""
     if name in _API:
-        return getattr(importlib.import_module("eclectus.flows.api"), name)
+        return getattr(importlib.import_module("eclectus.api"), name)
     if name != "__version__":
         raise AttributeError(f"module 'eclectus' has no attribute '{name}'")
     import tomllib

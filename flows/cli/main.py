@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from eclectus.flows.cli.checkpoints import add_checkpoint_commands
+from eclectus.flows.cli.decisions import add_adopt_command, add_name_commands, add_rights_commands
 from eclectus.flows.cli.estimate import add_estimate_command
 from eclectus.flows.cli.lineage import add_lineage_commands
-from eclectus.flows.cli.names import add_adopt_command, add_name_commands
 from eclectus.flows.cli.options import HELP_ALL, add_config, add_models, add_settings, read_parameters
 from eclectus.flows.cli.plan import add_plan_command
 from eclectus.flows.cli.promotion import add_promotion_commands
-from eclectus.flows.cli.rights import add_rights_commands
 from eclectus.storage.commands import command, quoted
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.secrets import scrub

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 import eclectus
-from eclectus.flows.api import _scores
+from eclectus.api import _scores
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from tests.support.made_up_steps import make_up_steps, settings_of, write_inputs
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
 
 
@@ -137,4 +137,4 @@ def test_cells_of_notebooks_import_what_exists():
         for cell in json.loads(notebook.read_text())["cells"]:
             if cell["cell_type"] == "code":
                 compile("".join(cell["source"]), notebook.name, "exec")
-    assert importlib.util.find_spec("eclectus.flows.api")
+    assert importlib.util.find_spec("eclectus.api")
