@@ -35,6 +35,7 @@ from eclectus.tasks.promotion.new_documents import NewDocumentsSettings, Refresh
 from eclectus.tasks.report.data_report import DataReportSettings
 from eclectus.tasks.report.report import ReportSettings
 from eclectus.tasks.settings import BASIC, CurationWorkerSettings, Settings, parse_settings
+from eclectus.tasks.tracking import TrackerSettings
 from eclectus.tasks.training.add_experts import AddExpertsSettings
 from eclectus.tasks.training.extend_settings import ExtendSettings, MethodSettings, PostPretrainSettings, ReviewSettings
 from eclectus.tasks.training.fetch_model import FetchSettings
@@ -63,7 +64,7 @@ MORE_FIELD = {
 }
 
 
-class FlowParameters(Settings):
+class FlowParameters(TrackerSettings):
     """Parameters of a flow: every setting of its steps, by name.
 
     Settings are shown in the groups of `GROUPS`, those that every run needs first, then the groups named by `leading`.
@@ -465,6 +466,7 @@ GROUPS: dict[str, tuple[type[Settings], ...]] = {
     "evaluation": (EvaluateSettings, VocabularySettings, BenchmarkSettings, ContaminationSettings, EvaluateParameters),
     "retraining": (NewDocumentsSettings, RefreshSettings, RetrainParameters),
     "reports": (DataReportSettings, IntervalSettings, ReportSettings),
+    "trackers": (TrackerSettings,),
     "where it runs": (CurationWorkerSettings, WorkerSettings),
 }
 

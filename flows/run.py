@@ -45,6 +45,7 @@ from eclectus.tasks.evaluation.training_names import training_name
 from eclectus.tasks.ray_cluster import shut_ray
 from eclectus.tasks.run import Display, Run, activate, current_run, require_run
 from eclectus.tasks.settings import Settings
+from eclectus.tasks.tracking import Trackers, TrackerSettings
 
 PACKAGES = [
     "eclectus",
@@ -100,7 +101,7 @@ def open_run(
             home=home,
             journal=journal,
             known=KnownKeys(home.keys, home.store),
-            displays=displays or [],
+            displays=[*(displays or []), *([Trackers(parameters)] if isinstance(parameters, TrackerSettings) else [])],
             flow=flow,
             prefect_flow_run=prefect_flow_run,
             services=services,

@@ -176,7 +176,13 @@ class Step:
                     raise call.error
                 assert record is not None
                 run.journal.event(
-                    "step_started", step=step_id, name=self.name, label=label, flow=run.flow, key=record.key
+                    "step_started",
+                    step=step_id,
+                    name=self.name,
+                    label=label,
+                    flow=run.flow,
+                    key=record.key,
+                    settings=record.settings,
                 )
                 with run.known.hold(record.key, lambda: _report_waiting(run, label)):
                     found, reason = run.known.find(record, label)

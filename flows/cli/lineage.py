@@ -1,4 +1,4 @@
-"""The lineage commands: sql, runs, lineage, trace, diff, why, bundle, openlineage, verify, keep, gc, compact.
+"""The lineage commands: sql, runs, lineage, trace, diff, why, bundle, openlineage, track, verify, keep, gc, compact.
 
 Each prints a table, or one JSON object per row with `--json`. Only `keep`, `gc --yes` and `compact` write into a home.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from eclectus.flows.cli.rows import print_rows
+from eclectus.flows.cli.track import add_track_command
 from eclectus.storage.commands import command, quoted
 from eclectus.storage.errors import EclectusError
 
@@ -58,6 +59,7 @@ def add_lineage_commands(commands: Any) -> None:
     events.add_argument("runs", nargs="+", metavar="RUN", help=RUN_HELP)
     events.add_argument("-o", "--out", help="the file, one event per line (default: send them)")
     events.add_argument("--namespace", default="eclectus", help="of jobs and data sets (default: eclectus)")
+    add_track_command(add, RUN_HELP)
     keep = add("keep", _keep, "protect what a run needs from `gc`, or release it", run=RUN_HELP)
     keep.add_argument("--release", action="store_true", help="no longer protect it")
     gc = add("gc", _gc, "show what no kept run and no champion needs; with --yes, delete it")

@@ -39,7 +39,7 @@ GROUPS = {
     "models": ["upcycle", "export", "certify", "promote", "rollback", "champions", "tag", "untag"],
     "lineage": [
         "sql", "runs", "lineage", "trace", "diff", "compare", "why", "adopt", "unadopt", "forget",
-        "prove", "verify", "bundle", "openlineage",
+        "prove", "verify", "bundle", "openlineage", "track",
     ],
     "operate": ["up", "down", "deploy", "chaos", "corpus", "parallel", "keep", "gc", "compact"],
 }  # fmt: skip
