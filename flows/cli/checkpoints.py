@@ -1,4 +1,4 @@
-"""Commands on single checkpoints: `upcycle` and `export`, without a run, and `certify`."""
+"""Commands on single checkpoints: `upcycle` and `export`, without a run, `certify`, `push` and `pull`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eclectus.flows.cli.certify import add_certify_command
+from eclectus.flows.cli.hub import add_hub_commands
 from eclectus.storage.errors import EclectusError
 
 # Options of `export` by kind of model.
@@ -18,7 +19,7 @@ OPTIONS = {
 
 
 def add_checkpoint_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """Adds `upcycle`, `export` and `certify`. add: the function in `eclectus.flows.cli.main`."""
+    """Adds `upcycle`, `export`, `certify`, `push` and `pull`. add: the function in `eclectus.flows.cli.main`."""
     made = add(
         "upcycle",
         _upcycle,
@@ -85,6 +86,7 @@ def add_checkpoint_commands(add: Callable[..., argparse.ArgumentParser]) -> None
     merged_by.add_argument("--language", help="Lory: merge by the mean routing of this language's training text")
     merged_by.add_argument("--prompt", help="Lory: merge by the routing of this text")
     add_certify_command(add)
+    add_hub_commands(add)
 
 
 def _upcycle(chosen: argparse.Namespace) -> None:

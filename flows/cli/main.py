@@ -36,7 +36,7 @@ FLOWS = {
 # The commands as `eclectus --help` lists them.
 GROUPS = {
     "run": [*FLOWS, "plan", "estimate"],
-    "models": ["upcycle", "export", "certify", "promote", "rollback", "champions", "tag", "untag"],
+    "models": ["upcycle", "export", "certify", "push", "pull", "promote", "rollback", "champions", "tag", "untag"],
     "lineage": [
         "sql", "runs", "lineage", "trace", "diff", "compare", "why", "adopt", "unadopt", "forget",
         "prove", "verify", "bundle", "openlineage", "track",
