@@ -24,9 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.random_instances import write_random_instances
 from eclectus.flows.run import open_run
+from eclectus.models.losses.objectives import next_token
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import Plan, train
-from eclectus.models.training.objectives import next_token
 from eclectus.storage.artifact import Draft
 from eclectus.storage.home import Home
 from eclectus.tasks.run import require_run

@@ -38,7 +38,7 @@ class TrackerSettings(Settings):
         [],
         description="Trackers that show the run while it works: tensorboard, wandb, mlflow, trackio, or none. Empty: "
         "those of which a variable of their own names a place (TENSORBOARD_LOGGING_DIR, WANDB_PROJECT, WANDB_MODE, "
-        "MLFLOW_TRACKING_URI, TRACKIO_PROJECT, TRACKIO_SPACE_ID).",
+        "MLFLOW_TRACKING_URI, TRACKIO_PROJECT, TRACKIO_SPACE_ID, TRACKIO_SERVER_URL).",
     )
     tracker_project: str = RuntimeSetting(
         PROJECT,
@@ -130,7 +130,7 @@ class Trackers:
         if run is None:
             return
         place, text = said.get("place", ""), said["text"]
-        if place.startswith("http"):
+        if place.startswith("http") and " " not in place:
             run.show(lambda display: display.linked(said["name"], place, "tracker"))
             return
         text = text or f"{said['name']}: {place}"

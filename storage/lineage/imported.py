@@ -25,7 +25,7 @@ _RUN = re.compile(r"[A-Za-z0-9][\w.-]{0,99}")
 _STEP = re.compile(r"[\w.-]{1,100}")
 _DIGEST = re.compile(r"[0-9a-f]{8,64}")
 _READ = ("runs", "steps", "step_inputs", "step_outputs", "settings", "metrics", "artifacts")
-_LOCKED = {"enable_external_access": "false", "autoinstall_known_extensions": "false",
+_LOCKED: dict[str, Any] = {"enable_external_access": "false", "autoinstall_known_extensions": "false",
            "autoload_known_extensions": "false"}  # fmt: skip
 _OUTPUTS = """
     select o.step, a.kind, a.artifact, a."rows", a."bytes", a.created, a.path, a.statistics

@@ -133,13 +133,16 @@ def main() -> None:
         with contextlib.suppress(OSError):
             print(json.dumps({"text": text, **more}), file=told, flush=True)
 
-    with feeding(home, asked["run"]):
-        sinks = open_sinks(home, asked["run"], asked["trackers"], asked["project"], say)
-        for sink in sinks:
-            if sink.place:
-                say("", name=sink.name, place=sink.place)
-        feed_live(home, asked["run"], sinks, _lives)
-        _close(sinks, say)
+    try:
+        with feeding(home, asked["run"]):
+            sinks = open_sinks(home, asked["run"], asked["trackers"], asked["project"], say)
+            for sink in sinks:
+                if sink.place:
+                    say("", name=sink.name, place=sink.place)
+            feed_live(home, asked["run"], sinks, _lives)
+            _close(sinks, say)
+    except EclectusError as error:
+        say(str(error))
     told.close()
     # A library's threads that wait for a server that is gone would keep the process.
     os._exit(0)

@@ -76,7 +76,7 @@ class Sink:
         self._wait, self._next, self._complained = FIRST_WAIT, 0.0, False
         try:
             self._tracker = make()
-            self.place = self._tracker.place
+            self.place = scrub(self._tracker.place)
         except ImportError as error:
             say(f"{name} gets nothing: {error}; pip install 'eclectus[{name}]'")
         except Exception as error:
@@ -128,7 +128,7 @@ class Sink:
             if not self._complained:
                 self._complained = True
                 self._say(
-                    f"{self.name} at {scrub(self.place)} takes nothing now ({_first_line(error)}); the run goes on, "
+                    f"{self.name} at {self.place} takes nothing now ({_first_line(error)}); the run goes on, "
                     f"and what it misses is sent when it answers again, or with: {self.again}"
                 )
         else:
@@ -161,7 +161,7 @@ class Sink:
                 tracker.end(run, call.ends)
                 self._open.discard(run.id)
         except Refused as error:
-            self._say(f"{self.name} at {scrub(self.place)} does not take a part of {run.name}: {_first_line(error)}")
+            self._say(f"{self.name} at {self.place} does not take a part of {run.name}: {_first_line(error)}")
 
     def _offers(self, run: TrackedRun) -> _Told:
         if run.id not in self._offered:

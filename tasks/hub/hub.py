@@ -13,6 +13,7 @@ from eclectus.storage.secrets import scrub
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
 T = TypeVar("T")
 HUB = "https://huggingface.co"
@@ -82,14 +83,14 @@ def on_hub(act: Callable[[], T], what: str, say: Callable[[str], None] = lambda 
     raise AssertionError("every attempt returns or raises")
 
 
-def _named_wait(error: Exception) -> float | None:
+def _named_wait(error: HfHubHTTPError) -> float | None:
     """Seconds after which the hub wants to be asked again."""
-    named = getattr(error, "response").headers.get("retry-after", "")  # noqa: B009
+    named = error.response.headers.get("retry-after", "")
     return float(named) if named.replace(".", "", 1).isdigit() else None
 
 
-def _sentence(error: Exception, wait: float) -> str:
-    status = getattr(error, "response").status_code  # noqa: B009
+def _sentence(error: HfHubHTTPError, wait: float) -> str:
+    status = error.response.status_code
     at = endpoint()
     if status == 429:
         return f"the hub at {at} has too many requests (429); try again in {wait:g} s, or with a token of your own"

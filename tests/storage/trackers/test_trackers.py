@@ -15,7 +15,8 @@ import pytest
 from eclectus.flows.cli.main import main
 from eclectus.flows.services.ports import free_port
 from eclectus.storage.trackers.feeder import feed_recorded
-from eclectus.storage.trackers.tracker import VARIABLES, chosen
+from eclectus.storage.trackers.sink import Sink
+from eclectus.storage.trackers.tracker import VARIABLES, Point, TrackedRun, chosen
 from tests.support.tracked import (
     KILLED,
     LOSS,
@@ -184,6 +185,26 @@ def test_the_environment_names_trackers_and_the_setting_wins_over_it():
         assert chosen([], {"WANDB_PROJECT": "greek", **off}) == []
     assert chosen(["none"], {"WANDB_PROJECT": "greek"}) == []
     assert chosen(["trackio"], {"WANDB_PROJECT": "greek"}) == ["trackio"]
+
+
+def test_a_tracker_that_is_gone_is_left_alone_for_a_while_and_its_password_is_not_shown(tmp_path, monkeypatch):
+    class Gone:
+        place = "http://anna:open-sesame@tracker.example"
+        tries = 0
+
+        def begin(self, run, resumed):
+            Gone.tries += 1
+            raise ConnectionError("http://anna:open-sesame@tracker.example does not answer")
+
+    said, now = [], [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    sink = Sink("mlflow", Gone, tmp_path, said.append, "eclectus track last --to mlflow")
+    for step in range(4):
+        sink.log(TrackedRun("run", "train"), Point("loss", 1.0, step, 0.0))
+        sink.flush()
+        now[0] += 4
+    assert Gone.tries == 2 and len(said) == 1 and sink.close() == 4
+    assert "sesame" not in said[0] + sink.place and "eclectus track last --to mlflow" in said[0]
 
 
 def test_the_command_feeds_a_run_and_says_what_is_missing(tracked, capsys):
