@@ -1,4 +1,4 @@
-"""Commands on single checkpoints: `upcycle` and `export`, without a run, `certify`, `push` and `pull`."""
+"""Commands on single checkpoints, without a run: `upcycle`, `export`, `certify`, `push`, `pull`; and `export-instances`."""
 
 from __future__ import annotations
 
@@ -85,6 +85,19 @@ def add_checkpoint_commands(add: Callable[..., argparse.ArgumentParser]) -> None
     merged_by.add_argument("--domain", help="Lory: merge by the mean routing of this domain's training text")
     merged_by.add_argument("--language", help="Lory: merge by the mean routing of this language's training text")
     merged_by.add_argument("--prompt", help="Lory: merge by the routing of this text")
+    instances = add(
+        "export-instances",
+        _export_instances,
+        "write training instances in the files of other trainers: the same tokens in the same order",
+        instances="artifact of kind instances: KIND-DIGITS, a digest or the start of one, a tag, or its folder",
+        out="folder to write; must be new or empty",
+    )
+    instances.add_argument(
+        "--format",
+        required=True,
+        help="jsonl (axolotl, LLaMA-Factory, TRL), megatron (also NeMo), mosaic (also LLM Foundry), litgpt or grain "
+        "(also MaxText)",
+    )
     add_certify_command(add)
     add_hub_commands(add)
 
@@ -129,6 +142,19 @@ def _counts(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise EclectusError(f"--experts is '{text}'; expected a number, or one for each layer such as 4,6,4") from None
+
+
+def _export_instances(chosen: argparse.Namespace) -> None:
+    from eclectus.storage.home import Home
+    from eclectus.tasks.export.instances import export_instances
+
+    artifact = Home.found().store.find_whole(chosen.instances)
+    if artifact.kind != "instances":
+        raise EclectusError(f"{artifact.name} is of kind {artifact.kind}; give an artifact of kind instances")
+    done = export_instances(Path(artifact.path), Path(chosen.out), chosen.format)
+    print(f"{chosen.out}: {done.instances:,} instances, {done.tokens:,} tokens in {len(done.files)} files")
+    for each in done.lost:
+        print(f"  lost: {each}")
 
 
 def _export(chosen: argparse.Namespace) -> None:

@@ -36,7 +36,10 @@ FLOWS = {
 # The commands as `eclectus --help` lists them.
 GROUPS = {
     "run": [*FLOWS, "plan", "estimate"],
-    "models": ["upcycle", "export", "certify", "push", "pull", "promote", "rollback", "champions", "tag", "untag"],
+    "models": [
+        "upcycle", "export", "export-instances", "certify", "push", "pull", "promote", "rollback", "champions", "tag",
+        "untag",
+    ],
     "lineage": [
         "sql", "runs", "lineage", "trace", "diff", "compare", "why", "adopt", "unadopt", "forget",
         "prove", "verify", "bundle", "openlineage", "track",
@@ -124,7 +127,7 @@ class Commands:
     def listing(self) -> str:
         lines = []
         for title, names in GROUPS.items():
-            lines += ["", f"{title}:", *(f"  {name:<13}{self.help[name]}" for name in names)]
+            lines += ["", f"{title}:", *(f"  {name:<17}{self.help[name]}" for name in names)]
         return "\n".join(lines[1:])
 
 
