@@ -1,4 +1,4 @@
-"""Commands on single checkpoints, without a run: `upcycle`, `export`, `certify`, `push`, `pull`; and `export-instances`."""
+"""Commands on checkpoints, without a run: `upcycle`, `export`, `certify`, `push`, `pull`; and `export-instances`."""
 
 from __future__ import annotations
 
