@@ -2,7 +2,8 @@
 
 program        Python, PyTorch and what else is there before the model; pages of the instances
 parameters     4 bytes each; 2 where frozen ones are held in bfloat16
-gradients      4 bytes for each parameter that trains: kept by DDP and over several micro-batches
+gradients      4 bytes for each parameter that trains: kept by DDP and over several micro-batches; of sums in a fixed
+               order some copies (models/elastic/fixed_sums.py)
 moments        AdamW's, 8 bytes for each
 activations    what autograd keeps of a micro-batch, and temporaries beside it (models/forecast/simulation.py)
 gathered       FSDP's: weights of a layer, and of what is in none, while they are whole
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from eclectus.models.elastic.fixed_sums import copies_held
 from eclectus.models.forecast.job import Job
 from eclectus.models.forecast.simulation import Simulated
 from eclectus.models.sharding.slices import InMemory
@@ -49,6 +51,8 @@ def memory_of(job: Job, simulated: Simulated, program: int) -> Memory:
     """Memory on the device that trains. program: bytes of the process before it has the model."""
     share = job.world if job.sharded else 1
     gradients, moments = simulated.gradients, simulated.moments // share
+    if job.plan.fixed_sums:
+        gradients *= copies_held(job.micro_batches)
     several, on_cpu = job.micro_batches > 1, job.device.type == "cpu"
     if job.sharded:
         activations, gathered = simulated.activations, _gathered(simulated, on_cpu)

@@ -145,16 +145,33 @@ def targets_of(labels: Tensor) -> tuple[Tensor, Tensor]:
 class Step:
     """A training step of all processes, seen from one of them: its micro-batches, and their shares of the step."""
 
-    def __init__(self, objective: Objective, batches: Sequence[Batch], process: Process) -> None:
-        """batches: the micro-batches of this process, as many as every other process has."""
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Sequence[Batch],
+        process: Process,
+        averaged: bool = True,
+        stopping: bool = False,
+    ) -> None:
+        """batches: the micro-batches of this process, as many as every other process has.
+
+        averaged: gradients are averaged over processes, not summed. stopping: this process was asked to stop.
+        """
         self._objective, self._batches, self._process = objective, batches, process
         counts = [torch.stack([loss.count(batch) for loss in objective.losses]) for batch in batches]
+        # One copy to the device and one exchange for both.
+        rows = torch.stack([*counts, torch.full_like(counts[0], int(stopping))]).double()
+        rows = rows.to(process.device, non_blocking=True)
         # [micro-batches, losses]
-        self._counts = torch.stack(counts).double().to(process.device, non_blocking=True)
-        # Gradients are averaged over processes, hence the mean. A loss without items in the whole step is 0.
-        mean = process.sum(self._counts.sum(0)).clamp(min=1) / process.world
-        self._shares = self._counts / mean
+        self._counts = rows[:-1]
+        step, self._stopping = process.sum(torch.stack([self._counts.sum(0), rows[-1]]))
+        # A loss without items in the whole step is 0.
+        self._shares = self._counts / (step.clamp(min=1) / (process.world if averaged else 1))
         self._statistics: list[Tensor | None] | None = None
+
+    def asks_to_stop(self) -> bool:
+        """Whether any process was asked to stop: the same in all of them. Waits for the device."""
+        return bool(self._stopping[0] > 0)
 
     @torch.no_grad()
     def survey(self, model: nn.Module) -> None:
@@ -172,8 +189,8 @@ class Step:
     def measure(self, model: nn.Module, number: int) -> tuple[Tensor, dict[str, Term]]:
         """(the part of a micro-batch in the objective, with gradient; its terms, by name).
 
-        The sum of the parts over micro-batches, averaged over processes, is the objective of the step. The first
-        micro-batch comes first.
+        The sum of the parts over micro-batches, averaged over processes (if not `averaged`: summed), is the objective
+        of the step. The first micro-batch comes first.
         """
         done = self._objective.run(model, self._batches[number], self._process.device)
         if number == 0:

@@ -5,12 +5,13 @@
         the number of items of each loss                   over all micro-batches and processes
         its part of the objective, backward                for each micro-batch; gradients are averaged over processes
         clip, AdamW, schedule
-        at intervals: metrics; a checkpoint of weights, AdamW moments and step
+        at intervals: metrics; a checkpoint of weights, AdamW moments and step, also when it is asked to stop
 
 The data order is a function of the step and there is no other randomness, so a run that was killed and resumes from its
-last checkpoint ends with bit-identical weights on CPU. The plan's precision decides between fp32 and bf16 autocast
-(models/training/precision.py). Several processes each hold the model (DDP) or share it (FSDP2). Cost: forward and
-backward, and 8 bytes per trained parameter for AdamW; parameters without gradients cost nothing here.
+last checkpoint ends with bit-identical weights on CPU, and another number of processes reads the same instances in the
+same steps; with `fixed_sums` it ends with the same bits, too. The plan's precision decides between fp32 and bf16
+autocast (models/training/precision.py). Several processes each hold the model (DDP) or share it (FSDP2). Cost: forward
+and backward, and 8 bytes per trained parameter for AdamW; parameters without gradients cost nothing here.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ import torch
 from torch import nn
 
 from eclectus.models.attention.choice import choose_attention
+from eclectus.models.elastic.fixed_sums import FixedGradients
+from eclectus.models.elastic.stop import TrainingStopped, sigterm_stops, stop_asked
 from eclectus.models.losses.step import Objective, Step
 from eclectus.models.sharding.slices import Slices
 from eclectus.models.training.instances import Batch, Instances
-from eclectus.models.training.metrics import Window
+from eclectus.models.training.metrics import FixedSum, RunningSum, Window
 from eclectus.models.training.optimizer import load_moments, make_optimizer, read_moments, set_rate
 from eclectus.models.training.parallel import (
     arrange_gathering,
@@ -48,6 +51,7 @@ from eclectus.models.training.resume import TrainingFailed, resume, save_progres
 Report = Callable[..., None]
 
 
+@sigterm_stops()
 def train(
     model: nn.Module,
     instances: Instances,
@@ -68,16 +72,69 @@ def train(
     read in blocks; None for zeros. report: called as report("metrics", ...), report("progress", ...),
     report("damaged", ...) and report("warning", ...).
     check: called with the step before every checkpoint is written; an exception from it ends the training.
-    Raises TrainingFailed if the loss or a gradient is not finite, ValueError if the batch cannot be divided evenly or
-    the checkpoint under `work` is of another training.
+    Raises TrainingStopped, with a checkpoint written, when it is asked to stop (models/elastic/stop.py), TrainingFailed
+    if the loss or a gradient is not finite, ValueError if the batch cannot be divided evenly or the checkpoint under
+    `work` is of another training.
     """
-    if plan.batch % process.world:
-        raise ValueError(
-            f"batch of {plan.batch} instances cannot be shared by {process.world} processes; make it a multiple"
-        )
+    plan.check_sharing(process.world)
+    in_step = -(-plan.batch // plan.micro_batch)
     make_repeatable(model, process, report)
     model.train()
-    window = Window(model, objective.weights(model), plan.batch * instances.length, instances.length, process)
+    tokens, metrics = plan.batch * instances.length, FixedSum(in_step) if plan.fixed_sums else RunningSum()
+    window = Window(model, objective.weights(model), tokens, instances.length, process, metrics)
+    prepare(model, plan, process)
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = make_optimizer(named, plan)
+    load_moments(optimizer, named, moments or {})
+    begin = resume(optimizer, named, plan.start, process, work, report) or plan.start
+    wrapped, guard = replicate(model, process, plan.fixed_sums), GradientGuard(instances, plan, process, work)
+    fixed = FixedGradients(named.values(), in_step, process) if plan.fixed_sums else None
+    objective = replace(objective, document_mask=plan.document_mask)
+    for step in range(begin, plan.stop):
+        set_rate(optimizer, plan.rate(step))
+        batches = micro_batches(instances, step, plan, process)
+        parts = Step(objective, batches, process, averaged=fixed is None, stopping=stop_asked())
+        with autocast(process.device, plan.precision):
+            parts.survey(wrapped)
+        for number in range(len(batches)):
+            last = number + 1 == len(batches)
+            with synced(wrapped, last, plan.reduced_once), autocast(process.device, plan.precision):
+                loss, terms = parts.measure(wrapped, number)
+            loss.backward()
+            window.add(terms)
+            if fixed:
+                fixed.add()
+        if fixed:
+            fixed.finish()
+        norm = whole(nn.utils.clip_grad_norm_(named.values(), plan.clip))
+        window.end_step(norm)
+        guard.check(step, norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ended = step + 1
+        keeps, stops = ended % plan.checkpoint_every == 0 and ended < plan.stop, False
+        if ended % plan.log_every == 0 or ended == plan.stop or keeps or process.device.type == "cpu":
+            # Both wait for a GPU.
+            guard.stop_if_bad()
+            stops = parts.asks_to_stop()
+        if ended % plan.log_every == 0 or ended == plan.stop:
+            report("metrics", step=ended, values=window.read(process, plan.rate(step)))
+        report("progress", done=ended - plan.start, total=plan.stop - plan.start)
+        if ended == plan.stop and not stops:
+            # A signal may have come since the step began, and what follows is not the training's.
+            stops = process.any(stop_asked())
+        if keeps or stops:
+            if check:
+                check(ended)
+            save_progress(optimizer, named, ended, plan.start, process, work)
+        if stops:
+            raise TrainingStopped(f"stopped at training step {ended}, whose checkpoint is in {work}")
+    process.barrier()
+    return read_moments(optimizer, named)
+
+
+def prepare(model: nn.Module, plan: Plan, process: Process) -> None:
+    """The model as the plan trains it, in place: attention, layers, shards, device."""
     choose_attention(model, plan.attention, process.device)
     if plan.recomputed:
         recompute_blocks(model, plan.recomputed)
@@ -90,42 +147,6 @@ def train(
     model.to(process.device)
     copy_shared_experts(model)
     keep_routers_fp32(model)
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = make_optimizer(named, plan)
-    load_moments(optimizer, named, moments or {})
-    begin = resume(optimizer, named, plan.start, process, work, report) or plan.start
-    wrapped, guard = replicate(model, process), GradientGuard(instances, plan, process, work)
-    objective = replace(objective, document_mask=plan.document_mask)
-    for step in range(begin, plan.stop):
-        set_rate(optimizer, plan.rate(step))
-        batches = micro_batches(instances, step, plan, process)
-        parts = Step(objective, batches, process)
-        with autocast(process.device, plan.precision):
-            parts.survey(wrapped)
-        for number in range(len(batches)):
-            last = number + 1 == len(batches)
-            with synced(wrapped, last, plan.reduced_once), autocast(process.device, plan.precision):
-                loss, terms = parts.measure(wrapped, number)
-            loss.backward()
-            window.add(terms)
-        norm = whole(nn.utils.clip_grad_norm_(named.values(), plan.clip))
-        window.end_step(norm)
-        guard.check(step, norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ended = step + 1
-        keeps = ended % plan.checkpoint_every == 0 and ended < plan.stop
-        if ended % plan.log_every == 0 or ended == plan.stop or keeps:
-            guard.stop_if_bad()
-        if ended % plan.log_every == 0 or ended == plan.stop:
-            report("metrics", step=ended, values=window.read(process, plan.rate(step)))
-        report("progress", done=ended - plan.start, total=plan.stop - plan.start)
-        if keeps:
-            if check:
-                check(ended)
-            save_progress(optimizer, named, ended, plan.start, process, work)
-    process.barrier()
-    return read_moments(optimizer, named)
 
 
 def make_repeatable(model: nn.Module, process: Process, report: Report) -> None:

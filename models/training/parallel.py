@@ -108,9 +108,16 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def replicate(model: nn.Module, process: Process) -> nn.Module:
-    """The model in DistributedDataParallel; the model itself in a single process or if it is sharded already."""
+def replicate(model: nn.Module, process: Process, summed: bool = False) -> nn.Module:
+    """The model in DistributedDataParallel; the model itself in a single process or if it is sharded already.
+
+    summed: gradients are added up elsewhere (models/elastic/fixed_sums.py), so the processes only start equal.
+    """
     if process.world == 1 or is_sharded(model):
+        return model
+    if summed:
+        for parameter in model.parameters():
+            dist.broadcast(parameter.detach(), 0)
         return model
     devices = [process.device] if process.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)

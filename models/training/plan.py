@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from eclectus.models.attention.choice import Attention
+from eclectus.models.elastic.fixed_sums import micro_batches_fault
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Plan:
     backward pass instead of kept (gradient checkpointing); 0: of none. attention: models/attention/choice.py.
     document_mask: a token sees its own document only (models/attention/document_mask.py), and the first token of a
     document is no target.
+    fixed_sums: gradients and metrics are added up in an order that does not depend on the number of processes
+    (models/elastic/fixed_sums.py).
     precision: of matrix products (models/training/precision.py); auto is bfloat16 on CUDA, float32 on a CPU.
     """
 
@@ -56,6 +59,18 @@ class Plan:
     attention: Attention = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     document_mask: bool = False
+    fixed_sums: bool = False
+
+    def check_sharing(self, world: int) -> None:
+        """Raises ValueError if so many processes cannot share a step."""
+        if self.batch % world:
+            raise ValueError(
+                f"batch of {self.batch} instances cannot be shared by {world} processes; make it a multiple"
+            )
+        if self.fixed_sums:
+            fault = micro_batches_fault(self.batch, self.micro_batch, world)
+            if self.sharded or fault:
+                raise ValueError(f"sums in a fixed order: {fault or 'a sharded model has none'}")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, cosine to floor * peak, times the second warm-up."""

@@ -78,6 +78,10 @@ class Process:
             dist.all_reduce(value)
         return value
 
+    def any(self, value: bool) -> bool:
+        """Whether it is true in any process, on all of them."""
+        return bool(self.sum(torch.tensor(int(value), device=self.device)) > 0)
+
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, by rank, on every process."""
         if self.world == 1:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -97,16 +98,17 @@ def resume(
     """Loads the last checkpoint under `work` and returns the step to continue with; None without a usable checkpoint.
 
     start: the first step of this training. report: called as report("damaged", step=start, text=...) if the checkpoint
-    is damaged. Raises ValueError if it is of another model or another stage.
+    is damaged. Raises ValueError if it is of another model or another stage, TrainingFailed in all processes if one of
+    them does not see the newest checkpoint.
     """
-    latest = work / "latest"
-    fault, about = _faults(latest, process) if latest.exists() else (None, None)
+    latest = _newest(work, process)
+    fault, about = _faults(latest, process) if latest else (None, None)
     faults = [each for each in process.gather(fault) if each]
     if faults:
         if process.is_main:
             report("damaged", step=start, text=f"{faults[0]}; training begins again at step {start}")
         return None
-    if about is None:
+    if latest is None or about is None:
         return None
     if about["start"] != start:
         raise ValueError(
@@ -148,6 +150,37 @@ def _write_json(path: Path, value: Any) -> None:
         json.dump(value, handle)
         handle.flush()
         os.fsync(handle.fileno())
+
+
+def _newest(work: Path, process: Process) -> Path | None:
+    """The newest checkpoint that any process knows; all of them must see it, and the same.
+
+    A pointer that is old (a node that was away, a cache of a network file system) does no harm; a folder that is each
+    node's own does.
+    """
+    pointer = work / "latest"
+    known = [each for each in process.gather(pointer.readlink().name if pointer.is_symlink() else None) if each]
+    if not known:
+        return None
+    folder = work / max(known, key=lambda name: int(name.rpartition("-")[2]))
+    try:
+        about = (folder / "progress.json").read_bytes()
+    except OSError:
+        about = None
+    seen = process.gather((socket.gethostname(), about))
+    having = [host for host, each in seen if each is not None]
+    if lacking := [host for host, each in seen if each is None and having]:
+        raise TrainingFailed(
+            f"{lacking[0]} has no checkpoint {folder.name} in {work}, which {having[0]} has: this folder must be on "
+            f"storage that all nodes share (ECLECTUS_HOME, ECLECTUS_CACHE); mount it on {lacking[0]}"
+        )
+    if differing := [host for host, each in seen if each != seen[0][1]]:
+        raise TrainingFailed(
+            f"{differing[0]} and {seen[0][0]} have different checkpoints {folder.name} in {work}: this folder must be "
+            f"on storage that all nodes share (ECLECTUS_HOME, ECLECTUS_CACHE); remove the one on {differing[0]}, which "
+            "may be old"
+        )
+    return folder
 
 
 def _faults(latest: Path, process: Process) -> tuple[str | None, dict[str, Any] | None]:

@@ -43,6 +43,13 @@ class WorkerSettings(Settings):
         description=WORKERS,
         json_schema_extra=BASIC,
     )
+    training_workers_min: int = RuntimeSetting(
+        0,
+        ge=0,
+        description="Fewest workers with which the run goes on while nodes are missing: with the largest divisor of "
+        "training_workers for which there is room, and with more when there is room again. Batches stay as large: each "
+        "worker computes more micro-batches. 0: it waits for all of training_workers.",
+    )
     training_gpus: bool = RuntimeSetting(
         False,
         description="Give every training worker a GPU (bf16, NCCL) instead of computing on CPU cores.",
@@ -61,6 +68,14 @@ class WorkerSettings(Settings):
         ge=0,
         description="How often the training workers of a run are restarted from their last checkpoint when one dies.",
     )
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.training_workers_min > self.training_workers:
+            raise EclectusError(
+                f"training_workers_min {self.training_workers_min} is more than training_workers "
+                f"{self.training_workers}; lower it, or choose 0 to wait for all workers"
+            )
 
 
 class DocumentMaskSettings(Settings):
@@ -137,6 +152,12 @@ class TrainingSettings(DocumentMaskSettings, WorkerSettings):
         "and losses stay float32; frozen weights are held in bfloat16 and written as they were). auto: bfloat16 on "
         "GPUs; on CPUs float32 for models below 30M parameters, above what a measurement of a second says is faster.",
     )
+    training_fixed_sums: bool = Field(
+        False,
+        description="Add up gradients and metrics in an order that does not depend on the number of workers: 1, 2, 4, "
+        "... workers end with the same bits on CPUs of one kind, also when the number changes. Needs powers of two, "
+        "and a micro-batch for each worker. Not with training_sharded; takes more memory and time than DDP.",
+    )
     micro_batch: int = Field(4, ge=1, description="Instances that a worker computes at once; more need more memory.")
     weight_decay: float = Field(
         0.1, ge=0, description="AdamW's weight decay, on matrices only (not embeddings, not norms)."
@@ -157,10 +178,18 @@ class TrainingSettings(DocumentMaskSettings, WorkerSettings):
     seed: int = SEED
 
     def key_values(self) -> dict[str, Any]:
-        """Without an undecided training_precision: that is float32 on every CPU, as it always was."""
+        """Without an undecided training_precision: that is float32 on every CPU, as it always was.
+
+        Without sums in a fixed order where they are off, as before there was a choice; where they are on, without the
+        number of workers, which does not change a bit then.
+        """
         values = super().key_values()
         if values.get("training_precision") == "auto":
             values.pop("training_precision")
+        if not self.training_fixed_sums:
+            values.pop("training_fixed_sums")
+        elif self.training_workers:
+            values.pop("training_workers")
         return values
 
     def check_together(self) -> None:
@@ -170,6 +199,14 @@ class TrainingSettings(DocumentMaskSettings, WorkerSettings):
             raise EclectusError(
                 f"training_shard_replicas {replicas} needs training_sharded, and training_workers that are a multiple "
                 f"of it and more, not {workers}"
+            )
+        if self.training_workers_min and replicas > 1:
+            raise EclectusError(
+                "training_workers_min changes the number of workers, which training_shard_replicas divides; choose one"
+            )
+        if self.training_fixed_sums and self.training_sharded:
+            raise EclectusError(
+                "training_fixed_sums adds up whole gradients, of which training_sharded has parts; choose one"
             )
         if self.training_attention == "flash" and self.pack_document_mask:
             raise EclectusError(
@@ -204,10 +241,19 @@ class TrainingSettings(DocumentMaskSettings, WorkerSettings):
 
     def check_batch(self, name: str) -> None:
         """Raises EclectusError if the workers cannot share a stage's batches. name: of the setting of its batch."""
-        batch = getattr(self, name)
-        if self.training_workers and batch % self.training_workers:
+        batch, workers, each = getattr(self, name), self.training_workers, self.micro_batch
+        if workers and batch % workers:
+            raise EclectusError(f"{name} {batch} cannot be shared by training_workers {workers}; make it a multiple")
+        if not self.training_fixed_sums:
+            return
+        if workers & (workers - 1):
             raise EclectusError(
-                f"{name} {batch} cannot be shared by training_workers {self.training_workers}; make it a multiple"
+                f"training_fixed_sums needs training_workers 1, 2, 4, 8, ..., not {workers}; choose one of them"
+            )
+        if batch % each or (batch // each) % max(1, workers):
+            raise EclectusError(
+                f"training_fixed_sums needs equal micro-batches, as many for each of training_workers {workers}, which "
+                f"{name} {batch} and micro_batch {each} do not give; choose another micro_batch"
             )
 
     def topology(self, process: Process) -> Process:
@@ -229,6 +275,7 @@ class TrainingSettings(DocumentMaskSettings, WorkerSettings):
             attention=self.training_attention,
             precision=self.training_precision,
             document_mask=self.pack_document_mask,
+            fixed_sums=self.training_fixed_sums,
             weight_decay=self.weight_decay,
             clip=self.gradient_clip,
             floor=self.learning_rate_floor,
@@ -245,10 +292,10 @@ def run_training(settings: WorkerSettings, call: Callable[..., Any], arguments: 
     call: a function at the top level of a module. what: label of the progress display.
     Raises EclectusError when training fails, and outside a run unless training_workers is 0.
     """
-    report_progress = None
+    report_progress, workers = None, settings.training_workers
 
     def on_report(kind: str, values: dict[str, Any]) -> None:
-        nonlocal report_progress
+        nonlocal report_progress, workers
         if kind == "metrics":
             for name, value in values["values"].items():
                 measure, _, domain = name.partition("/")
@@ -261,16 +308,22 @@ def run_training(settings: WorkerSettings, call: Callable[..., Any], arguments: 
             notify("warning", values["text"])
         elif kind == "warning":
             notify("warning", values["text"])
+        elif kind == "workers" and values["workers"] != workers:
+            workers = values["workers"]
+            notify("workers", f"{what} goes on with {workers} of {settings.training_workers} workers")
+        elif kind == "stopped":
+            notify("stopped", f"{values['text']}; the same command goes on from there")
         elif kind in ("forecast", "came_true"):
             note_forecast(kind, values)
 
     if settings.training_workers == 0:
+        from eclectus.models.elastic.stop import TrainingStopped
         from eclectus.models.training.loop import TrainingFailed
         from eclectus.models.training.process import Process
 
         try:
             return call(Process.current(), lambda kind, **values: on_report(kind, values), **arguments)
-        except TrainingFailed as error:
+        except (TrainingFailed, TrainingStopped) as error:
             raise EclectusError(str(error)) from error
     return _workers(settings).do(call, arguments, on_report)
 
@@ -299,6 +352,7 @@ def _workers(settings: WorkerSettings) -> TrainWorkers:
             restarts=chosen.training_restarts,
             cpus=chosen.training_worker_cpus,
             placement=chosen.training_placement,
+            least=chosen.training_workers_min,
         ),
     )
 

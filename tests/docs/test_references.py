@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/**/*.md")])
-FOLDERS = ("flows", "tasks", "models", "storage", "tests", "benchmarks", "configs", "constraints", "docs")
+FOLDERS = ("flows", "tasks", "models", "storage", "tests", "benchmarks", "configs", "constraints", "deploy", "docs")
 CODE = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*")) if path.suffix in (".py", ".md")]
 WIDTH = 120
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from eclectus.models.training.instances import Batch
 from eclectus.models.training.loop import Plan
@@ -82,6 +82,11 @@ def write_uneven_instances(place):
 def tiny_dense(seed=0):
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**SHAPE))
+
+
+def tiny_mixture(seed=0):
+    torch.manual_seed(seed)
+    return MixtralForCausalLM(MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2))
 
 
 def plan(**changed):

@@ -1,7 +1,10 @@
 """Jobs that the tests of `eclectus.tasks.training.workers` send to Ray Train workers."""
 
+import json
 import os
 import signal
+import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -69,3 +72,55 @@ def train_in_a_group(folder, sharded):
 def find_damage(process, report):
     report("damaged", step=0, text="latest is damaged; training begins again at step 0")
     process.barrier()
+
+
+# Of a training whose workers change: as many micro-batches as there can be workers.
+ELASTIC = {"batch": 8, "micro_batch": 2, "stop": 60, "checkpoint_every": 5}
+
+
+class Noting(Instances):
+    """Instances that note which of them were read, for which step."""
+
+    def note_in(self, path, **about):
+        self._path, self._about = path, about
+
+    def rows_of_step(self, step, size, seed):
+        self._step = step
+        return super().rows_of_step(step, size, seed)
+
+    def batch(self, rows):
+        with open(self._path, "a") as handle:
+            handle.write(json.dumps({**self._about, "step": self._step, "rows": rows.tolist()}) + "\n")
+        return super().batch(rows)
+
+
+def train_elastically(process, report, folder):
+    """Trains a tiny model, slowly and then very slowly until there is a file `hurry`; rank 0 saves its weights."""
+    folder, group = Path(folder), process.gather(uuid.uuid4().hex)[0]
+    data = Noting(folder / "instances")
+    data.note_in(folder / f"read-{group}-{process.rank}.ndjson", group=group, rank=process.rank)
+
+    def reported(kind, **values):
+        if kind == "progress" and not (folder / "hurry").exists():
+            time.sleep(0.2 if values["done"] < ELASTIC["stop"] / 2 else 4)
+        report(kind, **values)
+
+    model, chosen = tiny_dense(), plan(**ELASTIC, total=ELASTIC["stop"], fixed_sums=True)
+    train(model, data, next_token(), chosen, process, folder / "work", reported)
+    if process.is_main:
+        save_file({name: each.detach() for name, each in model.named_parameters()}, folder / "end.safetensors")
+    process.barrier()
+
+
+def steps_done(folder):
+    """How many steps rank 0 of any group has begun."""
+    return sum(path.read_text().count("\n") for path in folder.glob("read-*-0.ndjson"))
+
+
+def train_as_one(folder):
+    """The same training, undisturbed in one process."""
+    folder = Path(folder)
+    model, chosen = tiny_dense(), plan(**ELASTIC, total=ELASTIC["stop"], fixed_sums=True)
+    data = Instances(folder / "instances")
+    train(model, data, next_token(), chosen, Process(), folder / "one", lambda kind, **values: None)
+    save_file({name: each.detach() for name, each in model.named_parameters()}, folder / "one.safetensors")

@@ -29,6 +29,7 @@ NOT_IN_THE_KEY = {
     "training_gpus": WHERE_IT_TRAINS,
     "training_worker_cpus": WHERE_IT_TRAINS,
     "training_placement": WHERE_IT_TRAINS,
+    "training_workers_min": WHERE_IT_TRAINS,
     "training_restarts": WHERE_IT_TRAINS,
     "training_shard_replicas": "last bits of sums over workers",
     "training_shard_keep": "the same weights are gathered once or twice",
@@ -53,7 +54,8 @@ LEFT_OUT_BY_VALUE = {
     "PretrainStageSettings": "settings of other stages",
     "ExtendStageSettings": "settings of other stages and methods",
     "BenchmarkSettings": "new tokens that are not closed, as before they could be",
-    "TrainingSettings": "a precision that nobody chose is float32 on a CPU, as before there was a choice",
+    "TrainingSettings": "an unset precision is float32 on a CPU, and sums have no fixed order, as before "
+    "there was a choice; with a fixed order the number of workers changes no bit",
 }
 # Settings that name a file, folder or model outside the artifacts, and so need a fingerprint.
 NAMES_CONTENT = {"sources", "language_model", "embedding_model", "tokenizer", "base_model", "benchmark_files"}

@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass
 
 import pytest
-import torch
 
 from eclectus.models.training.clock import TrainingClock
 from eclectus.models.training.process import Process
@@ -44,8 +43,8 @@ def test_waiting_costs_time_but_no_cpu_seconds_and_reports_arrive(tmp_path):
 
 @dataclass(frozen=True)
 class OneOfFour(Process):
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        return 4 * value
+    def gather(self, value):
+        return 4 * [value]
 
 
 def test_cpu_seconds_are_those_of_all_processes(tmp_path):

@@ -146,11 +146,53 @@ def test_a_stage_is_compiled_when_asked_and_its_key_says_so(world, instances, up
         ({"training_shard_replicas": 2, "training_workers": 4}, "replicas 2 needs training_sharded, and training_work"),
         ({"training_shard_replicas": 2, "training_sharded": True, "training_workers": 2}, "multiple of it and more"),
         ({"training_shard_replicas": 2, "training_sharded": True, "training_workers": 5}, "multiple of it and more"),
+        ({"training_workers_min": 3, "training_workers": 2}, "training_workers_min 3 is more than training_workers 2"),
+        (
+            {"training_workers_min": 2, "training_workers": 4, "training_shard_replicas": 2, "training_sharded": True},
+            "training_workers_min changes the number of workers, which training_shard_replicas divides",
+        ),
+        ({"training_fixed_sums": True, "training_sharded": True}, "whole gradients, of which training_sharded has"),
     ],
 )
 def test_settings_that_cannot_be_had_are_refused_before_anything_runs(changes, message):
     with pytest.raises(EclectusError, match=message):
         ExtendStageSettings(extend_stage="review", **{**STAGE, **changes}).check_together()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training_workers": 3}, "post_pretrain_batch 8 cannot be shared by training_workers 3; make it a multiple"),
+        (
+            {"training_fixed_sums": True, "training_workers": 3, "post_pretrain_batch": 6},
+            "training_fixed_sums needs training_workers 1, 2, 4, 8, ..., not 3; choose one of them",
+        ),
+        (
+            {"training_fixed_sums": True, "training_workers": 4, "micro_batch": 4},
+            "as many for each of training_workers 4, which post_pretrain_batch 8 and micro_batch 4 do not give",
+        ),
+        (
+            {"training_fixed_sums": True, "training_workers": 0, "micro_batch": 3},
+            "equal micro-batches, .* post_pretrain_batch 8 and micro_batch 3 do not give; choose another micro_batch",
+        ),
+    ],
+)
+def test_workers_that_cannot_share_a_batch_are_refused(changes, message):
+    settings = ExtendStageSettings(extend_stage="post_pretrain", **{**STAGE, "post_pretrain_batch": 8, **changes})
+    with pytest.raises(EclectusError, match=message):
+        settings.check_batch("post_pretrain_batch")
+
+
+def test_sums_in_a_fixed_order_take_the_number_of_workers_out_of_the_key():
+    def key(**changes):
+        return ExtendStageSettings(extend_stage="review", **{**STAGE, **changes}).key_values()
+
+    fixed = {"training_fixed_sums": True}
+    assert key(training_workers=2) != key(training_workers=4)
+    assert key(training_workers=2, **fixed) == key(training_workers=4, **fixed) != key(training_workers=2)
+    # In this process it computes with all threads.
+    assert key(training_workers=0, **fixed) != key(training_workers=1, **fixed)
+    assert key(training_workers=4, training_workers_min=2) == key(training_workers=4)
 
 
 def test_the_method_without_stages_asks_for_the_reviews_data(world, instances, upcycled):

@@ -1,0 +1,1 @@
+"""Groups of training workers that shrink and grow with the cluster."""
