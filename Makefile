@@ -53,9 +53,10 @@ test-slow: setup services
 
 test-all: test test-slow
 
-# What slow tests start: a browser, PostgreSQL, Redis, network namespaces. Installed where we may and Debian's tools are there.
+# What slow tests start: a browser, PostgreSQL, Redis, network namespaces, Slurm. Installed where we may and Debian's tools are there.
 services:
-	@need=""; for pair in chromium:chromium redis-server:redis-server ip:iproute2 nsenter:util-linux; do \
+	@need=""; for pair in chromium:chromium redis-server:redis-server ip:iproute2 nsenter:util-linux munged:munge \
+	  slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client; do \
 	  command -v $${pair%%:*} > /dev/null || need="$$need $${pair##*:}"; done; \
 	ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1 || need="$$need postgresql"; \
 	if [ -n "$$need" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \

@@ -170,6 +170,9 @@ def test_every_other_command_names_files_targets_and_options_that_exist():
             options = [word for word in words[2:] if word.startswith("--")]
             wrong += [parameter.id for option in options if f'"{option}"' not in code]
             wrong += [] if (ROOT / words[1]).exists() else [parameter.id]
+        elif tool == "sbatch":
+            (script,) = [word for word in words if word.endswith(".sbatch")]
+            wrong += [] if (ROOT / script).exists() else [parameter.id]
         elif tool not in ("eclectus", "docker", "pip", "cp", "duckdb", "git", "kubectl", "helm", "tensorboard"):
             wrong.append(f"{parameter.id}: no test knows '{tool}'")
         files = [word for word in words if word.startswith(("configs/", "constraints/", "docs/"))]

@@ -208,12 +208,16 @@ class Cluster:
         scale: dict[str, int] | None = None,
         only: set[str] | None = None,
         environment: dict[str, str] | None = None,
+        services: dict[str, dict] | None = None,
     ):
-        """scale: instances of a service. only: services to start; all by default. environment: more of it, for all."""
+        """scale: instances of a service. only: services to start; all by default. environment: more of it, for all.
+
+        services: in the form of the file's, in their place.
+        """
         self.folder = folder
         self.services = {
             name: service | {"environment": service.get("environment", {}) | (environment or {})}
-            for name, service in read().items()
+            for name, service in (read() if services is None else services).items()
             if "profiles" not in service and (only is None or name in only)
         }
         self.names = {
