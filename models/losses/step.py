@@ -56,8 +56,10 @@ class Pass:
     output: Any
     config: Any
     """The model's configuration."""
+    at: Tensor | None = None
+    """Positions in `[B * L]` with a target, `[N]`, on the CPU."""
     rows: Tensor | None = None
-    """Positions in `[B * L]` with a target, `[N]`."""
+    """The same on the device."""
     losses: TokenLosses | None = None
     """Of these; `output.logits` then have no columns."""
 
@@ -107,10 +109,11 @@ class Objective:
 
     def run(self, model: nn.Module, batch: Batch, device: torch.device) -> Pass:
         """The pass of a batch, moved to the device, with the loss of every target."""
-        rows, targets = (each.to(device, non_blocking=True) for each in targets_of(batch.labels))
+        at, expected = targets_of(batch.labels)
+        rows, targets = (each.to(device, non_blocking=True) for each in (at, expected))
         with losses_in_place_of_logits(unwrapped(model), rows, targets) as losses:
             done = self.output(model, batch, device)
-        return replace(done, rows=rows, losses=losses[0])
+        return replace(done, at=at, rows=rows, losses=losses[0])
 
     def output(self, model: nn.Module, batch: Batch, device: torch.device, **more: Any) -> Pass:
         """The pass of a batch, moved to the device, without losses. more: arguments of the model's forward pass."""
@@ -168,6 +171,8 @@ class Step:
         # A loss without items in the whole step is 0.
         self._shares = self._counts / (step.clamp(min=1) / (process.world if averaged else 1))
         self._statistics: list[Tensor | None] | None = None
+        self.latest: tuple[Tensor, Tensor] | None = None
+        """Of the micro-batch that was measured last: positions of its targets, on the CPU, and their losses."""
 
     def asks_to_stop(self) -> bool:
         """Whether any process was asked to stop: the same in all of them. Waits for the device."""
@@ -193,6 +198,8 @@ class Step:
         of the step. The first micro-batch comes first.
         """
         done = self._objective.run(model, self._batches[number], self._process.device)
+        if done.at is not None and done.losses is not None:
+            self.latest = done.at, done.losses.each
         if number == 0:
             added = self._added(done)
             self._statistics = [None if each is None else self._process.sum(each) for each in added]

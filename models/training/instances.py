@@ -56,8 +56,8 @@ class PartedRows:
         self._mapped = [mapped for part in parts if (mapped := getattr(part, "_mmap", None)) is not None]
         # Indexing a plain array takes a third of the time of indexing a memory map.
         self.parts = [part.view(np.ndarray) for part in parts]
-        self._begins, self._touched = np.cumsum([0, *(len(part) for part in parts)]), 0
-        self.shape, self.dtype = (int(self._begins[-1]), parts[0].shape[1]), parts[0].dtype
+        self.begins, self._touched = np.cumsum([0, *(len(part) for part in parts)]), 0
+        self.shape, self.dtype = (int(self.begins[-1]), parts[0].shape[1]), parts[0].dtype
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -71,10 +71,10 @@ class PartedRows:
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(len(self)))
         out = np.empty((len(rows), self.shape[1]), self.dtype)
-        numbers = np.searchsorted(self._begins, rows, side="right") - 1
+        numbers = np.searchsorted(self.begins, rows, side="right") - 1
         for number in set(numbers.tolist()):
             here = np.flatnonzero(numbers == number)
-            out[here] = self.parts[number][rows[here] - self._begins[number]]
+            out[here] = self.parts[number][rows[here] - self.begins[number]]
         self.touched(out.nbytes + PAGE_BYTES * len(rows))
         return out
 
@@ -122,9 +122,8 @@ class Instances:
         """The instances with these numbers [B] int, in that order."""
         rows = np.asarray(rows, np.int64)
         tokens = torch.from_numpy(self.tokens[rows].astype(np.int64))
-        spans, place = self._spans_of(rows)
-        start, length = spans[:, 0] - (rows - np.arange(len(rows)))[place] * self.length, spans[:, 1]
-        inside = np.repeat(start - (np.cumsum(length) - length), length) + np.arange(length.sum())
+        spans, place, _ = self._spans_of(rows)
+        inside, length = self._inside(rows, spans, place), spans[:, 1]
         columns = []
         for column in (3, 4, 2):
             values = np.full((len(rows), self.length), -1, np.int64)
@@ -132,11 +131,30 @@ class Instances:
             columns.append(torch.from_numpy(values))
         return Batch(tokens, tokens.masked_fill(columns[2] < 0, IGNORED), *columns)
 
-    def _spans_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(the spans of these instances, int64 [S, 5]; of each the position in `rows` of its instance, int64 [S])."""
-        parts = self.spans.parts if isinstance(self.spans, PartedRows) else [self.spans]
+    def spans_of_tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(numbers of the spans in these instances [S]; of each the position in `rows` of its instance [S]; of each
+        token of these instances, end to end, the position in both of its span [B * L], -1 at padding)."""
+        found = self._spans_of(rows)
+        # Of several parts they come part by part.
+        order = np.argsort(found[1], kind="stable")
+        spans, place, numbers = (each[order] for each in found)
+        inside = self._inside(rows, spans, place)
+        owner = np.full(len(rows) * self.length, -1, np.int64)
+        owner[inside] = np.repeat(np.arange(len(numbers)), spans[:, 1])
+        return numbers, place, owner
+
+    def _inside(self, rows: np.ndarray, spans: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """Where the tokens of these spans stand in the instances `rows`, end to end."""
+        start, length = spans[:, 0] - (rows - np.arange(len(rows)))[place] * self.length, spans[:, 1]
+        return np.repeat(start - (np.cumsum(length) - length), length) + np.arange(length.sum())
+
+    def _spans_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(the spans of these instances, int64 [S, 5]; of each the position in `rows` of its instance, int64 [S]; their
+        numbers, int64 [S])."""
+        parts = [self.spans] if isinstance(self.spans, np.ndarray) else self.spans.parts
+        begins = np.zeros(1, np.int64) if isinstance(self.spans, np.ndarray) else self.spans.begins
         number = np.searchsorted(self._part_ends, rows, side="right") if len(parts) > 1 else np.zeros_like(rows)
-        found, places = [np.empty((0, 5), np.int64)], [np.empty(0, np.int64)]
+        found, places, numbers = [np.empty((0, 5), np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for part in set(number.tolist()):
             here = np.flatnonzero(number == part)
             borders = np.concatenate([rows[here], rows[here] + 1]) * self.length
@@ -145,9 +163,10 @@ class Instances:
             chosen = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
             found.append(parts[part][chosen])
             places.append(np.repeat(here, counts))
+            numbers.append(begins[part] + chosen)
         if isinstance(self.spans, PartedRows):
             self.spans.touched(len(rows) * SEARCHED_PAGES * PAGE_BYTES)
-        return np.concatenate(found), np.concatenate(places)
+        return np.concatenate(found), np.concatenate(places), np.concatenate(numbers)
 
     def rows_of_step(self, step: int, size: int, seed: int) -> np.ndarray:
         """The instance numbers [size] of a training step: a pure function of its arguments, for exact resuming."""

@@ -29,6 +29,7 @@ from eclectus.models.elastic.fixed_sums import FixedGradients
 from eclectus.models.elastic.stop import TrainingStopped, sigterm_stops, stop_asked
 from eclectus.models.losses.step import Objective, Step
 from eclectus.models.sharding.slices import Slices
+from eclectus.models.training.first_losses import FirstLosses
 from eclectus.models.training.instances import Batch, Instances
 from eclectus.models.training.metrics import FixedSum, RunningSum, Window
 from eclectus.models.training.optimizer import load_moments, make_optimizer, read_moments, set_rate
@@ -90,6 +91,7 @@ def train(
     wrapped, guard = replicate(model, process, plan.fixed_sums), GradientGuard(instances, plan, process, work)
     fixed = FixedGradients(named.values(), in_step, process) if plan.fixed_sums else None
     objective = replace(objective, document_mask=plan.document_mask)
+    firsts = FirstLosses(instances, plan, process, work)
     for step in range(begin, plan.stop):
         set_rate(optimizer, plan.rate(step))
         batches = micro_batches(instances, step, plan, process)
@@ -102,6 +104,7 @@ def train(
                 loss, terms = parts.measure(wrapped, number)
             loss.backward()
             window.add(terms)
+            firsts.note(step, number, parts.latest)
             if fixed:
                 fixed.add()
         if fixed:
@@ -119,6 +122,7 @@ def train(
             stops = parts.asks_to_stop()
         if ended % plan.log_every == 0 or ended == plan.stop:
             report("metrics", step=ended, values=window.read(process, plan.rate(step)))
+            firsts.write()
         report("progress", done=ended - plan.start, total=plan.stop - plan.start)
         if ended == plan.stop and not stops:
             # A signal may have come since the step began, and what follows is not the training's.
@@ -126,6 +130,7 @@ def train(
         if keeps or stops:
             if check:
                 check(ended)
+            firsts.write(sync=True)
             save_progress(optimizer, named, ended, plan.start, process, work)
         if stops:
             raise TrainingStopped(f"stopped at training step {ended}, whose checkpoint is in {work}")

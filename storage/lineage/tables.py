@@ -9,6 +9,7 @@
     tags          one row per name that a user gave to an artifact
     adoptions     one row per artifact that a user accepted as a step's result
     routing       one row per layer, expert, language and domain of an evaluated model
+    first_losses  one row per span of a document in a training instance: its loss when it was first trained on
 
 Columns are documented in docs/lineage.md and frozen by a test. Files are read through globs that always match at least
 an empty one (`create_placeholders`), so a view that was opened before the first row sees every later one.
@@ -125,6 +126,7 @@ ROUTING = {
     "top_k_share": "DOUBLE",
     "routed": "BIGINT",
 }
+FIRST_LOSSES = {"step": "VARCHAR", "instances": "VARCHAR", "span": "BIGINT", "loss": "FLOAT"}
 HELD = {"document": "VARCHAR", "name": "VARCHAR"}
 
 
@@ -292,6 +294,7 @@ def definitions(home: Home, root: str | None = None) -> Iterator[tuple[str, str]
     yield "view live_nodes", nodes("live_ended")
     yield "view nodes", "from compacted_nodes union all from live_nodes"
     yield "view routing", _routing(files)
+    yield "view first_losses", _first_losses(files)
     for name, body in macros().items():
         yield f"macro {name}", body
 
@@ -323,6 +326,7 @@ def create_placeholders(home: Home) -> bool:
     """Creates placeholder files so that no view's glob fails. False where the home cannot be written."""
     wanted = [_empty(home.journal / stream, {**columns, "journal": "VARCHAR"}) for stream, columns in COLUMNS.items()]
     indexes = {"contents": CONTENTS, "edges": EDGES, "nodes": NODES, "documents": DOCUMENTS, "held": HELD}
+    indexes["first_losses"] = FIRST_LOSSES
     wanted += [_empty(home.journal / name, columns) for name, columns in indexes.items()]
     wanted.append(_empty(home.store.root / "instances", DOCUMENTS, "/documents"))
     wanted.append(_empty(home.store.root / "documents", HELD, "/documents/none"))
@@ -538,3 +542,17 @@ def _routing(files: _Files) -> str:
         f"select {_names(ROUTING)}, coalesce(evaluation, digits) as evaluation from ({rows}) r "
         f"left join ({whole}) a on r.digits = a.evaluation[1:32]"
     )
+
+
+def _first_losses(files: _Files) -> str:
+    """The losses of spans (models/training/first_losses.py) with the documents; spans are in the instances' order."""
+    return f"""
+        with losses as ({_parquet(files, files.home.journal / "first_losses", FIRST_LOSSES)}),
+             spans as (
+                 select *, row_number() over (partition by digits order by instance, instance_offset) - 1 as span,
+                        lag(document) over (partition by digits, instance order by instance_offset) as document_before
+                 from instance_rows where digits in (select instances[1:32] from losses))
+        select l.step, o.run, o.artifact as checkpoint, s.document, s.name, s.language, s.domain, s.source, s.instance,
+               s.instance_offset, s.tokens, s.document_before, l.loss
+        from losses l join spans s on l.instances[1:32] = s.digits and l.span = s.span
+        left join step_outputs o on o.step = l.step"""

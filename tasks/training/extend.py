@@ -17,6 +17,7 @@ import numpy as np
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.first_losses import keep_first_losses
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.packing.tokenizer_training import labelled_sample
 from eclectus.tasks.run import notify
@@ -64,6 +65,7 @@ def extend(
             },
             what=f"training {settings.extend_stage.replace('_', '-')}",
         )
+        keep_first_losses(work, instances)
     if settings.extend_stage == "review":
         out.statistics["training_flops"] += checkpoint.statistics.get("training_flops", 0)
 

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.first_losses import keep_first_losses
 from eclectus.tasks.step import step
 from eclectus.tasks.training.check_base import check_dense_start
 from eclectus.tasks.training.pretrain_settings import DENSE, PretrainStageSettings, check_segment
@@ -82,6 +83,7 @@ def pretrain(
             },
             what=f"training {settings.pretrain_stage.replace('_', '-')}",
         )
+        keep_first_losses(work, instances)
 
 
 def train_stage(

@@ -46,9 +46,16 @@ def write_history(home, promote=None, document="d1"):
                             "0.5::double as share, null::double as top_k_share, 3::bigint as routed",
                         )
                     made = home.store.commit(draft)
+                instances = made.digest if kind == "instances" else before.get("instances", "-").partition("-")[2]
                 about = {"step": f"{run}-{kind}", "name": kind, "label": f"make {kind}", "flow": "main", "key": "k"}
                 journal.event("step_started", **about)
                 if kind == "checkpoint":
+                    (home.journal / "first_losses").mkdir(exist_ok=True)
+                    first = (
+                        "'{run}-checkpoint' as step, '{instances}' as instances, 0::bigint as span, 2.5::float as loss"
+                    )
+                    losses = f"select {first.format(run=run, instances=instances)}"
+                    write_table(home, home.journal / f"first_losses/{run}-checkpoint.parquet", losses)
                     said, true = {"seconds": 2.0, "steps": 4, "memory": 90}, {"seconds": 1.0, "steps": 2, "memory": 100}
                     journal.event("forecast", step=about["step"], label=about["label"], forecast=said)
                     journal.event("came_true", step=about["step"], label=about["label"], forecast=true)

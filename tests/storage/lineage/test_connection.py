@@ -28,6 +28,8 @@ FROZEN = {
     "champions": "line checkpoint since reason by run",
     "tags": "tag name kind artifact since by reason",
     "adoptions": "label step_name key name kind artifact since by reason",
+    "first_losses": "step run checkpoint document name language domain source instance instance_offset tokens "
+    "document_before loss",
     "routing": "layer expert language domain share top_k_share routed evaluation",
     "documents": "document name language domain source instance instance_offset tokens document_offset instances",
 }

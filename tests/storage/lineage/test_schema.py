@@ -30,7 +30,7 @@ def lineage(tmp_path_factory):
 def test_the_page_names_every_table_and_macro():
     names = (
         "runs steps artifacts step_inputs step_outputs settings metrics forecasts documents decisions champions tags "
-        "adoptions routing"
+        "adoptions routing first_losses"
     ).split()
     assert list(SECTIONS) == [*names, "upstream(x)", "downstream(x)", "trace(x)", "difference(a, b)"]
 
