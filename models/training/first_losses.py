@@ -37,13 +37,13 @@ class FirstLosses:
         self._noted: list[tuple[np.ndarray, np.ndarray, Tensor]] = []
         # Mixed sets of instances have no spans of their own.
         self._kept = isinstance(instances, Instances)
-        size = 4 * len(instances.spans) if self._kept else 0
         if not self._kept:
             return
-        if process.is_main and (not self._path.exists() or self._path.stat().st_size != size):
-            work.mkdir(parents=True, exist_ok=True)
-            np.full(len(instances.spans), np.nan, np.float32).tofile(self._path)
+        if process.is_main:
+            self._create()
         process.barrier()
+        # Of a process whose folder is its own.
+        self._create()
 
     def note(self, step: int, number: int, measured: tuple[Tensor, Tensor] | None) -> None:
         """Adds a micro-batch of this process, by its number in the step.
@@ -80,9 +80,11 @@ class FirstLosses:
             with open(self._path, "rb+") as file:
                 os.fsync(file.fileno())
 
-    def read(self) -> np.ndarray:
-        """float32 [S], of all processes; call it when all have written."""
-        return np.fromfile(self._path, np.float32)
+    def _create(self) -> None:
+        count = len(self._instances.spans)
+        if not self._path.exists() or self._path.stat().st_size != 4 * count:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            np.full(count, np.nan, np.float32).tofile(self._path)
 
     def _write(self, numbers: np.ndarray, means: np.ndarray) -> None:
         order = np.argsort(numbers, kind="stable")
