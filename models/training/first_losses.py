@@ -36,7 +36,7 @@ class FirstLosses:
         self._path = work / NAME
         self._noted: list[tuple[np.ndarray, np.ndarray, Tensor]] = []
         # Mixed sets of instances have no spans of their own.
-        self._kept = isinstance(instances, Instances)
+        self._kept = getattr(instances, "spans", None) is not None
         if not self._kept:
             return
         if process.is_main:
