@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eclectus.flows.cli.lineage import RUN_HELP
-from eclectus.flows.cli.options import add_config, add_models, add_settings, read_parameters
+from eclectus.flows.cli.options import add_flows, add_models, read_parameters
 from eclectus.flows.cli.rows import print_rows
 from eclectus.storage.commands import command, quoted
 from eclectus.storage.errors import EclectusError
@@ -27,20 +27,13 @@ def add_adopt_command(commands: Any, flows: dict[str, tuple[str, str]], chosen: 
     """Adds `adopt`. flows: by command, name and help. chosen: the one whose settings become options."""
     what = "accept an artifact as a step's result: made by older code, by hand or elsewhere"
     part = commands.add_parser("adopt", what, f"{what[0].upper()}{what[1:]}. The step is then reused, not run.")
-    parts = part.add_subparsers(metavar="FLOW", required=True, dest="command")
-    for name, (flow, help_text) in flows.items():
-        aliases = [flow] if flow != name else []
-        each = parts.add_parser(name, aliases=aliases, help=help_text, formatter_class=part.formatter_class)
-        each.add_argument("--home", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    for each in add_flows(part, flows, chosen, show_all, required=True):
         each.add_argument("--step", required=True, help="the step's label, as `plan` shows it")
         each.add_argument("--artifact", required=True, help=f"{ARTIFACT}; or a checkpoint's folder, which is copied")
         each.add_argument("--reason", required=True, help="why it is as good; `why` and `lineage` show it")
         each.add_argument("--by", help="who accepts it (default: the user's name)")
-        each.set_defaults(act=_adopt, flow=flow)
-        add_config(each)
-        add_models(each, flow)
-        if name == chosen:
-            add_settings(each, f"adopt {name}", flow, show_all)
+        each.set_defaults(act=_adopt)
+        add_models(each, each.get_default("flow"))
 
 
 def add_name_commands(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -11,7 +11,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from eclectus.flows.cli.options import add_config, add_settings, read_parameters
+from eclectus.flows.cli.options import add_flows, read_parameters
 from eclectus.flows.cli.rows import print_rows
 from eclectus.storage.errors import EclectusError
 
@@ -37,21 +37,14 @@ def add_estimate_command(commands: Any, flows: dict[str, tuple[str, str]], chose
     part.add_argument("--limit", type=int, default=LATEST, help=f"of --history, how many (default: {LATEST})")
     part.add_argument("--json", action="store_true", help="one JSON object per training instead of a table")
     part.set_defaults(act=_history)
-    parts = part.add_subparsers(metavar="FLOW", dest="command")
-    for command in FLOWS:
-        flow, help_text = flows[command]
-        aliases = [flow] if flow != command else []
-        each = parts.add_parser(command, aliases=aliases, help=help_text, formatter_class=part.formatter_class)
-        each.add_argument("--home", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    trained = {command: flows[command] for command in FLOWS}
+    for each in add_flows(part, trained, chosen, show_all):
         each.add_argument("--json", action="store_true", help="one JSON object per training instead of a table")
         each.add_argument(
             "--gpus", type=int, metavar="N", help="forecast for N GPUs of --gpu-type, one training worker on each"
         )
         each.add_argument("--gpu-type", metavar="TYPE", help="such as h100; another one lists all that are known")
-        each.set_defaults(act=_estimate, flow=flow)
-        add_config(each)
-        if command == chosen:
-            add_settings(each, f"estimate {command}", flow, show_all)
+        each.set_defaults(act=_estimate)
 
 
 def _history(chosen: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,28 @@ def add_settings(parser: argparse.ArgumentParser, command: str, flow: str, show_
     parser.usage = f"eclectus {command} [--config FILE] [--SETTING VALUE ...]{words}"
     if hidden:
         parser.epilog = f"{hidden} more settings are options too: eclectus {command} {HELP_ALL}"
+
+
+def add_flows(
+    part: argparse.ArgumentParser, flows: dict[str, tuple[str, str]], chosen: str | None, show_all: bool, **more: Any
+) -> Iterator[argparse.ArgumentParser]:
+    """Adds the flows as sub-commands of a command, each with its settings as options; yields each parser.
+
+    flows: by command, name and help. chosen: the one whose settings become options. more: arguments of
+    `add_subparsers`.
+    """
+    parts = part.add_subparsers(metavar="FLOW", dest="command", **more)
+    own = part.prog.split()[-1]
+    for command, (flow, help_text) in flows.items():
+        # The UI and the lineage name the flow of `run` "main".
+        aliases = [flow] if flow != command else []
+        each = parts.add_parser(command, aliases=aliases, help=help_text, formatter_class=part.formatter_class)
+        each.add_argument("--home", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        each.set_defaults(flow=flow)
+        yield each
+        add_config(each)
+        if command == chosen:
+            add_settings(each, f"{own} {command}", flow, show_all)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from eclectus.flows.cli.options import add_config, add_models, add_settings, read_parameters
+from eclectus.flows.cli.options import add_flows, add_models, read_parameters
 
 if TYPE_CHECKING:
     from eclectus.storage.lineage.costs import Cost
@@ -24,18 +24,10 @@ def add_plan_command(commands: Any, flows: dict[str, tuple[str, str]], chosen: s
     """Adds `plan`. flows: by command, name and help. chosen: the one whose settings become options."""
     what = "show what a flow would reuse or run, why, and for how long; run nothing (exit code 3: there is work)"
     part = commands.add_parser("plan", what, f"Plans a flow: {what}.")
-    parts = part.add_subparsers(metavar="FLOW", required=True, dest="command")
-    for command, (flow, help_text) in flows.items():
-        # The UI and the lineage name the flow of `run` "main".
-        aliases = [flow] if flow != command else []
-        each = parts.add_parser(command, aliases=aliases, help=help_text, formatter_class=part.formatter_class)
-        each.add_argument("--home", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    for each in add_flows(part, flows, chosen, show_all, required=True):
         each.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-        each.set_defaults(act=_plan, flow=flow)
-        add_config(each)
-        add_models(each, flow)
-        if command == chosen:
-            add_settings(each, f"plan {command}", flow, show_all)
+        each.set_defaults(act=_plan)
+        add_models(each, each.get_default("flow"))
 
 
 def _plan(chosen: argparse.Namespace) -> None:
