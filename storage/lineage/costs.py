@@ -7,11 +7,14 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import connect
 from eclectus.storage.secrets import scrubbed
+
+if TYPE_CHECKING:
+    import duckdb
 
 # Of each step, the latest that are compared.
 LATEST = 200
@@ -40,11 +43,17 @@ def last_costs(home: Home, wanted: Sequence[tuple[str, str, dict[str, Any]]]) ->
             """,
             [[name for name, _, _ in wanted], LATEST],
         ).fetchall()
-        settings: dict[str, dict[str, Any]] = defaultdict(dict)
-        query = "select step, name, value from settings where list_contains(?, step)"
-        for step, name, value in connection.execute(query, [[row[0] for row in rows]]).fetchall():
-            settings[step][name] = json.loads(value)
+        settings = settings_by_step(connection, [row[0] for row in rows])
     return [_nearest(name, label, scrubbed(given), rows, settings) for name, label, given in wanted]
+
+
+def settings_by_step(connection: duckdb.DuckDBPyConnection, steps: list[str]) -> dict[str, dict[str, Any]]:
+    """The settings of steps that went into their keys, by name; empty for a step without any."""
+    settings: dict[str, dict[str, Any]] = defaultdict(dict)
+    query = "select step, name, value from settings where list_contains(?, step)"
+    for step, name, value in connection.execute(query, [steps]).fetchall():
+        settings[step][name] = json.loads(value)
+    return settings
 
 
 def _nearest(

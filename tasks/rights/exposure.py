@@ -7,7 +7,6 @@ what that saw. Cost: one query of the lineage, and for each training its instanc
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import connect
+from eclectus.storage.lineage.costs import settings_by_step
 
 TRAININGS = ("pretrain", "extend")
 # (document) of what a user names: by id, the start of one, or its own name.
@@ -92,10 +92,7 @@ def exposures(home: Home, documents: Collection[str]) -> list[Exposure]:
             held[instances].append((instance, document))
         trained = connection.execute(_TRAINED, [list(TRAININGS)]).fetchall()
         steps = [row[4] for row in trained]
-        settings: dict[str, dict[str, Any]] = defaultdict(dict)
-        query = "select step, name, value from settings where list_contains($1, step)"
-        for step, name, value in connection.execute(query, [steps]).fetchall():
-            settings[step][name] = json.loads(value)
+        settings = settings_by_step(connection, steps)
         inputs: dict[str, dict[str, str]] = defaultdict(dict)
         query = "select step, name, artifact from step_inputs where list_contains($1, step)"
         for step, name, artifact in connection.execute(query, [steps]).fetchall():
