@@ -19,7 +19,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-LENGTH, BATCH, STEPS, TURNS = 512, 4, 40, 3
+LENGTH, BATCH, TURNS = 512, 4, 3
+# A step of the larger model takes seconds.
+STEPS = {"laptop": 40, "30m": 10}
 # Width, feed-forward network, layers, heads, vocabulary.
 SHAPES = {"laptop": (64, 172, 4, 4, 4096), "30m": (384, 1024, 8, 6, 16_000)}
 WAYS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 DDP processes": (2, 1)}
@@ -41,7 +43,7 @@ def work(name: str, folder: Path) -> None:
     width, inner, layers, heads, vocabulary = SHAPES[name]
     process, data = Process.current(), folder / f"data-{process_rank()}"
     data.mkdir()
-    write_random_instances(data, BATCH * STEPS, LENGTH, vocabulary, ["en"])
+    write_random_instances(data, BATCH * STEPS[name], LENGTH, vocabulary, ["en"])
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -55,7 +57,8 @@ def work(name: str, folder: Path) -> None:
         if kind == "progress":
             marks.append((time.perf_counter(), time.process_time()))
 
-    plan = Plan(0, STEPS, STEPS, BATCH, BATCH // process.world, 1e-3, 5, checkpoint_every=STEPS)
+    last = STEPS[name]
+    plan = Plan(0, last, last, BATCH, BATCH // process.world, 1e-3, 5, checkpoint_every=last)
     train(model, Instances(data), next_token(), plan, process, folder / "work", report)
     steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(marks[4:])]
     wall, cpu = statistics.median(each[0] for each in steps), statistics.fmean(each[1] for each in steps)
@@ -71,10 +74,10 @@ def measure(name: str, processes: int, threads: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         running = []
         for rank in range(processes):
-            group = (
-                {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29_655} if processes > 1 else {}
-            )
-            own = {**group, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": threads, "TORCHELASTIC_RUN_ID": "step"}
+            own: dict[str, Any] = {"OMP_NUM_THREADS": threads}
+            if processes > 1:
+                own |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "TORCHELASTIC_RUN_ID": "step"}
+                own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29_655}
             environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
             command = [sys.executable, __file__, "--work", name, folder]
             running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))

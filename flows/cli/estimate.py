@@ -109,7 +109,7 @@ def _on_gpus(parameters: Any, chosen: argparse.Namespace) -> Any:
 
 def _threads(parameters: Any) -> int | None:
     """Threads of a worker: Ray gives each as many as it has CPUs; in one process PyTorch decides."""
-    return max(1, int(parameters.training_worker_cpus)) if parameters.training_workers else None
+    return max(1, int(parameters.worker_cpus)) if parameters.training_workers else None
 
 
 def _print(found: list[Estimate], as_json: bool) -> None:

@@ -84,7 +84,7 @@ def simulated_forecast(job: Job, simulated: Simulated, program: int, host: int =
 def with_seconds(forecast: Forecast, job: Job, simulated: Simulated, measured: Measured) -> Forecast:
     """The forecast with what a probe measured."""
     weights = 4 * forecast.parameters
-    step = step_seconds(job, measured, simulated.gradients, weights)
+    step = step_seconds(job, measured, simulated.gradients)
     frozen = weights - 4 * simulated.trained
     by = {name: job.steps * seconds for name, seconds in step.items()}
     by["checkpoints"] = checkpoint_seconds(job, measured, simulated.trained, frozen)

@@ -53,9 +53,10 @@ def measure_here(job: Job, threads: int | None) -> tuple[Measured, int]:
     if isinstance(found, str):
         raise ProbeFailed(f"the probe of this machine failed: {found}")
     measured, program = found
-    # Processes that share a core wait for each other.
+    # Processes that share a core wait for each other; the shares of more processes are smaller.
     crowd = max(1.0, job.world / world)
-    slower = {name: crowd * getattr(measured, name) for name in ("micro", "survey", "update")}
+    waits = ("micro", "survey") if job.sharded else ("micro", "survey", "update")
+    slower = {name: crowd * getattr(measured, name) for name in waits}
     return dataclasses.replace(measured, **slower), program
 
 

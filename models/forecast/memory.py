@@ -7,7 +7,7 @@ gradients      4 bytes for each parameter that trains: kept by DDP and over seve
 moments        AdamW's, 8 bytes for each
 activations    what autograd keeps of a micro-batch, and temporaries beside it (models/forecast/simulation.py)
 gathered       FSDP's: weights of a layer, and of what is in none, while they are whole
-holes          of the C library's heap, in which blocks below 32 MB lie: a quarter of them, as measured
+holes          of the C library's heap, in which blocks below 32 MB lie: three fifths of them (docs/benchmarks.md)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from eclectus.models.forecast.simulation import Simulated
 from eclectus.models.sharding.slices import InMemory
 from eclectus.models.training.instances import RESIDENT_BYTES
 
-HOLES = 0.25
+HOLES = 0.6
 # Of a process before it has a model, on a GPU: contexts and kernels. Its allocator keeps a share more than is in use.
 DEVICE_PROGRAM, DEVICE_HOLES = 700 * 2**20, 0.05
 

@@ -4,8 +4,10 @@
     micro-batch   forward and backward of the objective, batch and length as in the training
     survey        the passes without gradients that a balance loss asks for
     update        clipping, AdamW, gradients dropped; by parameter that trains
-    exchange      gradients between processes (DDP), or weights and gradients (FSDP), by byte
+    exchange      gradients between processes (DDP), by byte
 
+A sharded job is measured sharded, over the processes that measure: micro-batch and survey then gather weights and share
+gradients out, and the update is of a process's share.
 A small model is measured whole, a large one by cuts of it with a few layers (models/forecast/cut.py). Weights are
 random and belong to the probe, which uses no global random state: no bit of the training changes. All processes of a
 group measure at the same time, as they will train. Cost: 4 to 20 seconds and the memory of the cut.
@@ -28,13 +30,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from eclectus.models.attention.choice import choose_attention
 from eclectus.models.forecast.cut import Cuts, cut, drawn, layers_of
 from eclectus.models.forecast.job import Job
 from eclectus.models.losses.step import Step
+from eclectus.models.training.loop import prepare
 from eclectus.models.training.optimizer import make_optimizer, set_rate
-from eclectus.models.training.parallel import compile_blocks, recompute_blocks
-from eclectus.models.training.precision import FrozenWeights, autocast, keep_routers_fp32
+from eclectus.models.training.precision import FrozenWeights, autocast
 from eclectus.models.training.process import Process
 from eclectus.models.training.repeatable import switch_off_randomness
 
@@ -127,18 +128,15 @@ def _joined(cuts: Cuts, one: Turn, more: dict[Any, Turn], times: float) -> Turn:
 
 def _timed(job: Job, process: Process, turns: int) -> tuple[Turn, Turn]:
     """Medians over some turns, of which the first does not count: on the clock, and of CPU cores."""
-    model = drawn(job.model).make()
+
+    def hold(model: nn.Module) -> None:
+        if job.held:
+            FrozenWeights(model, {})
+
+    model = drawn(job.model).make(process, job.sharded, hold, job.sharded and job.held)
     switch_off_randomness(model)
     model.train()
-    choose_attention(model, job.plan.attention, process.device)
-    if job.held:
-        FrozenWeights(model, {})
-    if job.plan.recomputed:
-        recompute_blocks(model, job.plan.recomputed)
-    if job.plan.compiled:
-        compile_blocks(model)
-    model.to(process.device)
-    keep_routers_fp32(model)
+    prepare(model, job.plan, process)
     named = {name: each for name, each in model.named_parameters() if each.requires_grad}
     optimizer = make_optimizer(named, job.plan)
     set_rate(optimizer, job.plan.learning_rate)
@@ -231,18 +229,16 @@ def step_cpu_seconds(job: Job, measured: Measured) -> float:
     """Seconds of CPU cores that all processes take for a step."""
     cpu = measured.cpu
     micro = job.micro_batches * cpu.micro + (job.micro_batches - 1) * cpu.survey
-    return job.world * (micro + cpu.update / (job.world if job.sharded else 1))
+    return job.world * (micro + cpu.update)
 
 
-def step_seconds(job: Job, measured: Measured, gradient_bytes: int, parameter_bytes: int) -> dict[str, float]:
-    """Seconds of one step of a job, by what takes them. gradient_bytes, parameter_bytes: of the whole model."""
-    # An all-reduce passes every byte twice. FSDP gathers weights in forward and backward, and scatters gradients.
-    passed = gradient_bytes / 2 + parameter_bytes * job.micro_batches if job.sharded else gradient_bytes
+def step_seconds(job: Job, measured: Measured, gradient_bytes: int) -> dict[str, float]:
+    """Seconds of one step of a job, by what takes them. gradient_bytes: of the whole model."""
     return {
         "micro_batches": job.micro_batches * measured.micro,
         "survey": (job.micro_batches - 1) * measured.survey,
-        "update": measured.update / (job.world if job.sharded else 1),
-        "exchange": measured.exchange * passed if job.world > 1 else 0.0,
+        "update": measured.update,
+        "exchange": 0.0 if job.sharded else measured.exchange * gradient_bytes,
     }
 
 

@@ -38,7 +38,7 @@ class WorkerSettings(Settings):
     """The workers that train and evaluate: number, resources, placement and restarts."""
 
     training_workers: int = Field(
-        2,
+        1,
         ge=0,
         description=WORKERS,
         json_schema_extra=BASIC,
@@ -56,7 +56,10 @@ class WorkerSettings(Settings):
         basic=True,
     )
     training_worker_cpus: float = RuntimeSetting(
-        1.0, gt=0, description="CPU cores that Ray reserves for each training worker."
+        0.0,
+        ge=0,
+        description="CPU cores that Ray reserves for each training worker, which computes with as many threads; 0: 2 "
+        "for a single worker, 1 for each of several.",
     )
     training_placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = RuntimeSetting(
         "PACK",
@@ -68,6 +71,11 @@ class WorkerSettings(Settings):
         ge=0,
         description="How often the training workers of a run are restarted from their last checkpoint when one dies.",
     )
+
+    @property
+    def worker_cpus(self) -> float:
+        """CPU cores of each training worker."""
+        return self.training_worker_cpus or (2.0 if self.training_workers == 1 else 1.0)
 
     def check_together(self) -> None:
         super().check_together()
@@ -350,7 +358,7 @@ def _workers(settings: WorkerSettings) -> TrainWorkers:
             chosen.training_gpus,
             run.home.work / "ray",
             restarts=chosen.training_restarts,
-            cpus=chosen.training_worker_cpus,
+            cpus=chosen.worker_cpus,
             placement=chosen.training_placement,
             least=chosen.training_workers_min,
         ),

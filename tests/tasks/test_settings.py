@@ -14,9 +14,10 @@ from eclectus.tasks.training.upcycle import UpcycleSettings
 EXTENDING = ("main", "extend", "evaluate", "retrain")
 PRETRAINING = ("pretrain", *EXTENDING)
 CURATING = ("curate", *PRETRAINING)
+TWO = {"training_workers": 2}
 WRONG = [
     (IngestSettings, PARAMETERS, {"sources": ["nowhere.jsonl"]}, "nowhere.jsonl"),
-    (PretrainSettings, PRETRAINING, {"pretrain_batch": 7}, "pretrain_batch 7 cannot be shared by"),
+    (PretrainSettings, PRETRAINING, {"pretrain_batch": 7} | TWO, "pretrain_batch 7 cannot be shared by"),
     (PretrainSettings, PRETRAINING, {"model_width": 70}, "model_width 70, model_heads 4 and"),
     (PretrainSettings, PRETRAINING, {"model_width": 60}, "heads of 15 dimensions"),
     (
@@ -37,8 +38,8 @@ WRONG = [
         {"pretrain_baselines": ["document_pools"], "baseline_pool": 40},
         "baseline_pool 40 must be .*at most 16",
     ),
-    (ExtendSettings, EXTENDING, {"post_pretrain_batch": 5}, "post_pretrain_batch 5 cannot be shared by"),
-    (ExtendSettings, EXTENDING, {"review_batch": 3}, "review_batch 3 cannot be shared by"),
+    (ExtendSettings, EXTENDING, {"post_pretrain_batch": 5} | TWO, "post_pretrain_batch 5 cannot be shared by"),
+    (ExtendSettings, EXTENDING, {"review_batch": 3} | TWO, "review_batch 3 cannot be shared by"),
     (EmbedSettings, CURATING, {"embedding_model": "/nowhere"}, "embedding_model '/nowhere' is no folder"),
     (EmbedSettings, CURATING, {"embedding_model": "tests"}, "embedding_model 'tests' has no modules.json"),
     (UpcycleSettings, EXTENDING, {"extension_top_k": 9}, "extension_top_k 9 is more than extension_experts 4"),

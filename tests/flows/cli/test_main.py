@@ -57,7 +57,7 @@ def source(tmp_path):
         (["--config", "nowhere.yaml"], "config file nowhere.yaml cannot be read"),
         (["--expanded-languages", "en"], "language 'en' is both original and expanded"),
         (["--model-width", "65"], "model_width 65"),
-        (["--pretrain-batch", "7"], "pretrain_batch 7 cannot be shared by training_workers 2"),
+        (["--pretrain-batch", "7", "--training-workers", "2"], "batch 7 cannot be shared by training_workers 2"),
         (["--extension-top-k", "9"], "extension_top_k 9 is more than extension_experts"),
     ],
 )

@@ -15,7 +15,8 @@ from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import train
 from eclectus.models.training.process import Process
 from eclectus.models.training.resume import TrainingFailed
-from tests.support.tiny_training import plan, tiny_dense, write_instances
+from tests.support.processes import run_group
+from tests.support.tiny_training import LENGTH, plan, tiny_dense, write_instances
 
 LARGE = 10**15
 
@@ -122,6 +123,37 @@ def test_two_forked_processes_measure_together():
     job = Job(Blueprint.of(tiny_dense()).model, objectives.next_token(), plan(), 2, 24)
     measured, program = measure_here(job, 1)
     assert measured.exchange > 0 and measured.micro > 0 and program > 50_000_000
+
+
+def measure_sharded(layers):
+    """In each of two processes: every model that the probe measures is sharded over both, and only then."""
+    from eclectus.models.forecast import probe
+    from eclectus.models.training.parallel import is_sharded
+
+    config = tiny_dense().config
+    config.num_hidden_layers = layers
+    process, prepare, seen = Process.current(), probe.prepare, []
+
+    def watched(model, plan, process):
+        prepare(model, plan, process)
+        seen.append(is_sharded(model))
+
+    # By its cuts.
+    probe.prepare, probe.SHORT = watched, -1.0
+    for sharded in (True, False):
+        job = Job(
+            Blueprint.of_config(config).model, objectives.next_token(), plan(sharded=sharded), process.world, LENGTH
+        )
+        measured = probe.measure(job, process)
+        assert len(seen) == 3 and all(each == sharded for each in seen)
+        assert measured.cpu.trained == sum(each.numel() for each in job.model.parameters())
+        # What sharded processes exchange is part of a micro-batch.
+        assert (probe.step_seconds(job, measured, 1000)["exchange"] == 0) == sharded
+        seen.clear()
+
+
+def test_a_sharded_training_is_measured_sharded():
+    run_group(2, measure_sharded, 9)
 
 
 def test_a_large_model_is_measured_by_a_few_of_its_layers(monkeypatch):
