@@ -24,7 +24,7 @@ from eclectus.models.losses.router_losses import (
     count_choices,
     language_prior_loss,
 )
-from eclectus.models.losses.step import Loss, Objective, Pass, Term, next_tokens
+from eclectus.models.losses.step import Load, Loss, Objective, Pass, Term, next_tokens
 from eclectus.models.training.instances import IGNORED, Batch
 
 ROUTERS = {"output_router_logits": True}
@@ -156,7 +156,7 @@ def next_token(domains: Sequence[str] = ()) -> Objective:
 
 def balanced(domains: Sequence[str] = ()) -> Objective:
     """The objective of a top-k mixture from transformers: next-token and the weighted auxiliary loss of its config."""
-    return Objective([NextToken(domains), TransformersBalance()], ROUTERS)
+    return Objective([NextToken(domains), TransformersBalance()], ROUTERS, mixture_metrics)
 
 
 def lory(domains: Sequence[str] = ()) -> Objective:
@@ -183,16 +183,31 @@ def routing_metrics(router_weights: Sequence[Tensor]) -> dict[str, Term]:
     return {"router_entropy": Term(entropy.sum(), segments), "expert_utilisation": Term(used.sum(), segments)}
 
 
+@torch.no_grad()
+def mixture_metrics(done: Pass) -> dict[str, Term]:
+    """Entropy of a mixture's routing in nats, the mean over tokens and layers, and `expert_load@LAYER` of each."""
+    by_layer, counted = done.output.router_logits, done.batch.documents >= 0
+    loads = count_choices(by_layer, done.config.num_experts_per_tok, counted)
+    entropies = []
+    for logits in by_layer:
+        log_probabilities = torch.log_softmax(at_least_fp32(logits), dim=-1)
+        entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
+        entropies.append(torch.where(counted.flatten(), entropy, 0.0).sum())
+    terms: dict[str, Term] = {f"expert_load@{layer}": Load(each, each.sum()) for layer, each in enumerate(loads)}
+    return {"router_entropy": Term(torch.stack(entropies).sum(), counted.sum() * len(entropies)), **terms}
+
+
 def post_pretrain(alpha: float, top_k: int, scaling: BalanceScaling) -> Objective:
     """The objective of MoE-LPR's first stage."""
-    return Objective([NextToken(), Balance(alpha, top_k, scaling)], ROUTERS)
+    return Objective([NextToken(), Balance(alpha, top_k, scaling)], ROUTERS, mixture_metrics)
 
 
 def review(
     gamma: float, form: PriorForm, original_languages: Sequence[int], original_experts: int | Sequence[int] = 1
 ) -> Objective:
     """The objective of MoE-LPR's second stage. Languages and experts: as in `LanguagePrior`."""
-    return Objective([NextToken(), LanguagePrior(gamma, form, original_languages, original_experts)], ROUTERS)
+    prior = LanguagePrior(gamma, form, original_languages, original_experts)
+    return Objective([NextToken(), prior], ROUTERS, mixture_metrics)
 
 
 def one_stage(
@@ -206,4 +221,4 @@ def one_stage(
 ) -> Objective:
     """The objective of the one-stage ablation, on mixed data. Languages and experts: as in `LanguagePrior`."""
     prior = LanguagePrior(gamma, form, original_languages, original_experts)
-    return Objective([NextToken(), Balance(alpha, top_k, scaling), prior], ROUTERS)
+    return Objective([NextToken(), Balance(alpha, top_k, scaling), prior], ROUTERS, mixture_metrics)

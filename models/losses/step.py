@@ -47,6 +47,24 @@ class Term:
         """0 if there are no items."""
         return self.total / self.count.clamp(min=1)
 
+    @staticmethod
+    def joined(parts: Sequence[float]) -> float:
+        """The mean over several terms, from their added totals and, last, their added counts, which are not 0."""
+        return parts[0] / parts[-1]
+
+
+class Load(Term):
+    """How many choices of a micro-batch fell on each expert `[experts]`, and how many there are; its mean is the share
+    of the fullest expert times the experts: 1 if all are chosen alike."""
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total.max() * (len(self.total) / self.count.clamp(min=1))
+
+    @staticmethod
+    def joined(parts: Sequence[float]) -> float:
+        return max(parts[:-1]) * (len(parts) - 1) / parts[-1]
+
 
 @dataclass(frozen=True)
 class Pass:

@@ -7,6 +7,7 @@ over micro-batches, steps and processes, then divided; in a fixed order, if the 
 from __future__ import annotations
 
 import time
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -69,18 +70,18 @@ class Window:
         self._weights = weights
         self._tokens_per_step = tokens_per_step
         self._utilisation = flops_per_token(model, length) / (peak_flops(process.device) * process.world)
-        self._sums, self._names = sums, list[str]()
+        self._sums, self._terms = sums, dict[str, tuple[type[Term], int]]()
         self._steps = 0
         self._since = time.monotonic()
         self.norm = torch.tensor(0.0)
 
     def add(self, terms: dict[str, Term]) -> None:
         """Adds one micro-batch; all have the same terms."""
-        self._names = list(terms)
-        pairs = []
-        for term in terms.values():
-            pairs.append(torch.stack([term.total.double(), term.count.double()]))
-        self._sums.add(torch.stack(pairs))
+        parts = []
+        for name, term in terms.items():
+            parts += [term.total.double().reshape(-1), term.count.double().reshape(1)]
+            self._terms[name] = type(term), term.total.numel() + 1
+        self._sums.add(torch.cat(parts))
 
     def end_step(self, norm: torch.Tensor) -> None:
         """norm: that of the step's gradient, before clipping."""
@@ -93,8 +94,9 @@ class Window:
 
         `loss` is the objective: the weighted sum of its losses. What has no items in the window is left out.
         """
-        pairs = self._sums.take(process).tolist()
-        values = {name: total / count for name, (total, count) in zip(self._names, pairs, strict=True) if count > 0}
+        added = iter(self._sums.take(process).tolist())
+        parts = {name: (kind, list(islice(added, size))) for name, (kind, size) in self._terms.items()}
+        values = {name: kind.joined(each) for name, (kind, each) in parts.items() if each[-1] > 0}
         loss = sum(weight * values.get(name, 0.0) for name, weight in self._weights.items())
         if len(self._weights) == 1:
             # The only loss is the objective.

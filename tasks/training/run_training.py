@@ -306,8 +306,8 @@ def run_training(settings: WorkerSettings, call: Callable[..., Any], arguments: 
         nonlocal report_progress, workers
         if kind == "metrics":
             for name, value in values["values"].items():
-                measure, _, domain = name.partition("/")
-                metric(measure, value, values["step"], **({"domain": domain} if domain else {}))
+                measure, tags = tagged(name)
+                metric(measure, value, values["step"], **tags)
         elif kind == "progress":
             report_progress = report_progress or progress(values["total"], what, "steps")
             report_progress(values["done"])
@@ -334,6 +334,14 @@ def run_training(settings: WorkerSettings, call: Callable[..., Any], arguments: 
         except (TrainingFailed, TrainingStopped) as error:
             raise EclectusError(str(error)) from error
     return _workers(settings).do(call, arguments, on_report)
+
+
+def tagged(name: str) -> tuple[str, dict[str, str]]:
+    """Name and tags of a training's metric, from `loss/DOMAIN` or `expert_load@LAYER`."""
+    measure, _, domain = name.partition("/")
+    measure, _, layer = measure.partition("@")
+    found = {"domain": domain, "layer": layer}
+    return measure, {tag: value for tag, value in found.items() if value}
 
 
 def note_forecast(kind: str, values: dict[str, Any]) -> None:

@@ -31,6 +31,10 @@ def foretell(process, report):
     report("came_true", seconds=4.0, steps=4, memory=10, host=0)
 
 
+def measure_parts(process, report):
+    report("metrics", step=5, values={"loss": 1.0, "loss/a/b@c": 2.0, "expert_load@11": 3.0})
+
+
 def complain(process, report):
     if process.rank == 1:
         raise EclectusError("instances 3 and 4 are damaged; pack them again")

@@ -151,6 +151,12 @@ def reference(kind, model, batch):
         form = "paper" if kind == "review" else "released"
         loss["lpr_loss"] = prior_reference(output.router_logits, batch, [1, 2], form)
         total = total + GAMMA * loss["lpr_loss"]
+    if kind in ("balanced", "post_pretrain", "review", "one_stage"):
+        rows = [logits[(batch.labels >= 0).flatten()] for logits in output.router_logits]
+        loss["router_entropy"] = mean([-(each.softmax(-1) * each.log_softmax(-1)).sum(-1).mean() for each in rows])
+        for layer, each in enumerate(rows):
+            chosen = each.argsort(-1, descending=True)[:, :2].flatten()
+            loss[f"expert_load@{layer}"] = chosen.bincount().max() * each.shape[1] / len(chosen)
     if kind == "review_lory":
         loss["lpr_loss"] = segment_prior_reference(output.router_weights, batch)
         total = total + GAMMA * loss["lpr_loss"]
@@ -190,8 +196,9 @@ def test_the_gradient_of_a_step_is_that_of_its_tokens_however_it_is_cut(folder, 
         assert distance(gradient(model), right) < 1e-6, size
         assert sum(objectives) == pytest.approx(expected.item(), rel=1e-6)
         for name, value in losses.items():
-            total, count = (sum(getattr(own[name], what).item() for own in terms) for what in ("total", "count"))
-            assert total / max(count, 1) == pytest.approx(float(value.detach()), rel=1e-6), name
+            total, count = (sum(getattr(own[name], what) for own in terms) for what in ("total", "count"))
+            found = terms[0][name].joined([*total.flatten().tolist(), max(count.item(), 1)])
+            assert found == pytest.approx(float(value.detach()), rel=1e-6), name
 
 
 def trained(folder, kind, process, work, **changes):

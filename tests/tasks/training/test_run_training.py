@@ -20,7 +20,7 @@ from eclectus.tasks.training.run_training import WorkerSettings, run_training
 from eclectus.tasks.training.upcycle import UpcycleSettings, upcycle
 from tests.support.displays import NullDisplay
 from tests.support.small_world import make_world
-from tests.support.worker_jobs import find_damage, foretell, total
+from tests.support.worker_jobs import find_damage, foretell, measure_parts, total
 
 SMALL = {
     "model_width": 32,
@@ -366,6 +366,15 @@ def test_a_damaged_checkpoint_is_recorded_and_shown(run):
     assert query("select step, name, value, at_step from metrics", run.home)[1] == [
         ("s1", "damaged_checkpoints", 1.0, 0)
     ]
+
+
+def test_metrics_are_journaled_with_their_domain_or_layer(run):
+    run.step = "s1"
+    run_training(WorkerSettings(training_workers=0), measure_parts, {}, "training")
+    sql = "select name, value, at_step, tags from metrics order by value"
+    assert query(sql, run.home)[1] == [
+        ("loss", 1.0, 5, {}), ("loss", 2.0, 5, {"domain": "a/b@c"}), ("expert_load", 3.0, 5, {"layer": "11"})
+    ]  # fmt: skip
 
 
 def test_a_forecast_is_shown_and_journaled_beside_what_came_true(run):
