@@ -77,6 +77,11 @@ class Settings(BaseModel):
         )
 
     @classmethod
+    def recorded(cls, values: Mapping[str, Any]) -> Self:
+        """The settings of a step whose key held these values; what was not in it has its default."""
+        return cls(**{name: value for name, value in values.items() if name in cls.model_fields})
+
+    @classmethod
     def is_basic(cls, name: str) -> bool:
         """Whether the setting is among those that `--help` and the forms show (see `BASIC`)."""
         extra = cls.model_fields[name].json_schema_extra

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,11 @@ def add_rights_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     forget.add_argument("--reason", default="", help="why, for the lineage")
     forget.add_argument("--by", help="who asked for it (default: the user's name)")
     forget.add_argument("--yes", action="store_true", help="put them on the home's list, and do the job again")
-    forget.add_argument("--json", action="store_true", help="one JSON object per training instead of a table")
+    forget.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object per training, then one of the price: what would run again, and the seconds it took",
+    )
     prove = add(
         "prove",
         _prove,
@@ -133,10 +138,10 @@ def _forget(chosen: argparse.Namespace) -> None:
         return
     run, flow, parameters = _job(home, chosen.run, seen) if seen else ("", "", None)
     if not chosen.yes:
-        _print_price(home, documents, run, flow, parameters)
+        _print_price(home, documents, run, flow, parameters, chosen.json)
         return
     remember_forgotten(home, documents, chosen.reason, (chosen.by or user_name()).strip())
-    print(f"{len(documents)} documents are on the list of {home.shown}: no later run trains on them")
+    print(f"documents put on the list of {home.shown}: {len(documents)}; no later run trains on them")
     if seen:
         _train_again(home, run, flow, parameters)
 
@@ -159,7 +164,7 @@ def _print_exposures(home: Home, documents: list[str], seen: list[Exposure], as_
     if rows or as_json:
         print_rows(names, rows, as_json)
     if not as_json:
-        print(f"{len(documents)} documents; {len(seen)} trainings of this home read them")
+        print(f"documents: {len(documents)}; trainings of this home that read them: {len(seen)}")
 
 
 def _job(home: Home, name: str | None, seen: list[Exposure]) -> tuple[str, str, Any]:
@@ -184,17 +189,20 @@ def _plan(home: Home, flow: str, parameters: Any) -> Plan:
     return plan_flow(home, flow, lambda: flow_named(flow).whole(parameters))
 
 
-def _print_price(home: Home, documents: list[str], run: str, flow: str, parameters: Any) -> None:
+def _print_price(home: Home, documents: list[str], run: str, flow: str, parameters: Any, as_json: bool) -> None:
     from eclectus.storage.lineage.costs import last_costs
 
     kept = {"pack_left_out": sorted({*parameters.pack_left_out, *documents})}
     plan = _plan(home, flow, parameters.model_copy(update=kept))
     costs = last_costs(home, [(each.name, each.label, each.settings) for each in plan.to_run])
     seconds = sum(cost.seconds for cost in costs if cost)
+    if as_json:
+        labels = [each.label for each in plan.to_run]
+        print(json.dumps({"again": run, "flow": flow, "run_steps": labels, "steps": len(plan.steps), "took": seconds}))
+        return
     print(f"to do run {run} ({flow}) again without them:")
-    for each in plan.steps:
-        if each.action == "run":
-            print(f"  + {each.label}")
+    for each in plan.to_run:
+        print(f"  + {each.label}")
     print(
         f"{len(plan.to_run)} of {len(plan.steps)} steps; those that ran before took {seconds:.1f} s; what held them "
         "besides instances (tokenizer, embeddings, order of documents) stays as it is"
@@ -222,6 +230,12 @@ def _prove(chosen: argparse.Namespace) -> None:
 
     home = Home.existing()
     proof = prove(home, home.store.find(chosen.checkpoint), chosen.file)
+    if not proof["member"] and Path(chosen.file).exists():
+        print(
+            f"no document is exactly the text of {chosen.file}, read as one document; one that differs by a character "
+            "is another",
+            file=sys.stderr,
+        )
     text = json.dumps(proof, indent=1)
     if not chosen.out:
         print(text)

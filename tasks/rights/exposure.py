@@ -126,13 +126,13 @@ def _order(name: str, settings: dict[str, Any]) -> tuple[int, int, int, int, int
         from eclectus.tasks.training.pretrain import plan_of
         from eclectus.tasks.training.pretrain_settings import PretrainStageSettings
 
-        chosen: Any = PretrainStageSettings(**settings)
+        chosen: Any = PretrainStageSettings.recorded(settings)
         plan = plan_of(chosen)
     else:
         from eclectus.tasks.training.extend_settings import ExtendStageSettings
         from eclectus.tasks.training.extend_stage import plan_of as plan_of_stage
 
-        chosen = ExtendStageSettings(**settings)
+        chosen = ExtendStageSettings.recorded(settings)
         plan = plan_of_stage(chosen, chosen.budget.steps)
     return plan.start, plan.stop, plan.batch, plan.seed, int(chosen.reordered)
 

@@ -41,18 +41,21 @@ def root_of_training(documents: list[str]) -> str | None:
 def prove(home: Home, checkpoint: Artifact, named: str) -> dict[str, Any]:
     """A proof for a document, JSON-ready. named: a file with its text, or its id.
 
+    A file whose bytes are no document is looked for once more without the line break at its end, which editors add.
     Raises EclectusError for a checkpoint of whose training documents nothing is known, and for a file that is not
     there.
     """
     if checkpoint.kind != "checkpoint":
         raise EclectusError(f"{checkpoint.name} is no checkpoint; it is of kind {checkpoint.kind}")
-    document = _id_of(named)
+    ids = _ids_of(named)
     documents = training_documents(home, checkpoint.digest)
     if not documents:
         raise EclectusError(
             f"nothing is known of the documents that {checkpoint.name} was trained on: no instances of this home are "
             "upstream of it"
         )
+    known = set(documents)
+    document = next((each for each in ids if each in known), ids[0])
     leaves, leaf = [each.encode() for each in documents], document.encode()
     root, paths = root_and_paths(leaves, neighbours(leaves, leaf))
     return {
@@ -68,11 +71,12 @@ def prove(home: Home, checkpoint: Artifact, named: str) -> dict[str, Any]:
     }
 
 
-def _id_of(named: str) -> str:
+def _ids_of(named: str) -> list[str]:
     if re.fullmatch("[0-9a-fA-F]{32}|[0-9a-fA-F]{64}", named) and not Path(named).exists():
-        return named.lower()[:32]
+        return [named.lower()[:32]]
     try:
-        return hashlib.sha256(Path(named).read_bytes()).hexdigest()[:32]
+        content = Path(named).read_bytes()
+        return [hashlib.sha256(each).hexdigest()[:32] for each in (content, content.rstrip(b"\r\n"))]
     except OSError as error:
         raise EclectusError(
             f"{named} cannot be read ({error.strerror}); give a file with the document's text, or its id"

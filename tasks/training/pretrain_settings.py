@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -222,6 +222,12 @@ class PretrainStageSettings(PretrainSettings):
     def routed(self) -> bool:
         """Whether the stage trains routers over merged experts."""
         return self.pretrain_stage == "lory" and self.trains_routers
+
+    @classmethod
+    def recorded(cls, values: Mapping[str, Any]) -> Self:
+        """As in `Settings`; keys say only whether there was a checkpoint to start from, which is an input."""
+        start = "a checkpoint" if values.get("dense_start") else ""
+        return super().recorded({**values, "dense_start": start})
 
     def key_values(self) -> dict[str, Any]:
         """Without settings that the stage does not depend on; so a change of Lory's reuses the dense twin."""

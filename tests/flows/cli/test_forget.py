@@ -46,6 +46,18 @@ def write_corpus(path):
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
 
 
+def exposed_as_noted(home, eclectus):
+    """What every training read, by the order of its instances, is what it noted first losses of."""
+    _, said, _ = eclectus(home, "forget", "--language", "en", "--json")
+    found = {row["label"]: row["documents"] for row in map(json.loads, said.splitlines()) if "label" in row}
+    noted = query(
+        "select label, count(distinct document) from first_losses join steps using (step) where language = 'en' "
+        "group by label",
+        Home.existing(home),
+    )[1]
+    assert found == dict(noted) and {"train dense warm-up", "train dense", "train lory"} <= found.keys()
+
+
 @pytest.mark.slow
 def test_a_training_without_a_document_is_that_of_a_home_that_never_trained_on_it(tmp_path, eclectus):
     write_corpus(tmp_path / "all.jsonl")
@@ -61,10 +73,13 @@ def test_a_training_without_a_document_is_that_of_a_home_that_never_trained_on_i
     name = next(name for name, first in query(sql, Home.existing(home))[1] if first >= 4)
 
     code, said, _ = eclectus(home, "forget", name, "--json")
-    rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for line in said.splitlines()]
+    *rows, price = rows
+    assert "train stage 1" in price["run_steps"] and len(price["run_steps"]) < price["steps"] and price["took"] > 0
     assert "train stage 1" in {row["label"] for row in rows} and "train lory" not in {row["label"] for row in rows}
     stage_1 = next(row for row in rows if row["label"] == "train stage 1")
     assert 1 <= stage_1["first_step"] < stage_1["steps"] == 4 and stage_1["last_before"].startswith("checkpoint-")
+    exposed_as_noted(home, eclectus)
     code, said, _ = eclectus(home, "forget", name)
     assert code == 0 and "+ pack expanded" in said and "+ train stage 1" in said and "train lory" not in said
     assert forgotten(Home.existing(home)) == {}, "only shown"
@@ -88,7 +103,8 @@ def test_a_training_without_a_document_is_that_of_a_home_that_never_trained_on_i
     code, said, _ = eclectus(home, *words)
     assert code == 0 and "= train stage 2" in said, "a later run leaves it out too"
     code, said, _ = eclectus(home, "forget", name, "--json")
-    assert {json.loads(line)["run"] for line in said.splitlines() if line.startswith("{")} == {rows[0]["run"]}
+    *left, price = map(json.loads, said.splitlines())
+    assert {row["run"] for row in left} == {rows[0]["run"]}
 
 
 def test_the_list_only_grows_and_is_in_the_journal(home):

@@ -106,11 +106,13 @@ def test_the_command_proves_a_text_and_the_script_checks_it(home, tmp_path, caps
     checkpoint = next(each for each in home.store.all() if each.kind == "checkpoint")
     assert training_documents(home, checkpoint.digest) == [document]
     (tmp_path / "mine.txt").write_text(text)
+    (tmp_path / "saved.txt").write_text(f"{text}\r\n")
     (tmp_path / "other.txt").write_text("another text")
-    for name, word in (("mine.txt", "is among"), ("other.txt", "is not among")):
+    for name, word in (("mine.txt", "is among"), ("saved.txt", "is among"), ("other.txt", "is not among")):
         words = ["prove", str(tmp_path / name), checkpoint.name, "-o", str(tmp_path / "proof.json")]
         main(["--home", str(home.root), *words])
-        said = capsys.readouterr().out
+        said, warned = capsys.readouterr()
+        assert ("no document is exactly the text of" in warned) == (name == "other.txt")
         assert word in said and f"root {root_of_training([document])}" in said
         root = root_of_training([document])
         for file, given, code in ((name, root, 0), (name, "00" * 32, 1), ("proof.json", root, 1)):
