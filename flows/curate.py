@@ -17,6 +17,7 @@ from eclectus.tasks.grouping.group import GroupSettings, group
 from eclectus.tasks.grouping.neighbors import NeighborSettings, neighbors
 from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings, train_embedding
 from eclectus.tasks.packing.budget import BudgetSettings, budget
+from eclectus.tasks.packing.conversation_tokens import check_template
 from eclectus.tasks.packing.new_vocabulary import ExtendTokenizerSettings, extend_tokenizer
 from eclectus.tasks.packing.pack import PackSettings, pack
 from eclectus.tasks.packing.replay import ReplaySettings, replay
@@ -69,6 +70,8 @@ def curate(parameters: CurateParameters = CurateParameters()) -> Curated:
     if chosen.tokenizer != TRAINED_HERE:
         # First, since a wrong one should not be found after hours.
         tokens = tokenizer(documents=None, settings=chosen)
+        if parameters.conversations and not isinstance(tokens, Planned):
+            check_template(tokens)
     ingested, documents = read_documents(parameters)
     model = None
     if parameters.embedding_model == STATIC:

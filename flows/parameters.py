@@ -15,6 +15,7 @@ from pydantic_core import CoreSchema
 
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.allowed_paths import check_roots
+from eclectus.tasks.documents.conversations import ConversationSettings
 from eclectus.tasks.documents.ingest import IngestSettings
 from eclectus.tasks.documents.languages import LanguageSettings
 from eclectus.tasks.documents.split import DuplicateSettings, SplitSettings
@@ -27,6 +28,7 @@ from eclectus.tasks.grouping.group import GroupSettings
 from eclectus.tasks.grouping.nearest import NeighborSettings
 from eclectus.tasks.grouping.static_embedding import EmbeddingText, StaticEmbeddingSettings
 from eclectus.tasks.packing.budget import BudgetSettings, amounts
+from eclectus.tasks.packing.conversation_tokens import ConversationPackSettings
 from eclectus.tasks.packing.new_vocabulary import NewVocabularySettings
 from eclectus.tasks.packing.pack import PackSettings
 from eclectus.tasks.packing.replay import ReplaySettings
@@ -169,6 +171,11 @@ class CurateParameters(
         # Models that exist already have their new words.
         if self.extension_vocabulary and not getattr(self, "evaluate_checkpoints", None):
             self._check_new_words()
+        if self.conversations and self.tokenizer == TRAINED_HERE:
+            raise EclectusError(
+                "conversations is true, but the tokenizer is trained here and has no chat template; set tokenizer to "
+                "the folder or hub name of the model that is to be tuned"
+            )
         wanted = [*self.original_languages, *self.expanded_languages]
         for name in ("language_budgets", "language_weights"):
             for language in amounts(getattr(self, name)):
@@ -216,6 +223,7 @@ class PretrainParameters(RepeatSettings, PretrainSettings, CurateParameters):  #
 
     def check_together(self) -> None:
         super().check_together()
+        _refuse_conversations(self)
         if self.pretrains:
             check_segment(self, self.instance_tokens)
 
@@ -310,6 +318,14 @@ class ExtendParameters(ExtendSettings, AddExpertsSettings, PretrainParameters): 
         return bool(self.expanded_languages)
 
 
+def _refuse_conversations(parameters: IngestSettings) -> None:
+    if parameters.conversations:
+        raise EclectusError(
+            "conversations is true, and such packs are for other trainers: run eclectus curate, then "
+            "eclectus export-instances; to train or evaluate here, set it to false"
+        )
+
+
 class SimilarityParameters(
     FlowParameters, LayerSimilaritySettings, FetchSettings, IngestSettings, LanguageSettings, SplitSettings
 ):
@@ -319,6 +335,7 @@ class SimilarityParameters(
 
     def check_together(self) -> None:
         super().check_together()
+        _refuse_conversations(self)
         for name, value in (("base_model", self.base_model), ("expanded_languages", self.expanded_languages)):
             if not value:
                 raise EclectusError(
@@ -433,7 +450,7 @@ class FileParameters(MainParameters, RetrainParameters):  # type: ignore[misc]
 # Groups of settings in `--help` and forms, by the classes that define them; the last class that defines a setting
 # counts.
 GROUPS: dict[str, tuple[type[Settings], ...]] = {
-    "documents": (IngestSettings, LanguageSettings, SplitSettings),
+    "documents": (IngestSettings, ConversationSettings, LanguageSettings, SplitSettings),
     "grouping": (
         EmbeddingText,
         EmbedSettings,
@@ -446,6 +463,7 @@ GROUPS: dict[str, tuple[type[Settings], ...]] = {
         TokenizerSettings,
         BeginSettings,
         PackSettings,
+        ConversationPackSettings,
         DocumentMaskSettings,
         BudgetSettings,
         ReplaySettings,

@@ -95,8 +95,17 @@ def add_checkpoint_commands(add: Callable[..., argparse.ArgumentParser]) -> None
     instances.add_argument(
         "--format",
         required=True,
-        help="jsonl (axolotl, LLaMA-Factory, TRL), megatron (also NeMo), mosaic (also LLM Foundry), litgpt or grain "
-        "(also MaxText)",
+        help="jsonl (TRL, transformers), megatron (also NeMo), mosaic (also LLM Foundry), litgpt or grain (also "
+        "MaxText); packs for fine-tuning, with loss masks: llamafactory, axolotl, trl, nemo (Megatron Bridge), or "
+        "messages (text, in the order of the packs)",
+    )
+    instances.add_argument(
+        "--documents", help="for messages: the documents that were packed (default: those that lineage names)"
+    )
+    instances.add_argument(
+        "--without-loss-mask",
+        action="store_true",
+        help="write conversations in a format that cannot hold their loss mask",
     )
     add_certify_command(add)
     add_hub_commands(add)
@@ -147,11 +156,18 @@ def _counts(text: str) -> list[int]:
 def _export_instances(chosen: argparse.Namespace) -> None:
     from eclectus.storage.home import Home
     from eclectus.tasks.export.instances import export_instances
+    from eclectus.tasks.export.packs import MESSAGES, packed_documents
 
     artifact = Home.found().store.find_whole(chosen.instances)
     if artifact.kind != "instances":
         raise EclectusError(f"{artifact.name} is of kind {artifact.kind}; give an artifact of kind instances")
-    done = export_instances(Path(artifact.path), Path(chosen.out), chosen.format)
+    documents = None
+    if chosen.format == MESSAGES:
+        name = chosen.documents or packed_documents(Home.found(), artifact)
+        documents = Home.found().store.find_whole(name)
+    done = export_instances(
+        Path(artifact.path), Path(chosen.out), chosen.format, documents, without_loss_mask=chosen.without_loss_mask
+    )
     print(f"{chosen.out}: {done.instances:,} instances, {done.tokens:,} tokens in {len(done.files)} files")
     for each in done.lost:
         print(f"  lost: {each}")

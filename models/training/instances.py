@@ -18,6 +18,7 @@ import json
 import mmap
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ PAGE_BYTES, SEARCHED_PAGES = 4096, 20
 
 @dataclass(frozen=True)
 class Batch:
-    """B instances of L tokens: all fields [B, L] int64; at padding labels are IGNORED, the fields after them -1."""
+    """B instances of L tokens: all fields [B, L] int64; at padding labels are IGNORED, the fields after them -1. Of
+    conversations labels are IGNORED wherever the assistant does not speak."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -96,14 +98,15 @@ class Instances:
     def __init__(self, folder: Path | str, reordered: bool = False) -> None:
         folder, self._skipped_epochs = Path(folder), int(reordered)
         about = json.loads((folder / "instances.json").read_text())
-        located = about["matrices"]["input_ids"]
-        parts: list[np.ndarray] = [
-            np.memmap(folder / at["file"], at["dtype"], "r", at["offset"], (at["rows"], at["columns"]))
-            for at in (located if isinstance(located, list) else [located])
-        ]
+        parts = _mapped(folder, about["matrices"]["input_ids"])
+        masks = _mapped(folder, about["matrices"].get("loss_mask", []))
         spans = [np.load(folder / name, mmap_mode="r") for name in about.get("spans", ["spans.npy"])]
         self._part_ends = np.cumsum([len(part) for part in parts])
         self.tokens: np.ndarray | PartedRows = parts[0] if len(parts) == 1 else PartedRows(parts)
+        # Of conversations only: 1 where the assistant speaks.
+        self.loss_mask: np.ndarray | PartedRows | None = (
+            None if not masks else masks[0] if len(masks) == 1 else PartedRows(masks)
+        )
         self.spans: np.ndarray | PartedRows = spans[0] if len(spans) == 1 else PartedRows(spans)
         self.length: int = about["length"]
         self.vocabulary: int = about["vocabulary"]
@@ -129,7 +132,10 @@ class Instances:
             values = np.full((len(rows), self.length), -1, np.int64)
             values.reshape(-1)[inside] = np.repeat(spans[:, column], length)
             columns.append(torch.from_numpy(values))
-        return Batch(tokens, tokens.masked_fill(columns[2] < 0, IGNORED), *columns)
+        ignored = columns[2] < 0
+        if self.loss_mask is not None:
+            ignored |= torch.from_numpy(self.loss_mask[rows] == 0)
+        return Batch(tokens, tokens.masked_fill(ignored, IGNORED), *columns)
 
     def spans_of_tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(numbers of the spans in these instances [S]; of each the position in `rows` of its instance [S]; of each
@@ -172,6 +178,14 @@ class Instances:
         """The instance numbers [size] of a training step: a pure function of its arguments, for exact resuming."""
         first = step * size + self._skipped_epochs * len(self)
         return rows_at(np.arange(first, first + size), len(self), seed)
+
+
+def _mapped(folder: Path, located: dict[str, Any] | list[dict[str, Any]]) -> list[np.ndarray]:
+    """The parts of a matrix, where instances.json says that they are."""
+    return [
+        np.memmap(folder / at["file"], at["dtype"], "r", at["offset"], (at["rows"], at["columns"]))
+        for at in (located if isinstance(located, list) else [located])
+    ]
 
 
 def rows_at(positions: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -6,8 +6,10 @@
     mosaic     MDS shards for MosaicML Streaming and LLM Foundry: column `tokens`
     litgpt     LitData chunks for LitGPT (extra `litgpt`)
     grain      an ArrayRecord file for Grain and MaxText (extra `grain`): raw little-endian tokens
+    llamafactory, axolotl, trl, nemo, messages: packs for fine-tuning (packs.py)
 
-What a format cannot hold is told: of these only jsonl says which tokens are padding and where documents begin.
+What a format cannot hold is told: megatron, mosaic, litgpt and grain hold tokens alone, and conversations are written
+so only if the user says so.
 Instances are also a `datasets` folder as they are (`load_from_disk`), which torchtitan reads. Cost: one read of the
 tokens; memory for one shard.
 """
@@ -25,8 +27,10 @@ from typing import Any
 import numpy as np
 
 from eclectus.models.staged_folder import staged_folder
-from eclectus.models.training.instances import IGNORED, Instances
+from eclectus.models.training.instances import Instances
+from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.export.packs import MESSAGES, PACKS, write_messages
 
 AT_ONCE = 4096
 SHARD_BYTES = 2**26
@@ -49,11 +53,14 @@ class Exported:
     lost: list[str]
 
 
-def export_instances(instances: Path, out: Path, kind: str) -> Exported:
-    """Writes the instances of a folder into a new one. kind: of FORMATS.
+def export_instances(
+    instances: Path, out: Path, kind: str, documents: Artifact | None = None, without_loss_mask: bool = False
+) -> Exported:
+    """Writes the instances of a folder into a new one. kind: of FORMATS. documents: that were packed, for `messages`.
 
-    Raises EclectusError for an unknown format, a package that is missing, a folder that is not empty, and a vocabulary
-    that the format's numbers cannot hold.
+    Raises EclectusError for an unknown format, a package that is missing, a folder that is not empty, a vocabulary that
+    the format's numbers cannot hold, and conversations in a format that cannot hold their loss mask, unless
+    `without_loss_mask` says so.
     """
     if kind not in FORMATS:
         raise EclectusError(f"format '{kind}' is unknown; the formats are {', '.join(FORMATS)}")
@@ -61,12 +68,22 @@ def export_instances(instances: Path, out: Path, kind: str) -> Exported:
         data = Instances(instances)
     except (OSError, ValueError, LookupError) as error:
         raise EclectusError(f"{instances} holds no instances ({error}); give an artifact of kind instances") from error
+    if kind in TOKENS_ONLY and data.loss_mask is not None and not without_loss_mask:
+        raise EclectusError(
+            f"format {kind} cannot hold the loss mask of conversations, so that the trainer would learn what users say "
+            f"too; take one of jsonl, {', '.join(PACKS)} and {MESSAGES}, or give --without-loss-mask"
+        )
+    if kind == MESSAGES and (data.loss_mask is None or documents is None):
+        raise EclectusError(f"{instances} holds no conversations; format {MESSAGES} is for those that curate packed")
     try:
         with staged_folder(out) as staged:
-            FORMATS[kind](data, staged)
+            if kind == MESSAGES and documents is not None:
+                write_messages(Artifact("instances", "", str(instances)), documents, staged)
+            else:
+                WRITERS[kind](data, staged)
     except ValueError as error:
         raise EclectusError(str(error)) from error
-    lost = [] if kind == "jsonl" else _lost(data)
+    lost = _lost(data) if kind in TOKENS_ONLY else []
     files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     return Exported(kind, len(data), len(data) * data.length, files, lost)
 
@@ -75,7 +92,9 @@ def _lost(data: Instances) -> list[str]:
     end = f"{data.end_of_document}, the end of a document"
     trained = int(np.asarray(data.spans[:, 1]).sum())
     padded = len(data) * data.length - trained
-    return [*([f"{padded:,} tokens of padding: {PADDING.format(end=end)}"] if padded else []), BORDERS.format(end=end)]
+    lost = [f"{padded:,} tokens of padding: {PADDING.format(end=end)}"] if padded else []
+    mask = ["the loss mask: what users say is learned like what the assistant says"]
+    return [*(mask if data.loss_mask is not None else []), *lost, BORDERS.format(end=end)]
 
 
 def _blocks(data: Instances) -> Iterator[np.ndarray]:
@@ -89,9 +108,11 @@ def _jsonl(data: Instances, out: Path) -> None:
         for begin in range(0, len(data), 64):
             batch = data.batch(np.arange(begin, min(begin + 64, len(data))))
             places = _positions(batch.documents.numpy())
-            for tokens, labels, positions in zip(batch.tokens.tolist(), batch.labels.tolist(), places, strict=True):
+            there = (batch.documents >= 0).int().tolist()
+            rows = zip(batch.tokens.tolist(), batch.labels.tolist(), places, there, strict=True)
+            for tokens, labels, positions, attended in rows:
                 row = {"input_ids": tokens, "labels": labels, "position_ids": positions.tolist()}
-                file.write(json.dumps(row | {"attention_mask": [int(label != IGNORED) for label in labels]}) + "\n")
+                file.write(json.dumps(row | {"attention_mask": attended}) + "\n")
 
 
 def _positions(documents: np.ndarray) -> np.ndarray:
@@ -172,10 +193,11 @@ def _package(name: str, extra: str) -> Any:
         ) from error
 
 
-FORMATS: dict[str, Callable[[Instances, Path], None]] = {
-    "jsonl": _jsonl,
+TOKENS_ONLY: dict[str, Callable[[Instances, Path], None]] = {
     "megatron": _megatron,
     "mosaic": _mosaic,
     "litgpt": _litgpt,
     "grain": _grain,
 }
+WRITERS: dict[str, Callable[[Instances, Path], None]] = {"jsonl": _jsonl, **TOKENS_ONLY, **PACKS}
+FORMATS = (*WRITERS, MESSAGES)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,26 @@ SECONDS_PER_BYTE = 4e-7
 OTHER = "other"
 
 
+@dataclass(frozen=True)
+class Form:
+    """How documents become tokens: a function on a part, its own arguments, and the version in its key."""
+
+    function: Callable[..., dict[str, Any]]
+    version: str
+    arguments: dict[str, Any]
+
+
+def framed(begin: list[int], end: int) -> Form:
+    """Documents as text. begin, end: tokens around each."""
+    return Form(tokens_of_part, "tokens 1", {"begin": begin, "end": end})
+
+
 def tokenize(
-    documents: Artifact, tokenizer: Artifact, group: str, begin: list[int], end: int, kind: np.dtype, workers: int
+    documents: Artifact, tokenizer: Artifact, group: str, form: Form, kind: np.dtype, workers: int
 ) -> list[tuple[int, Done]]:
     """(number of the documents part, its tokens) for all training documents of a group; none if there are none.
 
-    group: or `all`, which is every group but `other`. begin, end: tokens around each document. kind: of the tokens.
+    group: or `all`, which is every group but `other`. kind: of the tokens.
     """
     wanted, numbers, size = [], [], 0
     digests = documents.digests()
@@ -54,18 +69,17 @@ def tokenize(
                 "group": name,
                 "only_training": only_training,
                 "tokenizer": Path(tokenizer.path),
-                "begin": begin,
-                "end": end,
                 "kind": kind.name,
+                **form.arguments,
             }
-            key = key_of("tokens 1", *content, begin, end, kind.name)
+            key = key_of(form.version, *content, *form.arguments.values(), kind.name)
             wanted.append(Part(key, arguments, int(chosen.sum()), f"the tokens of {path.name}"))
             numbers.append(number)
         size += path.stat().st_size
     documents_in_all = max(1, sum(int(part.size) for part in wanted))
     # A part's file is compressed to about a third.
     seconds = 3 * SECONDS_PER_BYTE * size / documents_in_all
-    done = over_parts(tokens_of_part, wanted, "tokenising", "documents", seconds, workers)
+    done = over_parts(form.function, wanted, "tokenising", "documents", seconds, workers)
     return list(zip(numbers, done, strict=True))
 
 
@@ -107,7 +121,7 @@ def tokens_of_part(
 ) -> dict[str, Any]:
     """Tokenises the documents of a group in a part. labels: of the part, which must be here when it is read."""
     encode, dtype = encoder_of(tokenizer), np.dtype(kind)
-    chosen = _chosen(path, group, only_training)
+    chosen = chosen_rows(path, group, only_training)
     sizes, control, done = [np.empty(0, np.uint32)], [np.empty((0, 3), np.int64)], 0
     around = len(begin) + 1
     with open(out / "tokens", "wb") as handle:
@@ -142,7 +156,8 @@ def _units(path: Path, group: str) -> Iterator[tuple[str | None, np.ndarray, boo
             yield name, of_group & training if only_training else of_group, only_training
 
 
-def _chosen(path: Path, group: str | None, only_training: bool) -> np.ndarray:
+def chosen_rows(path: Path, group: str | None, only_training: bool) -> np.ndarray:
+    """Which rows of a part are tokenised: bool [n]."""
     groups, names, training = groups_and_training(path)
     of_group = groups == names.index(group)
     return of_group & training if only_training else of_group

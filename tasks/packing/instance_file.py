@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from eclectus.storage.artifact import Artifact, Draft
 
-TOKENS, POSITIONS = "input_ids", "position_ids"
+TOKENS, POSITIONS, LEARNED = "input_ids", "position_ids", "loss_mask"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from eclectus.tasks.disk_matrix import mapped
 from eclectus.tasks.documents.table import parts, read_part
 from eclectus.tasks.grouping.instance_layout import Spans, spans_of
 from eclectus.tasks.over_parts import Done, Part, key_of, over_parts
-from eclectus.tasks.packing.instance_file import POSITIONS, TOKENS, part_file, token_file, write_arrow
+from eclectus.tasks.packing.conversation_tokens import MASK
+from eclectus.tasks.packing.instance_file import LEARNED, POSITIONS, TOKENS, part_file, token_file, write_arrow
 from eclectus.tasks.packing.instance_plan import CODED, merged
 
 TOKENS_AT_ONCE = 2**20
@@ -64,11 +65,12 @@ def write_part(
     padding: int,
     with_positions: bool,
     left_out: Sequence[str] = (),
+    with_mask: bool = False,
 ) -> dict[str, Any]:
     """Writes part `number` of `count`: instances first to last of the shuffled stream.
 
     plan, tokens, names: folders. kind: of the tokens. padding: the token after the end of the stream. left_out: ids of
-    documents whose tokens are padding, and which no span names.
+    documents whose tokens are padding, and which no span names. with_mask: whether the tokens come with a loss mask.
     """
     first, last = instances
     source, begins, starts, rows, labels = (
@@ -87,11 +89,16 @@ def write_part(
     columns = {TOKENS: np.full((last - first, length), padding, np.dtype(kind))}
     if with_positions:
         columns[POSITIONS] = np.zeros((last - first, length), np.uint16 if length <= 2**16 else np.uint32)
+    if with_mask:
+        columns[LEARNED] = np.zeros((last - first, length), np.uint8)
     to = spans.to - first * length
     for at, where, inside in _pieces(tokens, np.dtype(kind), token_starts, to, spans.size):
         columns[TOKENS].reshape(-1)[where] = at
         if with_positions:
             columns[POSITIONS].reshape(-1)[where] = inside
+    for at, where, _ in _pieces(tokens, np.dtype(np.uint8), token_starts, to, spans.size, MASK) if with_mask else ():
+        columns[LEARNED].reshape(-1)[where] = at
+    learned = {"learned": int(columns[LEARNED].sum(dtype=np.int64))} if with_mask else {}
     matrices = write_arrow(out / token_file(number, count), columns)
     digest = hashlib.sha256(columns[TOKENS].data).hexdigest()
     del columns
@@ -110,6 +117,7 @@ def write_part(
         "digest": digest,
         "spans": len(spans.to),
         "left_out": holes,
+        **learned,
     }
 
 
@@ -124,13 +132,18 @@ def write_texts(table: pa.Table, path: Path) -> None:
 
 
 def _pieces(
-    files: list[Path], kind: np.dtype, source: np.ndarray, target: np.ndarray, size: np.ndarray
+    files: list[Path],
+    kind: np.dtype,
+    source: np.ndarray,
+    target: np.ndarray,
+    size: np.ndarray,
+    name: str = "tokens",
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(tokens, their places in the part, their places in their span) of spans, about TOKENS_AT_ONCE at a time.
 
-    source: int64 [S], start of each span in the files end to end. target: in the part.
+    source: int64 [S], start of each span in the files end to end. target: in the part. name: of the file in a folder.
     """
-    counts = [(folder / "tokens").stat().st_size // kind.itemsize for folder in files]
+    counts = [(folder / name).stat().st_size // kind.itemsize for folder in files]
     bases = np.concatenate([[0], np.cumsum(counts)])
     order = np.argsort(source)
     borders = np.searchsorted(source[order], bases)
@@ -138,7 +151,7 @@ def _pieces(
         here = order[borders[file] : borders[file + 1]]
         if not len(here):
             continue
-        flat = np.memmap(folder / "tokens", kind, mode="r")
+        flat = np.memmap(folder / name, kind, mode="r")
         ends = np.cumsum(size[here])
         cuts = np.unique(np.searchsorted(ends, np.arange(0, ends[-1], TOKENS_AT_ONCE), side="left"))
         for first, last in zip(cuts, [*cuts[1:], len(here)], strict=True):

@@ -31,19 +31,25 @@ from eclectus.tasks.documents.table import parts as parts_of
 from eclectus.tasks.grouping.nearest import Rows
 from eclectus.tasks.grouping.quality import instance_quality
 from eclectus.tasks.over_parts import DESCRIPTION, Done, Part, forget, key_of, link_or_copy, over_parts
-from eclectus.tasks.packing.document_tokens import tokenize
+from eclectus.tasks.packing.conversation_tokens import (
+    WINDOW,
+    ConversationPackSettings,
+    conversation_statistics,
+    tokens_of_conversations,
+)
+from eclectus.tasks.packing.document_tokens import Form, framed, tokenize
 from eclectus.tasks.packing.instance_file import Matrix, as_json, describe, part_file
 from eclectus.tasks.packing.instance_part import names_by_part, write_part
 from eclectus.tasks.packing.instance_plan import plan_instances
 from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
-from eclectus.tasks.run import metric
+from eclectus.tasks.run import metric, notify
 from eclectus.tasks.settings import BASIC, SEED, CurationWorkerSettings
 from eclectus.tasks.step import step
 
 SECONDS_PER_TOKEN = 8e-8
 
 
-class PackSettings(BeginSettings, CurationWorkerSettings):
+class PackSettings(ConversationPackSettings, BeginSettings, CurationWorkerSettings):
     instance_tokens: int = Field(
         512, ge=16, description="Length L of a training instance, in tokens.", json_schema_extra=BASIC
     )
@@ -102,11 +108,13 @@ def pack(
     words = load_tokenizer(tokenizer.path)
     vocabulary, begin, end = vocabulary_size(words), settings.begin(words), int(words.eos_token_id)
     kind, workers = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32), settings.curation_workers
-    tokens = tokenize(documents, tokenizer, settings.pack_group, begin, end, kind, workers)
+    form = _conversations(settings) if settings.conversations else framed(begin, end)
+    tokens = tokenize(documents, tokenizer, settings.pack_group, form, kind, workers)
     if not tokens:
         raise EclectusError(
             f"no training document belongs to the group '{settings.pack_group}'; see the languages settings"
         )
+    became = conversation_statistics(documents, tokens, settings.pack_group) if settings.conversations else {}
     plan = _plan(documents, tokens, grouping, settings, kind)
     parts = _write(documents, tokens, plan, settings, kind, end)
     for part in parts:
@@ -118,9 +126,9 @@ def pack(
     meta = {
         "length": settings.instance_tokens,
         "vocabulary": vocabulary,
-        **({"begin_of_document": begin} if begin else {}),
+        **({"begin_of_document": begin} if begin and not settings.conversations else {}),
         "end_of_document": end,
-        "remainder": settings.pack_remainder,
+        "remainder": _remainder(settings),
         "matrices": as_json(matrices),
         "languages": plan.about["languages"],
         "domains": plan.about["domains"],
@@ -129,6 +137,8 @@ def pack(
         meta["spans"] = [part_file("spans", "npy", number, len(parts)) for number in range(len(parts))]
     out.file("instances.json").write_text(json.dumps(meta, indent=1))
     _describe(plan, parts, out)
+    if settings.conversations:
+        _describe_conversations(became, parts, out)
     if embeddings is not None:
         quality = _quality(parts[0], len(parts), settings, embeddings)
         out.statistics |= quality
@@ -137,6 +147,16 @@ def pack(
             if value is not None:
                 metric(name, value)
     forget([plan, *parts])
+
+
+def _conversations(settings: PackSettings) -> Form:
+    arguments = {"length": settings.instance_tokens, "too_long": settings.conversation_too_long}
+    return Form(tokens_of_conversations, "conversations 1", arguments)
+
+
+def _remainder(settings: PackSettings) -> str:
+    """No conversation is dropped for standing in the last instance."""
+    return "pad" if settings.conversations else settings.pack_remainder
 
 
 def _plan(
@@ -155,8 +175,8 @@ def _plan(
         "group": settings.pack_group,
         "length": settings.instance_tokens,
         "token_bytes": kind.itemsize,
-        "keep_remainder": settings.pack_remainder == "pad",
-        "fit": settings.pack_fit,
+        "keep_remainder": _remainder(settings) == "pad",
+        "fit": settings.pack_fit or (WINDOW if settings.conversations else 0),
         "seed": settings.seed,
     }
     content = [documents.digest, grouping.digest if grouping else None, [done.folder.name for _, done in tokens]]
@@ -185,6 +205,7 @@ def _write(
             "padding": end,
             "with_positions": settings.pack_position_ids,
             "left_out": settings.pack_left_out,
+            "with_mask": settings.conversations,
         }
         holes = [settings.pack_left_out] if settings.pack_left_out else []
         key = key_of("instances 1", plan.folder.name, number, parts, kind.name, end, settings.pack_position_ids, *holes)
@@ -203,6 +224,13 @@ def _describe(plan: Done, parts: list[Done], out: Draft) -> None:
         "control_tokens_in_texts": plan.about["control"][0],
         "control_tokens_not_spelled": plan.about["control"][1],
     }
+
+
+def _describe_conversations(became: dict[str, Any], parts: list[Done], out: Draft) -> None:
+    out.statistics |= became | {"tokens_learned": sum(part.about["learned"] for part in parts)}
+    if whys := became["conversations_why"]:
+        each = [f"{became['conversations'][state]:,} {state} (first: {why})" for state, why in whys.items()]
+        notify("conversations", f"Conversations that are left out: {'; '.join(each)}.")
 
 
 def _quality(part: Done, count: int, settings: PackSettings, embeddings: Artifact) -> dict[str, float | None]:

@@ -48,6 +48,8 @@ NOT_IN_THE_KEY = {
 # Only where the step rounds what its workers sum; training divides its batches by them.
 ROUNDED = {"evaluate": {"training_workers"}, "benchmark": {"training_workers"}}
 LEFT_OUT_BY_VALUE = {
+    "ConversationSettings": "documents that are no conversations, as before there were any",
+    "ConversationPackSettings": "documents that are no conversations, as before there were any",
     "PackSettings": "no document is left out, as before one could be",
     "DocumentMaskSettings": "documents that see each other, as before there was a choice",
     "BeginSettings": "the tokenizer decides, and its digest is in the key",

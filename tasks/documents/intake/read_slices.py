@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from eclectus.tasks.documents.conversations import FIELDS, as_text
 from eclectus.tasks.documents.fingerprints import is_same
 from eclectus.tasks.documents.intake.tables import REJECTED, RowGroups
 from eclectus.tasks.documents.normalise import id_of, label_of, normalised
@@ -52,10 +53,15 @@ class Fields:
     work_field: str
     minimum_characters: int
     maximum_characters: int
+    conversations: bool = False
 
     @property
     def columns(self) -> list[str]:
-        return list(dict.fromkeys(getattr(self, f"{name}_field") for name in ("text", *LABELS)))
+        return list(dict.fromkeys([*(getattr(self, f"{name}_field") for name in ("text", *LABELS)), *self.nested]))
+
+    @property
+    def nested(self) -> tuple[str, ...]:
+        return FIELDS if self.conversations else ()
 
 
 def read_slices(
@@ -76,7 +82,7 @@ def read_slices(
                 continue
             position = Position()
             columns, longest = read_with.columns, read_with.maximum_characters
-            records = read_records(source, read_with.text_field, columns, longest, position, part)
+            records = read_records(source, read_with.text_field, columns, longest, position, part, read_with.nested)
             with contextlib.closing(records):
                 for line, record in records:
                     intake.take(source, number, line, record)
@@ -142,12 +148,15 @@ class _Intake:
         if isinstance(record, Fault):
             self._reject(source, line, record)
             return
-        content = self._text(record)
+        text = as_text(record, self._fields.text_field) if self._fields.conversations else self._held(record)
+        if isinstance(text, Fault):
+            self._reject(source, line, text)
+            return
+        content = self._checked(text)
         if isinstance(content, Fault):
             self._reject(source, line, content)
             return
         labels = self._labels(source, line, record)
-        text = record[self._fields.text_field]
         digest = hashlib.sha256(content).digest()[:16]
         same = hashlib.sha256(normalised(text).encode()).digest()[:16]
         weight = len(content) + sum(len(label or "") for label in labels.values())
@@ -178,9 +187,9 @@ class _Intake:
             "source": origin,
         }
 
-    def _text(self, record: Record) -> bytes | Fault:
-        """The record's text as UTF-8, or why it is rejected."""
-        field, fields = self._fields.text_field, self._fields
+    def _held(self, record: Record) -> str | Fault:
+        """The text in the record's field, or why there is none."""
+        field = self._fields.text_field
         text = record.get(field)
         if not isinstance(text, str):
             if field not in record:
@@ -188,6 +197,11 @@ class _Intake:
                 return Fault("no text", f"there is no field '{field}'; the record has {there}", brief(record))
             kind = type(text).__name__
             return Fault("wrong type", f"field '{field}' is of type {kind}; expected a string", brief(text))
+        return text
+
+    def _checked(self, text: str) -> bytes | Fault:
+        """The text as UTF-8, or why it is rejected."""
+        field, fields = self._fields.text_field, self._fields
         characters = len(text)
         if characters > fields.maximum_characters:
             limit = f"{characters:,} characters; at most {fields.maximum_characters:,} are allowed"

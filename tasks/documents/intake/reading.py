@@ -110,7 +110,9 @@ def _first_records(every: list[Batch], settings: IngestSettings) -> list[Read]:
 
 
 def _read(every: list[Batch], settings: IngestSettings, most: int = 0) -> list[Read]:
-    fields = settings.model_dump(include=set(Fields.__dataclass_fields__))
+    # Without conversations the keys are those of before there were any.
+    known = set(Fields.__dataclass_fields__) - (set() if settings.conversations else {"conversations"})
+    fields = settings.model_dump(include=known)
     pieces = settings.slice_bytes
     parts = []
     for batch in every:

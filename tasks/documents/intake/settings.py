@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from eclectus.tasks.documents.conversations import ConversationSettings
 from eclectus.tasks.documents.folders import readable
 from eclectus.tasks.documents.sources import Found, find_sources, split_entries
 from eclectus.tasks.settings import BASIC, CurationWorkerSettings, RuntimeSetting
@@ -13,7 +14,7 @@ from eclectus.tasks.settings import BASIC, CurationWorkerSettings, RuntimeSettin
 SLICES_PER_PART = 8
 
 
-class IngestSettings(CurationWorkerSettings):
+class IngestSettings(ConversationSettings, CurationWorkerSettings):
     """Which documents are read, and from which fields."""
 
     sources: list[str] = RuntimeSetting(

@@ -47,15 +47,21 @@ _READERS: dict[str, Callable[[io.BufferedReader, Reading], Iterator[Numbered]]] 
 
 
 def read_records(
-    source: Source, text_field: str, columns: list[str], longest_text: int, position: Position, part: Slice = WHOLE
+    source: Source,
+    text_field: str,
+    columns: list[str],
+    longest_text: int,
+    position: Position,
+    part: Slice = WHOLE,
+    nested: tuple[str, ...] = (),
 ) -> Generator[Numbered, None, None]:
     """Every record or fault of the source, or of a part of it, with its line from the part's beginning, or row number.
 
     columns: the fields to read. longest_text: in characters; longer text files are not read to their end. position:
-    gets the digest when the iterator ends or is closed.
+    gets the digest when the iterator ends or is closed. nested: as in `Reading`.
     Raises EclectusError when a data set on the hub breaks off, so that half of it is not taken for the whole.
     """
-    reading = Reading(text_field, columns, longest_text, LONGEST_LINE)
+    reading = Reading(text_field, columns, longest_text, LONGEST_LINE, nested)
     if source.kind == "dataset":
         return _read_dataset(source, reading, position, part)
     return (_read_parquet if source.kind == "parquet" else _read_file)(source, reading, position, part)

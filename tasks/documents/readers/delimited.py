@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from eclectus.tasks.documents.readers.records import (
     Fault,
@@ -42,15 +42,16 @@ def _read(handle: io.BufferedReader, reading: Reading, delimiters: str) -> Itera
     if fault:
         yield None, fault
         return
-    names = rows.header(delimiters, reading.text_field)
-    if reading.text_field not in names:
+    names = rows.header(delimiters, (reading.text_field, *reading.nested))
+    text_field = reading.text_among(names)
+    if text_field is None:
         there = ", ".join(names[:20]) or "nothing"
         detail = f"there is no column '{reading.text_field}'; the columns are {there}"
         yield None, Fault("no text", start_of(detail))
         return
     wanted = {name: place for place, name in enumerate(names) if name in reading.columns}
     for number, row in rows.rows(len(names)):
-        yield number, row if isinstance(row, Fault) else _as_record(row, wanted, reading.text_field)
+        yield number, row if isinstance(row, Fault) else _as_record(row, wanted, text_field)
 
 
 class _Rows:
@@ -71,8 +72,8 @@ class _Rows:
         self._pushed.append(first.removeprefix(b"\xef\xbb\xbf"))
         return first
 
-    def header(self, delimiters: str, wanted: str) -> list[str]:
-        """The names of the columns; sets the delimiter."""
+    def header(self, delimiters: str, wanted: Iterable[str]) -> list[str]:
+        """The names of the columns, of which one is wanted; sets the delimiter."""
         self._tabs_only = delimiters == "\t"
         found: list[str] = []
         first = self._pushed[0] if self._pushed else b""
@@ -85,7 +86,7 @@ class _Rows:
             except csv.Error:
                 continue
             found = found or names
-            if wanted in names:
+            if any(each in names for each in wanted):
                 self._line()
                 return names
         return found

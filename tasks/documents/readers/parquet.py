@@ -39,7 +39,8 @@ def read_parquet(handle: BinaryIO, reading: Reading, part: Slice, position: Posi
         yield None, Fault("unreadable", f"cannot be read as Parquet ({first_line(error)})")
         return
     with file:
-        if reading.text_field not in schema.names:
+        text_field = reading.text_among(schema.names)
+        if text_field is None:
             there = ", ".join(schema.names[:20])
             detail = f"there is no column '{reading.text_field}'; the columns are {there}"
             yield None, Fault("no text", detail)
@@ -49,13 +50,13 @@ def read_parquet(handle: BinaryIO, reading: Reading, part: Slice, position: Posi
             field.name
             for field in schema
             if field.name in reading.columns
-            and (field.name == reading.text_field or not pa.types.is_nested(field.type))
+            and (field.name in (text_field, *reading.nested) or not pa.types.is_nested(field.type))
         ]
         done, groups = part.first_row, range(part.begin, file.num_row_groups if part.end is None else part.end)
         position.of = sum(file.metadata.row_group(group).num_rows for group in groups)
         for group in groups:
             rows = file.metadata.row_group(group).num_rows
-            for row, record in _read_group(file, group, names, reading.text_field, done, rows):
+            for row, record in _read_group(file, group, names, text_field, done, rows):
                 position.passed = row - part.first_row
                 yield row, record
             done += rows

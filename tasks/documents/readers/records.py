@@ -7,6 +7,7 @@ repaired, or counts as absent (`id_of` in tasks/documents/normalise.py), and nev
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +34,20 @@ class Reading:
     """What is read. columns: the fields, `text_field` among them.
 
     longest_text: in characters; longer text files are not read to their end. longest_line: in bytes; the most of one
-    record that is held in memory.
+    record that is held in memory. nested: columns that may be lists or objects, of which one or more may take the place
+    of the text's.
     """
 
     text_field: str
     columns: list[str]
     longest_text: int
     longest_line: int
+    nested: tuple[str, ...] = ()
+
+    def text_among(self, names: Iterable[str]) -> str | None:
+        """The column that every record must have, of those that there are."""
+        there = set(names)
+        return next((name for name in (self.text_field, *self.nested) if name in there), None)
 
 
 @dataclass(frozen=True)
