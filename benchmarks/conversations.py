@@ -1,16 +1,15 @@
 """Packs of conversations: similarity within a pack, fill and cuts, by kind of packing.
 
     pip install --no-deps --target chats chitchat-dataset==0.9.0
-    python benchmarks/conversations.py chats/chitchat_dataset/dataset.json MODEL [LENGTH]
+    python benchmarks/conversations.py chats/chitchat_dataset/dataset.json MODEL 2048 8192
 
 7,168 conversations between two people (BYU, MIT): who speaks first is the user, the other the assistant. MODEL: folder
 of a tokenizer with a chat template. All packings have the same conversations and tokens:
 
-    similar              ours: along the chain, what does not fit waits (pack_fit 64)
-    similar, in turn     along the chain, no conversation waits (pack_fit 1)
-    random               the same packing in random order
-    longest first        first fit by falling length, as NeMo packs and, by another search, LLaMA-Factory
-    random, cut          laid end to end and cut every LENGTH tokens
+    similar          ours: along the chain, the first of the next `pack_fit` conversations that fits; 1: none waits
+    random           the same packing in random order
+    longest first    first fit by falling length, as NeMo packs and, by another search, LLaMA-Factory
+    random, cut      laid end to end and cut at every length
 
 Similarity is the mean cosine of neighbours in a pack, and of all pairs of a pack, by two measures: the embedding that
 made the chain, and TF-IDF of the words (scikit-learn), which knows nothing of it. Conversations whose ends are in two
@@ -22,6 +21,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from eclectus.tasks.grouping.embed import EmbedSettings, embed
 from eclectus.tasks.grouping.group import GroupSettings, group
 from eclectus.tasks.grouping.neighbors import NeighborSettings, neighbors
 from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings, train_embedding
-from eclectus.tasks.packing.conversation_tokens import WINDOW, Template, _conversation
+from eclectus.tasks.packing.conversation_tokens import STATES, Template, _conversation
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.packing.whole_documents import fit_whole
 
@@ -72,10 +72,10 @@ def whole(order: np.ndarray, sizes: np.ndarray, length: int, window: int) -> lis
     return [pack for pack in packs if pack]
 
 
-def longest_first(sizes: np.ndarray, length: int) -> list[list[int]]:
+def longest_first(chain: np.ndarray, sizes: np.ndarray, length: int) -> list[list[int]]:
     packs: list[list[int]] = []
     rooms = np.empty(0, np.int64)
-    for each in np.argsort(-sizes, kind="stable").tolist():
+    for each in chain[np.argsort(-sizes[chain], kind="stable")].tolist():
         fits = np.flatnonzero(rooms >= sizes[each])
         if not len(fits):
             packs.append([])
@@ -106,7 +106,7 @@ def similarity(packs: list[list[int]], cosine: Callable[[np.ndarray], np.ndarray
     return float(np.concatenate(beside).mean()), float(np.concatenate(pairs).mean())
 
 
-def main(file: str, model: str, length: int = 2048) -> None:
+def main(file: str, model: str, *lengths: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = ArtifactStore(folder)
 
@@ -122,6 +122,7 @@ def main(file: str, model: str, length: int = 2048) -> None:
         ]
         source.write_text("\n".join(map(json.dumps, rows)))
         documents = make(ingest, settings=IngestSettings(sources=[str(source)], conversations=True))
+        print("rejected:", documents.statistics["rejected_by_reason"], documents.statistics["duplicates"], "duplicates")
         documents = make(languages, documents=documents, settings=LanguageSettings(expanded_languages=[]))
         documents = make(split, documents=documents, settings=SplitSettings())
         trained = make(train_embedding, documents=documents, settings=StaticEmbeddingSettings())
@@ -134,11 +135,16 @@ def main(file: str, model: str, length: int = 2048) -> None:
         chain = chain[np.array([pair == ("original", "train") for pair in wanted])[chain]]
         texts = table["text"]
         template = Template(load_tokenizer(model), model)
-        sizes = np.zeros(len(texts), np.int64)
+        sizes, states = np.zeros(len(texts), np.int64), Counter[str]()
         for row in chain.tolist():
-            sizes[row] = len(_conversation(template, texts[row], length, "leave_out").ids)
-        chain = chain[sizes[chain] > 0]
-        report(chain, sizes, length, np.asarray(open_embeddings(vectors)[np.arange(len(texts))], np.float32), texts)
+            done = _conversation(template, texts[row], 10**9, "leave_out")
+            sizes[row] = len(done.ids)
+            states[STATES[done.state]] += 1
+        print(f"{len(rows):,} records, {len(chain):,} in the chain: {dict(states)}")
+        embedded = np.asarray(open_embeddings(vectors)[np.arange(len(texts))], np.float32)
+        for length in lengths:
+            here = chain[(sizes[chain] > 0) & (sizes[chain] <= length)]
+            report(here, sizes, length, embedded, texts)
 
 
 def report(chain: np.ndarray, sizes: np.ndarray, length: int, vectors: np.ndarray, texts: list[str]) -> None:
@@ -147,25 +153,22 @@ def report(chain: np.ndarray, sizes: np.ndarray, length: int, vectors: np.ndarra
     random = np.random.default_rng(0).permutation(chain)
     cut_packs, cuts = cut(random, sizes, length)
     packings = {
-        "similar": (whole(chain, sizes, length, WINDOW), 0),
-        "similar, in turn": (whole(chain, sizes, length, 1), 0),
-        "random": (whole(random, sizes, length, WINDOW), 0),
-        "longest first": (longest_first(np.where(np.isin(np.arange(len(sizes)), chain), sizes, 0), length), 0),
+        **{f"similar, pack_fit {fit}": (whole(chain, sizes, length, fit), 0) for fit in (1, 2, 4, 8, 16, 64)},
+        "random, pack_fit 8": (whole(random, sizes, length, 8), 0),
+        "longest first": (longest_first(chain, sizes, length), 0),
         "random, cut": (cut_packs, cuts),
     }
     total = int(sizes[chain].sum())
     print(f"{len(chain):,} conversations, {total:,} tokens, packs of {length}")
     for name, (packs, cuts) in packings.items():
-        packs = [[each for each in pack if sizes[each]] for pack in packs]
-        packs = [pack for pack in packs if pack]
         own = similarity(packs, lambda rows: vectors[rows] @ vectors[rows].T)
         other = similarity(packs, lambda rows: (words[rows] @ words[rows].T).toarray())
         fill = total / len(packs) / length
         print(
-            f"{name:18} {len(packs):6} packs, fill {fill:.3f}, {cuts} cut; embedding {own[0]:.3f} neighbours "
+            f"{name:20} {len(packs):6} packs, fill {fill:.3f}, {cuts} cut; embedding {own[0]:.3f} neighbours "
             f"{own[1]:.3f} pairs; TF-IDF {other[0]:.4f} {other[1]:.4f}"
         )
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:4]))
+    main(*sys.argv[1:3], *map(int, sys.argv[3:]))

@@ -136,6 +136,18 @@ def decode(text: str) -> tuple[Messages, list[Any] | None]:
     return messages, tools
 
 
+def readable(text: str) -> str:
+    """A document's text for people: of a conversation, who says what, line by line."""
+    if not _MARK.match(text):
+        return text
+    messages, _ = decode(text)
+    lines = []
+    for each in messages:
+        called = f" {json.dumps(each['tool_calls'], ensure_ascii=False)}" if "tool_calls" in each else ""
+        lines.append(f"{each['role']}: {each['content'] or ''}{called}")
+    return "\n".join(lines)
+
+
 def _messages(record: Record, field: str) -> tuple[Messages, list[Any] | None]:
     held = _unpacked(record[field], field)
     before = _text(record.get("system"), "system")

@@ -72,11 +72,12 @@ class Pack:
 def packs_of(data: Instances) -> Iterator[list[Pack]]:
     """All packs in order, some at a time."""
     for first in range(0, len(data), ROWS):
-        batch = data.batch(np.arange(first, min(first + ROWS, len(data)))).without_borders()
+        batch = data.batch(np.arange(first, min(first + ROWS, len(data))))
         documents = batch.documents.numpy()
         begins = np.diff(documents, axis=1, prepend=-2) != 0
         numbers = np.where(documents < 0, 0, np.cumsum(begins & (documents >= 0), axis=1))
-        rows = zip(batch.tokens.numpy(), batch.labels.numpy(), numbers, strict=True)
+        labels = np.where(begins, IGNORED, batch.labels.numpy())
+        rows = zip(batch.tokens.numpy(), labels, numbers, strict=True)
         yield [Pack(*row) for row in rows]
 
 

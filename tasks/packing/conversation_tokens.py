@@ -37,7 +37,7 @@ from eclectus.tasks.packing.document_tokens import belongs, chosen_rows, groups_
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 
 MASK, STATES_FILE = "mask", "states.npy"
-WINDOW = 64
+WINDOW = 8
 """Among so many next conversations one is looked for that fits, where `pack_fit` is 0."""
 PACKED, UNANSWERED, CUT = "packed", "packed without its unanswered end", "cut"
 STATES = (

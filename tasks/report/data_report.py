@@ -24,6 +24,7 @@ from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
+from eclectus.tasks.documents.conversations import readable
 from eclectus.tasks.documents.language_codes import language_name, shortened
 from eclectus.tasks.documents.table import codes_of, parts, read_codes, read_part_table, read_rows
 from eclectus.tasks.documents.text_reader import TextReader
@@ -295,7 +296,8 @@ def _excerpts(
         )
         if similarities[number] is not None:
             title += f", similarity to the previous {similarities[number]:.3f}"
-        excerpts.append(Excerpt(title, text.strip()[:SHOWN_CHARACTERS] + ("…" if len(text) > SHOWN_CHARACTERS else "")))
+        shown = readable(text).strip()
+        excerpts.append(Excerpt(title, shown[:SHOWN_CHARACTERS] + ("…" if len(shown) > SHOWN_CHARACTERS else "")))
     return excerpts
 
 

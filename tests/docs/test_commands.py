@@ -9,6 +9,7 @@ import argparse
 import ast
 import importlib.util
 import itertools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -20,6 +21,7 @@ from eclectus.flows.cli.main import main
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import query
 from tests.support import fasttext_files
+from tests.support.chats import chat, chat_tokenizer
 from tests.support.history import RUNS, write_history
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +86,8 @@ def workspace(tmp_path, monkeypatch):
     (tmp_path / "questions/arc_easy.jsonl").write_text("{}\n")
     (tmp_path / "path/to").mkdir(parents=True, exist_ok=True)
     (tmp_path / "path/to/glotlid.bin").write_bytes(fasttext_files.written())
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat("Hello", "Hi"), "language": "en"}))
+    chat_tokenizer(tmp_path / "path/to/chat-model")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ECLECTUS_HOME", str(tmp_path / "home"))

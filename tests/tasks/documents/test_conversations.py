@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eclectus.storage.artifact import ArtifactStore
-from eclectus.tasks.documents.conversations import as_text, decode, encode
+from eclectus.tasks.documents.conversations import as_text, decode, encode, readable
 from eclectus.tasks.documents.ingest import IngestSettings, ingest, read_duplicates, read_rejected
 from eclectus.tasks.documents.normalise import normalised
 from eclectus.tasks.documents.readers import Fault
@@ -100,6 +100,11 @@ def test_every_conversation_comes_back_as_it_was(seed):
 
 def test_only_what_is_said_counts_for_duplicates_and_languages():
     assert normalised(encode(chat("Hello there", "Hi", system="S"))) == "s hello there hi"
+
+
+def test_people_read_who_says_what():
+    text = encode([*chat("2?", system="S"), {"role": "assistant", "content": None, "tool_calls": [CALL]}])
+    assert readable(text).startswith("system: S\nuser: 2?\nassistant:  [{") and readable("plain") == "plain"
 
 
 @pytest.mark.parametrize("text", ["", "plain", "\x1fnot json\x1f"])

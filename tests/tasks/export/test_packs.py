@@ -1,13 +1,15 @@
 """Packs of similar conversations with loss masks, in the files of trainers, by the conventions of their own code."""
 
 import json
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import load_from_disk
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, LlamaConfig, LlamaForCausalLM
 
 from eclectus.flows.cli.main import main
 from eclectus.flows.curate import curate
@@ -160,6 +162,25 @@ def test_axolotl_and_trl_get_rows_without_padding(curated, packs, tmp_path):
         assert one["position_ids"] == [place for size in other["seq_lengths"] for place in range(size)]
 
 
+def test_a_conversation_in_a_pack_gets_the_logits_that_it_gets_alone(curated, tokenizer, tmp_path):
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    export(curated, tmp_path / "out", "axolotl")
+    row = load_from_disk(str(tmp_path / "out"))[0]
+    ids, positions = torch.tensor([row["input_ids"]]), torch.tensor([row["position_ids"]])
+    begins = [*torch.where(positions[0] == 0)[0].tolist(), ids.shape[1]]
+    assert len(begins) > 2
+    with torch.no_grad():
+        # As attention sees a mask without a zero: none.
+        packed = model(ids, position_ids=positions).logits[0]
+        alone = [model(ids[:, first:last]).logits[0] for first, last in pairwise(begins)]
+    assert torch.allclose(packed, torch.cat(alone), atol=1e-5)
+    assert not torch.allclose(packed, model(ids).logits[0], atol=1e-3)
+
+
 def test_nemo_s_mask_says_of_a_token_whether_the_next_is_learned(curated, packs, tmp_path):
     export(curated, tmp_path / "out", "nemo")
     table = pq.read_table(tmp_path / "out/packs.idx.parquet")
@@ -211,6 +232,11 @@ def test_messages_of_other_documents_or_of_no_conversations_are_refused(curated,
         export(curated, tmp_path / "out", "messages", documents=world.documents)
 
 
+def test_the_data_report_shows_who_says_what(curated):
+    page = curated.data_report.file("data.html").read_text()
+    assert "user: What about" in page and not set(page) & set("\x1c\x1d\x1e\x1f")
+
+
 def test_a_second_run_finds_everything(curated, folder):
     again = curate(parameters(folder))
     assert again.original == curated.original
@@ -251,9 +277,8 @@ def test_trl_s_own_collator_keeps_conversations_apart(curated, packs, tmp_path):
 @pytest.mark.parametrize("flow", [PretrainParameters, SimilarityParameters, RetrainParameters])
 def test_flows_that_train_or_evaluate_refuse_conversations(flow, folder, curated):
     with pytest.raises(EclectusError, match="run eclectus curate, then eclectus export-instances"):
-        flow(
-            sources=[str(folder / "chats.jsonl")], conversations=True, tokenizer=str(folder / "model")
-        ).check_together()
+        named = {} if flow is SimilarityParameters else {"tokenizer": str(folder / "model")}
+        flow(sources=[str(folder / "chats.jsonl")], conversations=True, **named).check_together()
 
 
 def test_every_format_of_packs_takes_documents_that_are_no_conversations(tmp_path):
