@@ -86,18 +86,9 @@ def write_part(
         kept = ~pc.is_in(ids, pa.array(left_out)).to_numpy(zero_copy_only=False)
         holes = int((~kept).sum())
         spans, token_starts = _where(spans, kept), token_starts[kept]
-    columns = {TOKENS: np.full((last - first, length), padding, np.dtype(kind))}
-    if with_positions:
-        columns[POSITIONS] = np.zeros((last - first, length), np.uint16 if length <= 2**16 else np.uint32)
-    if with_mask:
-        columns[LEARNED] = np.zeros((last - first, length), np.uint8)
     to = spans.to - first * length
-    for at, where, inside in _pieces(tokens, np.dtype(kind), token_starts, to, spans.size):
-        columns[TOKENS].reshape(-1)[where] = at
-        if with_positions:
-            columns[POSITIONS].reshape(-1)[where] = inside
-    for at, where, _ in _pieces(tokens, np.dtype(np.uint8), token_starts, to, spans.size, MASK) if with_mask else ():
-        columns[LEARNED].reshape(-1)[where] = at
+    wanted = [TOKENS, *([POSITIONS] if with_positions else []), *([LEARNED] if with_mask else [])]
+    columns = _gathered(tokens, wanted, (last - first, length), np.dtype(kind), padding, token_starts, to, spans.size)
     learned = {"learned": int(columns[LEARNED].sum(dtype=np.int64))} if with_mask else {}
     matrices = write_arrow(out / token_file(number, count), columns)
     digest = hashlib.sha256(columns[TOKENS].data).hexdigest()
@@ -129,6 +120,31 @@ def write_texts(table: pa.Table, path: Path) -> None:
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for begin in range(0, max(1, len(table)), rows):
             writer.write_table(table.slice(begin, rows).cast(schema))
+
+
+def _gathered(
+    files: list[Path],
+    wanted: list[str],
+    shape: tuple[int, int],
+    kind: np.dtype,
+    padding: int,
+    source: np.ndarray,
+    target: np.ndarray,
+    size: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """The columns `wanted` of TOKENS, POSITIONS and LEARNED, [M, L] each, from spans as in `_pieces`."""
+    columns = {TOKENS: np.full(shape, padding, kind)}
+    if POSITIONS in wanted:
+        columns[POSITIONS] = np.zeros(shape, np.uint16 if shape[1] <= 2**16 else np.uint32)
+    for at, where, inside in _pieces(files, kind, source, target, size):
+        columns[TOKENS].reshape(-1)[where] = at
+        if POSITIONS in wanted:
+            columns[POSITIONS].reshape(-1)[where] = inside
+    if LEARNED in wanted:
+        columns[LEARNED] = np.zeros(shape, np.uint8)
+        for at, where, _ in _pieces(files, np.dtype(np.uint8), source, target, size, MASK):
+            columns[LEARNED].reshape(-1)[where] = at
+    return columns
 
 
 def _pieces(
