@@ -226,8 +226,11 @@ def _scores(value: Any) -> Any:
         for kind, found in artifact.statistics["bits_per_byte"].items():
             for name, number in (found if isinstance(found, dict) else {"": found}).items():
                 yield {"model": model, "kind": kind, "name": name, "measure": "bits_per_byte", "value": number}
-    for model, artifact in getattr(value, "benchmarks", {}).items():
-        for row, number in artifact.statistics["scores"].items():
+    from eclectus.tasks.evaluation.task_scores import scores_by_task
+
+    asked = scores_by_task(getattr(value, "benchmarks", {}), getattr(value, "imported", {}))
+    for model, scores in asked.items():
+        for row, number in scores.items():
             name, _, measure = row.rpartition(" ")
             yield {"model": model, "kind": "task", "name": name, "measure": measure, "value": number}
 

@@ -25,6 +25,7 @@ from eclectus.tasks.evaluation.benchmark import BenchmarkSettings, benchmark
 from eclectus.tasks.evaluation.contamination import ContaminationSettings, contamination, trained_on
 from eclectus.tasks.evaluation.evaluate import EvaluateSettings
 from eclectus.tasks.evaluation.evaluate import evaluate as score
+from eclectus.tasks.evaluation.lm_eval_files.imported import imported_in_run
 from eclectus.tasks.evaluation.training_names import further_training
 from eclectus.tasks.lookup import check_before_work
 from eclectus.tasks.packing.tokenizer import TRAINED_HERE, TokenizerSettings, tokenizer
@@ -45,6 +46,7 @@ class Measured:
 
     curated: only the documents where given models are evaluated. tokenizer: of models that bring none, if any does.
     benchmarks, contaminations: of the models that have them. left_out: models that were not evaluated, with the reason.
+    imported: results of `lm_eval` that was run elsewhere, by kind, of the models that have some.
     """
 
     curated: ReadDocuments
@@ -54,6 +56,7 @@ class Measured:
     benchmarks: dict[str, Artifact]
     contaminations: dict[str, Artifact]
     left_out: list[str]
+    imported: dict[str, dict[str, Artifact]]
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,9 @@ def evaluate_models(
         raise EclectusError("no model could be evaluated; " + "; ".join(left_out))
     benchmarks = _benchmark(tokens, checkpoints, parameters, left_out)
     seen = _contaminations(curated, checkpoints, evaluations, benchmarks, parameters)
-    measured = Measured(curated, tokens, checkpoints, evaluations, benchmarks, seen, left_out)
+    found = {name: imported_in_run(require_run("evaluate"), checkpoints[name]) for name in evaluations}
+    imported = {name: each for name, each in found.items() if each}
+    measured = Measured(curated, tokens, checkpoints, evaluations, benchmarks, seen, left_out, imported)
     return _conclude(measured, repeated or {}, parameters, gates)
 
 
@@ -134,6 +139,7 @@ def _conclude(
     candidates: dict[str, Candidate] = {}
     for name in evaluations:
         results = {kind: by_model[name] for kind, by_model in kinds.items() if name in by_model}
+        results |= measured.imported.get(name, {})
         candidates[name] = Candidate(measured.checkpoints[name], results)
     decisions = _decide(gates, candidates, repeats, left_out)
     alone = parameters.seeds == 1 and parameters.training_seed >= 0
@@ -146,6 +152,7 @@ def _conclude(
         grouping=curated.grouping if isinstance(curated, Curated) else None,
         instances=_instances(curated),
         benchmarks=measured.benchmarks,
+        imported=measured.imported or None,
         contaminations=measured.contaminations,
         gates={line: run.find("evaluation", str(each.gate)) for line, each in decisions.items()},
         settings=ReportSettings.of(parameters, report_left_out=left_out),

@@ -13,6 +13,8 @@ import eclectus
 from eclectus.api import _scores
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
+from eclectus.storage.journal import Journal
+from tests.support.history import write_step
 from tests.support.made_up_steps import make_up_steps, settings_of, write_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +65,25 @@ def test_answers_to_tasks_are_scores_too():
         {"model": "dense", "kind": "task", "name": "arc_easy", "measure": "acc", "value": 0.5},
         {"model": "dense", "kind": "task", "name": "page_choice_el", "measure": "acc_norm", "value": 0.25},
     ]
+
+
+def test_results_that_were_imported_for_a_model_are_read_by_the_gate_and_the_report(world, steps):
+    given = settings_of(world, "evaluate", {})
+    first, home = eclectus.evaluate(**given, show=False), Home.existing()
+    checkpoint = home.store.find(str(first.models["stage 2"]))
+    with home.store.draft("evaluation") as draft:
+        draft.file("content").write_text("imported")
+        draft.statistics = {"scores": {"arc_easy acc": 0.5}, "imported": {"date": 1.0}}
+        made = home.store.commit(draft)
+    with Journal(home.journal, "an-import") as journal:
+        inputs = [f"checkpoint-{checkpoint.digest}"]
+        write_step(journal, "s1", made.digest, inputs, kind="evaluation", name="import_results")
+    again = eclectus.evaluate(**given, show=False)
+    assert [label for label, state in again.states.items() if state == "completed"] == ["gate extended", "report"]
+    names = eclectus.sql("select name from step_inputs where artifact = ? and run = ?", [made.digest, again.run])
+    assert sorted(row["name"] for row in names) == ["candidate.imported", "imported.stage 2.imported"]
+    assert [row["value"] for row in again.rows() if row["kind"] == "task"] == [0.5]
+    assert set(eclectus.evaluate(**given, show=False).states.values()) == {"reused"}
 
 
 def test_a_model_goes_on_by_its_tag(world, steps):

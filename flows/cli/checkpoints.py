@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from eclectus.flows.cli.certify import add_certify_command
-from eclectus.flows.cli.hub import add_hub_commands
+from eclectus.flows.cli.exchange import add_hub_commands
 from eclectus.storage.errors import EclectusError
 
 # Options of `export` by kind of model.

@@ -14,6 +14,7 @@ from typing import Any
 from eclectus.flows.cli.checkpoints import add_checkpoint_commands
 from eclectus.flows.cli.decisions import add_adopt_command, add_name_commands, add_rights_commands
 from eclectus.flows.cli.estimate import add_estimate_command
+from eclectus.flows.cli.exchange import add_results_commands
 from eclectus.flows.cli.lineage import add_lineage_commands
 from eclectus.flows.cli.options import HELP_ALL, add_config, add_models, add_settings, read_parameters
 from eclectus.flows.cli.plan import add_plan_command
@@ -37,8 +38,8 @@ FLOWS = {
 GROUPS = {
     "run": [*FLOWS, "plan", "estimate"],
     "models": [
-        "upcycle", "export", "export-instances", "certify", "push", "pull", "promote", "rollback", "champions", "tag",
-        "untag",
+        "upcycle", "export", "export-instances", "certify", "push", "pull", "export-results", "import-results",
+        "promote", "rollback", "champions", "tag", "untag",
     ],
     "lineage": [
         "sql", "runs", "lineage", "trace", "diff", "compare", "why", "adopt", "unadopt", "forget",
@@ -180,6 +181,7 @@ def make_parser(command: str | None = None, show_all: bool = False) -> argparse.
         return part
 
     add_checkpoint_commands(add)
+    add_results_commands(add)
     add_promotion_commands(add)
     add_name_commands(add)
     add_rights_commands(add)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from eclectus.flows.cli.terminal import Terminal
 from eclectus.storage.commands import command, quoted
+from eclectus.tasks.evaluation.task_scores import scores_by_task
 from eclectus.tasks.evaluation.training_names import further_training
 
 if TYPE_CHECKING:
@@ -103,8 +104,7 @@ def _similarity(found: dict[str, Any], terminal: Terminal) -> None:
 
 def _decisions(result: Any, terminal: Terminal) -> None:
     """Task scores, the gate's decisions and models that were not evaluated."""
-    if result.benchmarks:
-        answers = {name: artifact.statistics["scores"] for name, artifact in result.benchmarks.items()}
+    if answers := scores_by_task(result.benchmarks, result.imported):
         table = Table("task and metric", *answers, box=None, header_style="bold", pad_edge=False)
         for row in dict.fromkeys(row for each in answers.values() for row in each):
             values = (each.get(row) for each in answers.values())

@@ -24,8 +24,8 @@ class Decision:
     """One decision on one checkpoint.
 
     line: of champions. verdict: PROMOTED or REFUSED. checkpoint: digest. evaluations: digests by kind (`text`, `tasks`,
-    `contamination`). gate: digest of the artifact with rules and numbers, or None where a user decided. rules: the
-    result of each (tasks/promotion/gate_rules.py). by: `gate` or the user's name.
+    `contamination`, `imported`, `imported 2` ...). gate: digest of the artifact with rules and numbers, or None where a
+    user decided. rules: the result of each (tasks/promotion/gate_rules.py). by: `gate` or the user's name.
     """
 
     line: str

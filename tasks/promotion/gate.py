@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import yaml
 from pydantic import Field
 
@@ -30,6 +29,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.allowed_paths import open_allowed
 from eclectus.tasks.evaluation.routing_statistics import collapsed_layers
 from eclectus.tasks.evaluation.scores import Scores, read_trainings
+from eclectus.tasks.evaluation.task_scores import Answers
 from eclectus.tasks.promotion.gate_rules import Missing, ModelResults, Rule, check, text_of
 from eclectus.tasks.promotion.spread import DEFAULT, Spreads, measure_spread
 from eclectus.tasks.settings import Settings
@@ -103,7 +103,7 @@ def _read_gate(path: str | Path, line: str, content: Any, default_spread: float)
     return Gate(line, str(content.get("model", "stage 2")), str(content.get("base", "dense")), rules, default_spread)
 
 
-@step(makes="evaluation", version=3)
+@step(makes="evaluation", version=4)
 def gate(
     candidate: dict[str, Artifact],
     settings: GateSettings,
@@ -115,7 +115,8 @@ def gate(
     """Checks every rule on a model's evaluations.
 
     candidate, base, champion: by kind, `text` (tasks/evaluation/evaluate.py) and optionally `tasks`
-    (tasks/evaluation/benchmark.py) and `contamination` (tasks/evaluation/contamination.py).
+    (tasks/evaluation/benchmark.py), `imported`, `imported 2` ... (tasks/evaluation/lm_eval_files/import_results.py) and
+    `contamination` (tasks/evaluation/contamination.py).
     repeats: evaluations on text of further trainings, as "candidate seed 1" and "base seed 1".
     """
     given = {CANDIDATE: candidate, BASE: base or {}}
@@ -166,13 +167,10 @@ def read_results(name: str, evaluations: dict[str, Artifact], scores: Scores | N
     """
     if "text" not in evaluations:
         raise EclectusError(f"{name} has no evaluation on held-out text; evaluate it first")
-    tasks: dict[tuple[str, str], float] = {}
-    if evaluations.get("tasks"):
-        for row in pq.read_table(evaluations["tasks"].file("scores.parquet")).to_pylist():
-            if row["score"] is not None:
-                tasks[row["task"], row["metric"]] = row["score"]
+    answers = Answers.of(name, evaluations)
+    tasks = {key: row["score"] for key, row in answers.rows.items() if row["score"] is not None} if answers else {}
     scores = scores or Scores.read(name, evaluations["text"])
     numbers = {"collapsed_layers": float(len(collapsed_layers(scores.routing)))}
     if evaluations.get("contamination"):
         numbers["contamination"] = evaluations["contamination"].statistics["share"]
-    return ModelResults(name, scores, tasks, numbers)
+    return ModelResults(name, scores, tasks, numbers, answers)

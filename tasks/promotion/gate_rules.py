@@ -4,13 +4,15 @@
     retention.original.low >= 0.98          the lower end of its 95% interval (tasks/evaluation/changes.py)
     bits_per_byte.el <= champion            on the documents that both scored; `champion * 1.01` allows 1% more
     bits_per_byte.el <= champion + 2 * spread    allows what two trainings of the same model may differ by (spread.py)
-    acc.arc_easy >= base - 0.02             a metric of a task, against the model that training started from
+    acc.arc_easy >= base - 0.02             a metric of a task, against the model that training started from; with its
+                                            filter where the task has several: exact_match,strict-match.gsm8k
     contamination <= 0.01                   share of items and documents that were seen in training
     collapsed_layers <= 0                   layers whose router has collapsed
 
 A name is a measure and, after dots, what it is measured on: a language, `original` or `expanded`, a domain, a task. A
-missing measure fails its rule and is reported; a comparison with the champion holds if there is none. A rule is about
-one checkpoint: its values are those of this training, ends of intervals cover the run's other trainings too.
+missing measure fails its rule and is reported, and so does a task that was asked otherwise of the other model; a
+comparison with the champion holds if there is none. A rule is about one checkpoint: its values are those of this
+training, ends of intervals cover the run's other trainings too.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.documents.language_codes import language_name, normalise
 from eclectus.tasks.evaluation.changes import Change, compare
 from eclectus.tasks.evaluation.scores import Scores
+from eclectus.tasks.evaluation.task_scores import Answers, incomparable
 from eclectus.tasks.promotion.spread import NOTHING_MEASURED, Spread, Spreads
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -35,7 +38,7 @@ OPERATORS: dict[str, Callable[[float, float], bool]] = {
 }  # fmt: skip
 TEXT_MEASURES = ("bits_per_byte", "perplexity", "retention", "gain")
 BOUNDS = ("low", "high")
-_RULE = re.compile(r"^\s*([\w.\- ]+?)\s*(>=|<=|==|>|<)\s*(.+?)\s*$")
+_RULE = re.compile(r"^\s*([\w.,\- ]+?)\s*(>=|<=|==|>|<)\s*(.+?)\s*$")
 _NUMBER = r"\d+(?:\.\d+)?"
 _LIMIT = re.compile(rf"^(champion|base)(?:\s*([*+-])\s*({_NUMBER}))?$")
 _WITH_SPREAD = re.compile(rf"^(champion|base|-?{_NUMBER})\s*([+-])\s*(?:({_NUMBER})\s*\*\s*)?spread$")
@@ -107,12 +110,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ModelResults:
-    """Evaluations of one model: scores on held-out text, tasks {(task, metric): score}, other numbers by measure."""
+    """Evaluations of one model: scores on held-out text, tasks {(task, metric): score}, other numbers by measure.
+
+    answers: what the tasks' scores are of; None for scores that need no comparison.
+    """
 
     name: str
     scores: Scores
     tasks: dict[tuple[str, str], float]
     numbers: dict[str, float]
+    answers: Answers | None = None
 
 
 class Missing(Exception):
@@ -211,7 +218,11 @@ def _both(
     if other is None:
         return value, float(rule.limit), on
     if rule.measure not in ("bits_per_byte", "perplexity"):
-        return value, _measure(rule, other, base)[0], on
+        limit = _measure(rule, other, base)[0]
+        task = ".".join(rule.of)
+        if model.answers and other.answers and (why := incomparable(model.answers, other.answers, task, rule.measure)):
+            raise Missing(f"{rule.measure} on {task} cannot be compared with the {rule.limit}'s: {why}")
+        return value, limit, on
     change = _change(other.scores.first, model.scores.first, rule)
     on = f"{change.documents} documents"
     if rule.measure == "bits_per_byte":

@@ -18,6 +18,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.champions import PROMOTED, REFUSED, Decision, decisions, record
 from eclectus.storage.lineage.connection import connect
+from eclectus.tasks.evaluation.lm_eval_files.imported import imported_for, read_imports
 from eclectus.tasks.evaluation.training_names import further_training, training_name
 from eclectus.tasks.plan import Planned
 from eclectus.tasks.promotion.gate import BASE, CANDIDATE, Gate, GateSettings, gate
@@ -30,7 +31,7 @@ STEPS = {"text": "evaluate", "tasks": "benchmark", "contamination": "contaminati
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint with its evaluations, by kind: `text`, `tasks`, `contamination`."""
+    """A checkpoint with its evaluations, by kind: `text`, `tasks`, `contamination`, `imported`, `imported 2` ..."""
 
     checkpoint: Artifact
     evaluations: dict[str, Artifact] = field(default_factory=dict)
@@ -133,6 +134,8 @@ def _earlier_spreads(home: Home, past: Sequence[Decision]) -> dict[str, tuple[fl
 def find_candidate(home: Home, checkpoint: Artifact, run: str | None = None) -> tuple[Candidate, str, str]:
     """(the checkpoint with its latest evaluations, the model's name in them, their run). run: only evaluations of it.
 
+    Results that were imported for the checkpoint are among them, whenever that was.
+
     Raises EclectusError when lineage has no evaluation of the checkpoint.
     """
     found: dict[str, Artifact] = {}
@@ -159,6 +162,7 @@ def find_candidate(home: Home, checkpoint: Artifact, run: str | None = None) -> 
             f"{checkpoint.name} was never evaluated here; evaluate it on the sources of its run with "
             f"--evaluate-checkpoints {checkpoint.name} (see: {command('evaluate', '--help', home=home.name)})"
         )
+    found |= imported_for(home.store, read_imports(home), checkpoint)
     return Candidate(checkpoint, found), name, evaluated_in
 
 

@@ -83,9 +83,7 @@ class Extras:
 
     def notes(self) -> list[str]:
         """What is missing and why, each once."""
-        tasks = {
-            f"task {task}: {why}" for each in self.answers.values() for task, why in each.about["left_out"].items()
-        }
+        tasks = {f"task {task}: {why}" for each in self.answers.values() for task, why in each.left_out.items()}
         return [*self.left_out, *sorted(tasks)]
 
 
@@ -114,6 +112,7 @@ def collect_contents(
     shown = (forgetting, by_domain, by_language, tables.cost_table(comparer), tasks, tables.seen_table(comparer))
     verdict = make_verdict(comparer, _frozen(checkpoints, history), extras.gates)
     verdict.notes += [f"Not evaluated: {each}" for each in extras.notes()]
+    verdict.notes += [note for each in extras.answers.values() for note in each.notes]
     return Contents(
         title=title,
         subtitle=subtitle,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from eclectus.tasks.documents.language_codes import language_name
 from eclectus.tasks.evaluation.changes import Change
-from eclectus.tasks.evaluation.task_scores import Answers, Difference, compare_answers
+from eclectus.tasks.evaluation.task_scores import Answers, Difference, compare_answers, incomparable
 from eclectus.tasks.report.formatting import count, interval, number, percent
 from eclectus.tasks.report.significance import colour_note, coverage, significant
 from eclectus.tasks.report.tables import Cell, Table
@@ -51,7 +51,15 @@ def forgetting_table(comparer: Comparer, answers: dict[str, Answers]) -> Table |
     for task in tasks:
         row = base_answers.scores[task] if base_answers else {}
         cells = [
-            _task_cell(differences[task, name], clear["task", task, name], row["higher_is_better"]) for name in others
+            _task_cell(
+                differences[task, name],
+                clear["task", task, name],
+                row["higher_is_better"],
+                incomparable(base_answers, answers[name], task, row["metric"])
+                if base_answers and name in answers
+                else "",
+            )
+            for name in others
         ]
         rows.append(
             [Cell(task, row["metric"]), Cell(number(row["score"]) or "none"), *cells, Cell(count(row["items"]))]
@@ -76,7 +84,8 @@ def tasks_table(answers: dict[str, Answers], seen: dict[str, dict[tuple[str, str
         found = [each.scores[task] for each in answers.values() if task in each.scores]
         one = found[0]
         cells = [Cell(task, f"{language_name(one['language'])}, {one['metric']}, {one['shots']} examples")]
-        cells += [_score_cell(each, task) for each in answers.values()]
+        first = next(each for each in answers.values() if task in each.scores)
+        cells += [_score_cell(each, task, first) for each in answers.values()]
         shares = [each["task", task] for each in seen.values() if ("task", task) in each]
         cells.append(
             Cell(
@@ -95,15 +104,21 @@ def tasks_table(answers: dict[str, Answers], seen: dict[str, dict[tuple[str, str
         "questions whose words occur in training documents, for the model with the largest share. Items that a model "
         "could not answer do not count in its score."
     )
+    if any(row["imported"] for each in answers.values() for row in each.scores.values()):
+        note += " Imported: lm-evaluation-harness was run elsewhere, and its result files were taken over."
     return Table("Tasks", ["task", *answers, "seen in training", "items"], rows, False, note)
 
 
-def _score_cell(answers: Answers, task: str) -> Cell:
+def _score_cell(answers: Answers, task: str, first: Answers) -> Cell:
+    """first: the model whose metric and number of examples the row names."""
     row = answers.scores.get(task)
     if row is None:
-        return Cell("not run", answers.about["left_out"].get(task, ""))
-    spread = f"± {row['standard_error']:.3f}" if row["standard_error"] is not None else ""
-    return Cell(number(row["score"]) or "none", spread)
+        return Cell("not run", answers.left_out.get(task, ""))
+    words = [f"± {row['standard_error']:.3f}"] if row["standard_error"] is not None else []
+    words += ["imported"] if row["imported"] else []
+    if why := incomparable(first, answers, task, row["metric"]):
+        words.append(f"not comparable: {why}")
+    return Cell(number(row["score"]) or "none", ", ".join(words))
 
 
 def _language_cell(group: str, change: Change | None, clear: bool) -> Cell:
@@ -128,9 +143,9 @@ def _bits_cell(found: Difference, tint: str) -> Cell:
     return Cell(percent(found.change / found.before), " to ".join(ends), number(found.after), tint)
 
 
-def _task_cell(found: Difference | None, clear: bool, higher_is_better: bool) -> Cell:
+def _task_cell(found: Difference | None, clear: bool, higher_is_better: bool, incomparable: str = "") -> Cell:
     if found is None:
-        return Cell("not known")
+        return Cell("not comparable", incomparable) if incomparable else Cell("not known")
     better = (found.change > 0) == higher_is_better
     if not higher_is_better:
         return _bits_cell(found, "even" if not clear else "good" if better else "bad")

@@ -59,12 +59,14 @@ def report(
     contaminations: dict[str, Artifact] | None = None,
     gates: dict[str, Artifact] | None = None,
     repeats: dict[str, Artifact] | None = None,
+    imported: dict[str, dict[str, Artifact]] | None = None,
 ) -> None:
     """Writes the report of these models: "dense", "lory", "stage 1", "stage 2" and any others by name.
 
     benchmarks, contaminations: by model (tasks/evaluation/benchmark.py, tasks/evaluation/contamination.py).
     gates: decisions by line (tasks/promotion/gate.py).
     repeats: evaluations of further trainings of these models, by name as "lory seed 1".
+    imported: results of `lm_eval` by model and kind (tasks/evaluation/lm_eval_files/imported.py).
     """
     if not evaluations:
         raise EclectusError("a report needs at least one evaluated model; evaluate a checkpoint first")
@@ -75,8 +77,11 @@ def report(
     unknown = [name for name in scores if name not in overlap] if contaminations is not None else []
     unknown += ["the fetched base model"] * bool(history.steps("fetch"))
     comparer = Comparer(scores, seen, overlap, unknown, read_costs(checkpoints))
+    asked: dict[str, dict[str, Artifact]] = {name: {**(imported or {}).get(name, {})} for name in scores}
+    for name, each in (benchmarks or {}).items():
+        asked.get(name, {})["tasks"] = each
     extras = Extras(
-        {name: Answers(name, each) for name, each in (benchmarks or {}).items() if name in scores},
+        {name: answers for name, each in asked.items() if (answers := Answers.of(name, each))},
         [each.statistics for each in (gates or {}).values()],
         settings.report_left_out,
     )

@@ -16,6 +16,7 @@ from eclectus.tasks.step import Step
 WHERE_IT_TRAINS = "where and how workers run; sums over workers are exact or differ in last bits"
 NOT_IN_THE_KEY = {
     "sources": "paths; the files count by content, in the fingerprint",
+    "imported_results": "a path; the files count by content, in the fingerprint",
     "language_workers": "each document is detected alone",
     "language_model": "a path; the file counts by content, in the fingerprint",
     "embedding_batch": "last bits; a document keeps those that it got first",

@@ -17,6 +17,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.evaluation.benchmark import BenchmarkSettings, benchmark
 from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, folders_by_name, language_of, wanted_tasks
 from eclectus.tasks.packing.tokenizer import load_tokenizer
+from tests.support.lm_eval_runs import write_tasks
 from tests.support.small_world import make_world, write_model
 from tests.support.tokenizers import byte_level
 
@@ -242,6 +243,21 @@ def test_a_users_yaml_task_runs_with_the_wanted_number_of_examples(world, questi
     assert wanted == [Wanted("capitals", 2, questions / "capitals.yaml")]
     tasks, _ = Harness([]).load(Wanted("capitals", 1, questions / "capitals.yaml"))
     assert tasks["capitals"].get_config("num_fewshot") == 1
+
+
+def test_a_task_with_several_filters_has_a_metric_for_each_and_a_group_is_asked_by_its_name(world, tmp_path):
+    folder = write_tasks(tmp_path / "tasks")
+    ours = ask(world, world.models["dense"], benchmark_tasks=[str(folder / "generated.yaml"), f"{folder}/geo.yaml:1"])
+    scores = {(row["task"], row["metric"]): row for row in rows(ours, "scores")}
+    assert ("generated", "exact_match,strict") in scores and ("generated", "exact_match") not in scores
+    items = [row for row in rows(ours, "items") if row["metric"] == "exact_match,flexible"]
+    # What the second filter does not find it takes for Oslo, the answer to every other question.
+    assert scores["generated", "exact_match,flexible"]["score"] == pytest.approx(sum(row["value"] for row in items) / 7)
+    assert [row["item"] for row in items] == list(range(7))
+    assert scores["geo", "acc"]["group"] and scores["geo", "acc"]["items"] == 14
+    assert {scores[name, "acc"]["shots"] for name in ("geo", "capitals", "towns")} == {1}
+    mean = (scores["capitals", "acc"]["score"] + scores["towns", "acc"]["score"]) / 2
+    assert scores["geo", "acc"]["score"] == pytest.approx(mean, abs=1e-6)
 
 
 def test_every_item_is_kept_with_question_answers_and_log_likelihoods(world, questions):

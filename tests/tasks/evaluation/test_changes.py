@@ -160,7 +160,8 @@ def answers(tmp_path, name, values):
     pq.write_table(
         pa.table(rows | {each: [rows[each]] * len(values) for each in ("task", "metric")}), place / "items.parquet"
     )
-    score = {"task": ["t"], "metric": ["acc"], "score": [float(np.mean(values))]}
+    score = {"task": ["t"], "metric": ["acc"], "score": [float(np.mean(values))], "items": [len(values)]}
+    score |= {"missing": [0], "shots": [0], "version": ["1"]}
     pq.write_table(pa.table(score), place / "scores.parquet")
     (place / "about.json").write_text(json.dumps({}))
     return Answers(name, Artifact("evaluation", name, str(place)))
