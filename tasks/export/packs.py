@@ -1,8 +1,9 @@
 """Packs for fine-tuning by other trainers: which token belongs to which conversation, and which are learned.
 
     llamafactory   a `datasets` folder with a split `train`, for `tokenized_path`: input_ids, labels, position_ids, and
-                   attention_mask, the number of the conversation within the pack from 1, 0 at padding; L + 1 tokens a
-                   row, of which the last is padding: attention is not given a mask in which there is no zero
+                   attention_mask, the number of the conversation within the pack from 1, 0 at padding; as many tokens
+                   a row as the next multiple of 8 above L, so that the last is padding: attention is not given a mask
+                   in which there is no zero, and its collator would pad other lengths unevenly
     axolotl        a `datasets` folder, rows without padding: input_ids, labels, attention_mask (1), and position_ids,
                    which restart with every conversation; for whatever tells documents apart by them
     trl            a `datasets` folder, rows without padding: input_ids, labels, seq_lengths of the conversations
@@ -83,14 +84,15 @@ def packs_of(data: Instances) -> Iterator[list[Pack]]:
 
 def _llamafactory(data: Instances, out: Path) -> None:
     (out / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
-    end = data.end_of_document
+    # Its collator pads all but the positions to a multiple of 8.
+    more = 8 - data.length % 8
 
     def columns(pack: Pack) -> dict[str, Any]:
         return {
-            "input_ids": np.append(pack.tokens, end),
-            "labels": np.append(pack.labels, IGNORED),
-            "attention_mask": np.append(pack.numbers, 0),
-            "position_ids": np.append(np.where(pack.numbers > 0, pack.positions, 0), 0),
+            "input_ids": np.append(pack.tokens, [data.end_of_document] * more),
+            "labels": np.append(pack.labels, [IGNORED] * more),
+            "attention_mask": np.append(pack.numbers, [0] * more),
+            "position_ids": np.append(np.where(pack.numbers > 0, pack.positions, 0), [0] * more),
         }
 
     _write_dataset(data, out / "train", columns)

@@ -128,8 +128,9 @@ def test_llamafactory_gets_numbered_conversations_and_a_last_token_of_padding(cu
     data = load_from_disk(str(tmp_path / "out"))["train"]
     assert data.column_names == ["input_ids", "labels", "attention_mask", "position_ids"] and len(data) == len(packs)
     for row, pack in zip(data, packs, strict=True):
-        assert row["input_ids"][:-1] == pack.tokens.tolist() and row["labels"] == [*pack.labels.tolist(), IGNORED]
-        assert row["attention_mask"] == [*pack.numbers.tolist(), 0] and len(row["position_ids"]) == LENGTH + 1
+        assert row["input_ids"][:LENGTH] == pack.tokens.tolist() and len(row["position_ids"]) == LENGTH + 8
+        assert row["labels"] == [*pack.labels.tolist(), *[IGNORED] * 8]
+        assert row["attention_mask"] == [*pack.numbers.tolist(), *[0] * 8]
         numbers, positions = np.array(row["attention_mask"]), np.array(row["position_ids"])
         for number in range(1, numbers.max() + 1):
             assert positions[numbers == number].tolist() == list(range((numbers == number).sum()))
@@ -140,8 +141,9 @@ def test_the_numbers_keep_conversations_apart_as_in_llamafactory_s_mask(curated,
     export(curated, tmp_path / "out", "llamafactory")
     data = load_from_disk(str(tmp_path / "out"))["train"]
     tokenizer.pad_token = tokenizer.eos_token
-    batch = DataCollatorForSeq2Seq(tokenizer, padding=True)([data[n] for n in range(2)])
+    batch = DataCollatorForSeq2Seq(tokenizer, padding=True, pad_to_multiple_of=8)([data[n] for n in range(2)])
     numbers = batch["attention_mask"]
+    assert numbers.shape == batch["position_ids"].shape == batch["input_ids"].shape == batch["labels"].shape
     # prepare_4d_attention_mask in llamafactory/data/collator.py.
     seen = (numbers[:, None] == numbers[:, :, None]) & (numbers[:, None] != 0)
     seen &= torch.ones(numbers.shape[1], numbers.shape[1]).tril().bool()
