@@ -110,15 +110,18 @@ class Answers:
 
     def questions(self, task: str) -> dict[int, tuple[str, str]]:
         """(hash of the document, hash of the prompt) of each item of a task, where they were kept."""
-        return {row["item"]: (row["doc_hash"], row["prompt_hash"]) for row in self._hashes(task).get(task, [])}
+        artifact = self.sources.get(task)
+        found = self._hashes[artifact.digest].get(task, []) if artifact else []
+        return {row["item"]: (row["doc_hash"], row["prompt_hash"]) for row in found}
 
     @property
     def _artifacts(self) -> list[Artifact]:
         return [*([self.artifact] if self.artifact else []), *self.imported]
 
-    def _hashes(self, task: str) -> dict[str, list[dict[str, Any]]]:
-        artifact = self.sources.get(task)
-        return read_hashes(artifact) if artifact else {}
+    @cached_property
+    def _hashes(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
+        """By digest of an artifact and task: the hashes of its samples, read once for all tasks."""
+        return {artifact.digest: read_hashes(artifact) for artifact in self._artifacts}
 
 
 @dataclass(frozen=True)
