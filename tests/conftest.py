@@ -56,6 +56,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
 
 
+@pytest.fixture
+def steps(monkeypatch):
+    """The labels of steps that were made, by made-up functions (tests/support/made_up_steps.py)."""
+    from tests.support.made_up_steps import make_up_steps
+
+    return make_up_steps(monkeypatch)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def session_folder(tmp_path_factory):
     """Sets the folder that worker processes of this session share (tests/support/session.py)."""

@@ -15,7 +15,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.journal import Journal
 from tests.support.history import write_step
-from tests.support.made_up_steps import make_up_steps, settings_of, write_inputs
+from tests.support.made_up_steps import settings_of, write_inputs
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
@@ -25,12 +25,6 @@ NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
 def world(tmp_path, monkeypatch):
     monkeypatch.setenv("ECLECTUS_HOME", str(tmp_path / "home"))
     return write_inputs(tmp_path)
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    monkeypatch.setattr("eclectus.flows.flow.serve", lambda run: None)
-    return make_up_steps(monkeypatch)
 
 
 def test_a_flow_is_a_function_and_its_result_names_models_states_and_run(world, steps, capsys):

@@ -165,7 +165,6 @@ def test_a_named_tokenizer_serves_the_model_that_brings_none(job, tmp_path):
 
 
 def test_models_are_named_by_the_step_that_made_them_and_their_languages(tmp_path, monkeypatch):
-    monkeypatch.setattr("eclectus.flows.flow.serve", lambda _: None)
     monkeypatch.setattr("eclectus.flows.given_models.check_before_work", lambda *_: None)
     make_up_steps(monkeypatch)
     world, home = write_inputs(tmp_path), Home.open(tmp_path / "home")

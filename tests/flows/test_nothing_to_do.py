@@ -53,13 +53,6 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def steps(monkeypatch):
-    """The labels of steps that were made, by made-up functions; a run with work starts no server."""
-    monkeypatch.setattr("eclectus.flows.flow.serve", lambda run: None)
-    return make_up_steps(monkeypatch)
-
-
-@pytest.fixture
 def home(tmp_path):
     return Home.open(tmp_path / "home")
 
@@ -208,7 +201,6 @@ def test_what_a_flow_reports_between_its_steps_is_reported_once(world, steps, ho
 def test_an_artifact_that_another_process_damages_between_look_up_and_work_is_noticed(world, home, monkeypatch):
     steps = make_up_steps(monkeypatch)
     given = settings_of(world, "curate", {})
-    monkeypatch.setattr("eclectus.flows.flow.serve", lambda run: None)
     first = run(home, "curate", given)
     monkeypatch.setattr("eclectus.flows.flow.serve", lambda run: _flip(Path(first.result.tokenizer.path)))
     del steps[:]

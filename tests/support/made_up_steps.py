@@ -35,7 +35,8 @@ FILES = {"report": "report.html", "data_report": "data.html"}
 
 
 def make_up_steps(patch: pytest.MonkeyPatch) -> list[str]:
-    """Lets every step write its key instead of its work. Returns the list to which the labels of their runs are added.
+    """Lets every step write its key instead of its work, and runs with work start no server. Returns the list to which
+    the labels of their runs are added.
 
     A fetched model is a dense one. The same key makes the same content.
     """
@@ -48,6 +49,7 @@ def make_up_steps(patch: pytest.MonkeyPatch) -> list[str]:
             return record, run.home.store.commit(draft)
 
     patch.setattr(Step, "_make", make)
+    patch.setattr("eclectus.flows.flow.serve", lambda run: None)
     return made
 
 

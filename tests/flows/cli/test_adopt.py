@@ -12,7 +12,7 @@ from eclectus.storage.lineage.garbage import plan as plan_gc
 from eclectus.tasks.adoption import tag
 from eclectus.tasks.training.upcycle import upcycle
 from tests.support.dense_bases import write_base
-from tests.support.made_up_steps import make_up_steps, run, settings_of, words_of, write_inputs
+from tests.support.made_up_steps import run, settings_of, words_of, write_inputs
 
 WHY = ("--reason", "a comment changed", "--by", "ana")
 
@@ -20,12 +20,6 @@ WHY = ("--reason", "a comment changed", "--by", "ana")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("adopt"))
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    monkeypatch.setattr("eclectus.flows.flow.serve", lambda run: None)
-    return make_up_steps(monkeypatch)
 
 
 @pytest.fixture

@@ -12,18 +12,12 @@ import pytest
 from eclectus.flows.cli.main import main
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import query
-from tests.support.made_up_steps import make_up_steps, run, settings_of, words_of, write_inputs
+from tests.support.made_up_steps import run, settings_of, words_of, write_inputs
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return write_inputs(tmp_path_factory.mktemp("plan"))
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    monkeypatch.setattr("eclectus.flows.flow.serve", lambda run: None)
-    return make_up_steps(monkeypatch)
 
 
 @pytest.fixture
