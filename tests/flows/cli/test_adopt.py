@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 
-from eclectus.flows.cli.main import main
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import query, walk
 from eclectus.storage.lineage.garbage import plan as plan_gc
 from eclectus.tasks.adoption import tag
 from eclectus.tasks.training.upcycle import upcycle
+from tests.support.command_line import run_command
 from tests.support.dense_bases import write_base
 from tests.support.made_up_steps import run, settings_of, words_of, write_inputs
 
@@ -26,16 +26,7 @@ def world(tmp_path_factory):
 def eclectus(tmp_path, capsys):
     """Calls a command: (exit code, what it printed, its error)."""
 
-    def call(*words):
-        code = 0
-        try:
-            main(["--home", str(tmp_path / "home"), *words])
-        except SystemExit as end:
-            code = end.code
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return call
+    return lambda *words: run_command(capsys, "--home", tmp_path / "home", *words)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 
 from eclectus.flows.cli.main import main
 from eclectus.storage.journal import Journal
+from tests.support.command_line import run_command
 from tests.support.history import write_history
 
 SMALL = ["--original-languages", "en", "--model-layers", "2", "--instance-tokens", "128", "--lory-experts", "2"]
@@ -15,16 +16,7 @@ SMALL = ["--original-languages", "en", "--model-layers", "2", "--instance-tokens
 def run(tmp_path, capsys):
     """Calls the command: (exit code, stdout, stderr)."""
 
-    def call(*words):
-        code = 0
-        try:
-            main(["--home", str(tmp_path / "home"), "estimate", *map(str, words)])
-        except SystemExit as end:
-            code = end.code
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
+    return lambda *words: run_command(capsys, "--home", tmp_path / "home", "estimate", *words)
 
 
 def test_for_gpus_every_training_has_time_memory_disk_and_flops(run, tmp_path):

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from eclectus.flows.cli.main import main
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import query
 from eclectus.tasks.rights.exposure import exposures, find_documents
 from eclectus.tasks.rights.forgotten import forgotten, remember_forgotten
+from tests.support.command_line import run_command
 from tests.support.history import write_history
 
 SMALL = {
@@ -24,16 +24,7 @@ SMALL = {
 
 @pytest.fixture
 def eclectus(capsys):
-    def call(home, *words):
-        code = 0
-        try:
-            main(["--home", str(home), *words])
-        except SystemExit as end:
-            code = end.code
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return call
+    return lambda home, *words: run_command(capsys, "--home", home, *words)
 
 
 def write_corpus(path):

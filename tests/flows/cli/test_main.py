@@ -13,6 +13,7 @@ from eclectus.flows.cli.main import GROUPS, main
 from eclectus.flows.parameters import PARAMETERS
 from eclectus.storage.home import Home
 from eclectus.storage.journal import Journal
+from tests.support.command_line import run_command
 
 ROOT = Path(__file__).parents[3]
 SLOW_IMPORTS = {
@@ -26,17 +27,6 @@ SLOW_IMPORTS = {
     "scipy",
     "datasets",
 }
-
-
-def run(capsys, *words):
-    """(exit code, stdout, stderr) of one command in this process."""
-    code = 0
-    try:
-        main([str(word) for word in words])
-    except SystemExit as end:
-        code = end.code
-    output = capsys.readouterr()
-    return code, output.out, output.err
 
 
 @pytest.fixture
@@ -63,7 +53,7 @@ def source(tmp_path):
 )
 def test_a_wrong_setting_is_one_line_that_names_it_before_any_work(capsys, tmp_path, source, words, complaint):
     words = words if "--sources" in words else ["--sources", source, *words]
-    code, _, output = run(capsys, "--home", tmp_path / "home", "run", *words)
+    code, _, output = run_command(capsys, "--home", tmp_path / "home", "run", *words)
     assert code == 2
     assert complaint in output.splitlines()[-1]
     assert not (tmp_path / "home" / "prefect").exists()
@@ -72,7 +62,7 @@ def test_a_wrong_setting_is_one_line_that_names_it_before_any_work(capsys, tmp_p
 def test_an_unknown_setting_in_a_file_is_named_with_the_nearest_one(capsys, tmp_path, source):
     config = tmp_path / "my.yaml"
     config.write_text("neighbours_k: 3\n")
-    code, _, output = run(capsys, "--home", tmp_path / "home", "run", "--config", config, "--sources", source)
+    code, _, output = run_command(capsys, "--home", tmp_path / "home", "run", "--config", config, "--sources", source)
     assert code == 2 and "unknown setting 'neighbours_k'" in output and "did you mean 'neighbors_k'" in output
 
 
@@ -83,7 +73,7 @@ def test_help_describes_the_basic_settings_and_help_all_every_setting_by_group(c
     model = PARAMETERS[flow]
     helps = {}
     for option in ("--help", "--help-all"):
-        code, helps[option], _ = run(capsys, command, option)
+        code, helps[option], _ = run_command(capsys, command, option)
         assert code == 0
     options = {option: re.findall(r"^  --([a-z-]+) ", text, re.MULTILINE) for option, text in helps.items()}
     basic = [name for name in model.model_fields if model.is_basic(name)]
@@ -115,14 +105,14 @@ def test_every_setting_is_in_one_group_and_every_flow_begins_with_its_input_and_
 
 
 def test_an_option_that_help_does_not_show_works(capsys, tmp_path, source):
-    code, _, message = run(
+    code, _, message = run_command(
         capsys, "--home", tmp_path / "home", "run", "--sources", source, "--duplicate-overlap", "lots"
     )
     assert code == 2 and "setting 'duplicate_overlap' in the command line is 'lots'" in message
 
 
 def test_help_lists_every_command_in_one_of_four_groups(capsys):
-    code, output, _ = run(capsys, "--help")
+    code, output, _ = run_command(capsys, "--help")
     assert code == 0
     titles = [line for line in output.splitlines() if line in ("run:", "models:", "lineage:", "operate:")]
     assert titles == ["run:", "models:", "lineage:", "operate:"]
@@ -130,19 +120,19 @@ def test_help_lists_every_command_in_one_of_four_groups(capsys):
     assert len(listed) == len(set(listed)) == 46
     for name in listed:
         assert re.search(rf"^  {name} +\w", output, re.MULTILINE)
-        assert run(capsys, name, "--help")[0] == 0
+        assert run_command(capsys, name, "--help")[0] == 0
 
 
 def test_the_version_is_that_of_the_package_and_of_the_image(capsys):
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert run(capsys, "--version") == (0, f"eclectus {version}\n", "")
+    assert run_command(capsys, "--version") == (0, f"eclectus {version}\n", "")
     assert importlib.metadata.version("eclectus") == version
     assert f"image: eclectus:{version}\n" in (ROOT / "docker-compose.yml").read_text()
 
 
 def test_an_internal_error_is_one_line_that_names_the_file_with_the_traceback(capsys, home, monkeypatch):
     monkeypatch.setattr("eclectus.flows.services.up.down", lambda _: 1 / 0)
-    code, _, message = run(capsys, "--home", home.root, "down")
+    code, _, message = run_command(capsys, "--home", home.root, "down")
     assert code == 1
     log = home.root / "fault.log"
     assert message == f"eclectus: internal error: ZeroDivisionError: division by zero; traceback in {log}\n"
@@ -177,9 +167,9 @@ def test_the_home_may_stand_before_or_after_the_command(capsys, home, monkeypatc
 def test_sql_answers_as_table_and_as_json(capsys, home):
     with Journal(home.journal, "r1") as journal:
         journal.event("run_started", flow="main", parameters={}, packages={})
-    code, output, _ = run(capsys, "--home", home.root, "sql", "select run, flow from runs")
+    code, output, _ = run_command(capsys, "--home", home.root, "sql", "select run, flow from runs")
     assert code == 0 and "r1" in output and "main" in output
-    _, output, _ = run(capsys, "--home", home.root, "sql", "--json", "select run, flow from runs")
+    _, output, _ = run_command(capsys, "--home", home.root, "sql", "--json", "select run, flow from runs")
     assert json.loads(output) == {"run": "r1", "flow": "main"}
 
 
@@ -190,6 +180,6 @@ def test_why_names_the_steps_of_the_run_when_the_step_is_unknown(capsys, home):
         journal.event(
             "step_ended", step="s", name="group", label="group", flow="main", key="k", state="reused", reason="same"
         )
-    assert "reused" in run(capsys, "--home", home.root, "why", "last", "group")[1]
-    code, _, output = run(capsys, "--home", home.root, "why", "r1", "grup")
+    assert "reused" in run_command(capsys, "--home", home.root, "why", "last", "group")[1]
+    code, _, output = run_command(capsys, "--home", home.root, "why", "r1", "grup")
     assert code == 2 and "its steps are: group" in output

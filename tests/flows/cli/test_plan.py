@@ -12,6 +12,7 @@ import pytest
 from eclectus.flows.cli.main import main
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import query
+from tests.support.command_line import run_command
 from tests.support.made_up_steps import run, settings_of, words_of, write_inputs
 
 
@@ -25,12 +26,8 @@ def plan(tmp_path, capsys):
     """Calls the command: (exit code, what it printed as JSON)."""
 
     def call(flow, given, root=tmp_path / "home"):
-        code = 0
-        try:
-            main(["--home", str(root), "plan", flow, "--json", *words_of(given)])
-        except SystemExit as end:
-            code = end.code
-        return code, json.loads(capsys.readouterr().out)
+        code, said, _ = run_command(capsys, "--home", root, "plan", flow, "--json", *words_of(given))
+        return code, json.loads(said)
 
     return call
 

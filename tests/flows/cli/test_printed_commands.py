@@ -10,13 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from eclectus.flows.cli.main import main
 from eclectus.flows.cli.summary import summarize
 from eclectus.flows.cli.terminal import Terminal
 from eclectus.storage.home import Home
 from eclectus.storage.journal import Journal
 from eclectus.storage.step_keys import KnownKeys
 from eclectus.tasks.run import Run
+from tests.support.command_line import run_command
 
 ROOT = Path(__file__).parents[3]
 HOSTILE = "it's $HOME [1] ü"
@@ -108,19 +108,14 @@ def test_what_a_command_advises_names_its_home_and_can_be_pasted(world, capsys, 
     (world / "configs").mkdir()
     (world / "configs" / "gate.yaml").write_text("lines: {x: {rules: ['retention.en >= 0.5']}}")
     words = [each.replace("-it's", "./-it's") for each in words]
-    code = 0
-    try:
-        main(["--home", HOSTILE, *words])
-    except SystemExit as end:
-        code = end.code
-    output = capsys.readouterr()
-    lines = commands_in(output.out + output.err)
-    assert code == (0 if words[0] in ("gc", "bundle") else 2), output.err
+    code, out, err = run_command(capsys, "--home", HOSTILE, *words)
+    lines = commands_in(out + err)
+    assert code == (0 if words[0] in ("gc", "bundle") else 2), err
     assert [shlex.split(line)[1:] for line in lines] == ([["--home", HOSTILE, *expected]] if expected else [])
     for line in lines:
         pasted(line)
     if words[0] == "bundle":
-        place = shlex.split(output.out.rpartition("open it with ")[2])[-1]
+        place = shlex.split(out.rpartition("open it with ")[2])[-1]
         assert Path(place).exists() and place == "./-it's.duckdb"
 
 

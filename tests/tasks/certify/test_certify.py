@@ -16,6 +16,7 @@ from eclectus.tasks.export import model_card as card
 from eclectus.tasks.export.model_card import Origin
 from tests.support import tokenizers
 from tests.support.checkpoint_kinds import KINDS
+from tests.support.command_line import run_command
 from tests.support.dense_bases import dense
 from tests.support.small_world import make_world
 from tests.support.tokenizers import change
@@ -26,13 +27,8 @@ EXPERT = "model.layers.1.block_sparse_moe.experts.1.w2.weight"
 
 
 def eclectus(capsys, *words):
-    code, _ = 0, capsys.readouterr()
-    try:
-        main([str(word) for word in words])
-    except SystemExit as end:
-        code = end.code
-    said = capsys.readouterr()
-    return code, said.out + said.err
+    code, *said = run_command(capsys, *words)
+    return code, "".join(said)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from eclectus.models.pretraining.export_dense import export_dense
 from eclectus.tasks.certify.environments import COMPLETE, FOLDER_VARIABLE, environment_path
 from eclectus.tasks.certify.servers import SERVERS
 from tests.support.checkpoint_kinds import pretrained
+from tests.support.command_line import run_command
 from tests.support.gguf_files import spread
 from tests.support.tokenizers import byte_level
 
@@ -111,14 +112,9 @@ def lory_export(root):
 
 
 def certified(capsys, folder, servers, *words):
-    capsys.readouterr()
-    code = 0
-    try:
-        main(["--home", str(folder.parent / "none"), "certify", str(folder), "--servers", servers, *words])
-    except SystemExit as end:
-        code = end.code
-    said = capsys.readouterr()
-    return code, said.out + said.err
+    home = folder.parent / "none"
+    code, *said = run_command(capsys, "--home", home, "certify", folder, "--servers", servers, *words)
+    return code, "".join(said)
 
 
 @pytest.mark.parametrize(

@@ -6,41 +6,31 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eclectus.flows.cli.main import main
 from eclectus.models.mixture.upcycle import upcycle
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.export.mixture import export_mixture
 from eclectus.tasks.export.model_card import Origin, model_card, origin_of
 from eclectus.tasks.step import step
+from tests.support.command_line import run_command
 from tests.support.dense_bases import logits, tokens, write_base
-
-
-def eclectus(capsys, *words):
-    code, _ = 0, capsys.readouterr()
-    try:
-        main([str(word) for word in words])
-    except SystemExit as end:
-        code = end.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 def test_upcycle_and_export_from_the_command_line(capsys, tmp_path):
     base = write_base(tmp_path / "base", "qwen2", torch.bfloat16)
     home = ("--home", tmp_path / "home")
-    code, said, _ = eclectus(capsys, *home, "upcycle", base, tmp_path / "moe", "--experts", 3, "--top-k", 2)
+    code, said, _ = run_command(capsys, *home, "upcycle", base, tmp_path / "moe", "--experts", 3, "--top-k", 2)
     assert (
         code == 0
         and "qwen2 to qwen2_moe, 3 experts per layer, top 2" in said
         and "no logit differs by more than" in said
     )
-    code, said, _ = eclectus(capsys, *home, "export", tmp_path / "moe", tmp_path / "out", "--dtype", "float32")
+    code, said, _ = run_command(capsys, *home, "export", tmp_path / "moe", tmp_path / "out", "--dtype", "float32")
     assert code == 0 and "Qwen2MoeForCausalLM" in said
     torch.testing.assert_close(logits(tmp_path / "out", tokens()), logits(base, tokens()), rtol=0, atol=1e-5)
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers") and "was not evaluated" in card
     assert json.loads((tmp_path / "out" / "upcycle.json").read_text())["base_digest"] in card
-    code, said, _ = eclectus(capsys, *home, "export", tmp_path / "out", tmp_path / "back", "--extract-base")
+    code, said, _ = run_command(capsys, *home, "export", tmp_path / "out", tmp_path / "back", "--extract-base")
     assert code == 0 and "Qwen2ForCausalLM" in said
     before, after = (load_file(place / "model.safetensors") for place in (base, tmp_path / "back"))
     assert before.keys() == after.keys()
@@ -65,7 +55,7 @@ def test_upcycle_and_export_from_the_command_line(capsys, tmp_path):
 def test_what_is_wrong_is_one_line_and_writes_nothing(capsys, tmp_path, words, complaint):
     base = write_base(tmp_path / "base", "llama")
     words = [word.replace("BASE", str(base)).replace("OUT", str(tmp_path / "out")) for word in words]
-    code, _, said = eclectus(capsys, "--home", tmp_path / "home", *words)
+    code, _, said = run_command(capsys, "--home", tmp_path / "home", *words)
     assert code == 2 and complaint in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -73,21 +63,21 @@ def test_what_is_wrong_is_one_line_and_writes_nothing(capsys, tmp_path, words, c
 def test_an_export_that_rounds_the_base_says_so_in_terminal_card_and_at_extraction(capsys, tmp_path):
     base = write_base(tmp_path / "base", "llama", torch.float32)
     home = ("--home", tmp_path / "home")
-    eclectus(capsys, *home, "upcycle", base, tmp_path / "moe", "--experts", 3)
-    code, said, _ = eclectus(capsys, *home, "export", tmp_path / "moe", tmp_path / "same")
+    run_command(capsys, *home, "upcycle", base, tmp_path / "moe", "--experts", 3)
+    code, said, _ = run_command(capsys, *home, "export", tmp_path / "moe", tmp_path / "same")
     assert code == 0 and "note" not in said
     assert "unchanged from the dense model" in (tmp_path / "same" / "README.md").read_text()
-    code, said, _ = eclectus(capsys, *home, "export", tmp_path / "moe", tmp_path / "out", "--dtype", "bfloat16")
+    code, said, _ = run_command(capsys, *home, "export", tmp_path / "moe", tmp_path / "out", "--dtype", "bfloat16")
     assert code == 0 and "bfloat16 rounds the original weights" in said and f"keep {tmp_path / 'moe'}" in said
     # Wider again, or exported once more, it stays rounded.
-    eclectus(capsys, *home, "export", tmp_path / "out", tmp_path / "again", "--dtype", "float32")
+    run_command(capsys, *home, "export", tmp_path / "out", tmp_path / "again", "--dtype", "float32")
     for folder in ("out", "again"):
         card = (tmp_path / folder / "README.md").read_text()
         assert "unchanged from" not in card and "--extract-base" not in card and "rounded to bfloat16" in card
-        code, _, said = eclectus(capsys, *home, "export", tmp_path / folder, tmp_path / "back", "--extract-base")
+        code, _, said = run_command(capsys, *home, "export", tmp_path / folder, tmp_path / "back", "--extract-base")
         assert code == 2 and "rounded to bfloat16" in said and "extract the base from the checkpoint" in said
         assert not (tmp_path / "back").exists()
-    code, _, _ = eclectus(capsys, *home, "export", tmp_path / "same", tmp_path / "back", "--extract-base")
+    code, _, _ = run_command(capsys, *home, "export", tmp_path / "same", tmp_path / "back", "--extract-base")
     assert code == 0
 
 
@@ -97,16 +87,16 @@ def test_values_beyond_float16_are_refused_by_name(capsys, tmp_path):
     weights["model.embed_tokens.weight"][0, 0] = 1e5
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     words = ("--home", tmp_path / "home", "export", base, tmp_path / "out", "--dtype")
-    code, _, said = eclectus(capsys, *words, "float16")
+    code, _, said = run_command(capsys, *words, "float16")
     assert code == 2 and "model.embed_tokens.weight holds 9.98e+04, more than float16" in said
     assert not (tmp_path / "out").exists()
-    assert eclectus(capsys, *words, "float32")[0] == 0
+    assert run_command(capsys, *words, "float32")[0] == 0
 
 
 @pytest.mark.parametrize("name", ["llama tied", "qwen3"])
 def test_a_dense_model_is_exported_for_both_generations_with_a_card(capsys, tmp_path, name):
     base = write_base(tmp_path / "base", name, torch.bfloat16)
-    code, said, _ = eclectus(
+    code, said, _ = run_command(
         capsys, "--home", tmp_path / "home", "export", base, tmp_path / "out", "--dtype", "float32"
     )
     assert code == 0 and "ForCausalLM" in said and "its model card in README.md" in said
@@ -138,7 +128,7 @@ def test_folders_left_by_killed_commands_are_named_and_stay(capsys, tmp_path):
     left.mkdir()
     (left / "file").write_text("")
     base = write_base(tmp_path / "base", "llama")
-    code, said, _ = eclectus(capsys, "--home", tmp_path / "home", "export", base, tmp_path / "out")
+    code, said, _ = run_command(capsys, "--home", tmp_path / "home", "export", base, tmp_path / "out")
     assert code == 0 and str(left) in said and (left / "file").is_file()
 
 
@@ -196,13 +186,13 @@ def test_a_mixture_leaves_as_gguf_with_a_card_and_qwen2_is_refused_in_one_line(c
             path.unlink()
         upcycle(base, tmp_path / f"{name}-moe", experts=2)
     out = tmp_path / "served"
-    code, said, _ = eclectus(capsys, *home, "export", tmp_path / "llama-moe", out, "--format", "gguf")
+    code, said, _ = run_command(capsys, *home, "export", tmp_path / "llama-moe", out, "--format", "gguf")
     assert code == 0 and f"{out}/served-F32.gguf: llama of" in said and "no logit differs by more than" in said
     assert "llama-server -m served-F32.gguf" in (out / "README.md").read_text()
-    code, _, said = eclectus(capsys, *home, "export", tmp_path / "qwen2-moe", tmp_path / "no", "--format", "gguf")
+    code, _, said = run_command(capsys, *home, "export", tmp_path / "qwen2-moe", tmp_path / "no", "--format", "gguf")
     assert code == 2 and len(said.splitlines()) == 1 and "transformers or vLLM" in said
     assert not (tmp_path / "no").exists()
-    code, _, said = eclectus(
+    code, _, said = run_command(
         capsys, *home, "export", tmp_path / "llama-moe", tmp_path / "no", "--format", "gguf", "--extract-base"
     )
     assert code == 2 and len(said.splitlines()) == 1

@@ -10,7 +10,6 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from eclectus.flows.cli.main import main
 from eclectus.flows.run import open_run
 from eclectus.flows.services.ports import free_port
 from eclectus.models.mixture.upcycle import upcycle
@@ -21,6 +20,7 @@ from eclectus.storage.lineage.imported import import_bundle
 from eclectus.tasks.hub import hub as talking
 from eclectus.tasks.tracking import TrackerSettings
 from eclectus.tasks.training.fetch_model import FetchSettings, fetch
+from tests.support.command_line import run_command
 from tests.support.dense_bases import logits, tokens, write_base
 from tests.support.fake_hub import TOKEN, Repository, serve_hub
 
@@ -50,13 +50,7 @@ def made(tmp_path_factory):
 
 
 def eclectus(capsys, home, *words):
-    code, _ = 0, capsys.readouterr()
-    try:
-        main(["--home", str(home.root), *map(str, words)])
-    except SystemExit as end:
-        code = end.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    return run_command(capsys, "--home", home.root, *words)
 
 
 def test_a_checkpoint_comes_back_with_the_same_digest_and_its_lineage(made, hub, tmp_path, capsys):
