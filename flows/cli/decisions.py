@@ -102,6 +102,10 @@ def add_rights_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     forget.add_argument("documents", nargs="*", metavar="DOCUMENT", help="id, at least 8 digits of it, or its own name")
     for name in BY:
         forget.add_argument(f"--{name}", help=f"every packed document of this {name}")
+    forget.add_argument(
+        "--licence", help="every document whose record has this licence; the sources of the job are read again"
+    )
+    forget.add_argument("--licence-field", default="license", help="the field of licences (default: license)")
     forget.add_argument("--run", help=f"the job to do again without them; {RUN_HELP} (default: the last that saw them)")
     forget.add_argument("--reason", default="", help="why, for the lineage")
     forget.add_argument("--by", help="who asked for it (default: the user's name)")
@@ -128,10 +132,16 @@ def _forget(chosen: argparse.Namespace) -> None:
     from eclectus.tasks.rights.forgotten import remember_forgotten
 
     columns = {name: value for name in BY if (value := getattr(chosen, name))}
-    if not chosen.documents and not columns:
-        raise EclectusError("forget needs documents, or one of --source, --language and --domain")
+    if not chosen.documents and not columns and chosen.licence is None:
+        raise EclectusError("forget needs documents, or one of --source, --language, --domain and --licence")
     home = Home.existing(reading=not chosen.yes)
-    documents = find_documents(home, chosen.documents, columns)
+    if chosen.licence is None:
+        documents = find_documents(home, chosen.documents, columns)
+    else:
+        licensed = _with_licence(home, chosen.run, chosen.licence_field, chosen.licence)
+        if columns:
+            licensed &= set(find_documents(home, [], columns))
+        documents = sorted(licensed | set(find_documents(home, chosen.documents, {})))
     seen = exposures(home, documents)
     _print_exposures(home, documents, seen, chosen.json)
     if not seen and not chosen.yes:
@@ -167,18 +177,48 @@ def _print_exposures(home: Home, documents: list[str], seen: list[Exposure], as_
         print(f"documents: {len(documents)}; trainings of this home that read them: {len(seen)}")
 
 
+def _with_licence(home: Home, name: str | None, field: str, licence: str) -> set[str]:
+    """The ids of documents with a licence, among the sources of a run; without its name, of the last that had any."""
+    from eclectus.storage.lineage.connection import connect
+    from eclectus.storage.lineage.runs import find_run
+    from eclectus.tasks.documents.intake.settings import IngestSettings
+    from eclectus.tasks.rights.fields import documents_with_field
+
+    with connect(home) as connection:
+        if name:
+            runs = [find_run(connection, name)]
+        else:
+            query = "select run, parameters from runs where parameters is not null order by started desc"
+            runs = [run for run, written in connection.execute(query).fetchall() if json.loads(written).get("sources")]
+    parameters: Any = _parameters_of(home, runs[0])[1] if runs else None
+    if not getattr(parameters, "sources", None):
+        raise EclectusError(
+            f"{f'run {name}' if name else 'every run of this home'} has no sources, of which a licence could be read"
+        )
+    return documents_with_field(IngestSettings.of(parameters), field, licence)
+
+
 def _job(home: Home, name: str | None, seen: list[Exposure]) -> tuple[str, str, Any]:
     """(run, flow, parameters) of the job to do again."""
-    from eclectus.flows.parameters import PARAMETERS
     from eclectus.storage.lineage.connection import connect
     from eclectus.storage.lineage.runs import find_run
 
     with connect(home) as connection:
         run = find_run(connection, name) if name else seen[-1].run
-        ((flow, written),) = connection.execute("select flow, parameters from runs where run = ?", [run]).fetchall()
-    if flow not in PARAMETERS:
+    flow, parameters = _parameters_of(home, run)
+    if parameters is None:
         raise EclectusError(f"run {run} is of flow '{flow}', which cannot be done again from here; name one with --run")
-    return run, flow, PARAMETERS[flow].read(json.loads(written), f"run {run}")
+    return run, flow, parameters
+
+
+def _parameters_of(home: Home, run: str) -> tuple[str, Any]:
+    """(flow of a run, its parameters; None if it is no flow of ours)."""
+    from eclectus.flows.parameters import PARAMETERS
+    from eclectus.storage.lineage.connection import connect
+
+    with connect(home) as connection:
+        ((flow, written),) = connection.execute("select flow, parameters from runs where run = ?", [run]).fetchall()
+    return flow, PARAMETERS[flow].read(json.loads(written), f"run {run}") if flow in PARAMETERS else None
 
 
 def _plan(home: Home, flow: str, parameters: Any) -> Plan:

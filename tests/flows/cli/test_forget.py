@@ -33,7 +33,7 @@ def write_corpus(path):
     for number in range(90):
         language = "el" if number % 3 == 2 else "en"
         text = " ".join(f"{words[number % 3]} {language} {number} {k}" for k in range(12))
-        rows.append({"text": text, "language": language, "id": f"{language}-{number}"})
+        rows.append({"text": text, "language": language, "id": f"{language}-{number}", "licence": f"of {number}"})
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
 
 
@@ -70,6 +70,8 @@ def test_a_training_without_a_document_is_that_of_a_home_that_never_trained_on_i
     assert "train stage 1" in {row["label"] for row in rows} and "train lory" not in {row["label"] for row in rows}
     stage_1 = next(row for row in rows if row["label"] == "train stage 1")
     assert 1 <= stage_1["first_step"] < stage_1["steps"] == 4 and stage_1["last_before"].startswith("checkpoint-")
+    licence = ["--licence", f"of {name.partition('-')[2]}", "--licence-field", "licence"]
+    assert eclectus(home, "forget", *licence, "--json")[1] == said
     exposed_as_noted(home, eclectus)
     code, said, _ = eclectus(home, "forget", name)
     assert code == 0 and "+ pack expanded" in said and "+ train stage 1" in said and "train lory" not in said
@@ -112,7 +114,8 @@ def test_the_list_only_grows_and_is_in_the_journal(home):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "forget needs documents, or one of --source, --language and --domain"),
+        ([], "forget needs documents, or one of --source, --language, --domain and --licence"),
+        (["--licence", "gpl"], "every run of this home has no sources, of which a licence could be read"),
         (["nobody"], "no document that is kept here is called 'nobody'"),
         (
             ["--source", "elsewhere"],
