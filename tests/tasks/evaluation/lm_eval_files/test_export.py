@@ -1,8 +1,8 @@
 """Exported results are the files that the command `lm_eval` writes for the same checkpoint and tasks."""
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
