@@ -88,7 +88,7 @@ class BenchmarkSettings(WorkerSettings, BeginSettings, VocabularySettings):
     benchmark_languages: list[str] = Field(
         [], description="Languages of the preset 'moe-lpr', as ISO 639-1 codes; empty: all languages of the run."
     )
-    training_workers: int = RuntimeSetting(1, ge=0, description=WORKERS, basic=True)
+    training_workers: int = RuntimeSetting(2, ge=0, description=WORKERS, basic=True)
     seed: int = SEED
 
     def check_together(self) -> None:

@@ -113,7 +113,7 @@ class EvaluateSettings(DocumentMaskSettings, WorkerSettings, BeginSettings, Voca
     evaluation_batch: int = RuntimeSetting(
         8, ge=1, description="Windows that a worker scores at once; more cost memory."
     )
-    training_workers: int = RuntimeSetting(1, ge=0, description=WORKERS, basic=True)
+    training_workers: int = RuntimeSetting(2, ge=0, description=WORKERS, basic=True)
     seed: int = SEED
 
     @property

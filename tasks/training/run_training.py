@@ -38,7 +38,7 @@ class WorkerSettings(Settings):
     """The workers that train and evaluate: number, resources, placement and restarts."""
 
     training_workers: int = Field(
-        1,
+        2,
         ge=0,
         description=WORKERS,
         json_schema_extra=BASIC,
