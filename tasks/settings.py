@@ -27,6 +27,12 @@ def RuntimeSetting(default: Any, description: str, basic: bool = False, **rules:
     return Field(default, description=description, json_schema_extra=extra, **rules)
 
 
+def LaterSetting(default: Any, description: str, **rules: Any) -> Any:
+    """A field that came when there were keys without it: at its default, with which all is as before, it is not in the
+    key."""
+    return Field(default, description=description, json_schema_extra={"in_key_at_default": False}, **rules)
+
+
 class Settings(BaseModel):
     """Settings of one step, or of a flow that inherits from several steps' settings."""
 
@@ -73,7 +79,12 @@ class Settings(BaseModel):
     def key_values(self) -> dict[str, Any]:
         """JSON-ready values of the settings that can change the output."""
         return self.model_dump(
-            mode="json", exclude={name for name in type(self).model_fields if not self._matters(name)}
+            mode="json",
+            exclude={
+                name
+                for name, field in type(self).model_fields.items()
+                if not self._matters(name) or (self.is_later(name) and getattr(self, name) == field.default)
+            },
         )
 
     @classmethod
@@ -84,13 +95,21 @@ class Settings(BaseModel):
     @classmethod
     def is_basic(cls, name: str) -> bool:
         """Whether the setting is among those that `--help` and the forms show (see `BASIC`)."""
-        extra = cls.model_fields[name].json_schema_extra
-        return isinstance(extra, dict) and extra.get("basic") is True
+        return cls._says(name, "basic", True)
+
+    @classmethod
+    def is_later(cls, name: str) -> bool:
+        """Whether the setting is in keys only where it is not at its default (`LaterSetting`)."""
+        return cls._says(name, "in_key_at_default", False)
 
     @classmethod
     def _matters(cls, name: str) -> bool:
+        return not cls._says(name, "affects_output", False)
+
+    @classmethod
+    def _says(cls, name: str, what: str, value: bool) -> bool:
         extra = cls.model_fields[name].json_schema_extra
-        return not (isinstance(extra, dict) and extra.get("affects_output") is False)
+        return isinstance(extra, dict) and extra.get(what) is value
 
 
 class CurationWorkerSettings(Settings):

@@ -18,10 +18,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field
-
 from eclectus.tasks.documents.readers.records import Fault, Record, brief
-from eclectus.tasks.settings import Settings
+from eclectus.tasks.settings import LaterSetting, Settings
 
 HOLDERS = ("messages", "conversations", "instruction")
 BESIDE = ("input", "context", "output", "response", "system", "history", "tools")
@@ -49,19 +47,12 @@ Messages = list[dict[str, Any]]
 class ConversationSettings(Settings):
     """Whether the documents are conversations."""
 
-    conversations: bool = Field(
+    conversations: bool = LaterSetting(
         False,
         description="Whether the sources hold conversations (messages, ShareGPT's conversations, or instruction and "
         "output), for supervised fine-tuning by other trainers: packs of similar ones, whole, with a loss mask by the "
         "chat template of `tokenizer`. text_field may name the field of the messages.",
     )
-
-    def key_values(self) -> dict[str, Any]:
-        """Without the setting where it is off: as before there were conversations."""
-        values = super().key_values()
-        if not self.conversations:
-            values.pop("conversations")
-        return values
 
 
 class NoConversation(Exception):

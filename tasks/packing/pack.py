@@ -43,7 +43,7 @@ from eclectus.tasks.packing.instance_part import names_by_part, write_part
 from eclectus.tasks.packing.instance_plan import plan_instances
 from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer
 from eclectus.tasks.run import metric, notify
-from eclectus.tasks.settings import BASIC, SEED, CurationWorkerSettings
+from eclectus.tasks.settings import BASIC, SEED, CurationWorkerSettings, LaterSetting
 from eclectus.tasks.step import step
 
 SECONDS_PER_TOKEN = 8e-8
@@ -74,19 +74,12 @@ class PackSettings(ConversationPackSettings, BeginSettings, CurationWorkerSettin
         description="Also store position_ids, which restart at 0 with every document, for trainers whose attention "
         "must not cross documents.",
     )
-    pack_left_out: list[str] = Field(
+    pack_left_out: list[str] = LaterSetting(
         [],
         description="Ids of documents that are not trained on: padding takes the place of their tokens, and every "
         "other token stays where it is. Those that the home forgot (eclectus forget) are added.",
     )
     seed: int = SEED
-
-    def key_values(self) -> dict[str, Any]:
-        """Without pack_left_out where nothing is: as before documents could be left out."""
-        values = super().key_values()
-        if not self.pack_left_out:
-            values.pop("pack_left_out")
-        return values
 
 
 @step(makes="instances", version=4)

@@ -21,7 +21,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.tasks.allowed_paths import check_tree, hash_allowed
 from eclectus.tasks.packing.tokenizer_training import sample, train_bpe
 from eclectus.tasks.run import current_run
-from eclectus.tasks.settings import BASIC, Settings
+from eclectus.tasks.settings import BASIC, LaterSetting, Settings
 from eclectus.tasks.step import step
 from eclectus.tasks.training.fetch_model import listing
 from eclectus.tasks.training.without_torch import without_torch
@@ -60,18 +60,12 @@ class TokenizerSettings(Settings):
 class BeginSettings(Settings):
     """Whether documents begin with a token of their own, in training and in evaluation."""
 
-    begin_of_document: Literal["auto", "always", "never"] = Field(
+    # With auto the tokenizer decides, whose digest is in the key.
+    begin_of_document: Literal["auto", "always", "never"] = LaterSetting(
         "auto",
         description="Whether the beginning-of-sequence token precedes every document, in packing and evaluation: auto "
         "follows the tokenizer's own rule for a text, always puts it, never leaves it out.",
     )
-
-    def key_values(self) -> dict[str, Any]:
-        """Without the setting where the tokenizer decides: its digest is in the key."""
-        values = super().key_values()
-        if self.begin_of_document == "auto":
-            values.pop("begin_of_document")
-        return values
 
     def begin(self, tokenizer: Any) -> list[int]:
         """The token ids that precede every document. Raises EclectusError where there must be one and is none."""

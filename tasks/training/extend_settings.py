@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.settings import BASIC, Settings
+from eclectus.tasks.settings import BASIC, LaterSetting, Settings
 from eclectus.tasks.training.layer_similarity import LayerSimilaritySettings
 from eclectus.tasks.training.precision import parameters_in
 from eclectus.tasks.training.run_training import TrainingSettings
@@ -122,8 +122,10 @@ class ExtendStageSettings(MethodSettings, PostPretrainSettings, ReviewSettings, 
 
     extend_stage: Stage = Field(description="Which stage: post_pretrain or review.")
     original_languages: list[str] = Field(description="Languages of the dense model, as ISO 639-1 codes.")
-    new_words: bool = Field(False, description="Whether the rows that extension_vocabulary added train in stage 1.")
-    reordered: bool = Field(
+    new_words: bool = LaterSetting(
+        False, description="Whether the rows that extension_vocabulary added train in stage 1."
+    )
+    reordered: bool = LaterSetting(
         False, description="Read the instances in an order of the seed's own in the first epoch, too; not as packed."
     )
 
@@ -134,7 +136,7 @@ class ExtendStageSettings(MethodSettings, PostPretrainSettings, ReviewSettings, 
         )
         if self.extension_method == "one_stage":
             unused = {"review_learning_rate", "review_warmup_steps"}
-        unused |= {name for name in ("reordered", "new_words", "training_compiled") if not getattr(self, name)}
+        unused |= set() if self.training_compiled else {"training_compiled"}
         unused |= {"lora_rank"} if self.extension_method != "lora" else set()
         unused |= {"llama_pro_blocks"} if self.extension_method != "llama_pro" else set()
         return {name: value for name, value in super().key_values().items() if name not in unused}

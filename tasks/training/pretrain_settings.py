@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field
 
 from eclectus.storage.errors import EclectusError
-from eclectus.tasks.settings import BASIC, Settings
+from eclectus.tasks.settings import BASIC, LaterSetting, Settings
 from eclectus.tasks.training.precision import LARGE, dense_parameters, parameters_in, vocabulary_in
 from eclectus.tasks.training.run_training import TrainingSettings
 
@@ -190,7 +190,7 @@ class PretrainStageSettings(PretrainSettings):
     pretrain_stage: Literal[
         "warmup", "dense", "lory", "expert_choice", "top_k", "document_pools", "dense_equal_flops"
     ] = Field(description="Which stage: dense warm-up, dense twin, Lory or a baseline.")
-    reordered: bool = Field(
+    reordered: bool = LaterSetting(
         False, description="Read the instances in an order of the seed's own in the first epoch, too; not as packed."
     )
 
@@ -234,8 +234,6 @@ class PretrainStageSettings(PretrainSettings):
         # The list of baselines changes no stage; the checkpoint to start from is an input.
         values = {k: v for k, v in super().key_values().items() if k != "pretrain_baselines"}
         values["dense_start"] = bool(self.dense_start)
-        if not self.reordered:
-            values.pop("reordered")
         if self.pretrain_stage in DENSE:
             # Lory's FLOPs, which the control must equal, depend on these.
             kept = (

@@ -22,7 +22,7 @@ from pydantic import Field
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.run import current_run, metric, notify, progress, require_run
-from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting, Settings
+from eclectus.tasks.settings import BASIC, SEED, LaterSetting, RuntimeSetting, Settings
 from eclectus.tasks.training.precision import LARGE, faster_precision, known_probe, probe
 from eclectus.tasks.training.workers import TrainWorkers
 
@@ -89,19 +89,12 @@ class WorkerSettings(Settings):
 class DocumentMaskSettings(Settings):
     """Whether documents of a packed instance see each other."""
 
-    pack_document_mask: bool = Field(
+    pack_document_mask: bool = LaterSetting(
         False,
         description="Let a token of a packed instance or of held-out text attend to its own document only, in training "
         "and evaluation; Lory's segments then begin anew with every document. No token is predicted from another "
         "document. False: documents follow each other as one text, as in the papers.",
     )
-
-    def key_values(self) -> dict[str, Any]:
-        """Without the mask where it is off: as before there was a choice."""
-        values = super().key_values()
-        if not self.pack_document_mask:
-            values.pop("pack_document_mask")
-        return values
 
 
 class TrainingSettings(DocumentMaskSettings, WorkerSettings):
@@ -154,13 +147,14 @@ class TrainingSettings(DocumentMaskSettings, WorkerSettings):
         "own), eager (as the formula), flex (GPUs; masks in blocks) or flash (GPUs; FlashAttention 2 if it is "
         "installed, without pack_document_mask). Same results but for rounding.",
     )
-    training_precision: Literal["auto", "float32", "bfloat16"] = Field(
+    # Undecided it is float32 on every CPU, as it always was.
+    training_precision: Literal["auto", "float32", "bfloat16"] = LaterSetting(
         "auto",
         description="Matrix products of training in float32 or in bfloat16 (weights that train, their moments, routers "
         "and losses stay float32; frozen weights are held in bfloat16 and written as they were). auto: bfloat16 on "
         "GPUs; on CPUs float32 for models below 30M parameters, above what a measurement of a second says is faster.",
     )
-    training_fixed_sums: bool = Field(
+    training_fixed_sums: bool = LaterSetting(
         False,
         description="Add up gradients and metrics in an order that does not depend on the number of workers: 1, 2, 4, "
         "... workers end with the same bits on CPUs of one kind, also when the number changes. Needs powers of two, "
@@ -186,17 +180,9 @@ class TrainingSettings(DocumentMaskSettings, WorkerSettings):
     seed: int = SEED
 
     def key_values(self) -> dict[str, Any]:
-        """Without an undecided training_precision: that is float32 on every CPU, as it always was.
-
-        Without sums in a fixed order where they are off, as before there was a choice; where they are on, without the
-        number of workers, which does not change a bit then.
-        """
+        """With sums in a fixed order, without the number of workers, which does not change a bit then."""
         values = super().key_values()
-        if values.get("training_precision") == "auto":
-            values.pop("training_precision")
-        if not self.training_fixed_sums:
-            values.pop("training_fixed_sums")
-        elif self.training_workers:
+        if self.training_fixed_sums and self.training_workers:
             values.pop("training_workers")
         return values
 
