@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 from sklearn.feature_extraction.text import TfidfVectorizer
+from steps_alone import maker
 
 from eclectus.storage.artifact import ArtifactStore
 from eclectus.tasks.disk_matrix import open_embeddings
@@ -39,7 +40,7 @@ from eclectus.tasks.grouping.embed import EmbedSettings, embed
 from eclectus.tasks.grouping.group import GroupSettings, group
 from eclectus.tasks.grouping.neighbors import NeighborSettings, neighbors
 from eclectus.tasks.grouping.static_embedding import StaticEmbeddingSettings, train_embedding
-from eclectus.tasks.packing.conversation_tokens import STATES, Template, _conversation
+from eclectus.tasks.packing.conversation_tokens import STATES, Template, tokens_within
 from eclectus.tasks.packing.tokenizer import load_tokenizer
 from eclectus.tasks.packing.whole_documents import fit_whole
 
@@ -108,13 +109,7 @@ def similarity(packs: list[list[int]], cosine: Callable[[np.ndarray], np.ndarray
 
 def main(file: str, model: str, *lengths: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        store = ArtifactStore(folder)
-
-        def make(step, **arguments):
-            with store.draft(step.makes) as out:
-                step.function(**arguments, out=out)
-                return store.commit(out)
-
+        make = maker(ArtifactStore(folder))
         source = Path(folder) / "chats.jsonl"
         rows = [
             {"id": name, "messages": messages_of(about["messages"])}
@@ -137,7 +132,7 @@ def main(file: str, model: str, *lengths: int) -> None:
         template = Template(load_tokenizer(model), model)
         sizes, states = np.zeros(len(texts), np.int64), Counter[str]()
         for row in chain.tolist():
-            done = _conversation(template, texts[row], 10**9, "leave_out")
+            done = tokens_within(template, texts[row], 10**9, "leave_out")
             sizes[row] = len(done.ids)
             states[STATES[done.state]] += 1
         print(f"{len(rows):,} records, {len(chain):,} in the chain: {dict(states)}")

@@ -17,6 +17,7 @@ from pathlib import Path
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
 from datasets import Dataset, disable_caching, disable_progress_bars
+from steps_alone import maker
 
 from eclectus.storage.artifact import ArtifactStore
 from eclectus.tasks.documents.ingest import IngestSettings, ingest
@@ -50,13 +51,7 @@ def main(corpus: str) -> None:
     disable_caching()
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
-        store = ArtifactStore(folder)
-
-        def make(step, **arguments):
-            with store.draft(step.makes) as out:
-                step.function(**arguments, out=out)
-                return store.commit(out)
-
+        make = maker(ArtifactStore(folder))
         documents = make(ingest, settings=IngestSettings(sources=[corpus]))
         documents = make(languages, documents=documents, settings=LanguageSettings(expanded_languages=[]))
         documents = make(split, documents=documents, settings=SplitSettings())

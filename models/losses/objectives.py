@@ -81,8 +81,7 @@ class Balance(Loss):
 
     def statistic(self, done: Pass) -> Tensor:
         """The choices of all layers, one after the other."""
-        logits, mask = self._routed(done)
-        return torch.cat(count_choices(logits, self._top_k(done), mask))
+        return torch.cat(done.choices(self.top_k))
 
     def measure(self, done: Pass, statistic: Tensor | None) -> tuple[Tensor, dict[str, Term]]:
         logits, mask = self._routed(done)
@@ -105,6 +104,11 @@ class TransformersBalance(Balance):
 
     def weight_in(self, config: Any) -> float:
         return config.router_aux_loss_coef
+
+    def statistic(self, done: Pass) -> Tensor:
+        """The choices of all layers together."""
+        logits, mask = self._routed(done)
+        return torch.cat(count_choices(logits, self._top_k(done), mask))
 
     def _top_k(self, done: Pass) -> int:
         return done.config.num_experts_per_tok
@@ -187,7 +191,7 @@ def routing_metrics(router_weights: Sequence[Tensor]) -> dict[str, Term]:
 def mixture_metrics(done: Pass) -> dict[str, Term]:
     """Entropy of a mixture's routing in nats, the mean over tokens and layers, and `expert_load@LAYER` of each."""
     by_layer, counted = done.output.router_logits, done.batch.documents >= 0
-    loads = count_choices(by_layer, done.config.num_experts_per_tok, counted)
+    loads = done.choices(done.config.num_experts_per_tok)
     entropies = []
     for logits in by_layer:
         log_probabilities = torch.log_softmax(at_least_fp32(logits), dim=-1)

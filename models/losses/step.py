@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eclectus.models.attention.document_mask import positions_not_searched, within_documents
+from eclectus.models.losses.router_losses import count_choices
 from eclectus.models.losses.token_losses import TokenLosses, losses_in_place_of_logits
 from eclectus.models.training.instances import IGNORED, Batch
 from eclectus.models.training.parallel import config_of, unwrapped
@@ -80,6 +81,14 @@ class Pass:
     """The same on the device."""
     losses: TokenLosses | None = None
     """Of these; `output.logits` then have no columns."""
+    known: dict[int, list[Tensor]] = field(default_factory=dict)
+    """The choices that were counted, by top K."""
+
+    def choices(self, top_k: int) -> list[Tensor]:
+        """Of a mixture, by layer: how many tokens, padding apart, have each expert among their top K, `[experts]`."""
+        if top_k not in self.known:
+            self.known[top_k] = count_choices(self.output.router_logits, top_k, self.batch.documents >= 0)
+        return self.known[top_k]
 
 
 class Loss(ABC):

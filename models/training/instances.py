@@ -102,12 +102,10 @@ class Instances:
         masks = _mapped(folder, about["matrices"].get("loss_mask", []))
         spans = [np.load(folder / name, mmap_mode="r") for name in about.get("spans", ["spans.npy"])]
         self._part_ends = np.cumsum([len(part) for part in parts])
-        self.tokens: np.ndarray | PartedRows = parts[0] if len(parts) == 1 else PartedRows(parts)
+        self.tokens = _joined(parts)
         # Of conversations only: 1 where the assistant speaks.
-        self.loss_mask: np.ndarray | PartedRows | None = (
-            None if not masks else masks[0] if len(masks) == 1 else PartedRows(masks)
-        )
-        self.spans: np.ndarray | PartedRows = spans[0] if len(spans) == 1 else PartedRows(spans)
+        self.loss_mask = _joined(masks) if masks else None
+        self.spans = _joined(spans)
         self.length: int = about["length"]
         self.vocabulary: int = about["vocabulary"]
         self.end_of_document: int = about["end_of_document"]
@@ -186,6 +184,10 @@ def _mapped(folder: Path, located: dict[str, Any] | list[dict[str, Any]]) -> lis
         np.memmap(folder / at["file"], at["dtype"], "r", at["offset"], (at["rows"], at["columns"]))
         for at in (located if isinstance(located, list) else [located])
     ]
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray | PartedRows:
+    return parts[0] if len(parts) == 1 else PartedRows(parts)
 
 
 def rows_at(positions: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -24,20 +24,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.allowed_paths import hash_allowed
 from eclectus.tasks.evaluation.benchmark_rows import (
-    FIELDS,
-    SCORE_FIELDS,
     by_filter,
     group_rows,
     item_rows,
     score_rows,
+    write_rows,
 )
 from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, files_of, local_questions, version, wanted_tasks
 from eclectus.tasks.evaluation.evaluate import (
@@ -49,7 +46,6 @@ from eclectus.tasks.evaluation.evaluate import (
 from eclectus.tasks.evaluation.lm_eval_files.kept import KeptResults, KeptSamples, about_tokenizer, round_sample
 from eclectus.tasks.packing.text_tokens import TextTokens
 from eclectus.tasks.packing.tokenizer import BeginSettings, load_tokenizer, tokenizer_of
-from eclectus.tasks.run import metric
 from eclectus.tasks.settings import BASIC, SEED, RuntimeSetting
 from eclectus.tasks.step import step
 from eclectus.tasks.training.check_base import open_checked
@@ -367,16 +363,9 @@ def _asked(settings: BenchmarkSettings, model: dict[str, Any]) -> dict[str, Any]
 
 
 def _write(results: _Results, settings: BenchmarkSettings, out: Draft) -> None:
-    items, scores = results.items, results.scores
-    for rows, fields, name in ((items, FIELDS, "items"), (scores, SCORE_FIELDS, "scores")):
-        table = pa.Table.from_pylist(rows, schema=pa.schema(list(fields.items())))
-        pq.write_table(table, out.file(f"{name}.parquet"), compression="zstd")
-    for row in scores:
-        if row["score"] is not None:
-            metric(row["metric"], row["score"], task=row["task"], language=row["language"])
-    out.rows = len({(row["task"], row["item"]) for row in items})
+    scores = results.scores
     out.statistics = {
-        "scores": {f"{row['task']} {row['metric']}": row["score"] for row in scores},
+        "scores": write_rows(results.items, scores, out),
         "left_out": results.left_out,
         "items_missing": sum(row["missing"] for row in scores if not row["group"]),
         "items_cut": sum(row["cut"] for row in scores if not row["group"]),

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from eclectus.storage.artifact import Draft
 from eclectus.tasks.evaluation.benchmark_tasks import language_of
+from eclectus.tasks.run import metric
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -33,6 +36,18 @@ SCORE_FIELDS = {
     "standard_error": pa.float64(), "items": pa.int32(), "missing": pa.int32(), "cut": pa.int32(), "shots": pa.int32(),
     "higher_is_better": pa.bool_(), "version": pa.string(), "group": pa.bool_(),
 }  # fmt: skip
+
+
+def write_rows(items: list[dict[str, Any]], scores: list[dict[str, Any]], out: Draft) -> dict[str, float | None]:
+    """Writes items.parquet and scores.parquet and journals the scores; returns them by "task metric"."""
+    for rows, fields, name in ((items, FIELDS, "items"), (scores, SCORE_FIELDS, "scores")):
+        table = pa.Table.from_pylist(rows, schema=pa.schema(list(fields.items())))
+        pq.write_table(table, out.file(f"{name}.parquet"), compression="zstd")
+    for row in scores:
+        if row["score"] is not None:
+            metric(row["metric"], row["score"], task=row["task"], language=row["language"])
+    out.rows = len({(row["task"], row["item"]) for row in items})
+    return {f"{row['task']} {row['metric']}": row["score"] for row in scores}
 
 
 def by_filter(samples: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -187,7 +187,7 @@ def tokens_of_conversations(
     sizes, states, first = [], [], dict[str, str]()
     with open(out / "tokens", "wb") as tokens, open(out / MASK, "wb") as mask:
         for text in (text for texts in texts_of(path, chosen) for text in texts):
-            done = _conversation(template, text, length, too_long)
+            done = tokens_within(template, text, length, too_long)
             if done.why:
                 first.setdefault(STATES[done.state], done.why)
             done.ids.astype(dtype).tofile(tokens)
@@ -201,7 +201,7 @@ def tokens_of_conversations(
     return {"documents": len(sizes), "tokens": sum(sizes), "first": first}
 
 
-def _conversation(template: Template, text: str, length: int, too_long: str) -> Rendered:
+def tokens_within(template: Template, text: str, length: int, too_long: str) -> Rendered:
     """The tokens of a document, at most `length` of them."""
     try:
         messages, tools = decode(text)

@@ -15,25 +15,22 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from eclectus.storage.artifact import Artifact, ArtifactStore, Draft
 from eclectus.storage.errors import EclectusError
 from eclectus.tasks.evaluation.benchmark_rows import (
     DIGITS,
-    FIELDS,
     LONGEST_ANSWERS,
-    SCORE_FIELDS,
     metric_label,
     number_of,
+    write_rows,
 )
 from eclectus.tasks.evaluation.benchmark_tasks import language_of
 from eclectus.tasks.evaluation.lm_eval_files.imported import IMPORTED
 from eclectus.tasks.evaluation.lm_eval_files.kept import RESULTS, KeptSamples
 from eclectus.tasks.evaluation.lm_eval_files.read import ResultFile
-from eclectus.tasks.run import metric, notify
+from eclectus.tasks.run import notify
 from eclectus.tasks.settings import RuntimeSetting, Settings
 from eclectus.tasks.step import step
 
@@ -224,17 +221,10 @@ def _whole(value: Any) -> int:
 def _write(
     file: ResultFile, items: list[dict[str, Any]], scores: list[dict[str, Any]], without: list[str], out: Draft
 ) -> None:
-    for rows, fields, name in ((items, FIELDS, "items"), (scores, SCORE_FIELDS, "scores")):
-        table = pa.Table.from_pylist(rows, schema=pa.schema(list(fields.items())))
-        pq.write_table(table, out.file(f"{name}.parquet"), compression="zstd")
-    for row in scores:
-        if row["score"] is not None:
-            metric(row["metric"], row["score"], task=row["task"], language=row["language"])
     config, content = file.content.get("config") or {}, file.content
     date = content.get("date")
-    out.rows = len({(row["task"], row["item"]) for row in items})
     out.statistics = {
-        "scores": {f"{row['task']} {row['metric']}": row["score"] for row in scores},
+        "scores": write_rows(items, scores, out),
         "left_out": {},
         "items_missing": 0,
         "items_cut": 0,

@@ -94,7 +94,7 @@ def test_a_text_in_between_is_not_taken_for_the_assistant_s(template):
 
 
 def conversation(template, messages, length=1000, too_long="leave_out"):
-    return packing._conversation(template, encode(messages), length, too_long)
+    return packing.tokens_within(template, encode(messages), length, too_long)
 
 
 def test_an_unanswered_end_is_cut_off_and_counted(template):

@@ -9,16 +9,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from eclectus.flows.cli.main import main
 from eclectus.storage.errors import EclectusError
-from eclectus.storage.home import Home
 from eclectus.tasks.evaluation.benchmark import BenchmarkSettings, benchmark
 from eclectus.tasks.evaluation.lm_eval_files.export import export_results
 from eclectus.tasks.evaluation.lm_eval_files.kept import read_hashes, read_samples
 from tests.support.lm_eval_runs import ITEMS, run_lm_eval, write_tasks
-from tests.support.small_world import make_world
 
 # How the run was made, where, and when: of a run of lm_eval, and of ours.
 OF_THE_RUN = {
@@ -27,34 +24,9 @@ OF_THE_RUN = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return Home.open(tmp_path_factory.mktemp("results") / "home")
-
-
-@pytest.fixture(scope="module")
-def world(home):
-    return make_world(home.store.root)
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
-
-
 @pytest.fixture(scope="module")
 def ours(world, tasks):
     return ask(world, tasks, "geo", "generated", "whole")
-
-
-@pytest.fixture(scope="module")
-def theirs(world, tasks, tmp_path_factory):
-    return run_lm_eval(world.models["dense"].path, tasks, tmp_path_factory.mktemp("theirs"))
 
 
 def ask(world, tasks, *names, model="dense", **settings):

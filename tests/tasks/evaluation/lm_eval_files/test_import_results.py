@@ -7,16 +7,12 @@ from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from eclectus.flows.cli.main import main
 from eclectus.storage.artifact import Artifact
 from eclectus.storage.errors import EclectusError
-from eclectus.storage.home import Home
-from eclectus.storage.journal import Journal
 from eclectus.storage.lineage.connection import query
 from eclectus.storage.lineage.garbage import plan
-from eclectus.storage.step_keys import KnownKeys
 from eclectus.tasks.evaluation.benchmark import BenchmarkSettings, benchmark
 from eclectus.tasks.evaluation.evaluate import EvaluateSettings, evaluate
 from eclectus.tasks.evaluation.lm_eval_files.export import export_results
@@ -31,36 +27,10 @@ from eclectus.tasks.evaluation.task_scores import Answers, compare_answers, inco
 from eclectus.tasks.promotion.gate import Gate
 from eclectus.tasks.promotion.promote import Candidate, decide, find_candidate
 from eclectus.tasks.report.forgetting import tasks_table
-from eclectus.tasks.run import Run, activate
 from tests.support.lm_eval_runs import ITEMS, run_lm_eval, write_tasks
-from tests.support.small_world import SEGMENT, make_world
+from tests.support.small_world import SEGMENT
 
 DENSE, MIXTURE = "dense", "stage 2"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return Home.open(tmp_path_factory.mktemp("imported") / "home")
-
-
-@pytest.fixture(scope="module")
-def world(home):
-    return make_world(home.store.root)
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
-
-
-@pytest.fixture(scope="module")
-def theirs(world, tasks, tmp_path_factory):
-    return run_lm_eval(world.models[DENSE].path, tasks, tmp_path_factory.mktemp("theirs"))
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +46,6 @@ def others(world, tasks, tmp_path_factory):
 def folder(theirs, tmp_path):
     """A copy of the files that a test may change."""
     return shutil.copytree(theirs, tmp_path / "model")
-
-
-@pytest.fixture
-def run(home):
-    """An active run in the world's home."""
-    with Journal(home.journal, "test-run") as journal:
-        journal.event("run_started", flow="test", parameters={}, packages={})
-        opened = Run(id="test-run", home=home, journal=journal, known=KnownKeys(home.keys, home.store), flow="test")
-        with activate(opened):
-            yield opened
 
 
 def take(world, folder, model=DENSE):
