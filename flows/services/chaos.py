@@ -1,6 +1,6 @@
 """`eclectus chaos`: a job whose processes are killed must end with the same bits as an undisturbed one.
 
-The job runs once undisturbed (the baseline) and once under a seeded plan of kills (SIGKILL) during training steps:
+The job runs once undisturbed (the baseline) and once under a seeded plan of kills (SIGKILL) in the midst of trainings:
 
     worker   one of Ray Train's worker processes: Ray restarts the group, training resumes from its last checkpoint
     node     the raylet and everything on it: the driver ends, or hangs and is killed
@@ -29,7 +29,6 @@ import psutil
 from eclectus.flows.services.server_note import read_note
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
-from eclectus.storage.journal import EVENTS
 from eclectus.storage.lineage.connection import query
 
 # Part of the command line by which a victim is found among the driver's descendants; the server's note names it.
@@ -43,7 +42,8 @@ ORPHAN_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Kill:
-    """What to kill, `delay` seconds after the training step with this label has started."""
+    """What to kill, `delay` seconds after the training step with this label has logged its second loss in this start:
+    what came before it is in a checkpoint."""
 
     victim: str
     label: str
@@ -127,18 +127,19 @@ def _one_start(
             [sys.executable, "-m", "eclectus", "--home", str(home), *words],
             env=environment, stdin=subprocess.DEVNULL, stdout=handle, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-    process, heard, size = psutil.Process(driver.pid), time.monotonic(), (0, 0)
+    process, heard, size = psutil.Process(driver.pid), time.monotonic(), 0
     begun: dict[str, float] = {}
+    of_killed = set(_in_training(home))
     try:
         while driver.poll() is None:
             for each in _descendants(process):
                 processes[each.pid] = each
             now, grown = time.monotonic(), _journal_bytes(home)
             if grown != size:
-                heard = now
-                for label in _running(home) if grown[0] != size[0] else ():
-                    begun.setdefault(label, now)
-                size = grown
+                heard, size = now, grown
+                for step, label in _in_training(home).items() if left else ():
+                    if step not in of_killed:
+                        begun.setdefault(label, now)
             if now - heard > LONGEST_SILENCE:
                 report(f"  nothing was journaled for {LONGEST_SILENCE:g} s: killing the driver")
                 driver.kill()
@@ -195,18 +196,18 @@ def _orphans(processes: dict[int, psutil.Process]) -> list[str]:
     return found
 
 
-def _journal_bytes(home: Path) -> tuple[int, int]:
-    """Sizes of the journals: (of step events, of all), in bytes."""
-    sizes = {path: path.stat().st_size for path in (home / "journal").rglob("*.ndjson")}
-    return sum(size for path, size in sizes.items() if path.parent.name == EVENTS), sum(sizes.values())
+def _journal_bytes(home: Path) -> int:
+    return sum(path.stat().st_size for path in (home / "journal").rglob("*.ndjson"))
 
 
-def _running(home: Path) -> list[str]:
-    """Labels of training steps in progress."""
+def _in_training(home: Path) -> dict[str, str]:
+    """Step -> label of the trainings that have not ended and have logged two losses."""
     rows = query(
-        "select label from steps where state = 'unfinished' and name in ('pretrain', 'extend')", Home.open(home)
+        "select step, label from steps join metrics using (step) where state = 'unfinished' and metrics.name = 'loss'"
+        " group by all having count(distinct at_step) > 1",
+        Home.open(home),
     )[1]
-    return [label for (label,) in rows]
+    return dict(rows)
 
 
 def _training_labels(home: Path) -> list[str]:

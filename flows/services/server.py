@@ -51,15 +51,15 @@ QUIET = {
 def prefect_server(home: Home) -> Iterator[str]:
     """Yields the API address of the configured server, or of this home's, which is used until the block ends.
 
-    Sets PREFECT_API_URL and the like for this process, so enter it before Prefect is imported. Raises EclectusError
-    when the configured server does not answer as a Prefect API that accepts us, or this home's does not start.
+    Sets PREFECT_API_URL and the like for this process, and for Prefect if it is imported. Raises EclectusError when the
+    configured server does not answer as a Prefect API that accepts us, or this home's does not start.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     configured = os.environ.get("PREFECT_API_URL")
     if configured:
         folder = home.root / "prefect"
-        with _environment(_own_auth(folder, configured)):
+        with _environment(_own_auth(folder, configured)), _read_by_prefect():
             check_configured(configured, folder / AUTH)
             yield configured
         return
@@ -68,7 +68,7 @@ def prefect_server(home: Home) -> Iterator[str]:
     over = threading.Event()
     threading.Thread(target=_keep_alive, args=(folder, port_of(address), over), daemon=True).start()
     try:
-        with _environment(clients_environment(folder, address)):
+        with _environment(clients_environment(folder, address)), _read_by_prefect():
             try:
                 yield address
             finally:
@@ -250,6 +250,20 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _read_by_prefect() -> Iterator[None]:
+    """Has Prefect use the environment for the block: it reads it once, when it is imported, which a notebook or an
+    earlier run of this process may have done."""
+    if "prefect" not in sys.modules:
+        yield
+        return
+    from prefect.context import SettingsContext, get_settings_context
+    from prefect.settings import Settings
+
+    with SettingsContext(profile=get_settings_context().profile, settings=Settings()):
+        yield
 
 
 def _flush_queues() -> None:

@@ -55,7 +55,7 @@ def memory_of(job: Job, simulated: Simulated, program: int) -> Memory:
         gradients *= copies_held(job.micro_batches)
     several, on_cpu = job.micro_batches > 1, job.device.type == "cpu"
     if job.sharded:
-        activations, gathered = simulated.activations, _gathered(simulated, on_cpu)
+        activations, gathered = simulated.activations, _gathered(job, simulated)
         # With training_shard_reduce step the whole gradient of several micro-batches is added up before it is shared.
         gradients = gradients if several and job.plan.reduced_once else gradients // share
     elif several or job.world > 1:
@@ -73,10 +73,16 @@ def memory_of(job: Job, simulated: Simulated, program: int) -> Memory:
     return Memory(program + pages, simulated.parameters // share, gradients, moments, activations, gathered, holes)
 
 
-def _gathered(simulated: Simulated, on_cpu: bool) -> int:
+def _gathered(job: Job, simulated: Simulated) -> int:
     """What is whole at once: the root's weights, and of a layer its weights, gradients, and the copies of both that are
-    exchanged (as measured on gloo: docs/benchmarks.md); on a GPU also the next layer's weights."""
-    return simulated.root + (4 if on_cpu else 5) * simulated.layer
+    exchanged (as measured on gloo: docs/benchmarks.md); on a GPU also the next layer's weights.
+
+    In bfloat16 all of that is of half the bytes, but for the copy of gradients. What is held in it is so already.
+    """
+    copies = 4.0 if job.device.type == "cpu" else 5.0
+    if job.precision == "bfloat16" and not job.held:
+        copies = (copies + 1) / 2
+    return simulated.root + int(copies * simulated.layer)
 
 
 def disk_of(job: Job, simulated: Simulated, whole_parameters: int) -> int:

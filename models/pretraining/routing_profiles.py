@@ -21,7 +21,7 @@ from eclectus.models.attention.document_mask import within_documents
 from eclectus.models.lory.documents import sums_by_segment
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.training.instances import Batch, Instances
-from eclectus.models.training.precision import autocast
+from eclectus.models.training.precision import Precision, autocast
 from eclectus.models.training.process import Process
 
 ROUTING_FILE = "routing_weights.json"
@@ -34,11 +34,17 @@ Profiles = dict[str, dict[str, list[list[float]]]]
 
 @torch.no_grad()
 def routing_profiles(
-    model: LoryForCausalLM, instances: Instances, micro_batch: int, process: Process, document_mask: bool = False
+    model: LoryForCausalLM,
+    instances: Instances,
+    micro_batch: int,
+    process: Process,
+    document_mask: bool = False,
+    precision: Precision = "auto",
 ) -> Profiles:
     """Mean routing weights by domain and by language. All processes must call it, and get the same result.
 
-    document_mask: as in the training, whether documents of an instance do not see each other.
+    document_mask, precision: as in the training: whether documents of an instance do not see each other, and in what
+    matrix products are.
     """
     model.eval()
     kept = {kind: _largest(instances, column) for kind, column in COLUMNS.items()}
@@ -55,7 +61,7 @@ def routing_profiles(
     for first in range(0, len(rows), micro_batch):
         batch = instances.batch(rows[first : first + micro_batch])
         inside = within_documents(model, batch.documents if document_mask else None, process.device)
-        with autocast(process.device), inside:
+        with autocast(process.device, precision), inside:
             output = model(
                 input_ids=batch.tokens.to(process.device), use_cache=False, output_router_weights=True, logits_to_keep=1
             )

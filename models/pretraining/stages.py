@@ -39,6 +39,7 @@ from eclectus.models.sharding.slices import Slices
 from eclectus.models.training.flops import count_flops, equal_flops_width
 from eclectus.models.training.instances import Instances
 from eclectus.models.training.loop import Objective, Plan
+from eclectus.models.training.precision import autocast
 from eclectus.models.training.process import Process
 
 CALIBRATION_STEPS = 20
@@ -139,7 +140,8 @@ def make_causal(model: ExpertChoiceForCausalLM, instances: Instances, plan: Plan
     def read() -> Iterator[torch.Tensor]:
         for each in rows:
             batch = instances.batch(each)
-            with within_documents(model, batch.documents if plan.document_mask else None, process.device):
+            inside = within_documents(model, batch.documents if plan.document_mask else None, process.device)
+            with inside, autocast(process.device, plan.precision):
                 yield batch.tokens.to(process.device)
 
     calibrate(model, read())

@@ -101,6 +101,8 @@ def train_stage(
 
     training_flops is over all steps from 0, the dense warm-up's too; the seconds are of this stage alone.
     """
+    import torch
+
     from eclectus.models.checkpoints.side_files import has_tokenizer
     from eclectus.models.checkpoints.tensor_files import CheckpointError
     from eclectus.models.forecast.ahead import look_ahead
@@ -112,6 +114,8 @@ def train_stage(
     from eclectus.models.training.flops import step_flops, training_costs
     from eclectus.models.training.instances import Instances
     from eclectus.models.training.loop import train
+    from eclectus.models.training.parallel import is_sharded
+    from eclectus.models.training.precision import compute_dtype
     from eclectus.tasks.packing.tokenizer import load_tokenizer
 
     chosen = PretrainStageSettings(**settings)
@@ -138,6 +142,11 @@ def train_stage(
         )
         model = _made(made.blueprint, process, plan.sharded)
         proof = _proof(chosen, model, start, process)
+        if is_sharded(model) and compute_dtype(plan.precision, process.device) == torch.bfloat16:
+            # The proof computes in float32, the training gathers matrices in bfloat16; sharded modules keep their type.
+            del model
+            gc.collect()
+            model = _made(made.blueprint, process, plan.sharded, half=True)
         # A model from scratch is held by its blueprint.
         dense.values = made.blueprint.values = {}
         with ahead:
@@ -153,7 +162,7 @@ def train_stage(
     elif stage == "document_pools":
         model.config.selection = "causal"
     elif chosen.routed:
-        profiles = routing_profiles(model, data, chosen.micro_batch, process, plan.document_mask)
+        profiles = routing_profiles(model, data, chosen.micro_batch, process, plan.document_mask, plan.precision)
     # A checkpoint to start from has more than a tokenizer: sampling settings, chat templates.
     beside = Path(start) if start and has_tokenizer(Path(start)) else Path(tokenizer)
     try:
@@ -188,9 +197,9 @@ def plan_of(settings: PretrainStageSettings) -> Plan:
     )
 
 
-def _made(blueprint: Blueprint, process: Process, sharded: bool) -> Any:
+def _made(blueprint: Blueprint, process: Process, sharded: bool, half: bool = False) -> Any:
     try:
-        return blueprint.make(process, sharded)
+        return blueprint.make(process, sharded, half=half)
     except ValueError as error:
         raise EclectusError(f"the dense checkpoint to start from cannot be opened: {error}") from error
 

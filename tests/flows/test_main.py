@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -16,6 +15,7 @@ import pytest
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import query
 from eclectus.tasks.corpus import CorpusSettings, write_corpus
+from tests.support.processes import until
 
 ROOT = Path(__file__).parents[2]
 PLANTED = "planted-5ec2e7-for-main"
@@ -93,10 +93,7 @@ def finished(interrupted, corpus):
 def test_an_interrupt_leaves_no_process_and_is_noted(interrupted):
     home, code, complaint = interrupted
     assert code == 130 and "interrupted" in complaint
-    deadline = time.monotonic() + 20
-    while left_behind(home) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert left_behind(home) == []
+    until(lambda: left_behind(home) == [], 20)
     assert query("select state from runs", Home.open(home))[1] == [("cancelled",)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -39,6 +40,14 @@ def run_group(count: int, function: Callable[..., None], *arguments: Any) -> Non
     environments = [{**group, "RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
     codes = exit_codes([CONTEXT.Process(target=_call, args=(each, function, arguments)) for each in environments])
     assert codes == [0] * count, f"the processes ended with {codes}; their tracebacks are in stderr"
+
+
+def until(condition: Callable[[], Any], seconds: float = 60) -> None:
+    """Waits until the condition is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.05)
 
 
 def _call(environment: dict[str, Any], function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from eclectus.storage.lineage.connection import query
 from eclectus.storage.trackers.tracker import VARIABLES
 from eclectus.tasks.tracking import TrackerSettings
 from tests.storage.trackers.test_trackers import needs, serve_mlflow, stop
+from tests.support.processes import until
 from tests.support.tracked import LOSS, mlflow_curves, tensorboard_curves
 
 ROOT = Path(__file__).parents[2]
@@ -35,13 +35,6 @@ def start(home, *words, **environment):
         [sys.executable, "-m", "tests.support.tracked_training", home, *map(str, words)],
         cwd=ROOT, env=surroundings | environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
-
-
-def wait_for(condition, seconds=60):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.2)
 
 
 def ended(home):
@@ -66,7 +59,7 @@ def test_a_training_that_is_killed_goes_on_in_the_same_curve(tmp_path):
     home = tmp_path / "home"
     code, said = train(home, 60, "--killed-at", 50, "--trackers", "tensorboard")
     assert code == -9, said
-    wait_for(lambda: ended(home))
+    until(lambda: ended(home))
     code, said = train(home, 60, "--trackers", "tensorboard")
     assert code == 0, said
     curves, _ = tensorboard_curves(home / "trackers" / "tensorboard")
@@ -120,8 +113,8 @@ def test_a_server_that_is_killed_during_a_training_misses_nothing_that_cannot_be
     server = serve_mlflow(tmp_path, port)
     run = start(home, 200, "--wait", 1.0, MLFLOW_TRACKING_URI=address)
     try:
-        wait_for(lambda: mlflow_curves(address)[0])
-        wait_for(lambda: any(len(each.get("loss", ())) > 3 for each in mlflow_curves(address)[0].values()))
+        until(lambda: mlflow_curves(address)[0])
+        until(lambda: any(len(each.get("loss", ())) > 3 for each in mlflow_curves(address)[0].values()))
     finally:
         stop(server)
     said, _ = run.communicate(timeout=120)

@@ -74,7 +74,7 @@ def watched_flow_run(flow_run: str | None, folder: Path) -> Iterator[None]:
 
 
 def _watch(flow_run: str, ended: threading.Event) -> None:
-    api, cancelling = Api.of_environment(), 0
+    api, cancelling, known = Api.of_environment(), 0, False
     while api and not ended.wait(ASK_EVERY):
         try:
             found = api.flow_run(flow_run)
@@ -82,8 +82,10 @@ def _watch(flow_run: str, ended: threading.Event) -> None:
             continue
         state = ((found or {}).get("state") or {}).get("type")
         cancelling = cancelling + 1 if state == "CANCELLING" else 0
-        # Its worker has the first turn: it also tells Prefect that the run was cancelled.
-        if found is None or state == "CANCELLED" or cancelling > 2:
+        known = known or found is not None
+        # Its worker has the first turn: it also tells Prefect that the run was cancelled. A run that this server never
+        # had is on another one.
+        if (found is None and known) or state == "CANCELLED" or cancelling > 2:
             _noted[flow_run] = f"{CANCELLED if found else DELETED} at {clock()}"
             os.kill(os.getpid(), signal.SIGTERM)
             return

@@ -19,7 +19,7 @@ from eclectus.tasks.training.pretrain_settings import PretrainStageSettings
 from tests.support.processes import run_group
 
 # A worker is killed in the middle of the dense stage; then, in the middle of Lory's, the server and the driver, and the
-# node as soon as the next driver has started it.
+# node when the next driver has trained on.
 SEED = "36847"
 ROOT = Path(__file__).parents[3]
 LABELS = ["train dense warm-up", "train dense", "train lory"]

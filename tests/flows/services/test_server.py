@@ -21,6 +21,7 @@ from eclectus.flows.services.server_note import NOTE, identity, is_up, port_of, 
 from eclectus.flows.services.users import add_user, server_lock, users
 from eclectus.storage.errors import EclectusError
 from tests.support import server_user
+from tests.support.processes import until
 
 ROOT = Path(__file__).parents[3]
 PATIENCE = 60
@@ -70,13 +71,6 @@ def end(process):
     assert process.wait(PATIENCE) == 0
 
 
-def until(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def starts(folder):
     lines = (folder / "starts.log").read_text().split("\n")[:-1]
     assert not [line for line in lines if "collision" in line], lines
@@ -108,6 +102,16 @@ def test_two_first_commands_of_a_home_share_one_server_which_outlives_its_starte
     assert is_up(address) and starts(folder) == 1
     end(third)
     assert processes_of(folder) == [] and not (folder / NOTE).exists() and users(folder) == {}
+
+
+def test_prefect_uses_the_server_of_the_home_even_when_it_was_imported_before(home, folder):
+    from prefect.settings import get_current_settings
+
+    before = get_current_settings().api.url
+    with services.prefect_server(home) as address:
+        assert get_current_settings().api.url == address != before
+        assert get_current_settings().api.auth_string.get_secret_value() == auth_string(folder)
+    assert get_current_settings().api.url == before
 
 
 def test_the_server_survives_a_kill_of_its_starter_and_ends_after_a_kill_of_all(folder, command):

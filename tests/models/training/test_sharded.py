@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from eclectus.models.checkpoints.tensor_files import CheckpointReader, weight_files
 from eclectus.models.extension.methods import method_blueprint, review_blueprint, save_method
+from eclectus.models.lory.ffn import LoryFFN
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.losses.objectives import lory, next_token, post_pretrain, review
 from eclectus.models.mixture.export import extract_base
@@ -50,9 +51,11 @@ def kill(kind, **values):
         raise Killed
 
 
-def run(folder, process, work, report=lambda kind, **values: None, **changes):
-    """One training of a Lory model with AdamW's state, from the checkpoint under `work`, if any."""
+def run(folder, process, work, report=lambda kind, **values: None, seen=None, **changes):
+    """One training of a Lory model with AdamW's state, from the checkpoint under `work`, if any. seen: gets dtypes."""
     model = tiny_lory()
+    if seen is not None:
+        watch_gathered(model, seen)
     after = train(model, Instances(folder / "instances"), lory(), plan(**changes), process, folder / work, report)
     return model, after
 
@@ -91,11 +94,13 @@ def watch_gathered(model, seen):
     parts = {
         "norm": layer.input_layernorm,
         "projection": layer.self_attn.o_proj,
-        "router": getattr(layer.mlp, "gate", None),
+        "router": getattr(layer.mlp, "gate", None) or getattr(layer.mlp, "router", None),
     }
     for name, part in parts.items():
         if part is not None and hasattr(part, "weight"):
             part.register_forward_hook(lambda it, *_, name=name: seen.update({name: str(it.weight.dtype)}))
+    if isinstance(layer.mlp, LoryFFN):
+        layer.mlp.register_forward_hook(lambda it, *_: seen.update(experts=str(it.experts.dtype)))
     layer.register_forward_hook(lambda _, given, output: seen.update(residual=str(output.dtype)))
 
 
@@ -104,14 +109,15 @@ def in_both_processes(folder):
     from eclectus.models.pretraining.checkpoint import save_trained
     from tests.models.training.test_sharded import Killed
 
-    process, metrics, profiles = Process.current(), [], {}
+    process, metrics, profiles, seen = Process.current(), [], {}, {"lory": {}}
 
     def finish(name, work, **changes):
         def report(kind, **values):
             metrics.append(values["values"]) if kind == "metrics" and name == "sharded" else None
 
         model, after = run(folder, process, work, report, **changes)
-        profiles[name] = routing_profiles(model, Instances(folder / "instances"), 2, process)
+        precision = changes.get("precision", "auto")
+        profiles[name] = routing_profiles(model, Instances(folder / "instances"), 2, process, precision=precision)
         save_trained(model, folder, folder / name, after, process)
 
     finish("sharded", "a", sharded=True)
@@ -119,6 +125,8 @@ def in_both_processes(folder):
     finish("ahead", "h", sharded=True, ahead=2)
     finish("reduced once", "i", sharded=True, reduced_once=True, recomputed=2)
     finish("copied", "b", sharded=False)
+    finish("bf16 sharded", "j", sharded=True, precision="bfloat16", seen=seen["lory"])
+    finish("bf16 copied", "k", sharded=False, precision="bfloat16")
     finish("sharded within documents", "e", sharded=True, document_mask=True)
     finish("copied within documents", "f", sharded=False, document_mask=True)
     for work in ("c", "d"):
@@ -128,7 +136,8 @@ def in_both_processes(folder):
     finish("sharded again", "c", sharded=True)
     finish("from one process", "one", sharded=True)
     extend(folder, "both", process, sharded=True)
-    seen = {str(sharded): extend(folder, f"bf16 {sharded}", process, sharded, "bfloat16") for sharded in (True, False)}
+    for sharded in (True, False):
+        seen[str(sharded)] = extend(folder, f"bf16 {sharded}", process, sharded, "bfloat16")
     if process.is_main:
         (folder / "seen.json").write_text(json.dumps(seen))
         (folder / "metrics.json").write_text(json.dumps(metrics))
@@ -271,9 +280,21 @@ def test_sharded_metrics_are_those_of_one_process(folder):
 
 
 def test_matrices_are_gathered_in_bfloat16_and_nothing_else(folder):
-    seen = json.loads((folder / "seen.json").read_text())["True"]
+    seen = json.loads((folder / "seen.json").read_text())
     expected = {"norm": "float32", "router": "float32", "projection": "bfloat16", "residual": "float32"}
-    assert seen == {name: f"torch.{dtype}" for name, dtype in expected.items()}
+    assert seen["True"] == {name: f"torch.{dtype}" for name, dtype in expected.items()}
+    assert seen["lory"] == seen["True"] | {"experts": "torch.bfloat16"}
+
+
+def test_lory_trains_in_bfloat16_with_shards_as_with_copies(folder):
+    both, copied = (ended(folder, f"bf16 {how}") for how in ("sharded", "copied"))
+    moved = 0.0
+    for key, value in both.items():
+        assert value.dtype == torch.float32, key
+        torch.testing.assert_close(value, copied[key], rtol=2e-2, atol=2e-3, msg=key)
+    for key, value in tiny_lory().state_dict().items():
+        moved = max(moved, (both[key] - value).abs().max().item())
+    assert moved > 2e-2, "what is compared has been trained"
 
 
 def test_a_sharded_extension_is_that_of_one_process_and_leaves_the_base_as_it_was(folder):

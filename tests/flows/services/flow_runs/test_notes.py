@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -26,6 +25,7 @@ from eclectus.flows.services.flow_runs.notes import (
     signal_run,
     write_note,
 )
+from tests.support.processes import until
 
 # A run's process: leader of a session, with a child that has the same environment.
 RUN = """
@@ -98,7 +98,4 @@ def test_children_that_outlive_the_run_are_not_the_run(started):
     ours = started("token-1", "run-1")
     ours.kill()
     ours.wait()
-    end = time.monotonic() + 5
-    while processes("token-1") and time.monotonic() < end:
-        time.sleep(0.05)
-    assert processes("token-1") == {}
+    until(lambda: processes("token-1") == {}, 5)

@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -16,6 +15,7 @@ from eclectus.flows.services.flow_runs import stops
 from eclectus.flows.services.flow_runs.notes import note_stop, read_note, write_note
 from eclectus.flows.services.flow_runs.stops import watched_flow_run, why_ended
 from eclectus.storage.errors import EclectusError
+from tests.support.processes import until
 
 TIME = r"at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
 
@@ -23,13 +23,14 @@ TIME = r"at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
 @pytest.fixture
 def prefect(monkeypatch):
     """An API that knows one flow run, whose state the test chooses; None: it was deleted."""
-    chosen = {"state": {"type": "RUNNING", "timestamp": "2026-11-29T03:04:05.678Z"}}
+    chosen = {"state": {"type": "RUNNING", "timestamp": "2026-11-29T03:04:05.678Z"}, "answers": 0}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(404 if chosen["state"] is None else 200)
             self.end_headers()
             self.wfile.write(json.dumps({"id": "x", "state": chosen["state"]}).encode())
+            chosen["answers"] += 1
 
         def log_message(self, *_):
             pass
@@ -83,7 +84,7 @@ def test_a_run_that_is_deleted_or_cancelled_gets_a_signal_and_says_why(tmp_path,
     try:
         with watched_flow_run(name, tmp_path):
             assert read_note(tmp_path, name).itself
-            time.sleep(0.1)
+            until(lambda: prefect["answers"] > 2)
             assert not stopped.is_set()
             prefect["state"] = state
             assert stopped.wait(10)
@@ -93,6 +94,18 @@ def test_a_run_that_is_deleted_or_cancelled_gets_a_signal_and_says_why(tmp_path,
     stop = TerminationSignal(signal.SIGTERM)
     assert re.fullmatch(f"{said} in the Prefect UI {TIME}", why_ended(stop, name, tmp_path))
     assert read_note(tmp_path, name) is None
+
+
+def test_a_run_that_the_server_never_had_is_not_taken_for_deleted(tmp_path, prefect, monkeypatch):
+    monkeypatch.setattr(stops, "ASK_EVERY", 0.02)
+    prefect["state"], stopped = None, threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    try:
+        with watched_flow_run("x", tmp_path):
+            until(lambda: prefect["answers"] > 2)
+            assert not stopped.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_the_note_of_a_worker_stays_when_its_run_ends(tmp_path, prefect):

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -22,6 +21,7 @@ from eclectus.flows.services.supervisor.service import (
     pause,
 )
 from eclectus.storage.errors import EclectusError
+from tests.support.processes import until
 
 
 @pytest.fixture
@@ -135,8 +135,5 @@ def test_what_a_dead_service_left_in_its_session_ends_and_nothing_of_a_living_on
     end_session(living.pid)
     end_session(leader.pid)
     psutil.wait_procs([orphan], 10)
-    deadline = time.monotonic() + 10
-    while orphan.is_running() and orphan.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+    until(lambda: not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE, 10)
     assert living.is_alive()
