@@ -46,8 +46,8 @@ def train_all(folder, tokenizer):
             process.barrier()
             start = None if settings.from_scratch else str(folder / f"warmup {sharded}")
             about = train_stage(
-                process, lambda kind, **values: None, str(folder / "instances"), tokenizer, settings.model_dump(), start,
-                start, str(work), str(out),
+                process, lambda kind, **values: None, str(folder / "instances"), tokenizer,
+                settings.model_dump(), start, start, str(work), str(out),
             )  # fmt: skip
             statistics[out.name] = about
     if process.is_main:
