@@ -38,7 +38,7 @@ EXACT_PER_HOUR = 3e13
 """Products of an exact search per CPU hour, about."""
 
 
-@step(makes="neighbors", version=3)
+@step(makes="neighbors", version=4)
 def neighbors(documents: Artifact, embeddings: Artifact, settings: NeighborSettings, out: Draft) -> None:
     """Writes neighbors int32 or int64 [N, k] (rows, -1 is padding), similarities float32 [N, k] (NaN there),
     partition.npy int32 [N], partitions.json (name by number) and isolated.npy (rows without an embedding).

@@ -1,7 +1,7 @@
 """Exact search within cells, a block of cells per call, and the lists of all blocks put together part by part.
 
-    a cell       one symmetric product of its vectors with themselves; a pair is offered to both its documents. On a
-                 GPU a product and a top-k by torch: the same lists up to ties
+    a cell       products of its vectors with those before them, ROWS at a time, so that they stay in the cache; a pair
+                 is offered to both its documents. On a GPU a product and a top-k by torch: the same lists up to ties
     a block      the union of its cells' documents; their lists go to files, sorted by document
     a part       the lists of its documents in all blocks, merged; then copies (documents with the same embedding, of
                  which one was searched) get their list and stand in the lists of others
@@ -25,6 +25,8 @@ from eclectus.tasks.grouping.cells.tree import Vectors, order_of, set_one_thread
 
 MOST_MEMBERS = 8_192
 MERGED = 65_536
+# Of products: 96 x 4,000 x 4 bytes. Twice the speed of one symmetric product, which writes and reads 60 MB.
+ROWS = 96
 
 
 def search_block(
@@ -51,7 +53,7 @@ def search_block(
     for members in cells_of(cell, position, place):
         largest = max(largest, len(members))
         if device == "cpu":
-            _insert_pairs(near, cosines, members, _products(vectors[members]))
+            _insert_pairs(near, cosines, members, vectors[members])
         else:
             positions, found = within_by_torch(vectors[members], width, device)
             merge_lines(near, cosines, members, members[positions], found)
@@ -100,12 +102,16 @@ def cells_of(cell: np.ndarray, member: np.ndarray, place: np.ndarray) -> Iterato
             yield np.sort(part)
 
 
-def _products(vectors: np.ndarray) -> np.ndarray:
-    """Cosines float32 [m, m] of unit vectors [m, D], below the diagonal."""
-    from scipy.linalg.blas import ssyrk
-
-    # Half the work of a product; the transpose makes it C-contiguous.
-    return ssyrk(1.0, vectors.T, trans=1).T
+def _insert_pairs(near: np.ndarray, cosines: np.ndarray, members: np.ndarray, vectors: np.ndarray) -> None:
+    """Offers every pair of members [m] to the lists of both. vectors: float32 [m, D], of unit length."""
+    count, lasts = len(members), cosines[members, -1]
+    products = np.empty(ROWS * count, np.float32)
+    wanted = np.zeros(-(-count // 8) * 8, bool)
+    for begin in range(0, count, ROWS):
+        end = min(begin + ROWS, count)
+        part = products[: (end - begin) * end].reshape(end - begin, end)
+        np.matmul(vectors[begin:end], vectors[:end].T, out=part)
+        _offer_pairs(near, cosines, members, begin, part, lasts, wanted, wanted.view(np.uint64))
 
 
 def within_by_torch(vectors: np.ndarray, width: int, device: str) -> tuple[np.ndarray, np.ndarray]:
@@ -146,22 +152,41 @@ def offer(near: np.ndarray, cosines: np.ndarray, me: int, other: int, cosine: fl
 
 
 @compiled
-def _insert_pairs(near: np.ndarray, cosines: np.ndarray, members: np.ndarray, products: np.ndarray) -> None:
-    """Offers every pair of members [m] to the lists of both. products: float32 [m, m], below the diagonal."""
+def _offer_pairs(
+    near: np.ndarray,
+    cosines: np.ndarray,
+    members: np.ndarray,
+    begin: int,
+    products: np.ndarray,
+    lasts: np.ndarray,
+    wanted: np.ndarray,
+    eights: np.ndarray,
+) -> None:
+    """Offers the pairs of members [m] from `begin` on with those before each. products: float32 [r, m or fewer]. lasts:
+    float32 [m], what their lists end with. wanted: bool [m, rounded up to 8], and `eights`, the same as uint64: room to
+    note which pairs a list may take; most of eight are none."""
     last = near.shape[1] - 1
-    lasts = np.empty(len(members), np.float32)
-    for i in range(len(members)):
-        lasts[i] = cosines[members[i], last]
-    for i in range(len(members)):
+    for row in range(len(products)):
+        i = begin + row
+        me, mine = members[i], lasts[i]
         for j in range(i):
-            cosine = products[i, j]
-            for side in range(2):
-                a, b = (i, j) if side == 0 else (j, i)
-                if cosine < lasts[a]:
+            wanted[j] = (products[row, j] >= mine) | (products[row, j] >= lasts[j])
+        for j in range(i, (i + 7) // 8 * 8):
+            wanted[j] = False
+        for eight in range((i + 7) // 8):
+            if eights[eight] == 0:
+                continue
+            for j in range(8 * eight, 8 * eight + 8):
+                if not wanted[j]:
                     continue
-                me = members[a]
-                offer(near, cosines, me, members[b], cosine)
-                lasts[a] = cosines[me, last]
+                cosine, other = products[row, j], members[j]
+                if cosine >= mine:
+                    offer(near, cosines, me, other, cosine)
+                    mine = cosines[me, last]
+                if cosine >= lasts[j]:
+                    offer(near, cosines, other, me, cosine)
+                    lasts[j] = cosines[other, last]
+        lasts[i] = mine
 
 
 @compiled

@@ -135,7 +135,7 @@ def test_torch_gives_the_lists_of_the_cpu_up_to_ties():
     vectors = unit_vectors(300, 16)
     positions, cosines = within_by_torch(vectors, 12, "cpu")
     near, found = np.full((300, 12), -1, np.int32), np.full((300, 12), -np.inf, np.float32)
-    module._insert_pairs(near, found, np.arange(300), module._products(vectors))
+    module._insert_pairs(near, found, np.arange(300), vectors)
     assert np.allclose(cosines, found, atol=1e-6) and (near == positions).mean() > 0.99
     again, cosines_again = np.full_like(near, -1), np.full_like(found, -np.inf)
     merge_lines(again, cosines_again, np.arange(300), positions.astype(np.int32), cosines)
