@@ -98,20 +98,16 @@ def _lineage(chosen: argparse.Namespace) -> None:
     print_rows(list(rows[0]), [list(row.values()) for row in rows], chosen.json)
 
 
-_BEGUN = """
-    select list(distinct document order by document) filter (starts_with(document, lower($1)[1:32])),
-           count(*) filter (document = $1 or name = $1)
-    from (select document, name from documents union all select document, name from held_documents)
-    where document = $1 or name = $1 or regexp_full_match($1, '[0-9a-fA-F]{8,64}')"""
-
-
 def _trace(chosen: argparse.Namespace) -> None:
     from eclectus.storage.lineage.connection import connect
+    from eclectus.storage.lineage.macros import named_documents
 
     asked = chosen.document
     with connect(_home()) as connection:
-        begun, exact = connection.execute(_BEGUN, [asked]).fetchall()[0]
-        if len(begun or ()) > 1 and not exact:
+        named = named_documents(connection, asked)
+        begun = sorted({document for document, _ in named if document.startswith(asked.lower()[:32])})
+        exact = any(asked in pair for pair in named)
+        if len(begun) > 1 and not exact:
             shown = ", ".join(begun[:3])
             raise EclectusError(f"'{asked}' is the start of {len(begun)} documents, such as {shown}; write more of it")
         answer = connection.execute("from trace(?)", [asked])

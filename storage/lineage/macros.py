@@ -14,7 +14,12 @@ join per level; docs/benchmarks.md.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from eclectus.storage.artifact import KINDS
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 # A 64-bit hash of a digest: joins compare numbers, not texts. `digits`: a digest's first 15 as a number, for prefixes.
 NODE = "md5_number_lower(artifact)"
@@ -77,20 +82,26 @@ _LINEAGE = f"""table
     with {{once}}start as materialized ({_MATCHES}), {_FOUND}
     {_SHOWN}"""
 
-# A document's name in its source, or at least 8 digits of the SHA-256 of its text, of which its id has the first 32.
+# A document's name in its source, its id, or at least 8 digits of the SHA-256 of its text, of which its id has the
+# first 32.
 _CALLED = (
-    "(document = x or name = x "
-    "or (length(x) between 8 and 64 and regexp_full_match(x, '[0-9a-fA-F]+') "
-    "and starts_with(document, lower(x)[1:32])))"
+    "(document = {x} or name = {x} "
+    "or (length({x}) between 8 and 64 and regexp_full_match({x}, '[0-9a-fA-F]+') "
+    "and starts_with(document, lower({x})[1:32])))"
+)
+_CALLED_X = _CALLED.format(x="x")
+_NAMED = (
+    "select distinct document, name from (select document, name from documents union all "
+    f"select document, name from held_documents) where {_CALLED.format(x='$1')} order by document"
 )
 
 # What holds the document, and the steps that read it: in a bundle, and in a home, where the journals are read once.
 _HELD = f"""
              select 'instances' as kind, {{instances}} as artifact,
                     count(distinct instance) as instances, sum(tokens) as tokens
-             from {{of_instances}} where {_CALLED} group by all
+             from {{of_instances}} where {_CALLED_X} group by all
              union all
-             select distinct 'documents', {{documents}}, null, null from {{of_documents}} where {_CALLED}"""
+             select distinct 'documents', {{documents}}, null, null from {{of_documents}} where {_CALLED_X}"""
 _WHOLE = "{rows} left join (select distinct artifact from nodes where kind = '{kind}') on digits = artifact[1:32]"
 _READ = """
     select 'read it', s.label, 'step', null, null, null, s.step, s.label, s.run, s.ended
@@ -144,6 +155,11 @@ _DIFFERENCE = """table
             from facts group by what, label, name) d
         where d.a is distinct from d.b  -- plain a and b are the parameters
         order by list_position(['run', 'package', 'step', 'setting', 'input', 'output', 'metric'], what), label, name"""
+
+
+def named_documents(connection: DuckDBPyConnection, asked: str) -> list[tuple[str, str]]:
+    """(id, name) of the documents that `trace(asked)` is about, packed or not, by id."""
+    return connection.execute(_NAMED, [asked]).fetchall()
 
 
 def macros(bundled: bool = False) -> dict[str, str]:

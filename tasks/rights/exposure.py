@@ -18,14 +18,9 @@ from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import connect
 from eclectus.storage.lineage.costs import settings_by_step
+from eclectus.storage.lineage.macros import named_documents
 
 TRAININGS = ("pretrain", "extend")
-# (document) of what a user names: by id, the start of one, or its own name.
-_NAMED = """
-    select distinct document from (
-        select document, name from documents union all select document, name from held_documents)
-    where document = $1 or name = $1
-       or (regexp_full_match($1, '[0-9a-fA-F]{8,64}') and starts_with(document, lower($1)[1:32]))"""
 _TRAINED = """
     select o.artifact, s.label, s.run, s.name, s.step, s.ended
     from step_outputs o join steps s using (step)
@@ -56,14 +51,14 @@ def find_documents(home: Home, named: Collection[str], columns: Mapping[str, str
     found: set[str] = set()
     with connect(home) as connection:
         for each in named:
-            ids = [row[0] for row in connection.execute(_NAMED, [each]).fetchall()]
+            ids = sorted({document for document, _ in named_documents(connection, each)})
             if not ids:
                 raise EclectusError(
                     f"no document that is kept here is called '{each}'; expected its id, at least 8 digits of it, or "
                     "its name"
                 )
             if len(ids) > 1 and each not in ids:
-                raise EclectusError(f"'{each}' is {len(ids)} documents, such as {', '.join(sorted(ids)[:3])}; name ids")
+                raise EclectusError(f"'{each}' is {len(ids)} documents, such as {', '.join(ids[:3])}; name ids")
             found |= {each} if each in ids else set(ids)
         if columns:
             wanted = {name: columns.get(name) for name in ("source", "language", "domain")}
