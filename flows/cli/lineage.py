@@ -100,7 +100,7 @@ def _lineage(chosen: argparse.Namespace) -> None:
 
 def _trace(chosen: argparse.Namespace) -> None:
     from eclectus.storage.lineage.connection import connect
-    from eclectus.storage.lineage.macros import named_documents
+    from eclectus.storage.lineage.sql.macros import named_documents
 
     asked = chosen.document
     with connect(_home()) as connection:

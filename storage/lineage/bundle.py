@@ -13,8 +13,9 @@ import duckdb
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import new_database
-from eclectus.storage.lineage.macros import NODE, macros
-from eclectus.storage.lineage.tables import create_placeholders, create_views
+from eclectus.storage.lineage.sql.macros import NODE, macros
+from eclectus.storage.lineage.sql.placeholders import create_placeholders
+from eclectus.storage.lineage.sql.tables import create_views
 
 _UPSTREAM = f"""
     create temp table upstream_nodes as

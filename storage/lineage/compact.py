@@ -34,18 +34,10 @@ from eclectus.storage.home import Home
 from eclectus.storage.journal import EVENTS
 from eclectus.storage.lineage.dead_runs import end_dead_runs
 from eclectus.storage.lineage.live_journals import finished, journals
-from eclectus.storage.lineage.macros import EDGES, NODES, edges, nodes
-from eclectus.storage.lineage.tables import (
-    COLUMNS,
-    NEEDED,
-    create_placeholders,
-    folded,
-    matching,
-    raw,
-    readable,
-    text,
-    write_contents,
-)
+from eclectus.storage.lineage.sql.files import folded, matching, raw, readable, text
+from eclectus.storage.lineage.sql.macros import EDGES, NODES, edges, nodes
+from eclectus.storage.lineage.sql.placeholders import create_placeholders, write_contents
+from eclectus.storage.lineage.sql.schema import COLUMNS, NEEDED
 
 INDEXES = ("edges", "nodes", "contents")
 DAMAGED = "damaged"

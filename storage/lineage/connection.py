@@ -25,7 +25,9 @@ from eclectus.storage.home import Home
 from eclectus.storage.lineage.compact import GRACE, replaced
 from eclectus.storage.lineage.dead_runs import end_dead_runs
 from eclectus.storage.lineage.repair import repair
-from eclectus.storage.lineage.tables import create_placeholders, create_views, definitions, text
+from eclectus.storage.lineage.sql.files import text
+from eclectus.storage.lineage.sql.placeholders import create_placeholders
+from eclectus.storage.lineage.sql.tables import create_views, definitions
 
 if TYPE_CHECKING:
     from eclectus.storage.lineage.read_only_files import ReadOnlyFiles

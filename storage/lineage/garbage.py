@@ -29,8 +29,8 @@ from eclectus.storage.home import Home
 from eclectus.storage.journal import EVENTS, Journal
 from eclectus.storage.lineage.compact import finished, journals
 from eclectus.storage.lineage.connection import connect, read_once
-from eclectus.storage.lineage.macros import NODE
-from eclectus.storage.lineage.tables import matching, text
+from eclectus.storage.lineage.sql.files import matching, text
+from eclectus.storage.lineage.sql.macros import NODE
 from eclectus.storage.unused import DAY, PART, PARTS, quiet, unused_parts
 
 DIGITS = 32

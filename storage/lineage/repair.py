@@ -18,7 +18,8 @@ from eclectus.storage.artifact import EMPTY
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.compact import DAMAGED, INDEXES, repair_index
-from eclectus.storage.lineage.tables import COLUMNS, create_placeholders
+from eclectus.storage.lineage.sql.placeholders import create_placeholders
+from eclectus.storage.lineage.sql.schema import COLUMNS
 
 MAGIC = b"PAR1"
 SMALLEST_BYTES = 12

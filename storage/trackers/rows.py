@@ -17,7 +17,7 @@ from typing import Any
 import duckdb
 
 from eclectus.storage.home import Home
-from eclectus.storage.lineage.tables import readable
+from eclectus.storage.lineage.sql.files import readable
 from eclectus.storage.trackers.journals import earlier_attempts
 from eclectus.storage.trackers.sink import Sink
 from eclectus.storage.trackers.tracker import Page, Point, Table, TrackedRun

@@ -18,7 +18,7 @@ from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 from eclectus.storage.lineage.connection import connect
 from eclectus.storage.lineage.costs import settings_by_step
-from eclectus.storage.lineage.macros import named_documents
+from eclectus.storage.lineage.sql.macros import named_documents
 
 TRAININGS = ("pretrain", "extend")
 _TRAINED = """

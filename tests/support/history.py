@@ -4,7 +4,7 @@ import duckdb
 
 from eclectus.storage.journal import Journal
 from eclectus.storage.lineage.connection import connect
-from eclectus.storage.lineage.tables import text
+from eclectus.storage.lineage.sql.files import text
 
 RUNS = {"20260101-000000-aaaaaa": 20, "20260102-000000-bbbbbb": 32}
 

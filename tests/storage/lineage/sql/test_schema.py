@@ -8,7 +8,7 @@ import pytest
 from eclectus.storage.lineage.connection import connect
 from tests.support.history import RUNS, write_history, write_names
 
-PAGE = (Path(__file__).parents[3] / "docs" / "lineage.md").read_text()
+PAGE = (Path(__file__).parents[4] / "docs" / "lineage.md").read_text()
 SECTIONS = {
     title: body
     for title, body in re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
