@@ -181,7 +181,10 @@ def sql(query: str, values: list[Any] | None = None, home: Any = None) -> Rows:
     opened = home if isinstance(home, Home) else Home.existing(home)
     with connect(opened) as connection:
         try:
-            return Rows(connection.execute(query, values or []).to_arrow_table())
+            found = connection.sql(query, params=values or [])
+            if found is None:
+                raise EclectusError(f"the query '{query}' asks for nothing; write one, as 'from runs'")
+            return Rows(found.to_arrow_table())
         except duckdb.Error as error:
             raise EclectusError(f"the query failed: {str(error).strip()}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -28,7 +29,7 @@ LONGEST_FIRST = (
     "flows/test_main.py",
     "flows/services/test_cluster.py",
     "tasks/evaluation/test_benchmark.py",
-    "storage/lineage/test_tables.py",
+    "storage/lineage/sql/test_tables.py",
     "storage/lineage/test_repair.py",
     "tasks/grouping/test_chain.py",
     "models/training/test_loop.py",
@@ -37,7 +38,7 @@ LONGEST_FIRST = (
     "models/training/test_sharded.py",
     "tasks/training/test_workers.py",
     "storage/test_mirror.py",
-    "storage/lineage/test_macros.py",
+    "storage/lineage/sql/test_macros.py",
     "tasks/evaluation/test_evaluate.py",
 )  # fmt: skip
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -54,6 +55,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT))
+
+
+def pytest_unconfigure():
+    # Prefect's own server logs that it stops when pytest has closed its streams.
+    logging.raiseExceptions = False
 
 
 @pytest.fixture

@@ -119,6 +119,8 @@ def test_a_path_a_text_and_a_list_are_sources(world, steps, tmp_path):
     assert len({json.dumps(each.value.original.digest) for each in runs}) == 1
     with pytest.raises(EclectusError, match=r"the query failed: .*no_such_table"):
         eclectus.sql("from no_such_table")
+    with pytest.raises(EclectusError, match="the query '-- runs' asks for nothing"):
+        eclectus.sql("-- runs")
 
 
 def test_importing_it_costs_nothing():

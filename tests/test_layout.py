@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST_FIRST
+
 ROOT = Path(__file__).resolve().parents[1]
 # An import may only lead to a package of a lower rank, or stay in its own.
 RANKS = {"flows": 3, "tasks": 2, "models": 1, "storage": 1}
@@ -71,6 +73,10 @@ def test_no_folder_holds_more_modules_than_one_reads_at_a_glance():
     for path in FILES.values():
         counts[path.parent] = counts.get(path.parent, 0) + (path.name != "__init__.py")
     assert not {str(folder): count for folder, count in counts.items() if count > MOST_MODULES}
+
+
+def test_the_tests_that_begin_first_exist():
+    assert not [name for name in LONGEST_FIRST if not (ROOT / "tests" / name).exists()]
 
 
 def test_every_package_is_in_the_wheel():
