@@ -176,6 +176,9 @@ def _found(folder: Path) -> str | None:
 
 def _started(folder: Path, port: int) -> str:
     """Starts a keeper and returns the server's address when it answers. Call it under the lock."""
+    if (noted := read_note(folder)) and noted.server.is_alive():
+        # Its keeper was killed, so it ends, but holds its port until it has.
+        noted.server.stop()
     wanted = home_port(folder, "server", port)
     keeper = Background.start(
         "the Prefect server",

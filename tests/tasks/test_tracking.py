@@ -59,7 +59,8 @@ def test_a_training_that_is_killed_goes_on_in_the_same_curve(tmp_path):
     home = tmp_path / "home"
     code, said = train(home, 60, "--killed-at", 50, "--trackers", "tensorboard")
     assert code == -9, said
-    until(lambda: ended(home))
+    # The feeder may not have begun when the run is dead.
+    until(lambda: list((home / "trackers").glob("tensorboard/*")) and ended(home))
     code, said = train(home, 60, "--trackers", "tensorboard")
     assert code == 0, said
     curves, _ = tensorboard_curves(home / "trackers" / "tensorboard")
