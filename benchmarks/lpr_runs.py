@@ -44,7 +44,7 @@ from eclectus.models.sharding.slices import in_memory
 from eclectus.models.training.flops import training_costs
 from eclectus.models.training.instances import Batch, Instances
 from eclectus.models.training.loop import Plan, train
-from eclectus.models.training.precision import FrozenWeights, autocast, compute_dtype
+from eclectus.models.training.precision import FrozenWeights, autocast, is_half
 from eclectus.models.training.process import Process
 
 logging.disable_progress_bar()
@@ -213,8 +213,7 @@ def fit(model: torch.nn.Module, data: Instances, objective: Objective, job: dict
     with tempfile.TemporaryDirectory() as temporary:
         work = unfinished(job) or Path(temporary)
         started, computed = time.monotonic(), time.process_time()
-        half = compute_dtype(plan.precision, process.device) == torch.bfloat16
-        held = FrozenWeights(model, in_memory(model)) if half else None
+        held = FrozenWeights(model, in_memory(model)) if is_half(plan.precision, process.device) else None
         train(model, data, objective, plan, process, work, lambda *_, **__: None)
         if held:
             held.restore()

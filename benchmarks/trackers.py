@@ -70,8 +70,8 @@ class Halts:
         if self._before is not None:
             spent = np.subtract(now, self._before) / self._settings.window
             self.seconds[(window - 1) // 2, _is_halted(window - 1)] = spent
-        if window < 2 * self._settings.pairs:
-            (self._feeder.suspend if _is_halted(window) else self._feeder.resume)()
+        if window < 2 * self._settings.pairs and _is_halted(window):
+            self._feeder.suspend()
         else:
             self._feeder.resume()
         self._before = time.process_time(), time.monotonic()

@@ -1,6 +1,5 @@
 """`import eclectus`: flows as functions, their results as objects, errors as one sentence."""
 
-import importlib
 import importlib.util
 import json
 import subprocess
@@ -137,8 +136,6 @@ def test_importing_it_costs_nothing():
 def test_every_cell_of_a_notebook_runs(notebook, tmp_path, monkeypatch):
     from eclectus.tasks.corpus import CorpusSettings, write_corpus
 
-    # Prefect reads its settings when it is imported: here, before there is a server of the home.
-    importlib.import_module("prefect")
     write_corpus(tmp_path / "data/corpus", CorpusSettings())
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)

@@ -47,7 +47,12 @@ def listening(wanted: int = 0) -> socket.socket:
 
 def home_port(folder: Path, name: str, wanted: int = 0) -> int:
     """A free port: the one that this home had under this name, else `wanted`, else any."""
-    return free_port(_read(folder).get(name) or wanted)
+    return free_port(kept_port(folder, name, wanted))
+
+
+def kept_port(folder: Path, name: str, wanted: int = 0) -> int:
+    """The port that this home had under this name, else `wanted`, free or not."""
+    return _read(folder).get(name) or wanted
 
 
 def keep_port(folder: Path, name: str, port: int) -> None:

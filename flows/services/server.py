@@ -23,7 +23,7 @@ import eclectus
 from eclectus.flows.services.background import START_SECONDS, Background, start_of
 from eclectus.flows.services.configured_server import check_configured
 from eclectus.flows.services.keeper import LOG
-from eclectus.flows.services.ports import home_port
+from eclectus.flows.services.ports import kept_port
 from eclectus.flows.services.server_note import LOGIN, is_up, port_of, read_note
 from eclectus.flows.services.users import add_user, remove_user, server_lock, users
 from eclectus.storage.errors import EclectusError
@@ -176,10 +176,8 @@ def _found(folder: Path) -> str | None:
 
 def _started(folder: Path, port: int) -> str:
     """Starts a keeper and returns the server's address when it answers. Call it under the lock."""
-    if (noted := read_note(folder)) and noted.server.is_alive():
-        # Its keeper was killed, so it ends, but holds its port until it has.
-        noted.server.stop()
-    wanted = home_port(folder, "server", port)
+    # Whether it is free the keeper finds out, when a server that a killed one left has ended.
+    wanted = kept_port(folder, "server", port)
     keeper = Background.start(
         "the Prefect server",
         [*KEEPER, str(folder), str(wanted), *SERVER],

@@ -12,7 +12,7 @@ from torch import nn
 from eclectus.models.losses.step import Objective
 from eclectus.models.training.instances import Batch, Instances
 from eclectus.models.training.plan import Plan
-from eclectus.models.training.precision import Precision, compute_dtype
+from eclectus.models.training.precision import Precision, compute_dtype, is_half
 from eclectus.models.training.process import Process
 
 # In an instance of a made-up batch.
@@ -87,7 +87,7 @@ class Job:
 
     @property
     def precision(self) -> Precision:
-        return "bfloat16" if self.dtype == torch.bfloat16 else "float32"
+        return "bfloat16" if is_half(self.plan.precision, self.device) else "float32"
 
     @property
     def held(self) -> bool:

@@ -44,7 +44,7 @@ from eclectus.models.training.parallel import (
     whole,
 )
 from eclectus.models.training.plan import Plan
-from eclectus.models.training.precision import autocast, compute_dtype, keep_routers_fp32
+from eclectus.models.training.precision import autocast, is_half, keep_routers_fp32
 from eclectus.models.training.process import Process
 from eclectus.models.training.repeatable import switch_off_randomness
 from eclectus.models.training.resume import TrainingFailed, resume, save_progress
@@ -147,7 +147,7 @@ def prepare(model: nn.Module, plan: Plan, process: Process) -> None:
         compile_blocks(model)
     if plan.sharded:
         # Moves and shards layer by layer: no device ever holds the whole model.
-        shard(model, process, half=compute_dtype(plan.precision, process.device) == torch.bfloat16)
+        shard(model, process, half=is_half(plan.precision, process.device))
         arrange_gathering(model, plan.kept, plan.ahead)
     model.to(process.device)
     copy_shared_experts(model)

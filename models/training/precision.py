@@ -44,10 +44,14 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if half else torch.float32
 
 
+def is_half(precision: Precision, device: torch.device) -> bool:
+    """Whether matrix products are in bfloat16."""
+    return compute_dtype(precision, device) == torch.bfloat16
+
+
 def autocast(device: torch.device, precision: Precision = "auto") -> torch.autocast:
     """Matrix products in the dtype of `compute_dtype`."""
-    half = compute_dtype(precision, device) == torch.bfloat16
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=half)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_half(precision, device))
 
 
 def keep_routers_fp32(model: nn.Module) -> None:

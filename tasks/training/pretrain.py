@@ -101,8 +101,6 @@ def train_stage(
 
     training_flops is over all steps from 0, the dense warm-up's too; the seconds are of this stage alone.
     """
-    import torch
-
     from eclectus.models.checkpoints.side_files import has_tokenizer
     from eclectus.models.checkpoints.tensor_files import CheckpointError
     from eclectus.models.forecast.ahead import look_ahead
@@ -115,7 +113,7 @@ def train_stage(
     from eclectus.models.training.instances import Instances
     from eclectus.models.training.loop import train
     from eclectus.models.training.parallel import is_sharded
-    from eclectus.models.training.precision import compute_dtype
+    from eclectus.models.training.precision import is_half
     from eclectus.tasks.packing.tokenizer import load_tokenizer
 
     chosen = PretrainStageSettings(**settings)
@@ -140,9 +138,10 @@ def train_stage(
             made.blueprint.values,
             chosen.training_forecast,
         )
-        model = _made(made.blueprint, process, plan.sharded)
-        proof = _proof(chosen, model, start, process)
-        if is_sharded(model) and compute_dtype(plan.precision, process.device) == torch.bfloat16:
+        half, proved = is_half(plan.precision, process.device), _is_proved(chosen, start)
+        model = _made(made.blueprint, process, plan.sharded, half and not proved)
+        proof = _proof(chosen, model, start, process) if start and proved else None
+        if is_sharded(model) and half and proved:
             # The proof computes in float32, the training gathers matrices in bfloat16; sharded modules keep their type.
             del model
             gc.collect()
@@ -204,15 +203,17 @@ def _made(blueprint: Blueprint, process: Process, sharded: bool, half: bool = Fa
         raise EclectusError(f"the dense checkpoint to start from cannot be opened: {error}") from error
 
 
-def _proof(settings: PretrainStageSettings, model: Any, start: str | None, process: Process) -> StepZero | None:
-    """The proof that the stage starts as the checkpoint in `start`, on rank 0; None from scratch, and where experts
-    choose."""
+def _is_proved(settings: PretrainStageSettings, start: str | None) -> bool:
+    """Whether the stage starts as the checkpoint in `start` computes: not from scratch, nor where experts choose."""
+    # A token may be chosen by no expert or by several.
+    return start is not None and settings.pretrain_stage != "expert_choice"
+
+
+def _proof(settings: PretrainStageSettings, model: Any, start: str, process: Process) -> StepZero | None:
+    """The proof that the stage starts as the checkpoint in `start`, on rank 0."""
     from eclectus.models.checkpoints.proof import StepZeroError, prove_start
     from eclectus.models.training.parallel import is_sharded
 
-    # An expert may be chosen by no one or by several, so expert_choice does not start as the dense model.
-    if start is None or settings.pretrain_stage == "expert_choice":
-        return None
     if not is_sharded(model) and not process.is_main:
         return None
     try:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from eclectus.models.checkpoints.tensor_files import CheckpointReader, weight_files
 from eclectus.models.training.instances import Batch
 from eclectus.models.training.loop import Plan
 
@@ -26,6 +27,12 @@ SHAPE = {
 def batch_of(tokens, domains=None):
     nowhere = torch.zeros_like(tokens)
     return Batch(tokens, tokens.clone(), nowhere, nowhere if domains is None else domains, nowhere)
+
+
+def stored_weights(folder, stem="model"):
+    """The tensors of a checkpoint, in one file or several."""
+    with CheckpointReader(folder, weight_files(folder, stem)) as reader:
+        return {name: reader.tensor(name) for name in reader.specs}
 
 
 def write_instances(place, count=40, seed=0):

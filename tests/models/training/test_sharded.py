@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from eclectus.models.checkpoints.tensor_files import CheckpointReader, weight_files
 from eclectus.models.extension.methods import method_blueprint, review_blueprint, save_method
 from eclectus.models.lory.ffn import LoryFFN
 from eclectus.models.lory.model import LoryForCausalLM
@@ -26,7 +25,7 @@ from eclectus.models.training.loop import train
 from eclectus.models.training.process import Process
 from eclectus.tasks.training.unchanged_weights import UnchangedWeights
 from tests.support.processes import run_group
-from tests.support.tiny_training import LENGTH, plan, tiny_dense, write_instances
+from tests.support.tiny_training import LENGTH, plan, stored_weights, tiny_dense, write_instances
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.slow
@@ -186,19 +185,14 @@ def four(folder):
     run_group(4, in_four_processes, folder)
 
 
-def weights(folder, stem="model"):
-    with CheckpointReader(folder, weight_files(folder, stem)) as reader:
-        return {name: reader.tensor(name) for name in reader.specs}
-
-
 def ended(folder, name):
-    return {**weights(folder / name), **weights(folder / name, "moments")}
+    return {**stored_weights(folder / name), **stored_weights(folder / name, "moments")}
 
 
 @pytest.mark.parametrize("name", ["sharded", "copied"])
 def test_two_processes_end_as_one_does_within_documents(folder, alone, name):
     model, _ = run(folder, Process(), "alone within documents", document_mask=True)
-    both, changed = weights(folder / f"{name} within documents"), 0.0
+    both, changed = stored_weights(folder / f"{name} within documents"), 0.0
     for key, value in model.state_dict().items():
         torch.testing.assert_close(both[key], value, rtol=1e-3, atol=1e-5, msg=key)
         changed = max(changed, (value - alone[key]).abs().max().item())
@@ -246,7 +240,7 @@ def test_two_replicas_write_their_progress_once_and_extend_as_two_processes_do(f
     files = sorted(path.name for path in (folder / "four killed/latest/").glob("trained-*"))
     assert files == ["trained-00001-of-00002.safetensors", "trained-00002-of-00002.safetensors"]
     for name in ("stage 1", "stage 2", "lora"):
-        ours, theirs = (weights(folder / f"{who} {name}") for who in ("four", "both"))
+        ours, theirs = (stored_weights(folder / f"{who} {name}") for who in ("four", "both"))
         assert ours.keys() == theirs.keys()
         for key, value in ours.items():
             torch.testing.assert_close(value, theirs[key], rtol=1e-3, atol=1e-5, msg=f"{name}: {key}")
@@ -300,11 +294,11 @@ def test_lory_trains_in_bfloat16_with_shards_as_with_copies(folder):
 def test_a_sharded_extension_is_that_of_one_process_and_leaves_the_base_as_it_was(folder):
     extend(folder, "alone", Process(), sharded=False)
     for name in ("stage 1", "stage 2", "lora"):
-        both, alone = (weights(folder / f"{who} {name}") for who in ("both", "alone"))
+        both, alone = (stored_weights(folder / f"{who} {name}") for who in ("both", "alone"))
         assert both.keys() == alone.keys()
         for key, value in both.items():
             torch.testing.assert_close(value, alone[key], rtol=1e-3, atol=1e-5, msg=f"{name}: {key}")
-        halved, copied = (weights(folder / f"bf16 {sharded} {name}") for sharded in (True, False))
+        halved, copied = (stored_weights(folder / f"bf16 {sharded} {name}") for sharded in (True, False))
         for key, value in halved.items():
             torch.testing.assert_close(value, copied[key], rtol=1e-2, atol=2e-3, msg=f"{name}: {key}")
     extract_base(folder / "both stage 2", folder / "back")
