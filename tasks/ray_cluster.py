@@ -52,16 +52,27 @@ def ensure_ray() -> None:
             what = "Ray's dashboard: nodes, workers and logs of this run"
             run.show(lambda display: display.linked("Ray dashboard", shown, what))
         return
-    with _sigterm_restored():
-        # Without "local" Ray joins a cluster that anybody started on this machine, or fails on what one left in /tmp.
-        ray.init(
-            address="local",
-            num_cpus=local_cpus(),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            runtime_env=runtime,
-            **common,
-        )
+    # Without "local" Ray joins a cluster that anybody started on this machine, or fails on what one left in /tmp.
+    common |= {"address": "local", "num_cpus": local_cpus(), "include_dashboard": False}
+    _start_ray(object_store_memory=OBJECT_STORE_BYTES, runtime_env=runtime, **common)
+
+
+def _start_ray(attempts: int = 3, **settings: Any) -> None:
+    """Starts Ray here. It gives up a start that takes longer than 30 s, which a busy machine may need: tried again."""
+    import ray
+
+    for left in range(attempts)[::-1]:
+        try:
+            with _sigterm_restored():
+                ray.init(**settings)
+            return
+        except Exception as error:
+            # Ray has no class for it.
+            if "timed out during startup" not in str(error):
+                raise
+            if not left:
+                why = f"Ray did not start within 30 s, {attempts} times: this machine is too busy; run it again"
+                raise EclectusError(why) from error
 
 
 @contextlib.contextmanager

@@ -27,7 +27,6 @@ SLOW_TIMEOUT = 300
 LONGEST_FIRST = (
     "flows/services/test_chaos.py",
     "flows/test_main.py",
-    "flows/services/test_cluster.py",
     "tasks/evaluation/test_benchmark.py",
     "storage/lineage/sql/test_tables.py",
     "storage/lineage/test_repair.py",

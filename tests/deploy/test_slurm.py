@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from tests.support.compose import PATH
 from tests.support.slurm import missing, slurm_cluster
 
 WHY_NOT = missing()
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
+]
 SCRIPT = "/opt/eclectus/deploy/slurm/eclectus.sbatch"
 ENDS = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+# Ray whose head gives up its start as often as a file says.
+GIVES_UP = """#!/bin/bash
+left=$(cat /shared/left)
+if [[ $1 == start && $2 == --head ]] && ((left > 0)); then echo $((left - 1)) > /shared/left; exit 1; fi
+exec {ray} "$@"
+"""
 # One worker on each node, and a training that takes minutes.
 SETTINGS = """
 language_detector: field
@@ -29,7 +43,7 @@ model_heads: 2
 model_key_value_heads: 2
 model_feed_forward: 16
 lory_experts: 2
-pretrain_steps: 1000
+pretrain_steps: 500
 dense_warmup: 0.9
 pretrain_warmup_steps: 2
 lory_rewarm_steps: 2
@@ -59,14 +73,19 @@ def about(cluster, job):
     return dict(each.split("=", 1) for each in slurm(cluster, "scontrol", "show", "job", job).split() if "=" in each)
 
 
-def wait_until(cluster, condition, shared, longest=400):
+def wait_until(cluster, condition, log, longest=600):
     end = time.monotonic() + longest
     while not (found := condition()):
-        log = shared / "job.log"
-        assert time.monotonic() < end, log.read_text()[-4000:] if log.exists() else "the job has not begun"
+        assert time.monotonic() < end, log.read_text() if log.exists() else "the job has not begun"
         cluster.watch()
         time.sleep(1)
     return found
+
+
+def wait_for(cluster, job, state, log):
+    """Until the job has ended; it must be in this state."""
+    end = wait_until(cluster, lambda: (found := about(cluster, job)["JobState"]) in ENDS and found, log)
+    assert end == state, log.read_text()
 
 
 def steps_logged(home):
@@ -89,22 +108,46 @@ def test_a_job_that_gets_sigterm_writes_a_checkpoint_and_goes_on_from_it_when_it
         cluster, "env", "ECLECTUS_HOME=/shared/home", "sbatch", "--parsable", "--output=/shared/job.log", SCRIPT,
         "pretrain", "--config", "/shared/settings.yaml",
     )  # fmt: skip
-    job, home = submitted.strip(), shared / "home"
-    wait_until(cluster, lambda: sum(map(len, steps_logged(home).values())) > 3, shared)
+    job, home, log = submitted.strip(), shared / "home", shared / "job.log"
+
+    def trains():
+        assert about(cluster, job)["JobState"] not in ENDS, log.read_text()
+        return sum(map(len, steps_logged(home).values())) > 3
+
+    wait_until(cluster, trains, log)
     slurm(cluster, "scancel", "--batch", "--signal=TERM", job)
-    wait_until(cluster, lambda: about(cluster, job)["Restarts"] == "1", shared)
-    stopped = re.search(r"stopped at training step (\d+), whose checkpoint", (shared / "job.log").read_text())
-    assert stopped, (shared / "job.log").read_text()[-4000:]
-    end = wait_until(cluster, lambda: (state := about(cluster, job)["JobState"]) in ENDS and state, shared)
-    assert end == "COMPLETED", (shared / "job.log").read_text()[-4000:]
+    wait_until(cluster, lambda: about(cluster, job)["Restarts"] == "1", log)
+    stopped = re.search(r"stopped at training step (\d+), whose checkpoint", log.read_text())
+    assert stopped, log.read_text()
+    wait_for(cluster, job, "COMPLETED", log)
     first, second = steps_logged(home).values()
     assert max(first) <= int(stopped[1]) < min(second) <= int(stopped[1]) + 5, "it went on where it stood"
     sql = "select state from runs where flow = 'pretrain' order by started"
     assert slurm(cluster, "eclectus", "--home", "/shared/home", "sql", sql).split()[-2:] == ["crashed", "completed"]
 
 
+def test_where_ray_does_not_start_the_job_tries_again_and_never_ends_as_if_it_had_run(cluster):
+    """Ray's own `symmetric-run` ends with 0 then."""
+    shared = cluster.folder / "volumes" / "shared"
+    ray, log = shared / "bin" / "ray", shared / "tries.log"
+    ray.parent.mkdir()
+    ray.write_text(GIVES_UP.format(ray=Path(sys.executable).with_name("ray")))
+    ray.chmod(0o755)
+    for failures, longest, state in ((1, 60, "COMPLETED"), (3, 10, "FAILED")):
+        (shared / "left").write_text(str(failures))
+        job = slurm(
+            cluster, "env", f"PATH=/shared/bin:{PATH}", f"RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT={longest}",
+            "sbatch", "--parsable", f"--output=/shared/{log.name}", SCRIPT, "--version",
+        )  # fmt: skip
+        wait_for(cluster, job.strip(), state, log)
+        said = log.read_text()
+        assert said.count("Ray did not start, so the command did not run") == failures, said
+        assert ("eclectus 0" in said) == (state == "COMPLETED"), said
+        log.unlink()
+
+
 def test_a_job_without_a_command_is_refused(cluster):
     job = slurm(cluster, "sbatch", "--parsable", "--output=/shared/none.log", SCRIPT).strip()
     shared = cluster.folder / "volumes" / "shared"
-    wait_until(cluster, lambda: about(cluster, job)["JobState"] == "FAILED", shared)
+    wait_for(cluster, job, "FAILED", shared / "none.log")
     assert "give the command: sbatch" in (shared / "none.log").read_text()

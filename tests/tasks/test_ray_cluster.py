@@ -1,4 +1,4 @@
-"""Ray that is started for one machine cannot be reached from another."""
+"""Ray that is started for one machine cannot be reached from another, and a slow start is tried again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import ray
+
+from eclectus.storage.errors import EclectusError
+from eclectus.tasks import ray_cluster
 
 # In a process of its own, since Ray is started once in a process.
 PROGRAM = """
@@ -34,3 +38,46 @@ def test_ray_of_a_run_listens_on_loopback_only():
     found = json.loads(done.stdout.splitlines()[-1])
     assert {name for name, _ in found} >= {"gcs_server", "raylet"}
     assert {address.removeprefix("::ffff:") for _, address in found} <= {"127.0.0.1", "::1"}, found
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """Stands in for Ray: as many starts fail as are put into `errors`; returns that list and what was tried."""
+    errors, tried = [], []
+
+    def init(**settings):
+        tried.append(settings)
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    return errors, tried
+
+
+# Ray's node.py says so.
+SLOW = Exception("The current node timed out during startup. This could happen because some of the raylet")
+
+
+def test_a_start_that_ray_gives_up_is_tried_again(starts):
+    errors, tried = starts
+    errors += [SLOW, SLOW]
+    ray_cluster.ensure_ray()
+    assert len(tried) == 3 and tried[0] == tried[2]
+
+
+def test_a_machine_that_is_too_busy_for_ray_is_named(starts):
+    errors, tried = starts
+    errors += [SLOW] * 3
+    with pytest.raises(EclectusError, match="Ray did not start within 30 s, 3 times: this machine is too busy"):
+        ray_cluster.ensure_ray()
+    assert len(tried) == 3
+
+
+def test_another_fault_of_a_start_is_not_tried_again(starts):
+    errors, tried = starts
+    errors.append(ValueError("no such setting"))
+    with pytest.raises(ValueError, match="no such setting"):
+        ray_cluster.ensure_ray()
+    assert len(tried) == 1

@@ -18,7 +18,12 @@ import pytest
 from tests.support.compose import DOCKERS_GRACE, SECRETS, Cluster, missing, processes_in, seconds
 
 WHY_NOT = missing()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT),
+]
 DEPLOYMENTS = {"main", "curate", "pretrain", "extend", "evaluate", "retrain", "similarity"}
 AUTOMATIONS = {"eclectus: crashed runs", "eclectus: pending runs", "eclectus: zombie runs"}
 ENDS = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
@@ -89,7 +94,7 @@ def start_run(cluster, deployment, **parameters):
     return made["id"]
 
 
-def end_of(cluster, run, longest=240):
+def end_of(cluster, run, longest=600):
     """The state in which a flow run ends."""
 
     def ended():
@@ -182,7 +187,7 @@ def test_a_run_whose_worker_is_stopped_has_crashed_and_is_scheduled_again(cluste
         "flow_runs": {"id": {"any_": [run]}},
         "task_runs": {"name": {"any_": ["train dense warm-up"]}, "state": {"type": {"any_": ["RUNNING"]}}},
     }
-    wait_until(lambda: prefect(cluster, "task_runs/filter", training), cluster, 240)
+    wait_until(lambda: prefect(cluster, "task_runs/filter", training), cluster, 600)
     (took,) = cluster.stop({"worker"}).values()
     assert took is not None, f"the worker had to be killed\n{log_of(cluster)}"
     assert "CRASHED" in {state["type"] for state in prefect(cluster, f"flow_run_states/?flow_run_id={run}")}
