@@ -23,6 +23,7 @@ Shapes: B windows, L tokens, N routed units (segments or tokens), E experts, S s
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ NO_DOCUMENT = -1
 LOGITS_AT_ONCE = 2**28
 MOST_BUCKETS = 32
 # Batches between two writes of the sums so far.
-KEEP_EVERY = 50
+KEEP_SECONDS = 20.0
 
 
 class NotFinite(Exception):
@@ -151,7 +152,7 @@ def score(
 
     batch: windows per forward pass, fewer if their logits would be more than LOGITS_AT_ONCE numbers.
     report_progress: called with (windows done, windows to do) of this process. kept: a directory where the sums so far
-    are written every KEEP_EVERY batches, from which interrupted scoring resumes. by_prompt: route a Lory model once per
+    are written every KEEP_SECONDS, from which interrupted scoring resumes. by_prompt: route a Lory model once per
     window, by its context alone (docs/methods.md 1.4), and collect no routing statistics. closed_from: in windows
     without tokens from this id on, these get no probability. Raises NotFinite.
     """
@@ -162,7 +163,8 @@ def score(
     sums = Sums(np.zeros(documents), np.zeros(documents), np.zeros((streams, windows.buckets, 3)), np.zeros(streams))
     path = kept / f"{'prompt-' if by_prompt else ''}{process.rank}-of-{process.world}.npz" if kept else None
     sums, begin = _read_sums(path, sums)
-    for number, first in enumerate(range(begin, len(mine), size), 1):
+    written = time.monotonic()
+    for first in range(begin, len(mine), size):
         rows = mine[first : first + size]
         tokens, owners = read_windows(windows, rows)
         apart = _documents_apart(windows, rows, owners)
@@ -176,8 +178,9 @@ def score(
         if not by_prompt:
             _add_routing(sums, model, rows, output)
         done = min(first + size, len(mine))
-        if path and number % KEEP_EVERY == 0:
+        if path and time.monotonic() - written >= KEEP_SECONDS:
             _write_sums(path, sums, done)
+            written = time.monotonic()
         report_progress(done, len(mine))
     first, *others = process.gather(sums)
     for each in others:

@@ -137,7 +137,7 @@ def test_two_processes_both_get_the_sums_of_one(tmp_path):
 
 @pytest.mark.parametrize("kind", ["dense", "lory", "moe"])
 def test_interrupted_scoring_resumes_to_the_same_sums(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "KEEP_EVERY", 1)
+    monkeypatch.setattr(evaluation, "KEEP_SECONDS", 0.0)
     model, windows = make_model(kind), make_windows()
     whole = add_up(model, windows, batch=1)
     progress = []
