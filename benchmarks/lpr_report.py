@@ -130,8 +130,10 @@ class Table:
         cells = [title, *by_language(self._expanded), spread(means)]
         cells.append(f"{spread(over, 1, '+')}%" if over else "-")
         cells += by_language(self._original)
-        rates = sorted({run.get("stage1_rate") or run.get("rate") or 0.0 for run in runs})
-        return row([*cells, f"{spread(keeps, 2)}%", " ".join(f"{rate:.1g}" for rate in rates), str(len(runs))])
+        # A pretrained base was not trained here.
+        rates = sorted({run.get("stage1_rate") or run["rate"] for run in runs if run.get("steps")})
+        shown = " ".join(f"{rate:.1g}" for rate in rates) or "-"
+        return row([*cells, f"{spread(keeps, 2)}%", shown, str(len(runs))])
 
     def base_of(self, run: dict[str, Any]) -> dict[str, Any]:
         return self._bases[run.get("base_seed", run["seed"])]
