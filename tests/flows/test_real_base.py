@@ -109,11 +109,16 @@ def test_every_old_weight_is_in_the_result_bit_by_bit(world):
     assert len(same) > 150 and all(torch.equal(old[name].float(), new[name].float()) for name in same)
 
 
-def test_english_is_predicted_as_well_and_the_chat_is_the_same(world):
+def test_english_is_predicted_as_well_and_both_models_answer_side_by_side(world):
     home, *_ = world
     sql = "select value from metrics where name = 'bits_per_byte' and tags = map {'language': 'en'} order by logged"
     (first,), (second,) = query(sql, home)[1]
     # It may gain a little from the replay.
     assert 0.5 < first < 2 and 0.95 < second / first < 1.005
-    report = Path(home.path, "report.html").read_text("utf-8")
-    assert report.count("The capital of France is Paris") == 2
+    found = query("select path from artifacts where kind = 'evaluation' order by created", home)[1]
+    files = [Path(path, "chat.json") for (path,) in found]
+    chats = [json.loads(file.read_text("utf-8")) for file in files if file.exists()]
+    assert [len(rows) for rows in chats] == [10, 10] and all(row["answer"] for row in chats[0])
+    assert "The capital of France is Paris" in chats[0][0]["answer"]
+    report = Path(home.root, "report.html").read_text("utf-8")
+    assert all(row["instruction"] in report for row in chats[0])
