@@ -43,7 +43,7 @@ from eclectus.models.training.process import Process
 NO_DOCUMENT = -1
 LOGITS_AT_ONCE = 2**28
 MOST_BUCKETS = 32
-# Batches between two writes of the sums so far.
+# Between two writes of the sums so far.
 KEEP_SECONDS = 20.0
 
 

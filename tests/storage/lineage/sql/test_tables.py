@@ -362,7 +362,7 @@ def test_a_clock_that_jumps_back_breaks_no_table(home, monkeypatch):
         compact(home)
 
 
-@pytest.mark.parametrize("name", ["n[1]", "[", "a*", "** what? {a,b}", "it's 100% a#b ü\nc"])
+@pytest.mark.parametrize("name", ["n[1]", "[", "**", "a*", "what? {a,b}", "it's 100% a#b ü\nc"])
 def test_a_home_is_a_folder_whatever_its_name_looks_like(tmp_path, name):
     from eclectus.storage.home import Home
     from eclectus.storage.lineage.bundle import bundle
