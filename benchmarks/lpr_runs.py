@@ -156,6 +156,9 @@ def train_review(job: dict[str, Any]) -> dict[str, Any]:
     speed = fit(model, data, objective, job)
     proof = same_digest(frozen_digest(model), before, job)
     proof["all_but_routers_unchanged"] = untrained_digest(model) == still
+    if job.get("led"):
+        # Of a real base: for `eclectus evaluate`, which compares its conversations, and to be served.
+        export_checkpoint(model, job["out"], side_files=job["start"])
     return {**scores(model, job), **proof, **speed, **routing_share(model, job)}
 
 
@@ -244,7 +247,8 @@ def scores(model: torch.nn.Module, job: dict[str, Any]) -> dict[str, Any]:
         from lpr_tasks import task_scores
 
         work = unfinished(job)
-        found["tasks"] = task_scores(model, **job["tasks"], kept=work and work / "answers")
+        kept = work and work / "answers"
+        found["tasks"] = task_scores(model, **job["tasks"], kept=kept, precision=job.get("precision", "auto"))
     return found
 
 
@@ -281,7 +285,8 @@ def bits_per_byte(
     held, windows = held_out(job, part)
     work = unfinished(job)
     kept = work and work / f"scores-{part}"
-    sums = score(model, windows, len(held["streams"]), Process.current(), 16, lambda *_: None, kept)
+    given = (model, windows, len(held["streams"]), Process.current(), 16, lambda *_: None, kept)
+    sums = score(*given, precision=job.get("precision", "auto"))
     scored = sums.tokens * held["bytes_a_token"]
     by_language = {}
     for number, language in enumerate(held["streams"].tolist()):

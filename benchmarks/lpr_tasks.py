@@ -11,6 +11,7 @@ from lm_eval import simple_evaluate
 from transformers import AutoTokenizer
 
 from eclectus.models.evaluation.lm_eval import make_harness_model
+from eclectus.models.training.precision import Precision
 from eclectus.models.training.process import Process
 from eclectus.tasks.evaluation.benchmark_tasks import Harness, Wanted, language_of, local_questions
 
@@ -23,6 +24,7 @@ def task_scores(
     limit: int,
     batch: int = 8,
     kept: Path | None = None,
+    precision: Precision = "auto",
 ) -> dict[str, dict[str, Any]]:
     """Accuracy by task over the questions of a folder in these languages: {task: {acc, error, questions, correct}}.
 
@@ -31,11 +33,13 @@ def task_scores(
     acc is the one that is normalised by the answers' length, where the task has it (docs/methods.md 2.5's ARC and
     HellaSwag do).
     limit: at most that many questions of each task, the first ones; -1 for all. kept: for answers so far, to resume.
+    precision: of matrix products.
     """
     harness = Harness([folder])
     words = AutoTokenizer.from_pretrained(tokenizer)
     length = model.config.max_position_embeddings
-    model_under_test = make_harness_model(model.eval(), words, length, batch, Process.current(), kept, lambda *_: None)
+    given = (model.eval(), words, length, batch, Process.current(), kept, lambda *_: None)
+    model_under_test = make_harness_model(*given, precision=precision)
     scores = {}
     for name in sorted(local_questions([folder])):
         if language_of(name) not in languages:

@@ -7,7 +7,8 @@ router. Whole texts (rolling log-likelihood, which has no prompt) are routed by 
 (docs/methods.md 1.3).
 
 The processes divide the requests and store answers in a file as they come, so that an interrupted evaluation resumes.
-Cost: one forward pass per request; for Lory one more over the context.
+Cost: one forward pass per question, over its context and all answers to it (shared_contexts.py); for Lory, and for
+models whose attention such a pass does not give, one per answer, and for Lory one more over the context.
 Shapes: B requests, L tokens, C context tokens, E experts.
 """
 
@@ -27,7 +28,9 @@ from torch.nn import functional as F
 
 from eclectus.models.checkpoints.tokenizer_files import text_frame
 from eclectus.models.evaluation.scoring import routes_by_prompt
+from eclectus.models.evaluation.shared_contexts import answer_rows, can_share, plan_rows
 from eclectus.models.pretraining.export_dense import prompt_routing_weights
+from eclectus.models.training.precision import Precision, is_half
 from eclectus.models.training.process import Process
 
 # Answers per write: a kill loses at most this many.
@@ -52,6 +55,7 @@ class HarnessModel(HFLM):
         begin: token ids that precede every text; by default those that the tokenizer itself puts there. What it puts
             after a text is left out: an answer continues its question.
         closed_from: tokens from this id on get no probability in requests without any of them.
+        precision: of matrix products.
     """
 
     def __init__(
@@ -66,8 +70,9 @@ class HarnessModel(HFLM):
         encode: Callable[[list[str]], list[list[int]]] | None = None,
         begin: list[int] | None = None,
         closed_from: int | None = None,
+        precision: Precision = "auto",
     ) -> None:
-        mixed = "bfloat16" if process.device.type == "cuda" else None
+        mixed = "bfloat16" if is_half(precision, process.device) else None
         super().__init__(
             pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=batch, mixed_precision_dtype=mixed
         )
@@ -177,7 +182,14 @@ class HarnessModel(HFLM):
         return "dense"
 
     def _score(self, requests: list[Request], override_bs: int | None) -> list[tuple[float, bool]]:
+        rows = plan_rows(requests, self.max_length, override_bs or self.batch_size)
+        if can_share(self.model, max(len(row.tokens) for row in rows)):
+            with self._mixed_precision():
+                return [answer for _, answer in sorted(answer_rows(self.model, rows, requests))]
         return HFLM._loglikelihood_tokens(self, requests, disable_tqdm=True, override_bs=override_bs)
+
+    def _mixed_precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None)
 
     def _answer(self, wanted: dict[str, Any], work: Callable[[list[Any]], list[Any]]) -> dict[str, Any]:
         """Answers by name: stored ones, and new ones, of which every process computes its share."""
@@ -185,14 +197,21 @@ class HarnessModel(HFLM):
             self._known = self._read_kept()
         known = self._known
         todo = sorted((name for name in wanted if name not in known), key=lambda name: (-_size(wanted[name]), name))
-        mine = todo[self._process.rank :: self._process.world]
+        questions: dict[Any, list[str]] = {}
+        for name in todo:
+            questions.setdefault(_question(name, wanted[name]), []).append(name)
+        mine = list(questions.values())[self._process.rank :: self._process.world]
         given: dict[str, Any] = {}
-        for first in range(0, len(mine), ANSWERS_PER_WRITE):
-            names = mine[first : first + ANSWERS_PER_WRITE]
+        names: list[str] = []
+        for number, question in enumerate(mine, 1):
+            names += question
+            if len(names) < ANSWERS_PER_WRITE and number < len(mine):
+                continue
             fresh = dict(zip(names, work([wanted[name] for name in names]), strict=True))
             self._keep(fresh)
             given |= fresh
-            self._report_progress(len(given), len(mine))
+            names = []
+            self._report_progress(len(given), sum(map(len, mine)))
         for each in self._process.gather(given):
             known |= each
         return known
@@ -248,7 +267,7 @@ class LoryHarnessModel(HarnessModel):
         rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         counts = [len(continuation) for _, _, continuation in requests]
         tokens, mask = _padded([row[:-1] for row in rows], self.device)
-        with torch.autocast(self.device.type, self.mixed_precision_dtype, self.mixed_precision_dtype is not None):
+        with self._mixed_precision():
             chosen: dict[str, Any]
             if self._whole_texts:
                 chosen = {"first_segment": "uniform"}
@@ -266,9 +285,9 @@ class LoryHarnessModel(HarnessModel):
         return answers
 
 
-def make_harness_model(model: Any, *args: Any) -> HarnessModel:
+def make_harness_model(model: Any, *args: Any, **named: Any) -> HarnessModel:
     """The HarnessModel for this model; the arguments are those of HarnessModel."""
-    return (LoryHarnessModel if routes_by_prompt(model) else HarnessModel)(model, *args)
+    return (LoryHarnessModel if routes_by_prompt(model) else HarnessModel)(model, *args, **named)
 
 
 def _padded(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -281,6 +300,11 @@ def _padded(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, 
 
 def _name(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _question(name: str, request: Any) -> Any:
+    """What requests with one context have in common."""
+    return tuple(request[1]) if isinstance(request, tuple) else name
 
 
 def _size(request: Any) -> int:

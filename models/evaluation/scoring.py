@@ -37,7 +37,7 @@ from eclectus.models.attention.document_mask import within_documents
 from eclectus.models.lory.model import LoryForCausalLM
 from eclectus.models.pretraining.export_dense import prompt_routing_weights
 from eclectus.models.staged_folder import replacing
-from eclectus.models.training.precision import autocast
+from eclectus.models.training.precision import Precision, autocast
 from eclectus.models.training.process import Process
 
 NO_DOCUMENT = -1
@@ -147,6 +147,7 @@ def score(
     kept: Path | None = None,
     by_prompt: bool = False,
     closed_from: int | None = None,
+    precision: Precision = "auto",
 ) -> Sums:
     """Scores all windows; the processes divide them, and all get the same sums.
 
@@ -154,7 +155,7 @@ def score(
     report_progress: called with (windows done, windows to do) of this process. kept: a directory where the sums so far
     are written every KEEP_SECONDS, from which interrupted scoring resumes. by_prompt: route a Lory model once per
     window, by its context alone (docs/methods.md 1.4), and collect no routing statistics. closed_from: in windows
-    without tokens from this id on, these get no probability. Raises NotFinite.
+    without tokens from this id on, these get no probability. precision: of matrix products. Raises NotFinite.
     """
     model.to(process.device).eval()
     mine = windows.table[process.rank :: process.world]
@@ -170,7 +171,7 @@ def score(
         apart = _documents_apart(windows, rows, owners)
         tokens = tokens.to(process.device)
         asks = _routing_arguments(model, apart is not None)
-        with autocast(process.device), within_documents(model, apart, process.device):
+        with autocast(process.device, precision), within_documents(model, apart, process.device):
             arguments = _fixed_weights(model, tokens[:, : windows.context]) if by_prompt else asks
             output = model(input_ids=tokens, use_cache=False, **arguments)
         logits = output.logits if closed_from is None else without_new_words(output.logits, tokens, closed_from)
