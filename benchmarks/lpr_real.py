@@ -78,6 +78,9 @@ class RealQueue(Queue):
             name += NEW_WORDS
             if more.get("title"):
                 more["title"] += NEW_WORDS
+        if part == OTHER_RATES and "tasks" in self._common:
+            asked = self._chosen.rate_items
+            more["tasks"] = {**self._common["tasks"], "limit": asked} if asked else None
         return super()._add(part, seed, kind, name, needs, **more)
 
     def _base(self, seed: int) -> str:
@@ -123,6 +126,7 @@ def main() -> None:
     parser.add_argument("--expanded", nargs="+", default=["el", "tr", "hu", "es"], help="languages that it is taught")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="of stage 1; every baseline reads as many")
     parser.add_argument("--items", type=int, default=500, help="questions of each task, the first ones")
+    parser.add_argument("--rate-items", type=int, help="questions at the other rates; 0: none (default: --items)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--rates", type=int, choices=(1, 2, 3), default=3, help="learning rates of every method")
     parser.add_argument("--seeds", type=int, default=1)
@@ -136,6 +140,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("home/lpr-real"), help="for text, checkpoints and results")
     parser.add_argument("--out", type=Path, default=Path("home/lpr-real/report"), help="tables, without ending")
     chosen = parser.parse_args()
+    if chosen.rate_items is None:
+        chosen.rate_items = chosen.items
     os.nice(chosen.nice)
     # A plain kill ends the workers too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

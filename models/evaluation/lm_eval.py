@@ -33,8 +33,10 @@ from eclectus.models.pretraining.export_dense import prompt_routing_weights
 from eclectus.models.training.precision import Precision, is_half
 from eclectus.models.training.process import Process
 
-# Answers per write: a kill loses at most this many.
+# Answers per write: a kill loses few more than these.
 ANSWERS_PER_WRITE = 64
+# Of one question, that a process computes together. Whole texts, and tasks without contexts, all share one.
+ANSWERS = 16
 
 Request = tuple[Any, list[int], list[int]]
 
@@ -197,10 +199,7 @@ class HarnessModel(HFLM):
             self._known = self._read_kept()
         known = self._known
         todo = sorted((name for name in wanted if name not in known), key=lambda name: (-_size(wanted[name]), name))
-        questions: dict[Any, list[str]] = {}
-        for name in todo:
-            questions.setdefault(_question(name, wanted[name]), []).append(name)
-        mine = list(questions.values())[self._process.rank :: self._process.world]
+        mine = _questions(todo, wanted)[self._process.rank :: self._process.world]
         given: dict[str, Any] = {}
         names: list[str] = []
         for number, question in enumerate(mine, 1):
@@ -302,9 +301,18 @@ def _name(*content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _question(name: str, request: Any) -> Any:
-    """What requests with one context have in common."""
-    return tuple(request[1]) if isinstance(request, tuple) else name
+def _questions(names: list[str], requests: dict[str, Any]) -> list[list[str]]:
+    """The names in parts whose requests share a context, at most ANSWERS of them each, in the order of their first."""
+    parts: list[list[str]] = []
+    latest: dict[Any, list[str]] = {}
+    for name in names:
+        request = requests[name]
+        context = tuple(request[1]) if isinstance(request, tuple) else name
+        if context not in latest or len(latest[context]) == ANSWERS:
+            latest[context] = []
+            parts.append(latest[context])
+        latest[context].append(name)
+    return parts
 
 
 def _size(request: Any) -> int:

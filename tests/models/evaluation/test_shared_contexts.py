@@ -118,3 +118,16 @@ def test_a_model_whose_window_is_shorter_than_a_row_or_that_takes_no_mask_of_pai
     without = GPTNeoXForCausalLM(GPTNeoXConfig(**{**SHAPE, "num_hidden_layers": 1}))
     without.config._attn_implementation = "flash_attention_2"
     assert not can_share(without, 5)
+
+
+def test_answers_of_one_question_stay_together_and_a_context_that_all_share_is_divided():
+    from eclectus.models.evaluation.lm_eval import ANSWERS, _questions
+
+    requests = {f"a{number}": (None, [1, 2], [number]) for number in range(4)}
+    requests |= {f"whole {number}": (None, [0], [number]) for number in range(2 * ANSWERS + 1)}
+    requests |= {"written": object(), "written too": object()}
+    names = [name for pair in zip(requests, reversed(requests), strict=True) for name in pair][: len(requests)]
+    parts = _questions(list(dict.fromkeys([*names, *requests])), requests)
+    assert sorted(name for part in parts for name in part) == sorted(requests)
+    assert sorted(map(len, parts)) == [1, 1, 1, 4, ANSWERS, ANSWERS]
+    assert {frozenset(part) for part in parts if len(part) == 4} == {frozenset(f"a{number}" for number in range(4))}
