@@ -17,9 +17,11 @@ method at its middle rate, the other rates, the other seeds. Results are kept un
 trainings resume from their last checkpoint, and the same command goes on where the last one ended; what was not run is
 said. The process and its workers run at the lowest priority (--nice 19).
 
-Cost of SmolLM2-135M at 2 million tokens, on one core with AVX512-BF16: 9.5 CPU seconds per 1,024 tokens of stage 1 and
-7.8 of full fine-tuning (benchmarks/lpr_speed.py), so 4 to 7 CPU hours a training and, by the size of the questions and
-held-out text, 1 to 1.5 for each evaluation; about 40 for all methods at one rate.
+Training and scoring are in bfloat16 where a CPU or GPU is faster in it (--precision), so accuracies differ from those of
+float32 by the best answers of about one question in 70 (benchmarks/shared_contexts.py).
+
+Cost of SmolLM2-135M at 2 million tokens, on one core with AMX: 6.2 CPU seconds per 1,024 tokens of stage 1 and 5.0 of
+full fine-tuning (benchmarks/lpr_speed.py), so 3 to 4 CPU hours a training, and half an hour for each evaluation.
 
 `--tokens 20000 --items 20 --methods moe_lpr full --rates 1` shows in minutes that everything works.
 """
