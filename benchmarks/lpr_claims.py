@@ -40,6 +40,8 @@ import signal
 import sys
 import time
 import traceback
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -231,20 +233,27 @@ class Board:
 
 
 def work(jobs: list[dict[str, Any]], board: Board, deadline: float) -> None:
-    """Gives ready jobs to the workers, best priority first, until all are done or the time is over."""
+    """Gives ready jobs to the workers, best priority first, until all are done or the time is over.
+
+    It ends when a worker is killed, as where memory is short: what was running resumes in the next run.
+    """
     waiting = sorted(jobs, key=lambda job: job["priority"])
     done: set[str] = set()
     failed: set[str] = set()
-    running: list[tuple[dict[str, Any], Any]] = []
+    running: list[tuple[dict[str, Any], Future[dict[str, Any]]]] = []
     workers = jobs[0]["workers"]
-    pool = multiprocessing.get_context("spawn").Pool(workers)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    killed = False
     try:
-        while (waiting or running) and time.monotonic() < deadline:
-            for job, promise in [each for each in running if each[1].ready()]:
+        while (waiting or running) and time.monotonic() < deadline and not killed:
+            for job, promise in [each for each in running if each[1].done()]:
                 running.remove((job, promise))
                 try:
-                    board.add(promise.get())
+                    board.add(promise.result())
                     done.add(job["name"])
+                except BrokenProcessPool:
+                    waiting.append(job)
+                    killed = True
                 except Exception as error:
                     failed.add(job["name"])
                     board.errors.append(f"{job['name']}: {traceback.format_exception_only(error)[-1].strip()[:400]}")
@@ -258,17 +267,20 @@ def work(jobs: list[dict[str, Any]], board: Board, deadline: float) -> None:
                 if found := board.known(job):
                     board.results.append(found)
                     done.add(job["name"])
-                elif len(running) < workers:
-                    running.append((job, pool.apply_async(run_job, (job,))))
+                elif len(running) < workers and not killed:
+                    running.append((job, pool.submit(run_job, job)))
                 else:
                     continue
                 waiting.remove(each)
             time.sleep(0.2)
+        if killed:
+            board.errors.append("a worker was killed, perhaps for want of memory: resume with fewer --workers")
         board.about["not_run"] = [job["name"] for job in waiting] + [job["name"] for job, _ in running]
         board.write()
     finally:
-        pool.terminate()
-        pool.join()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():
+            worker.terminate()
 
 
 if __name__ == "__main__":

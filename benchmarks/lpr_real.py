@@ -9,16 +9,17 @@ replay, LoRA, LLaMA-Pro and a mixture that trains whole; each at three learning 
 against retention of every method and rate, and, of English tasks and translation choice, accuracies with intervals and
 paired differences from the base. Rates of the first table are chosen on `valid`, which is not reported.
 
---words-base: a checkpoint that `extension_vocabulary` made of the same base, of the artifacts of `eclectus extend`; all
-methods run on it as well, with text in its own tokens, and are compared with the base without new words.
+--new-words N: all methods run as well on the base with N new tokens for the expanded languages, learned on the training
+text, with all text in its own tokens, and are compared with the base without new words. --words-base: on a checkpoint
+that `extension_vocabulary` made of the same base elsewhere.
 
 A job is one training of one method at one rate and seed, and its evaluation; jobs run in order of priority: every
 method at its middle rate, the other rates, the other seeds. Results are kept under --work by their settings, unfinished
 trainings resume from their last checkpoint, and the same command goes on where the last one ended; what was not run is
 said. The process and its workers run at the lowest priority (--nice 19).
 
-Training and scoring are in bfloat16 where a CPU or GPU is faster in it (--precision), so accuracies differ from those of
-float32 by the best answers of about one question in 70 (benchmarks/shared_contexts.py).
+Training and scoring are in bfloat16 where a CPU or GPU is faster in it (--precision): about one question in 70 then
+gets another best answer than in float32 (benchmarks/shared_contexts.py).
 
 Cost of SmolLM2-135M at 2 million tokens, on one core with AMX: 6.2 CPU seconds per 1,024 tokens of stage 1 and 5.0 of
 full fine-tuning (benchmarks/lpr_speed.py), so 3 to 4 CPU hours a training, and half an hour for each evaluation.
@@ -46,6 +47,7 @@ from lpr_intervals import HeldOut
 from lpr_queue import FIRST, OTHER_RATES, SEEDS, Queue
 from lpr_report import NEW_WORDS
 from lpr_sizes import REAL, Review, Size
+from lpr_words import with_new_words
 
 from eclectus.models.training.precision import bfloat16_gain
 from eclectus.tasks.training.precision import GAIN
@@ -121,7 +123,9 @@ class RealQueue(Queue):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-model", required=True, help="a folder, a .gguf file or a hub name")
-    parser.add_argument("--words-base", type=Path, help="the same base with new words: every method on it, too")
+    words = parser.add_mutually_exclusive_group()
+    words.add_argument("--new-words", type=int, help="tokens to add to a copy of the base: every method on it, too")
+    words.add_argument("--words-base", type=Path, help="the same base with new words, made elsewhere")
     parser.add_argument("--corpus", type=Path, required=True, help="folder of *.jsonl or *.jsonl.gz")
     parser.add_argument("--eval", type=Path, help="folder of lm-eval questions, TASK.jsonl.gz; without: no tasks")
     parser.add_argument("--original", nargs="+", default=["en"], help="languages that the base knows")
@@ -162,6 +166,9 @@ def run(chosen: argparse.Namespace, deadline: float) -> None:
     board.about["precision"] = chosen.precision
     board.write()
     jobs = RealQueue(size, chosen, packed).jobs()
+    if chosen.new_words:
+        home = chosen.work / "new-words"
+        chosen.words_base = with_new_words(chosen.base_model, Mixture(**data["mixture"]), chosen.new_words, home)
     if chosen.words_base:
         own = argparse.Namespace(**{**vars(chosen), "base_model": str(chosen.words_base)})
         packed, board.about["data_with_new_words"] = prepare(size, own)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import shutil
@@ -45,7 +46,7 @@ from eclectus.models.training.flops import training_costs
 from eclectus.models.training.instances import Batch, Instances
 from eclectus.models.training.loop import Plan, train
 from eclectus.models.training.precision import FrozenWeights, autocast, is_half
-from eclectus.models.training.process import Process
+from eclectus.models.training.process import Process, trim_heap
 
 logging.disable_progress_bar()
 
@@ -58,6 +59,9 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         result = JOBS[job["kind"]](job)
     if work := unfinished(job):
         shutil.rmtree(work, ignore_errors=True)
+    # What a worker's heap has free would be missing in the others' next jobs.
+    gc.collect()
+    trim_heap()
     result["job_cpu_seconds"] = round(time.process_time() - computed, 1)
     result["seconds"] = round(time.monotonic() - started, 1)
     if torch.cuda.is_available():

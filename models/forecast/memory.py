@@ -12,7 +12,6 @@ holes          of the C library's heap, in which blocks below 32 MB lie: three f
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from eclectus.models.forecast.job import Job
 from eclectus.models.forecast.simulation import Simulated
 from eclectus.models.sharding.slices import InMemory
 from eclectus.models.training.instances import RESIDENT_BYTES
+from eclectus.models.training.process import trim_heap
 
 HOLES = 0.6
 # Of a process before it has a model, on a GPU: contexts and kernels. Its allocator keeps a share more than is in use.
@@ -101,9 +101,7 @@ def program_bytes(values: object = None) -> int:
     What is free in its heap is given back first: later stages of a run take it again.
     """
     gc.collect()
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
+    trim_heap()
     held = {
         each.value.untyped_storage().data_ptr(): each.value.untyped_storage().nbytes()
         for each in (values.values() if isinstance(values, dict) else ())

@@ -24,8 +24,15 @@ def give_freed_memory_back() -> None:
     after the other then holds all of them: measured, twice the whole model instead of a share and a layer.
     """
     library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt") and hasattr(library, "malloc_trim"):
+    if hasattr(library, "mallopt"):
         library.mallopt(M_MMAP_THRESHOLD, GIVEN_BACK)
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Gives what is free in this process's heap back to the system, where the C library is glibc."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
 
 
