@@ -62,6 +62,8 @@ RATES = {
     "llama_pro": (1.0, 0.3, 3.0),
 }
 METHODS = ("moe_lpr", "full", "full_replay", "lora", "llama_pro", "moe_all")
+# By their titles; moe_lpr gives three.
+MODELS = ("base", "MoE-LPR", "no review", "review without LPR", *METHODS[1:])
 
 
 class RealQueue(Queue):
@@ -82,9 +84,11 @@ class RealQueue(Queue):
             name += NEW_WORDS
             if more.get("title"):
                 more["title"] += NEW_WORDS
-        if part == OTHER_RATES and "tasks" in self._common:
-            asked = self._chosen.rate_items
-            more["tasks"] = {**self._common["tasks"], "limit": asked} if asked else None
+        if "tasks" in self._common:
+            limit = self._chosen.rate_items if part == OTHER_RATES else self._chosen.items
+            if (more.get("title") or "base").removesuffix(NEW_WORDS) not in self._chosen.asked:
+                limit = 0
+            more["tasks"] = {**self._common["tasks"], "limit": limit} if limit else None
         return super()._add(part, seed, kind, name, needs, **more)
 
     def _base(self, seed: int) -> str:
@@ -133,6 +137,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2_000_000, help="of stage 1; every baseline reads as many")
     parser.add_argument("--items", type=int, default=500, help="questions of each task, the first ones")
     parser.add_argument("--rate-items", type=int, help="questions at the other rates; 0: none (default: --items)")
+    parser.add_argument("--asked", nargs="+", choices=MODELS, default=MODELS, help="which models answer the questions")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--rates", type=int, choices=(1, 2, 3), default=3, help="learning rates of every method")
     parser.add_argument("--seeds", type=int, default=1)
