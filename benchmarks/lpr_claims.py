@@ -225,7 +225,8 @@ class Board:
             job["kind"] in ("base", "words", "upcycle", "stage1") and not Path(job["out"]).exists()
         ):
             return None
-        return {**json.loads(path.read_text()), **job}
+        # Of what the result does not depend on, this run's; the job's `tasks` are which, the result's their scores.
+        return {**json.loads(path.read_text()), **{name: job[name] for name in UNKEYED if name in job}}
 
     def add(self, result: dict[str, Any]) -> None:
         self.results.append(result)
