@@ -132,7 +132,7 @@ class Table:
         cells += by_language(self._original)
         # A pretrained base was not trained here.
         rates = sorted({run.get("stage1_rate") or run["rate"] for run in runs if run.get("steps")})
-        shown = " ".join(f"{rate:.1g}" for rate in rates) or "-"
+        shown = " ".join(f"{rate:.2g}" for rate in rates) or "-"
         return row([*cells, f"{spread(keeps, 2)}%", shown, str(len(runs))])
 
     def base_of(self, run: dict[str, Any]) -> dict[str, Any]:
