@@ -23,8 +23,8 @@ gets another best answer than in float32 (benchmarks/shared_contexts.py).
 
 Cost of SmolLM2-135M at 2 million tokens, on one core with AMX: 6.2 CPU seconds per 1,024 tokens of stage 1 and 5.0 of
 full fine-tuning (benchmarks/lpr_speed.py), so 3 to 4 CPU hours a training; by the size of questions and held-out text
-half an hour for the evaluation of a dense model, and an hour for a mixture's. Two threads of one core share its matrix
-unit: two --workers then take almost twice the CPU seconds of one.
+half an hour for the evaluation of a dense model, and an hour for a mixture's. Two --workers took up to twice the CPU
+seconds of one.
 
 `--tokens 20000 --items 20 --methods moe_lpr full --rates 1` shows in minutes that everything works.
 """
