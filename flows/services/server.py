@@ -25,13 +25,14 @@ from eclectus.flows.services.configured_server import check_configured
 from eclectus.flows.services.keeper import LOG
 from eclectus.flows.services.ports import kept_port
 from eclectus.flows.services.server_note import LOGIN, is_up, port_of, read_note
-from eclectus.flows.services.users import add_user, remove_user, server_lock, users
+from eclectus.flows.services.users import add_user, remove_user, server_lock, users, waited_lock
+from eclectus.storage.atomic_write import replacing
 from eclectus.storage.errors import EclectusError
 from eclectus.storage.home import Home
 
 # Environment variable with the address at which the home's reports are served; set by `eclectus up`.
 PAGES = "ECLECTUS_PAGES"
-AUTH = "auth"
+AUTH, AUTH_LOCK = "auth", "auth.lock"
 KEEPER = [sys.executable, "-m", "eclectus.flows.services.keeper"]
 SERVER = [sys.executable, "-m", "eclectus.flows.services.guarded_server"]
 WATCH_SECONDS = 2.0
@@ -129,24 +130,34 @@ def login_address(folder: Path, address: str) -> str:
 
 
 def auth_string(folder: Path) -> str:
-    """USER:PASSWORD of the server, made when first asked for and kept in a file that only its owner can read."""
-    path = folder / AUTH
+    """USER:PASSWORD of the server, made when first asked for and kept in a file that only its owner can read.
+
+    All who ask get the same, also when several ask first at once.
+    """
+    if kept := _kept_auth(folder / AUTH):
+        return kept
+    with waited_lock(folder / AUTH_LOCK, LEAVE_SECONDS, lambda holder: f"process {holder} holds {folder / AUTH_LOCK}"):
+        return _kept_auth(folder / AUTH) or _new_auth(folder / AUTH)
+
+
+def _kept_auth(path: Path) -> str | None:
     with contextlib.suppress(OSError, UnicodeDecodeError):
         kept = path.read_text().strip()
         if ":" in kept and kept.isprintable():
             if path.stat().st_mode & 0o077:
                 path.chmod(0o600)
             return kept
+    return None
+
+
+def _new_auth(path: Path) -> str:
     made = f"eclectus:{secrets.token_urlsafe(24)}"
-    temporary = path.with_name(f".{AUTH}.{secrets.token_hex(4)}")
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
-            handle.write(made + "\n")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.touch(mode=0o600, exist_ok=False)
+            temporary.write_text(made + "\n")
     except OSError as error:
         raise EclectusError(f"{path} cannot be written ({error.strerror}); make room or free it") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return made
 
 

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -316,3 +318,19 @@ def test_the_auth_string_is_stable_and_only_its_owner_can_read_it(tmp_path):
     for damaged in (b"", b"no colon\n", b"\xff\xfe:\n"):
         path.write_bytes(damaged)
         assert ":" in auth_string(tmp_path) and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_all_who_ask_first_at_once_get_the_same_auth_string(tmp_path):
+    """The threads of a supervisor do: one starts the server with it, the other the services that talk to the server."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            for number in range(20):
+                folder = tmp_path / str(number)
+                folder.mkdir()
+                together = threading.Barrier(4)
+                asked = [threads.submit(lambda: (together.wait(), auth_string(folder))[1]) for _ in range(4)]  # noqa: B023
+                assert {each.result() for each in asked} == {(folder / AUTH).read_text().strip()}
+    finally:
+        sys.setswitchinterval(before)
