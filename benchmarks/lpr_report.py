@@ -170,14 +170,14 @@ def claims(about: dict[str, Any], table: Table, held: HeldOut, stages: dict[str,
         against = held.ratio([full[run["seed"]] for run in paired], paired, about["expanded"]) if paired else None
         cells += [change(against) if against else "", retention(held.ratio(own, runs, about["original"]))]
         lines.append(row([*cells, *cost_cells(runs, stages)]))
-    pairs = [("MoE-LPR", "no review"), ("MoE-LPR", "review without LPR"), ("review without LPR", "no review")]
+    pairs = [("MoE-LPR", other) for other in ORDER if other != "MoE-LPR"] + [("review without LPR", "no review")]
     lines += ["", row(["contrast", "seeds", "new languages", "original languages"]), row(["---"] * 4)]
     for after, before in pairs:
         ones = {run["seed"]: run for run in table.methods.get(before, [])}
         twos = [run for run in table.methods.get(after, []) if run["seed"] in ones]
         if twos:
             both = [ones[run["seed"]] for run in twos], twos
-            cells = [f"{after} against {before}", str(len(twos))]
+            cells = [f"{named(after)} against {named(before)}", str(len(twos))]
             lines.append(row([*cells, *(change(held.ratio(*both, about[name])) for name in ("expanded", "original"))]))
     return [*lines, ""]
 
