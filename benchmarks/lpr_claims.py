@@ -236,7 +236,8 @@ class Board:
 def work(jobs: list[dict[str, Any]], board: Board, deadline: float) -> None:
     """Gives ready jobs to the workers, best priority first, until all are done or the time is over.
 
-    It ends when a worker is killed, as where memory is short: what was running resumes in the next run.
+    Results of earlier runs are taken first, so that a run without time writes the report of all there is. It ends when
+    a worker is killed, as where memory is short: what was running resumes in the next run.
     """
     waiting = sorted(jobs, key=lambda job: job["priority"])
     done: set[str] = set()
@@ -246,7 +247,7 @@ def work(jobs: list[dict[str, Any]], board: Board, deadline: float) -> None:
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     killed = False
     try:
-        while (waiting or running) and time.monotonic() < deadline and not killed:
+        while True:
             for job, promise in [each for each in running if each[1].done()]:
                 running.remove((job, promise))
                 try:
@@ -263,15 +264,12 @@ def work(jobs: list[dict[str, Any]], board: Board, deadline: float) -> None:
             for job in [job for job in waiting if failed & set(job["needs"])]:
                 waiting.remove(job)
                 failed.add(job["name"])
-            for each in [each for each in waiting if done >= set(each["needs"])]:
+            take_known(waiting, done, board)
+            if killed or not (waiting or running) or time.monotonic() > deadline:
+                break
+            for each in [each for each in waiting if done >= set(each["needs"])][: workers - len(running)]:
                 job = board.resolve(each)
-                if found := board.known(job):
-                    board.results.append(found)
-                    done.add(job["name"])
-                elif len(running) < workers and not killed:
-                    running.append((job, pool.submit(run_job, job)))
-                else:
-                    continue
+                running.append((job, pool.submit(run_job, job)))
                 waiting.remove(each)
             time.sleep(0.2)
         if killed:
@@ -282,6 +280,19 @@ def work(jobs: list[dict[str, Any]], board: Board, deadline: float) -> None:
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in multiprocessing.active_children():
             worker.terminate()
+
+
+def take_known(waiting: list[dict[str, Any]], done: set[str], board: Board) -> None:
+    """Moves jobs whose result is there from `waiting` to `done`, and those that need them, too."""
+    found = True
+    while found:
+        found = False
+        for each in [each for each in waiting if done >= set(each["needs"])]:
+            if result := board.known(board.resolve(each)):
+                board.results.append(result)
+                done.add(each["name"])
+                waiting.remove(each)
+                found = True
 
 
 if __name__ == "__main__":

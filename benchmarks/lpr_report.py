@@ -132,7 +132,7 @@ class Table:
         cells += by_language(self._original)
         # A pretrained base was not trained here.
         rates = sorted({run.get("stage1_rate") or run["rate"] for run in runs if run.get("steps")})
-        shown = " ".join(f"{rate:.2g}" for rate in rates) or "-"
+        shown = " ".join(f"{rate:.3g}" for rate in rates) or "-"
         return row([*cells, f"{spread(keeps, 2)}%", shown, str(len(runs))])
 
     def base_of(self, run: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def frontier(about: dict[str, Any], results: list[dict[str, Any]], bases: dict[i
             title = "MoE-LPR" if each.get("sweep") else named(each["title"])
             # A review is known by the rate of its stage 1, where that differs.
             rate = each.get("stage1_rate", each["rate"])
-            what = title, rate, each["title"] if each.get("sweep") else f"{rate:.2g}"
+            what = title, rate, each["title"] if each.get("sweep") else f"{rate:.3g}"
             gains[what].append((base["seed"], gain, kept))
     lines = ["### Gain in the new languages and retention, at every rate, by base", ""]
     lines += [row(["method", "rate", "gain, %", "kept, %"]), row(["---"] * 4)]
@@ -277,10 +277,11 @@ def proofs(results: list[dict[str, Any]]) -> list[str]:
         whole = sum(each["all_but_routers_unchanged"] for each in reviewed)
         lines.append(f"- all but the routers bit-identical through {whole} of {len(reviewed)} reviews (sha256)")
     for each in staged:
-        if each["seed"] == 0 and each.get("title") in ("MoE-LPR", "no review"):
+        if each["seed"] == min(run["seed"] for run in staged) and each.get("title") in ("MoE-LPR", "no review"):
             shares = {language: statistics.fmean(layers) for language, layers in each["expert_0_weight"].items()}
             words = ", ".join(f"{language} {share:.2f}" for language, share in shares.items())
-            lines.append(f"- weight of expert 0, {each['title']}: {words}")
+            rate = each.get("stage1_rate", each["rate"])
+            lines.append(f"- weight of expert 0, {each['title']} at {rate:.3g}: {words}")
     return lines
 
 
