@@ -21,6 +21,8 @@ import torch
 from torch.nn import functional as F
 from transformers.masking_utils import create_masks_for_generate
 
+from eclectus.models.attention import causal_blocks
+
 Context = tuple[int, ...]
 TOKENS_A_REQUEST, MOST_TOKENS = 64, 4096
 
@@ -69,7 +71,7 @@ def can_share(model: Any, longest: int) -> bool:
     windows = (getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None))
     return (
         {"position_ids", "attention_mask", "logits_to_keep"} <= set(takes)
-        and config._attn_implementation in ("sdpa", "eager")
+        and config._attn_implementation in ("sdpa", "eager", causal_blocks.NAME)
         and layers <= {"full_attention", "sliding_attention", "chunked_attention"}
         and not getattr(config, "alibi", False)
         and all(window is None or window >= longest for window in windows)

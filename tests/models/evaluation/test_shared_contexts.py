@@ -17,6 +17,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from eclectus.models.attention.choice import choose_attention
 from eclectus.models.evaluation.shared_contexts import MOST_TOKENS, answer_rows, can_share, plan_rows
 
 VOCABULARY, LENGTH = 67, 64
@@ -33,9 +34,19 @@ SHAPE = {
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 WINDOWED = {"sliding_window": 12}
+
+
+def trained():
+    """As a training on CPUs leaves it."""
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    choose_attention(model, "auto", torch.device("cpu"))
+    return model
+
+
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "llama, eager": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="eager")),
+    "llama, after training": trained,
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
