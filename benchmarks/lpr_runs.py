@@ -55,6 +55,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Runs one job in this process; the result is the job with bits per byte, seconds and the frozen digest."""
     torch.set_num_threads(job["threads"])
     started, computed = time.monotonic(), time.process_time()
+    # What a run left that was killed between its checkpoint and its result.
+    shutil.rmtree(job["out"], ignore_errors=True)
     with contextlib.redirect_stderr(io.StringIO()):
         result = JOBS[job["kind"]](job)
     if work := unfinished(job):
