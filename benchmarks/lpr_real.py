@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other values of the size's fields")
     parser.add_argument("--minutes", type=float, default=600.0, help="when to stop, from the start of the program")
-    parser.add_argument("--workers", type=int, default=1, help="jobs at once; each holds up to 8 GB in bfloat16")
+    parser.add_argument("--workers", type=int, default=1, help="jobs at once; each holds 8 to 14 GB in bfloat16")
     parser.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints of a training")
     parser.add_argument("--nice", type=int, default=19, help="priority of this process and its workers")
     parser.add_argument("--work", type=Path, default=Path("home/lpr-real"), help="for text, checkpoints and results")
