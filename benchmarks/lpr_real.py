@@ -16,7 +16,8 @@ that `extension_vocabulary` made of the same base elsewhere.
 A job is one training of one method at one rate and seed, and its evaluation; jobs run in order of priority: every
 method at its middle rate, the other rates, the other seeds. Results are kept under --work by their settings, unfinished
 trainings resume from their last checkpoint, and the same command goes on where the last one ended; what was not run is
-said. The process and its workers run at the lowest priority (--nice 19).
+said. With `--minutes 0` it writes the report of what was run. The process and its workers run at the lowest priority
+(--nice 19).
 
 Training and scoring are in bfloat16 where a CPU or GPU is faster in it (--precision): about one question in 70 then
 gets another best answer than in float32 (benchmarks/shared_contexts.py).

@@ -136,7 +136,8 @@ def auth_string(folder: Path) -> str:
     """
     if kept := _kept_auth(folder / AUTH):
         return kept
-    with waited_lock(folder / AUTH_LOCK, LEAVE_SECONDS, lambda holder: f"process {holder} holds {folder / AUTH_LOCK}"):
+    lock = folder / AUTH_LOCK
+    with waited_lock(lock, LEAVE_SECONDS, lambda holder: f"process {holder} holds {lock}; end it and try again"):
         return _kept_auth(folder / AUTH) or _new_auth(folder / AUTH)
 
 

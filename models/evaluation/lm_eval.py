@@ -75,9 +75,15 @@ class HarnessModel(HFLM):
         precision: Precision = "auto",
     ) -> None:
         mixed = "bfloat16" if is_half(precision, process.device) else None
-        # A log-likelihood of 40 in bfloat16 is right to 0.1.
-        given: dict[str, Any] = dict(mixed_precision_dtype=mixed, softmax_dtype="float32")
-        super().__init__(pretrained=model, tokenizer=tokenizer, max_length=length, batch_size=batch, **given)
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            max_length=length,
+            batch_size=batch,
+            mixed_precision_dtype=mixed,
+            # A log-likelihood of 40 in bfloat16 is right to 0.1.
+            softmax_dtype="float32",
+        )
         self._process, self._kept, self._report_progress = process, kept, report_progress
         self._known: dict[str, Any] | None = None
         self._encode = encode or self._encode_as_text

@@ -322,6 +322,11 @@ def test_the_auth_string_is_stable_and_only_its_owner_can_read_it(tmp_path):
 
 def test_all_who_ask_first_at_once_get_the_same_auth_string(tmp_path):
     """The threads of a supervisor do: one starts the server with it, the other the services that talk to the server."""
+
+    def ask(folder, together):
+        together.wait()
+        return auth_string(folder)
+
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
@@ -330,7 +335,7 @@ def test_all_who_ask_first_at_once_get_the_same_auth_string(tmp_path):
                 folder = tmp_path / str(number)
                 folder.mkdir()
                 together = threading.Barrier(4)
-                asked = [threads.submit(lambda: (together.wait(), auth_string(folder))[1]) for _ in range(4)]  # noqa: B023
+                asked = [threads.submit(ask, folder, together) for _ in range(4)]
                 assert {each.result() for each in asked} == {(folder / AUTH).read_text().strip()}
     finally:
         sys.setswitchinterval(before)
