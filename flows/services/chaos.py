@@ -96,9 +96,8 @@ def run_disturbed(words: list[str], home: Path, plan: list[Kill], report: Callab
     while outcome.starts <= MOST_STARTS:
         log = home.parent / f"{home.name}-{outcome.starts}.log"
         ended = _one_start(words, home, log, left, outcome, processes, report)
-        if ended == 0 and not left:
-            break
-        if ended == 0:
+        # A driver may still be killed, or lose its node, on its way out of a job that is complete.
+        if ended == 0 or _is_complete(home):
             outcome.kills += [f"{kill.victim}: the job ended before '{kill.label}' could be disturbed" for kill in left]
             break
         report(f"  the driver exited with {ended}; restarting it")
@@ -129,6 +128,7 @@ def _one_start(
         )  # fmt: skip
     process, heard, size = psutil.Process(driver.pid), time.monotonic(), 0
     begun: dict[str, float] = {}
+    training: set[str] = set()
     of_killed = set(_in_training(home))
     try:
         while driver.poll() is None:
@@ -137,13 +137,15 @@ def _one_start(
             now, grown = time.monotonic(), _journal_bytes(home)
             if grown != size:
                 heard, size = now, grown
-                for step, label in _in_training(home).items() if left else ():
-                    if step not in of_killed:
-                        begun.setdefault(label, now)
+                unfinished = _in_training(home) if left else {}
+                training = {label for step, label in unfinished.items() if step not in of_killed}
+                for label in training:
+                    begun.setdefault(label, now)
             if now - heard > LONGEST_SILENCE:
                 report(f"  nothing was journaled for {LONGEST_SILENCE:g} s: killing the driver")
                 driver.kill()
-            for kill in [kill for kill in left if kill.label in begun and now >= begun[kill.label] + kill.delay]:
+            # Whoever is killed after the training ended disturbs nothing: the driver may be done, all but its exit.
+            for kill in [kill for kill in left if kill.label in training and now >= begun[kill.label] + kill.delay]:
                 if _kill(kill, process, home):
                     outcome.kills.append(f"killed {kill.victim} in '{kill.label}'")
                     report(f"  killed {kill.victim} in '{kill.label}'")
@@ -174,7 +176,12 @@ def _kill(kill: Kill, driver: psutil.Process, home: Path) -> bool:
         for each in _descendants(driver):
             with contextlib.suppress(psutil.Error):
                 if mark in " ".join(each.cmdline()):
+                    # A node takes its workers with it: without this they would train on until Ray misses the raylet.
+                    on_it = _descendants(each) if kill.victim == "node" else []
                     each.kill()
+                    for process in on_it:
+                        with contextlib.suppress(psutil.Error):
+                            process.kill()
                     return True
     return False
 
@@ -208,6 +215,11 @@ def _in_training(home: Path) -> dict[str, str]:
         Home.open(home),
     )[1]
     return dict(rows)
+
+
+def _is_complete(home: Path) -> bool:
+    rows = query("select state from runs order by run desc limit 1", Home.open(home))[1]
+    return rows == [("completed",)]
 
 
 def _training_labels(home: Path) -> list[str]:

@@ -205,14 +205,19 @@ class TrainWorkers:
 
         call: a function at the top level of a module that the workers can import. on_report: called in this thread for
         every report of the workers.
-        Raises EclectusError when the job raised it; RuntimeError when the workers died too often.
+        Raises EclectusError when the job raised it; RuntimeError when the workers died too often, or this node did.
         """
         import ray
 
         self._ensure_started()
-        ray.get(self._queue.post.remote(address_of(call), arguments))
         try:
+            ray.get(self._queue.post.remote(address_of(call), arguments))
             results, error = self._outcome(on_report)
+        except ray.exceptions.RayActorError as lost:
+            raise RuntimeError(
+                "Ray's node on this machine was lost (killed, or out of memory); start the same run again, and it goes"
+                f" on from its last checkpoint ({type(lost).__name__})"
+            ) from lost
         except BaseException as end:
             # Ctrl-C is somebody who waits; a stop from outside (SIGTERM) leaves time for a checkpoint.
             if not isinstance(end, (Exception, KeyboardInterrupt)):

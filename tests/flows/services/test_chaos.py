@@ -19,7 +19,7 @@ from eclectus.tasks.training.pretrain_settings import PretrainStageSettings
 from tests.support.processes import run_group
 
 # A worker is killed in the middle of the dense stage; then, in the middle of Lory's, the server and the driver, and the
-# node when the next driver has trained on.
+# node when the next driver has trained on. Lory's stage is long enough for a quick machine not to end it before.
 SEED = "36847"
 ROOT = Path(__file__).parents[3]
 LABELS = ["train dense warm-up", "train dense", "train lory"]
@@ -27,7 +27,7 @@ SETTINGS = {
     "language_detector": "field", "expanded_languages": [], "embedding_steps": 2, "embedding_dimension": 16,
     "tokenizer_vocabulary": 300, "instance_tokens": 32, "lory_segment": 16, "model_width": 16, "model_layers": 1,
     "model_heads": 2, "model_key_value_heads": 2, "model_feed_forward": 16,
-    "lory_experts": 2, "pretrain_steps": 200, "dense_warmup": 0.3,
+    "lory_experts": 2, "pretrain_steps": 400, "dense_warmup": 0.2,
     "pretrain_warmup_steps": 4, "lory_rewarm_steps": 4, "training_workers": 2, "training_sharded": True,
     "log_every": 2,
 }  # fmt: skip

@@ -3,9 +3,12 @@
 import os
 import signal
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.exceptions import RayActorError
 from safetensors.torch import load_file
 
 from eclectus.storage.errors import EclectusError
@@ -56,6 +59,21 @@ def test_a_killed_worker_comes_back_and_training_goes_on_to_the_bits_of_an_undis
 def test_a_job_that_fails_says_why_in_the_words_of_the_error(group):
     with pytest.raises(EclectusError, match="instances 3 and 4 are damaged; pack them again"):
         group.do(complain, {}, append_to([]))
+
+
+@pytest.mark.parametrize("lost_at", ["post", "poll"])
+def test_a_node_that_is_lost_is_named_with_what_to_do(monkeypatch, lost_at):
+    def answers(call):
+        if call == lost_at:
+            raise RayActorError
+
+    queue = SimpleNamespace(post=SimpleNamespace(remote=lambda *_: "post"), poll=SimpleNamespace(remote=lambda: "poll"))
+    group = TrainWorkers(2, False, Path("unused"))
+    monkeypatch.setattr(group, "_queue", queue)
+    monkeypatch.setattr(group, "_ensure_started", lambda: None)
+    monkeypatch.setattr("ray.get", answers)
+    with pytest.raises(RuntimeError, match=r"node on this machine was lost .* start the same run again"):
+        group.do(total, {"value": 1}, append_to([]))
 
 
 def test_a_stop_that_comes_while_ray_starts_reaches_who_listened_before(monkeypatch):
