@@ -128,7 +128,6 @@ def _one_start(
         )  # fmt: skip
     process, heard, size = psutil.Process(driver.pid), time.monotonic(), 0
     begun: dict[str, float] = {}
-    training: set[str] = set()
     of_killed = set(_in_training(home))
     try:
         while driver.poll() is None:
@@ -137,15 +136,13 @@ def _one_start(
             now, grown = time.monotonic(), _journal_bytes(home)
             if grown != size:
                 heard, size = now, grown
+                # Whoever is killed after the training ended disturbs nothing: the driver may be done, all but its exit.
                 unfinished = _in_training(home) if left else {}
-                training = {label for step, label in unfinished.items() if step not in of_killed}
-                for label in training:
-                    begun.setdefault(label, now)
+                begun = {label: begun.get(label, now) for step, label in unfinished.items() if step not in of_killed}
             if now - heard > LONGEST_SILENCE:
                 report(f"  nothing was journaled for {LONGEST_SILENCE:g} s: killing the driver")
                 driver.kill()
-            # Whoever is killed after the training ended disturbs nothing: the driver may be done, all but its exit.
-            for kill in [kill for kill in left if kill.label in training and now >= begun[kill.label] + kill.delay]:
+            for kill in [kill for kill in left if kill.label in begun and now >= begun[kill.label] + kill.delay]:
                 if _kill(kill, process, home):
                     outcome.kills.append(f"killed {kill.victim} in '{kill.label}'")
                     report(f"  killed {kill.victim} in '{kill.label}'")
@@ -179,11 +176,15 @@ def _kill(kill: Kill, driver: psutil.Process, home: Path) -> bool:
                     # A node takes its workers with it: without this they would train on until Ray misses the raylet.
                     on_it = _descendants(each) if kill.victim == "node" else []
                     each.kill()
-                    for process in on_it:
-                        with contextlib.suppress(psutil.Error):
-                            process.kill()
+                    _kill_all(on_it)
                     return True
     return False
+
+
+def _kill_all(processes: list[psutil.Process]) -> None:
+    for each in processes:
+        with contextlib.suppress(psutil.Error):
+            each.kill()
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:
@@ -218,8 +219,7 @@ def _in_training(home: Path) -> dict[str, str]:
 
 
 def _is_complete(home: Path) -> bool:
-    rows = query("select state from runs order by run desc limit 1", Home.open(home))[1]
-    return rows == [("completed",)]
+    return bool(query("select run from runs where state = 'completed'", Home.open(home))[1])
 
 
 def _training_labels(home: Path) -> list[str]:
